@@ -1,0 +1,52 @@
+"""Elastic diffusion transformers: one checkpoint, any compute budget.
+
+Names are imported when they are first used, so that `import elit` costs nothing.
+"""
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from elit.flow.guidance import CFG, AutoGuidance, CheapCFG, Guidance
+    from elit.flow.schedulers import (
+        FlowMatchEulerMaruyamaScheduler,
+        FlowMatchUniformHeunScheduler,
+        make_scheduler,
+    )
+    from elit.interface.budget import TailDropping, resolve_budget
+    from elit.models.dit import DiT
+    from elit.models.presets import create_model
+    from elit.pipelines.elit_pipeline import ElitPipeline
+
+try:
+    __version__ = version("elit-diffusion")
+except PackageNotFoundError:  # run from a source tree that was not installed
+    __version__ = "0+unknown"
+
+_HOME = {
+    "AutoGuidance": "elit.flow.guidance",
+    "CFG": "elit.flow.guidance",
+    "CheapCFG": "elit.flow.guidance",
+    "DiT": "elit.models.dit",
+    "ElitPipeline": "elit.pipelines.elit_pipeline",
+    "FlowMatchEulerMaruyamaScheduler": "elit.flow.schedulers",
+    "FlowMatchUniformHeunScheduler": "elit.flow.schedulers",
+    "Guidance": "elit.flow.guidance",
+    "TailDropping": "elit.interface.budget",
+    "create_model": "elit.models.presets",
+    "make_scheduler": "elit.flow.schedulers",
+    "resolve_budget": "elit.interface.budget",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'elit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,27 @@
+"""Words that a user may have misspelt: the error that names what is allowed and what is nearest."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+def nearest(value: Any, allowed: Iterable[str]) -> str | None:
+    """The allowed word most like `value`, upper or lower case, if any is."""
+    by_lower = {word.lower(): word for word in allowed}
+    near = difflib.get_close_matches(str(value).lower(), by_lower, n=1, cutoff=0.5)
+    return by_lower[near[0]] if near else None
+
+
+def check_choice(value: Any, allowed: Iterable[str], what: str, where: str = "") -> None:
+    """Raise a ValueError that lists the allowed words and names the nearest one."""
+    allowed = tuple(allowed)
+    if isinstance(value, str) and value in allowed:
+        return
+    near = nearest(value, allowed)
+    listed = ", ".join(map(repr, allowed))
+    if near and len(allowed) > 10:  # or the nearest would be lost behind them
+        advice = f"did you mean {near!r}? All: {listed}"
+    else:
+        advice = f"use one of {listed}" if allowed else f"no {what} is allowed"
+        advice += f"; did you mean {near!r}?" if near else ""
+    raise ValueError(f"unknown {what} {value!r}{where}: {advice}")

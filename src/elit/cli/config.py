@@ -1,0 +1,231 @@
+"""The config of a training run: defaults < YAML file < command line, checked by jsonargparse."""
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import elit
+from elit._choices import check_choice, nearest
+from elit.training.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A leaf of the tree of dataclasses: its dotted key, type, default and description."""
+
+    key: str
+    hint: Any
+    default: Any
+    about: str
+
+    @property
+    def is_mapping(self) -> bool:
+        """Whether keys of the user's choice may follow."""
+        return typing.get_origin(self.hint) is dict
+
+
+def config_fields(config_class: type = TrainConfig, prefix: str = "") -> Iterator[Field]:
+    """The leaves of a tree of dataclasses, in order."""
+    hints, about = typing.get_type_hints(config_class), _attribute_docs(config_class)
+    defaults = config_class()
+    for field in dataclasses.fields(config_class):
+        key, hint = f"{prefix}{field.name}", hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from config_fields(typing.cast(type, hint), f"{key}.")
+        else:
+            yield Field(key, hint, getattr(defaults, field.name), about[field.name])
+
+
+def find_config(name: str) -> Path:
+    """A YAML file by its path, or a built-in one by its name."""
+    path = Path(name)
+    built_in = built_in_configs()
+    if path.is_file():
+        return path
+    if name in built_in:
+        return built_in[name]
+    if path.is_dir():
+        raise ValueError(f"config {name} is a folder; give the YAML file in it")
+    near = nearest(path.stem, built_in)
+    hint = f"; did you mean {near}?" if near else ""
+    raise ValueError(
+        f"config {name} is neither a file nor one of the built-in {', '.join(built_in)}{hint}"
+    )
+
+
+def built_in_configs() -> dict[str, Path]:
+    """The configs that come with the package, or lie beside it in a checkout, by name."""
+    package = Path(elit.__file__).parent
+    for folder in (package / "configs", package.parents[1] / "configs"):
+        if found := sorted(folder.glob("*.yaml")):
+            return {path.stem: path for path in found}
+    return {}
+
+
+def load_config(config: str | None, overrides: Mapping[str, str]) -> TrainConfig:
+    """The config of a file or a built-in name, with values of the command line over it.
+
+    Args:
+        config: as for `find_config`; None starts from the defaults.
+        overrides: dotted key: value as typed.
+    """
+    from jsonargparse import ArgumentParser  # 0.2 s
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig)
+    values = {}
+    if config is not None:
+        path = find_config(config)
+        values = _read_yaml(path)
+        _check_tree(values, TrainConfig, str(path))
+    base = _parse(parser.parse_object, values, config and str(find_config(config)), values)
+    words = [f"--{key}={value}" for key, value in overrides.items()]
+    parsed = _parse(lambda w: parser.parse_args(w, namespace=base), words, None, overrides)
+    return _build(TrainConfig, parsed.as_dict())
+
+
+def _parse(parse: Any, given: Any, origin: str | None, values: Mapping[str, Any]) -> Any:
+    """Call jsonargparse, and say what it has to say in one line."""
+    from argparse import ArgumentError
+
+    try:
+        return parse(given)
+    except (ArgumentError, TypeError) as error:
+        text = str(error)
+        found = re.search(r'[Kk]ey "([\w.]+)"', text)
+        field = next((f for f in config_fields() if found and f.key == found[1]), None)
+        if field is None:
+            raise ValueError(f"{origin or 'command line'}: {' '.join(text.split())}") from error
+        value = values.get(field.key, _lookup(values, field.key))
+        name = f"{origin}: {field.key}" if origin else f"--{field.key}"
+        raise ValueError(_wrong_type(name, value, field)) from error
+
+
+def _wrong_type(name: str, value: Any, field: Field) -> str:
+    if typing.get_origin(field.hint) is Literal:
+        try:
+            check_choice(value, typing.get_args(field.hint), "value", f" of {name}")
+        except ValueError as error:
+            return str(error)
+    return f"{name} is {value!r}; give {describe_type(field.hint)}"
+
+
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def describe_type(hint: Any) -> str:
+    """A type in words: int | None -> 'a whole number, or null'."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint in _TYPES:
+        return _TYPES[hint]
+    if origin is Literal:
+        return " or ".join(map(str, args))
+    if origin is tuple:
+        return f"{len(args)} numbers, such as [0.9, 0.99]"
+    if origin in (list, Sequence):
+        example = "whole numbers, such as [4, 4]" if args[0] is int else "numbers, such as [1, 0.5]"
+        return f"a list of {example}"
+    if origin is dict:
+        return "keys with values, such as {count: 500}"
+    if origin in (typing.Union, types.UnionType):
+        inner = [describe_type(arg) for arg in args if arg is not type(None)]
+        return f"{' or '.join(inner)}, or null"
+    return str(hint)
+
+
+def fits_type(value: Any, hint: Any) -> bool:
+    """Whether a value of a YAML file is of a type."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits_type(value, arg) for arg in args)
+    if origin in (list, Sequence):
+        return isinstance(value, list) and all(fits_type(item, args[0]) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not YAML: {reason}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} holds {content!r:.60} where a config is expected; "
+            f"write keys and values, such as `train: {{steps: 1000}}`"
+        )
+    return content
+
+
+def _check_tree(values: dict[str, Any], config_class: type, path: str, prefix: str = "") -> None:
+    """Raise a ValueError for a key that the tree of dataclasses doesn't have."""
+    hints = typing.get_type_hints(config_class)
+    for name, value in list(values.items()):
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise ValueError(f"{path}: unknown key {key}: {_meant(key, hints, prefix)}")
+        if dataclasses.is_dataclass(hints[name]):
+            if value is None:  # a section with nothing under it
+                del values[name]
+            elif isinstance(value, dict):
+                _check_tree(value, typing.cast(type, hints[name]), path, f"{key}.")
+            else:
+                some = next(iter(typing.get_type_hints(hints[name])))
+                raise ValueError(
+                    f"{path}: {key} is {value!r}, but it is a section; "
+                    f"write keys under it, such as {key}.{some}"
+                )
+
+
+def _meant(key: str, siblings: Mapping[str, Any], prefix: str) -> str:
+    """The nearest of the keys beside it, else of all keys, else what there is."""
+    near = nearest(key.removeprefix(prefix), siblings)
+    if near:
+        return f"did you mean {prefix}{near}?"
+    everywhere = {field.key.rpartition(".")[2]: field.key for field in config_fields()}
+    near = nearest(key.rpartition(".")[2], everywhere)
+    if near:
+        return f"did you mean {everywhere[near]}?"
+    return f"use one of {', '.join(prefix + name for name in siblings)}"
+
+
+def _lookup(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
+def _build(config_class: type, values: Mapping[str, Any]) -> Any:
+    """Dataclasses of nested mappings."""
+    hints = typing.get_type_hints(config_class)
+    arguments = {
+        name: _build(typing.cast(type, hints[name]), value)
+        if dataclasses.is_dataclass(hints[name])
+        else value
+        for name, value in values.items()
+    }
+    return config_class(**arguments)
+
+
+def _attribute_docs(config_class: type) -> dict[str, str]:
+    """Descriptions of a dataclass's attributes, from its docstring."""
+    lines = (inspect.getdoc(config_class) or "").partition("Attributes:\n")[2].splitlines()
+    docs: dict[str, str] = {}
+    for line in lines:
+        name, colon, text = line.strip().partition(": ")
+        if line.startswith("    ") and not line.startswith("     ") and colon:
+            docs[name] = text
+        elif docs and line.strip():
+            docs[next(reversed(docs))] += f" {line.strip()}"
+    return docs

@@ -1,0 +1,76 @@
+"""`elit flops`: what a forward and a training step cost, counted without memory."""
+
+import argparse
+from typing import Any
+
+from elit.cli.common import (
+    Parser,
+    add_json_flag,
+    budget,
+    flops_column,
+    format_count,
+    format_table,
+    print_json,
+    whole_number,
+)
+
+_EPILOG = """\
+A multiply-add counts as 2, attention included, of one image and one call of the model."""
+
+
+def add_arguments(parser: Parser) -> None:
+    """Flags of `elit flops`."""
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "model", metavar="NAME_OR_PATH", help="a preset, or the folder of a pipeline or a model"
+    )
+    parser.add_argument(
+        "--resolution",
+        type=whole_number(1),
+        metavar="R",
+        help="pixels of an image's side (default: the preset's smallest, or the checkpoint's)",
+    )
+    parser.add_argument(
+        "--budgets",
+        type=budget,
+        nargs="+",
+        metavar="B",
+        help="budgets in (0, 1], such as 1 3/4 0.5 (default: 1 and halves of it)",
+    )
+    add_json_flag(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Count and print."""
+    from elit.cli.models import load_shape
+    from elit.evaluation.flops import flops_report
+
+    shape = load_shape(args.model, args.resolution)
+    report: dict[str, Any] = flops_report(shape.model, shape.name, 0, args.budgets).to_dict()
+    report["resolution"] = shape.resolution
+    if args.json:
+        print_json(report)
+    else:
+        _print_report(report)
+    return 0
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    from elit.evaluation.flops import TRAIN_BATCH, TRAIN_BATCH_MULTI_BUDGET
+    from elit.viz.sheet import format_budget
+
+    resolution, rows = report["resolution"], report["rows"]
+    size = resolution if isinstance(resolution, int) else "x".join(map(str, resolution))
+    print(f"{report['model']} at {size} px: {format_count(report['parameters'])} parameters\n")
+    unit, flops = flops_column([row["gflops"] for row in rows])
+    table = [
+        (format_budget(row["budget"]), "-" if row["num_latents"] is None else row["num_latents"], n)
+        for row, n in zip(rows, flops, strict=True)
+    ]
+    print(format_table(("budget", "latents per group", f"{unit} per forward"), table))
+    print(f"\ntraining step, batch {TRAIN_BATCH}: {report['train_tflops']:.4g} TFLOPs")
+    if report["train_tflops_multi_budget"] is not None:
+        print(
+            f"multi-budget training step, batch {TRAIN_BATCH_MULTI_BUDGET}: "
+            f"{report['train_tflops_multi_budget']:.4g} TFLOPs"
+        )

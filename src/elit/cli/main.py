@@ -1,0 +1,106 @@
+"""`elit`: finds the command, and turns a user's mistake into one line."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from elit import __version__
+from elit._choices import nearest
+from elit.cli.common import Parser, logging_to_stderr, one_line
+
+# Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`; it is
+# imported when it is called for, so that the help stays quick.
+COMMANDS = {
+    "quickstart": "train on handwritten digits, draw them at five budgets, print what each cost",
+    "train": "train a model, or go on with a run that was stopped",
+    "sample": "draw images of given classes at one or more budgets",
+    "flops": "count the operations of a preset or a checkpoint at each budget",
+    "info": "show the presets, one preset or checkpoint, and what is installed",
+}
+DESCRIPTION = "Elastic diffusion transformers: one checkpoint, any compute budget."
+EXAMPLES = """\
+examples:
+  elit quickstart
+  elit train digits --train.steps 4000
+  elit sample runs/digits --labels 3 7 --budget 1 0.25
+  elit flops elit-dit-xl/2 --resolution 512
+
+`elit COMMAND --help` has the flags of a command. --debug (or ELIT_DEBUG=1) shows where an error
+comes from."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; return 0, or 1 (the run failed), 2 (a mistake) or 130 (stopped)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv or os.environ.get("ELIT_DEBUG", "0") not in ("", "0")
+    argv = [word for word in argv if word != "--debug"]
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds: a log file is not a screen
+    try:
+        with logging_to_stderr():
+            return _run(argv)
+    except SystemExit as done:  # argparse, after --help and --version
+        return done.code if isinstance(done.code, int) else 0
+    except KeyboardInterrupt:
+        print("elit: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `elit info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"elit: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if debug or not _is_divergence(error):
+            raise
+        print(f"elit: error: {one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _is_divergence(error: RuntimeError) -> bool:
+    """Whether training stopped because its loss was not finite; without importing training."""
+    loop = sys.modules.get("elit.training.loop")
+    return loop is not None and isinstance(error, loop.TrainingDivergedError)
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0].startswith("-"):
+        top_parser().parse_args(argv)
+        top_parser().print_help()
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        near = nearest(name, COMMANDS)
+        hint = f"did you mean {near}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        raise ValueError(f"unknown command {name}: {hint}")
+    return command(name).run(command_parser(name).parse_args(rest))
+
+
+def command(name: str) -> Any:
+    """The module of a command."""
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+def command_parser(name: str) -> Parser:
+    """The parser of a command's flags."""
+    parser = Parser(prog=f"elit {name}", description=COMMANDS[name])
+    command(name).add_arguments(parser)
+    return parser
+
+
+def top_parser() -> Parser:
+    """The parser of a line without a command."""
+    width = max(map(len, COMMANDS)) + 2
+    listed = "\n".join(f"  {name:{width}}{about}" for name, about in COMMANDS.items())
+    parser = Parser(
+        prog="elit",
+        usage="elit COMMAND ...",
+        description=f"{DESCRIPTION}\n\ncommands:\n{listed}",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("--version", action="version", version=f"elit {__version__}")
+    return parser

@@ -1,0 +1,74 @@
+"""`elit quickstart`: from nothing to pictures, in one command."""
+
+import argparse
+
+from elit.cli.common import (
+    Parser,
+    add_json_flag,
+    format_table,
+    output_folder,
+    print_json,
+    quiet_diffusers,
+    whole_number,
+)
+from elit.cli.config import load_config
+
+
+def add_arguments(parser: Parser) -> None:
+    """Flags of `elit quickstart`."""
+    parser.epilog = (
+        "Trains the built-in config `digits` and leaves samples.png, summary.json and a pipeline\n"
+        "for `elit sample` in the folder. The same command again goes on if it was stopped."
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        default="runs/quickstart",
+        help="folder of the run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="of everything random (default: 0)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=whole_number(1),
+        help="training steps (default: those of the config; few make poor digits)",
+    )
+    add_json_flag(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, draw, judge, print the table."""
+    overrides = {"output_dir": args.out, "seed": str(args.seed)}
+    if args.steps is not None:
+        overrides["train.steps"] = str(args.steps)
+    config = load_config("digits", overrides)
+    folder = output_folder(args.out, "--out")
+
+    from elit.training.quickstart import quickstart
+
+    with quiet_diffusers():
+        summary = quickstart(config)
+    if args.json:
+        print_json(summary.to_dict())
+    elif not summary.finished:
+        print(f"stopped and saved: {folder}\nthe same command again goes on")
+    else:
+        header = ["budget", "latents/group", "MFLOPs/forward", "ms/image", "accuracy"]
+        cells = [
+            [
+                f"{row.budget:g}",
+                row.num_latents,
+                f"{row.mflops:.1f}",
+                f"{row.ms_per_image:.1f}",
+                f"{row.accuracy:.3f}",
+            ]
+            for row in summary.rows
+        ]
+        print(format_table(header, cells))
+        print(
+            f"trained in {summary.train_seconds:.0f} s, {summary.total_seconds:.0f} s in all\n"
+            f"picture: {folder / 'samples.png'}\n"
+            f"more:    elit sample {folder} --labels 3 7 --budget 1 0.25"
+        )
+    return 0 if summary.finished else 130

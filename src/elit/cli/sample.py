@@ -1,0 +1,272 @@
+"""`elit sample`: images of given classes at one or more budgets, from the same noise."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elit.cli.common import (
+    Parser,
+    add_json_flag,
+    budget,
+    flops_column,
+    format_table,
+    number,
+    one_of,
+    output_folder,
+    print_json,
+    quiet_diffusers,
+    whole_number,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from elit.flow.guidance import Guidance
+    from elit.pipelines.elit_pipeline import ElitPipeline
+
+# A test compares them with flow.schedulers.SAMPLERS, whose import would bring torch.
+SAMPLERS = ("euler", "heun", "euler-maruyama", "unipc", "dpm-solver")
+GUIDANCES = ("none", "cfg", "ag", "ccfg")
+DEFAULT_SCALE = 2.0
+MAX_DEFAULT_LABELS = 10
+
+_EPILOG = """\
+Image i, counted from 0, draws from seed + i: its noise depends neither on the budget nor on the
+batch. Guidance: cfg (no label, same budget), ag (same label, low budget), ccfg (no label, low
+budget). Without --out the images go to RUN/sampled/1, /2, ...; the same settings again write to
+the same folder."""
+
+
+def add_arguments(parser: Parser) -> None:
+    """Flags of `elit sample`."""
+    parser.epilog = _EPILOG
+    parser.add_argument("run", metavar="RUN", help="a pipeline's folder, or its name on the hub")
+    add = parser.add_argument
+    add("--labels", type=whole_number(0), nargs="+", metavar="L", help="classes (default: 0..9)")
+    add("--count", type=whole_number(1), default=1, metavar="N", help="images per label")
+    add(
+        "--budget",
+        type=budget,
+        nargs="+",
+        default=[1.0],
+        metavar="B",
+        help="fractions of the latents to keep, such as 1 0.5 1/4 (default: 1)",
+    )
+    add("--steps", type=whole_number(1), default=40, metavar="N", help="steps (default: 40)")
+    add("--guidance", type=one_of(GUIDANCES, "guidance"), default="none", metavar="NAME",
+        help=f"{', '.join(GUIDANCES)} (default: none)")  # fmt: skip
+    add("--scale", type=number, metavar="S", help=f"of guidance (default: {DEFAULT_SCALE:g})")
+    add("--guide-budget", type=budget, metavar="B",
+        help="the guide's budget, for ag and ccfg (default: the lowest trained)")  # fmt: skip
+    add("--interval", type=number, nargs=2, metavar=("LOW", "HIGH"),
+        help="noise levels in which guidance acts (default: 0 1)")  # fmt: skip
+    add("--sampler", type=one_of(SAMPLERS, "sampler"), metavar="NAME",
+        help=f"{', '.join(SAMPLERS)} (default: the one saved in RUN)")  # fmt: skip
+    add("--seed", type=whole_number(0), default=0, metavar="N",
+        help="of the first image (default: 0)")  # fmt: skip
+    add("--size", type=whole_number(1), nargs=2, metavar=("H", "W"),
+        help="pixels (default: what the model was made for)")  # fmt: skip
+    add("--batch-size", type=whole_number(1), default=32, metavar="N",
+        help="images drawn at a time (default: 32)")  # fmt: skip
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (default: auto)")
+    add("--dtype", type=one_of(("fp32", "bf16"), "dtype"), default="fp32", metavar="NAME",
+        help="fp32 or bf16 (default: fp32)")  # fmt: skip
+    add("--out", metavar="DIR", help="folder of the images (default: a new one in RUN)")
+    add_json_flag(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw, write and tell."""
+    guidance = make_guidance(args)
+    pipeline = load_pipeline(args)
+    model = pipeline.transformer
+    labels = args.labels or list(range(min(MAX_DEFAULT_LABELS, model.config.num_classes)))
+    # Two budgets may round to one number of latents: it is drawn once.
+    kept = list(dict.fromkeys(model.resolve_budget(b) for b in args.budget))
+    settings = {
+        "run": args.run,
+        "labels": labels,
+        **{key: getattr(args, key) for key in ("count", "steps", "guidance", "scale")},
+        **{key: getattr(args, key) for key in ("guide_budget", "interval", "sampler")},
+        **{key: getattr(args, key) for key in ("seed", "size", "dtype")},
+        "budget": [model.budget_of(n) for n in kept],
+    }
+    folder = choose_folder(args, settings)
+    rows = list(draw_rows(pipeline, args, labels * args.count, kept, guidance, folder))
+    sheet = folder / "samples.png"
+    _save_sheet(sheet, [row.pop("images") for row in rows], rows, labels)
+    report = {"out": str(folder), "sheet": str(sheet), "settings": settings, "rows": rows}
+    (folder / "samples.json").write_text(json.dumps(report, indent=2) + "\n")
+    if args.json:
+        print_json(report)
+    else:
+        _print_rows(rows)
+        print(f"\n{sheet}")
+    return 0
+
+
+def make_guidance(args: argparse.Namespace) -> "Guidance | None":
+    """Guidance of the flags; a flag without effect is an error."""
+    if args.guidance == "none":
+        for flag in ("scale", "guide_budget", "interval"):
+            if getattr(args, flag) is not None:
+                name = flag.replace("_", "-")
+                raise ValueError(f"--{name} has no effect without guidance; add --guidance ccfg")
+        return None
+    if args.guidance == "cfg" and args.guide_budget is not None:
+        raise ValueError(
+            "--guide-budget has no effect with --guidance cfg, whose guide has the same budget as "
+            "the sample; use --guidance ccfg"
+        )
+    from elit.flow.guidance import CFG, AutoGuidance, CheapCFG
+
+    scale = DEFAULT_SCALE if args.scale is None else args.scale
+    interval = (0.0, 1.0) if args.interval is None else tuple(args.interval)
+    if args.guidance == "cfg":
+        return CFG(scale, interval)
+    low_budget = AutoGuidance if args.guidance == "ag" else CheapCFG
+    return low_budget(scale, args.guide_budget or "lowest", interval)
+
+
+def load_pipeline(args: argparse.Namespace) -> "ElitPipeline":
+    """The pipeline on its device, with the sampler asked for."""
+    import torch
+
+    from elit.flow.schedulers import make_scheduler
+    from elit.pipelines.elit_pipeline import ElitPipeline
+    from elit.training.distributed import pick_device
+
+    device = pick_device(args.device)
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    with quiet_diffusers():
+        pipeline = ElitPipeline.from_pretrained(args.run, dtype=dtype)
+        pipeline.to(device)
+    if args.sampler is not None:
+        pipeline.scheduler = make_scheduler(args.sampler)
+    return pipeline
+
+
+def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
+    """Where the images go: never over those of other settings."""
+    if args.out is not None:
+        folder = output_folder(args.out, "--out")
+        if _holds_others(folder, settings):
+            raise ValueError(
+                f"{folder} holds samples of other settings; choose another folder with --out, "
+                f"or remove it"
+            )
+        return folder
+    run = Path(args.run)
+    home = run if run.is_dir() else Path("runs") / run.name  # of a pipeline from the hub
+    number = 1
+    while _holds_others(home / "sampled" / str(number), settings):
+        number += 1
+    return output_folder(home / "sampled" / str(number), "--out")
+
+
+def _holds_others(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a folder holds samples, and not of these settings."""
+    try:
+        earlier = json.loads((folder / "samples.json").read_text())["settings"]
+    except FileNotFoundError:
+        return (folder / "samples.png").exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+    return earlier != settings
+
+
+def draw_rows(
+    pipeline: "ElitPipeline",
+    args: argparse.Namespace,
+    labels: Sequence[int],
+    kept: Sequence[int | None],
+    guidance: "Guidance | None",
+    folder: Path,
+) -> Iterator[dict[str, Any]]:
+    """For each number of latents draw and write all images; yields a row of the table."""
+    from elit.evaluation.flops import forward_flops
+    from elit.viz.sheet import format_budget, save_image
+
+    model, pixels = pipeline.transformer, args.size or (None, None)
+    size = [side // pipeline.vae_scale for side in args.size] if args.size else None
+    pipeline.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"guidance": guidance, "height": pixels[0], "width": pixels[1]}
+    # The first call of a process is slow, so it isn't timed; and it checks all labels and the size.
+    extremes = [min(labels), max(labels)]
+    pipeline(extremes, model.budget_of(kept[0]), num_inference_steps=1, **options)
+    gflops = [forward_flops(model, n, size) / 1e9 for n in kept]
+    for n, cost in zip(kept, gflops, strict=True):
+        ran = model.budget_of(n)
+        pipeline.set_progress_bar_config(
+            desc=f"budget {format_budget(ran)}", disable=not sys.stderr.isatty(), leave=False
+        )
+        started, images = time.perf_counter(), []
+        for first in range(0, len(labels), args.batch_size):
+            batch = range(first, min(first + args.batch_size, len(labels)))
+            images += pipeline(
+                [labels[i] for i in batch],
+                budget=ran,
+                num_inference_steps=args.steps,
+                generator=_generators([args.seed + i for i in batch]),
+                return_dict=False,
+                **options,
+            )[0]
+        seconds = time.perf_counter() - started
+        files = []
+        for i, image in enumerate(images):
+            name = f"label-{labels[i]}-seed-{args.seed + i}.png"
+            files.append(str(folder / f"budget-{ran:g}" / name))
+            save_image(image, Path(files[-1]))
+        yield {
+            "budget": ran,
+            "num_latents": n,
+            "gflops": cost,
+            "ms_per_image": 1000 * seconds / len(images),
+            "files": files,
+            "images": images,
+        }
+
+
+def _generators(seeds: Sequence[int]) -> list[Any]:
+    import torch
+
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _save_sheet(
+    path: Path,
+    images: Sequence[Sequence["Image.Image"]],
+    rows: Sequence[dict[str, Any]],
+    labels: Sequence[int],
+) -> None:
+    """One row for each budget and column for each label; further images per label go below."""
+    from elit.viz.sheet import contact_sheet, format_budget, save_image
+
+    width = len(labels)
+    captions, lines = [], []
+    for first in range(0, len(images[0]), width):
+        for row, drawn in zip(rows, images, strict=True):
+            captions.append(format_budget(row["budget"]))
+            lines.append(drawn[first : first + width])
+    save_image(contact_sheet(lines, captions, list(map(str, labels))), path)
+
+
+def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    from elit.viz.sheet import format_budget
+
+    unit, flops = flops_column([row["gflops"] for row in rows])
+    header = ("budget", "latents per group", f"{unit} per forward", "ms per image")
+    table = [
+        (
+            format_budget(row["budget"]),
+            "-" if row["num_latents"] is None else row["num_latents"],
+            cost,
+            f"{row['ms_per_image']:.1f}",
+        )
+        for row, cost in zip(rows, flops, strict=True)
+    ]
+    print(format_table(header, table))

@@ -1,0 +1,152 @@
+"""`elit train`: a config from a file and the command line, then the training loop."""
+
+import argparse
+import os
+import shlex
+from typing import Any, get_type_hints
+
+from elit._choices import check_choice
+from elit.cli.common import Parser, add_json_flag, output_folder, print_json
+from elit.cli.config import (
+    built_in_configs,
+    config_fields,
+    describe_type,
+    fits_type,
+    load_config,
+)
+from elit.training.config import LatentsConfig, TrainConfig
+
+_EPILOG = """\
+Defaults < CONFIG < command line. Keys of data.options and model.overrides are given as
+--data.options.count 500, --model.overrides.hidden_size 96; lists as --sample.budgets "[1, 0.25]".
+The same command again goes on with a run that was stopped."""
+
+
+def add_arguments(parser: Parser) -> None:
+    """Flags of `elit train`: its own, and one for each key of the config."""
+    parser.usage = "elit train [CONFIG] [--dry-run] [--json] [--key.sub VALUE ...]"
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="?",
+        help=f"YAML file, or one of the built-in {', '.join(built_in_configs())}",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the config, print it in full, and stop"
+    )
+    add_json_flag(parser)
+    groups: dict[str, Any] = {"": parser.add_argument_group("the run")}
+    for field in config_fields():
+        section = field.key.rpartition(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(f"{section}.*")
+        about = f"{field.about} ({describe_type(field.hint)}; default: {field.default})"
+        groups[section].add_argument(
+            f"--{field.key}",
+            dest=field.key,
+            metavar="VALUE",
+            default=argparse.SUPPRESS,
+            help=about.replace("%", "%%"),
+        )
+        if field.is_mapping:
+            parser.open_flags += (f"--{field.key}.",)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, or with --dry-run only check and print the config."""
+    own = ("config", "dry_run", "json")
+    overrides = {key: value for key, value in vars(args).items() if key not in own}
+    config = load_config(args.config, overrides)
+    check_config(config)
+    if args.dry_run:
+        _print_config(config, args.json)
+        return 0
+    return _train(config, args.json)
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise a ValueError for what would stop the run, before anything is made or written."""
+    import torch
+
+    from elit.data import load_dataset
+    from elit.evaluation.flops import forward_flops
+    from elit.flow.objective import SigmaDensity
+    from elit.interface.budget import TailDropping
+    from elit.training.distributed import pick_device
+    from elit.training.randomness import StepBatches
+    from elit.training.run import build_model
+    from elit.training.validation import latents_to_show
+
+    output_folder(config.output_dir, "--output_dir")
+    pick_device(config.train.device)
+    objective, latents, data = config.objective, config.latents, config.data
+    SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
+    dataset = load_dataset(data.name, "train", **data.options)
+    _check_overrides(config.model.overrides)
+    with torch.device("meta"):
+        model = build_model(config, dataset).requires_grad_(False)
+    forward_flops(model)  # runs it: do the groups divide the grid?
+    latents_to_show(model, config.sample.budgets)
+    if not model.is_elastic:
+        if latents != LatentsConfig():
+            raise ValueError(
+                f"latents.* have no effect on the plain model {config.model.preset!r}; "
+                f"leave them out, or use an elit- preset"
+            )
+    else:
+        low = model.min_latents if latents.min is None else latents.min
+        TailDropping(low, latents.max or model.max_latents, model.max_latents, latents.order)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    chunks = processes * config.train.accumulation
+    StepBatches(len(dataset), data.batch_size, range(chunks), chunks, range(1), config.seed)
+
+
+def _check_overrides(overrides: dict[str, Any]) -> None:
+    """Raise a ValueError for what the model doesn't take."""
+    from elit.models.dit import DiT
+
+    hints = get_type_hints(DiT.__init__)
+    names = [name for name in hints if name != "return"]
+    for name, value in overrides.items():
+        check_choice(name, names, "key", " of model.overrides")
+        if not fits_type(value, hints[name]):
+            wanted = describe_type(hints[name])
+            raise ValueError(f"model.overrides.{name} is {value!r}; give {wanted}")
+
+
+def _print_config(config: TrainConfig, as_json: bool) -> None:
+    import yaml
+
+    if as_json:
+        print_json(config.to_dict())
+    else:
+        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
+
+
+def _train(config: TrainConfig, as_json: bool) -> int:
+    from elit.training.loop import train
+
+    result = train(config)
+    budgets = " --budget 1 0.25" if config.model.preset.lower().startswith("elit-") else ""
+    sample = f"elit sample {shlex.quote(str(result.folder))}{budgets}"
+    code = 0 if result.finished else 130
+    if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process talks
+        return code
+    if as_json:
+        print_json(
+            {
+                "output_dir": str(result.folder),
+                "step": result.step,
+                "finished": result.finished,
+                "seconds": result.seconds,
+                "sample": sample,
+            }
+        )
+        return code
+    done = f"step {result.step} of {config.train.steps}"
+    if result.finished:
+        print(f"trained to {done} in {result.seconds:.0f} s: {result.folder}\nsample:  {sample}")
+    else:
+        print(f"stopped and saved at {done}: {result.folder}\nthe same command again goes on")
+    return code

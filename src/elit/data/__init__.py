@@ -1,0 +1,116 @@
+"""Image data sets that need no download; importing this package loads neither torch nor sklearn."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from elit._choices import check_choice
+
+if TYPE_CHECKING:
+    import torch
+    from torch.utils.data import Dataset
+
+    from elit.data.digits import Digits
+    from elit.data.shapes import Shapes
+
+    _TorchDataset = Dataset[dict[str, torch.Tensor]]
+else:
+    # torch knows a map-style data set by its methods; without the base this import stays quick.
+    _TorchDataset = object
+
+__all__ = ["DATASETS", "SPLITS", "Digits", "ImageDataset", "Shapes", "load_dataset"]
+
+SPLITS = ("train", "validation")
+
+# name: (module, class). A new data set is one line here and one file.
+DATASETS = {
+    "digits": ("elit.data.digits", "Digits"),
+    "shapes": ("elit.data.shapes", "Shapes"),
+}
+
+
+class ImageDataset(_TorchDataset):
+    """Labelled images in [-1, 1], all of one shape, addressed by index.
+
+    A subclass sets the attributes and implements `batch` and `__len__`; an item is
+    `dict(images=float32 (C, H, W), class_labels=int64 ())`.
+    """
+
+    split: str
+    image_shape: tuple[int, int, int]  # (C, H, W)
+    class_names: tuple[str, ...]
+    labels: torch.Tensor  # (N,) int64, without making the images
+    aligned: bool = False  # every object stands in the same place at the same size
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def batch(self, indices: Iterable[int]) -> dict[str, torch.Tensor]:
+        """Return `images` (B, C, H, W) and `class_labels` (B,) of these indices."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """Return several items at once; torch's DataLoader fetches its batches with this."""
+        batch = self.batch(indices)
+        pairs = zip(batch["images"], batch["class_labels"], strict=True)
+        return [{"images": image, "class_labels": label} for image, label in pairs]
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.image_shape))
+        return (
+            f"{type(self).__name__}(split={self.split!r}): "
+            f"{len(self)} images {shape}, {self.num_classes} classes"
+        )
+
+    def _positions(self, indices: Iterable[int]) -> list[int]:
+        """Check indices and count negative ones from the end, as a list does."""
+        size = len(self)
+        positions = [operator.index(index) for index in indices]
+        for position in positions:
+            if not -size <= position < size:
+                raise IndexError(
+                    f"index {position} is outside {type(self).__name__} ({self.split}) "
+                    f"of {size} images; use 0 to {size - 1}"
+                )
+        return [position % size for position in positions]
+
+
+def load_dataset(name: str, split: str = "train", **options: Any) -> ImageDataset:
+    """Build a data set of the table by name; `options` go to its class (see `dataset_options`)."""
+    for option in options:
+        check_choice(option, dataset_options(name), "option", f" of data set {name!r}")
+    return _dataset_class(name)(split, **options)
+
+
+def dataset_options(name: str) -> tuple[str, ...]:
+    """Return the names of the options that `load_dataset` takes for this data set."""
+    parameters = inspect.signature(_dataset_class(name)).parameters
+    return tuple(parameter for parameter in parameters if parameter != "split")
+
+
+def _dataset_class(name: str) -> type[Any]:
+    check_choice(name, DATASETS, "data set")
+    module, class_name = DATASETS[name]
+    return getattr(importlib.import_module(module), class_name)
+
+
+def __getattr__(attribute: str) -> Any:
+    """Import the data set classes when they are first asked for."""
+    for module, class_name in DATASETS.values():
+        if attribute == class_name:
+            return getattr(importlib.import_module(module), class_name)
+    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")

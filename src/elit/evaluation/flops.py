@@ -1,0 +1,148 @@
+"""Floating-point operations of a model, counted by running it without memory.
+
+A multiply-add counts as 2, attention included; element-wise work is not counted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from elit.models.elastic import ElasticMixin
+
+# Paper: batch of a training step; forward and backward together cost three forwards.
+TRAIN_BATCH = 256
+TRAIN_BATCH_MULTI_BUDGET = 384
+
+
+@dataclass(frozen=True)
+class FlopsRow:
+    """Cost of one forward of one sample at one budget; num_latents is None for a plain model."""
+
+    budget: float
+    num_latents: int | None
+    gflops: float
+
+
+@dataclass(frozen=True)
+class FlopsReport:
+    """Cost of a model.
+
+    Attributes:
+        model: its name.
+        resolution: side of the input, in the units that the name implies (pixels).
+        parameters: number of parameters.
+        train_tflops: one training step at full budget, batch 256.
+        train_tflops_multi_budget: one step with tail dropping, batch 384, averaged over 1 to
+            all latents per group, as the paper counts it; None for a plain model.
+        rows: forward costs.
+    """
+
+    model: str
+    resolution: int
+    parameters: int
+    train_tflops: float
+    train_tflops_multi_budget: float | None
+    rows: list[FlopsRow]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        return asdict(self)
+
+
+def on_meta(model_class: type, config: dict[str, Any]) -> Any:
+    """Model of a config on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        model = model_class(**config)
+    return model.requires_grad_(False)  # the counter cannot expand views that want gradients
+
+
+def forward_flops(
+    model: ElasticMixin, num_latents: int | None = None, sample_size: Sequence[int] | None = None
+) -> int:
+    """Count one forward of one sample.
+
+    Args:
+        model: on any device; only its shapes are used, and it is not changed.
+        num_latents: latents per group; None is the full budget.
+        sample_size: size of the input, (t,) h, w; by default what the model was made for.
+    """
+    if next(model.parameters()).device.type != "meta":
+        model = on_meta(type(model), dict(model.config))
+    kwargs = {} if num_latents is None else {"num_latents": num_latents}
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        size = model.sample_size if sample_size is None else sample_size
+        sample = torch.empty(1, model.in_channels, *size)
+        model(sample, torch.empty(1), torch.zeros(1, dtype=torch.long), **kwargs)
+    return counter.get_total_flops()
+
+
+class ElasticFlops:
+    """Cost of a forward as a function of the latents per group.
+
+    It is a polynomial of degree 2 (attention among latents is the square), so three counts give
+    all the others exactly.
+    """
+
+    def __init__(self, model: ElasticMixin, sample_size: Sequence[int] | None = None):
+        most = model.max_latents
+        self.counts = {
+            n: forward_flops(model, n, sample_size) for n in sorted({1, (1 + most) // 2, most})
+        }
+
+    def __call__(self, num_latents: int) -> int:
+        """Flops of a forward of one sample: Lagrange's polynomial, in exact arithmetic."""
+        total = Fraction(0)
+        for point, count in self.counts.items():
+            term = Fraction(count)
+            for other in self.counts.keys() - {point}:
+                term *= Fraction(num_latents - other, point - other)
+            total += term
+        return int(total)
+
+
+def flops_report(
+    model: ElasticMixin, name: str, resolution: int, budgets: Sequence[float] | None = None
+) -> FlopsReport:
+    """Count a model at several budgets.
+
+    Args:
+        model: best made by `on_meta`.
+        name: what to call it.
+        resolution: what to say of its input.
+        budgets: budgets of the rows, each shown as the one that really runs; by default halves
+            of 1 down to the fewest latents the model is meant for.
+    """
+    most = model.max_latents
+    if budgets is None:
+        budgets = default_budgets(model.min_latents, most) if model.is_elastic else [1]
+    kept = dict.fromkeys(model.resolve_budget(budget) for budget in budgets)
+    multi_budget = None
+    if not model.is_elastic:
+        full = forward_flops(model)
+        rows = [FlopsRow(1.0, None, full / 1e9)]
+    else:
+        flops = ElasticFlops(model)
+        full = flops(most)
+        rows = [FlopsRow(model.budget_of(n), n, flops(n or most) / 1e9) for n in kept]
+        mean = sum(flops(n) for n in range(1, most + 1)) / most
+        multi_budget = 3 * TRAIN_BATCH_MULTI_BUDGET * mean / 1e12
+    return FlopsReport(
+        model=name,
+        resolution=resolution,
+        parameters=sum(p.numel() for p in model.parameters()),
+        train_tflops=3 * TRAIN_BATCH * full / 1e12,
+        train_tflops_multi_budget=multi_budget,
+        rows=rows,
+    )
+
+
+def default_budgets(min_latents: int, max_latents: int) -> list[float]:
+    """1, 1/2, 1/4, ... down to `min_latents` of `max_latents`."""
+    budgets = [1.0]
+    while budgets[-1] / 2 * max_latents >= min_latents:
+        budgets.append(budgets[-1] / 2)
+    return budgets

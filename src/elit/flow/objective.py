@@ -1,0 +1,71 @@
+"""The training objective of rectified flow."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SigmaDensity:
+    """Density of the noise levels that training draws.
+
+    Attributes:
+        name: "logit_normal", sigmoid of a normal variable (paper), or "uniform".
+        mean: mean of the logit; above 0 leans towards noise.
+        std: standard deviation of the logit.
+    """
+
+    name: Literal["logit_normal", "uniform"] = "logit_normal"
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("logit_normal", "uniform"):
+            raise ValueError(f"density {self.name!r} is unknown; use 'logit_normal' or 'uniform'")
+        if self.std <= 0:
+            raise ValueError(f"std {self.std} of the logit is not positive; 1 is usual")
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw noise levels (count,) in [0, 1] on the generator's device."""
+        from diffusers.training_utils import compute_density_for_timestep_sampling
+
+        return compute_density_for_timestep_sampling(
+            self.name, count, self.mean, self.std, device=generator.device, generator=generator
+        )
+
+
+def expand_sigma(sigma: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ..., 1), as many axes as `like`."""
+    return sigma.view(-1, *(1,) * (like.ndim - 1))
+
+
+def interpolate(data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Point at noise level sigma (B,) on the straight line from data to noise (B, ...)."""
+    return torch.lerp(data, noise, expand_sigma(sigma, data))
+
+
+def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
+    """What the model learns: the line's derivative by sigma."""
+    return noise - data
+
+
+def flow_matching_loss(
+    velocity: Callable[[Tensor, Tensor], Tensor], data: Tensor, noise: Tensor, sigma: Tensor
+) -> Tensor:
+    """Squared error of the velocity, per sample.
+
+    Args:
+        velocity: maps noisy samples (B, ...) and sigma (B,) to velocities (B, ...).
+        data: (B, ...)
+        noise: (B, ...), standard normal.
+        sigma: (B,) in [0, 1].
+
+    Returns:
+        (B,) float32, means over everything but the batch.
+    """
+    predicted = velocity(interpolate(data, noise, sigma), sigma)
+    error = predicted.float() - velocity_target(data, noise).float()
+    return error.square().flatten(1).mean(1)

@@ -1,0 +1,167 @@
+"""Flow-matching schedulers by name, and the two that diffusers lacks.
+
+A scheduler's `timesteps` are 1000 sigma, as diffusers has them; `sigmas` has one entry more, the
+level that each step starts from and, last, 0.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import diffusers
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from elit._choices import check_choice
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def _grid(num_inference_steps: int, sigmas: "Sequence[float] | None", last: float = 0.0) -> Tensor:
+    """Noise levels from 1 to `last` in equal steps, or those given, and then 0."""
+    if sigmas is not None:
+        grid = torch.as_tensor(sigmas, dtype=torch.float32).cpu()
+    else:
+        check_steps(num_inference_steps)
+        grid = torch.linspace(1, last, num_inference_steps + (last == 0))
+    return grid if grid[-1] == 0 else torch.cat((grid, torch.zeros(1)))
+
+
+class FlowMatchUniformHeunScheduler(SchedulerMixin, ConfigMixin):
+    """Heun's second-order method on a uniform grid; the last step, to sigma 0, is an Euler step.
+
+    N steps call the model 2N - 1 times. diffusers' Heun takes no grid and ends at sigma 0.001.
+    """
+
+    order = 2
+
+    @register_to_config
+    def __init__(self, num_train_timesteps: int = 1000):
+        self.set_timesteps(num_train_timesteps)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        device: torch.device | str | None = None,
+        sigmas: "Sequence[float] | None" = None,
+    ) -> None:
+        """Begin a run of `num_inference_steps` steps, or along the levels `sigmas`."""
+        grid = _grid(num_inference_steps, sigmas)
+        # Each level but the first and the last is visited twice: predicted, then corrected.
+        self.sigmas = torch.cat((grid[:1], grid[1:-1].repeat_interleave(2), grid[-1:]))
+        self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
+        self._levels = self.sigmas.tolist()
+        self._index = 0
+        self._predictor: tuple[Tensor, Tensor, float] | None = None
+
+    def step(
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """An Euler step to the next level, or the correction of the one before."""
+        del timestep  # steps are counted
+        if self._predictor is None:
+            sigma, sigma_next = self._levels[self._index : self._index + 2]
+            result = sample + (sigma_next - sigma) * model_output
+            if sigma_next > 0:
+                self._predictor = (sample, model_output, sigma_next - sigma)
+        else:
+            start, velocity, length = self._predictor
+            result = start + length * (velocity + model_output) / 2
+            self._predictor = None
+        self._index += 1
+        return SchedulerOutput(prev_sample=result) if return_dict else (result,)
+
+
+class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
+    """Euler-Maruyama on the reverse SDE with diffusion 2 sigma.
+
+    The score of the straight path is -((1 - sigma) v + x) / sigma, so that the drift
+    v - sigma * score is (2 - sigma) v + x. The last step, from `last_sigma` to 0, adds no noise.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(self, num_train_timesteps: int = 1000, last_sigma: float = 0.04):
+        self.last_sigma = last_sigma
+        self.set_timesteps(num_train_timesteps)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        device: torch.device | str | None = None,
+        sigmas: "Sequence[float] | None" = None,
+    ) -> None:
+        """Begin a run of `num_inference_steps` steps, or along the levels `sigmas`."""
+        self.sigmas = _grid(num_inference_steps, sigmas, last=self.last_sigma)
+        self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
+        self._levels = self.sigmas.tolist()
+        self._index = 0
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """One step, with noise from the generators: one for each sample, or one for all."""
+        del timestep  # steps are counted
+        sigma, sigma_next = self._levels[self._index : self._index + 2]
+        drift = (2 - sigma) * model_output + sample
+        result = sample + (sigma_next - sigma) * drift
+        if sigma_next > 0:
+            noise = randn_tensor(sample.shape, generator, sample.device, sample.dtype)
+            result = result + math.sqrt(2 * sigma * (sigma - sigma_next)) * noise
+        self._index += 1
+        return SchedulerOutput(prev_sample=result) if return_dict else (result,)
+
+
+SAMPLERS = ("euler", "heun", "euler-maruyama", "unipc", "dpm-solver")
+
+
+def make_scheduler(sampler: str) -> SchedulerMixin:
+    """Scheduler of a sampler's name, one of SAMPLERS, on a flow without time shift."""
+    check_choice(sampler, SAMPLERS, "sampler")
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    match sampler:
+        case "euler":
+            return diffusers.FlowMatchEulerDiscreteScheduler()
+        case "heun":
+            return FlowMatchUniformHeunScheduler()
+        case "euler-maruyama":
+            return FlowMatchEulerMaruyamaScheduler()
+        case "unipc":
+            return diffusers.UniPCMultistepScheduler(**flow)
+    return diffusers.DPMSolverMultistepScheduler(**flow)
+
+
+def start_sampling(
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    device: torch.device | str,
+    sigmas: "Sequence[float] | None" = None,
+) -> list[float]:
+    """Set the steps of a run and give the noise level of each call of the model.
+
+    diffusers' Euler scheduler would end at sigma 0.001; here it gets the uniform grid, 1 to 0.
+    The levels are read from `sigmas`, not from `timesteps`, which some schedulers round.
+    """
+    check_steps(num_inference_steps)
+    if sigmas is None and isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        sigmas = torch.linspace(1, 0, num_inference_steps + 1)[:-1].tolist()
+    if sigmas is None:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    else:
+        scheduler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
+    return scheduler.sigmas.tolist()[: len(scheduler.timesteps)]
+
+
+def check_steps(num_inference_steps: int) -> None:
+    """Refuse a number of steps that is none."""
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps {num_inference_steps} is less than 1; 40 is usual")

@@ -1,0 +1,76 @@
+"""Budgets: what a person types, what a module takes, what training draws."""
+
+import numbers
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+def resolve_budget(budget: float, max_latents: int) -> int:
+    """Latents per group that a budget in (0, 1] keeps: the only rounding there is.
+
+    Args:
+        budget: fraction of the latents to keep.
+        max_latents: J, latents per group at full budget.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
+        raise ValueError(f"budget {budget!r} is not a number; give a fraction in (0, 1]")
+    if not 0 < budget <= 1:  # also refuses NaN
+        raise ValueError(
+            f"budget {budget} is outside (0, 1]: it is the fraction of the {max_latents} latents "
+            f"per group to keep; the cheapest is {1 / max_latents:g}, 1 keeps all"
+        )
+    return max(1, round(float(budget) * max_latents))
+
+
+def check_num_latents(num_latents: int, max_latents: int, name: str = "num_latents") -> int:
+    """`num_latents`, or the error that says what is allowed."""
+    if not 1 <= num_latents <= max_latents:
+        raise ValueError(
+            f"{name} {num_latents} is outside 1..{max_latents}, the latents per group; "
+            f"a fraction is turned into it by resolve_budget"
+        )
+    return num_latents
+
+
+@dataclass(frozen=True)
+class TailDropping:
+    """How many latents per group a training step keeps, and which.
+
+    Paper: j ~ Uniform{min_latents..max_latents} per step, the first j of every group. Equal
+    bounds train a single budget. `order="random"` keeps j random latents instead, the paper's
+    ablation (FID 27.0 against 26.6 at full budget).
+
+    Attributes:
+        min_latents: fewest latents kept.
+        max_latents: most latents kept; at most `total`.
+        total: J, latents per group of the model.
+        order: which latents are kept.
+    """
+
+    min_latents: int
+    max_latents: int
+    total: int
+    order: Literal["first", "random"] = "first"
+
+    def __post_init__(self) -> None:
+        if self.order not in ("first", "random"):
+            raise ValueError(f"order {self.order!r} is unknown; use 'first' or 'random'")
+        if not 1 <= self.min_latents <= self.max_latents <= self.total:
+            raise ValueError(
+                f"cannot keep {self.min_latents}..{self.max_latents} latents per group: "
+                f"the model has {self.total}; need 1 <= min_latents <= max_latents <= {self.total}"
+            )
+
+    def draw(self, generator: torch.Generator) -> int:
+        """Draw the number of latents per group."""
+        return int(
+            torch.randint(self.min_latents, self.max_latents + 1, (), generator=generator).item()
+        )
+
+    def choose(self, num_latents: int, generator: torch.Generator) -> torch.Tensor | None:
+        """Indices (num_latents,) of the latents to keep, or None for the first ones."""
+        if self.order == "first":
+            return None
+        return torch.randperm(self.total, generator=generator)[:num_latents].sort().values

@@ -1,0 +1,70 @@
+"""Read: the latents of every group gather what its spatial tokens know."""
+
+import torch
+from torch import Tensor, nn
+
+from elit.interface.budget import check_num_latents
+from elit.interface.grid import TokenGrid
+from elit.layers.attention import CrossAttention
+from elit.layers.block import MLP
+from elit.layers.modulation import AdaLNZero, gated_add, layer_norm, modulate
+
+
+class Read(nn.Module):
+    """Grouped cross-attention from spatial tokens into learned latents, then an MLP.
+
+    The learned latents are shared by all groups and samples: they are normalised and projected
+    to queries once. Dropped latents are never made.
+
+    Paper: attention and MLP modulated apart; here: one adaLN-Zero triple for the two, because
+    that is what the paper's count of parameters leaves room for (698 M for XL).
+    """
+
+    def __init__(self, dim: int, num_heads: int, max_latents: int):
+        super().__init__()
+        self.max_latents = max_latents
+        self.latents = nn.Parameter(torch.empty(max_latents, dim))
+        self.latent_index = nn.Parameter(torch.empty(max_latents, dim))  # tells them in the core
+        self.token_place = nn.Parameter(torch.empty(max_latents, dim))  # place within the group
+        self.modulation = AdaLNZero(dim, num_layers=1)
+        self.attention = CrossAttention(dim, num_heads)
+        self.mlp = MLP(dim, ratio=1)
+
+    def reset_parameters(self) -> None:
+        """Start the learned vectors small."""
+        for embedding in (self.latents, self.latent_index, self.token_place):
+            nn.init.normal_(embedding, std=0.02)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        condition: Tensor,
+        grid: TokenGrid,
+        num_latents: int,
+        latent_indices: Tensor | None = None,
+    ) -> Tensor:
+        """Read the tokens into `num_latents` latents per group.
+
+        Args:
+            tokens: (B, N, D), group by group.
+            condition: (B, D).
+            grid: the tokens' grid.
+            num_latents: n, latents kept per group: the first n.
+            latent_indices: (n,) latents to keep instead of the first ones.
+
+        Returns:
+            (B, G * n, D), group by group.
+        """
+        check_num_latents(num_latents, self.max_latents)
+        latents, index = self.latents[:num_latents], self.latent_index[:num_latents]
+        if latent_indices is not None:
+            latents, index = self.latents[latent_indices], self.latent_index[latent_indices]
+
+        ((shift, scale, gate),) = self.modulation(condition)
+        place = self.token_place.repeat(grid.num_groups, 1)  # (N, D)
+        context = modulate(tokens, shift, scale) + place
+        context = context.unflatten(1, (grid.num_groups, -1)).flatten(0, 1)  # (B*G, P, D)
+        update = self.attention(layer_norm(latents), context)  # (B*G, n, D)
+        update = update.view(tokens.shape[0], -1, tokens.shape[-1])  # (B, G*n, D)
+        latents = gated_add((latents + index).repeat(grid.num_groups, 1), gate, update)
+        return gated_add(latents, gate, self.mlp(modulate(latents, shift, scale)))

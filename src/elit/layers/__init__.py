@@ -1,0 +1,1 @@
+"""Ordinary transformer parts. Nothing here knows of latents, groups or budgets."""

@@ -1,0 +1,55 @@
+"""The transformer block of DiT: adaLN-Zero, self-attention with rotary positions, MLP."""
+
+from torch import Tensor, nn
+
+from elit.layers.attention import SelfAttention
+from elit.layers.initialisation import zero_
+from elit.layers.modulation import AdaLNZero, gated_add, modulate
+from elit.layers.positions import Rotary
+
+
+class MLP(nn.Sequential):
+    """Two linear layers with a tanh-approximated GELU between."""
+
+    def __init__(self, dim: int, ratio: float):
+        hidden = int(ratio * dim)
+        super().__init__(
+            nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim)
+        )
+
+
+class TransformerBlock(nn.Module):
+    """One block on a sequence of tokens, spatial ones or latents: it does not care which."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.modulation = AdaLNZero(dim, num_layers=2)
+        self.attention = SelfAttention(dim, num_heads)
+        self.mlp = MLP(dim, mlp_ratio)
+
+    def forward(self, hidden_states: Tensor, condition: Tensor, rotary: Rotary) -> Tensor:
+        """(B, N, D), (B, D) and the tokens' rotation -> (B, N, D)."""
+        x = hidden_states
+        attention, mlp = self.modulation(condition)
+        update = self.attention(modulate(x, attention.shift, attention.scale), rotary)
+        x = gated_add(x, attention.gate, update)
+        return gated_add(x, mlp.gate, self.mlp(modulate(x, mlp.shift, mlp.scale)))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a linear layer to patches: zero at initialisation."""
+
+    def __init__(self, dim: int, patch_dim: int):
+        super().__init__()
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.linear = nn.Linear(dim, patch_dim)
+
+    def reset_parameters(self) -> None:
+        """Predict zero."""
+        zero_(self.modulation)
+        zero_(self.linear)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(B, N, D), (B, D) -> (B, N, patch_dim)."""
+        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)  # (B, 1, D)
+        return self.linear(modulate(x, shift, scale))

@@ -1,0 +1,48 @@
+"""adaLN-Zero: a condition shifts and scales what enters a layer and gates what leaves it."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elit.layers.initialisation import zero_
+
+
+class Modulation(NamedTuple):
+    """Shift, scale and gate of one layer, (B, 1, D) each."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+class AdaLNZero(nn.Module):
+    """Modulations of `num_layers` layers from one condition, all zero at initialisation."""
+
+    def __init__(self, dim: int, num_layers: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, 3 * num_layers * dim)
+
+    def reset_parameters(self) -> None:
+        """Gate everything off."""
+        zero_(self.linear)
+
+    def forward(self, condition: Tensor) -> list[Modulation]:
+        chunks = self.linear(condition)[:, None].unflatten(-1, (-1, 3, condition.shape[-1]))
+        return [Modulation(*layer.unbind(2)) for layer in chunks.unbind(2)]  # (B, 1, D) each
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """Layer normalisation without parameters: the modulation has them."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Normalise x (B, N, D), then scale and shift it."""
+    return torch.addcmul(shift, layer_norm(x), 1 + scale)
+
+
+def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """x + gate * update, in one pass over memory."""
+    return torch.addcmul(x, gate, update)

@@ -1,0 +1,137 @@
+"""DiT and ELIT-DiT: one class is the plain diffusion transformer and the elastic one."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
+from torch import Tensor, nn
+
+from elit.interface import Read, Write
+from elit.layers.attention import head_dim
+from elit.layers.block import FinalLayer, TransformerBlock
+from elit.layers.embeddings import LabelEmbedding, TimestepEmbedding
+from elit.layers.initialisation import init_weights
+from elit.layers.positions import Rotary, rotary_embedding
+from elit.models.elastic import ElasticMixin
+
+
+class DiT(ElasticMixin, ModelMixin, ConfigMixin):
+    """Class-conditional diffusion transformer on images (h, w) or clips (t, h, w).
+
+    With `group` it is elastic (ELIT): `head` blocks on the spatial tokens, a Read into the
+    latents of every group, most blocks on those, a Write back, `tail` blocks on the tokens.
+    Without, it is the plain DiT of the same blocks. Both name the parameters that they share
+    alike. Sizes are in `presets.py`.
+
+    Args:
+        sample_size: input size, (t,) h, w, that the model was made for; it takes any other that
+            patches and groups divide. One number is a square image.
+        in_channels: channels of input and output.
+        patch_size: input elements per token along each axis.
+        hidden_size: D.
+        num_heads: attention heads.
+        depth: blocks in all.
+        num_classes: classes; a label of `num_classes` is the null label.
+        group: tokens of one group along each axis; None makes a plain DiT.
+        head: blocks before Read.
+        tail: blocks after Write.
+        min_latents: fewest latents per group that training keeps, and the default guide's number.
+        mlp_ratio: hidden width of the blocks' MLPs, over D.
+        rope_theta: base of the rotary wavelengths.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["TransformerBlock", "Read", "Write"]
+    _repeated_blocks = ["TransformerBlock"]
+    _skip_layerwise_casting_patterns = ["embed", "norm", "modulation", "project"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | Sequence[int],
+        in_channels: int,
+        patch_size: int | Sequence[int],
+        hidden_size: int,
+        num_heads: int,
+        depth: int,
+        num_classes: int,
+        group: int | Sequence[int] | None = None,
+        head: int = 0,
+        tail: int = 0,
+        min_latents: int = 1,
+        mlp_ratio: float = 4.0,
+        rope_theta: float = 10_000.0,
+    ):
+        super().__init__()
+        self.set_geometry(sample_size, in_channels, patch_size, group, min_latents)
+        self.set_split(depth, head, tail)
+        self.rotary_options = (head_dim(hidden_size, num_heads), rope_theta)
+
+        self.patch_embed = nn.Linear(self.patch_dim, hidden_size)
+        self.time_embed = TimestepEmbedding(hidden_size)
+        self.label_embed = LabelEmbedding(hidden_size, num_classes)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
+        )
+        if self.is_elastic:
+            self.read = Read(hidden_size, num_heads, self.max_latents)
+            self.write = Write(hidden_size, num_heads, self.max_latents)
+        self.project = FinalLayer(hidden_size, self.patch_dim)
+
+        self.gradient_checkpointing = False
+        self.apply(init_weights)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        encoder_hidden_states: None = None,
+        *,
+        num_latents: int | None = None,
+        latent_indices: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity, noise - data.
+
+        Args:
+            hidden_states: (B, C, *space), the noisy samples.
+            timestep: noise level sigma in [0, 1], (B,) or one number for all.
+            class_labels: (B,) labels; None is the null label.
+            encoder_hidden_states: of text-conditional models; a DiT takes none.
+            num_latents: latents kept per group, `model.resolve_budget(budget)`; None keeps all.
+            latent_indices: (num_latents,) latents to keep instead of the first ones, the same in
+                all groups (the paper's ablation of tail dropping).
+            return_dict: whether to wrap the velocity in a Transformer2DModelOutput.
+        """
+        if encoder_hidden_states is not None:
+            raise ValueError("a DiT takes class_labels, not encoder_hidden_states; leave it None")
+        num_latents = self.check_num_latents(num_latents, latent_indices)
+        head, core, tail = self.split_blocks(self.blocks)
+        grid = self.token_grid(hidden_states)
+
+        tokens = self.patch_embed(grid.patchify(hidden_states, self.patch_size))  # (B, N, D)
+        condition = self.embed_condition(timestep, class_labels, hidden_states)  # (B, D)
+        rotary = self.rotary(grid.token_places(tokens.device))
+        tokens = self.run(head, tokens, condition, rotary)  # (B, N, D)
+        if self.is_elastic:
+            core_rotary = self.rotary(grid.latent_places(num_latents, tokens.device))
+            latents = self.read(tokens, condition, grid, num_latents, latent_indices)
+            latents = self.run(core, latents, condition, core_rotary)  # (B, G*n, D)
+            tokens = self.write(tokens, latents, condition, grid)  # (B, N, D)
+        tokens = self.run(tail, tokens, condition, rotary)  # (B, N, D)
+        velocity = grid.unpatchify(self.project(tokens, condition), self.patch_size)
+
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def embed_condition(self, timestep: Tensor, labels: Tensor | None, like: Tensor) -> Tensor:
+        """Condition (B, D) of all modulations, its nonlinearity applied once for all layers."""
+        timestep = torch.as_tensor(timestep, device=like.device).expand(like.shape[0])
+        return F.silu(self.time_embed(timestep) + self.label_embed(labels))
+
+    def rotary(self, places: Tensor) -> Rotary:
+        """Rotations of tokens or latents at these places."""
+        return rotary_embedding(places, *self.rotary_options)

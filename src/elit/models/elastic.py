@@ -1,0 +1,172 @@
+"""What every elastic model is asked: its grid, its split, its budgets, its checkpointing."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from elit.interface.budget import check_num_latents, resolve_budget
+from elit.interface.grid import TokenGrid, format_size
+from elit.layers.positions import Rotary
+
+
+def per_axis(value: int | Sequence[int], num_axes: int, name: str) -> tuple[int, ...]:
+    """One number for all axes, or one for each, as a tuple of `num_axes` positive integers."""
+    values = (value,) * num_axes if isinstance(value, int) else tuple(value)
+    if len(values) != num_axes or any(v < 1 for v in values):
+        raise ValueError(
+            f"{name}={value!r} does not fit inputs of {num_axes} axes; "
+            f"give one positive integer, or {num_axes} of them"
+        )
+    return values
+
+
+class ElasticMixin(ModelMixin):
+    """Geometry, split and budgets of a transformer that may have a latent interface.
+
+    Attributes:
+        sample_size: (t,) h, w of the input the model was made for.
+        patch_size: input elements per token along each axis.
+        group: tokens of one group along each axis, None in a plain model.
+        max_latents: J, latents per group at full budget, 0 in a plain model.
+        min_latents: fewest latents per group that training keeps, 0 in a plain model.
+        split: blocks of head, core and tail.
+    """
+
+    gradient_checkpointing: bool
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as any diffusers model, but refuse weights that are not this model's.
+
+        diffusers only warns of them and leaves what is missing random.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[kind]:
+                names = ", ".join(sorted(map(str, info[kind]))[:3])
+                raise ValueError(
+                    f"{args[0] if args else 'the checkpoint'} does not hold the weights of this "
+                    f"{cls.__name__}: {len(info[kind])} {kind.replace('_', ' ')} ({names}, ...); "
+                    f"load it with the class and the config it was saved with"
+                )
+        return (model, info) if wants_info else model
+
+    def set_geometry(
+        self,
+        sample_size: int | Sequence[int],
+        in_channels: int,
+        patch_size: int | Sequence[int],
+        group: int | Sequence[int] | None,
+        min_latents: int,
+    ) -> None:
+        """Take the sizes from a config, where a single number stands for all axes."""
+        num_axes = 2 if isinstance(sample_size, int) else len(sample_size)
+        if num_axes not in (2, 3):
+            raise ValueError(
+                f"sample_size={sample_size!r} has {num_axes} axes; give (h, w) or (t, h, w)"
+            )
+        self.sample_size = per_axis(sample_size, num_axes, "sample_size")
+        self.in_channels = in_channels
+        self.patch_size = per_axis(patch_size, num_axes, "patch_size")
+        self.patch_dim = in_channels * math.prod(self.patch_size)
+        self.group = None if group is None else per_axis(group, num_axes, "group")
+        self.max_latents = self.min_latents = 0
+        if self.group is not None:
+            self.max_latents = math.prod(self.group)
+            self.min_latents = check_num_latents(min_latents, self.max_latents, "min_latents")
+
+    def set_split(self, depth: int, head: int, tail: int) -> None:
+        """Take the numbers of blocks from a config."""
+        if self.is_elastic and (head < 0 or tail < 0 or head + tail >= depth):
+            raise ValueError(
+                f"a head of {head} and a tail of {tail} blocks leave no core of {depth}; "
+                f"choose head + tail < depth"
+            )
+        if not self.is_elastic and (head or tail):
+            raise ValueError(
+                f"head={head} and tail={tail} mean nothing without groups; "
+                f"give group=(4, 4) for an elastic model, or leave head and tail at 0"
+            )
+        self.split = (head, depth - head - tail, tail) if self.is_elastic else (depth, 0, 0)
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the model has a latent interface."""
+        return self.group is not None
+
+    def resolve_budget(self, budget: float) -> int | None:
+        """`num_latents` of a budget in (0, 1]; None, "all there is", for a plain model at 1."""
+        if self.is_elastic:
+            return resolve_budget(budget, self.max_latents)
+        if budget == 1:
+            return None
+        raise ValueError(
+            f"budget {budget} asked of a model that is not elastic; "
+            f"leave the budget at 1, or use a model with groups (elit-...)"
+        )
+
+    def budget_of(self, num_latents: int | None) -> float:
+        """Budget that `num_latents` really are; 1 for a plain model."""
+        if not self.is_elastic or num_latents is None:
+            return 1.0
+        return check_num_latents(num_latents, self.max_latents) / self.max_latents
+
+    def check_num_latents(self, num_latents: int | None, indices: Tensor | None) -> int:
+        """`num_latents`, or the number of all latents, or an error. 0 in a plain model."""
+        if not self.is_elastic:
+            if num_latents is not None or indices is not None:
+                raise ValueError(
+                    f"num_latents {num_latents} asked of a model that is not elastic; "
+                    f"leave it out, or use a model with groups (elit-...)"
+                )
+            return 0
+        if num_latents is None:
+            num_latents = self.max_latents
+        if indices is not None and indices.shape != (num_latents,):
+            raise ValueError(
+                f"latent_indices of shape {tuple(indices.shape)} do not name num_latents = "
+                f"{num_latents} latents; pass num_latents=len(latent_indices)"
+            )
+        return check_num_latents(num_latents, self.max_latents)
+
+    def token_grid(self, x: Tensor) -> TokenGrid:
+        """Token grid of an input (B, C, *space), checked against channels, patch and groups."""
+        num_axes = len(self.patch_size)
+        axes = "(batch, channels, height, width)"
+        axes = axes if num_axes == 2 else axes.replace("height", "frames, height")
+        if x.ndim != num_axes + 2 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"input of shape {tuple(x.shape)} does not fit; "
+                f"this model takes {axes} with {self.in_channels} channels"
+            )
+        space = tuple(x.shape[2:])
+        if any(n % p for n, p in zip(space, self.patch_size, strict=True)):
+            nearest = [math.ceil(n / p) * p for n, p in zip(space, self.patch_size, strict=True)]
+            raise ValueError(
+                f"input of size {format_size(space)} cannot be cut into patches of "
+                f"{format_size(self.patch_size)}; resize or pad it to {format_size(nearest)}"
+            )
+        size = tuple(n // p for n, p in zip(space, self.patch_size, strict=True))
+        return TokenGrid(size, self.group or size)  # a plain model's tokens are one group
+
+    def split_blocks(self, blocks: Iterable[nn.Module]) -> tuple[list[nn.Module], ...]:
+        """Head, core and tail of the blocks."""
+        head, core, _ = self.split
+        blocks = list(blocks)
+        return blocks[:head], blocks[head : head + core], blocks[head + core :]
+
+    def run(
+        self, blocks: Iterable[nn.Module], x: Tensor, condition: Tensor, rotary: Rotary
+    ) -> Tensor:
+        """Run blocks one after the other, checkpointed where that is switched on."""
+        for block in blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, condition, rotary)
+            else:
+                x = block(x, condition, rotary)
+        return x

@@ -1,0 +1,1 @@
+"""Pipelines in the manner of diffusers: load, call, save."""

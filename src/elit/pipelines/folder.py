@@ -1,0 +1,124 @@
+"""What is wrong with a pipeline's folder, said before diffusers loads it.
+
+diffusers warns of weights that don't fit and leaves the rest random, and loads a pipeline of any
+class; here each is an error that says what to do.
+"""
+
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+_ADVICE = "give the output_dir of `elit train`, or a folder that save_pretrained wrote"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def check_pipeline_source(name: str, pipeline_class: type, given: Collection[str]) -> None:
+    """Raise a ValueError unless `name` is a sound pipeline folder, or may be a name on the hub.
+
+    Args:
+        name: folder or hub name.
+        pipeline_class: class that is to be loaded.
+        given: components that the caller brings along, which the folder need not hold.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        _check_folder(folder, pipeline_class, given)
+    elif folder.exists():
+        raise ValueError(f"{name} is a file, not a pipeline's folder; {_ADVICE}")
+    # A hub name looks like `user/model`; where there is a folder `user`, a path was meant.
+    elif not _HUB_NAME.fullmatch(name) or folder.parent.is_dir():
+        raise ValueError(f"there is no folder {name}; {_ADVICE}")
+
+
+def loading_error(name: str, error: Exception) -> ValueError:
+    """The error to raise where diffusers could not load `name`."""
+    reason = re.split(r"(?<=[a-z)\]'])[.] | \(Cannot find ", " ".join(str(error).split()))[0]
+    if not Path(name).is_dir():
+        return ValueError(
+            f"{name} is neither a folder nor can it be fetched from the Hugging Face hub "
+            f"({reason[:300]}); check its spelling and the network"
+        )
+    return ValueError(f"{name} cannot be loaded: {reason[:300].rstrip('. ')}; {_ADVICE}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, or a ValueError that says why there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}; {_ADVICE}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}), perhaps cut off; {_ADVICE}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {content!r:.60} instead of a JSON object; {_ADVICE}")
+    return content
+
+
+def check_model_config(path: Path, config: dict[str, Any], model_class: type) -> None:
+    """Raise a ValueError if a model's config has settings that its class doesn't know."""
+    known = inspect.signature(model_class).parameters
+    unknown = [key for key in config if key not in known and not key.startswith("_")]
+    if unknown:
+        raise ValueError(
+            f"{path} has settings that this version's {model_class.__name__} does not know: "
+            f"{', '.join(unknown)}; use the version of elit that wrote it, or a newer one"
+        )
+
+
+def model_class_of(path: Path, library: Any, class_name: Any) -> type:
+    """Class of a model of ours that a config file names."""
+    if isinstance(library, str) and library.startswith("elit.models."):
+        try:
+            return getattr(importlib.import_module(library), str(class_name))
+        except (ImportError, AttributeError):
+            pass
+    raise ValueError(
+        f"{path} names the transformer {library}.{class_name}, which is none of elit's; {_ADVICE}"
+    )
+
+
+def _check_folder(folder: Path, pipeline_class: type, given: Collection[str]) -> None:
+    index_file = folder / "model_index.json"
+    if not index_file.exists():
+        what = "holds a single model, not" if (folder / "config.json").exists() else "is not"
+        raise ValueError(f"{folder} {what} a pipeline: it has no model_index.json; {_ADVICE}")
+    index = read_config(index_file)
+    found, wanted = index.get("_class_name"), [c.__name__ for c in pipeline_class.__mro__]
+    if found not in wanted:
+        raise ValueError(f"{folder} holds a pipeline {found}, not {wanted[0]}; {_ADVICE}")
+    for name in ("transformer", "scheduler", "vae"):
+        if name in given or (name == "vae" and index.get(name) in (None, [None, None])):
+            continue
+        _check_component(folder, name, index.get(name))
+
+
+def _check_component(folder: Path, name: str, entry: Any) -> None:
+    index_file = folder / "model_index.json"
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
+        raise ValueError(f"{index_file} names no {name}, but {entry!r}; {_ADVICE}")
+    library, class_name = entry
+    file = "scheduler_config.json" if name == "scheduler" else "config.json"
+    config_file = folder / name / file
+    config = read_config(config_file)
+    if config.get("_class_name") != class_name:
+        raise ValueError(
+            f"{config_file} is of a {config.get('_class_name')}, but {index_file} names a "
+            f"{class_name}; {_ADVICE}"
+        )
+    if name == "transformer":
+        check_model_config(config_file, config, model_class_of(index_file, library, class_name))
+    for weights in sorted((folder / name).glob("*.safetensors")):
+        try:
+            with safe_open(weights, framework="pt"):
+                pass  # reads the header and compares the file's length with it
+        except SafetensorError as error:
+            raise ValueError(
+                f"{weights} is damaged ({error}): cut off by a full disk or an unfinished copy? "
+                f"Copy it again, or resume the training run, which writes it anew"
+            ) from error

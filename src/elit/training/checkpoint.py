@@ -1,0 +1,145 @@
+"""Checkpoints of a run: written aside, then renamed, so that none is ever half there.
+
+checkpoints/step-00001000/
+model.safetensors      online weights
+ema.safetensors        their moving average
+optimizer.safetensors  AdamW's moments
+state.json             step and what else the loop must know
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+_NAME = re.compile(r"step-(\d{8,})")
+_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """Give a new folder to write into, and rename it to `target` when all went well."""
+    aside = target.with_name(f".{target.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        aside.rename(target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_folder_files(target: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a folder aside, then move its files over those of `target` one by one.
+
+    For a folder that readers may have open: each file is at any moment the old or the new one.
+    """
+    aside = target / ".export.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        write(aside)
+        for file in sorted(aside.rglob("*")):
+            if file.is_file():
+                _sync(file)
+                place = target / file.relative_to(aside)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, place)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, in order."""
+    names = (_NAME.fullmatch(path.name) for path in folder.glob("step-*"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    ema: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write a checkpoint, then remove all but the last `keep`."""
+    names = [name for name, _ in model.named_parameters()]
+    target = folder / f"step-{step:08d}"
+    with written_aside(target) as aside:
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, aside / _FILES[0])
+        save_file(dict(zip(names, ema, strict=True)), aside / _FILES[1])
+        save_file(_flatten(optimizer, names), aside / _FILES[2])
+        (aside / _FILES[3]).write_text(json.dumps({"step": step, **state}, indent=2))
+    for old in checkpoint_steps(folder)[:-keep]:
+        _remove(folder / f"step-{old:08d}")
+    return target
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; one that is half removed no longer bears a checkpoint's name."""
+    aside = path.with_name(f".{path.name}.removed")
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Fill model and optimiser from a checkpoint; return the moving average and the state."""
+    names = [name for name, _ in model.named_parameters()]
+    try:
+        weights, ema, moments = (load_file(path / name) for name in _FILES[:3])
+        state = json.loads((path / _FILES[3]).read_text())
+        model.load_state_dict(weights)
+        _unflatten(optimizer, names, moments)
+        return [ema[name] for name in names], state
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"checkpoint {path} cannot be read: {reason}; remove that folder to resume from the "
+            f"checkpoint before it, or choose another output_dir"
+        ) from error
+
+
+def _flatten(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """Per-parameter state as 'parameter name/state name': tensor."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{names[index]}/{key}": value
+        for index, values in state.items()
+        for key, value in values.items()
+    }
+
+
+def _unflatten(
+    optimizer: torch.optim.Optimizer, names: list[str], moments: dict[str, Tensor]
+) -> None:
+    index_of = {name: index for index, name in enumerate(names)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in moments.items():
+        name, _, kind = key.rpartition("/")
+        state.setdefault(index_of[name], {})[kind] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

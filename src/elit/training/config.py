@@ -1,0 +1,210 @@
+"""Everything that a training run depends on, as one tree of dataclasses.
+
+The defaults are the paper's; the YAML files in `configs/` say where a run differs.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+_Rule = tuple[Callable[[Any], bool], str]
+_AT_LEAST_0: _Rule = (lambda value: value >= 0, "of at least 0")
+_AT_LEAST_1: _Rule = (lambda value: value >= 1, "of at least 1")
+_POSITIVE: _Rule = (lambda value: 0 < value < math.inf, "above 0")
+_SHARE: _Rule = (lambda value: 0 <= value < 1, "in [0, 1)")
+
+_RULES: dict[str, _Rule] = {
+    "data.batch_size": _AT_LEAST_1,
+    "data.num_workers": _AT_LEAST_0,
+    "objective.logit_std": _POSITIVE,
+    "objective.label_dropout": _SHARE,
+    "optimizer.lr": _POSITIVE,
+    "optimizer.weight_decay": _AT_LEAST_0,
+    "optimizer.warmup_steps": _AT_LEAST_0,
+    "optimizer.final_lr": _AT_LEAST_0,
+    "optimizer.clip": _POSITIVE,
+    "optimizer.ema": _SHARE,
+    "train.steps": _AT_LEAST_1,
+    "train.accumulation": _AT_LEAST_1,
+    "train.log_every": _AT_LEAST_0,
+    "train.validate_every": _AT_LEAST_0,
+    "train.sample_every": _AT_LEAST_0,
+    "train.checkpoint_every": _AT_LEAST_0,
+    "train.keep_checkpoints": _AT_LEAST_1,
+    "sample.steps": _AT_LEAST_1,
+    "sample.guidance_scale": _AT_LEAST_0,
+    "sample.columns": _AT_LEAST_1,
+}
+
+
+@dataclass
+class ModelConfig:
+    """Which model to train.
+
+    Attributes:
+        preset: name in the table of presets, such as "elit-dit-b/2".
+        resolution: pixels of an image's side; by default the smallest that the preset knows.
+        overrides: arguments of the model to change, by name. Input size, channels and classes
+            are the data set's and need not be given.
+    """
+
+    preset: str = "elit-dit-tiny/2"
+    resolution: int | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    """What to train on.
+
+    Attributes:
+        name: data set, "digits" or "shapes".
+        options: options of the data set, such as count and size of "shapes".
+        batch_size: samples of one optimiser step, over all processes and accumulations.
+        num_workers: loader processes of each training process; 0 loads in the process itself.
+    """
+
+    name: str = "digits"
+    options: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 256
+    num_workers: int = 0
+
+
+@dataclass
+class ObjectiveConfig:
+    """Noise levels and label dropout.
+
+    Attributes:
+        density: of the noise levels: "logit_normal" (paper) or "uniform".
+        logit_mean: mean of the logit-normal density; above 0 leans towards noise.
+        logit_std: its standard deviation.
+        label_dropout: share of labels replaced by the null label, for guidance.
+    """
+
+    density: Literal["logit_normal", "uniform"] = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    label_dropout: float = 0.1
+
+
+@dataclass
+class LatentsConfig:
+    """Tail dropping: how many latents per group a step keeps. No effect on a plain model.
+
+    Attributes:
+        min: fewest; by default the model's `min_latents`.
+        max: most; by default all. Equal to `min`, it trains a single budget.
+        order: "first" keeps the first latents (paper), "random" any (ablation).
+    """
+
+    min: int | None = None
+    max: int | None = None
+    order: Literal["first", "random"] = "first"
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+        lr: learning rate after warm-up.
+        betas: decay rates of AdamW's moments.
+        weight_decay: decoupled weight decay.
+        warmup_steps: steps of linear warm-up.
+        schedule: "constant", or "cosine" down to `final_lr` at the last step.
+        final_lr: as a fraction of `lr`.
+        clip: largest gradient norm; larger ones are scaled down to it.
+        ema: decay of the weights' moving average, ramped up from 0.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_steps: int = 10_000
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_lr: float = 0.0
+    clip: float = 1.0
+    ema: float = 0.9999
+
+
+@dataclass
+class LoopConfig:
+    """The loop itself. "Every" counts steps, and 0 means never.
+
+    Attributes:
+        steps: optimiser steps in all.
+        accumulation: micro-batches that one process's share of a batch is cut into.
+        precision: "fp32", or "bf16" for autocast.
+        device: "auto", "cpu", "cuda" or "mps".
+        gradient_checkpointing: recompute blocks in the backward pass to save memory.
+        compile: compile the blocks, one graph for all budgets.
+        log_every: write metrics.
+        validate_every: measure the validation loss at every budget.
+        sample_every: draw a sheet of samples.
+        checkpoint_every: save.
+        keep_checkpoints: how many of the last checkpoints to keep.
+        tensorboard: also write TensorBoard files (extra: tensorboard).
+    """
+
+    steps: int = 500_000
+    accumulation: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    log_every: int = 50
+    validate_every: int = 5_000
+    sample_every: int = 5_000
+    checkpoint_every: int = 5_000
+    keep_checkpoints: int = 3
+    tensorboard: bool = False
+
+
+@dataclass
+class SampleConfig:
+    """The sheets of samples: one row for each budget, from the same noise.
+
+    Attributes:
+        budgets: of the rows and of the validation losses; by default 1, 1/2, 1/4, ...
+        steps: Euler steps.
+        guidance_scale: of cheap classifier-free guidance; 1 is none.
+        columns: at most so many classes.
+    """
+
+    budgets: list[float] | None = None
+    steps: int = 40
+    guidance_scale: float = 2.0
+    columns: int = 10
+
+
+@dataclass
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        output_dir: folder of the run. The same command again resumes what it finds there.
+        seed: of everything random.
+    """
+
+    output_dir: str = "runs/train"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        for key, (allowed, rule) in _RULES.items():
+            section, _, name = key.partition(".")
+            value = getattr(getattr(self, section), name)
+            if not allowed(value):
+                raise ValueError(f"{key}={value!r} is not allowed; give a number {rule}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for YAML and JSON."""
+        return json.loads(json.dumps(asdict(self)))  # tuples become lists

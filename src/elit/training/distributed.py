@@ -1,0 +1,83 @@
+"""One process or several under `torchrun`: the only module that calls torch.distributed."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether any process raised it."""
+        if self.size == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in raised.tolist()]
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """Mean over the processes."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value = value / self.size
+        return value
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Model whose backward averages gradients over the processes."""
+        if self.size == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """Device of a config's name; "auto" is the accelerator if there is one."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", local_rank)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} is not usable ({reason}); use auto or cpu") from error
+    return torch.device("cuda", local_rank) if name == "cuda" else device
+
+
+@contextmanager
+def distributed_world(device: str) -> Iterator[World]:
+    """Join the other processes that `torchrun` started, if it did, and leave them at the end."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    picked = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if size == 1:
+        yield World(0, 1, picked)
+        return
+    if picked.type == "cuda":
+        torch.cuda.set_device(picked)
+    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, picked)
+    finally:
+        dist.destroy_process_group()

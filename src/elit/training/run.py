@@ -1,0 +1,287 @@
+"""The state of a training run: what the loop acts on, how it is made, saved and resumed."""
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from elit.data import ImageDataset, load_dataset
+from elit.flow.objective import SigmaDensity
+from elit.flow.schedulers import make_scheduler
+from elit.interface.budget import TailDropping
+from elit.models.dit import DiT
+from elit.models.presets import preset_config
+from elit.pipelines.elit_pipeline import ElitPipeline
+from elit.training.checkpoint import (
+    checkpoint_steps,
+    load_checkpoint,
+    replace_folder_files,
+    save_checkpoint,
+)
+from elit.training.config import TrainConfig
+from elit.training.distributed import World
+from elit.training.metrics import MetricsLog
+from elit.training.randomness import StepBatches, generator
+from elit.training.validation import (
+    budgets_out_of_order,
+    latents_to_show,
+    sample_sheet,
+    validation_losses,
+)
+from elit.viz.sheet import format_budget, save_image
+
+logger = logging.getLogger(__name__)
+
+# What a resumed run must agree on with its checkpoint; the rest may be changed on the way.
+_FIXED = ("seed", "model", "data")
+
+
+def build_model(config: TrainConfig, dataset: ImageDataset) -> DiT:
+    """Model of a config, made for the images of a data set, with weights from the run's seed."""
+    channels, *size = dataset.image_shape
+    arguments: dict[str, Any] = {
+        "sample_size": size[0] if len(set(size)) == 1 else size,
+        "in_channels": channels,
+        "num_classes": dataset.num_classes,
+    }
+    elastic = preset_config(config.model.preset, config.model.resolution).get("group")
+    if elastic and config.latents.min is not None:
+        arguments["min_latents"] = config.latents.min
+    arguments |= config.model.overrides
+    arguments = preset_config(config.model.preset, config.model.resolution, arguments)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(config.seed, "weights").initial_seed())
+        return DiT(**arguments)
+
+
+class Run:
+    """Model, moving average, optimiser, data and files of a run, fresh or resumed."""
+
+    def __init__(self, config: TrainConfig, world: World):
+        self.config, self.world = config, world
+        self.folder = Path(config.output_dir)
+        self.dataset = load_dataset(config.data.name, "train", **config.data.options)
+        self.held_out = load_dataset(config.data.name, "validation", **config.data.options)
+        objective = config.objective
+        self.density = SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
+
+        self.model = build_model(config, self.dataset).to(world.device)
+        self.dropping = self._dropping()
+        self.kept = latents_to_show(self.model, config.sample.budgets)
+        if config.train.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        if config.train.compile:
+            self.model.compile_repeated_blocks(fullgraph=True)
+        self.parallel_model = world.wrap(self.model)
+        self.ema = EMAModel(self.model.parameters(), decay=config.optimizer.ema, foreach=True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
+            fused=world.device.type in ("cpu", "cuda"),
+        )
+        # Micro-batches are numbered over all processes, so that P processes draw what one
+        # process with P-fold accumulation draws.
+        accumulation = config.train.accumulation
+        self.chunks = range(world.rank * accumulation, (world.rank + 1) * accumulation)
+
+        self.step = self.saved_step = self._resume()
+        if world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+        tensorboard = config.train.tensorboard
+        self.log = MetricsLog(self.folder, self.step, tensorboard, active=world.is_main)
+        self._logged_at = (self.step, time.perf_counter())
+
+    def _dropping(self) -> TailDropping | None:
+        """Sampler of tail dropping; None for a plain model."""
+        latents, total = self.config.latents, self.model.max_latents
+        if not self.model.is_elastic:
+            if latents.min is not None or latents.max is not None or latents.order != "first":
+                raise ValueError(
+                    f"latents.* have no effect on the plain model {self.config.model.preset!r}; "
+                    f"leave them out, or use an elit- preset"
+                )
+            return None
+        low = self.model.min_latents if latents.min is None else latents.min
+        return TailDropping(low, latents.max or total, total, latents.order)
+
+    def loader(self, steps: range) -> DataLoader:
+        """This process's micro-batches of these steps."""
+        data = self.config.data
+        sampler = StepBatches(
+            len(self.dataset),
+            data.batch_size,
+            self.chunks,
+            self.world.size * len(self.chunks),
+            steps,
+            self.config.seed,
+        )
+        return DataLoader(
+            self.dataset,
+            batch_sampler=sampler,
+            num_workers=data.num_workers,
+            persistent_workers=data.num_workers > 0,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    def draw_latents(self, step: int) -> tuple[int | None, Tensor | None]:
+        """Latents per group of a step: the same on all processes, without a word between them."""
+        if self.dropping is None:
+            return None, None
+        draw = generator(self.config.seed, "budget", step)
+        num_latents = self.dropping.draw(draw)
+        return num_latents, self.dropping.choose(num_latents, draw)
+
+    def set_learning_rate(self, step: int) -> None:
+        """Warm-up, then constant or cosine: a function of the step."""
+        options = self.config.optimizer
+        factor = min(1.0, (step + 1) / max(1, options.warmup_steps))
+        if options.schedule == "cosine" and step >= options.warmup_steps:
+            length = max(1, self.config.train.steps - options.warmup_steps)
+            done = (step - options.warmup_steps) / length
+            cosine = (1 + math.cos(math.pi * done)) / 2
+            factor = options.final_lr + (1 - options.final_lr) * cosine
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.lr * factor
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Precision of the forward."""
+        device, enabled = self.world.device.type, self.config.train.precision == "bf16"
+        return torch.autocast(device, torch.bfloat16, enabled=enabled)
+
+    def gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are averaged over the processes with the last micro-batch only."""
+        if isinstance(self.parallel_model, DistributedDataParallel) and not last:
+            return self.parallel_model.no_sync()
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The model with its moving average in place, ready to sample."""
+        self.ema.store(self.model.parameters())
+        self.ema.copy_to(self.model.parameters())
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.ema.restore(self.model.parameters())
+            self.model.train()
+
+    def after_step(self, step: int, loss: Tensor, grad_norm: Tensor, bar: tqdm, save: bool) -> None:
+        """Log, validate, draw and save when their time has come."""
+        loop, self.step = self.config.train, step
+        if _due(step, loop.log_every):
+            self._log_step(self.world.mean(loss).item(), grad_norm.item(), bar)
+        if self.world.is_main and _due(step, loop.validate_every):
+            self.validate()
+        if self.world.is_main and _due(step, loop.sample_every):
+            self.draw_sheet()
+        if save or _due(step, loop.checkpoint_every):
+            self.save()
+
+    def _log_step(self, loss: float, grad_norm: float, bar: tqdm) -> None:
+        since, then = self._logged_at
+        now = time.perf_counter()
+        images = (self.step - since) * self.config.data.batch_size / (now - then)
+        self._logged_at = (self.step, now)
+        bar.set_postfix(loss=f"{loss:.4f}", images=f"{images:.0f}/s")
+        lr = self.optimizer.param_groups[0]["lr"]
+        values = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "images_per_second": images}
+        self.log.write(self.step, **values)
+
+    def validate(self) -> None:
+        """Measure the held-out loss at every budget, log it, and warn of budgets out of order."""
+        with self.averaged_weights():
+            losses = validation_losses(
+                self.model, self.held_out, self.density, self.kept,
+                self.config.seed, self.world.device,
+            )  # fmt: skip
+        means = {
+            f"validation/loss_{format_budget(self.model.budget_of(n))}": loss.mean().item()
+            for n, loss in losses.items()
+        }
+        self.log.write(self.step, **means)
+        for message in budgets_out_of_order(losses):
+            logger.warning("step %d: %s", self.step, message)
+
+    def draw_sheet(self) -> None:
+        """Draw samples at every budget with the averaged weights."""
+        names, seed = self.dataset.class_names, self.config.seed
+        with self.averaged_weights():
+            sheet = sample_sheet(self.model, names, self.config.sample, self.kept, seed)
+        save_image(sheet, self.folder / "samples" / f"step-{self.step:08d}.png")
+
+    def save(self) -> None:
+        """Write a checkpoint, and the averaged weights as a pipeline into the run's folder."""
+        if self.world.is_main and self.step != self.saved_step:
+            save_checkpoint(
+                self.folder / "checkpoints",
+                self.step,
+                self.model,
+                self.ema.shadow_params,
+                self.optimizer,
+                {
+                    "ema_steps": self.ema.optimization_step,
+                    "config": {key: self.config.to_dict()[key] for key in _FIXED},
+                },
+                self.config.train.keep_checkpoints,
+            )
+            with self.averaged_weights():
+                pipeline = ElitPipeline(self.model, make_scheduler("euler"))
+                replace_folder_files(self.folder, pipeline.save_pretrained)
+        self.saved_step = self.step
+
+    def _resume(self) -> int:
+        """Load the last checkpoint, if there is one; the number of steps done."""
+        folder = self.folder / "checkpoints"
+        steps = checkpoint_steps(folder)
+        if not steps:
+            return 0
+        path = folder / f"step-{steps[-1]:08d}"
+        self._check_same_run(path)
+        averaged, state = load_checkpoint(path, self.model, self.optimizer)
+        self.ema.shadow_params = [p.to(self.world.device) for p in averaged]
+        self.ema.optimization_step = state["ema_steps"]
+        if self.world.is_main:
+            logger.info("resuming %s at step %d", self.folder, state["step"])
+        return state["step"]
+
+    def _check_same_run(self, path: Path) -> None:
+        try:
+            saved = json.loads((path / "state.json").read_text())["config"]
+        except (OSError, json.JSONDecodeError, KeyError):
+            return  # load_checkpoint says what is wrong with it
+        wanted = json.loads(json.dumps(self.config.to_dict()))
+        different = [
+            f"{key}: {saved.get(key)} there, {wanted[key]} now"
+            for key in _FIXED
+            if saved.get(key) != wanted[key]
+        ]
+        if different:
+            raise ValueError(
+                f"{self.folder} holds another run ({'; '.join(different)}); "
+                f"choose another output_dir, or give the settings of that run"
+            )
+
+    def close(self) -> None:
+        """Close the files."""
+        self.log.close()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

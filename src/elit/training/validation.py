@@ -1,0 +1,118 @@
+"""What a run shows of itself: validation loss and samples at every budget."""
+
+import itertools
+import logging
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from elit.data import ImageDataset
+from elit.evaluation.flops import default_budgets
+from elit.flow.guidance import CheapCFG
+from elit.flow.objective import SigmaDensity, flow_matching_loss
+from elit.flow.schedulers import make_scheduler
+from elit.models.elastic import ElasticMixin
+from elit.pipelines.elit_pipeline import ElitPipeline
+from elit.training.config import SampleConfig
+from elit.training.randomness import generator
+from elit.viz.sheet import contact_sheet, format_budget
+
+logger = logging.getLogger(__name__)
+
+MAX_SAMPLES = 512
+
+
+def latents_to_show(model: ElasticMixin, budgets: Sequence[float] | None) -> list[int | None]:
+    """Latents per group at each budget, most first; [None] for a plain model."""
+    if not model.is_elastic:
+        return [None]
+    if budgets is None:
+        budgets = default_budgets(model.min_latents, model.max_latents)
+    kept = {model.resolve_budget(budget) for budget in budgets}
+    return sorted(kept, key=lambda n: n or 0, reverse=True)
+
+
+@torch.no_grad()
+def validation_losses(
+    model: ElasticMixin,
+    dataset: ImageDataset,
+    density: SigmaDensity,
+    kept: Sequence[int | None],
+    seed: int,
+    device: torch.device,
+    batch_size: int = 128,
+) -> dict[int | None, Tensor]:
+    """Losses of the same samples, noise and noise levels at several numbers of latents.
+
+    Returns:
+        num_latents: (samples,) losses on the CPU.
+    """
+    count = min(len(dataset), MAX_SAMPLES)
+    # Spread over the set: it may be sorted by class.
+    batch = dataset.batch(torch.linspace(0, len(dataset) - 1, count).long().tolist())
+    data, labels = batch["images"], batch["class_labels"]
+    draw = generator(seed, "validation")
+    noise, sigma = torch.randn(data.shape, generator=draw), density.sample(count, draw)
+    losses: dict[int | None, Tensor] = {}
+    for num_latents in kept:
+        kwargs = {} if num_latents is None else {"num_latents": num_latents}
+        parts = []
+        for part in torch.arange(count).split(batch_size):
+            classes = labels[part].to(device)
+
+            def velocity(x: Tensor, s: Tensor, y: Tensor = classes, k: dict = kwargs) -> Tensor:
+                return model(x, s, y, **k).sample
+
+            moved = (data[part].to(device), noise[part].to(device), sigma[part].to(device))
+            parts.append(flow_matching_loss(velocity, *moved).cpu())
+        losses[num_latents] = torch.cat(parts)
+    return losses
+
+
+def budgets_out_of_order(losses: dict[int | None, Tensor]) -> list[str]:
+    """A message for each budget that is worse than the next smaller one.
+
+    The samples are the same, so their differences are tested: two standard errors are needed.
+    """
+    kept = sorted((n for n in losses if n is not None), reverse=True)
+    messages = []
+    for larger, smaller in itertools.pairwise(kept):
+        difference = losses[larger] - losses[smaller]
+        error = difference.std() / len(difference) ** 0.5
+        if difference.mean() > 2 * error:
+            messages.append(
+                f"{larger} latents per group have a higher validation loss than {smaller}: "
+                f"{losses[larger].mean():.4f} against {losses[smaller].mean():.4f}; early in "
+                f"training this may pass, later it means that large budgets are drawn too rarely"
+            )
+    return messages
+
+
+def sample_sheet(
+    model: ElasticMixin,
+    class_names: Sequence[str],
+    config: SampleConfig,
+    kept: Sequence[int | None],
+    seed: int,
+) -> Image.Image:
+    """One row for each number of latents, one column for each class, all from the same noise."""
+    pipeline = ElitPipeline(model, make_scheduler("euler"))
+    pipeline.set_progress_bar_config(disable=True)
+    count = min(config.columns, len(class_names))
+    labels = list(range(count))
+    guidance = CheapCFG(config.guidance_scale) if config.guidance_scale != 1 else None
+    rows = [
+        pipeline(
+            labels,
+            budget=model.budget_of(num_latents),
+            num_inference_steps=config.steps,
+            guidance=guidance,
+            generator=[generator(seed, "sheet", label) for label in labels],
+            return_dict=False,
+        )[0]
+        for num_latents in kept
+    ]
+    captions = [format_budget(model.budget_of(num_latents)) for num_latents in kept]
+    return contact_sheet(rows, captions, list(class_names)[:count])

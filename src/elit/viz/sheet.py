@@ -1,0 +1,72 @@
+"""Contact sheets: a grid of images with a caption for each row and column."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+_MARGIN = 6
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    row_captions: Sequence[str] = (),
+    column_captions: Sequence[str] = (),
+    cell: int = 64,
+) -> Image.Image:
+    """Lay out images of one size in a grid.
+
+    Args:
+        rows: images, row by row; rows may differ in length.
+        row_captions: a caption for each row, or none at all.
+        column_captions: likewise.
+        cell: least side of an image on the sheet, in pixels; smaller images are enlarged by a
+            whole number, without smoothing.
+    """
+    if not rows or not rows[0]:
+        raise ValueError("a contact sheet needs at least one image")
+    for captions, count, what in (
+        (row_captions, len(rows), "rows"),
+        (column_captions, max(map(len, rows)), "columns"),
+    ):
+        if captions and len(captions) != count:
+            raise ValueError(f"{len(captions)} captions for {count} {what}; give one for each")
+    width, height = rows[0][0].size
+    factor = max(1, -(-cell // max(width, height)))
+    width, height = width * factor, height * factor
+    font = ImageFont.load_default(size=15)
+    left = max((int(font.getlength(text)) for text in row_captions), default=-_MARGIN)
+    left += 2 * _MARGIN
+    top = _MARGIN + (18 if column_captions else 0)
+    columns = max(map(len, rows))
+    size = (left + columns * (width + _MARGIN), top + len(rows) * (height + _MARGIN))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, text in enumerate(column_captions):
+        x = left + i * (width + _MARGIN) + width // 2
+        draw.text((x, top - 4), text, fill="black", font=font, anchor="mb")
+    for j, row in enumerate(rows):
+        y = top + j * (height + _MARGIN)
+        if row_captions:
+            middle = (_MARGIN, y + height // 2)
+            draw.text(middle, row_captions[j], fill="black", font=font, anchor="lm")
+        for i, image in enumerate(row):
+            enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left + i * (width + _MARGIN), y))
+    return sheet
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG aside and rename it, so that a viewer never sees half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    image.save(aside, format="PNG")
+    aside.replace(path)
+
+
+def format_budget(budget: float) -> str:
+    """0.25 -> '1/4'; what is no simple fraction stays a number: 0.3 -> '0.3'."""
+    if budget == 1:
+        return "1"
+    inverse = round(1 / budget)
+    return f"1/{inverse}" if abs(budget * inverse - 1) < 1e-9 else f"{budget:.3g}"

@@ -1,0 +1,598 @@
+"""The command line: what each command prints and writes, its flags, its errors, its exit codes."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import tiny_dit, tiny_elastic
+from PIL import Image
+
+from elit import __version__
+from elit.cli import common, sample
+from elit.cli.main import COMMANDS, command_parser, main
+
+# A run of moments: 16x16 images and a model of few parameters.
+TINY_RUN = """
+data: {name: shapes, batch_size: 2, options: {count: 20, size: 16}}
+model: {resolution: 16, overrides: {hidden_size: 16, depth: 3, in_channels: 3}}
+train: {steps: 3, log_every: 1, validate_every: 0, sample_every: 0, checkpoint_every: 0}
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """A folder of checkpoints: sound, plain, with a VAE, and broken in many ways."""
+    from diffusers import AutoencoderKL
+
+    from elit import ElitPipeline, make_scheduler
+
+    home = tmp_path_factory.mktemp("checkpoints")
+    tiny, euler = tiny_elastic(in_channels=1), make_scheduler("euler")
+    ElitPipeline(tiny, euler).save_pretrained(home / "tiny")
+    ElitPipeline(tiny_dit(in_channels=1), euler).save_pretrained(home / "plain")
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=1,
+        norm_num_groups=4,
+    )
+    ElitPipeline(tiny, euler, vae).save_pretrained(home / "vae")
+    tiny_elastic(sample_size=(8, 16)).save_pretrained(home / "wide")
+
+    def broken(name: str) -> Path:
+        return Path(shutil.copytree(home / "tiny", home / name))
+
+    weights = broken("truncated") / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    weights = broken("beheaded") / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:7])
+    (broken("weightless") / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    (broken("indexless") / "model_index.json").unlink()
+    (broken("torn") / "model_index.json").write_text('{"_class_name": ')
+    (broken("torn_config") / "transformer" / "config.json").write_text("{")
+    change_json(broken("foreign") / "model_index.json", _class_name="DiTPipeline")
+    change_json(
+        broken("foreign_model") / "model_index.json",
+        transformer=["diffusers", "DiTTransformer2DModel"],
+    )
+    change_json(broken("foreign_config") / "transformer" / "config.json", _class_name="UViT")
+    change_json(broken("deeper") / "transformer" / "config.json", depth=4)
+    change_json(broken("shallower") / "transformer" / "config.json", depth=2, tail=0)
+    change_json(broken("wider") / "transformer" / "config.json", hidden_size=64)
+    change_json(broken("newer") / "transformer" / "config.json", registers=4)
+    (home / "empty").mkdir()
+    (home / "file").touch()
+    return home
+
+
+def change_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, folders, tmp_path):
+    """Runs a command line in an empty folder and gives (exit code, stdout, stderr).
+
+    Checkpoints are named @tiny, @plain, ...
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ELIT_DEBUG", raising=False)
+
+    def call(*words: object) -> tuple[int, str, str]:
+        line = [re.sub(r"^@(\w+)", rf"{folders}/\1", str(word)) for word in words]
+        code = main(line)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+def run_json(run, *words) -> dict:
+    """What a command prints with --json, which must be all that it prints."""
+    code, out, _ = run(*words, "--json")
+    assert code == 0
+    return json.loads(out)
+
+
+# ---- the surface ----
+
+CONFIG_FLAGS = """
+    --output_dir --seed --model.preset --model.resolution --model.overrides --data.name
+    --data.options --data.batch_size --data.num_workers --objective.density --objective.logit_mean
+    --objective.logit_std --objective.label_dropout --latents.min --latents.max --latents.order
+    --optimizer.lr --optimizer.betas --optimizer.weight_decay --optimizer.warmup_steps
+    --optimizer.schedule --optimizer.final_lr --optimizer.clip --optimizer.ema --train.steps
+    --train.accumulation --train.precision --train.device --train.gradient_checkpointing
+    --train.compile --train.log_every --train.validate_every --train.sample_every
+    --train.checkpoint_every --train.keep_checkpoints --train.tensorboard --sample.budgets
+    --sample.steps --sample.guidance_scale --sample.columns
+"""
+# Frozen: whoever removes or renames a flag breaks somebody's script, and says so in CHANGELOG.md.
+SURFACE = {
+    "quickstart": "--out --seed --steps --json",
+    "train": f"[config] --dry-run --json {CONFIG_FLAGS}",
+    "sample": "run --labels --count --budget --steps --guidance --scale --guide-budget --interval "
+    "--sampler --seed --size --batch-size --device --dtype --out --json",
+    "flops": "model --resolution --budgets --json",
+    "info": "[model] --json",
+}
+
+
+def test_there_are_these_commands() -> None:
+    assert list(COMMANDS) == list(SURFACE)
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_surface_is_frozen(name) -> None:
+    words = []
+    for action in command_parser(name)._actions:
+        optional = f"[{action.dest}]" if action.nargs == "?" else action.dest
+        words += action.option_strings or [optional]
+    assert words == ["-h", "--help", *SURFACE[name].split()]
+
+
+def test_samplers_are_those_of_the_library() -> None:
+    from elit.flow.schedulers import SAMPLERS
+
+    assert sample.SAMPLERS == SAMPLERS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_every_flag_does(run, name) -> None:
+    code, out, err = run(name, "--help")
+    assert (code, err) == (0, "")
+    assert COMMANDS[name] in out
+    for action in command_parser(name)._actions:
+        assert action.help, f"{action.dest} has no help"
+
+
+def test_without_a_command_the_help_is_printed(run) -> None:
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    assert all(re.search(rf"^  {name} ", out, re.MULTILINE) for name in COMMANDS)
+    assert run("--help") == (0, out, "")
+    assert run("--version") == (0, f"elit {__version__}\n", "")
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    code = """
+import sys
+from elit.cli.main import main
+lines = [["--version"], ["--help"], *([name, "--help"] for name in %r), ["sampel"], ["sample"]]
+print([main(line) for line in lines], sorted({"torch", "diffusers", "numpy", "jsonargparse",
+    "yaml", "PIL", "sklearn", "tqdm"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code % list(COMMANDS)], capture_output=True, text=True, timeout=60
+    )
+    zeros = ", ".join("0" * (2 + len(COMMANDS)))
+    assert done.stdout.splitlines()[-1] == f"[{zeros}, 2, 2] []", done.stderr
+
+
+def test_python_m_elit_is_the_same() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "elit", "quikstart"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "elit: error: unknown command quikstart: did you mean quickstart?\n"
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        # commands and flags
+        ("smaple x", r"unknown command smaple: did you mean sample\?"),
+        ("zzz", r"unknown command zzz: the commands are quickstart, train, sample, flops, info"),
+        ("--verison", r"unknown flag --verison: did you mean --version\?"),
+        ("sample @tiny --bugdet 1", r"unknown flag --bugdet: did you mean --budget\?"),
+        ("sample @tiny --bugdet=1", r"unknown flag --bugdet: did you mean --budget\?"),
+        ("sample --lable 3 @tiny", r"unknown flag --lable: did you mean --labels\?"),
+        ("sample @tiny -n 4", r"unknown flag -n: `elit sample --help` lists all"),
+        ("flops dit-b/2 --zzz", r"unknown flag --zzz: `elit flops --help` lists all"),
+        ("flops", r"required: NAME_OR_PATH; see `elit flops --help`"),
+        ("flops dit-b/2 more", r"unexpected argument 'more'"),
+        # values of flags
+        *(
+            (f"sample @tiny --budget {b}", rf"--budget: budget '{b}' is outside \(0, 1\]: .*0.25")
+            for b in ("0", "-1", "1.5", "nan", "inf", "1/0", "much")
+        ),
+        ("flops elit-dit-s/2 --budgets 1 1.01", r"--budgets: budget '1.01' is outside \(0, 1\]"),
+        ("sample @tiny --budget", r"--budget: expected at least one argument"),
+        ("sample @tiny --labels three", r"--labels: 'three' is not allowed; give a whole number"),
+        ("sample @tiny --labels -1", r"--labels: '-1' is not allowed; .*at least 0"),
+        ("sample @tiny --steps 0", r"--steps: '0' is not allowed; .*at least 1"),
+        ("sample @tiny --steps 2.5", r"--steps: '2.5' is not allowed; give a whole number"),
+        ("sample @tiny --seed -3", r"--seed: '-3' is not allowed; .*at least 0"),
+        ("sample @tiny --guidance cgf", r"unknown guidance 'cgf'.*did you mean 'cfg'\?"),
+        ("sample @tiny --sampler eular", r"unknown sampler 'eular'.*did you mean 'euler'\?"),
+        ("sample @tiny --dtype fp16", r"unknown dtype 'fp16': use one of 'fp32', 'bf16'"),
+        ("sample @tiny --device tpu", r"device 'tpu' is not usable .*use auto or cpu"),
+        ("flops dit-b/2 --resolution big", r"--resolution: 'big' is not allowed; give a whole"),
+        # flags without effect
+        ("sample @tiny --scale 2", r"--scale has no effect without guidance; add --guidance"),
+        ("sample @tiny --guide-budget 0.5", r"--guide-budget has no effect without guidance"),
+        ("sample @tiny --interval 0 1", r"--interval has no effect without guidance"),
+        ("sample @tiny --guidance cfg --guide-budget 0.5", r"no effect with --guidance cfg"),
+        # values that only the model or the library can judge
+        ("sample @tiny --labels 2 3", r"class label 3 is out of range; .*the labels 0..2"),
+        ("sample @tiny --size 9 8", r"9x8 tokens cannot be cut into groups of 4x4.*12x8"),
+        ("sample @vae --size 17 16", r"17 pixels is not a multiple of 2"),
+        ("sample @plain --budget 0.5", r"budget 0.5 asked of a model that is not elastic"),
+        ("sample @tiny --guidance cfg --scale -1", r"guidance scale -1.0 is not allowed"),
+        ("sample @tiny --guidance cfg --interval 1 0", r"interval \(1.0, 0.0\) is not allowed"),
+        ("flops dit-s/2 --budgets 0.5", r"budget 0.5 asked of a model that is not elastic"),
+        ("flops elit-dit-s/2 --resolution 300", r"not made for 300 px; it knows 256 and 512"),
+        ("flops @vae --resolution 17", r"resolution 17 is not a multiple of 2.*use 18"),
+        ("flops @tiny --resolution 10", r"10x10 tokens cannot be cut into groups of 4x4"),
+        # folders
+        ("sample @tiny --out @file", r"cannot write into .*is not a folder; .*with --out"),
+        ("sample @tiny --out @file/in", r"cannot write into .*file is not a folder; .*with --out"),
+        ("quickstart --out @file", r"cannot write into .*is not a folder; .*with --out"),
+        ("train digits --output_dir @file", r"is not a folder; .*with --output_dir"),
+        # checkpoints
+        ("sample @missing", r"there is no folder .*missing; give the output_dir of `elit train`"),
+        ("sample here", r"there is no folder here; give"),
+        ("sample @file", r"file is a file, not a pipeline's folder; give"),
+        ("sample @empty", r"is not a pipeline: it has no model_index.json; give"),
+        ("sample @indexless", r"is not a pipeline: it has no model_index.json; give"),
+        ("sample @tiny/transformer", r"holds a single model, not a pipeline"),
+        ("sample @truncated", r"safetensors is damaged .*Copy it again"),
+        ("sample @beheaded", r"safetensors is damaged .*Copy it again"),
+        ("sample @weightless", r"Error no file named diffusion_pytorch_model.safetensors"),
+        ("sample @torn", r"model_index.json is not JSON .*perhaps cut off"),
+        ("sample @torn_config", r"config.json is not JSON .*perhaps cut off"),
+        ("sample @foreign", r"holds a pipeline DiTPipeline, not ElitPipeline"),
+        ("sample @foreign_model", r"is of a DiT, but .* names a DiTTransformer2DModel"),
+        ("sample @foreign_config", r"is of a UViT, but .* names a DiT"),
+        ("sample @deeper", r"does not hold the weights of this DiT: 12 missing keys"),
+        ("sample @shallower", r"does not hold the weights of this DiT: 12 unexpected keys"),
+        ("sample @wider", r"cannot be loaded: Cannot load .* expected shape"),
+        ("sample @newer", r"settings that this version's DiT does not know: registers"),
+        ("sample some/model", r"some/model is neither a folder nor can it be fetched from the hub"),
+        ("flops @missing", r"is neither a preset nor a checkpoint's folder"),
+        ("flops dit-xl/3", r"neither a preset nor a checkpoint's folder: did you mean dit-xl/"),
+        ("flops @empty", r"holds neither transformer/config.json nor config.json"),
+        ("flops @torn_config", r"config.json is not JSON"),
+        ("flops @foreign_config", r"is of a UViT, not of a DiT"),
+        ("info @newer", r"does not know: registers"),
+        ("info elit-dit-xxl/2", r"did you mean elit-dit-xl/2\?"),
+        ("train nowhere.yaml", r"nowhere.yaml is neither a file nor one of the built-in"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, line, message) -> None:
+    code, out, err = run(*line.split())
+    assert (code, out) == (2, ""), err
+    assert err.startswith("elit: error: ")
+    assert err.count("\n") == 1, err
+    assert re.search(message.replace("from the hub", "from the Hugging Face hub"), err), err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_refused_before_the_work(run, tmp_path) -> None:
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked").chmod(0o500)
+    for line in ("sample @tiny --out locked/x", "train digits --output_dir locked"):
+        code, _, err = run(*line.split())
+        assert code == 2
+        assert "locked is read-only for you; choose another folder" in err
+
+
+def test_a_full_or_vanished_disk_is_one_line() -> None:
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b.png")
+    assert common.one_line(error).startswith("a/b.png: no space left on device; check")
+    assert common.one_line(OSError("odd\n thing")) == "odd thing"
+
+
+def test_debug_shows_where_a_mistake_comes_from(run, monkeypatch) -> None:
+    with pytest.raises(ValueError, match="neither a preset"):
+        run("flops", "dit-xl/3", "--debug")
+    monkeypatch.setenv("ELIT_DEBUG", "1")
+    with pytest.raises(ValueError, match="unknown command"):
+        main(["smaple"])
+
+
+@pytest.mark.parametrize("bug", [TypeError, RuntimeError, KeyError])
+def test_our_own_bugs_keep_their_traceback(run, monkeypatch, bug) -> None:
+    from elit.cli import info
+
+    def fail(name: str) -> None:
+        raise bug("oops")
+
+    monkeypatch.setattr(info, "describe", fail)
+    with pytest.raises(bug, match="oops"):
+        run("info", "dit-s/2")
+
+
+def test_an_interrupt_is_no_traceback(run, monkeypatch) -> None:
+    from elit.cli import info
+
+    def interrupt(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "describe", interrupt)
+    assert run("info", "dit-s/2") == (130, "", "elit: interrupted\n")
+
+
+# ---- flops ----
+
+FLOPS_KEYS = {
+    "model": str,
+    "resolution": int,
+    "parameters": int,
+    "train_tflops": float,
+    "train_tflops_multi_budget": (float, type(None)),
+    "rows": list,
+}
+
+
+def test_flops_json_has_this_form(run) -> None:
+    for name in ("dit-tiny/2", "@tiny"):
+        report = run_json(run, "flops", name)
+        assert list(report) == list(FLOPS_KEYS)
+        assert all(isinstance(report[key], kind) for key, kind in FLOPS_KEYS.items())
+        for row in report["rows"]:
+            assert list(row) == ["budget", "num_latents", "gflops"]
+
+
+@pytest.mark.parametrize(
+    ("resolution", "gflops", "tflops"), [(256, 237.2, 182), (512, 1049.0, 806)]
+)
+def test_flops_of_the_baseline_are_the_paper_s(run, resolution, gflops, tflops) -> None:
+    report = run_json(run, "flops", "DiT-XL/2", "--resolution", resolution)
+    assert report["model"] == "dit-xl/2"
+    assert report["parameters"] == pytest.approx(675e6, rel=0.001)
+    assert report["train_tflops"] == pytest.approx(tflops, rel=0.005)
+    assert report["train_tflops_multi_budget"] is None
+    (row,) = report["rows"]
+    assert row == {"budget": 1, "num_latents": None, "gflops": pytest.approx(gflops, rel=0.0005)}
+
+
+@pytest.mark.parametrize(
+    ("resolution", "tflops", "multi_budget", "rows"),
+    [(256, 188, 190, {}), (512, 831, 804, {1: 1083, 0.75: 877, 0.5: 685, 0.25: 503})],
+)
+def test_flops_of_elit_are_the_paper_s(run, resolution, tflops, multi_budget, rows) -> None:
+    budgets = rows or {1: None}
+    line = ("flops", "elit-dit-xl/2", "--resolution", resolution, "--budgets", *budgets)
+    report = run_json(run, *line)
+    assert report["parameters"] == pytest.approx(698e6, rel=0.005)
+    assert report["train_tflops"] == pytest.approx(tflops, rel=0.005)
+    # Paper: makes the latents that it drops; here: never, hence up to 4 % less.
+    assert 0.96 <= report["train_tflops_multi_budget"] / multi_budget <= 1.01
+    assert [row["budget"] for row in report["rows"]] == list(budgets)
+    for row in report["rows"] if rows else []:
+        assert 0.96 <= row["gflops"] / rows[row["budget"]] <= 1.01
+
+
+def test_flops_of_a_checkpoint_need_only_its_config(run, folders) -> None:
+    whole = run_json(run, "flops", "@tiny")
+    for name in ("@weightless", "@truncated", "@tiny/transformer"):
+        assert run_json(run, "flops", name) == whole | {"model": name.replace("@", f"{folders}/")}
+    assert whole["resolution"] == 8
+    assert [row["num_latents"] for row in whole["rows"]] == [16, 8, 4, 2, 1]
+    larger = run_json(run, "flops", "@tiny", "--resolution", 16)
+    assert larger["resolution"] == 16
+    assert larger["rows"][0]["gflops"] > 4 * whole["rows"][0]["gflops"] * 0.99
+
+
+def test_flops_count_pixels_where_there_is_a_vae(run) -> None:
+    tiny = run_json(run, "flops", "@tiny")
+    assert run_json(run, "flops", "@vae")["resolution"] == 16
+    assert run_json(run, "flops", "@vae", "--resolution", 16)["rows"] == tiny["rows"]
+    assert run_json(run, "flops", "@wide")["resolution"] == [8, 16]
+
+
+def test_flops_prints_a_table(run) -> None:
+    code, out, err = run("flops", "elit-dit-tiny/2", "--budgets", "1", "3/4", "1/16", "0.05")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "elit-dit-tiny/2 at 16 px: 408.3 k parameters"
+    assert lines[2].split("  ")[0] == "budget"
+    assert "latents per group" in lines[2]
+    assert "MFLOPs per forward" in lines[2]
+    # 0.05 of 16 latents is 1 of them, and so the same row as 1/16.
+    assert [line.split()[:2] for line in lines[4:7]] == [["1", "16"], ["0.75", "12"], ["1/16", "1"]]
+    assert "training step, batch 256: " in out
+    assert "multi-budget training step, batch 384: " in out
+
+
+# ---- info ----
+
+
+def test_info_of_one_model(run) -> None:
+    report = run_json(run, "info", "elit-dit-b/2")
+    assert list(report) == [
+        "model", "resolution", "parameters", "split", "group",
+        "max_latents", "min_latents", "budgets", "config",
+    ]  # fmt: skip
+    assert report["split"] == [3, 6, 3]
+    assert report["group"] == [4, 4]
+    assert report["budgets"] == [n / 16 for n in range(1, 17)]
+    code, out, _ = run("info", "@tiny")
+    assert code == 0
+    assert re.search(r"^blocks +1-1-1 \(head-core-tail\)$", out, re.MULTILINE)
+    assert re.search(r"^budgets +1/16 to 1 in steps of 1/16$", out, re.MULTILINE)
+    code, out, _ = run("info", "@plain")
+    assert "1 alone: a plain model" in out
+
+
+def test_info_lists_presets_and_what_is_installed(run) -> None:
+    from elit.models.presets import PRESETS
+
+    code, out, err = run("info")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()[2 : 2 + len(PRESETS)]] == list(PRESETS)
+    report = run_json(run, "info")
+    assert {"elit", "python", "torch", "diffusers", "device"} <= report["installed"].keys()
+    card = next(card for card in report["presets"] if card["model"] == "elit-dit-xl/2")
+    assert card["split"] == [4, 20, 4]
+    assert card["resolutions"] == [256, 512]
+
+
+# ---- sample ----
+
+
+def test_sample_draws_each_budget_from_the_same_noise(run, tmp_path) -> None:
+    line = "sample @tiny --labels 2 0 --budget 1 0.25 1/16 --steps 2 --out drawn --seed 5"
+    report = run_json(run, *line.split())
+    assert list(report) == ["out", "sheet", "settings", "rows"]
+    assert report == json.loads(Path("drawn/samples.json").read_text())
+    for row, budget in zip(report["rows"], (1, 0.25, 0.0625), strict=True):
+        assert list(row) == ["budget", "num_latents", "gflops", "ms_per_image", "files"]
+        assert row["budget"] == budget
+        assert row["num_latents"] == 16 * budget
+        names = [f"drawn/budget-{budget:g}/label-{la}-seed-{s}.png" for la, s in ((2, 5), (0, 6))]
+        assert row["files"] == names
+        assert all(Image.open(name).size == (8, 8) for name in names)
+    with Image.open("drawn/samples.png") as sheet:
+        width, height = sheet.size
+    assert width > 2 * 64
+    assert height > 3 * 64
+    # Nearly no step: almost the noise itself, and so alike at all budgets, unlike between seeds.
+    first, second = (np.array(Image.open(name)) for name in report["rows"][0]["files"])
+    assert (first != second).any()
+
+
+def test_an_image_depends_neither_on_its_batch_nor_on_its_neighbours(run) -> None:
+    common_words = "sample @tiny --steps 3 --budget 0.5 --guidance ccfg --sampler euler-maruyama"
+    together = "--labels 0 1 --count 2 --out a"
+    assert run(*common_words.split(), *together.split())[0] == 0
+    assert run(*common_words.split(), *together.split()[:-1], "b", "--batch-size", 1)[0] == 0
+    names = sorted(path.name for path in Path("a/budget-0.5").iterdir())
+    assert names == [f"label-{label}-seed-{seed}.png" for label, seed in
+                     ((0, 0), (0, 2), (1, 1), (1, 3))]  # fmt: skip
+    assert run(*common_words.split(), *["--labels", "1", "--seed", "3", "--out", "c"])[0] == 0
+    for folder, chosen in (("b", names), ("c", names[-1:])):
+        for name in chosen:
+            one, two = (np.array(Image.open(f"{x}/budget-0.5/{name}"), int) for x in ("a", folder))
+            assert abs(one - two).max() <= 1, name  # rounding apart
+
+
+def test_sample_prints_a_table_and_the_sheet(run) -> None:
+    code, out, err = run(
+        *["sample", "@tiny", "--budget", "1", "1/4", "0.24", "--steps", "1", "--out", "x"]
+    )
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert re.split(r"  +", lines[0]) == [
+        "budget", "latents per group", "MFLOPs per forward", "ms per image",
+    ]  # fmt: skip
+    assert [line.split()[:2] for line in lines[2:-2]] == [["1", "16"], ["1/4", "4"]]
+    assert lines[-1] == str(Path("x/samples.png"))
+    assert len(list(Path("x/budget-1").iterdir())) == 3  # all classes
+
+
+def test_default_folders_are_never_overwritten_by_other_settings(run, folders) -> None:
+    line = ["sample", "@plain", "--labels", 1, "--steps"]
+    outs = [run_json(run, *line, steps)["out"] for steps in (1, 2, 1)]
+    home = folders / "plain" / "sampled"
+    assert outs == [str(home / "1"), str(home / "2"), str(home / "1")]
+    assert run(*line, 1, "--out", home / "3")[0] == 0
+    code, _, err = run(*line, 2, "--out", home / "3")
+    assert code == 2
+    assert "holds samples of other settings; choose another folder with --out" in err
+
+
+@pytest.mark.parametrize("guidance", ["cfg", "ag", "ccfg"])
+def test_guidance_changes_the_images(run, guidance) -> None:
+    line = ["sample", "@tiny", "--labels", "1", "--steps", "2", "--out"]
+    flags = ["--guidance", guidance, "--scale", "4", "--interval", "0.2", "1"]
+    flags += ["--guide-budget", "0.125"] if guidance != "cfg" else []
+    assert run(*line, "a")[0] == 0
+    assert run(*line, "b", *flags)[0] == 0
+    images = [np.array(Image.open(f"{x}/budget-1/label-1-seed-0.png")) for x in ("a", "b")]
+    assert (images[0] != images[1]).any()
+
+
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+def test_every_sampler_draws(run, sampler) -> None:
+    line = f"sample @tiny --labels 1 --steps 3 --sampler {sampler} --size 16 8 --out a"
+    assert run(*line.split())[0] == 0
+    assert Image.open("a/budget-1/label-1-seed-0.png").size == (8, 16)
+
+
+def test_bf16_and_a_vae(run) -> None:
+    line = "sample @vae --labels 1 --steps 2 --dtype bf16 --out a"
+    report = run_json(run, *line.split())
+    assert Image.open("a/budget-1/label-1-seed-0.png").size == (16, 16)
+    assert report["settings"]["dtype"] == "bf16"
+
+
+def test_a_budget_below_training_s_is_warned_of_once(run) -> None:
+    from elit import ElitPipeline, make_scheduler
+
+    tiny = tiny_elastic(in_channels=1, min_latents=4)
+    ElitPipeline(tiny, make_scheduler("euler")).save_pretrained("p")
+    code, _, err = run(*["sample", "p", "--budget", "1/16", "--steps", "1"])
+    assert code == 0
+    assert err.startswith("elit: warning: budget 0.0625 keeps 1 latents per group")
+    assert err.count("\n") == 1
+
+
+# ---- train ----
+
+
+def test_train_leaves_what_sample_and_flops_take(run, tmp_path) -> None:
+    (tmp_path / "run.yaml").write_text(TINY_RUN)
+    code, out, _ = run("train", "run.yaml", "--output_dir", "my run")
+    assert code == 0
+    assert re.match(r"trained to step 3 of 3 in \d+ s: my run\n", out)
+    (line,) = re.findall(r"^sample:  elit (.*)$", out, re.MULTILINE)
+    assert line == "sample 'my run' --budget 1 0.25"
+    assert run("sample", "my run", "--budget", 1, 0.25, "--steps", 1)[0] == 0
+    assert run_json(run, "flops", "my run")["resolution"] == 16
+    # Resume = the same command again, also from the config that the run keeps.
+    code, out, err = run("train", "my run/config.yaml", "--train.steps", 5, "--json")
+    assert code == 0
+    assert "elit: resuming my run at step 3" in err
+    report = json.loads(out)
+    assert list(report) == ["output_dir", "step", "finished", "seconds", "sample"]
+    assert (report["output_dir"], report["step"], report["finished"]) == ("my run", 5, True)
+
+
+def test_a_diverged_run_is_one_line_and_exit_code_1(run, tmp_path) -> None:
+    (tmp_path / "run.yaml").write_text(TINY_RUN)
+    flags = "--output_dir r --optimizer.lr 1e30 --optimizer.warmup_steps 0 --train.steps 20"
+    code, out, err = run("train", "run.yaml", *flags.split())
+    assert (code, out) == (1, "")
+    assert "Traceback" not in err
+    assert re.search(r"elit: error: loss .* not finite", err)
+
+
+def test_a_stopped_run_says_how_to_go_on(run, tmp_path) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals reach the main thread alone")
+    (tmp_path / "run.yaml").write_text(TINY_RUN)
+
+    def stop_once_it_runs() -> None:
+        metrics, deadline = tmp_path / "r" / "metrics.jsonl", time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if metrics.exists() and metrics.stat().st_size:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=stop_once_it_runs)
+    thread.start()
+    code, out, _ = run("train", "run.yaml", "--output_dir", "r", "--train.steps", 5000)
+    thread.join()
+    assert code == 130
+    assert re.match(
+        r"stopped and saved at step \d+ of 5000: r\nthe same command again goes on", out
+    )
+    assert list((tmp_path / "r" / "checkpoints").glob("step-*"))

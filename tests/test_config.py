@@ -1,0 +1,256 @@
+"""The config of a training run: where values come from, which are refused, how it is printed."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import yaml
+
+from elit.cli.config import (
+    Field,
+    built_in_configs,
+    config_fields,
+    describe_type,
+    find_config,
+    fits_type,
+    load_config,
+)
+from elit.cli.main import main
+from elit.cli.train import check_config
+from elit.training.config import LoopConfig, TrainConfig
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "x.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+# ---- where values come from ----
+
+
+def test_without_anything_the_defaults_hold() -> None:
+    assert load_config(None, {}) == TrainConfig()
+
+
+def test_defaults_yield_to_the_file_and_the_file_to_the_command_line(yaml_file) -> None:
+    path = yaml_file("train: {steps: 7, log_every: 3}\nseed: 5\noptimizer: {lr: 8e-3}\n")
+    config = load_config(path, {"train.steps": "9", "data.options.count": "500"})
+    assert config.train.steps == 9  # command line
+    assert config.train.log_every == 3  # file
+    assert config.seed == 5
+    assert config.optimizer.lr == 8e-3  # YAML 1.1 alone takes 8e-3 for text
+    assert config.train.accumulation == LoopConfig.accumulation  # default
+    assert config.data.options == {"count": 500}
+
+
+def test_types_are_kept(yaml_file) -> None:
+    path = yaml_file("data: {options: {count: 5}}\nmodel: {overrides: {head: 2}}\ntrain:\n")
+    values = {
+        "data.options.size": "16",
+        "model.overrides.group": "[2, 4]",
+        "optimizer.betas": "[0.8, 0.9]",
+        "sample.budgets": "[1, 0.25]",
+        "train.compile": "true",
+        "model.resolution": "null",
+    }
+    config = load_config(path, values)
+    assert config.data.options == {"count": 5, "size": 16}  # added to, not replaced
+    assert config.model.overrides == {"head": 2, "group": [2, 4]}
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert config.sample.budgets == [1.0, 0.25]
+    assert config.train.compile is True
+    assert config.model.resolution is None
+
+
+def test_a_later_whole_dictionary_clears_the_file_s(yaml_file) -> None:
+    path = yaml_file("data: {options: {count: 5}}")
+    assert load_config(path, {"data.options": "{}"}).data.options == {}
+
+
+def test_an_empty_file_is_the_defaults(yaml_file) -> None:
+    assert load_config(yaml_file("# nothing yet\n"), {}) == TrainConfig()
+
+
+def test_built_in_configs_are_found_by_name_and_hold_water() -> None:
+    assert set(built_in_configs()) >= {"digits", "shapes"}
+    for name, path in built_in_configs().items():
+        assert find_config(name) == path
+        config = load_config(name, {})
+        check_config(config)
+        assert config.output_dir == f"runs/{name}"
+
+
+def test_a_file_beats_a_built_in_of_its_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").write_text("seed: 77")
+    assert load_config("digits", {}).seed == 77
+
+
+# ---- what is printed ----
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_dry_run_prints_a_config_that_loads_to_the_same(tmp_path, capsys, as_json) -> None:
+    changes = ["--optimizer.lr", "3e-05", "--data.options.count", "500", "--latents.max", "8"]
+    line = ["train", "shapes", *changes, "--dry-run", *(["--json"] if as_json else [])]
+    assert main(line) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    values = json.loads(printed.out) if as_json else yaml.safe_load(printed.out)
+    assert values["data"]["options"] == {"count": 500}
+    (tmp_path / "again.yaml").write_text(printed.out)  # JSON is YAML
+    again = load_config(str(tmp_path / "again.yaml"), {})
+    typed = dict(zip((flag[2:] for flag in changes[::2]), changes[1::2], strict=True))
+    assert again == load_config("shapes", typed)
+
+
+def test_dry_run_does_nothing_else(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "digits", "--dry-run", "--output_dir", "a/b"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_field_is_described_and_has_a_type_in_words() -> None:
+    for field in config_fields():
+        assert isinstance(field, Field)
+        assert len(field.about) > 3, field.key
+        assert not re.search(r"[<\[]class|typing|\|", describe_type(field.hint)), field.key
+    assert {f.key: f.default for f in config_fields()}["train.steps"] == 500_000
+
+
+def test_fields_are_the_leaves_of_the_tree() -> None:
+    def leaves(value, prefix=""):
+        for field in dataclasses.fields(value):
+            inner = getattr(value, field.name)
+            if dataclasses.is_dataclass(inner):
+                yield from leaves(inner, f"{prefix}{field.name}.")
+            else:
+                yield f"{prefix}{field.name}"
+
+    assert [field.key for field in config_fields()] == list(leaves(TrainConfig()))
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "fits"),
+    [
+        (3, int, True),
+        (3, float, True),
+        (3.5, int, False),
+        (True, int, False),
+        (True, bool, True),
+        ("x", int | None, False),
+        (None, int | None, True),
+        ([1, 2], list[int], True),
+        ([1, "x"], list[int], False),
+        (4, int | list[int], True),
+    ],
+)
+def test_fits_type(value, hint, fits) -> None:
+    assert fits_type(value, hint) is fits
+
+
+# ---- what is refused: YAML ----
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {step: 7}", r"x.yaml: unknown key train.step: did you mean train.steps\?"),
+        ("model: {presett: x}", r"unknown key model.presett: did you mean model.preset\?"),
+        ("optimiser: {lr: 1}", r"unknown key optimiser: did you mean optimizer\?"),
+        ("batch_size: 3", r"unknown key batch_size: did you mean data.batch_size\?"),
+        ("objective: {qqq: 3}", r"unknown key objective.qqq: use one of objective.density, "),
+        ("train: {steps: many}", r"x.yaml: train.steps is 'many'; give a whole number"),
+        ("train: {steps: 1.5}", r"train.steps is 1.5; give a whole number"),
+        ("train: {compile: perhaps}", r"train.compile is 'perhaps'; give true or false"),
+        ("train: {precision: fp8}", r"'fp8' of .*train.precision: use one of 'fp32', 'bf16'"),
+        ("optimizer: {betas: 0.9}", r"optimizer.betas is 0.9; give 2 numbers, such as \[0.9"),
+        ("sample: {budgets: [1, x]}", r"sample.budgets is \[1(.0)?, 'x'\]; give a list of numbers"),
+        ("data: {options: 3}", r"data.options is 3; give keys with values"),
+        ("train: 5", r"train is 5, but it is a section; write keys under it, such as train.steps"),
+        ("- 1\n- 2", r"x.yaml holds \[1, 2\] where a config is expected"),
+        ("just text", r"holds 'just text' where a config is expected"),
+        ("a: [1", r"x.yaml is not YAML: "),
+        ("a:\n\t- b", r"x.yaml is not YAML: "),
+        ("3: 4", r"unknown key 3"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named_with_its_key(yaml_file, text, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(yaml_file(text), {})
+
+
+def test_bytes_are_not_yaml(tmp_path) -> None:
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ValueError, match=r"x.yaml is not YAML"):
+        load_config(str(tmp_path / "x.yaml"), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digist", r"neither a file nor one of the built-in digits, shapes; did you mean digits\?"),
+        ("configs/shape.yaml", r"configs/shape.yaml is neither .* did you mean shapes\?"),
+        ("nothing-like-it", r"is neither a file nor one of the built-in digits, shapes$"),
+        (".", r"config \. is a folder; give the YAML file in it"),
+    ],
+)
+def test_a_config_that_is_not_there(name, message, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        find_config(name)
+
+
+# ---- what is refused: the command line, before anything is written ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train.step", "4"], r"unknown flag --train.step: did you mean --train.steps\?"),
+        (["--trian.steps=4"], r"unknown flag --trian.steps: did you mean --train.steps\?"),
+        (["--data.option.count", "4"], r"unknown flag --data.option.count: did you mean"),
+        (["--train.steps", "many"], r"--train.steps is 'many'; give a whole number"),
+        (["--train.steps"], r"--train.steps: expected one argument"),
+        (["--train.steps", "0"], r"train.steps=0 is not allowed; give a number of at least 1"),
+        (["--train.precision", "fp16"], r"unknown value 'fp16' of --train.precision: use one of"),
+        (["--model.resolution", "x"], r"--model.resolution is 'x'; give a whole number, or null"),
+        (["--model.preset", "elit-dit-tny/2"], r"unknown preset.*did you mean 'elit-dit-tiny/2'"),
+        (["--model.resolution", "17"], r"not made for 17 px; it knows 16 and 32"),
+        (["--model.overrides.hiden_size", "8"], r"'hiden_size' of model.overrides.*'hidden_size'"),
+        (["--model.overrides.hidden_size", "x"], r"overrides.hidden_size is 'x'; give a whole num"),
+        (["--model.overrides.group", "[3, 3]"], r"8x8 tokens cannot be cut into groups of 3x3"),
+        (["--model.overrides.head", "9"], r"leave no core"),
+        (["--data.name", "digit"], r"unknown data set 'digit'.*did you mean 'digits'\?"),
+        (["--data.options.count", "5"], r"option 'count' of data set 'digits': no option"),
+        (
+            ["--data.batch_size", "33", "--train.accumulation", "2"],
+            r"33 cannot be cut into 2 equal",
+        ),
+        (["--objective.density", "unifrom"], r"did you mean 'uniform'\?"),
+        (["--objective.logit_std", "0"], r"objective.logit_std=0.0 is not allowed"),
+        (["--latents.min", "9", "--latents.max", "4"], r"cannot keep 9..4 latents"),
+        (["--model.preset", "dit-tiny/2", "--latents.max", "4"], r"no effect on the plain model"),
+        (["--sample.budgets", "[1, 2]"], r"budget 2.0 is outside \(0, 1\]"),
+        (["--train.device", "tpu"], r"device 'tpu' is not usable"),
+        (["--output_dir", "{file}/x"], r"cannot write into .*file is not a folder; .*--output_dir"),
+        (["more"], r"unexpected argument 'more'"),
+    ],
+)
+def test_a_mistake_stops_a_run_before_it_begins(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    flags = [flag.replace("{file}", str(tmp_path / "file")) for flag in flags]
+    assert main(["train", "digits", *flags]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("elit: error: ")
+    assert printed.err.count("\n") == 1
+    assert re.search(message, printed.err), printed.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,510 @@
+"""What every backbone promises, plain and elastic, in two and three dimensions.
+
+One row of `CASES` is one model: a new backbone adds a row. `changes` gives every setting of the
+constructor another value that must show in what the model computes.
+"""
+
+import inspect
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import TINY, ReferenceDiT, make_inputs, randomise
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
+
+from elit.models.dit import DiT
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model small enough to run at every budget."""
+
+    cls: type[nn.Module]
+    config: dict
+    unseen: tuple[int, ...]  # an input size that the model was not made for, not square
+    changes: dict  # every setting with another value
+
+    @property
+    def is_elastic(self) -> bool:
+        return "group" in self.config
+
+    def build(self, **changes) -> nn.Module:
+        return randomise(self.cls(**self.config | changes))
+
+
+PLAIN = {
+    "sample_size": 12,
+    "in_channels": 3,
+    "patch_size": 1,
+    "hidden_size": 64,
+    "num_heads": 1,
+    "depth": 4,
+    "num_classes": 5,
+    "mlp_ratio": 2.0,
+    "rope_theta": 100.0,
+}
+FLAT = TINY | {"patch_size": 1, "group": 4, "head": 1, "tail": 1}
+WIDE = TINY | {"sample_size": (4, 12), "group": (2, 3), "head": 1, "tail": 0, "patch_size": (1, 2)}
+CLIP = TINY | {"sample_size": (4, 4, 4), "patch_size": (1, 2, 2), "depth": 4}
+CLIP_GROUPS = CLIP | {"group": (2, 1, 2), "head": 1, "tail": 1}
+MORE = PLAIN | {"head": 0, "tail": 0, "min_latents": 2, "depth": 5}
+
+CASES = {
+    "dit": Case(DiT, TINY, (4, 12), PLAIN),
+    "dit-3d": Case(DiT, CLIP, (2, 8, 4), PLAIN | {"sample_size": (2, 4, 4), "depth": 3}),
+    "elit-dit": Case(DiT, FLAT, (4, 12), MORE | {"patch_size": 2, "group": 2}),
+    "elit-dit-wide": Case(DiT, WIDE, (6, 6), MORE | {"group": (1, 2), "tail": 1}),
+    "elit-dit-3d": Case(
+        DiT, CLIP_GROUPS, (2, 8, 4), MORE | {"sample_size": (2, 4, 4), "group": (1, 2, 2)}
+    ),
+}
+ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+ELASTIC = pytest.mark.parametrize(
+    "case",
+    [case for case in CASES.values() if case.is_elastic],
+    ids=[name for name, case in CASES.items() if case.is_elastic],
+)
+
+
+def budgets(model: nn.Module) -> list[dict]:
+    """The keyword arguments of every budget; of a plain model, none."""
+    return [{"num_latents": n} for n in range(1, model.max_latents + 1)] or [{}]
+
+
+def run(model: nn.Module, inputs: tuple, **budget) -> Tensor:
+    with torch.no_grad():
+        return model(*inputs, **budget).sample
+
+
+def squared_error(model: nn.Module, inputs: tuple, **budget) -> Tensor:
+    return (model(*inputs, **budget).sample.float() - inputs[0].float().flip(0)).square().mean()
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Relative root mean square difference."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+# ---- what goes in and what comes out ----
+
+
+@ALL
+def test_output_has_the_inputs_shape_at_every_budget_and_size(case: Case) -> None:
+    model = case.build()
+    for size in (model.sample_size, case.unseen):
+        inputs = make_inputs(model, size=size)
+        for budget in budgets(model):
+            out = run(model, inputs, **budget)
+            assert out.shape == inputs[0].shape
+            assert out.isfinite().all()
+
+
+@ALL
+def test_tuple_output_scalar_timestep_and_missing_labels(case: Case) -> None:
+    model = case.build()
+    samples, _, labels = make_inputs(model)
+    null = torch.full_like(labels, case.config["num_classes"])
+    reference = run(model, (samples, torch.full((2,), 0.25), null))
+    with torch.no_grad():
+        (output,) = model(samples, 0.25, return_dict=False)
+    assert torch.equal(output, reference)
+    assert torch.equal(run(model, (samples, torch.tensor(0.25), null)), reference)
+
+
+@ALL
+def test_samples_of_a_batch_do_not_see_each_other(case: Case) -> None:
+    model = case.build()
+    samples, sigma, labels = make_inputs(model, batch=3)
+    alone = [
+        run(model, (samples[i : i + 1], sigma[i : i + 1], labels[i : i + 1])) for i in range(3)
+    ]
+    torch.testing.assert_close(torch.cat(alone), run(model, (samples, sigma, labels)))
+
+
+@ALL
+def test_same_input_same_output(case: Case) -> None:
+    model = case.build()
+    inputs = make_inputs(model)
+    first = run(model, inputs)
+    assert torch.equal(run(model, inputs), first)
+    assert torch.equal(run(model.train(), inputs), first)  # no dropout, no randomness in a model
+
+
+@ALL
+def test_label_and_noise_level_matter(case: Case) -> None:
+    model = case.build()
+    samples, sigma, labels = make_inputs(model)
+    out = run(model, (samples, sigma, labels))
+    assert distance(run(model, (samples, sigma, labels - 1)), out) > 0.01
+    assert distance(run(model, (samples, sigma + 0.001, labels)), out) > 0.001
+
+
+@ALL
+def test_save_and_load_is_bit_equal(case: Case, tmp_path) -> None:
+    model = case.build()
+    model.save_pretrained(tmp_path)
+    loaded = case.cls.from_pretrained(tmp_path)
+    for setting in case.changes:
+        saved, read = model.config[setting], loaded.config[setting]  # JSON has no tuples
+        assert read == (list(saved) if isinstance(saved, tuple) else saved)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    inputs = make_inputs(model)
+    assert torch.equal(run(loaded, inputs), run(model, inputs))
+
+
+# ---- the values: an independent implementation, and the baseline ----
+
+
+@ALL
+@pytest.mark.parametrize("unseen", [False, True], ids=["own size", "unseen size"])
+def test_equals_an_independent_implementation(case: Case, unseen: bool) -> None:
+    model = case.build()
+    reference = ReferenceDiT(model)
+    samples, sigma, labels = make_inputs(model, size=case.unseen if unseen else None)
+    for budget in budgets(model)[:: 1 if model.max_latents < 8 else 5]:
+        out = run(model.float(), (samples, sigma, labels), **budget)
+        assert out.dtype == torch.float32
+        assert distance(out, reference(samples, sigma, labels, **budget)) < 1e-4
+        # In float64, at noise level 0: elsewhere the features of the level are float32.
+        inputs = samples.double(), torch.zeros(2), labels
+        out = run(model.double(), inputs, **budget)
+        assert out.dtype == torch.float64
+        assert distance(out, reference(*inputs, **budget)) < 1e-6  # rotary tables are float32
+
+
+@ELASTIC
+def test_without_write_it_is_the_plain_model_of_head_and_tail(case: Case) -> None:
+    elastic = case.build()
+    head, core, tail = elastic.split
+    # As at initialisation: Write's gate is closed, all else is open.
+    elastic.write.reset_parameters()
+    nn.init.zeros_(elastic.write.modulation.linear.weight)
+    nn.init.zeros_(elastic.write.modulation.linear.bias)
+    interface = {"group", "head", "tail", "min_latents"}
+    config = {k: v for k, v in case.config.items() if k not in interface}
+    plain = case.cls(**config | {"depth": head + tail}).eval()
+    weights = {}
+    for name, value in elastic.state_dict().items():
+        kind, _, rest = name.partition(".")
+        if kind == "blocks":
+            index, _, rest = rest.partition(".")
+            if int(index) < head:
+                weights[name] = value
+            elif int(index) >= head + core:
+                weights[f"blocks.{int(index) - core}.{rest}"] = value
+        elif kind not in ("read", "write"):
+            weights[name] = value
+    plain.load_state_dict(weights)
+    inputs = make_inputs(elastic)
+    for budget in budgets(elastic)[::3]:
+        torch.testing.assert_close(run(elastic, inputs, **budget), run(plain, inputs))
+
+
+def test_at_initialisation_the_gates_are_closed() -> None:
+    for case in CASES.values():
+        model = case.cls(**case.config)
+        inputs = make_inputs(model)
+        assert not run(model, inputs).any()  # the final layer is zero
+        nn.init.normal_(model.project.linear.weight)
+        out = run(model, inputs)
+        nn.init.normal_(model.blocks[-1].mlp[2].weight)  # behind a closed gate
+        assert torch.equal(run(model, inputs), out)
+
+
+# ---- gradients ----
+
+ONE_LATENT_MOOT = tuple(f"write.attention.{part}" for part in ("to_q.", "q_norm.", "k_norm."))
+
+
+@ALL
+def test_every_parameter_has_a_gradient_at_every_budget(case: Case) -> None:
+    """In every element, but for what cannot matter.
+
+    Latents that are not kept get none. With one latent per group Write's softmax has one entry,
+    which its queries and keys cannot change.
+    """
+    model = case.build().train()
+    inputs = make_inputs(model, batch=case.config["num_classes"] + 1)  # every label
+    for budget in budgets(model):
+        model.zero_grad()
+        squared_error(model, inputs, **budget).backward()
+        kept = budget.get("num_latents")
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, f"{name} has no gradient at {budget}"
+            gradient = parameter.grad
+            expected = torch.ones_like(gradient, dtype=torch.bool)
+            if name in ("read.latents", "read.latent_index"):
+                expected[kept:] = False
+            if kept == 1 and name.startswith(ONE_LATENT_MOOT):
+                expected[:] = False
+            elif kept == 1 and name.startswith("write.attention.to_kv."):
+                expected[: case.config["hidden_size"]] = False  # the keys
+            # In float32 the softmax's backward leaves rounding errors where a gradient is zero.
+            tiny = 1e-7 * max(p.grad.abs().max() for p in model.parameters())
+            assert (gradient[~expected].abs() <= tiny).all(), f"{name} moves at {budget}"
+            assert gradient[expected].any() == expected.any(), f"{name} stands at {budget}"
+            share = (gradient[expected] != 0).float().mean() if expected.any() else 1
+            assert share > 0.98, f"{name} has a gradient in {share:.0%} of its elements at {budget}"
+
+
+@ALL
+def test_gradient_checkpointing_changes_nothing(case: Case) -> None:
+    model = case.build().train()
+    inputs = make_inputs(model)
+    squared_error(model, inputs).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    loss = squared_error(model, inputs).item()
+    model.zero_grad()
+
+    model.enable_gradient_checkpointing()
+    calls = []
+    checkpoint = model._gradient_checkpointing_func
+    model._gradient_checkpointing_func = lambda *args: calls.append(args) or checkpoint(*args)
+    checkpointed = squared_error(model, inputs)
+    checkpointed.backward()
+    assert len(calls) == case.config["depth"]
+    assert checkpointed.item() == loss
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, expected[name]), name
+    calls.clear()
+    run(model, inputs)
+    assert not calls  # nothing to save without gradients
+
+
+# ---- settings ----
+
+
+def fingerprint(model: nn.Module) -> Tensor:
+    """What a pipeline would see of a model: its own size, its lowest budget, its null label."""
+    inputs = make_inputs(model)
+    lowest = {} if not model.is_elastic else {"num_latents": model.min_latents}
+    return torch.stack([run(model, inputs), run(model, inputs, **lowest)])
+
+
+@ALL
+def test_every_setting_changes_the_output(case: Case) -> None:
+    settings = inspect.signature(case.cls.__init__).parameters.keys() - {"self"}
+    if not case.is_elastic:
+        settings -= {"group", "head", "tail", "min_latents"}
+    assert settings == case.changes.keys(), "give every setting another value in CASES"
+    model = case.build()
+    before = fingerprint(model)
+    for name in sorted(settings):
+        value = case.changes[name]
+        assert model.config[name] != value
+        changed = case.build(**{name: value})
+        after = fingerprint(changed)
+        shown = after.shape != before.shape or distance(after, before) > 1e-3
+        assert shown, f"{name}={value!r} changes nothing"
+
+
+@pytest.mark.parametrize("setting", [{"head": 1}, {"tail": 1}, {"min_latents": 2}])
+def test_a_plain_model_refuses_settings_of_the_interface(setting: dict) -> None:
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"{name}.*without groups"):
+        DiT(**TINY | setting)
+
+
+# ---- budgets ----
+
+
+def count_flops(model: nn.Module, inputs: tuple, **budget) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(*inputs, **budget)
+    return counter.get_total_flops()
+
+
+@ELASTIC
+def test_flops_fall_strictly_with_the_budget(case: Case) -> None:
+    with torch.device("meta"):  # on a CPU the counter misses attention
+        model = case.cls(**case.config).requires_grad_(False)
+        plain = {"group": None, "head": 0, "tail": 0}
+        baseline = case.cls(**case.config | plain).requires_grad_(False)
+    inputs = tuple(x.to("meta") for x in make_inputs(model))
+    flops = [count_flops(model, inputs, **budget) for budget in budgets(model)]
+    assert len(flops) == model.max_latents
+    assert flops == sorted(set(flops))
+    assert flops[0] < count_flops(baseline, inputs) < flops[-1]
+    assert count_flops(model, inputs) == flops[-1]
+
+
+@ELASTIC
+def test_the_first_latents_by_index_are_the_first_latents(case: Case) -> None:
+    model = case.build()
+    inputs = make_inputs(model)
+    for budget in budgets(model):
+        n = budget["num_latents"]
+        expected = run(model, inputs, **budget)
+        assert torch.equal(run(model, inputs, **budget, latent_indices=torch.arange(n)), expected)
+        if 1 < n <= model.max_latents // 2:
+            last = torch.arange(model.max_latents - n, model.max_latents)
+            assert distance(run(model, inputs, **budget, latent_indices=last), expected) > 1e-3
+            # The order of the latents is none: they are a set.
+            back = run(model, inputs, **budget, latent_indices=torch.arange(n).flip(0))
+            torch.testing.assert_close(back, expected)
+
+
+@ELASTIC
+def test_budget_and_number_of_latents(case: Case) -> None:
+    model = case.build()
+    inputs = make_inputs(model)
+    assert torch.equal(run(model, inputs), run(model, inputs, num_latents=model.max_latents))
+    outputs = [run(model, inputs, **budget) for budget in budgets(model)]
+    for n, (before, after) in enumerate(pairwise(outputs), 1):
+        assert distance(after, before) > 1e-4, f"latent {n} changes nothing"
+        assert model.resolve_budget(n / model.max_latents) == n
+        assert model.budget_of(n) == n / model.max_latents
+    assert model.budget_of(None) == 1
+
+
+def test_a_plain_model_has_one_budget() -> None:
+    model = CASES["dit"].build()
+    assert model.resolve_budget(1) is None
+    assert model.budget_of(None) == 1
+    with pytest.raises(ValueError, match=r"budget 0\.5 asked of a model that is not elastic"):
+        model.resolve_budget(0.5)
+    for wrong in ({"num_latents": 1}, {"latent_indices": torch.arange(1)}):
+        with pytest.raises(ValueError, match=r"num_latents .* of a model that is not elastic"):
+            run(model, make_inputs(model), **wrong)
+
+
+@ELASTIC
+def test_at_most_three_graphs_serve_all_budgets(case: Case) -> None:
+    head, _, tail = case.build().split
+    model = case.build(depth=head + 1 + tail)  # blocks are alike: tracing more takes time only
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    inputs = make_inputs(model)
+    for budget in budgets(model):
+        torch.testing.assert_close(run(compiled, inputs, **budget), run(model, inputs, **budget))
+    assert counter.frame_count <= 3
+    torch._dynamo.reset()
+
+
+# ---- number formats, devices, processes ----
+
+
+@ALL
+def test_bfloat16_is_close_to_float32(case: Case) -> None:
+    model = case.build()
+    samples, sigma, labels = make_inputs(model)
+    for budget in budgets(model)[::4]:
+        expected = run(model, (samples, sigma, labels), **budget)
+        half = case.build().to(torch.bfloat16)
+        out = run(half, (samples.bfloat16(), sigma, labels), **budget)
+        assert out.dtype == torch.bfloat16
+        assert distance(out, expected) < 0.03
+
+
+def test_bfloat16_tells_neighbouring_noise_levels_apart() -> None:
+    model = CASES["dit"].build().to(torch.bfloat16)
+    levels = torch.tensor([0.999, 1.0])  # one number in bfloat16
+    embedded = model.time_embed(levels)
+    assert distance(embedded[0], embedded[1]) > 0.1
+
+
+@ALL
+def test_autocast_computes_and_learns(case: Case) -> None:
+    model = case.build().train()
+    inputs = make_inputs(model)
+    expected = run(model, inputs)
+    squared_error(model, inputs).backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert distance(run(model, inputs), expected) < 0.03
+        squared_error(model, inputs).backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert distance(torch.cat([p.grad.flatten() for p in model.parameters()]), gradients) < 0.1
+
+
+@ALL
+def test_builds_on_the_meta_device(case: Case) -> None:
+    with torch.device("meta"):
+        model = case.cls(**case.config)
+    assert all(p.is_meta for p in model.parameters())
+    assert not list(model.buffers())  # nothing that `to_empty` would leave unset
+    inputs = tuple(x.to("meta") for x in make_inputs(model))
+    assert run(model, inputs).shape == inputs[0].shape
+    real = randomise(model.to_empty(device="cpu"))
+    assert torch.equal(run(real, make_inputs(real)), run(case.build(), make_inputs(real)))
+
+
+@ALL
+def test_needs_no_process_group_and_no_random_numbers(case: Case) -> None:
+    model = case.build().train()
+    before = torch.get_rng_state()
+    squared_error(model, make_inputs(model)).backward()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.distributed.is_initialized()
+
+
+# ---- bad input ----
+
+
+@ALL
+def test_input_that_does_not_fit(case: Case) -> None:
+    model = case.build()
+    samples, sigma, labels = make_inputs(model)
+    with pytest.raises(ValueError, match=r"input of shape .* takes \(batch, .* with 2 channels"):
+        run(model, (samples[:, :1], sigma, labels))
+    with pytest.raises(ValueError, match="input of shape"):
+        run(model, (samples[..., 0], sigma, labels))
+    with pytest.raises(ValueError, match="takes class_labels, not encoder_hidden_states"):
+        model(samples, sigma, labels, torch.zeros(2, 1, 8))
+
+
+@ELASTIC
+@pytest.mark.parametrize("wrong", [0, -1, 99, 0.25, 2.0, True])
+def test_number_of_latents_out_of_range(case: Case, wrong: float) -> None:
+    model = case.build()
+    with pytest.raises(ValueError, match=rf"num_latents {wrong} .*1\.\.{model.max_latents}"):
+        run(model, make_inputs(model), num_latents=wrong)
+
+
+@ELASTIC
+def test_latent_indices_of_another_number(case: Case) -> None:
+    model = case.build()
+    with pytest.raises(ValueError, match=r"latent_indices of shape \(2,\).*num_latents = 3"):
+        run(model, make_inputs(model), num_latents=3, latent_indices=torch.arange(2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"group": 3}, "8x8 tokens cannot be cut into groups of 3x3: 8 is not a multiple of 3"),
+        ({"patch_size": 3}, "8x8 cannot be cut into patches of 3x3; resize or pad it to 9x9"),
+    ],
+)
+def test_grid_that_groups_or_patches_do_not_divide(settings: dict, message: str) -> None:
+    model = DiT(**FLAT | settings)
+    inputs = make_inputs(model)
+    with pytest.raises(ValueError, match=message):
+        run(model, inputs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"head": 2, "tail": 1}, "head of 2 and a tail of 1 blocks leave no core of 3"),
+        ({"head": -1}, "head of -1"),
+        ({"group": (2, 2, 2)}, r"group=\(2, 2, 2\) does not fit inputs of 2 axes"),
+        ({"group": 0}, "group=0 does not fit"),
+        ({"patch_size": (1, 1, 1)}, r"patch_size=\(1, 1, 1\) does not fit"),
+        ({"sample_size": (8,)}, r"sample_size=\(8,\) has 1 axes"),
+        ({"min_latents": 0}, r"min_latents 0 is outside 1\.\.16"),
+        ({"min_latents": 17}, r"min_latents 17 is outside 1\.\.16"),
+        ({"num_heads": 5}, "width 32 cannot be divided into 5 heads"),
+        ({"num_heads": 16}, "heads of width 2 cannot carry rotary positions of 2 axes"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiT(**FLAT | settings)

@@ -1,0 +1,490 @@
+"""The flow against closed forms: objective, guidance, samplers."""
+
+import math
+from itertools import pairwise
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from elit.flow.guidance import CFG, AutoGuidance, CheapCFG, Guidance
+from elit.flow.objective import (
+    SigmaDensity,
+    flow_matching_loss,
+    interpolate,
+    velocity_target,
+)
+from elit.flow.schedulers import (
+    SAMPLERS,
+    FlowMatchEulerMaruyamaScheduler,
+    FlowMatchUniformHeunScheduler,
+    make_scheduler,
+    start_sampling,
+)
+
+ODE_SAMPLERS = [sampler for sampler in SAMPLERS if sampler != "euler-maruyama"]
+MEAN, STD = 1.5, 0.5  # of the Gaussian data
+
+
+# ---- objective ----
+
+
+def test_interpolation_runs_straight_from_data_to_noise() -> None:
+    data, noise = torch.randn(2, 4, 3, 8, 8)
+    ends = interpolate(data, noise, torch.tensor([0.0, 1.0, 0.25, 1.0]))
+    assert torch.equal(ends[0], data[0])
+    torch.testing.assert_close(ends[[1, 3]], noise[[1, 3]])
+    torch.testing.assert_close(ends[2], 0.75 * data[2] + 0.25 * noise[2])
+
+
+def test_the_target_is_the_lines_derivative() -> None:
+    data, noise = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
+    sigma = torch.rand(4, dtype=torch.float64)
+    _, derivative = torch.func.jvp(
+        lambda s: interpolate(data, noise, s), (sigma,), (torch.ones_like(sigma),)
+    )
+    torch.testing.assert_close(derivative, velocity_target(data, noise))
+    torch.testing.assert_close(velocity_target(data, noise), noise - data)
+
+
+def test_the_loss_is_the_squared_error_of_each_sample() -> None:
+    data, noise = torch.randn(2, 4, 3, 8, 8)
+    sigma = torch.rand(4)
+    seen = []
+
+    def velocity(x: Tensor, level: Tensor) -> Tensor:
+        seen.append((x, level))
+        return noise - data + torch.tensor([0.0, 1.0, -2.0, 3.0]).view(4, 1, 1, 1)
+
+    loss = flow_matching_loss(velocity, data, noise, sigma)
+    torch.testing.assert_close(loss, torch.tensor([0.0, 1.0, 4.0, 9.0]))
+    assert torch.equal(seen[0][0], interpolate(data, noise, sigma))
+    assert torch.equal(seen[0][1], sigma)
+    half = flow_matching_loss(lambda x, s: velocity(x, s).bfloat16(), data, noise, sigma)
+    assert half.dtype == torch.float32
+
+
+def test_the_optimal_velocity_has_the_least_loss() -> None:
+    """Of Gaussian data: the expectation of noise - data, given the point between them."""
+    noise, data = torch.randn(2, 20_000, 4)
+    data = MEAN + STD * data
+    sigma = torch.full((20_000,), 0.6)
+    losses = {
+        bend: flow_matching_loss(
+            lambda x, s, bend=bend: gaussian_velocity(x, s[:, None]) + bend * x, data, noise, sigma
+        ).mean()
+        for bend in (-0.1, 0.0, 0.1)
+    }
+    assert min(losses, key=losses.get) == 0.0
+    # Var(noise - data | x): what no model can predict.
+    variance = STD**2 / (0.4**2 * STD**2 + 0.6**2)
+    torch.testing.assert_close(losses[0.0], torch.tensor(variance), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 0.8)])
+def test_logit_normal_density(mean: float, std: float) -> None:
+    density = SigmaDensity("logit_normal", mean, std)
+    sigma = density.sample(40_000, torch.Generator().manual_seed(0))
+    assert sigma.shape == (40_000,)
+    assert ((sigma > 0) & (sigma < 1)).all()
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    normal = torch.distributions.Normal(mean, std)
+    expected = torch.sigmoid(normal.icdf(levels))
+    torch.testing.assert_close(sigma.quantile(levels), expected, atol=0.01, rtol=0)
+
+
+def test_uniform_density() -> None:
+    sigma = SigmaDensity("uniform").sample(40_000, torch.Generator().manual_seed(0))
+    levels = torch.linspace(0, 1, 11)
+    torch.testing.assert_close(sigma.quantile(levels), levels, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["logit_normal", "uniform"])
+def test_densities_draw_from_the_generator_alone(name: str) -> None:
+    before = torch.get_rng_state()
+    first, second = (
+        SigmaDensity(name).sample(5, torch.Generator().manual_seed(seed)) for seed in (3, 3)
+    )
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cosine",), "density 'cosine' is unknown; use 'logit_normal' or 'uniform'"),
+        (("logit_normal", 0.0, 0.0), r"std 0\.0 is not allowed; .* std is positive"),
+        (("logit_normal", 0.0, -1.0), r"std -1\.0"),
+        (("logit_normal", 0.0, math.nan), "std nan"),
+        (("logit_normal", math.inf), "mean inf"),
+    ],
+)
+def test_bad_densities(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SigmaDensity(*arguments)
+
+
+# ---- guidance ----
+
+NULL = 10
+
+
+class Predictor:
+    """A "model" whose velocity tells its label and budget; notes its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[int], int | None]] = []
+
+    def __call__(self, x: Tensor, sigma: float, labels: Tensor, num_latents: int | None) -> Tensor:
+        self.calls.append((labels.tolist(), num_latents))
+        value = torch.where(labels == NULL, -1.0, labels + 1.0) * (num_latents or 1) + sigma
+        return x * value.view(-1, 1)
+
+
+def guided(guidance: Guidance, sigma: float, latents: int | None, guide: int | None) -> tuple:
+    predict, labels = Predictor(), torch.tensor([0, 3])
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    velocity = guidance.velocity(predict, x, sigma, labels, NULL, latents, guide)
+    plain = Predictor()(x, sigma, labels, latents)
+    assert velocity.dtype == torch.float32
+    return velocity, plain, predict.calls, x
+
+
+@pytest.mark.parametrize("make", [CFG, AutoGuidance, CheapCFG])
+def test_scale_one_is_no_guidance(make) -> None:
+    velocity, plain, calls, _ = guided(make(1.0), 0.5, 16, 1)
+    assert torch.equal(velocity, plain)
+    assert calls == [([0, 3], 16)]  # and costs nothing
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0])
+def test_cfg_extrapolates_from_the_prediction_without_label(scale: float) -> None:
+    velocity, plain, calls, x = guided(CFG(scale), 0.5, 16, 16)
+    guide = x * (-16 + 0.5)
+    torch.testing.assert_close(velocity, guide + scale * (plain - guide))
+    assert calls == [([0, 3, NULL, NULL], 16)]  # one doubled batch
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0])
+def test_autoguidance_extrapolates_from_the_low_budget(scale: float) -> None:
+    velocity, plain, calls, x = guided(AutoGuidance(scale), 0.5, 16, 2)
+    guide = x * torch.tensor([[2.5], [8.5]])
+    torch.testing.assert_close(velocity, guide + scale * (plain - guide))
+    assert calls == [([0, 3], 16), ([0, 3], 2)]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0])
+def test_cheap_cfg_extrapolates_from_the_low_budget_without_label(scale: float) -> None:
+    velocity, plain, calls, x = guided(CheapCFG(scale), 0.5, 16, 2)
+    guide = x * (-2 + 0.5)
+    torch.testing.assert_close(velocity, guide + scale * (plain - guide))
+    assert calls == [([0, 3], 16), ([NULL, NULL], 2)]
+
+
+def test_cheap_cfg_at_the_predictions_budget_is_cfg() -> None:
+    cheap, _, cheap_calls, _ = guided(CheapCFG(3.0, budget=1.0), 0.5, 16, 16)
+    full, _, calls, _ = guided(CFG(3.0), 0.5, 16, 16)
+    assert torch.equal(cheap, full)
+    assert cheap_calls == calls
+
+
+def test_autoguidance_at_the_predictions_budget_is_no_guidance() -> None:
+    velocity, plain, calls, _ = guided(AutoGuidance(3.0), 0.5, 2, 2)
+    assert torch.equal(velocity, plain)
+    assert calls == [([0, 3], 2)]
+
+
+@pytest.mark.parametrize("make", [CFG, AutoGuidance, CheapCFG])
+def test_the_interval_holds_both_ends(make) -> None:
+    guidance = make(3.0, interval=(0.25, 0.75))
+    active = [s for s in (0.0, 0.2, 0.25, 0.5, 0.75, 0.8, 1.0) if guidance.is_active(s)]
+    assert active == [0.25, 0.5, 0.75]
+    for sigma, inside in ((0.75, True), (0.8, False)):
+        velocity, plain, _, _ = guided(guidance, sigma, 16, 1)
+        assert torch.equal(velocity, plain) == (not inside)
+    everywhere = make(3.0)
+    assert everywhere.is_active(0.0)
+    assert everywhere.is_active(1.0)
+
+
+@pytest.mark.parametrize("step", range(11))
+def test_the_interval_holds_its_ends_in_a_schedulers_float32(step: int) -> None:
+    levels = [*start_sampling(make_scheduler("euler"), 10, "cpu"), 0.0]
+    assert CFG(3.0, interval=(0.0, 1 - step / 10)).is_active(levels[step])
+    assert CFG(3.0, interval=(round(1 - step / 10, 1), 1.0)).is_active(levels[step])
+    if step:
+        assert not CFG(3.0, interval=(0.0, 1 - step / 10)).is_active(levels[step - 1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scale": -1.0}, r"guidance scale -1\.0 is not allowed; use 1 for none"),
+        ({"scale": math.nan}, "guidance scale nan"),
+        ({"scale": math.inf}, "guidance scale inf"),
+        ({"scale": 2, "interval": (0.7, 0.3)}, r"interval \(0\.7, 0\.3\).* 0 <= low <= high <= 1"),
+        ({"scale": 2, "interval": (-0.1, 0.3)}, "interval"),
+        ({"scale": 2, "interval": (0.1, 1.3)}, "interval"),
+        ({"scale": 2, "interval": (0.1, math.nan)}, "interval"),
+    ],
+)
+@pytest.mark.parametrize("make", [CFG, AutoGuidance, CheapCFG])
+def test_bad_guidance(make, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
+
+
+@pytest.mark.parametrize("make", [AutoGuidance, CheapCFG])
+def test_a_guide_of_unknown_budget_is_refused(make) -> None:
+    with pytest.raises(ValueError, match=r"guide budget 'low' .*'lowest'"):
+        make(3.0, budget="low")
+
+
+def test_a_guide_like_the_prediction_is_refused() -> None:
+    with pytest.raises(ValueError, match="drop_label"):
+        Guidance(3.0, drop_label=False, budget=None)
+
+
+# ---- samplers ----
+
+
+def gaussian_velocity(x: Tensor, sigma: Tensor | float) -> Tensor:
+    """E[noise - data | x] of N(MEAN, STD^2) data: the best that any model can predict."""
+    variance = (1 - sigma) ** 2 * STD**2 + sigma**2
+    gain = (sigma - (1 - sigma) * STD**2) / variance
+    return gain * (x - (1 - sigma) * MEAN) - MEAN
+
+
+def sample(sampler, velocity, x: Tensor, steps: int, generator=None, sigmas=None) -> Tensor:
+    """Runs a sampler, by its name or itself, as a pipeline does."""
+    scheduler = make_scheduler(sampler) if isinstance(sampler, str) else sampler
+    levels = start_sampling(scheduler, steps, "cpu", sigmas)
+    extra = {} if generator is None else {"generator": generator}
+    for sigma, timestep in zip(levels, scheduler.timesteps, strict=True):
+        x = scheduler.step(velocity(x, sigma), timestep, x, **extra, return_dict=False)[0]
+    return x
+
+
+def flow_of_cubic(x: Tensor, sigma: float) -> Tensor:
+    """d/dsigma of sigma^3."""
+    return torch.full_like(x, 3 * sigma**2)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "error"),
+    [("euler", 200, 0.01), ("heun", 40, 0.002), ("unipc", 40, 0.005), ("dpm-solver", 100, 0.01)],
+)
+def test_every_ode_sampler_integrates_a_velocity_of_time(sampler, steps, error: float) -> None:
+    """From sigma 1 to 0, 3 sigma^2 takes away 1."""
+    x = torch.tensor([[2.0, -1.0]])
+    out = sample(sampler, flow_of_cubic, x, steps)
+    torch.testing.assert_close(out, x - 1, atol=error, rtol=0)
+
+
+def test_euler_and_heun_are_the_rectangle_and_trapezoid_rules() -> None:
+    """Exactly: the closed forms of the sums of 3 sigma^2 over a uniform grid."""
+    n, x = 10, torch.zeros(1, 1, dtype=torch.float32)
+    squares = (n + 1) * (2 * n + 1) / (2 * n**2)  # 3/n sum (i/n)^2, i = 1..n
+    torch.testing.assert_close(sample("euler", flow_of_cubic, x, n), x - squares)
+    # The last step, of length 1/n, is Euler's: it lacks half of 3/n (0^2 - (1/n)^2).
+    trapezoid = squares - 3 / (2 * n) + 3 / (2 * n**3)
+    torch.testing.assert_close(sample("heun", flow_of_cubic, x, n), x - trapezoid)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_every_sampler_lands_on_a_single_image(sampler: str, steps: int) -> None:
+    """All data in one point: the paths are straight, and any number of steps is exact."""
+    point = torch.tensor([[0.3, -0.8]])
+    x = torch.randn(5, 2)
+    # UniPC and DPM-Solver begin at sigma 0.999, where a sample of pure noise is off the path.
+    out = sample(sampler, lambda x, s: (x - point) / s, x, steps)
+    torch.testing.assert_close(out, point.expand(5, 2), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "error"), [("euler", 0.06), ("heun", 0.003), ("unipc", 0.006), ("dpm-solver", 0.02)]
+)
+def test_every_ode_sampler_turns_noise_into_gaussian_data(sampler: str, error: float) -> None:
+    """The exact solution is MEAN + STD x."""
+    x = torch.linspace(-3, 3, 13)[:, None]
+    out = sample(sampler, gaussian_velocity, x, 40)
+    torch.testing.assert_close(out, MEAN + STD * x, atol=error, rtol=0)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_convergence(sampler: str, order: int) -> None:
+    x = torch.linspace(-3, 3, 13)[:, None]
+    exact = MEAN + STD * x
+    errors = [(sample(sampler, gaussian_velocity, x, n) - exact).norm() for n in (10, 20, 40, 80)]
+    orders = [math.log2(before / after) for before, after in pairwise(errors)]
+    assert orders[-1] == pytest.approx(order, abs=0.15)
+
+
+def test_own_heun_is_diffusers_heun_on_the_same_levels() -> None:
+    theirs = diffusers.FlowMatchHeunDiscreteScheduler()
+    x = torch.linspace(-3, 3, 13)[:, None]
+    levels = start_sampling(theirs, 10, "cpu")
+    expected = sample(theirs, gaussian_velocity, x, 10)
+    grid = [levels[0], *levels[1::2]]
+    ours = sample(FlowMatchUniformHeunScheduler(), gaussian_velocity, x, 10, sigmas=grid)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_heun_visits_each_inner_level_twice() -> None:
+    levels = start_sampling(FlowMatchUniformHeunScheduler(), 4, "cpu")
+    assert levels == [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]  # 2N - 1 calls
+
+
+def test_a_scheduler_can_run_again() -> None:
+    for sampler in SAMPLERS:
+        scheduler, x = make_scheduler(sampler), torch.randn(3, 2)
+        first, second = (
+            sample(scheduler, gaussian_velocity, x, 5, torch.Generator().manual_seed(0))
+            if sampler == "euler-maruyama"
+            else sample(scheduler, gaussian_velocity, x, 5)
+            for _ in range(2)
+        )
+        assert torch.equal(first, second), sampler
+
+
+def sde_moments(steps: int) -> tuple[float, float]:
+    """Mean and variance after Euler-Maruyama, from the reverse SDE written with the score.
+
+    dx = (v - sigma score) dsigma + sqrt(2 sigma) dw, from sigma 1 to 0.04; then the data that the
+    last point stands for, E[data | x]. Both are affine in x, so two points tell mean and gain.
+    """
+    mean, variance = 0.0, 1.0
+    for sigma, sigma_next in pairwise(torch.linspace(1, 0.04, steps).double().tolist()):
+
+        def step(x: float, s: float = sigma, length: float = sigma - sigma_next) -> float:
+            x = torch.tensor(x, dtype=torch.float64)
+            marginal = (1 - s) ** 2 * STD**2 + s**2
+            score = -(x - (1 - s) * MEAN) / marginal
+            return (x - length * (gaussian_velocity(x, s) - s * score)).item()
+
+        gain = step(1.0) - step(0.0)
+        mean, variance = step(mean), gain**2 * variance + 2 * sigma * (sigma - sigma_next)
+    marginal = 0.96**2 * STD**2 + 0.04**2
+    gain = 0.96 * STD**2 / marginal
+    return MEAN + gain * (mean - 0.96 * MEAN), gain**2 * variance
+
+
+@pytest.mark.parametrize("steps", [10, 100])
+def test_euler_maruyama_has_the_mean_and_variance_of_its_sde(steps: int) -> None:
+    count = 100_000
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 1, generator=generator)
+    out = sample("euler-maruyama", gaussian_velocity, x, steps, generator).double()
+    mean, variance = sde_moments(steps)
+    assert out.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(variance / count))
+    assert out.var().item() == pytest.approx(variance, rel=5 * math.sqrt(2 / count))
+
+
+def test_euler_maruyama_converges_to_the_data() -> None:
+    mean, variance = sde_moments(4000)
+    assert mean == pytest.approx(MEAN, abs=0.005)
+    assert variance == pytest.approx(STD**2, rel=0.01)
+
+
+def test_euler_maruyama_draws_one_noise_for_each_generator() -> None:
+    x = torch.randn(3, 2)
+
+    def run(x: Tensor, *seeds: int) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return sample("euler-maruyama", gaussian_velocity, x, 5, generators)
+
+    together = run(x, 1, 2, 3)
+    torch.testing.assert_close(run(x[1:], 2, 3), together[1:])
+    assert not torch.allclose(run(x, 1, 2, 4)[2], together[2])
+    single = FlowMatchEulerMaruyamaScheduler(last_sigma=0.2)
+    assert start_sampling(single, 5, "cpu") == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+
+
+# ---- levels ----
+
+
+def test_noise_levels_of_each_sampler() -> None:
+    """One for each call of the model, read from `sigmas`: `timesteps` may be rounded."""
+    quarters = [1, 0.75, 0.5, 0.25]
+    assert start_sampling(make_scheduler("euler"), 4, "cpu") == pytest.approx(quarters)
+    thirds = [1, 0.68, 0.36, 0.04]
+    assert start_sampling(make_scheduler("euler-maruyama"), 4, "cpu") == pytest.approx(thirds)
+    for sampler in ("unipc", "dpm-solver"):
+        levels = start_sampling(make_scheduler(sampler), 4, "cpu")
+        assert levels == pytest.approx(quarters, abs=2e-3)  # they begin at 0.999
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 5, 40])
+def test_levels_fall_and_end_at_zero(sampler: str, steps: int) -> None:
+    scheduler = make_scheduler(sampler)
+    levels = start_sampling(scheduler, steps, "cpu")
+    assert (
+        len(levels) == len(scheduler.timesteps) == (2 * steps - 1 if sampler == "heun" else steps)
+    )
+    assert scheduler.sigmas[len(levels)] == 0
+    assert all(a >= b > 0 for a, b in pairwise(levels))
+    torch.testing.assert_close(
+        scheduler.timesteps.float() / 1000, torch.tensor(levels), atol=1e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama", "unipc"])
+@pytest.mark.parametrize("steps", [3, 40])
+def test_given_levels_are_used_whatever_the_number_of_steps(sampler: str, steps: int) -> None:
+    levels = start_sampling(make_scheduler(sampler), steps, "cpu", sigmas=[1.0, 0.7, 0.2])
+    expected = [1.0, 0.7, 0.7, 0.2, 0.2] if sampler == "heun" else [1.0, 0.7, 0.2]
+    assert levels == pytest.approx(expected, abs=1e-5)
+
+
+def test_shifted_scheduler_shifts_the_uniform_grid() -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    levels = start_sampling(scheduler, 4, "cpu")
+    assert levels == pytest.approx([3 * s / (1 + 2 * s) for s in (1, 0.75, 0.5, 0.25)])
+
+
+def test_schedulers_return_outputs_as_diffusers_do() -> None:
+    for sampler in SAMPLERS:
+        scheduler = make_scheduler(sampler)
+        start_sampling(scheduler, 3, "cpu")
+        x = torch.zeros(1, 2)
+        assert scheduler.step(x, scheduler.timesteps[0], x).prev_sample.shape == x.shape
+
+
+@pytest.mark.parametrize("sampler", ["heun", "euler-maruyama"])
+def test_own_schedulers_save_and_load(sampler: str, tmp_path) -> None:
+    own = {"last_sigma": 0.1} if sampler == "euler-maruyama" else {}
+    scheduler = type(make_scheduler(sampler))(**own)
+    scheduler.save_pretrained(tmp_path)
+    loaded = type(scheduler).from_pretrained(tmp_path)
+    assert loaded.config.num_train_timesteps == 1000
+    assert loaded.config.get("last_sigma") == scheduler.config.get("last_sigma")
+    assert start_sampling(loaded, 4, "cpu") == start_sampling(scheduler, 4, "cpu")
+
+
+@pytest.mark.parametrize("steps", [0, -3, 2.5])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_bad_number_of_steps(sampler: str, steps: float) -> None:
+    with pytest.raises(ValueError, match=f"num_inference_steps {steps} .*; 40 is usual"):
+        start_sampling(make_scheduler(sampler), steps, "cpu")
+
+
+@pytest.mark.parametrize("sigmas", [[], [0.5, 1.0], [1.0, 0.5, 0.5], [1.2, 0.5], [0.5, -0.1]])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama", "unipc"])
+def test_bad_levels(sampler: str, sigmas: list) -> None:
+    with pytest.raises(ValueError, match=r"sigmas .* must fall"):
+        start_sampling(make_scheduler(sampler), max(1, len(sigmas)), "cpu", sigmas)
+
+
+def test_schedulers_that_cannot_do_what_is_asked() -> None:
+    with pytest.raises(ValueError, match=r"DPMSolverMultistepScheduler takes no sigmas"):
+        start_sampling(make_scheduler("dpm-solver"), 2, "cpu", sigmas=[1.0, 0.5])
+    with pytest.raises(ValueError, match="DDIMScheduler is not a flow-matching scheduler"):
+        start_sampling(diffusers.DDIMScheduler(), 2, "cpu")
+
+
+def test_unknown_sampler() -> None:
+    with pytest.raises(ValueError, match="unknown sampler 'ddim': use one of 'euler', 'heun', "):
+        make_scheduler("ddim")

@@ -1,0 +1,444 @@
+"""The pipeline: what it draws, how it is steered, saved and loaded, and what it refuses."""
+
+import json
+import logging
+from itertools import pairwise
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from helpers import make_generators, randomise, tiny_dit, tiny_elastic
+from torch import Tensor, nn
+
+from elit.flow.guidance import CFG, AutoGuidance, CheapCFG
+from elit.flow.schedulers import SAMPLERS, make_scheduler
+from elit.pipelines.elit_pipeline import ElitPipeline
+
+
+def make_pipeline(transformer: nn.Module | None = None, sampler: str = "euler", vae=None):
+    if transformer is None:
+        transformer = tiny_elastic(in_channels=3, min_latents=2)
+    pipeline = ElitPipeline(transformer, make_scheduler(sampler), vae)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def make_vae() -> diffusers.AutoencoderKL:
+    """A tiny autoencoder that halves the sides and has 4 channels inside."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+    )
+    return vae.eval()
+
+
+def draw(pipeline: ElitPipeline, labels=(0, 1, 2), seeds=(1, 2, 3), **options) -> Tensor:
+    """Raw samples of a short run, one seed for each label."""
+    options = {"num_inference_steps": 3, "output_type": "latent"} | options
+    return pipeline(list(labels), generator=make_generators(*seeds), **options).images
+
+
+def record_calls(pipeline: ElitPipeline) -> list[tuple[list[int], int | None, float]]:
+    """Notes (labels, num_latents, sigma) of each call of the transformer."""
+    calls = []
+
+    def note(_, args: tuple, kwargs: dict) -> None:
+        assert not torch.is_grad_enabled()
+        calls.append((args[2].tolist(), kwargs.get("num_latents"), round(args[1][0].item(), 4)))
+
+    pipeline.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    return calls
+
+
+# ---- what an image depends on ----
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("guidance", [None, CFG(2.0), CheapCFG(2.0)], ids=["none", "cfg", "cheap"])
+def test_an_image_depends_on_its_generator_and_not_on_its_batch(sampler: str, guidance) -> None:
+    pipeline = make_pipeline(sampler=sampler)
+    batch = draw(pipeline, guidance=guidance, budget=0.5)
+    alone = [
+        draw(pipeline, [label], [seed], guidance=guidance, budget=0.5)
+        for label, seed in zip((0, 1, 2), (1, 2, 3), strict=True)
+    ]
+    torch.testing.assert_close(torch.cat(alone), batch, rtol=1e-4, atol=1e-4)
+    others = draw(pipeline, (2, 2, 0), (3, 7, 1), guidance=guidance, budget=0.5)
+    torch.testing.assert_close(others[[0, 2]], batch[[2, 0]], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(others[1], others[0], atol=0.1)  # same label, another seed
+
+
+def test_same_seed_same_images_whatever_was_drawn_before() -> None:
+    pipeline = make_pipeline()
+    first = draw(pipeline)
+    draw(pipeline, num_inference_steps=5, guidance=CFG(2.0))
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    assert torch.equal(draw(pipeline), first)
+    assert torch.equal(torch.get_rng_state(), before)  # nothing comes from the global generator
+
+
+def test_one_generator_draws_for_the_whole_batch() -> None:
+    pipeline = make_pipeline()
+    options = {"num_inference_steps": 2, "output_type": "latent"}
+    generators = (torch.Generator().manual_seed(5) for _ in range(2))
+    first, second = (pipeline([0, 1], generator=g, **options).images for g in generators)
+    assert torch.equal(first, second)
+    assert not torch.allclose(first[0], first[1])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_generators_may_come_in_a_tuple(sampler: str) -> None:
+    pipeline = make_pipeline(sampler=sampler)
+    options = {"num_inference_steps": 2, "output_type": "latent"}
+    listed = pipeline([0, 1], generator=make_generators(1, 2), **options).images
+    tupled = pipeline([0, 1], generator=tuple(make_generators(1, 2)), **options).images
+    assert torch.equal(tupled, listed)
+
+
+def test_given_noise_is_where_a_run_begins() -> None:
+    pipeline = make_pipeline()
+    noise = torch.cat([torch.randn(1, 3, 8, 8, generator=g) for g in make_generators(1, 2, 3)])
+    given = pipeline([0, 1, 2], noise=noise, num_inference_steps=3, output_type="latent").images
+    assert torch.equal(given, draw(pipeline))
+
+
+def test_labels_in_any_form() -> None:
+    pipeline = make_pipeline()
+    images = draw(pipeline, [1], [1])
+    for labels in (1, [1], (1,), np.array([1]), torch.tensor([1]), torch.tensor(1)):
+        options = {"num_inference_steps": 3, "output_type": "latent"}
+        again = pipeline(labels, generator=make_generators(1), **options).images
+        assert torch.equal(again, images)
+
+
+def test_a_run_is_the_euler_method_by_hand() -> None:
+    pipeline = make_pipeline()
+    transformer, labels = pipeline.transformer, torch.tensor([0, 1, 2])
+    x = torch.cat([torch.randn(1, 3, 8, 8, generator=g) for g in make_generators(1, 2, 3)])
+    null = torch.full_like(labels, 3)
+    with torch.no_grad():
+        for sigma, sigma_next in pairwise((1.0, 0.75, 0.5, 0.25, 0.0)):
+            level = torch.full((3,), sigma)
+            velocity = transformer(x, level, labels, num_latents=8).sample
+            if sigma <= 0.75:
+                guide = transformer(x, level, null, num_latents=2).sample
+                velocity = guide + 2.5 * (velocity - guide)
+            x = x - (sigma - sigma_next) * velocity
+    guidance = CheapCFG(2.5, interval=(0.0, 0.75))
+    drawn = draw(pipeline, budget=0.5, num_inference_steps=4, guidance=guidance)
+    torch.testing.assert_close(drawn, x, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_weights_and_float32_samples() -> None:
+    pipeline = make_pipeline()
+    expected = draw(pipeline)
+    pipeline.transformer.to(torch.bfloat16)
+    images = draw(pipeline)
+    assert images.dtype == torch.float32
+    assert (images - expected).norm() / expected.norm() < 0.05
+
+
+# ---- budgets and guidance ----
+
+
+@pytest.mark.parametrize(
+    ("guidance", "expected"),
+    [
+        (None, [([1], 8)]),
+        (CFG(3.0), [([1, 3], 8)]),
+        (CFG(1.0), [([1], 8)]),
+        (AutoGuidance(3.0), [([1], 8), ([1], 2)]),
+        (AutoGuidance(3.0, budget=0.25), [([1], 8), ([1], 4)]),
+        (CheapCFG(3.0), [([1], 8), ([3], 2)]),
+        (CheapCFG(3.0, budget=0.25), [([1], 8), ([3], 4)]),
+        (CheapCFG(3.0, budget=0.5), [([1, 3], 8)]),
+    ],
+)
+def test_which_labels_and_budgets_the_transformer_sees(guidance, expected: list) -> None:
+    pipeline = make_pipeline()
+    calls = record_calls(pipeline)
+    draw(pipeline, [1], [1], budget=0.5, num_inference_steps=1, guidance=guidance)
+    assert [(labels, latents) for labels, latents, _ in calls] == expected
+
+
+def test_guidance_that_changes_nothing() -> None:
+    pipeline = make_pipeline()
+    plain = draw(pipeline)
+    for make in (CFG, AutoGuidance, CheapCFG):
+        assert torch.equal(draw(pipeline, guidance=make(1.0)), plain)
+        assert not torch.allclose(draw(pipeline, guidance=make(3.0)), plain, atol=0.01)
+    cfg = draw(pipeline, guidance=CFG(3.0))
+    assert torch.equal(draw(pipeline, guidance=CheapCFG(3.0, budget=1.0)), cfg)
+
+
+def test_guidance_acts_within_its_interval() -> None:
+    pipeline = make_pipeline()
+    calls = record_calls(pipeline)
+    guidance = CheapCFG(3.0, interval=(0.2, 0.6))
+    draw(pipeline, [1], [1], num_inference_steps=5, guidance=guidance)
+    assert [sigma for labels, _, sigma in calls if labels == [3]] == [0.6, 0.4, 0.2]
+    assert [sigma for labels, _, sigma in calls if labels == [1]] == [1, 0.8, 0.6, 0.4, 0.2]
+
+
+def test_a_budget_for_each_step() -> None:
+    pipeline = make_pipeline()
+    calls = record_calls(pipeline)
+    stepwise = draw(pipeline, [1], [1], budget=[0.25, 0.5, 1])
+    assert [latents for _, latents, _ in calls] == [4, 8, 16]
+    assert not torch.allclose(stepwise, draw(pipeline, [1], [1]), atol=1e-3)
+    constant = draw(pipeline, [1], [1], budget=(0.5, 0.5, 0.5))
+    assert torch.equal(constant, draw(pipeline, [1], [1], budget=0.5))
+
+
+def test_a_budget_for_each_call_of_heun() -> None:
+    pipeline = make_pipeline(sampler="heun")
+    calls = record_calls(pipeline)
+    draw(pipeline, [1], [1], budget=[0.25, 0.5, 0.5, 1, 1])
+    assert [latents for _, latents, _ in calls] == [4, 8, 8, 16, 16]
+    with pytest.raises(ValueError, match="3 budgets for 5 calls of the model in this run"):
+        draw(pipeline, [1], [1], budget=[0.25, 0.5, 1])
+
+
+def test_every_budget_gives_another_image() -> None:
+    pipeline = make_pipeline()
+    images = [draw(pipeline, [1], [1], budget=n / 16) for n in range(2, 17)]
+    for before, after in pairwise(images):
+        assert not torch.equal(before, after)
+
+
+def test_a_plain_transformer() -> None:
+    pipeline = make_pipeline(tiny_dit(in_channels=3))
+    calls = record_calls(pipeline)
+    assert draw(pipeline).shape == (3, 3, 8, 8)
+    assert {latents for _, latents, _ in calls} == {None}
+    cfg = draw(pipeline, guidance=CFG(3.0))
+    assert torch.equal(draw(pipeline, guidance=CheapCFG(3.0)), cfg)  # it has one budget only
+    with pytest.raises(ValueError, match=r"budget 0\.5 asked of a model that is not elastic"):
+        draw(pipeline, budget=0.5)
+
+
+def test_a_budget_below_what_was_trained_is_warned_of(caplog) -> None:
+    pipeline = make_pipeline()
+    with caplog.at_level(logging.WARNING):
+        draw(pipeline, budget=2 / 16)
+        assert not caplog.records
+        draw(pipeline, budget=[1, 1, 1 / 16])
+    (record,) = caplog.records
+    assert "keeps 1 latents per group, but this model was trained with 2 or more" in record.message
+
+
+def test_autoguidance_without_effect_is_warned_of(caplog) -> None:
+    pipeline = make_pipeline()
+    with caplog.at_level(logging.WARNING):
+        draw(pipeline, budget=0.5, guidance=AutoGuidance(3.0))
+        assert not caplog.records
+        draw(pipeline, budget=2 / 16, guidance=AutoGuidance(3.0))
+    assert "autoguidance has no effect" in caplog.text
+
+
+# ---- sizes, steps, outputs ----
+
+
+@pytest.mark.parametrize(("height", "width"), [(None, None), (4, None), (8, 12), (16, 4)])
+def test_other_sizes(height: int | None, width: int | None) -> None:
+    images = draw(make_pipeline(), height=height, width=width)
+    assert images.shape == (3, 3, height or 8, width or 8)
+    assert images.isfinite().all()
+
+
+def test_own_noise_levels() -> None:
+    pipeline = make_pipeline()
+    calls = record_calls(pipeline)
+    options = {"generator": make_generators(1), "output_type": "latent"}
+    pipeline([1], sigmas=[1.0, 0.7, 0.2], **options)  # however many steps are usual
+    assert [sigma for _, _, sigma in calls] == [1, 0.7, 0.2]
+
+
+@pytest.mark.parametrize(("sampler", "calls"), [("euler", 4), ("heun", 7), ("unipc", 4)])
+def test_the_callback_sees_and_may_change_every_step(sampler: str, calls: int) -> None:
+    pipeline = make_pipeline(sampler=sampler)
+    seen = []
+
+    def look(given_pipeline, step: int, timestep: Tensor, tensors: dict) -> dict:
+        assert given_pipeline is pipeline
+        assert list(tensors) == ["samples"]
+        seen.append((step, timestep.item(), tensors["samples"].clone()))
+        return {}
+
+    images = draw(pipeline, num_inference_steps=4, callback_on_step_end=look)
+    assert [step for step, _, _ in seen] == list(range(calls))
+    assert [level for _, level, _ in seen] == pipeline.scheduler.timesteps.tolist()
+    assert torch.equal(seen[-1][2], images)
+
+    def replace(_, step: int, timestep: Tensor, tensors: dict) -> dict:
+        return {"samples": torch.full_like(tensors["samples"], float(step))}
+
+    images = draw(pipeline, num_inference_steps=4, callback_on_step_end=replace)
+    assert (images == calls - 1).all()
+    silent = draw(pipeline, num_inference_steps=4, callback_on_step_end=lambda *_: None)
+    assert torch.equal(silent, seen[-1][2])
+
+
+def test_output_types() -> None:
+    pipeline = make_pipeline()
+    raw = draw(pipeline)
+    expected = (raw / 2 + 0.5).clamp(0, 1)
+    as_tensor = draw(pipeline, output_type="pt")
+    torch.testing.assert_close(as_tensor, expected)
+    as_array = draw(pipeline, output_type="np")
+    assert isinstance(as_array, np.ndarray)
+    np.testing.assert_allclose(as_array, expected.permute(0, 2, 3, 1).numpy(), rtol=1e-6)
+    pictures = draw(pipeline, output_type="pil", height=4)
+    assert [(p.size, p.mode) for p in pictures] == [((8, 4), "RGB")] * 3
+    pictures = draw(pipeline, output_type="pil")
+    for picture, array in zip(pictures, as_array, strict=True):
+        np.testing.assert_array_equal(np.asarray(picture), (array * 255).round().astype("uint8"))
+    assert torch.equal(draw_tuple(pipeline)[0], raw)
+
+
+def draw_tuple(pipeline: ElitPipeline) -> tuple:
+    options = {"num_inference_steps": 3, "output_type": "latent", "return_dict": False}
+    return pipeline([0, 1, 2], generator=make_generators(1, 2, 3), **options)
+
+
+def test_grey_images() -> None:
+    pipeline = make_pipeline(tiny_elastic(in_channels=1))
+    assert draw(pipeline, output_type="np").shape == (3, 8, 8, 1)
+    assert {picture.mode for picture in draw(pipeline, output_type="pil")} == {"L"}
+
+
+# ---- an autoencoder ----
+
+
+def test_the_autoencoder_decodes_scaled_and_shifted_samples() -> None:
+    vae = make_vae()
+    pipeline = make_pipeline(tiny_elastic(in_channels=4), vae=vae)
+    raw = draw(pipeline)
+    assert raw.shape == (3, 4, 8, 8)
+    with torch.no_grad():
+        decoded = vae.decode(raw / 0.5 + 0.25).sample
+    images = draw(pipeline, output_type="pt")
+    torch.testing.assert_close(images, (decoded / 2 + 0.5).clamp(0, 1))
+    assert images.shape == (3, 3, 16, 16)
+    assert draw(pipeline, output_type="np", height=8, width=24).shape == (3, 8, 24, 3)
+    with pytest.raises(ValueError, match=r"17 pixels is not a multiple of 2, .*; use 18"):
+        draw(pipeline, height=17)
+
+
+# ---- save and load ----
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_save_and_load_in_pixels(sampler: str, tmp_path) -> None:
+    pipeline = make_pipeline(sampler=sampler)
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "ElitPipeline"
+    assert index["transformer"] == ["elit.models.dit", "DiT"]
+    assert index["vae"] == [None, None]
+    assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").exists()
+    loaded = ElitPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.scheduler) is type(pipeline.scheduler)
+    assert loaded.vae is None
+    assert torch.equal(draw(loaded), draw(pipeline))
+
+
+def test_save_and_load_with_an_autoencoder(tmp_path) -> None:
+    pipeline = make_pipeline(tiny_elastic(in_channels=4), "heun", make_vae())
+    pipeline.save_pretrained(tmp_path)
+    loaded = ElitPipeline.from_pretrained(str(tmp_path))
+    loaded.set_progress_bar_config(disable=True)
+    assert isinstance(loaded.vae, diffusers.AutoencoderKL)
+    expected = draw(pipeline, output_type="pt", guidance=CheapCFG(2.0), budget=0.5)
+    assert torch.equal(draw(loaded, output_type="pt", guidance=CheapCFG(2.0), budget=0.5), expected)
+    half = ElitPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    assert half.transformer.dtype == half.vae.dtype == torch.bfloat16
+    images = draw(half, output_type="pt", guidance=CheapCFG(2.0), budget=0.5)
+    assert (images - expected).abs().mean() < 0.05
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path) -> None:
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    config = tmp_path / "transformer" / "config.json"
+    settings = json.loads(config.read_text())
+    for change in ({"depth": 4}, {"depth": 2, "tail": 0}, {"hidden_size": 64}, {"group": [2, 2]}):
+        config.write_text(json.dumps(settings | change))
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            ElitPipeline.from_pretrained(tmp_path)
+        with pytest.raises(ValueError):
+            type(pipeline.transformer).from_pretrained(tmp_path / "transformer")
+
+
+def test_moves_with_its_parts() -> None:
+    pipeline = make_pipeline(tiny_elastic(in_channels=4), vae=make_vae())
+    pipeline.to(torch.bfloat16)
+    assert pipeline.transformer.dtype == pipeline.vae.dtype == torch.bfloat16
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_labels": [0, 3]}, r"class label 3 is out of range; .* labels 0\.\.2"),
+        ({"class_labels": -1}, "class label -1 is out of range"),
+        ({"class_labels": []}, r"class_labels \[\] are not labels"),
+        ({"class_labels": [0.5]}, r"class_labels \[0\.5\] are not labels; give .* in 0\.\.2"),
+        ({"class_labels": True}, "class_labels True are not labels"),
+        ({"class_labels": "cat"}, "class_labels 'cat' are not labels"),
+        ({"class_labels": None}, "class_labels None are not labels"),
+        ({"budget": 0}, r"budget 0 is outside \(0, 1\]"),
+        ({"budget": -1}, r"budget -1 is outside \(0, 1\]"),
+        ({"budget": 1.5}, r"budget 1\.5 is outside \(0, 1\]"),
+        ({"budget": float("nan")}, r"budget nan is outside \(0, 1\]"),
+        ({"budget": "0.5"}, r"budget '0\.5' is not a number"),
+        ({"budget": None}, "budget None is not a number"),
+        ({"budget": [1, 0.5, 0]}, r"budget 0 is outside \(0, 1\]"),
+        ({"budget": [1, 0.5]}, "2 budgets for 3 calls of the model in this run"),
+        ({"num_inference_steps": 0}, "num_inference_steps 0 .*; 40 is usual"),
+        ({"num_inference_steps": 2.5}, r"num_inference_steps 2\.5 .*; 40 is usual"),
+        ({"guidance": 3.0}, r"guidance 3\.0 is not a Guidance; .* CFG\(3\.0\)"),
+        ({"guidance": CheapCFG(3.0, budget=2.0)}, r"budget 2\.0 is outside \(0, 1\]"),
+        ({"generator": make_generators(1, 2)}, "2 generators for 1 class labels; give one"),
+        ({"generator": []}, "0 generators for 1 class labels"),
+        ({"height": 6}, "6x8 tokens cannot be cut into groups of 4x4: 6 is not a multiple of 4"),
+        ({"height": 0}, "an image side of 0 pixels"),
+        ({"width": -8}, "an image side of -8 pixels"),
+        ({"noise": torch.zeros(1, 3, 8, 9)}, r"noise of shape \(1, 3, 8, 9\).*\(1, 3, 8, 8\)"),
+        ({"output_type": "jpg"}, "output_type 'jpg' is unknown; use one of pil, np, pt, latent"),
+        ({"sigmas": []}, r"sigmas \[\]"),
+        ({"sigmas": [0.5, 1.0]}, r"sigmas \[0\.5, 1\.0\]"),
+        ({"callback_on_step_end_tensor_inputs": ["latents"]}, "'latents'.*'samples'"),
+        ({"callback_on_step_end": lambda *_: {"latents": 1}}, "'latents'.*'samples'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input(options: dict, message: str) -> None:
+    pipeline = make_pipeline()
+    with pytest.raises(ValueError, match=message):
+        pipeline(**{"class_labels": [1], "num_inference_steps": 3} | options)
+
+
+def test_a_model_of_clips_is_refused() -> None:
+    clips = randomise(tiny_elastic(sample_size=(2, 4, 4), group=(1, 2, 2), in_channels=3))
+    with pytest.raises(ValueError, match=r"2x4x4|clips"):
+        make_pipeline(clips)([1], num_inference_steps=1)
+
+
+def test_a_scheduler_that_is_none_for_flows_is_refused() -> None:
+    pipeline = ElitPipeline(tiny_elastic(in_channels=3), diffusers.DDIMScheduler())
+    with pytest.raises(ValueError, match="DDIMScheduler is not a flow-matching scheduler"):
+        pipeline([1], num_inference_steps=2)
