@@ -20,6 +20,7 @@ A multiply-add counts as 2, attention included, of one image and one call of the
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit flops`."""
+    parser.usage = "elit flops NAME_OR_PATH [--resolution R] [--budgets B ...] [--json]"
     parser.epilog = _EPILOG
     parser.add_argument(
         "model", metavar="NAME_OR_PATH", help="a preset, or the folder of a pipeline or a model"

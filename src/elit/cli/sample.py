@@ -43,10 +43,18 @@ the same folder."""
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit sample`."""
+    # RUN first: behind --labels or --budget it would be taken for one of their values.
+    parser.usage = "elit sample RUN [--labels L ...] [--budget B ...] [flags]"
     parser.epilog = _EPILOG
     parser.add_argument("run", metavar="RUN", help="a pipeline's folder, or its name on the hub")
     add = parser.add_argument
-    add("--labels", type=whole_number(0), nargs="+", metavar="L", help="classes (default: 0..9)")
+    add(
+        "--labels",
+        type=whole_number(0),
+        nargs="+",
+        metavar="L",
+        help="classes (default: all, up to 10)",
+    )
     add("--count", type=whole_number(1), default=1, metavar="N", help="images per label")
     add(
         "--budget",

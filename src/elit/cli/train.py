@@ -14,7 +14,7 @@ from elit.cli.config import (
     fits_type,
     load_config,
 )
-from elit.training.config import LatentsConfig, TrainConfig
+from elit.training.config import TrainConfig
 
 _EPILOG = """\
 Defaults < CONFIG < command line. Keys of data.options and model.overrides are given as
@@ -72,15 +72,14 @@ def check_config(config: TrainConfig) -> None:
     from elit.data import load_dataset
     from elit.evaluation.flops import forward_flops
     from elit.flow.objective import SigmaDensity
-    from elit.interface.budget import TailDropping
     from elit.training.distributed import pick_device
     from elit.training.randomness import StepBatches
-    from elit.training.run import build_model
+    from elit.training.run import build_model, tail_dropping
     from elit.training.validation import latents_to_show
 
     output_folder(config.output_dir, "--output_dir")
     pick_device(config.train.device)
-    objective, latents, data = config.objective, config.latents, config.data
+    objective, data = config.objective, config.data
     SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
     dataset = load_dataset(data.name, "train", **data.options)
     _check_overrides(config.model.overrides)
@@ -88,15 +87,7 @@ def check_config(config: TrainConfig) -> None:
         model = build_model(config, dataset).requires_grad_(False)
     forward_flops(model)  # runs it: do the groups divide the grid?
     latents_to_show(model, config.sample.budgets)
-    if not model.is_elastic:
-        if latents != LatentsConfig():
-            raise ValueError(
-                f"latents.* have no effect on the plain model {config.model.preset!r}; "
-                f"leave them out, or use an elit- preset"
-            )
-    else:
-        low = model.min_latents if latents.min is None else latents.min
-        TailDropping(low, latents.max or model.max_latents, model.max_latents, latents.order)
+    tail_dropping(config, model)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     chunks = processes * config.train.accumulation
     StepBatches(len(dataset), data.batch_size, range(chunks), chunks, range(1), config.seed)

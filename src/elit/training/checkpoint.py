@@ -70,6 +70,13 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run left half written or half removed."""
+    for pattern in (".step-*.part", ".step-*.removed"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+
+
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, in order."""
     names = (_NAME.fullmatch(path.name) for path in folder.glob("step-*"))

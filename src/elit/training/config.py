@@ -5,6 +5,7 @@ The defaults are the paper's; the YAML files in `configs/` say where a run diffe
 
 import json
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -16,6 +17,7 @@ _POSITIVE: _Rule = (lambda value: 0 < value < math.inf, "above 0")
 _SHARE: _Rule = (lambda value: 0 <= value < 1, "in [0, 1)")
 
 _RULES: dict[str, _Rule] = {
+    "seed": _AT_LEAST_0,
     "data.batch_size": _AT_LEAST_1,
     "data.num_workers": _AT_LEAST_0,
     "objective.logit_std": _POSITIVE,
@@ -200,8 +202,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for key, (allowed, rule) in _RULES.items():
-            section, _, name = key.partition(".")
-            value = getattr(getattr(self, section), name)
+            value = operator.attrgetter(key)(self)
             if not allowed(value):
                 raise ValueError(f"{key}={value!r} is not allowed; give a number {rule}")
 

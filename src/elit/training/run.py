@@ -28,10 +28,11 @@ from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.training.checkpoint import (
     checkpoint_steps,
     load_checkpoint,
+    remove_leftovers,
     replace_folder_files,
     save_checkpoint,
 )
-from elit.training.config import TrainConfig
+from elit.training.config import LatentsConfig, TrainConfig
 from elit.training.distributed import World
 from elit.training.metrics import MetricsLog
 from elit.training.randomness import StepBatches, generator
@@ -47,6 +48,10 @@ logger = logging.getLogger(__name__)
 
 # What a resumed run must agree on with its checkpoint; the rest may be changed on the way.
 _FIXED = ("seed", "model", "data")
+
+
+class TrainingDivergedError(RuntimeError):
+    """Loss, gradient or weights are no longer finite."""
 
 
 def build_model(config: TrainConfig, dataset: ImageDataset) -> DiT:
@@ -67,6 +72,21 @@ def build_model(config: TrainConfig, dataset: ImageDataset) -> DiT:
         return DiT(**arguments)
 
 
+def tail_dropping(config: TrainConfig, model: DiT) -> TailDropping | None:
+    """Sampler of tail dropping; None for a plain model."""
+    latents, total = config.latents, model.max_latents
+    if not model.is_elastic:
+        if latents != LatentsConfig():
+            raise ValueError(
+                f"latents.* have no effect on the plain model {config.model.preset!r}; "
+                f"leave them out, or use an elit- preset"
+            )
+        return None
+    low = model.min_latents if latents.min is None else latents.min
+    high = total if latents.max is None else latents.max
+    return TailDropping(low, high, total, latents.order)
+
+
 class Run:
     """Model, moving average, optimiser, data and files of a run, fresh or resumed."""
 
@@ -79,7 +99,7 @@ class Run:
         self.density = SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
 
         self.model = build_model(config, self.dataset).to(world.device)
-        self.dropping = self._dropping()
+        self.dropping = tail_dropping(config, self.model)
         self.kept = latents_to_show(self.model, config.sample.budgets)
         if config.train.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
@@ -102,23 +122,11 @@ class Run:
         self.step = self.saved_step = self._resume()
         if world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder / "checkpoints")
             (self.folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
         tensorboard = config.train.tensorboard
         self.log = MetricsLog(self.folder, self.step, tensorboard, active=world.is_main)
         self._logged_at = (self.step, time.perf_counter())
-
-    def _dropping(self) -> TailDropping | None:
-        """Sampler of tail dropping; None for a plain model."""
-        latents, total = self.config.latents, self.model.max_latents
-        if not self.model.is_elastic:
-            if latents.min is not None or latents.max is not None or latents.order != "first":
-                raise ValueError(
-                    f"latents.* have no effect on the plain model {self.config.model.preset!r}; "
-                    f"leave them out, or use an elit- preset"
-                )
-            return None
-        low = self.model.min_latents if latents.min is None else latents.min
-        return TailDropping(low, latents.max or total, total, latents.order)
 
     def loader(self, steps: range) -> DataLoader:
         """This process's micro-batches of these steps."""
@@ -182,7 +190,18 @@ class Run:
             self.ema.restore(self.model.parameters())
             self.model.train()
 
-    def after_step(self, step: int, loss: Tensor, grad_norm: Tensor, bar: tqdm, save: bool) -> None:
+    def progress_bar(self, shown: bool) -> tqdm:
+        """Bar over the steps, on the main process."""
+        return tqdm(
+            total=self.config.train.steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            disable=not (shown and self.world.is_main),
+            dynamic_ncols=True,
+        )
+
+    def after_step(self, step: int, loss: Tensor, grad_norm: Tensor, bar: tqdm) -> None:
         """Log, validate, draw and save when their time has come."""
         loop, self.step = self.config.train, step
         if _due(step, loop.log_every):
@@ -191,7 +210,7 @@ class Run:
             self.validate()
         if self.world.is_main and _due(step, loop.sample_every):
             self.draw_sheet()
-        if save or _due(step, loop.checkpoint_every):
+        if _due(step, loop.checkpoint_every):
             self.save()
 
     def _log_step(self, loss: float, grad_norm: float, bar: tqdm) -> None:
@@ -199,7 +218,7 @@ class Run:
         now = time.perf_counter()
         images = (self.step - since) * self.config.data.batch_size / (now - then)
         self._logged_at = (self.step, now)
-        bar.set_postfix(loss=f"{loss:.4f}", images=f"{images:.0f}/s")
+        bar.set_postfix(loss=f"{loss:.4f}", images=f"{images:.0f}/s", refresh=False)
         lr = self.optimizer.param_groups[0]["lr"]
         values = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "images_per_second": images}
         self.log.write(self.step, **values)
@@ -228,6 +247,9 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint, and the averaged weights as a pipeline into the run's folder."""
+        finite = all(p.isfinite().all() for p in self.model.parameters())
+        if any(self.world.any(not finite)):
+            raise self.diverged(f"weights after step {self.step}")
         if self.world.is_main and self.step != self.saved_step:
             save_checkpoint(
                 self.folder / "checkpoints",
@@ -241,6 +263,7 @@ class Run:
                 },
                 self.config.train.keep_checkpoints,
             )
+        if self.world.is_main:  # also after a resume: a kill may have come before the export
             with self.averaged_weights():
                 pipeline = ElitPipeline(self.model, make_scheduler("euler"))
                 replace_folder_files(self.folder, pipeline.save_pretrained)
@@ -277,6 +300,16 @@ class Run:
                 f"{self.folder} holds another run ({'; '.join(different)}); "
                 f"choose another output_dir, or give the settings of that run"
             )
+
+    def diverged(self, what: str) -> TrainingDivergedError:
+        """Close the files; the error that tells a user whose run went wrong what to do."""
+        self.close()
+        saved = f"step {self.saved_step}" if self.saved_step else "none yet"
+        return TrainingDivergedError(
+            f"{what}: not finite. Nothing of it was saved (last checkpoint: {saved}). Look at "
+            f"{self.log.path} for where it began; a lower optimizer.lr, a longer "
+            f"optimizer.warmup_steps or train.precision=fp32 usually help; also check the data"
+        )
 
     def close(self) -> None:
         """Close the files."""

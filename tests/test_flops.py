@@ -1,0 +1,64 @@
+"""FLOPs: the closed form of the paper, and the interpolation over the budgets."""
+
+import pytest
+
+from elit.evaluation.flops import ElasticFlops, flops_report, forward_flops, on_meta
+from elit.models.dit import DiT
+from elit.models.presets import preset_config
+
+
+def paper_block(tokens: int, width: int) -> int:
+    return 24 * tokens * width**2 + 4 * tokens**2 * width + 12 * width**2
+
+
+@pytest.mark.parametrize(("resolution", "tokens"), [(256, 256), (512, 1024)])
+def test_a_plain_model_costs_what_the_closed_form_says(resolution: int, tokens: int) -> None:
+    config = preset_config("dit-b/2", resolution)
+    width, depth, patch_dim = config["hidden_size"], config["depth"], 4 * 2 * 2
+    expected = depth * paper_block(tokens, width)
+    expected += 4 * tokens * width * patch_dim + 6 * width**2 + 512 * width
+    assert forward_flops(on_meta(DiT, config)) == expected
+
+
+@pytest.mark.parametrize("num_latents", [1, 5, 16])
+def test_an_elastic_model_costs_what_the_closed_form_says(num_latents: int) -> None:
+    config = preset_config("elit-dit-b/2", 256)
+    width, tokens, groups = config["hidden_size"], 256, 16
+    kept = groups * num_latents
+    expected = 6 * paper_block(tokens, width) + 6 * paper_block(kept, width)
+    expected += 4 * tokens * width * 16 + 6 * width**2 + 512 * width
+    expected += 2 * num_latents * width**2 + 4 * tokens * width**2  # Read: queries once, context
+    expected += 2 * kept * width**2 + 4 * kept * width**2  # output and MLP of the latents
+    expected += 2 * tokens * width**2 + 4 * kept * width**2  # Write: queries, context
+    expected += 2 * tokens * width**2 + 4 * tokens * width**2  # output and MLP of the tokens
+    expected += 2 * 4 * kept * 16 * width  # both attentions, within groups of 16
+    expected += 2 * 6 * width**2  # both modulations
+    assert forward_flops(on_meta(DiT, config), num_latents) == expected
+
+
+def test_three_counts_give_all_budgets() -> None:
+    model = on_meta(DiT, preset_config("elit-dit-s/2", 256))
+    flops = ElasticFlops(model)
+    assert len(flops.counts) == 3
+    assert [flops(n) for n in range(1, 17)] == [forward_flops(model, n) for n in range(1, 17)]
+
+
+def test_a_group_of_one_token_has_one_budget() -> None:
+    model = on_meta(DiT, preset_config("elit-dit-tiny/2", 16, {"group": 1}))
+    report = flops_report(model, "x", 16)
+    assert [(row.budget, row.num_latents) for row in report.rows] == [(1.0, 1)]
+
+
+def test_rows_show_the_budgets_that_run() -> None:
+    model = on_meta(DiT, preset_config("elit-dit-tiny/2", 16))
+    report = flops_report(model, "x", 16, budgets=[1, 0.3, 0.31, 0.01])
+    assert [(row.budget, row.num_latents) for row in report.rows] == [
+        (1.0, 16), (5 / 16, 5), (1 / 16, 1)]  # fmt: skip
+
+
+def test_counting_leaves_a_real_model_as_it_is() -> None:
+    model = DiT(**preset_config("elit-dit-tiny/2", 16))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert forward_flops(model) == forward_flops(on_meta(DiT, preset_config("elit-dit-tiny/2", 16)))
+    assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
+    assert all((value == before[name]).all() for name, value in model.state_dict().items())

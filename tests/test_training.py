@@ -1,0 +1,465 @@
+"""The training loop: what it draws, saves, resumes, refuses and survives."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from elit import ElitPipeline
+from elit.data import load_dataset
+from elit.training.checkpoint import checkpoint_steps
+from elit.training.config import (
+    DataConfig,
+    LatentsConfig,
+    LoopConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from elit.training.distributed import World
+from elit.training.loop import TrainingDivergedError, batch_loss, train
+from elit.training.metrics import MetricsLog
+from elit.training.randomness import StepBatches, generator
+from elit.training.run import Run, build_model
+from elit.training.validation import budgets_out_of_order, validation_losses
+
+TINY = {"hidden_size": 32, "num_heads": 2, "depth": 3}
+CPU = World(0, 1, torch.device("cpu"))
+
+
+def tiny_config(folder: Path, steps: int = 6, **changes) -> TrainConfig:
+    """A run of seconds; `changes` are keywords of its sections, as `train_log_every=1`."""
+    values = {
+        "model": {"preset": "elit-dit-tiny/2", "overrides": dict(TINY)},
+        "data": {"batch_size": 4},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 3, "ema": 0.9},
+        "train": {"steps": steps, "log_every": 1, "validate_every": 0, "sample_every": 0,
+                  "checkpoint_every": 2, "device": "cpu"},
+        "sample": {"steps": 2, "columns": 2},
+        "objective": {}, "latents": {},
+    }  # fmt: skip
+    for key, value in changes.items():
+        section, _, name = key.partition("_")
+        values[section][name] = value
+    classes = {
+        "model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig, "train": LoopConfig,
+        "sample": SampleConfig, "objective": ObjectiveConfig, "latents": LatentsConfig,
+    }  # fmt: skip
+    sections = {name: classes[name](**value) for name, value in values.items()}
+    return TrainConfig(output_dir=str(folder), seed=3, **sections)
+
+
+def files_of(folder: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:
+    path = folder / "checkpoints" / f"step-{step:08d}"
+    return {name: load_file(path / f"{name}.safetensors") for name in ("model", "ema", "optimizer")}
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    for kind, tensors in files_of(one, step).items():
+        others = files_of(other, step)[kind]
+        assert tensors.keys() == others.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, others[name]), f"{kind} {name}"
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def launch(config: TrainConfig, file: Path, *prefix: str) -> subprocess.Popen:
+    """Start `elit train` on a config in a process of its own."""
+    file.write_text(yaml.safe_dump(config.to_dict()))
+    command = [sys.executable, *prefix, "-m", "elit", "train", str(file)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+# ---- a run from beginning to end ----
+
+
+def test_a_run_learns_and_leaves_what_it_promises(tmp_path) -> None:
+    config = tiny_config(
+        tmp_path, steps=40, train_validate_every=20, train_sample_every=40, data_batch_size=16,
+        optimizer_lr=1e-2, train_tensorboard=True, train_checkpoint_every=20,
+    )  # fmt: skip
+    result = train(config, progress=False)
+    assert result.finished
+    assert result.step == 40
+    lines = metrics(tmp_path)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 40
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    validation = [line for line in lines if "validation/loss_1" in line]
+    assert [line["step"] for line in validation] == [20, 40]
+    assert set(validation[0]) == {"step", *(f"validation/loss_{b}" for b in
+                                            ("1", "1/2", "1/4", "1/8", "1/16"))}  # fmt: skip
+    assert (tmp_path / "samples" / "step-00000040.png").stat().st_size > 100
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == config.to_dict()
+
+    pipeline = ElitPipeline.from_pretrained(tmp_path)
+    saved = pipeline.transformer.state_dict()
+    averaged = files_of(tmp_path, 40)["ema"]
+    assert all(torch.equal(saved[name], averaged[name]) for name in averaged)
+    online = files_of(tmp_path, 40)["model"]
+    assert any(not torch.equal(online[name], averaged[name]) for name in averaged)
+
+
+def test_what_is_finished_is_not_trained_again(tmp_path) -> None:
+    train(tiny_config(tmp_path), progress=False)
+    before = files_of(tmp_path, 6)
+    again = train(tiny_config(tmp_path), progress=False)
+    assert again.step == 6
+    assert again.finished
+    after = files_of(tmp_path, 6)
+    assert all(torch.equal(before["model"][k], after["model"][k]) for k in before["model"])
+
+
+def test_more_steps_go_on_from_the_last_checkpoint(tmp_path) -> None:
+    train(tiny_config(tmp_path / "a", steps=4), progress=False)
+    train(tiny_config(tmp_path / "a", steps=7), progress=False)
+    train(tiny_config(tmp_path / "b", steps=7), progress=False)
+    assert_same_run(tmp_path / "a", tmp_path / "b", 7)
+    assert [line["step"] for line in metrics(tmp_path / "a")] == list(range(1, 8))
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path) -> None:
+    train(tiny_config(tmp_path, train_checkpoint_every=1, train_keep_checkpoints=2), progress=False)
+    assert checkpoint_steps(tmp_path / "checkpoints") == [5, 6]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000005",
+        "step-00000006",
+    ]
+
+
+# ---- kills and signals ----
+
+
+def test_a_run_killed_at_a_random_moment_resumes_to_the_same_weights(tmp_path) -> None:
+    steps = 14
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(tiny_config(whole, steps, train_validate_every=4), progress=False)
+    config = tiny_config(killed, steps, train_validate_every=4)
+    config.train.keep_checkpoints = 100
+    process = launch(config, tmp_path / "killed.yaml")
+    wait_for(lambda: checkpoint_steps(killed / "checkpoints") or process.poll() is not None)
+    time.sleep(random.Random().uniform(0, 0.3))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "finished before the kill: give it more steps"
+    done = checkpoint_steps(killed / "checkpoints")[-1]
+    assert done < steps
+    result = train(tiny_config(killed, steps, train_validate_every=4), progress=False)
+    assert result.step == steps
+    assert_same_run(whole, killed, steps)
+
+    def timeless(folder: Path) -> list[dict]:
+        lines = metrics(folder)
+        return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+    assert timeless(whole) == timeless(killed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_first(tmp_path, number) -> None:
+    folder = tmp_path / "run"
+    config = tiny_config(folder, steps=100_000, train_checkpoint_every=0)
+    process = launch(config, tmp_path / "run.yaml")
+    log = folder / "metrics.jsonl"
+    wait_for(lambda: (log.exists() and log.stat().st_size) or process.poll() is not None)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "the same command again goes on" in out
+    (step,) = checkpoint_steps(folder / "checkpoints")
+    assert metrics(folder)[-1]["step"] == step
+    ElitPipeline.from_pretrained(folder)
+
+
+def test_what_a_kill_left_half_written_is_ignored(tmp_path) -> None:
+    train(tiny_config(tmp_path / "a", steps=4), progress=False)
+    torn = tmp_path / "a" / "checkpoints" / ".step-00000006.part"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    train(tiny_config(tmp_path / "a", steps=6), progress=False)
+    train(tiny_config(tmp_path / "b", steps=6), progress=False)
+    assert_same_run(tmp_path / "a", tmp_path / "b", 6)
+    assert [line["step"] for line in metrics(tmp_path / "a")] == list(range(1, 7))
+    assert not torn.exists()
+
+
+# ---- what goes wrong ----
+
+
+# 1e30 makes weights that are finite and of no use, 1e39 infinite ones.
+@pytest.mark.parametrize(("lr", "checkpoint_every"), [(1e30, 0), (1e39, 1)])
+def test_a_run_that_diverges_stops_and_spoils_nothing(tmp_path, lr, checkpoint_every) -> None:
+    train(tiny_config(tmp_path, steps=4), progress=False)
+    before = files_of(tmp_path, 4)
+    weights = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
+    exported = weights.read_bytes()
+    hot = tiny_config(tmp_path, steps=40, optimizer_lr=lr, train_checkpoint_every=checkpoint_every)
+    with pytest.raises(
+        TrainingDivergedError, match=r"not finite.*checkpoint: step 4\).*lower optimizer\.lr"
+    ):
+        train(hot, progress=False)
+    assert checkpoint_steps(tmp_path / "checkpoints")[-1] == 4
+    after = files_of(tmp_path, 4)
+    assert all(torch.equal(t, before["model"][k]) for k, t in after["model"].items())
+    assert weights.read_bytes() == exported
+
+
+def test_another_run_in_the_same_folder_is_refused(tmp_path) -> None:
+    train(tiny_config(tmp_path, steps=2), progress=False)
+    other = tiny_config(tmp_path, steps=4, data_batch_size=8)
+    with pytest.raises(ValueError, match=r"holds another run \(data: .*another output_dir"):
+        train(other, progress=False)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path) -> None:
+    train(tiny_config(tmp_path, steps=2), progress=False)
+    file = tmp_path / "checkpoints" / "step-00000002" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"step-00000002 cannot be read.*remove that folder"):
+        train(tiny_config(tmp_path, steps=4), progress=False)
+
+
+def test_a_checkpoint_with_a_weight_missing_is_named(tmp_path) -> None:
+    train(tiny_config(tmp_path, steps=2), progress=False)
+    file = tmp_path / "checkpoints" / "step-00000002" / "ema.safetensors"
+    tensors = load_file(file)
+    tensors.pop("read.latents")
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"step-00000002 cannot be read.*read\.latents"):
+        train(tiny_config(tmp_path, steps=4), progress=False)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_at_once(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        train(tiny_config(tmp_path / "file" / "run"), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_steps": 0}, r"train\.steps=0 .* at least 1"),
+        ({"optimizer_lr": -1.0}, r"optimizer\.lr=-1\.0 .* above 0"),
+        ({"optimizer_lr": float("nan")}, r"optimizer\.lr=nan"),
+        ({"objective_label_dropout": 1.0}, r"label_dropout=1\.0 .* \[0, 1\)"),
+        ({"data_batch_size": 0}, r"data\.batch_size=0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path, change, message) -> None:
+    change = dict(change)
+    steps = change.pop("train_steps", 2)
+    with pytest.raises(ValueError, match=message):
+        tiny_config(tmp_path, steps, **change)
+
+
+def test_latents_mean_nothing_to_a_plain_model(tmp_path) -> None:
+    config = tiny_config(tmp_path, model_preset="dit-tiny/2", latents_min=2)
+    with pytest.raises(ValueError, match=r"no effect on the plain model 'dit-tiny/2'"):
+        train(config, progress=False)
+
+
+def test_more_latents_than_there_are_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"cannot keep 1\.\.17 latents .* <= 16"):
+        train(tiny_config(tmp_path, latents_max=17), progress=False)
+
+
+# ---- what a step draws ----
+
+
+def test_a_plain_model_trains(tmp_path) -> None:
+    result = train(tiny_config(tmp_path, model_preset="dit-tiny/2", train_validate_every=6), False)
+    assert result.finished
+    assert "validation/loss_1" in metrics(tmp_path)[-1]
+
+
+def test_budgets_are_drawn_from_the_whole_range_and_by_step_alone(tmp_path) -> None:
+    run = Run(tiny_config(tmp_path, latents_min=3, latents_max=9), CPU)
+    draws = [run.draw_latents(step) for step in range(300)]
+    assert {n for n, _ in draws} == set(range(3, 10))
+    assert all(indices is None for _, indices in draws)
+    assert [run.draw_latents(step)[0] for step in range(300)] == [n for n, _ in draws]
+    assert run.model.min_latents == 3  # recorded with the weights: the guide's default
+    run.close()
+
+
+def test_random_dropping_keeps_any_latents(tmp_path) -> None:
+    run = Run(tiny_config(tmp_path, latents_order="random"), CPU)
+    seen = set()
+    for step in range(100):
+        num_latents, indices = run.draw_latents(step)
+        assert len(indices) == num_latents
+        assert indices.tolist() == sorted(set(indices.tolist()))
+        seen |= set(indices.tolist())
+    assert seen == set(range(16))
+    run.close()
+
+
+def test_every_epoch_visits_every_sample_once_in_another_order() -> None:
+    batches = StepBatches(10, 4, range(1), 1, range(5), seed=0)
+    flat = [index for batch in batches for index in batch]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
+    assert flat[:10] != flat[10:]
+
+
+def test_a_later_start_and_other_processes_see_the_same_samples() -> None:
+    whole = list(StepBatches(50, 8, range(4), 4, range(9), seed=1))
+    late = list(StepBatches(50, 8, range(4), 4, range(5, 9), seed=1))
+    assert whole[5 * 4 :] == late
+    ranks = [list(StepBatches(50, 8, range(r * 2, r * 2 + 2), 4, range(9), seed=1)) for r in (0, 1)]
+    merged = [ranks[c // 2][step * 2 + c % 2] for step in range(9) for c in range(4)]
+    assert merged == whole
+
+
+def test_a_batch_that_cannot_be_divided_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"batch_size 6 cannot be cut into 4 .* multiple of 4"):
+        StepBatches(50, 6, range(4), 4, range(9), seed=1)
+
+
+def test_streams_of_randomness_are_independent() -> None:
+    seeds = {
+        generator(seed, stream, place).initial_seed()
+        for seed in (0, 1)
+        for stream in ("order", "noise", "budget")
+        for place in range(20)
+    }
+    assert len(seeds) == 2 * 3 * 20
+
+
+def test_the_learning_rate_warms_up_and_falls(tmp_path) -> None:
+    config = tiny_config(tmp_path, steps=20, optimizer_schedule="cosine", optimizer_warmup_steps=5)
+    config.optimizer.final_lr = 0.1
+    run = Run(config, CPU)
+
+    def lr(step: int) -> float:
+        run.set_learning_rate(step)
+        return run.optimizer.param_groups[0]["lr"] / config.optimizer.lr
+
+    rates = [lr(step) for step in range(20)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates == sorted(rates[:5]) + sorted(rates[5:], reverse=True)
+    assert lr(5) == pytest.approx(1)
+    assert lr(20) == pytest.approx(0.1)
+    run.close()
+
+
+def test_labels_are_dropped_as_often_as_asked(tmp_path) -> None:
+    run = Run(tiny_config(tmp_path, objective_label_dropout=0.3), CPU)
+    seen: list[int] = []
+    run.model.label_embed.register_forward_pre_hook(lambda _, args: seen.extend(args[0].tolist()))
+    batch = load_dataset("digits").batch(range(100))
+    for step in range(10):
+        batch_loss(run, batch, step, 0, 1, None)
+    dropped = sum(label == run.model.label_embed.null_label for label in seen) / len(seen)
+    assert 0.25 < dropped < 0.35
+    run.close()
+
+
+# ---- accumulation and processes ----
+
+
+def test_two_processes_equal_one_with_twofold_accumulation(tmp_path) -> None:
+    one = tiny_config(tmp_path / "one", steps=5, train_accumulation=2, data_batch_size=8)
+    train(one, progress=False)
+    two = tiny_config(tmp_path / "two", steps=5, data_batch_size=8)
+    process = launch(
+        two, tmp_path / "two.yaml", "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", "2", "--no-python", sys.executable,
+    )  # fmt: skip
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    for kind, tensors in files_of(tmp_path / "one", 5).items():
+        others = files_of(tmp_path / "two", 5)[kind]
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(
+                tensor, others[name], rtol=1e-4, atol=2e-6, msg=f"{kind} {name}"
+            )
+    expected = [line["loss"] for line in metrics(tmp_path / "one")]
+    assert [line["loss"] for line in metrics(tmp_path / "two")] == pytest.approx(expected, rel=1e-4)
+
+
+# ---- validation ----
+
+
+def test_validation_uses_the_same_noise_for_all_budgets(tmp_path) -> None:
+    config = tiny_config(tmp_path)
+    dataset = load_dataset("digits", "validation")
+    model = build_model(config, dataset).eval()
+    run = Run(config, CPU)
+    losses = validation_losses(model, dataset, run.density, [16, 1], 0, CPU.device)
+    # Freshly initialised, the model predicts zero whatever the budget: the losses are equal.
+    assert torch.equal(losses[16], losses[1])
+    assert len(losses[16]) == len(dataset)
+    # Zero velocity: the error is that of the target, E(noise - data)^2 = 1 + E data^2.
+    data = dataset.batch(range(len(dataset)))["images"]
+    assert losses[16].mean() == pytest.approx(1 + data.square().mean().item(), rel=0.02)
+    run.close()
+
+
+def test_budgets_out_of_order_are_reported_beyond_noise_only() -> None:
+    small = torch.linspace(0.1, 0.9, 100)
+    worse = small + 0.1 + 0.01 * torch.randn(100, generator=torch.Generator().manual_seed(0))
+    noisy = small + 0.5 * torch.randn(100, generator=torch.Generator().manual_seed(1))
+    noisy = noisy - noisy.mean() + small.mean() + 1e-3
+    (message,) = budgets_out_of_order({16: worse, 8: small})
+    assert "16 latents per group" in message
+    assert "than 8" in message
+    assert budgets_out_of_order({16: small, 8: worse}) == []
+    assert budgets_out_of_order({16: noisy, 8: small}) == []
+    assert budgets_out_of_order({None: small}) == []
+
+
+def test_metrics_of_steps_that_were_lost_are_dropped(tmp_path) -> None:
+    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    for step in range(1, 6):
+        log.write(step, loss=float(step))
+    log.close()
+    log = MetricsLog(tmp_path, 3, tensorboard=False)
+    log.write(4, loss=40.0)
+    log.close()
+    assert [line["loss"] for line in metrics(tmp_path)] == [1.0, 2.0, 3.0, 40.0]
+
+
+def test_bf16_checkpointing_and_compile_are_what_the_run_uses(tmp_path, monkeypatch) -> None:
+    run = Run(tiny_config(tmp_path / "a", train_precision="bf16"), CPU)
+    with run.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    run.close()
+    run = Run(tiny_config(tmp_path / "b", train_gradient_checkpointing=True), CPU)
+    assert run.model.gradient_checkpointing
+    run.close()
+    for name, change in (
+        ("c", {"train_precision": "bf16"}),
+        ("d", {"train_gradient_checkpointing": True}),
+    ):
+        assert train(tiny_config(tmp_path / name, steps=2, **change), progress=False).finished
+
+
+def test_loader_workers_change_nothing(tmp_path) -> None:
+    train(tiny_config(tmp_path / "a", steps=4), progress=False)
+    config = tiny_config(tmp_path / "b", steps=4, data_num_workers=2)
+    train(config, progress=False)
+    assert_same_run(tmp_path / "a", tmp_path / "b", 4)
