@@ -292,9 +292,10 @@ def test_euler_and_heun_are_the_rectangle_and_trapezoid_rules() -> None:
     torch.testing.assert_close(sample("heun", flow_of_cubic, x, n), x - trapezoid)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+# Not Euler-Maruyama: its last step, without noise, still follows the drift of the SDE.
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "euler-maruyama"])
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_every_sampler_lands_on_a_single_image(sampler: str, steps: int) -> None:
+def test_every_ode_sampler_lands_on_a_single_image(sampler: str, steps: int) -> None:
     """All data in one point: the paths are straight, and any number of steps is exact."""
     point = torch.tensor([[0.3, -0.8]])
     x = torch.randn(5, 2)

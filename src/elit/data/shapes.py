@@ -140,8 +140,8 @@ def _palette(*colours: str) -> Array:
 
 
 # Pale grounds and strong paints: any two of them differ clearly.
-_GROUNDS = _palette("f1e2bf", "cfe1f0", "dccff0", "d3e8cc", "f3d0c8", "dedede")
-_PAINTS = _palette("c8322b", "d9730d", "2f8f46", "158a94", "2b5fc0", "7a3fb0", "c23a86", "3a3f55")
+_GROUNDS = _palette("f7ecd2", "dfecf8", "eae2f6", "e0f2dc", "f8e0dc")
+_PAINTS = _palette("b8201f", "c95a00", "1f7f38", "1f4bb5", "6d2b9e", "2b3045")
 
 
 def _draw(index: Array, split: str, size: int) -> Array:
@@ -152,10 +152,10 @@ def _draw(index: Array, split: str, size: int) -> Array:
 
     # The object's own coordinates, in radii from its middle. Wherever it is, half of its radius
     # or less lies beyond a border: most objects are whole, and all can be recognised.
-    radius = 0.29 + 0.07 * next(draws)  # an object spans 58 to 72 % of the side
-    x = (across - 0.3 - 0.4 * next(draws)) / radius
-    y = (down - 0.3 - 0.4 * next(draws)) / radius
-    x, y = _rotate(x, y, 0.24 * next(draws) - 0.12)  # (B, S, S); up to 7 degrees either way
+    radius = 0.3 + 0.06 * next(draws)  # an object spans 60 to 72 % of the side
+    x = (across - 0.32 - 0.36 * next(draws)) / radius
+    y = (down - 0.32 - 0.36 * next(draws)) / radius
+    x, y = _rotate(x, y, 0.2 * next(draws) - 0.1)  # (B, S, S); up to 6 degrees either way
 
     distance = _evaluate(tuple(OUTLINES.values()), _class_of(index), x, y)
     cover = np.clip(0.5 - distance * radius * size, 0, 1)[:, None]  # (B, 1, S, S)

@@ -42,6 +42,15 @@ class Guidance:
             raise ValueError(
                 f"guidance scale {self.scale} is not allowed; use 1 for none, 1.5 to 5 are usual"
             )
+        if isinstance(self.budget, str) and self.budget != "lowest":
+            raise ValueError(
+                f"guide budget {self.budget!r} is unknown; give a fraction in (0, 1] or 'lowest'"
+            )
+        if self.budget is None and not self.drop_label:
+            raise ValueError(
+                "a guide with the same label and the same budget guides nothing; "
+                "set drop_label=True (CFG), or a lower budget (AutoGuidance)"
+            )
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise ValueError(
@@ -51,7 +60,9 @@ class Guidance:
 
     def is_active(self, sigma: float) -> bool:
         """Whether a guide is needed at this noise level."""
-        return self.scale != 1 and self.interval[0] <= sigma <= self.interval[1]
+        low, high = self.interval
+        # Levels come in float32: 0.1 there is 0.10000000149, and still an end of (0, 0.1).
+        return self.scale != 1 and low - 1e-6 <= sigma <= high + 1e-6
 
     def velocity(
         self,

@@ -1,5 +1,6 @@
 """The training objective of rectified flow."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -25,8 +26,11 @@ class SigmaDensity:
     def __post_init__(self) -> None:
         if self.name not in ("logit_normal", "uniform"):
             raise ValueError(f"density {self.name!r} is unknown; use 'logit_normal' or 'uniform'")
-        if self.std <= 0:
-            raise ValueError(f"std {self.std} of the logit is not positive; 1 is usual")
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
+            raise ValueError(
+                f"logit of mean {self.mean} and std {self.std} is not allowed; "
+                f"the mean is finite and the std is positive, 0 and 1 are usual"
+            )
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw noise levels (count,) in [0, 1] on the generator's device."""

@@ -4,10 +4,12 @@ A scheduler's `timesteps` are 1000 sigma, as diffusers has them; `sigmas` has on
 level that each step starts from and, last, 0.
 """
 
+import inspect
 import math
 from typing import TYPE_CHECKING
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
@@ -25,7 +27,7 @@ def _grid(num_inference_steps: int, sigmas: "Sequence[float] | None", last: floa
     if sigmas is not None:
         grid = torch.as_tensor(sigmas, dtype=torch.float32).cpu()
     else:
-        check_steps(num_inference_steps)
+        _check_steps(num_inference_steps)
         grid = torch.linspace(1, last, num_inference_steps + (last == 0))
     return grid if grid[-1] == 0 else torch.cat((grid, torch.zeros(1)))
 
@@ -151,17 +153,40 @@ def start_sampling(
     diffusers' Euler scheduler would end at sigma 0.001; here it gets the uniform grid, 1 to 0.
     The levels are read from `sigmas`, not from `timesteps`, which some schedulers round.
     """
-    check_steps(num_inference_steps)
-    if sigmas is None and isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        sigmas = torch.linspace(1, 0, num_inference_steps + 1)[:-1].tolist()
-    if sigmas is None:
-        scheduler.set_timesteps(num_inference_steps, device=device)
+    name = type(scheduler).__name__
+    if not (name.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas")):
+        raise ValueError(
+            f"{name} is not a flow-matching scheduler; "
+            f"use make_scheduler with one of {', '.join(SAMPLERS)}"
+        )
+    if sigmas is not None:
+        levels = _check_sigmas(sigmas)
+        if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"{name} takes no sigmas; use euler, heun, euler-maruyama or unipc")
+        scheduler.set_timesteps(len(levels), device=device, sigmas=levels)
+    elif isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        grid = _grid(num_inference_steps, None)[:-1].numpy()
+        scheduler.set_timesteps(num_inference_steps, device=device, sigmas=grid)
     else:
-        scheduler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
+        _check_steps(num_inference_steps)
+        scheduler.set_timesteps(num_inference_steps, device=device)
     return scheduler.sigmas.tolist()[: len(scheduler.timesteps)]
 
 
-def check_steps(num_inference_steps: int) -> None:
-    """Refuse a number of steps that is none."""
-    if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps {num_inference_steps} is less than 1; 40 is usual")
+def _check_steps(num_inference_steps: int) -> None:
+    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        raise ValueError(
+            f"num_inference_steps {num_inference_steps!r} is not allowed; "
+            f"give a whole number, at least 1; 40 is usual"
+        )
+
+
+def _check_sigmas(sigmas: "Sequence[float]") -> np.ndarray:
+    levels = np.asarray(sigmas, dtype=np.float32)
+    falling = levels.ndim == 1 and len(levels) > 0 and bool((np.diff(levels) < 0).all())
+    if not (falling and levels[0] <= 1 and levels[-1] > 0):
+        raise ValueError(
+            f"sigmas {sigmas} are not allowed; they must fall from at most 1 to above 0, "
+            f"such as [1, 0.75, 0.5, 0.25]"
+        )
+    return levels

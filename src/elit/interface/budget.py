@@ -26,6 +26,11 @@ def resolve_budget(budget: float, max_latents: int) -> int:
 
 def check_num_latents(num_latents: int, max_latents: int, name: str = "num_latents") -> int:
     """`num_latents`, or the error that says what is allowed."""
+    if isinstance(num_latents, bool) or not isinstance(num_latents, int):
+        raise ValueError(
+            f"{name} {num_latents!r} is not an integer; give one in 1..{max_latents}, "
+            f"or turn a budget into it with resolve_budget"
+        )
     if not 1 <= num_latents <= max_latents:
         raise ValueError(
             f"{name} {num_latents} is outside 1..{max_latents}, the latents per group; "

@@ -24,21 +24,24 @@ def rotary_embedding(places: Tensor, head_dim: int, theta: float) -> Rotary:
         head_dim: d, even.
         theta: base of the geometric series of wavelengths.
     """
-    num_axes = places.shape[-1]
+    angles = []
+    for axis, count in enumerate(pairs_per_axis(head_dim, places.shape[-1])):
+        exponents = torch.arange(count, device=places.device, dtype=torch.float32) / count
+        angles.append(places[:, axis, None] * theta**-exponents)  # (N, count)
+    angle = torch.cat(angles, dim=-1)[:, None]  # (N, 1, d/2)
+    cos, sin = angle.cos(), angle.sin()
+    return Rotary(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+
+
+def pairs_per_axis(head_dim: int, num_axes: int) -> list[int]:
+    """How many pairs of features each axis turns, of heads of width `head_dim`."""
     pairs = head_dim // 2
     if head_dim % 2 or pairs < num_axes:
         raise ValueError(
             f"heads of width {head_dim} cannot carry rotary positions of {num_axes} axes; "
             f"use an even width of at least {2 * num_axes} (hidden_size / num_heads)"
         )
-    angles = []
-    for axis in range(num_axes):
-        count = pairs // num_axes + (axis >= num_axes - pairs % num_axes)
-        exponents = torch.arange(count, device=places.device, dtype=torch.float32) / count
-        angles.append(places[:, axis, None] * theta**-exponents)  # (N, count)
-    angle = torch.cat(angles, dim=-1)[:, None]  # (N, 1, d/2)
-    cos, sin = angle.cos(), angle.sin()
-    return Rotary(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+    return [pairs // num_axes + (axis >= num_axes - pairs % num_axes) for axis in range(num_axes)]
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:

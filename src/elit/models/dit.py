@@ -14,7 +14,7 @@ from elit.layers.attention import head_dim
 from elit.layers.block import FinalLayer, TransformerBlock
 from elit.layers.embeddings import LabelEmbedding, TimestepEmbedding
 from elit.layers.initialisation import init_weights
-from elit.layers.positions import Rotary, rotary_embedding
+from elit.layers.positions import Rotary, pairs_per_axis, rotary_embedding
 from elit.models.elastic import ElasticMixin
 
 
@@ -69,6 +69,7 @@ class DiT(ElasticMixin, ModelMixin, ConfigMixin):
         self.set_geometry(sample_size, in_channels, patch_size, group, min_latents)
         self.set_split(depth, head, tail)
         self.rotary_options = (head_dim(hidden_size, num_heads), rope_theta)
+        pairs_per_axis(self.rotary_options[0], len(self.sample_size))  # or an error, now
 
         self.patch_embed = nn.Linear(self.patch_dim, hidden_size)
         self.time_embed = TimestepEmbedding(hidden_size)

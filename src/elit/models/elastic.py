@@ -76,6 +76,11 @@ class ElasticMixin(ModelMixin):
         self.patch_dim = in_channels * math.prod(self.patch_size)
         self.group = None if group is None else per_axis(group, num_axes, "group")
         self.max_latents = self.min_latents = 0
+        if self.group is None and min_latents != 1:
+            raise ValueError(
+                f"min_latents={min_latents} means nothing without groups; "
+                f"give group=(4, 4) for an elastic model, or leave min_latents at 1"
+            )
         if self.group is not None:
             self.max_latents = math.prod(self.group)
             self.min_latents = check_num_latents(min_latents, self.max_latents, "min_latents")

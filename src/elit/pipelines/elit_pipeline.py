@@ -3,7 +3,7 @@
 import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from elit.flow.guidance import Guidance
 from elit.flow.schedulers import start_sampling
+from elit.interface.grid import format_size
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.folder import check_pipeline_source, loading_error
 
@@ -105,7 +106,9 @@ class ElitPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: names that the callback is given.
         """
         labels = self._check_labels(class_labels)
-        self._check_options(generator, len(labels), output_type)
+        generator = list(generator) if isinstance(generator, Sequence) else generator
+        self._check_options(generator, len(labels), output_type, guidance)
+        self._check_callback_names(callback_on_step_end_tensor_inputs)
         device = self._execution_device
         labels = labels.to(device)
         samples = self._start(noise, generator, len(labels), height, width, device)
@@ -122,6 +125,7 @@ class ElitPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     given = dict.fromkeys(callback_on_step_end_tensor_inputs, samples)
                     changed = callback_on_step_end(self, i, timestep, given)
+                    self._check_callback_names(changed or ())
                     samples = (changed or {}).get("samples", samples)
                 progress_bar.update()
 
@@ -167,7 +171,10 @@ class ElitPipeline(DiffusionPipeline):
 
     def _check_labels(self, class_labels: int | Sequence[int] | Tensor) -> Tensor:
         """Labels (B,) int64 on the CPU."""
-        labels = torch.as_tensor(class_labels).cpu().reshape(-1)
+        try:
+            labels = torch.as_tensor(class_labels).cpu().reshape(-1)
+        except (TypeError, ValueError, RuntimeError):
+            labels = torch.empty(0)
         if not len(labels) or labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(
                 f"class_labels {class_labels!r} are not labels; "
@@ -181,7 +188,17 @@ class ElitPipeline(DiffusionPipeline):
             )
         return labels.long()
 
-    def _check_options(self, generator: Generators, count: int, output_type: str) -> None:
+    def _check_options(
+        self, generator: Generators, count: int, output_type: str, guidance: Guidance | None
+    ) -> None:
+        if len(self.transformer.sample_size) != 2:
+            size = format_size(self.transformer.sample_size)
+            raise ValueError(f"this pipeline draws images; the transformer makes clips of {size}")
+        if guidance is not None and not isinstance(guidance, Guidance):
+            raise ValueError(
+                f"guidance {guidance!r} is not a Guidance; "
+                f"give CFG(3.0), AutoGuidance(2.0), CheapCFG(3.0), or None"
+            )
         if isinstance(generator, Sequence) and len(generator) != count:
             raise ValueError(
                 f"{len(generator)} generators for {count} class labels; "
@@ -192,12 +209,21 @@ class ElitPipeline(DiffusionPipeline):
                 f"output_type {output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}"
             )
 
+    def _check_callback_names(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self._callback_tensor_inputs:
+                allowed = ", ".join(map(repr, self._callback_tensor_inputs))
+                raise ValueError(f"the step callback knows no {name!r}; it is given {allowed}")
+
     def _latents_of_steps(
         self, budget: float | Sequence[float], num_calls: int, guidance: Guidance | None
     ) -> list[tuple[int | None, int | None]]:
         """Latents per group of the prediction and of its guide, for each call of the model."""
         model = self.transformer
-        budgets = list(budget) if isinstance(budget, Sequence) else [budget] * num_calls
+        if isinstance(budget, Sequence) and not isinstance(budget, str):
+            budgets = list(budget)
+        else:
+            budgets = [budget] * num_calls
         if len(budgets) != num_calls:
             raise ValueError(
                 f"{len(budgets)} budgets for {num_calls} calls of the model in this run; "
@@ -241,7 +267,6 @@ class ElitPipeline(DiffusionPipeline):
             sizes.append(default if pixels is None else pixels // self.vae_scale)
         shape = (count, self.transformer.in_channels, *sizes)
         if noise is None:
-            generator = list(generator) if isinstance(generator, Sequence) else generator
             return randn_tensor(shape, generator, device, torch.float32)
         if noise.shape != shape:
             raise ValueError(f"noise of shape {tuple(noise.shape)} does not fit; give {shape}")

@@ -1,0 +1,87 @@
+"""The FLOPs of the presets beside the paper's figures: the tables of docs/flops.md.
+
+python benchmarks/flops.py
+"""
+
+import argparse
+import functools
+
+from elit.evaluation.flops import FlopsReport, flops_report, on_meta
+from elit.models.dit import DiT
+from elit.models.presets import preset_config
+
+PAPER_BUDGETS = (1, 3 / 4, 1 / 2, 1 / 4)
+BUDGETS = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
+
+
+@functools.cache
+def report(name: str, resolution: int) -> FlopsReport:
+    """Counts of a preset."""
+    model = on_meta(DiT, preset_config(name, resolution))
+    budgets = (*PAPER_BUDGETS, *BUDGETS) if model.is_elastic else None
+    return flops_report(model, name, resolution, budgets)
+
+
+def gflops(name: str, resolution: int, budget: float = 1) -> float:
+    """GFLOPs of one forward."""
+    rows = report(name, resolution).rows
+    return next(row.gflops for row in rows if row.budget == budget)
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table, its first column to the left and the others to the right."""
+    lines = [header, ("---", *("---:",) * (len(header) - 1)), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def deviation(ours: float, paper: float) -> str:
+    """Percent, without a minus before zero."""
+    return f"{round(100 * (ours / paper - 1), 1) + 0.0:+.1f} %"
+
+
+def beside_the_paper() -> str:
+    """Every figure of the paper that is a count."""
+    plain, elastic = "DiT-XL/2", "ELIT-DiT-XL/2"
+    figures = [
+        (f"{name}, parameters", "M", paper, report(name.lower(), 256).parameters / 1e6)
+        for name, paper in ((plain, 675), (elastic, 698))
+    ]
+    for side, paper in ((256, 237.2), (512, 1049.0)):
+        what = f"{plain} at {side} px, forward"
+        figures.append((what, "GFLOPs", paper, gflops("dit-xl/2", side)))
+    for budget, paper in zip(PAPER_BUDGETS, (1083, 877, 685, 503), strict=True):
+        what = f"{elastic} at 512 px, forward, budget {budget:g}"
+        figures.append((what, "GFLOPs", paper, gflops("elit-dit-xl/2", 512, budget)))
+    for side, paper in ((256, 182), (512, 806)):
+        what = f"{plain} at {side} px, training step"
+        figures.append((what, "TFLOPs", paper, report("dit-xl/2", side).train_tflops))
+    for side, single, multi in ((256, 188, 190), (512, 831, 804)):
+        what, ours = f"{elastic} at {side} px, training step", report("elit-dit-xl/2", side)
+        figures.append((what, "TFLOPs", single, ours.train_tflops))
+        figures.append((f"{what}, multi-budget", "TFLOPs", multi, ours.train_tflops_multi_budget))
+    rows = [
+        (what, unit, f"{paper:g}", f"{ours:.1f}", deviation(ours, paper))
+        for what, unit, paper, ours in figures
+    ]
+    return table(("", "unit", "paper", "here", "deviation"), rows)
+
+
+def sizes() -> str:
+    """Forwards of some sizes at 256 px, plain and elastic."""
+    header = ("GFLOPs at 256 px", "plain", *(f"budget {b:g}" for b in BUDGETS))
+    rows = []
+    for size in ("s", "b", "xl"):
+        costs = [gflops(f"dit-{size}/2", 256)]
+        costs += [gflops(f"elit-dit-{size}/2", 256, budget) for budget in BUDGETS]
+        rows.append((f"{size.upper()}/2", *(f"{cost:.2f}" for cost in costs)))
+    return table(header, rows)
+
+
+def main() -> None:
+    """Print the tables."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    print(beside_the_paper(), sizes(), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

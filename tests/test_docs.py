@@ -1,0 +1,259 @@
+"""README, docs and examples: commands parse, snippets run, names and links exist."""
+
+import ast
+import importlib
+import json
+import re
+import runpy
+import shlex
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from elit import ElitPipeline, create_model, make_scheduler
+from elit.cli.config import config_fields
+from elit.cli.main import COMMANDS, command_parser, main
+
+ROOT = Path(__file__).parents[1]
+DOCS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+SCRIPTS = [*sorted((ROOT / "benchmarks").glob("*.py")), *sorted((ROOT / "examples").glob("*.py"))]
+PLACEHOLDERS = ("QUICKSTART_TABLE", "SPEED_TABLES")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: where it begins, its language, its text, and the line before it."""
+
+    place: str
+    language: str
+    text: str
+    marker: str
+
+
+@cache
+def blocks(language: str) -> list[Block]:
+    found = []
+    for path in DOCS:
+        text = path.read_text()
+        for match in re.finditer(r"(?m)^```(\w+)\n(.*?)^```$", text, re.DOTALL):
+            before = text[: match.start()].splitlines()
+            place = f"{path.name}:{len(before) + 1}"
+            found.append(Block(place, match[1], match[2], before[-1] if before else ""))
+    return [block for block in found if block.language == language]
+
+
+def command_lines() -> list:
+    """Every command of every bash block, as words: `a && b` are two."""
+    lines = []
+    for block in blocks("bash"):
+        for number, line in enumerate(block.text.splitlines(), start=1):
+            words = shlex.split(line, comments=True)
+            for part in " ".join(map(shlex.quote, words)).split("'&&'"):
+                command = shlex.split(part)
+                if command:
+                    name = f"{block.place}+{number} {' '.join(command)}"
+                    lines.append(pytest.param(command, id=name))
+    return lines
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a run of random weights at runs/quickstart, and a config my.yaml."""
+    folder = tmp_path_factory.mktemp("docs")
+    pipeline = ElitPipeline(create_model("elit-dit-tiny/2"), make_scheduler("euler"))
+    pipeline.save_pretrained(folder / "runs" / "quickstart")
+    (folder / "my.yaml").write_text("optimizer: {ema: 0.99}\n")
+    return folder
+
+
+@pytest.fixture
+def there(place, monkeypatch) -> Path:
+    monkeypatch.chdir(place)
+    return place
+
+
+def run_script(path: Path, monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", [str(path), *arguments])
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as done:
+        if done.code:
+            raise
+
+
+# ---- commands ----
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("quickstart", "pip install -c constraints.txt -e . && elit quickstart"),
+        ("test", "pip install -c constraints.txt -e '.[test]' && pytest"),
+    ],
+)
+def test_the_readme_has_the_commands_that_the_gate_runs(name: str, command: str) -> None:
+    marked = [b.text for b in blocks("bash") if b.marker == f"<!-- command: {name} -->"]
+    assert marked == [f"{command}\n"]
+
+
+@pytest.mark.parametrize("words", command_lines())
+def test_commands_are_what_the_program_takes(words: list[str], there, capsys, monkeypatch) -> None:
+    if words[0] == "torchrun":
+        assert words[1] == "--nproc-per-node"
+        assert words[3:5] == ["-m", "elit"]
+        words = words[4:]
+    if words[0] == "python":
+        check_script(words[1], words[2:], capsys, monkeypatch)
+    elif words[0] == "pip":
+        check_pip(words)
+    elif words[0] == "elit":
+        check_elit(words[1], words[2:], capsys)
+    else:
+        assert words == ["pytest"], f"this test knows no {words[0]}: teach it"
+
+
+def check_elit(name: str, words: list[str], capsys) -> None:
+    args = command_parser(name).parse_args(words)
+    if name == "train":
+        code = main([name, *words, *([] if args.dry_run else ["--dry-run"])])
+        assert code == 0, capsys.readouterr().err
+    if name == "sample":
+        from elit.cli.sample import make_guidance
+
+        make_guidance(args)
+
+
+def check_script(script: str, words: list[str], capsys, monkeypatch) -> None:
+    assert ROOT / script in SCRIPTS
+    run_script(ROOT / script, monkeypatch, *words, "--help")
+    known = capsys.readouterr().out
+    for word in words:
+        assert not word.startswith("--") or re.search(rf"{word}\b", known), f"{word}: no such flag"
+
+
+def check_pip(words: list[str]) -> None:
+    extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    for word in words:
+        for extra in re.findall(r"\.\[(\w+)\]", word):
+            assert f"\n{extra} = [" in extras
+    assert "-c" not in words or words[words.index("-c") + 1] == "constraints.txt"
+
+
+def test_flags_named_in_the_text_exist() -> None:
+    known = {flag for name in COMMANDS for flag in command_parser(name).flags}
+    for path in DOCS:
+        prose = re.sub(r"(?ms)^```.*?^```$", "", path.read_text())
+        for code in re.findall(r"`([^`]+)`", prose):
+            for flag in re.findall(r"(?<!\S)--[a-z][\w.-]*", code):
+                assert flag in known, f"{path.name}: {flag}"
+
+
+def test_the_readme_shows_what_flops_prints(capsys) -> None:
+    command = next(b.text for b in blocks("bash") if b.text.startswith("elit flops elit-dit-xl/2"))
+    assert main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out in [block.text for block in blocks("text")]
+
+
+def test_docs_flops_is_what_its_command_prints(capsys, monkeypatch) -> None:
+    run_script(ROOT / "benchmarks" / "flops.py", monkeypatch)
+    text = (ROOT / "docs" / "flops.md").read_text()
+    shown = text.partition("<!-- output: benchmarks/flops.py -->\n")[2]
+    assert shown.partition("<!-- end of output -->")[0] == capsys.readouterr().out
+
+
+# ---- snippets ----
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.place)
+def test_python_runs(block: Block, there) -> None:
+    tree = ast.parse(block.text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("elit"):
+            for alias in node.names:
+                assert hasattr(importlib.import_module(node.module), alias.name)
+    if not block.marker.startswith("<!-- not run"):
+        exec(compile(block.text, block.place, "exec"), {"__name__": "__main__"})
+
+
+def test_the_readme_s_python_is_short_and_saves_an_image(there) -> None:
+    first = next(block for block in blocks("python") if block.place.startswith("README"))
+    assert len(first.text.splitlines()) <= 13
+    (there / "three.png").unlink(missing_ok=True)
+    exec(compile(first.text, "README", "exec"), {})
+    assert (there / "three.png").stat().st_size
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.place)
+def test_yaml_is_a_config(block: Block, there) -> None:
+    (there / "block.yaml").write_text(block.text)
+    assert main(["train", "block.yaml", "--dry-run"]) == 0
+
+
+# ---- examples ----
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_short_and_says_how_to_run_it(path: Path) -> None:
+    text = path.read_text()
+    assert f"python {path.parent.name}/{path.name}" in ast.get_docstring(ast.parse(text))
+    assert path.parent.name != "examples" or len(text.splitlines()) <= 80
+
+
+def test_example_train_digits(there, monkeypatch) -> None:
+    script = ROOT / "examples" / "train_digits.py"
+    run_script(script, monkeypatch, "--steps", "2", "--out", "example")
+    assert (there / "example" / "model_index.json").exists()
+    assert len(list((there / "example").glob("*-a-*.png"))) == 4
+
+
+def test_example_sample_budgets(there, monkeypatch) -> None:
+    script = ROOT / "examples" / "sample_budgets.py"
+    words = "runs/quickstart --steps 2 --labels 3 7 --budgets 1 0.3 --guidance ag --out sheet.png"
+    run_script(script, monkeypatch, *words.split())
+    assert (there / "sheet.png").stat().st_size
+
+
+def test_example_own_loop(there, monkeypatch) -> None:
+    script = ROOT / "examples" / "own_loop.py"
+    run_script(script, monkeypatch, "--steps", "3", "--batch-size", "8", "--out", "own")
+    ElitPipeline.from_pretrained("own")
+
+
+# ---- names, links, tables ----
+
+
+def test_the_paper_s_table_names_what_exists() -> None:
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", (ROOT / "docs" / "paper.md").read_text())
+    assert len(named) > 30
+    for file, name in named:
+        found = importlib.import_module("elit." + file.removesuffix(".py").replace("/", "."))
+        for part in name.split("."):
+            assert hasattr(found, part), f"{file}:{name}"
+            found = getattr(found, part)
+
+
+@pytest.mark.parametrize("path", [*DOCS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if not target.startswith("https://"):
+            assert (path.parent / target).exists(), target
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    linked = set(re.findall(r"\]\((docs/\w+\.md)\)", text))
+    assert linked == {f"docs/{path.name}" for path in DOCS[1:]}
+
+
+def test_the_table_of_settings_is_the_config() -> None:
+    rows = [f"| `{f.key}` | `{json.dumps(f.default)}` | {f.about} |" for f in config_fields()]
+    text = (ROOT / "docs" / "training.md").read_text()
+    assert text.endswith("\n".join(rows) + "\n"), "the table should be:\n" + "\n".join(rows)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_nothing_is_left_to_fill_in(path: Path) -> None:
+    for word in PLACEHOLDERS:
+        assert word not in path.read_text()
