@@ -37,7 +37,7 @@ def test_an_elastic_model_costs_what_the_closed_form_says(num_latents: int) -> N
 
 
 def test_three_counts_give_all_budgets() -> None:
-    model = on_meta(DiT, preset_config("elit-dit-s/2", 256))
+    model = on_meta(DiT, preset_config("elit-dit-tiny/2", 16))
     flops = ElasticFlops(model)
     assert len(flops.counts) == 3
     assert [flops(n) for n in range(1, 17)] == [forward_flops(model, n) for n in range(1, 17)]

@@ -26,6 +26,11 @@ class SigmaDensity:
     def __post_init__(self) -> None:
         if self.name not in ("logit_normal", "uniform"):
             raise ValueError(f"density {self.name!r} is unknown; use 'logit_normal' or 'uniform'")
+        if self.name == "uniform" and (self.mean, self.std) != (0.0, 1.0):
+            raise ValueError(
+                f"mean {self.mean} and std {self.std} have no effect on a uniform density; "
+                f"leave them out, or use 'logit_normal'"
+            )
         if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
             raise ValueError(
                 f"logit of mean {self.mean} and std {self.std} is not allowed; "

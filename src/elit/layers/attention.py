@@ -23,6 +23,13 @@ def head_dim(dim: int, num_heads: int) -> int:
     return dim // num_heads
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMS norm of heads, in the precision that they come in (autocast keeps weights in float32)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class SelfAttention(nn.Module):
     """Self-attention with rotary positions and RMS-normalised queries and keys."""
 
@@ -30,8 +37,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = (num_heads, head_dim(dim, num_heads))
         self.to_qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = nn.RMSNorm(self.heads[1], eps=1e-6)
-        self.k_norm = nn.RMSNorm(self.heads[1], eps=1e-6)
+        self.q_norm = HeadNorm(self.heads[1], eps=1e-6)
+        self.k_norm = HeadNorm(self.heads[1], eps=1e-6)
         self.to_out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
@@ -49,8 +56,8 @@ class CrossAttention(nn.Module):
         self.heads = (num_heads, head_dim(dim, num_heads))
         self.to_q = nn.Linear(dim, dim)
         self.to_kv = nn.Linear(dim, 2 * dim)
-        self.q_norm = nn.RMSNorm(self.heads[1], eps=1e-6)
-        self.k_norm = nn.RMSNorm(self.heads[1], eps=1e-6)
+        self.q_norm = HeadNorm(self.heads[1], eps=1e-6)
+        self.k_norm = HeadNorm(self.heads[1], eps=1e-6)
         self.to_out = nn.Linear(dim, dim)
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:

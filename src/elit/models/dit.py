@@ -130,7 +130,14 @@ class DiT(ElasticMixin, ModelMixin, ConfigMixin):
 
     def embed_condition(self, timestep: Tensor, labels: Tensor | None, like: Tensor) -> Tensor:
         """Condition (B, D) of all modulations, its nonlinearity applied once for all layers."""
-        timestep = torch.as_tensor(timestep, device=like.device).expand(like.shape[0])
+        timestep = torch.as_tensor(timestep, device=like.device)
+        for name, value in (("timestep", timestep), ("class_labels", labels)):
+            if value is not None and tuple(value.shape) not in ((), (1,), (len(like),)):
+                raise ValueError(
+                    f"{name} of shape {tuple(value.shape)} does not fit a batch of {len(like)}; "
+                    f"give one number for each sample"
+                )
+        timestep = timestep.expand(len(like))
         return F.silu(self.time_embed(timestep) + self.label_embed(labels))
 
     def rotary(self, places: Tensor) -> Rotary:

@@ -45,7 +45,11 @@ class ElasticMixin(ModelMixin):
         diffusers only warns of them and leaves what is missing random.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except TypeError as error:  # arguments of __init__ that another class's config lacks
+            source = args[0] if args else "the checkpoint"
+            raise ValueError(f"{source} does not hold a {cls.__name__}: {error}") from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[kind]:
                 names = ", ".join(sorted(map(str, info[kind]))[:3])
