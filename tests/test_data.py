@@ -172,7 +172,7 @@ class TestShapes:
         large = whole(Shapes(count=50, size=96))["images"]
         error = (F.avg_pool2d(large, 3) - small).abs()
         assert error.mean() < 0.01
-        assert error.max() < 0.5  # at the sharpest corners
+        assert (error > 0.3).float().mean() < 0.001  # only at the sharpest corners
 
     @pytest.mark.parametrize("count", [1, 7])
     def test_any_count_is_a_data_set(self, count):
@@ -192,19 +192,19 @@ class TestShapes:
     def test_every_object_is_large_and_nearly_whole(self):
         """Its visible area: a good part of the image, and most of it even where it is cut off."""
         share = object_mask(whole(Shapes(count=2000))).flatten(1).mean(dim=1)
-        assert share.min() > 0.03
+        assert share.min() > 0.1
         assert share.max() < 0.45
         by_class = share.view(-1, 10)  # (200, class)
-        # Radii differ by 1.4, so areas of one class by 2; the rest is what borders cut off.
-        assert (by_class.max(dim=0).values / by_class.min(dim=0).values).max() < 3.2
+        # Radii differ by 1.2, so areas of one class by 1.44; the rest is what borders cut off.
+        assert (by_class.max(dim=0).values / by_class.min(dim=0).values).max() < 1.9
 
     def test_objects_lie_everywhere_and_some_touch_the_border(self):
         mask = object_mask(whole(Shapes(count=2000)))
-        assert mask.mean(dim=0).min() > 0  # also in the corners
+        assert mask[:, 1:-1, 1:-1].mean(dim=0).min() > 0  # up to the corners
         edges = [mask[:, 0, 16], mask[:, -1, 16], mask[:, 16, 0], mask[:, 16, -1]]
-        assert min(edge.mean() for edge in edges) > 0.02
+        assert min(edge.mean() for edge in edges) > 0.005
         touching = torch.cat([mask[:, 0], mask[:, -1], mask[:, :, 0], mask[:, :, -1]], dim=1)
-        assert 0.2 < (touching.amax(dim=1) > 0).float().mean() < 0.8
+        assert 0.1 < (touching.amax(dim=1) > 0).float().mean() < 0.5
 
     def test_colours_do_not_give_the_class_away(self):
         batch = whole(Shapes(count=4000))
@@ -305,14 +305,14 @@ def object_mask(batch):
 
 # Mean red, green and blue of the first ten training images.
 GOLDEN = [
-    [0.809, 0.287, 0.228],
-    [0.566, 0.636, 0.533],
-    [0.768, 0.418, 0.501],
-    [0.631, 0.702, 0.547],
-    [0.495, 0.502, 0.535],
-    [0.695, 0.478, 0.775],
-    [0.602, 0.584, 0.762],
-    [0.603, 0.504, 0.588],
-    [0.658, 0.437, 0.415],
-    [0.698, 0.511, 0.474],
+    [0.657, 0.373, 0.255],
+    [0.563, 0.569, 0.701],
+    [0.715, 0.456, 0.458],
+    [0.641, 0.707, 0.656],
+    [0.612, 0.471, 0.480],
+    [0.590, 0.585, 0.817],
+    [0.604, 0.610, 0.826],
+    [0.667, 0.468, 0.538],
+    [0.485, 0.607, 0.499],
+    [0.690, 0.506, 0.554],
 ]

@@ -150,7 +150,7 @@ def _draw(index: Array, split: str, size: int) -> Array:
     pixel = (np.arange(size, dtype=np.float32) + 0.5) / size
     across, down = pixel[None, None, :], pixel[None, :, None]  # (1, 1, S), (1, S, 1)
 
-    # The object's own coordinates, in radii from its middle. Wherever it is, half of its radius
+    # The object's own coordinates, in radii from its middle. Wherever it is, a ninth of its radius
     # or less lies beyond a border: most objects are whole, and all can be recognised.
     radius = 0.3 + 0.06 * next(draws)  # an object spans 60 to 72 % of the side
     x = (across - 0.32 - 0.36 * next(draws)) / radius
