@@ -26,7 +26,8 @@ def resolve_budget(budget: float, max_latents: int) -> int:
 
 def check_num_latents(num_latents: int, max_latents: int, name: str = "num_latents") -> int:
     """`num_latents`, or the error that says what is allowed."""
-    if isinstance(num_latents, bool | float):  # not "no int": torch.export passes a SymInt
+    # torch.export passes a SymInt
+    if isinstance(num_latents, bool) or not isinstance(num_latents, int | torch.SymInt):
         raise ValueError(
             f"{name} {num_latents!r} is not an integer; give one in 1..{max_latents}, "
             f"or turn a budget into it with resolve_budget"

@@ -199,6 +199,13 @@ class ElitPipeline(DiffusionPipeline):
                 f"guidance {guidance!r} is not a Guidance; "
                 f"give CFG(3.0), AutoGuidance(2.0), CheapCFG(3.0), or None"
             )
+        given = generator if isinstance(generator, Sequence) else [generator]
+        for one in given:
+            if one is not None and not isinstance(one, torch.Generator):
+                raise ValueError(
+                    f"generator {one!r} is not a torch.Generator; "
+                    f"give torch.Generator().manual_seed({one if isinstance(one, int) else 0})"
+                )
         if isinstance(generator, Sequence) and len(generator) != count:
             raise ValueError(
                 f"{len(generator)} generators for {count} class labels; "
@@ -243,6 +250,12 @@ class ElitPipeline(DiffusionPipeline):
             guide = model.min_latents or None
         else:
             guide = model.resolve_budget(guidance.budget)
+        if guide is not None and guide > min(n or guide for n in kept):
+            logger.warning(
+                "the guide keeps %d latents per group, more than the %d that it guides",
+                guide,
+                min(n or guide for n in kept),
+            )
         if not guidance.drop_label and guide in kept:
             logger.warning("autoguidance has no effect where its guide has the same budget")
         return [(n, guide) for n in kept]
@@ -276,6 +289,11 @@ class ElitPipeline(DiffusionPipeline):
         """What `output_type` asks for, of samples (B, C, h, w)."""
         if output_type == "latent":
             return samples
+        if self.vae is None and samples.shape[1] not in (1, 3):
+            raise ValueError(
+                f"{samples.shape[1]} channels are no image: these are VAE latents; "
+                f"make the pipeline with vae=..., or ask for output_type='latent'"
+            )
         if self.vae is not None:
             config = self.vae.config
             shift = getattr(config, "shift_factor", None) or 0.0

@@ -55,8 +55,9 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
                 loss = torch.zeros((), device=world.device)
                 for chunk in run.chunks:
                     batch = next(batches)
-                    with run.gradient_sync(last=chunk == run.chunks[-1]), run.autocast():
-                        part = batch_loss(run, batch, step, chunk, num_latents, latent_indices)
+                    with run.gradient_sync(last=chunk == run.chunks[-1]):
+                        with run.autocast():
+                            part = batch_loss(run, batch, step, chunk, num_latents, latent_indices)
                         (part / len(run.chunks)).backward()
                     loss += part.detach() / len(run.chunks)
                 parameters = list(run.model.parameters())
@@ -80,7 +81,8 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
         run.save()
         run.close()
         world.barrier()
-        return TrainResult(run.folder, run.step, not stopped, time.perf_counter() - started)
+        finished = run.step >= loop.steps  # a signal may have come in the last step
+        return TrainResult(run.folder, run.step, finished, time.perf_counter() - started)
 
 
 def batch_loss(

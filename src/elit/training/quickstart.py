@@ -17,6 +17,7 @@ from elit.evaluation.flops import ElasticFlops
 from elit.flow.guidance import CheapCFG
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.training.config import TrainConfig
+from elit.training.distributed import pick_device
 from elit.training.loop import train
 from elit.training.randomness import generator
 from elit.viz.sheet import contact_sheet, format_budget, save_image
@@ -86,14 +87,14 @@ def quickstart(config: TrainConfig, progress: bool = True) -> QuickstartSummary:
     result = train(config, progress)
     rows: list[BudgetRow] = []
     if result.finished:
-        pipeline = ElitPipeline.from_pretrained(folder)
+        pipeline = ElitPipeline.from_pretrained(folder).to(pick_device(config.train.device))
         rows, pictures = draw_and_judge(pipeline, config, progress)
         captions = [format_budget(row.budget) for row in rows]
         names = load_dataset(config.data.name, **config.data.options).class_names
         save_image(contact_sheet(pictures, captions, names), folder / "samples.png")
     summary = QuickstartSummary(
         rows=rows,
-        images_per_row=IMAGES_PER_CLASS * 10,
+        images_per_row=IMAGES_PER_CLASS * load_dataset(config.data.name).num_classes,
         steps=config.sample.steps,
         guidance_scale=config.sample.guidance_scale,
         finished=result.finished,
@@ -118,6 +119,7 @@ def draw_and_judge(
     flops = ElasticFlops(model)
     num_classes = model.config.num_classes
     labels = list(range(num_classes)) * IMAGES_PER_CLASS
+    pipeline(labels, num_inference_steps=1, guidance=guidance)  # the first call is slow
     rows, pictures = [], []
     for budget in tqdm(BUDGETS, desc="drawing", unit="budget", disable=not progress):
         num_latents = model.resolve_budget(budget)

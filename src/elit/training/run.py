@@ -46,8 +46,12 @@ from elit.viz.sheet import format_budget, save_image
 
 logger = logging.getLogger(__name__)
 
-# What a resumed run must agree on with its checkpoint; the rest may be changed on the way.
-_FIXED = ("seed", "model", "data")
+
+def _fixed_settings(config: TrainConfig) -> dict[str, Any]:
+    """What a resumed run must agree on with its checkpoint; the rest may change on the way."""
+    settings = config.to_dict()
+    del settings["data"]["num_workers"]  # changes no sample
+    return {key: settings[key] for key in ("seed", "model", "data")}
 
 
 class TrainingDivergedError(RuntimeError):
@@ -65,6 +69,13 @@ def build_model(config: TrainConfig, dataset: ImageDataset) -> DiT:
     elastic = preset_config(config.model.preset, config.model.resolution).get("group")
     if elastic and config.latents.min is not None:
         arguments["min_latents"] = config.latents.min
+    for key in ("sample_size", "in_channels", "num_classes"):
+        wanted = config.model.overrides.get(key, arguments[key])
+        if wanted != arguments[key]:
+            raise ValueError(
+                f"model.overrides.{key}={wanted} does not fit the data set {config.data.name!r}, "
+                f"which has {arguments[key]}; leave it out"
+            )
     arguments |= config.model.overrides
     arguments = preset_config(config.model.preset, config.model.resolution, arguments)
     with torch.random.fork_rng(devices=[]):
@@ -259,7 +270,7 @@ class Run:
                 self.optimizer,
                 {
                     "ema_steps": self.ema.optimization_step,
-                    "config": {key: self.config.to_dict()[key] for key in _FIXED},
+                    "config": _fixed_settings(self.config),
                 },
                 self.config.train.keep_checkpoints,
             )
@@ -289,10 +300,10 @@ class Run:
             saved = json.loads((path / "state.json").read_text())["config"]
         except (OSError, json.JSONDecodeError, KeyError):
             return  # load_checkpoint says what is wrong with it
-        wanted = json.loads(json.dumps(self.config.to_dict()))
+        wanted = _fixed_settings(self.config)
         different = [
             f"{key}: {saved.get(key)} there, {wanted[key]} now"
-            for key in _FIXED
+            for key in wanted
             if saved.get(key) != wanted[key]
         ]
         if different:

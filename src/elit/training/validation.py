@@ -26,8 +26,10 @@ MAX_SAMPLES = 512
 
 def latents_to_show(model: ElasticMixin, budgets: Sequence[float] | None) -> list[int | None]:
     """Latents per group at each budget, most first; [None] for a plain model."""
+    if budgets is not None and not budgets:
+        raise ValueError("sample.budgets is empty; give one or more, such as [1, 0.25]")
     if not model.is_elastic:
-        return [None]
+        return [model.resolve_budget(budget) for budget in (budgets or [1])][:1]
     if budgets is None:
         budgets = default_budgets(model.min_latents, model.max_latents)
     kept = {model.resolve_budget(budget) for budget in budgets}
