@@ -24,7 +24,7 @@ from elit.cli.main import COMMANDS, command_parser, main
 # A run of moments: 16x16 images and a model of few parameters.
 TINY_RUN = """
 data: {name: shapes, batch_size: 2, options: {count: 20, size: 16}}
-model: {resolution: 16, overrides: {hidden_size: 16, depth: 3, in_channels: 3}}
+model: {overrides: {hidden_size: 16, depth: 3, in_channels: 3}}
 train: {steps: 3, log_every: 1, validate_every: 0, sample_every: 0, checkpoint_every: 0}
 """
 
@@ -108,12 +108,13 @@ def run_json(run, *words) -> dict:
 # ---- the surface ----
 
 CONFIG_FLAGS = """
-    --output_dir --seed --model.preset --model.resolution --model.overrides --data.name
+    --output_dir --seed --model.preset --model.overrides --data.name
     --data.options --data.batch_size --data.num_workers --objective.density --objective.logit_mean
     --objective.logit_std --objective.label_dropout --latents.min --latents.max --latents.order
     --optimizer.lr --optimizer.betas --optimizer.weight_decay --optimizer.warmup_steps
     --optimizer.schedule --optimizer.final_lr --optimizer.clip --optimizer.ema --train.steps
-    --train.accumulation --train.precision --train.device --train.gradient_checkpointing
+    --train.accumulation --train.precision --train.device --train.threads
+    --train.gradient_checkpointing
     --train.compile --train.log_every --train.validate_every --train.sample_every
     --train.checkpoint_every --train.keep_checkpoints --train.tensorboard --sample.budgets
     --sample.steps --sample.guidance_scale --sample.columns
@@ -451,7 +452,7 @@ def test_info_lists_presets_and_what_is_installed(run, capsys) -> None:
 def test_sample_draws_each_budget_from_the_same_noise(run, tmp_path) -> None:
     line = "sample @tiny --labels 2 0 --budget 1 0.25 1/16 --steps 2 --out drawn --seed 5"
     report = run_json(run, *line.split())
-    assert list(report) == ["out", "sheet", "settings", "rows"]
+    assert list(report) == ["out", "settings", "sheet", "rows"]
     assert report == json.loads(Path("drawn/samples.json").read_text())
     for row, budget in zip(report["rows"], (1, 0.25, 0.0625), strict=True):
         assert list(row) == ["budget", "num_latents", "gflops", "ms_per_image", "files"]
@@ -510,6 +511,21 @@ def test_default_folders_are_never_overwritten_by_other_settings(run, folders) -
     code, _, err = run(*line, 2, "--out", home / "3")
     assert code == 2
     assert "holds samples of other settings; choose another folder with --out" in err
+
+
+def test_what_a_killed_call_drew_is_not_mixed_with_other_settings(run, folders, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    line = ["sample", "@plain", "--labels", 1, "--out", folders / "killed", "--steps"]
+    with monkeypatch.context() as patch:
+        patch.setattr("elit.cli.sample._save_sheet", killed)
+        assert run(*line, 1)[0] == 130
+    code, _, err = run(*line, 2)
+    assert code == 2
+    assert "holds samples of other settings" in err
+    assert run(*line, 1)[0] == 0
+    assert (folders / "killed" / "samples.png").exists()
 
 
 @pytest.mark.parametrize("guidance", ["cfg", "ag", "ccfg"])

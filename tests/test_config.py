@@ -57,7 +57,7 @@ def test_types_are_kept(yaml_file) -> None:
         "optimizer.betas": "[0.8, 0.9]",
         "sample.budgets": "[1, 0.25]",
         "train.compile": "true",
-        "model.resolution": "null",
+        "train.threads": "null",
     }
     config = load_config(path, values)
     assert config.data.options == {"count": 5, "size": 16}  # added to, not replaced
@@ -65,7 +65,7 @@ def test_types_are_kept(yaml_file) -> None:
     assert config.optimizer.betas == (0.8, 0.9)
     assert config.sample.budgets == [1.0, 0.25]
     assert config.train.compile is True
-    assert config.model.resolution is None
+    assert config.train.threads is None
 
 
 def test_a_later_whole_dictionary_clears_the_file_s(yaml_file) -> None:
@@ -220,9 +220,22 @@ def test_a_config_that_is_not_there(name, message, tmp_path, monkeypatch) -> Non
         (["--train.steps"], r"--train.steps: expected one argument"),
         (["--train.steps", "0"], r"train.steps=0 is not allowed; give a number of at least 1"),
         (["--train.precision", "fp16"], r"unknown value 'fp16' of --train.precision: use one of"),
-        (["--model.resolution", "x"], r"--model.resolution is 'x'; give a whole number, or null"),
+        (["--train.threads", "x"], r"--train.threads is 'x'; give a whole number, or null"),
         (["--model.preset", "elit-dit-tny/2"], r"unknown preset.*did you mean 'elit-dit-tiny/2'"),
-        (["--model.resolution", "17"], r"not made for 17 px; it knows 16 and 32"),
+        (["--model.overrides.depth", "0"], r"depth=0 is not allowed; give a positive integer"),
+        (["--model.overrides.patch_size", "0"], r"patch_size=0 does not fit"),
+        (
+            ["--latents.min", "2", "--model.overrides.min_latents", "2"],
+            r"are the same thing; give one of them",
+        ),
+        (["--train.threads", "0"], r"train.threads=0 is not allowed; give a number of at least 1"),
+        (["--optimizer.betas", "[0.9, 1]"], r"optimizer.betas=\(0.9, 1.0\) is not allowed"),
+        (
+            ["--optimizer.schedule", "constant", "--optimizer.final_lr", "0.1"],
+            r"final_lr=0.1 has no effect on a constant schedule",
+        ),
+        (["--objective.label_dropout", "0"], r"set sample.guidance_scale=1, or label_dropout"),
+        (["--train.device", "meta"], r"device 'meta' is not usable"),
         (["--model.overrides.hiden_size", "8"], r"'hiden_size' of model.overrides.*'hidden_size'"),
         (["--model.overrides.hidden_size", "x"], r"overrides.hidden_size is 'x'; give a whole num"),
         (["--model.overrides.group", "[3, 3]"], r"8x8 tokens cannot be cut into groups of 3x3"),

@@ -234,6 +234,11 @@ def test_a_budget_below_what_was_trained_is_warned_of(caplog) -> None:
         draw(pipeline, budget=[1, 1, 1 / 16])
     (record,) = caplog.records
     assert "keeps 1 latents per group, but this model was trained with 2 or more" in record.message
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        draw(pipeline, guidance=CheapCFG(2.0, budget=1 / 16))
+    (record,) = caplog.records
+    assert record.message.startswith("guide budget 0.0625 keeps 1 latents per group")
 
 
 def test_autoguidance_without_effect_is_warned_of(caplog) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from elit import ElitPipeline
 from elit.data import load_dataset
+from elit.training.build import build_model
 from elit.training.checkpoint import checkpoint_steps
 from elit.training.config import (
     DataConfig,
@@ -30,7 +31,7 @@ from elit.training.distributed import World
 from elit.training.loop import TrainingDivergedError, batch_loss, train
 from elit.training.metrics import MetricsLog
 from elit.training.randomness import StepBatches, generator
-from elit.training.run import Run, build_model
+from elit.training.run import Run
 from elit.training.validation import budgets_out_of_order, validation_losses
 
 TINY = {"hidden_size": 32, "num_heads": 2, "depth": 3}
@@ -207,7 +208,59 @@ def test_what_a_kill_left_half_written_is_ignored(tmp_path) -> None:
     assert not torn.exists()
 
 
+def test_training_time_counts_over_calls(tmp_path) -> None:
+    first = train(tiny_config(tmp_path, steps=4), progress=False)
+    again = train(tiny_config(tmp_path, steps=4), progress=False)  # finished: nothing to do
+    assert first.seconds * 0.5 < again.seconds
+    more = train(tiny_config(tmp_path, steps=8), progress=False)
+    assert more.seconds > again.seconds
+
+
+def test_threads_are_those_asked_for_and_given_back(tmp_path, monkeypatch) -> None:
+    before, seen = torch.get_num_threads(), []
+    after_step = Run.after_step
+
+    def watch(run: Run, *args) -> None:
+        seen.append(torch.get_num_threads())
+        after_step(run, *args)
+
+    monkeypatch.setattr(Run, "after_step", watch)
+    train(tiny_config(tmp_path, steps=2, train_threads=before + 1), progress=False)
+    assert seen == [before + 1] * 2
+    assert torch.get_num_threads() == before
+
+
 # ---- what goes wrong ----
+
+
+def test_a_run_that_is_further_already_is_refused(tmp_path) -> None:
+    train(tiny_config(tmp_path, steps=4), progress=False)
+    with pytest.raises(ValueError, match=r"at step 4 already, beyond train\.steps=2; raise"):
+        train(tiny_config(tmp_path, steps=2), progress=False)
+
+
+def test_processes_that_find_different_checkpoints_are_told(tmp_path) -> None:
+    train(tiny_config(tmp_path / "0", steps=2), progress=False)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tiny_config(tmp_path / "RANK", steps=4).to_dict()))
+    script = tmp_path / "own_folders.py"  # as with a folder on each node's own disk
+    script.write_text(
+        "import os, sys\nfrom elit.cli.main import main\n"
+        f"sys.exit(main(['train', {str(file)!r}, '--output_dir', "
+        f"os.path.join({str(tmp_path)!r}, os.environ['RANK'])]))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "different last checkpoints" in done.stderr
+    assert "of the steps [2, 0]: output_dir must be one folder" in done.stderr
+
+
+def test_several_processes_cannot_share_a_device(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("elit.training.distributed.pick_device", lambda *_: torch.device("mps"))
+    with pytest.raises(ValueError, match=r"2 processes cannot share the device 'mps'; use cuda"):
+        train(tiny_config(tmp_path, train_device="mps"), progress=False)
 
 
 # 1e30 makes weights that are finite and of no use, 1e39 infinite ones.

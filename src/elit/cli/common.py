@@ -43,6 +43,8 @@ class Parser(argparse.ArgumentParser):
     def _check_flags(self, args: Sequence[str]) -> None:
         """Look for unknown flags first: argparse would complain of what follows from them."""
         for word in args:
+            if word == "--":  # what follows are no flags
+                return
             flag = word.partition("=")[0]
             if not flag.startswith("-") or flag in self.flags or _is_number(word):
                 continue

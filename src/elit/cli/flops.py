@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from elit.evaluation.flops import flops_report
 
     shape = load_shape(args.model, args.resolution)
-    report: dict[str, Any] = flops_report(shape.model, shape.name, 0, args.budgets).to_dict()
-    report["resolution"] = shape.resolution
+    counted = flops_report(shape.model, shape.name, shape.resolution, args.budgets)
+    report: dict[str, Any] = counted.to_dict()
     if args.json:
         print_json(report)
     else:

@@ -51,14 +51,14 @@ def installed() -> dict[str, str | None]:
 
 def presets() -> list[dict[str, Any]]:
     """What each preset is."""
-    from elit.models.presets import LATENT_INPUTS, PIXEL_INPUTS, PRESETS
+    from elit.models.presets import PRESETS, preset_inputs
 
     report = []
     for name in PRESETS:
         card = describe(name)
-        inputs = PIXEL_INPUTS if "tiny" in name else LATENT_INPUTS
         keys = ("model", "parameters", "split", "max_latents")
-        report.append({key: card[key] for key in keys} | {"resolutions": list(inputs)})
+        resolutions = list(preset_inputs(name))
+        report.append({key: card[key] for key in keys} | {"resolutions": resolutions})
     return report
 
 
@@ -68,7 +68,7 @@ def describe(name: str) -> dict[str, Any]:
 
     shape = load_shape(name)
     model, most = shape.model, shape.model.max_latents
-    kept = range(model.min_latents, most + 1) if most is not None else []
+    kept = range(model.min_latents, most + 1) if model.is_elastic else []
     return {
         "model": shape.name,
         "resolution": shape.resolution,

@@ -38,12 +38,12 @@ def load_shape(name: str, resolution: int | None = None) -> Shape:
     from elit._choices import nearest
     from elit.evaluation.flops import on_meta
     from elit.models.dit import DiT
-    from elit.models.presets import PRESETS, preset_config
+    from elit.models.presets import PRESETS, preset_config, preset_inputs
 
     if name.lower() in PRESETS:
         config = preset_config(name, resolution)
-        scale = 1 if "tiny" in name.lower() else 8  # of the SD VAE
-        return Shape(name.lower(), on_meta(DiT, config), config, scale)
+        known, given = next(iter(preset_inputs(name).items()))
+        return Shape(name.lower(), on_meta(DiT, config), config, given.scale(known))
     if Path(name).is_dir():
         return _checkpoint_shape(Path(name), resolution)
     near = nearest(name, PRESETS)

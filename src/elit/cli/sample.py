@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from elit._files import write_json
 from elit.cli.common import (
     Parser,
     add_json_flag,
@@ -104,11 +105,20 @@ def run(args: argparse.Namespace) -> int:
         "budget": [model.budget_of(n) for n in kept],
     }
     folder = choose_folder(args, settings)
-    rows = list(draw_rows(pipeline, args, labels * args.count, kept, guidance, folder))
+    pixels = args.size or (None, None)
+    options: dict[str, Any] = {"guidance": guidance, "height": pixels[0], "width": pixels[1]}
+    # The first call of a process is slow, so it isn't timed; and it checks all labels and the size.
+    pipeline.set_progress_bar_config(disable=True)
+    extremes = [min(labels), max(labels)]
+    pipeline(extremes, model.budget_of(kept[0]), num_inference_steps=1, **options)
+    # The settings come first: what a killed call leaves is known to be theirs.
+    report: dict[str, Any] = {"out": str(folder), "settings": settings}
+    write_json(folder / "samples.json", report)
+    rows = list(draw_rows(pipeline, args, labels * args.count, kept, options, folder))
     sheet = folder / "samples.png"
     _save_sheet(sheet, [row.pop("images") for row in rows], rows, labels)
-    report = {"out": str(folder), "sheet": str(sheet), "settings": settings, "rows": rows}
-    (folder / "samples.json").write_text(json.dumps(report, indent=2) + "\n")
+    report |= {"sheet": str(sheet), "rows": rows}
+    write_json(folder / "samples.json", report)
     if args.json:
         print_json(report)
     else:
@@ -192,20 +202,15 @@ def draw_rows(
     args: argparse.Namespace,
     labels: Sequence[int],
     kept: Sequence[int | None],
-    guidance: "Guidance | None",
+    options: dict[str, Any],
     folder: Path,
 ) -> Iterator[dict[str, Any]]:
     """For each number of latents draw and write all images; yields a row of the table."""
     from elit.evaluation.flops import forward_flops
     from elit.viz.sheet import format_budget, save_image
 
-    model, pixels = pipeline.transformer, args.size or (None, None)
+    model = pipeline.transformer
     size = [side // pipeline.vae_scale for side in args.size] if args.size else None
-    pipeline.set_progress_bar_config(disable=True)
-    options: dict[str, Any] = {"guidance": guidance, "height": pixels[0], "width": pixels[1]}
-    # The first call of a process is slow, so it isn't timed; and it checks all labels and the size.
-    extremes = [min(labels), max(labels)]
-    pipeline(extremes, model.budget_of(kept[0]), num_inference_steps=1, **options)
     gflops = [forward_flops(model, n, size) / 1e9 for n in kept]
     for n, cost in zip(kept, gflops, strict=True):
         ran = model.budget_of(n)

@@ -72,13 +72,16 @@ def check_config(config: TrainConfig) -> None:
     from elit.data import load_dataset
     from elit.evaluation.flops import forward_flops
     from elit.flow.objective import SigmaDensity
+    from elit.training.build import build_model, tail_dropping
     from elit.training.distributed import pick_device
+    from elit.training.metrics import summary_writer_class
     from elit.training.randomness import StepBatches
-    from elit.training.run import build_model, tail_dropping
     from elit.training.validation import latents_to_show
 
     output_folder(config.output_dir, "--output_dir")
     pick_device(config.train.device)
+    if config.train.tensorboard:
+        summary_writer_class()
     objective, data = config.objective, config.data
     SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
     dataset = load_dataset(data.name, "train", **data.options)

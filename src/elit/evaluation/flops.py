@@ -33,7 +33,7 @@ class FlopsReport:
 
     Attributes:
         model: its name.
-        resolution: side of the input, in the units that the name implies (pixels).
+        resolution: pixels of an image's side, or of height and width.
         parameters: number of parameters.
         train_tflops: one training step at full budget, batch 256.
         train_tflops_multi_budget: one step with tail dropping, batch 384, averaged over 1 to
@@ -42,7 +42,7 @@ class FlopsReport:
     """
 
     model: str
-    resolution: int
+    resolution: int | list[int]
     parameters: int
     train_tflops: float
     train_tflops_multi_budget: float | None
@@ -105,7 +105,10 @@ class ElasticFlops:
 
 
 def flops_report(
-    model: ElasticMixin, name: str, resolution: int, budgets: Sequence[float] | None = None
+    model: ElasticMixin,
+    name: str,
+    resolution: int | list[int],
+    budgets: Sequence[float] | None = None,
 ) -> FlopsReport:
     """Count a model at several budgets.
 

@@ -61,9 +61,8 @@ class Read(nn.Module):
             latents, index = self.latents[latent_indices], self.latent_index[latent_indices]
 
         ((shift, scale, gate),) = self.modulation(condition)
-        place = self.token_place.repeat(grid.num_groups, 1)  # (N, D)
-        context = modulate(tokens, shift, scale) + place
-        context = context.unflatten(1, (grid.num_groups, -1)).flatten(0, 1)  # (B*G, P, D)
+        context = modulate(tokens, shift, scale).unflatten(1, (grid.num_groups, -1))
+        context = (context + self.token_place).flatten(0, 1)  # (B*G, P, D)
         update = self.attention(layer_norm(latents), context)  # (B*G, n, D)
         update = update.view(tokens.shape[0], -1, tokens.shape[-1])  # (B, G*n, D)
         latents = gated_add((latents + index).repeat(grid.num_groups, 1), gate, update)

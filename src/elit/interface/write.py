@@ -43,13 +43,13 @@ class Write(nn.Module):
             (B, N, D)
         """
         ((shift, scale, gate),) = self.modulation(condition)
-        place = self.token_place.repeat(grid.num_groups, 1)  # (N, D)
-        queries = modulate(tokens, shift, scale) + place
+        groups = (grid.num_groups, -1)
+        queries = modulate(tokens, shift, scale).unflatten(1, groups) + self.token_place
         update = self.attention(
-            queries.unflatten(1, (grid.num_groups, -1)).flatten(0, 1),  # (B*G, P, D)
-            layer_norm(latents).unflatten(1, (grid.num_groups, -1)).flatten(0, 1),  # (B*G, n, D)
+            queries.flatten(0, 1),  # (B*G, P, D)
+            layer_norm(latents).unflatten(1, groups).flatten(0, 1),  # (B*G, n, D)
         )
         tokens = gated_add(tokens, gate, update.view_as(tokens))
         # The MLP sees the place too: a single latent tells all tokens of its group the same.
-        update = self.mlp(modulate(tokens, shift, scale) + place)
-        return gated_add(tokens, gate, update)  # (B, N, D)
+        queries = modulate(tokens, shift, scale).unflatten(1, groups) + self.token_place
+        return gated_add(tokens, gate, self.mlp(queries).view_as(tokens))  # (B, N, D)

@@ -36,6 +36,8 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, dim: int, num_classes: int):
         super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes={num_classes} is not allowed; give a positive integer")
         self.null_label = num_classes
         self.table = nn.Embedding(num_classes + 1, dim)
 

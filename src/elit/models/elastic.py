@@ -13,10 +13,15 @@ from elit.interface.grid import TokenGrid, format_size
 from elit.layers.positions import Rotary
 
 
+def _is_positive(value: Any) -> bool:
+    """Whether it is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def per_axis(value: int | Sequence[int], num_axes: int, name: str) -> tuple[int, ...]:
     """One number for all axes, or one for each, as a tuple of `num_axes` positive integers."""
-    values = (value,) * num_axes if isinstance(value, int) else tuple(value)
-    if len(values) != num_axes or any(v < 1 for v in values):
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * num_axes
+    if len(values) != num_axes or not all(_is_positive(v) for v in values):
         raise ValueError(
             f"{name}={value!r} does not fit inputs of {num_axes} axes; "
             f"give one positive integer, or {num_axes} of them"
@@ -69,11 +74,13 @@ class ElasticMixin(ModelMixin):
         min_latents: int,
     ) -> None:
         """Take the sizes from a config, where a single number stands for all axes."""
-        num_axes = 2 if isinstance(sample_size, int) else len(sample_size)
+        num_axes = len(sample_size) if isinstance(sample_size, Sequence) else 2
         if num_axes not in (2, 3):
             raise ValueError(
                 f"sample_size={sample_size!r} has {num_axes} axes; give (h, w) or (t, h, w)"
             )
+        if not _is_positive(in_channels):
+            raise ValueError(f"in_channels={in_channels!r} is not allowed; give a positive integer")
         self.sample_size = per_axis(sample_size, num_axes, "sample_size")
         self.in_channels = in_channels
         self.patch_size = per_axis(patch_size, num_axes, "patch_size")
@@ -91,6 +98,8 @@ class ElasticMixin(ModelMixin):
 
     def set_split(self, depth: int, head: int, tail: int) -> None:
         """Take the numbers of blocks from a config."""
+        if not _is_positive(depth):
+            raise ValueError(f"depth={depth!r} is not allowed; give a positive integer")
         if self.is_elastic and (head < 0 or tail < 0 or head + tail >= depth):
             raise ValueError(
                 f"a head of {head} and a tail of {tail} blocks leave no core of {depth}; "

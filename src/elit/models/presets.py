@@ -1,6 +1,6 @@
 """Sizes of the named models, a line each."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,10 @@ class Input:
     num_classes: int
     group: int
     min_latents: int
+
+    def scale(self, resolution: int) -> int:
+        """Pixels per element of the input along an axis: the VAE's, or 1."""
+        return resolution // self.sample_size
 
 
 # The splits are the paper's: 71 % of XL's blocks and 50 % of B's are in the core.
@@ -62,6 +66,20 @@ PRESETS = tuple(
 )
 
 
+def preset_inputs(name: str) -> dict[int, Input]:
+    """What a preset sees at each resolution that it knows."""
+    name = name.lower()
+    check_choice(name, PRESETS, "preset")
+    return PIXEL_INPUTS if "tiny" in name else LATENT_INPUTS
+
+
+def nearest_resolution(name: str, sample_size: Sequence[int]) -> int:
+    """The resolution of a preset that was made for inputs of nearly this size."""
+    inputs = preset_inputs(name)
+    side = max(sample_size)
+    return min(inputs, key=lambda resolution: abs(inputs[resolution].sample_size - side))
+
+
 def preset_config(
     name: str, resolution: int | None = None, overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -72,10 +90,9 @@ def preset_config(
         resolution: pixels of an image's side; by default the smallest that the preset knows.
         overrides: arguments to change, by name.
     """
+    inputs = preset_inputs(name)
     name = name.lower()
-    check_choice(name, PRESETS, "preset")
     size_name, patch = name.removeprefix("elit-").removeprefix("dit-").split("/")
-    inputs = PIXEL_INPUTS if size_name == "tiny" else LATENT_INPUTS
     resolution = resolution or min(inputs)
     if resolution not in inputs:
         raise ValueError(

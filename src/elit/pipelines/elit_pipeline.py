@@ -101,8 +101,9 @@ class ElitPipeline(DiffusionPipeline):
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or
                 "latent": what the transformer gave, before any VAE.
             return_dict: whether to wrap the images in an ImagePipelineOutput.
-            callback_on_step_end: called after each step with (pipeline, step, timestep,
-                {name: tensor}); may return {"samples": tensor} to go on from.
+            callback_on_step_end: called after each of the scheduler's steps (Heun has two for
+                each of `num_inference_steps`) with (pipeline, step, timestep, {name: tensor});
+                may return {"samples": tensor} to go on from.
             callback_on_step_end_tensor_inputs: names that the callback is given.
         """
         labels = self._check_labels(class_labels)
@@ -237,19 +238,14 @@ class ElitPipeline(DiffusionPipeline):
                 f"give one number, or one for each call"
             )
         kept = [model.resolve_budget(b) for b in budgets]
-        if model.is_elastic and min(kept) < model.min_latents:
-            logger.warning(
-                "budget %g keeps %d latents per group, but this model was trained with %d or more",
-                min(budgets),
-                min(kept),
-                model.min_latents,
-            )
+        self._warn_if_untrained("budget", min(budgets))
         if guidance is None or guidance.budget is None:
             return [(n, n) for n in kept]
         if guidance.budget == "lowest":
             guide = model.min_latents or None
         else:
             guide = model.resolve_budget(guidance.budget)
+            self._warn_if_untrained("guide budget", guidance.budget)
         if guide is not None and guide > min(n or guide for n in kept):
             logger.warning(
                 "the guide keeps %d latents per group, more than the %d that it guides",
@@ -259,6 +255,15 @@ class ElitPipeline(DiffusionPipeline):
         if not guidance.drop_label and guide in kept:
             logger.warning("autoguidance has no effect where its guide has the same budget")
         return [(n, guide) for n in kept]
+
+    def _warn_if_untrained(self, what: str, budget: float) -> None:
+        """Warn of a budget below all that the model was trained with."""
+        kept, least = self.transformer.resolve_budget(budget), self.transformer.min_latents
+        if kept is not None and kept < least:
+            logger.warning(
+                "%s %g keeps %d latents per group, but this model was trained with %d or more",
+                what, budget, kept, least,
+            )  # fmt: skip
 
     def _start(
         self,

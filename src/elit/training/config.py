@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 _Rule = tuple[Callable[[Any], bool], str]
-_AT_LEAST_0: _Rule = (lambda value: value >= 0, "of at least 0")
-_AT_LEAST_1: _Rule = (lambda value: value >= 1, "of at least 1")
-_POSITIVE: _Rule = (lambda value: 0 < value < math.inf, "above 0")
-_SHARE: _Rule = (lambda value: 0 <= value < 1, "in [0, 1)")
+_AT_LEAST_0: _Rule = (lambda value: 0 <= value < math.inf, "a number of at least 0")
+_AT_LEAST_1: _Rule = (lambda value: value >= 1, "a number of at least 1")
+_POSITIVE: _Rule = (lambda value: 0 < value < math.inf, "a number above 0")
+_SHARE: _Rule = (lambda value: 0 <= value < 1, "a number in [0, 1)")
+_SHARES: _Rule = (lambda values: all(0 <= value < 1 for value in values), "numbers in [0, 1)")
 
 _RULES: dict[str, _Rule] = {
     "seed": _AT_LEAST_0,
@@ -23,6 +24,7 @@ _RULES: dict[str, _Rule] = {
     "objective.logit_std": _POSITIVE,
     "objective.label_dropout": _SHARE,
     "optimizer.lr": _POSITIVE,
+    "optimizer.betas": _SHARES,
     "optimizer.weight_decay": _AT_LEAST_0,
     "optimizer.warmup_steps": _AT_LEAST_0,
     "optimizer.final_lr": _AT_LEAST_0,
@@ -30,6 +32,7 @@ _RULES: dict[str, _Rule] = {
     "optimizer.ema": _SHARE,
     "train.steps": _AT_LEAST_1,
     "train.accumulation": _AT_LEAST_1,
+    "train.threads": (lambda value: value is None or value >= 1, "a number of at least 1, or null"),
     "train.log_every": _AT_LEAST_0,
     "train.validate_every": _AT_LEAST_0,
     "train.sample_every": _AT_LEAST_0,
@@ -47,13 +50,11 @@ class ModelConfig:
 
     Attributes:
         preset: name in the table of presets, such as "elit-dit-b/2".
-        resolution: pixels of an image's side; by default the smallest that the preset knows.
         overrides: arguments of the model to change, by name. Input size, channels and classes
             are the data set's and need not be given.
     """
 
     preset: str = "elit-dit-tiny/2"
-    resolution: int | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
@@ -93,7 +94,7 @@ class ObjectiveConfig:
 
 @dataclass
 class LatentsConfig:
-    """Tail dropping: how many latents per group a step keeps. No effect on a plain model.
+    """Tail dropping: how many latents per group a step keeps. A plain model has none.
 
     Attributes:
         min: fewest; by default the model's `min_latents`.
@@ -116,7 +117,7 @@ class OptimizerConfig:
         weight_decay: decoupled weight decay.
         warmup_steps: steps of linear warm-up.
         schedule: "constant", or "cosine" down to `final_lr` at the last step.
-        final_lr: as a fraction of `lr`.
+        final_lr: of the cosine, as a fraction of `lr`.
         clip: largest gradient norm; larger ones are scaled down to it.
         ema: decay of the weights' moving average, ramped up from 0.
     """
@@ -140,8 +141,10 @@ class LoopConfig:
         accumulation: micro-batches that one process's share of a batch is cut into.
         precision: "fp32", or "bf16" for autocast.
         device: "auto", "cpu", "cuda" or "mps".
+        threads: CPU threads of each process, by default PyTorch's choice. A tiny model is quickest
+            on one.
         gradient_checkpointing: recompute blocks in the backward pass to save memory.
-        compile: compile the blocks, one graph for all budgets.
+        compile: compile the blocks; a few graphs serve all budgets.
         log_every: write metrics.
         validate_every: measure the validation loss at every budget.
         sample_every: draw a sheet of samples.
@@ -154,6 +157,7 @@ class LoopConfig:
     accumulation: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
+    threads: int | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
     log_every: int = 50
@@ -204,7 +208,18 @@ class TrainConfig:
         for key, (allowed, rule) in _RULES.items():
             value = operator.attrgetter(key)(self)
             if not allowed(value):
-                raise ValueError(f"{key}={value!r} is not allowed; give a number {rule}")
+                raise ValueError(f"{key}={value!r} is not allowed; give {rule}")
+        if self.optimizer.final_lr and self.optimizer.schedule == "constant":
+            raise ValueError(
+                f"optimizer.final_lr={self.optimizer.final_lr} has no effect on a constant "
+                f"schedule; set optimizer.schedule=cosine, or leave it out"
+            )
+        if self.sample.guidance_scale != 1 and not self.objective.label_dropout:
+            raise ValueError(
+                f"sample.guidance_scale={self.sample.guidance_scale} guides by the null label, "
+                f"which objective.label_dropout=0 never trains; set sample.guidance_scale=1, "
+                f"or label_dropout above 0"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for YAML and JSON."""

@@ -39,6 +39,15 @@ class World:
             value = value / self.size
         return value
 
+    def gather(self, value: int) -> list[int]:
+        """The value of every process, by rank."""
+        if self.size == 1:
+            return [value]
+        mine = torch.tensor([value], device=self.device)
+        values = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(values, mine)
+        return [int(v) for v in values]
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:
@@ -54,16 +63,27 @@ class World:
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """Device of a config's name; "auto" is the accelerator if there is one."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", local_rank)
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        accelerators = {"cuda": torch.cuda, "mps": torch.backends.mps}
+        name = next((n for n, module in accelerators.items() if module.is_available()), "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} is not usable ({reason}); use auto or cpu") from error
-    return torch.device("cuda", local_rank) if name == "cuda" else device
+    return device
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Compute on `count` CPU threads; None leaves their number as it is."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -74,6 +94,11 @@ def distributed_world(device: str) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, picked)
         return
+    if picked.type not in ("cpu", "cuda") or device.startswith("cuda:"):
+        raise ValueError(
+            f"{size} processes cannot share the device {device!r}; "
+            f"use cuda, where each process takes a GPU of its own, or cpu"
+        )
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")

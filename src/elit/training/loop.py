@@ -1,6 +1,5 @@
 """The training loop, from top to bottom."""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from elit.flow.objective import flow_matching_loss
 from elit.training.config import TrainConfig
-from elit.training.distributed import distributed_world
+from elit.training.distributed import cpu_threads, distributed_world
 from elit.training.randomness import generator
 from elit.training.run import Run, TrainingDivergedError
 from elit.training.signals import stop_on_signals
@@ -25,7 +24,7 @@ class TrainResult:
         folder: of the run; `ElitPipeline.from_pretrained(folder)` loads the averaged weights.
         step: last step done.
         finished: whether that is all steps, or a signal stopped the run.
-        seconds: that this call took.
+        seconds: of training, in all calls that the run took.
     """
 
     folder: Path
@@ -42,9 +41,12 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
             weights bit for bit (on the CPU with the same number of threads and processes).
         progress: whether to show a progress bar.
     """
-    started = time.perf_counter()
     loop = config.train
-    with distributed_world(loop.device) as world, stop_on_signals() as stop_requested:
+    with (
+        cpu_threads(loop.threads),
+        distributed_world(loop.device) as world,
+        stop_on_signals() as stop_requested,
+    ):
         run = Run(config, world)
         steps = range(run.step, loop.steps)
         batches, stopped = iter(run.loader(steps)), False
@@ -82,7 +84,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
         run.close()
         world.barrier()
         finished = run.step >= loop.steps  # a signal may have come in the last step
-        return TrainResult(run.folder, run.step, finished, time.perf_counter() - started)
+        return TrainResult(run.folder, run.step, finished, run.seconds)
 
 
 def batch_loss(

@@ -1,8 +1,9 @@
 """Metrics of a run: one JSON object a line, and TensorBoard where asked for."""
 
 import json
-import os
 from pathlib import Path
+
+from elit._files import write_file
 
 
 class MetricsLog:
@@ -21,18 +22,10 @@ class MetricsLog:
         if not active:
             return
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ValueError(
-                    "train.tensorboard needs TensorBoard, which is not installed; "
-                    "pip install 'elit-diffusion[tensorboard]', or leave it off"
-                ) from error
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        kept = [line for line in self._lines() if _step_of(line) <= step]
-        aside = self.path.with_suffix(".part")
-        aside.write_text("".join(kept))
-        os.replace(aside, self.path)
+            writer = summary_writer_class()
+            self._writer = writer(str(folder / "tensorboard"), purge_step=step + 1)
+        kept = "".join(line for line in self._lines() if _step_of(line) <= step)
+        write_file(self.path, lambda aside: aside.write_text(kept))
         self._file = self.path.open("a")
 
     def _lines(self) -> list[str]:
@@ -54,6 +47,18 @@ class MetricsLog:
             self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def summary_writer_class() -> type:
+    """TensorBoard's writer, or the error that says how to install it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "train.tensorboard needs TensorBoard, which is not installed; "
+            "pip install 'elit-diffusion[tensorboard]', or leave it off"
+        ) from error
+    return SummaryWriter
 
 
 def _step_of(line: str) -> float:

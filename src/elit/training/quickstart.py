@@ -1,7 +1,5 @@
 """From nothing to pictures: train on real digits, then draw and judge them at five budgets."""
 
-import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from elit._files import write_json
 from elit.data import load_dataset
 from elit.evaluation.classifier import fit_classifier
 from elit.evaluation.flops import ElasticFlops
@@ -55,8 +54,8 @@ class QuickstartSummary:
         steps: Euler steps of each image.
         guidance_scale: of cheap classifier-free guidance.
         finished: whether training ran to its end; if not, the rows are missing.
-        train_seconds: training alone, of this call.
-        total_seconds: all of this call.
+        train_seconds: training alone, in all calls that it took.
+        total_seconds: training and drawing.
     """
 
     rows: list[BudgetRow]
@@ -82,9 +81,9 @@ def quickstart(config: TrainConfig, progress: bool = True) -> QuickstartSummary:
         config: of the training run.
         progress: whether to show progress bars.
     """
-    started = time.perf_counter()
     folder = Path(config.output_dir)
     result = train(config, progress)
+    trained = time.perf_counter()
     rows: list[BudgetRow] = []
     if result.finished:
         pipeline = ElitPipeline.from_pretrained(folder).to(pick_device(config.train.device))
@@ -99,12 +98,10 @@ def quickstart(config: TrainConfig, progress: bool = True) -> QuickstartSummary:
         guidance_scale=config.sample.guidance_scale,
         finished=result.finished,
         train_seconds=result.seconds,
-        total_seconds=time.perf_counter() - started,
+        total_seconds=result.seconds + time.perf_counter() - trained,
     )
     if result.finished:
-        aside = folder / ".summary.json.part"
-        aside.write_text(json.dumps(summary.to_dict(), indent=2) + "\n")
-        os.replace(aside, folder / "summary.json")
+        write_json(folder / "summary.json", summary.to_dict())
     return summary
 
 

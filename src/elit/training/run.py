@@ -18,13 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from elit.data import ImageDataset, load_dataset
+from elit._files import write_file
+from elit.data import load_dataset
 from elit.flow.objective import SigmaDensity
 from elit.flow.schedulers import make_scheduler
-from elit.interface.budget import TailDropping
-from elit.models.dit import DiT
-from elit.models.presets import preset_config
 from elit.pipelines.elit_pipeline import ElitPipeline
+from elit.training.build import build_model, tail_dropping
 from elit.training.checkpoint import (
     checkpoint_steps,
     load_checkpoint,
@@ -32,7 +31,7 @@ from elit.training.checkpoint import (
     replace_folder_files,
     save_checkpoint,
 )
-from elit.training.config import LatentsConfig, TrainConfig
+from elit.training.config import TrainConfig
 from elit.training.distributed import World
 from elit.training.metrics import MetricsLog
 from elit.training.randomness import StepBatches, generator
@@ -56,46 +55,6 @@ def _fixed_settings(config: TrainConfig) -> dict[str, Any]:
 
 class TrainingDivergedError(RuntimeError):
     """Loss, gradient or weights are no longer finite."""
-
-
-def build_model(config: TrainConfig, dataset: ImageDataset) -> DiT:
-    """Model of a config, made for the images of a data set, with weights from the run's seed."""
-    channels, *size = dataset.image_shape
-    arguments: dict[str, Any] = {
-        "sample_size": size[0] if len(set(size)) == 1 else size,
-        "in_channels": channels,
-        "num_classes": dataset.num_classes,
-    }
-    elastic = preset_config(config.model.preset, config.model.resolution).get("group")
-    if elastic and config.latents.min is not None:
-        arguments["min_latents"] = config.latents.min
-    for key in ("sample_size", "in_channels", "num_classes"):
-        wanted = config.model.overrides.get(key, arguments[key])
-        if wanted != arguments[key]:
-            raise ValueError(
-                f"model.overrides.{key}={wanted} does not fit the data set {config.data.name!r}, "
-                f"which has {arguments[key]}; leave it out"
-            )
-    arguments |= config.model.overrides
-    arguments = preset_config(config.model.preset, config.model.resolution, arguments)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(config.seed, "weights").initial_seed())
-        return DiT(**arguments)
-
-
-def tail_dropping(config: TrainConfig, model: DiT) -> TailDropping | None:
-    """Sampler of tail dropping; None for a plain model."""
-    latents, total = config.latents, model.max_latents
-    if not model.is_elastic:
-        if latents != LatentsConfig():
-            raise ValueError(
-                f"latents.* have no effect on the plain model {config.model.preset!r}; "
-                f"leave them out, or use an elit- preset"
-            )
-        return None
-    low = model.min_latents if latents.min is None else latents.min
-    high = total if latents.max is None else latents.max
-    return TailDropping(low, high, total, latents.order)
 
 
 class Run:
@@ -130,14 +89,22 @@ class Run:
         accumulation = config.train.accumulation
         self.chunks = range(world.rank * accumulation, (world.rank + 1) * accumulation)
 
+        self._started, self._seconds_before = time.perf_counter(), 0.0
         self.step = self.saved_step = self._resume()
+        self._exported_step: int | None = None  # a kill may have come before the last export
         if world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder / "checkpoints")
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+            text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+            write_file(self.folder / "config.yaml", lambda aside: aside.write_text(text))
         tensorboard = config.train.tensorboard
         self.log = MetricsLog(self.folder, self.step, tensorboard, active=world.is_main)
         self._logged_at = (self.step, time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """Time that the run has taken, those before a resume included."""
+        return self._seconds_before + time.perf_counter() - self._started
 
     def loader(self, steps: range) -> DataLoader:
         """This process's micro-batches of these steps."""
@@ -217,12 +184,15 @@ class Run:
         loop, self.step = self.config.train, step
         if _due(step, loop.log_every):
             self._log_step(self.world.mean(loss).item(), grad_norm.item(), bar)
+        paused = time.perf_counter()
         if self.world.is_main and _due(step, loop.validate_every):
             self.validate()
         if self.world.is_main and _due(step, loop.sample_every):
             self.draw_sheet()
         if _due(step, loop.checkpoint_every):
             self.save()
+        since, then = self._logged_at
+        self._logged_at = (since, then + time.perf_counter() - paused)  # speed is of steps alone
 
     def _log_step(self, loss: float, grad_norm: float, bar: tqdm) -> None:
         since, then = self._logged_at
@@ -270,27 +240,40 @@ class Run:
                 self.optimizer,
                 {
                     "ema_steps": self.ema.optimization_step,
+                    "seconds": self.seconds,
                     "config": _fixed_settings(self.config),
                 },
                 self.config.train.keep_checkpoints,
             )
-        if self.world.is_main:  # also after a resume: a kill may have come before the export
+        if self.world.is_main and self.step != self._exported_step:
             with self.averaged_weights():
                 pipeline = ElitPipeline(self.model, make_scheduler("euler"))
                 replace_folder_files(self.folder, pipeline.save_pretrained)
-        self.saved_step = self.step
+        self.saved_step = self._exported_step = self.step
 
     def _resume(self) -> int:
         """Load the last checkpoint, if there is one; the number of steps done."""
         folder = self.folder / "checkpoints"
-        steps = checkpoint_steps(folder)
-        if not steps:
+        step = max(checkpoint_steps(folder), default=0)
+        found = self.world.gather(step)
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"the processes find different last checkpoints in {folder}, of the steps {found}: "
+                f"output_dir must be one folder that all of them share"
+            )
+        if step > self.config.train.steps:
+            raise ValueError(
+                f"{self.folder} is at step {step} already, beyond train.steps="
+                f"{self.config.train.steps}; raise train.steps, or choose another output_dir"
+            )
+        if not step:
             return 0
-        path = folder / f"step-{steps[-1]:08d}"
+        path = folder / f"step-{step:08d}"
         self._check_same_run(path)
         averaged, state = load_checkpoint(path, self.model, self.optimizer)
         self.ema.shadow_params = [p.to(self.world.device) for p in averaged]
         self.ema.optimization_step = state["ema_steps"]
+        self._seconds_before = state["seconds"]
         if self.world.is_main:
             logger.info("resuming %s at step %d", self.folder, state["step"])
         return state["step"]

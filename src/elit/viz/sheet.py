@@ -5,6 +5,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from elit._files import write_file
+
 _MARGIN = 6
 
 
@@ -58,10 +60,7 @@ def contact_sheet(
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG aside and rename it, so that a viewer never sees half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    image.save(aside, format="PNG")
-    aside.replace(path)
+    write_file(path, lambda aside: image.save(aside, format="PNG"))
 
 
 def format_budget(budget: float) -> str:
