@@ -22,7 +22,7 @@ from elit.training.randomness import generator
 from elit.viz.sheet import contact_sheet, format_budget, save_image
 
 BUDGETS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
-IMAGES_PER_CLASS = 20
+IMAGES_PER_CLASS = 10
 
 
 @dataclass(frozen=True)

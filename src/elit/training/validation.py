@@ -76,14 +76,16 @@ def validation_losses(
 def budgets_out_of_order(losses: dict[int | None, Tensor]) -> list[str]:
     """A message for each budget that is worse than the next smaller one.
 
-    The samples are the same, so their differences are tested: two standard errors are needed.
+    The samples are the same, so their differences are tested: two standard errors are needed, and
+    half a percent: less matters to nobody.
     """
     kept = sorted((n for n in losses if n is not None), reverse=True)
     messages = []
     for larger, smaller in itertools.pairwise(kept):
         difference = losses[larger] - losses[smaller]
         error = difference.std() / len(difference) ** 0.5
-        if difference.mean() > 2 * error:
+        least = 0.005 * losses[smaller].mean()
+        if difference.mean() > torch.maximum(2 * error, least):
             messages.append(
                 f"{larger} latents per group have a higher validation loss than {smaller}: "
                 f"{losses[larger].mean():.4f} against {losses[smaller].mean():.4f}; early in "
