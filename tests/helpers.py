@@ -39,6 +39,8 @@ def randomise(model: nn.Module, std: float = 0.2) -> nn.Module:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
             if "norm" in name:
                 parameter += 1
+            if name == "skip_weight":  # HDiT's: at 0 its inner level would not count
+                parameter.fill_(0.7)
     return model.eval()
 
 

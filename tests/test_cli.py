@@ -121,7 +121,7 @@ CONFIG_FLAGS = """
 """
 # Frozen: whoever removes or renames a flag breaks somebody's script, and says so in CHANGELOG.md.
 SURFACE = {
-    "quickstart": "--out --seed --steps --json",
+    "quickstart": "--out --seed --preset --steps --json",
     "train": f"[config] --dry-run --json {CONFIG_FLAGS}",
     "sample": "run --labels --count --budget --steps --guidance --scale --guide-budget --interval "
     "--sampler --seed --size --batch-size --device --dtype --out --json",
@@ -268,7 +268,7 @@ def test_python_m_elit_is_the_same() -> None:
         ("flops dit-xl/3", r"neither a preset nor a checkpoint's folder: did you mean dit-xl/"),
         ("flops @empty", r"holds neither transformer/config.json nor config.json"),
         ("flops @torn_config", r"config.json is not JSON"),
-        ("flops @foreign_config", r"is of a UViT, not of a DiT"),
+        ("flops @foreign_config", r"is of a FluxTransformer2DModel: only elit.s own models are known, DiT, UViT"),
         ("info @newer", r"does not know: registers"),
         ("info elit-dit-xxl/2", r"did you mean elit-dit-xl/2\?"),
         ("train nowhere.yaml", r"nowhere.yaml is neither a file nor one of the built-in"),

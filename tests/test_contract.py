@@ -16,6 +16,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from elit.models.dit import DiT
+from elit.models.hdit import HDiT
+from elit.models.uvit import UViT
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Case:
     @property
     def is_elastic(self) -> bool:
         return "group" in self.config
+
+    @property
+    def plain_settings(self) -> dict:
+        """Changes that make the model plain; HDiT's head and tail are there in it too."""
+        return {"group": None} | ({} if self.cls is HDiT else {"head": 0, "tail": 0})
 
     def build(self, **changes) -> nn.Module:
         return randomise(self.cls(**self.config | changes))
@@ -52,6 +59,14 @@ CLIP = TINY | {"sample_size": (4, 4, 4), "patch_size": (1, 2, 2), "depth": 4}
 CLIP_GROUPS = CLIP | {"group": (2, 1, 2), "head": 1, "tail": 1}
 MORE = PLAIN | {"head": 0, "tail": 0, "min_latents": 2, "depth": 5}
 
+SKIPS = TINY | {"depth": 5}  # an odd depth, and an even one in 3-D
+HOURGLASS = TINY | {"sample_size": (8, 12), "depth": 4, "head": 1, "tail": 1, "kernel_size": 3}
+HOURGLASS_CHANGES = {"head": 2, "tail": 2, "depth": 6, "hidden_size": 64, "num_heads": 4}
+HOURGLASS_CHANGES |= {"patch_size": (4, 2), "kernel_size": 5, "sample_size": 16}
+CLIP_CHANGES = {"sample_size": (2, 8, 4), "patch_size": 2}
+HOURGLASS_3D = CLIP | {"head": 1, "tail": 1, "kernel_size": 3}
+HOURGLASS_3D_GROUPS = HOURGLASS_3D | {"group": (2, 1, 2)}
+
 CASES = {
     "dit": Case(DiT, TINY, (4, 12), PLAIN),
     "dit-3d": Case(DiT, CLIP, (2, 8, 4), PLAIN | {"sample_size": (2, 4, 4), "depth": 3}),
@@ -60,7 +75,27 @@ CASES = {
     "elit-dit-3d": Case(
         DiT, CLIP_GROUPS, (2, 8, 4), MORE | {"sample_size": (2, 4, 4), "group": (1, 2, 2)}
     ),
-}
+    "uvit": Case(UViT, SKIPS, (4, 12), PLAIN),
+    "uvit-3d": Case(UViT, CLIP, (2, 8, 4), PLAIN | {"sample_size": (2, 4, 4), "depth": 3}),
+    "elit-uvit": Case(
+        UViT, FLAT | {"depth": 5}, (4, 12), MORE | {"patch_size": 2, "group": 2, "depth": 6}
+    ),
+    "elit-uvit-wide": Case(UViT, WIDE, (6, 6), MORE | {"group": (1, 2), "tail": 1}),
+    "elit-uvit-3d": Case(
+        UViT, CLIP_GROUPS, (2, 8, 4), MORE | {"sample_size": (2, 4, 4), "group": (1, 2, 2)}
+    ),
+    "hdit": Case(HDiT, HOURGLASS, (4, 12), PLAIN | HOURGLASS_CHANGES),
+    "hdit-3d": Case(
+        HDiT, HOURGLASS_3D, (2, 8, 4), PLAIN | HOURGLASS_CHANGES | CLIP_CHANGES
+    ),
+    "elit-hdit": Case(
+        HDiT, HOURGLASS | {"group": 2}, (4, 12), MORE | HOURGLASS_CHANGES | {"group": (1, 2)}
+    ),
+    "elit-hdit-3d": Case(
+        HDiT, HOURGLASS_3D_GROUPS, (2, 8, 4),
+        MORE | HOURGLASS_CHANGES | CLIP_CHANGES | {"group": (1, 2, 2)},
+    ),
+}  # fmt: skip
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 ELASTIC = pytest.mark.parametrize(
     "case",
@@ -159,8 +194,14 @@ def test_save_and_load_is_bit_equal(case: Case, tmp_path) -> None:
 
 # ---- the values: an independent implementation, and the baseline ----
 
+DITS = pytest.mark.parametrize(
+    "case",
+    [case for case in CASES.values() if case.cls is DiT],
+    ids=[name for name, case in CASES.items() if case.cls is DiT],
+)
 
-@ALL
+
+@DITS
 @pytest.mark.parametrize("unseen", [False, True], ids=["own size", "unseen size"])
 def test_equals_an_independent_implementation(case: Case, unseen: bool) -> None:
     model = case.build()
@@ -178,7 +219,25 @@ def test_equals_an_independent_implementation(case: Case, unseen: bool) -> None:
 
 
 @ELASTIC
+def test_behind_a_closed_write_the_core_does_not_matter(case: Case) -> None:
+    """What is left is the trunk of head and tail, at any budget."""
+    model = case.build()
+    nn.init.zeros_(model.write.modulation.linear.weight)
+    nn.init.zeros_(model.write.modulation.linear.bias)
+    inputs = make_inputs(model)
+    before = run(model, inputs)
+    _, core, _ = model.split_blocks(model.blocks)
+    for module in (model.read, *core):
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    for budget in budgets(model)[::3]:
+        torch.testing.assert_close(run(model, inputs, **budget), before)
+
+
+@ELASTIC
 def test_without_write_it_is_the_plain_model_of_head_and_tail(case: Case) -> None:
+    if case.cls is not DiT:
+        pytest.skip("plain and elastic have other skips and levels here")
     elastic = case.build()
     head, core, tail = elastic.split
     # As at initialisation: Write's gate is closed, all else is open.
@@ -290,8 +349,8 @@ def fingerprint(model: nn.Module) -> Tensor:
 def test_every_setting_changes_the_output(case: Case) -> None:
     settings = inspect.signature(case.cls.__init__).parameters.keys() - {"self"}
     if not case.is_elastic:
-        settings -= {"group", "head", "tail", "min_latents"}
-    assert settings == case.changes.keys(), "give every setting another value in CASES"
+        settings -= {"min_latents", *case.plain_settings}
+    assert settings <= case.changes.keys(), "give every setting another value in CASES"
     model = case.build()
     before = fingerprint(model)
     for name in sorted(settings):
@@ -324,8 +383,7 @@ def count_flops(model: nn.Module, inputs: tuple, **budget) -> int:
 def test_flops_fall_strictly_with_the_budget(case: Case) -> None:
     with torch.device("meta"):  # on a CPU the counter misses attention
         model = case.cls(**case.config).requires_grad_(False)
-        plain = {"group": None, "head": 0, "tail": 0}
-        baseline = case.cls(**case.config | plain).requires_grad_(False)
+        baseline = case.cls(**case.config | case.plain_settings).requires_grad_(False)
     inputs = tuple(x.to("meta") for x in make_inputs(model))
     flops = [count_flops(model, inputs, **budget) for budget in budgets(model)]
     assert len(flops) == model.max_latents
@@ -374,7 +432,8 @@ def test_a_plain_model_has_one_budget() -> None:
             run(model, make_inputs(model), **wrong)
 
 
-@pytest.mark.parametrize("name", ["elit-dit", "elit-dit-3d"])  # seconds each: one per backbone
+# Seconds each: one per backbone, and one in three dimensions.
+@pytest.mark.parametrize("name", ["elit-dit", "elit-dit-3d", "elit-uvit", "elit-hdit"])
 def test_at_most_three_graphs_serve_all_budgets(name: str) -> None:
     case = CASES[name]
     head, _, tail = case.build().split

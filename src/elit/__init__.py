@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     )
     from elit.interface.budget import TailDropping, resolve_budget
     from elit.models.dit import DiT
+    from elit.models.hdit import HDiT
     from elit.models.presets import create_model
+    from elit.models.uvit import UViT
     from elit.pipelines.elit_pipeline import ElitPipeline
 
 try:
@@ -29,11 +31,13 @@ _HOME = {
     "CFG": "elit.flow.guidance",
     "CheapCFG": "elit.flow.guidance",
     "DiT": "elit.models.dit",
+    "HDiT": "elit.models.hdit",
     "ElitPipeline": "elit.pipelines.elit_pipeline",
     "FlowMatchEulerMaruyamaScheduler": "elit.flow.schedulers",
     "FlowMatchUniformHeunScheduler": "elit.flow.schedulers",
     "Guidance": "elit.flow.guidance",
     "TailDropping": "elit.interface.budget",
+    "UViT": "elit.models.uvit",
     "create_model": "elit.models.presets",
     "make_scheduler": "elit.flow.schedulers",
     "resolve_budget": "elit.interface.budget",

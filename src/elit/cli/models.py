@@ -37,13 +37,13 @@ def load_shape(name: str, resolution: int | None = None) -> Shape:
     """
     from elit._choices import nearest
     from elit.evaluation.flops import on_meta
-    from elit.models.dit import DiT
-    from elit.models.presets import PRESETS, preset_config, preset_inputs
+    from elit.models.presets import PRESETS, preset_config, preset_inputs, preset_model
 
     if name.lower() in PRESETS:
         config = preset_config(name, resolution)
         known, given = next(iter(preset_inputs(name).items()))
-        return Shape(name.lower(), on_meta(DiT, config), config, given.scale(known))
+        model = on_meta(preset_model(name), config)
+        return Shape(name.lower(), model, config, given.scale(known))
     if Path(name).is_dir():
         return _checkpoint_shape(Path(name), resolution)
     near = nearest(name, PRESETS)
@@ -56,7 +56,7 @@ def load_shape(name: str, resolution: int | None = None) -> Shape:
 
 def _checkpoint_shape(folder: Path, resolution: int | None) -> Shape:
     from elit.evaluation.flops import on_meta
-    from elit.models.dit import DiT
+    from elit.models.presets import MODELS
     from elit.pipelines.folder import check_model_config, read_config
 
     is_pipeline = (folder / "transformer" / "config.json").exists()
@@ -67,20 +67,21 @@ def _checkpoint_shape(folder: Path, resolution: int | None) -> Shape:
             f"give the output_dir of `elit train`, or a folder that save_pretrained wrote"
         )
     config = read_config(file)
-    if config.get("_class_name") != DiT.__name__:
+    class_name = config.get("_class_name")
+    if class_name not in MODELS:
         raise ValueError(
-            f"{file} is of a {config.get('_class_name')}, not of a {DiT.__name__}: "
-            f"only elit's own models are known"
+            f"{file} is of a {class_name}: only elit's own models are known, {', '.join(MODELS)}"
         )
-    check_model_config(file, config, DiT)
+    model_class = MODELS[class_name]
+    check_model_config(file, config, model_class)
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     scale = _vae_scale(folder / "vae" / "config.json") if is_pipeline else 1
     if resolution is not None:
         config["sample_size"] = _sample_size(config["sample_size"], resolution, scale)
     try:
-        return Shape(str(folder), on_meta(DiT, config), config, scale)
+        return Shape(str(folder), on_meta(model_class, config), config, scale)
     except TypeError as error:
-        raise ValueError(f"{file} does not describe a {DiT.__name__}: {error}") from error
+        raise ValueError(f"{file} does not describe a {class_name}: {error}") from error
 
 
 def _vae_scale(file: Path) -> int:

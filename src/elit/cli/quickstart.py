@@ -12,6 +12,7 @@ from elit.cli.common import (
     whole_number,
 )
 from elit.cli.config import load_config
+from elit.cli.train import check_config
 
 
 def add_arguments(parser: Parser) -> None:
@@ -30,6 +31,11 @@ def add_arguments(parser: Parser) -> None:
         "--seed", type=whole_number(0), default=0, help="of everything random (default: 0)"
     )
     parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="another tiny elastic model, such as elit-uvit-tiny/2 (default: elit-dit-tiny/2)",
+    )
+    parser.add_argument(
         "--steps",
         type=whole_number(1),
         help="training steps (default: those of the config; few make poor digits)",
@@ -42,7 +48,14 @@ def run(args: argparse.Namespace) -> int:
     overrides = {"output_dir": args.out, "seed": str(args.seed)}
     if args.steps is not None:
         overrides["train.steps"] = str(args.steps)
+    if args.preset is not None:
+        overrides["model.preset"] = args.preset
     config = load_config("digits", overrides)
+    check_config(config)
+    if not config.model.preset.lower().startswith("elit-"):
+        raise ValueError(
+            f"--preset {args.preset} has no budgets to choose; give elit-{args.preset}"
+        )
     folder = output_folder(args.out, "--out")
 
     from elit.training.quickstart import quickstart

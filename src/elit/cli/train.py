@@ -85,7 +85,7 @@ def check_config(config: TrainConfig) -> None:
     objective, data = config.objective, config.data
     SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
     dataset = load_dataset(data.name, "train", **data.options)
-    _check_overrides(config.model.overrides)
+    _check_overrides(config.model.preset, config.model.overrides)
     with torch.device("meta"):
         model = build_model(config, dataset).requires_grad_(False)
     forward_flops(model)  # runs it: do the groups divide the grid?
@@ -96,11 +96,11 @@ def check_config(config: TrainConfig) -> None:
     StepBatches(len(dataset), data.batch_size, range(chunks), chunks, range(1), config.seed)
 
 
-def _check_overrides(overrides: dict[str, Any]) -> None:
+def _check_overrides(preset: str, overrides: dict[str, Any]) -> None:
     """Raise a ValueError for what the model doesn't take."""
-    from elit.models.dit import DiT
+    from elit.models.presets import preset_model
 
-    hints = get_type_hints(DiT.__init__)
+    hints = get_type_hints(preset_model(preset).__init__)
     names = [name for name in hints if name != "return"]
     for name, value in overrides.items():
         check_choice(name, names, "key", " of model.overrides")

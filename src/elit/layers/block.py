@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from elit.layers.attention import SelfAttention
 from elit.layers.initialisation import zero_
 from elit.layers.modulation import AdaLNZero, gated_add, modulate
+from elit.layers.neighborhood import Neighborhood, NeighborhoodAttention
 from elit.layers.positions import Rotary
 
 
@@ -21,13 +22,17 @@ class MLP(nn.Sequential):
 class TransformerBlock(nn.Module):
     """One block on a sequence of tokens, spatial ones or latents: it does not care which."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, condition_dim: int | None = None
+    ):
         super().__init__()
-        self.modulation = AdaLNZero(dim, num_layers=2)
+        self.modulation = AdaLNZero(dim, 2, condition_dim)
         self.attention = SelfAttention(dim, num_heads)
         self.mlp = MLP(dim, mlp_ratio)
 
-    def forward(self, hidden_states: Tensor, condition: Tensor, rotary: Rotary) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, condition: Tensor, rotary: Rotary | Neighborhood
+    ) -> Tensor:
         """(B, N, D), (B, D) and the tokens' rotation -> (B, N, D)."""
         x = hidden_states
         attention, mlp = self.modulation(condition)
@@ -36,12 +41,22 @@ class TransformerBlock(nn.Module):
         return gated_add(x, mlp.gate, self.mlp(modulate(x, mlp.shift, mlp.scale)))
 
 
+class NeighborhoodBlock(TransformerBlock):
+    """A block whose tokens attend to those near them; its third argument is a Neighborhood."""
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, condition_dim: int | None = None
+    ):
+        super().__init__(dim, num_heads, mlp_ratio, condition_dim)
+        self.attention = NeighborhoodAttention(dim, num_heads)
+
+
 class FinalLayer(nn.Module):
     """Modulated norm and a linear layer to patches: zero at initialisation."""
 
-    def __init__(self, dim: int, patch_dim: int):
+    def __init__(self, dim: int, patch_dim: int, condition_dim: int | None = None):
         super().__init__()
-        self.modulation = nn.Linear(dim, 2 * dim)
+        self.modulation = nn.Linear(condition_dim or dim, 2 * dim)
         self.linear = nn.Linear(dim, patch_dim)
 
     def reset_parameters(self) -> None:

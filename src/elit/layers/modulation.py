@@ -18,18 +18,25 @@ class Modulation(NamedTuple):
 
 
 class AdaLNZero(nn.Module):
-    """Modulations of `num_layers` layers from one condition, all zero at initialisation."""
+    """Modulations of `num_layers` layers from one condition, all zero at initialisation.
 
-    def __init__(self, dim: int, num_layers: int):
+    Args:
+        dim: width of the layers.
+        num_layers: layers to modulate.
+        condition_dim: width of the condition; by default that of the layers.
+    """
+
+    def __init__(self, dim: int, num_layers: int, condition_dim: int | None = None):
         super().__init__()
-        self.linear = nn.Linear(dim, 3 * num_layers * dim)
+        self.shape = (num_layers, 3, dim)
+        self.linear = nn.Linear(condition_dim or dim, 3 * num_layers * dim)
 
     def reset_parameters(self) -> None:
         """Gate everything off."""
         zero_(self.linear)
 
     def forward(self, condition: Tensor) -> list[Modulation]:
-        chunks = self.linear(condition)[:, None].unflatten(-1, (-1, 3, condition.shape[-1]))
+        chunks = self.linear(condition)[:, None].unflatten(-1, self.shape)
         return [Modulation(*layer.unbind(2)) for layer in chunks.unbind(2)]  # (B, 1, D) each
 
 

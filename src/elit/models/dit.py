@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
@@ -14,11 +12,11 @@ from elit.layers.attention import head_dim
 from elit.layers.block import FinalLayer, TransformerBlock
 from elit.layers.embeddings import LabelEmbedding, TimestepEmbedding
 from elit.layers.initialisation import init_weights
-from elit.layers.positions import Rotary, pairs_per_axis, rotary_embedding
-from elit.models.elastic import ElasticMixin
+from elit.layers.positions import pairs_per_axis
+from elit.models.class_conditional import ClassConditional
 
 
-class DiT(ElasticMixin, ModelMixin, ConfigMixin):
+class DiT(ClassConditional, ModelMixin, ConfigMixin):
     """Class-conditional diffusion transformer on images (h, w) or clips (t, h, w).
 
     With `group` it is elastic (ELIT): `head` blocks on the spatial tokens, a Read into the
@@ -75,7 +73,7 @@ class DiT(ElasticMixin, ModelMixin, ConfigMixin):
         self.time_embed = TimestepEmbedding(hidden_size)
         self.label_embed = LabelEmbedding(hidden_size, num_classes)
         self.blocks = nn.ModuleList(
-            TransformerBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
+            self.make_block(index, hidden_size, num_heads, mlp_ratio) for index in range(depth)
         )
         if self.is_elastic:
             self.read = Read(hidden_size, num_heads, self.max_latents)
@@ -84,6 +82,13 @@ class DiT(ElasticMixin, ModelMixin, ConfigMixin):
 
         self.gradient_checkpointing = False
         self.apply(init_weights)
+
+    def make_block(
+        self, index: int, hidden_size: int, num_heads: int, mlp_ratio: float
+    ) -> TransformerBlock:
+        """Block number `index` of the model."""
+        del index  # they are all alike
+        return TransformerBlock(hidden_size, num_heads, mlp_ratio)
 
     def forward(
         self,
@@ -108,8 +113,7 @@ class DiT(ElasticMixin, ModelMixin, ConfigMixin):
                 all groups (the paper's ablation of tail dropping).
             return_dict: whether to wrap the velocity in a Transformer2DModelOutput.
         """
-        if encoder_hidden_states is not None:
-            raise ValueError("a DiT takes class_labels, not encoder_hidden_states; leave it None")
+        self.check_no_text(encoder_hidden_states)
         num_latents = self.check_num_latents(num_latents, latent_indices)
         head, core, tail = self.split_blocks(self.blocks)
         grid = self.token_grid(hidden_states)
@@ -127,19 +131,3 @@ class DiT(ElasticMixin, ModelMixin, ConfigMixin):
         velocity = grid.unpatchify(self.project(tokens, condition), self.patch_size)
 
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
-
-    def embed_condition(self, timestep: Tensor, labels: Tensor | None, like: Tensor) -> Tensor:
-        """Condition (B, D) of all modulations, its nonlinearity applied once for all layers."""
-        timestep = torch.as_tensor(timestep, device=like.device)
-        for name, value in (("timestep", timestep), ("class_labels", labels)):
-            if value is not None and tuple(value.shape) not in ((), (1,), (len(like),)):
-                raise ValueError(
-                    f"{name} of shape {tuple(value.shape)} does not fit a batch of {len(like)}; "
-                    f"give one number for each sample"
-                )
-        timestep = timestep.expand(len(like))
-        return F.silu(self.time_embed(timestep) + self.label_embed(labels))
-
-    def rotary(self, places: Tensor) -> Rotary:
-        """Rotations of tokens or latents at these places."""
-        return rotary_embedding(places, *self.rotary_options)

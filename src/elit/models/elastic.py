@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from elit.interface.budget import check_num_latents, resolve_budget
 from elit.interface.grid import TokenGrid, format_size
+from elit.layers.neighborhood import Neighborhood
 from elit.layers.positions import Rotary
+
+_T = TypeVar("_T")
 
 
 def _is_positive(value: Any) -> bool:
@@ -96,21 +99,29 @@ class ElasticMixin(ModelMixin):
             self.max_latents = math.prod(self.group)
             self.min_latents = check_num_latents(min_latents, self.max_latents, "min_latents")
 
-    def set_split(self, depth: int, head: int, tail: int) -> None:
-        """Take the numbers of blocks from a config."""
+    def set_split(self, depth: int, head: int, tail: int, always: bool = False) -> None:
+        """Take the numbers of blocks from a config.
+
+        Args:
+            depth: blocks in all.
+            head: blocks of the head.
+            tail: blocks of the tail.
+            always: whether a plain model has head and tail too.
+        """
         if not _is_positive(depth):
             raise ValueError(f"depth={depth!r} is not allowed; give a positive integer")
-        if self.is_elastic and (head < 0 or tail < 0 or head + tail >= depth):
+        if (always or self.is_elastic) and (head < 0 or tail < 0 or head + tail >= depth):
             raise ValueError(
                 f"a head of {head} and a tail of {tail} blocks leave no core of {depth}; "
                 f"choose head + tail < depth"
             )
-        if not self.is_elastic and (head or tail):
+        if not (always or self.is_elastic) and (head or tail):
             raise ValueError(
                 f"head={head} and tail={tail} mean nothing without groups; "
                 f"give group=(4, 4) for an elastic model, or leave head and tail at 0"
             )
-        self.split = (head, depth - head - tail, tail) if self.is_elastic else (depth, 0, 0)
+        has_core = always or self.is_elastic
+        self.split = (head, depth - head - tail, tail) if has_core else (depth, 0, 0)
 
     @property
     def is_elastic(self) -> bool:
@@ -172,19 +183,24 @@ class ElasticMixin(ModelMixin):
         size = tuple(n // p for n, p in zip(space, self.patch_size, strict=True))
         return TokenGrid(size, self.group or size)  # a plain model's tokens are one group
 
-    def split_blocks(self, blocks: Iterable[nn.Module]) -> tuple[list[nn.Module], ...]:
+    def split_blocks(self, blocks: Iterable[_T]) -> tuple[list[_T], ...]:
         """Head, core and tail of the blocks."""
         head, core, _ = self.split
         blocks = list(blocks)
         return blocks[:head], blocks[head : head + core], blocks[head + core :]
 
     def run(
-        self, blocks: Iterable[nn.Module], x: Tensor, condition: Tensor, rotary: Rotary
+        self,
+        blocks: Iterable[nn.Module],
+        x: Tensor,
+        condition: Tensor,
+        rotary: Rotary | Neighborhood,
+        *more: Tensor,
     ) -> Tensor:
         """Run blocks one after the other, checkpointed where that is switched on."""
         for block in blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, condition, rotary)
+                x = self._gradient_checkpointing_func(block, x, condition, rotary, *more)
             else:
-                x = block(x, condition, rotary)
+                x = block(x, condition, rotary, *more)
         return x

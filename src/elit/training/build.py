@@ -6,13 +6,13 @@ import torch
 
 from elit.data import ImageDataset
 from elit.interface.budget import TailDropping
-from elit.models.dit import DiT
-from elit.models.presets import nearest_resolution, preset_config
+from elit.models.elastic import ElasticMixin
+from elit.models.presets import nearest_resolution, preset_config, preset_model
 from elit.training.config import LatentsConfig, TrainConfig
 from elit.training.randomness import generator
 
 
-def build_model(config: TrainConfig, dataset: ImageDataset) -> DiT:
+def build_model(config: TrainConfig, dataset: ImageDataset) -> Any:
     """Model of a config, made for the images of a data set, with weights from the run's seed."""
     channels, *size = dataset.image_shape
     arguments: dict[str, Any] = {
@@ -39,10 +39,10 @@ def build_model(config: TrainConfig, dataset: ImageDataset) -> DiT:
     arguments = preset_config(config.model.preset, resolution, arguments)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, "weights").initial_seed())
-        return DiT(**arguments)
+        return preset_model(config.model.preset)(**arguments)
 
 
-def tail_dropping(config: TrainConfig, model: DiT) -> TailDropping | None:
+def tail_dropping(config: TrainConfig, model: ElasticMixin) -> TailDropping | None:
     """Sampler of tail dropping; None for a plain model."""
     latents, total = config.latents, model.max_latents
     if not model.is_elastic:

@@ -1,0 +1,131 @@
+"""Neighbourhood attention: every token attends to the k nearest along each axis.
+
+Near a border the neighbourhood is shifted inwards, not cut: every token has k neighbours along each
+axis, or all where the grid is smaller. Tokens are ordered tile by tile, so that the queries of a
+tile are contiguous; a tile's queries share one slab of keys, from which a mask picks those of each.
+"""
+
+import importlib.util
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from elit.layers.attention import SelfAttention
+from elit.layers.positions import Rotary, rotate
+
+TILE = 4  # most tokens of a tile along an axis: larger ones waste more of their slab
+
+
+class Neighborhood(NamedTuple):
+    """Who attends to whom, and the rotations: what `NeighborhoodAttention` needs of the grid.
+
+    Attributes:
+        rotary: rotations of the tokens, tile by tile.
+        size: tokens along each axis.
+        tile: tokens of a tile along each axis.
+        kernel: neighbours along each axis.
+        keys: (T, S) numbers of the tokens in each tile's slab.
+        mask: (T, Q, S), whether a query of the tile sees a key of the slab.
+    """
+
+    rotary: Rotary
+    size: tuple[int, ...]
+    tile: tuple[int, ...]
+    kernel: tuple[int, ...]
+    keys: Tensor
+    mask: Tensor
+
+
+def tile_size(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Tokens of a tile along each axis: the most up to TILE that divide the grid."""
+    return tuple(max(t for t in range(1, TILE + 1) if n % t == 0) for n in size)
+
+
+def neighborhood(
+    places: Tensor, size: tuple[int, ...], kernel: int, rotary: Rotary
+) -> Neighborhood:
+    """Neighbourhoods of a grid whose tokens are ordered tile by tile.
+
+    Args:
+        places: (N, axes) place of each token on the grid, in that order.
+        size: tokens along each axis.
+        kernel: neighbours along each axis, odd.
+        rotary: rotations of the tokens, in that order.
+    """
+    tile = tile_size(size)
+    kernels = tuple(min(kernel, n) for n in size)
+    queries = places.long()  # (N, axes)
+    order = torch.zeros(size, dtype=torch.long, device=places.device)
+    order[tuple(queries.unbind(1))] = torch.arange(len(queries), device=places.device)
+    per_tile = queries.view(-1, math.prod(tile), len(size))  # (T, Q, axes)
+
+    tiles, count = len(per_tile), per_tile.shape[1]
+    keys = torch.zeros(tiles, 1, dtype=torch.long, device=places.device)
+    mask = torch.ones(tiles, count, 1, dtype=torch.bool, device=places.device)
+    for axis, (n, t, k) in enumerate(zip(size, tile, kernels, strict=True)):
+        slab = min(k + t - 1, n)
+        half, along = k // 2, per_tile[:, :, axis]  # (T, Q)
+        offsets = torch.arange(slab, device=places.device)
+        seen = (along[:, 0] - half).clamp(0, n - slab)[:, None] + offsets  # (T, s)
+        first = (along - half).clamp(0, n - k)[:, :, None]  # (T, Q, 1)
+        visible = (seen[:, None] >= first) & (seen[:, None] < first + k)  # (T, Q, s)
+        keys = (keys[:, :, None] * n + seen[:, None]).flatten(1)
+        mask = (mask[..., None] & visible[:, :, None]).flatten(2)
+    return Neighborhood(rotary, size, tile, kernels, order.flatten()[keys], mask)
+
+
+class NeighborhoodAttention(SelfAttention):
+    """Self-attention within neighbourhoods; the tokens come tile by tile.
+
+    Runs on any device; where NATTEN is installed, CUDA images go through its kernel.
+    """
+
+    def forward(self, x: Tensor, near: Neighborhood) -> Tensor:  # type: ignore[override]
+        """(B, N, D) and the neighbourhoods -> (B, N, D)."""
+        q, k, v = self.to_qkv(x).unflatten(-1, (3, *self.heads)).unbind(2)  # 3 x (B, N, H, d)
+        q = rotate(self.q_norm(q), near.rotary).to(v.dtype)
+        k = rotate(self.k_norm(k), near.rotary).to(v.dtype)
+        use_natten = x.is_cuda and len(near.size) == 2 and _has_natten()
+        attend = attend_natten if use_natten else attend_neighborhood
+        return self.to_out(attend(q, k, v, near))  # (B, N, D)
+
+
+@cache
+def _has_natten() -> bool:
+    return importlib.util.find_spec("natten") is not None
+
+
+def attend_neighborhood(query: Tensor, key: Tensor, value: Tensor, near: Neighborhood) -> Tensor:
+    """Softmax attention within neighbourhoods: (B, N, H, d) each -> (B, N, H*d)."""
+    batch, (tiles, count, _) = len(query), near.mask.shape
+    query = query.unflatten(1, (tiles, count)).flatten(0, 1).transpose(1, 2)  # (B*T, H, Q, d)
+    key = key[:, near.keys].flatten(0, 1).transpose(1, 2)  # (B*T, H, S, d)
+    value = value[:, near.keys].flatten(0, 1).transpose(1, 2)  # (B*T, H, S, d)
+    mask = near.mask.repeat(batch, 1, 1)[:, None]  # (B*T, 1, Q, S)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return out.transpose(1, 2).reshape(batch, tiles * count, -1)  # (B, N, H*d)
+
+
+def attend_natten(query: Tensor, key: Tensor, value: Tensor, near: Neighborhood) -> Tensor:
+    """The same by NATTEN, for images."""
+    import natten
+
+    grids = [to_rows(x, near) for x in (query, key, value)]  # (B, h, w, H, d) each
+    return from_rows(natten.na2d(*grids, kernel_size=near.kernel), near).flatten(2)
+
+
+def to_rows(x: Tensor, near: Neighborhood) -> Tensor:
+    """Tile by tile (B, N, H, d) -> row by row (B, h, w, H, d), as NATTEN has it."""
+    lengths = {"n0": near.tile[0], "n1": near.tile[1], "g0": near.size[0] // near.tile[0]}
+    return rearrange(x, "b (g0 g1 n0 n1) h d -> b (g0 n0) (g1 n1) h d", **lengths)
+
+
+def from_rows(x: Tensor, near: Neighborhood) -> Tensor:
+    """Back again."""
+    lengths = {"n0": near.tile[0], "n1": near.tile[1]}
+    return rearrange(x, "b (g0 n0) (g1 n1) h d -> b (g0 g1 n0 n1) h d", **lengths)

@@ -1,0 +1,41 @@
+"""What class-conditional models share: the condition of label and noise level, and rotations."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elit.layers.embeddings import LabelEmbedding, TimestepEmbedding
+from elit.layers.positions import Rotary, rotary_embedding
+from elit.models.elastic import ElasticMixin
+
+
+class ClassConditional(ElasticMixin):
+    """A model with a condition of noise level and class label."""
+
+    time_embed: TimestepEmbedding
+    label_embed: LabelEmbedding
+    rotary_options: tuple[int, float]  # width of a head, base of the wavelengths
+
+    def embed_condition(self, timestep: Tensor, labels: Tensor | None, like: Tensor) -> Tensor:
+        """Condition (B, D) of all modulations, its nonlinearity applied once for all layers."""
+        timestep = torch.as_tensor(timestep, device=like.device)
+        for name, value in (("timestep", timestep), ("class_labels", labels)):
+            if value is not None and tuple(value.shape) not in ((), (1,), (len(like),)):
+                raise ValueError(
+                    f"{name} of shape {tuple(value.shape)} does not fit a batch of {len(like)}; "
+                    f"give one number for each sample"
+                )
+        timestep = timestep.expand(len(like))
+        return F.silu(self.time_embed(timestep) + self.label_embed(labels))
+
+    def check_no_text(self, encoder_hidden_states: Tensor | None) -> None:
+        """Raise a ValueError if there is a text."""
+        if encoder_hidden_states is not None:
+            raise ValueError(
+                f"a {type(self).__name__} takes class_labels, not encoder_hidden_states; "
+                f"leave it None"
+            )
+
+    def rotary(self, places: Tensor) -> Rotary:
+        """Rotations of tokens or latents at these places."""
+        return rotary_embedding(places, *self.rotary_options)

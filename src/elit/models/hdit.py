@@ -1,0 +1,162 @@
+"""HDiT and ELIT-HDiT: an hourglass, local outside and global inside."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
+from torch import Tensor, nn
+
+from elit.interface import Read, TokenGrid, Write
+from elit.layers.attention import head_dim
+from elit.layers.block import FinalLayer, NeighborhoodBlock, TransformerBlock
+from elit.layers.embeddings import LabelEmbedding, TimestepEmbedding
+from elit.layers.initialisation import init_weights
+from elit.layers.neighborhood import neighborhood, tile_size
+from elit.layers.positions import pairs_per_axis
+from elit.models.class_conditional import ClassConditional
+
+
+class HDiT(ClassConditional, ModelMixin, ConfigMixin):
+    """Hourglass diffusion transformer, class-conditional.
+
+    Head and tail are its outer level: neighbourhood attention on tokens of half the patch and half
+    the width. Between them, a linear layer merges the outer tokens of a patch into one inner token,
+    the core attends globally, another linear layer splits, and the outer tokens skip around it.
+    With `group` the core is elastic (ELIT): Read, latents, Write stand within the inner level.
+
+    Paper: the layout is not published; here: all inner blocks are the core, which agrees with the
+    FLOPs that tail dropping saves there.
+
+    Args:
+        sample_size: input size, (t,) h, w, that the model was made for; it takes any other that
+            patches and groups divide. One number is a square image.
+        in_channels: channels of input and output.
+        patch_size: input elements per inner token along each axis. Outer tokens have half of each
+            even number.
+        hidden_size: D of the inner level; the outer level has D / 2.
+        num_heads: attention heads of the inner level, even; the outer level has half of them.
+        depth: blocks in all.
+        num_classes: classes; a label of `num_classes` is the null label.
+        group: inner tokens of one group along each axis; None makes a plain HDiT.
+        head: blocks of the outer level before the inner one.
+        tail: blocks of the outer level after it.
+        min_latents: fewest latents per group that training keeps, and the default guide's number.
+        kernel_size: neighbours of an outer token along each axis, odd.
+        mlp_ratio: hidden width of the blocks' MLPs, over their width.
+        rope_theta: base of the rotary wavelengths.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["TransformerBlock", "NeighborhoodBlock", "Read", "Write"]
+    _repeated_blocks = ["TransformerBlock", "NeighborhoodBlock"]
+    _skip_layerwise_casting_patterns = ["embed", "norm", "modulation", "project"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | Sequence[int],
+        in_channels: int,
+        patch_size: int | Sequence[int],
+        hidden_size: int,
+        num_heads: int,
+        depth: int,
+        num_classes: int,
+        group: int | Sequence[int] | None = None,
+        head: int = 1,
+        tail: int = 1,
+        min_latents: int = 1,
+        kernel_size: int = 7,
+        mlp_ratio: float = 4.0,
+        rope_theta: float = 10_000.0,
+    ):
+        super().__init__()
+        self.set_geometry(sample_size, in_channels, patch_size, group, min_latents)
+        self.set_split(depth, head, tail, always=True)
+        self.merge = tuple(2 if p % 2 == 0 else 1 for p in self.patch_size)
+        self.outer_patch = tuple(p // m for p, m in zip(self.patch_size, self.merge, strict=True))
+        outer_per_inner = int(torch.Size(self.merge).numel())
+        if outer_per_inner == 1 or num_heads % 2 or hidden_size % 2:
+            raise ValueError(
+                f"patch_size={patch_size!r}, hidden_size={hidden_size} and num_heads={num_heads} "
+                f"cannot be halved for the outer level; use even numbers"
+            )
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size} is not allowed; use an odd number, as 7")
+        self.rotary_options = (head_dim(hidden_size, num_heads), rope_theta)
+        pairs_per_axis(self.rotary_options[0], len(self.sample_size))  # or an error, now
+
+        outer_size, outer_patch_dim = hidden_size // 2, self.patch_dim // outer_per_inner
+        self.patch_embed = nn.Linear(outer_patch_dim, outer_size)
+        self.time_embed = TimestepEmbedding(hidden_size)
+        self.label_embed = LabelEmbedding(hidden_size, num_classes)
+        inner = range(head, depth - tail)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(hidden_size, num_heads, mlp_ratio)
+            if index in inner
+            else NeighborhoodBlock(outer_size, num_heads // 2, mlp_ratio, hidden_size)
+            for index in range(depth)
+        )
+        self.merge_tokens = nn.Linear(outer_per_inner * outer_size, hidden_size)
+        self.split_tokens = nn.Linear(hidden_size, outer_per_inner * outer_size)
+        self.skip_weight = nn.Parameter(torch.empty(()))
+        if self.is_elastic:
+            self.read = Read(hidden_size, num_heads, self.max_latents)
+            self.write = Write(hidden_size, num_heads, self.max_latents)
+        self.project = FinalLayer(outer_size, outer_patch_dim, hidden_size)
+
+        self.gradient_checkpointing = False
+        self.apply(init_weights)
+
+    def reset_parameters(self) -> None:
+        """Half of what comes out of the inner level is new, half is what skipped it."""
+        nn.init.constant_(self.skip_weight, 0.5)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        encoder_hidden_states: None = None,
+        *,
+        num_latents: int | None = None,
+        latent_indices: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity; the arguments are those of `DiT.forward`."""
+        self.check_no_text(encoder_hidden_states)
+        num_latents = self.check_num_latents(num_latents, latent_indices)
+        head, core, tail = self.split_blocks(self.blocks)
+        grid = self.token_grid(hidden_states)
+        outer = self.outer_grid(grid)
+        places = outer.token_places(hidden_states.device)
+        near = neighborhood(places, outer.size, self.config.kernel_size, self.rotary(places))
+
+        tokens = self.patch_embed(outer.patchify(hidden_states, self.outer_patch))  # (B, M, D/2)
+        condition = self.embed_condition(timestep, class_labels, hidden_states)  # (B, D)
+        tokens = skipped = self.run(head, tokens, condition, near)  # (B, M, D/2)
+
+        patches = outer.unpatchify(tokens, (1,) * len(outer.size))  # (B, D/2, *outer.size)
+        tokens = self.merge_tokens(grid.patchify(patches, self.merge))  # (B, N, D)
+        rotary = self.rotary(grid.token_places(tokens.device))
+        if self.is_elastic:
+            core_rotary = self.rotary(grid.latent_places(num_latents, tokens.device))
+            latents = self.read(tokens, condition, grid, num_latents, latent_indices)
+            latents = self.run(core, latents, condition, core_rotary)  # (B, G*n, D)
+            tokens = self.write(tokens, latents, condition, grid)  # (B, N, D)
+        else:
+            tokens = self.run(core, tokens, condition, rotary)  # (B, N, D)
+        patches = grid.unpatchify(self.split_tokens(tokens), self.merge)  # (B, D/2, *outer.size)
+
+        tokens = outer.patchify(patches, (1,) * len(outer.size))  # (B, M, D/2)
+        tokens = torch.lerp(skipped, tokens, self.skip_weight.to(tokens.dtype))
+        tokens = self.run(tail, tokens, condition, near)  # (B, M, D/2)
+        velocity = outer.unpatchify(self.project(tokens, condition), self.outer_patch)
+
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def outer_grid(self, grid: TokenGrid) -> TokenGrid:
+        """Grid of the outer level, in the tiles of its neighbourhoods, for one of the inner."""
+        size = tuple(n * m for n, m in zip(grid.size, self.merge, strict=True))
+        return TokenGrid(size, tile_size(size))

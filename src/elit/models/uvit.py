@@ -1,0 +1,103 @@
+"""U-ViT and ELIT-U-ViT: a DiT with long skips between its first blocks and its last."""
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
+from torch import Tensor, nn
+
+from elit.layers.block import TransformerBlock
+from elit.layers.positions import Rotary
+from elit.models.dit import DiT
+
+__all__ = ["ModelMixin", "UViT"]
+
+
+class SkipBlock(TransformerBlock):
+    """A block that first takes in what an earlier block gave: concatenate, linear 2D -> D."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__(dim, num_heads, mlp_ratio)
+        self.skip = nn.Linear(2 * dim, dim)
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, condition: Tensor, rotary: Rotary, skipped: Tensor
+    ) -> Tensor:
+        """(B, N, D), (B, D), the tokens' rotation, (B, N, D) -> (B, N, D)."""
+        x = self.skip(torch.cat((hidden_states, skipped), dim=-1))  # (B, N, D)
+        return super().forward(x, condition, rotary)
+
+
+class UViT(DiT):
+    """A DiT with long skips (U-ViT); its arguments are DiT's.
+
+    Skips tie the first block of a stretch to its last, the second to the last but one, and so on.
+    In a plain model the stretch is all blocks. In an elastic one there are two: head and tail in
+    space, and the core among latents, whose first half is tied to its second.
+    """
+
+    _no_split_modules = ["TransformerBlock", "SkipBlock", "Read", "Write"]
+    _repeated_blocks = ["TransformerBlock", "SkipBlock"]
+
+    def make_block(
+        self, index: int, hidden_size: int, num_heads: int, mlp_ratio: float
+    ) -> TransformerBlock:
+        kind = SkipBlock if index in self.skip_sources else TransformerBlock
+        return kind(hidden_size, num_heads, mlp_ratio)
+
+    @property
+    def skip_sources(self) -> dict[int, int]:
+        """Number of each block that takes a skip: number of the block whose output it takes."""
+        head, core, tail = self.split if self.is_elastic else (0, self.split[0], 0)
+        last = head + core + tail - 1
+        outer = {last - i: i for i in range(min(head, tail))}
+        inner = {head + core - 1 - i: head + i for i in range((core - 1) // 2)}
+        return outer | inner
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        encoder_hidden_states: None = None,
+        *,
+        num_latents: int | None = None,
+        latent_indices: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity; the arguments are those of `DiT.forward`."""
+        self.check_no_text(encoder_hidden_states)
+        num_latents = self.check_num_latents(num_latents, latent_indices)
+        head, core, tail = self.split_blocks(range(len(self.blocks)))
+        grid = self.token_grid(hidden_states)
+        skips: dict[int, Tensor] = {}
+
+        tokens = self.patch_embed(grid.patchify(hidden_states, self.patch_size))  # (B, N, D)
+        condition = self.embed_condition(timestep, class_labels, hidden_states)  # (B, D)
+        rotary = self.rotary(grid.token_places(tokens.device))
+        tokens = self.run_skipping(head, tokens, condition, rotary, skips)  # (B, N, D)
+        if self.is_elastic:
+            core_rotary = self.rotary(grid.latent_places(num_latents, tokens.device))
+            latents = self.read(tokens, condition, grid, num_latents, latent_indices)
+            latents = self.run_skipping(core, latents, condition, core_rotary, skips)
+            tokens = self.write(tokens, latents, condition, grid)  # (B, N, D)
+        tokens = self.run_skipping(tail, tokens, condition, rotary, skips)  # (B, N, D)
+        velocity = grid.unpatchify(self.project(tokens, condition), self.patch_size)
+
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def run_skipping(
+        self,
+        numbers: list[int],
+        x: Tensor,
+        condition: Tensor,
+        rotary: Rotary,
+        skips: dict[int, Tensor],
+    ) -> Tensor:
+        """Run blocks by number; `skips` holds what earlier ones gave to those that take it."""
+        sources = self.skip_sources
+        for number in numbers:
+            skipped = (skips.pop(sources[number]),) if number in sources else ()
+            x = self.run([self.blocks[number]], x, condition, rotary, *skipped)
+            if number in sources.values():
+                skips[number] = x
+        return x
