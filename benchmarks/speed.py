@@ -150,6 +150,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
+    if args.parts and (args.train or args.dtype != "fp32"):
+        parser.error("--parts knows fp32 forwards alone; leave out --train and --dtype")
 
     if args.parts:
         rows = [{"batch_size": b, **shares(args, b, device)} for b in args.batch_size]
@@ -158,7 +160,7 @@ def main() -> None:
     if args.json:
         print(json.dumps(rows, indent=2))
         return
-    kind = "training step" if args.train else "forward"
+    kind = "forward and backward" if args.train else "forward"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     print(f"{args.model} at {args.resolution} px, {kind}, {args.dtype}, {where},", end=" ")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -66,7 +66,7 @@ def folders(tmp_path_factory) -> Path:
         broken("foreign_model") / "model_index.json",
         transformer=["diffusers", "DiTTransformer2DModel"],
     )
-    change_json(broken("foreign_config") / "transformer" / "config.json", _class_name="UViT")
+    change_json(broken("foreign_config") / "transformer" / "config.json", _class_name="Flux")
     change_json(broken("deeper") / "transformer" / "config.json", depth=4)
     change_json(broken("shallower") / "transformer" / "config.json", depth=2, tail=0)
     change_json(broken("wider") / "transformer" / "config.json", hidden_size=64)
@@ -258,7 +258,7 @@ def test_python_m_elit_is_the_same() -> None:
         ("sample @torn_config", r"config.json is not JSON .*perhaps cut off"),
         ("sample @foreign", r"holds a pipeline DiTPipeline, not ElitPipeline"),
         ("sample @foreign_model", r"is of a DiT, but .* names a DiTTransformer2DModel"),
-        ("sample @foreign_config", r"is of a UViT, but .* names a DiT"),
+        ("sample @foreign_config", r"is of a Flux, but .* names a DiT"),
         ("sample @deeper", r"does not hold the weights of this DiT: 12 missing keys"),
         ("sample @shallower", r"does not hold the weights of this DiT: 12 unexpected keys"),
         ("sample @wider", r"cannot be loaded: Cannot load .* expected shape"),
@@ -268,7 +268,7 @@ def test_python_m_elit_is_the_same() -> None:
         ("flops dit-xl/3", r"neither a preset nor a checkpoint's folder: did you mean dit-xl/"),
         ("flops @empty", r"holds neither transformer/config.json nor config.json"),
         ("flops @torn_config", r"config.json is not JSON"),
-        ("flops @foreign_config", r"is of a FluxTransformer2DModel: only elit.s own models are known, DiT, UViT"),
+        ("flops @foreign_config", r"is of a Flux: only elit.s own models are known, DiT, UViT"),
         ("info @newer", r"does not know: registers"),
         ("info elit-dit-xxl/2", r"did you mean elit-dit-xl/2\?"),
         ("train nowhere.yaml", r"nowhere.yaml is neither a file nor one of the built-in"),

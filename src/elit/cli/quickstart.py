@@ -51,17 +51,21 @@ def run(args: argparse.Namespace) -> int:
     if args.preset is not None:
         overrides["model.preset"] = args.preset
     config = load_config("digits", overrides)
-    check_config(config)
     if not config.model.preset.lower().startswith("elit-"):
         raise ValueError(
             f"--preset {args.preset} has no budgets to choose; give elit-{args.preset}"
         )
     folder = output_folder(args.out, "--out")
+    check_config(config)
 
     from elit.training.quickstart import quickstart
 
     with quiet_diffusers():
-        summary = quickstart(config)
+        try:
+            summary = quickstart(config)
+        except ValueError as error:  # the flags have other names here
+            text = str(error).replace("train.steps", "--steps").replace("output_dir", "--out")
+            raise ValueError(text) from error
     if args.json:
         print_json(summary.to_dict())
     elif not summary.finished:

@@ -143,6 +143,11 @@ def make_guidance(args: argparse.Namespace) -> "Guidance | None":
     from elit.flow.guidance import CFG, AutoGuidance, CheapCFG
 
     scale = DEFAULT_SCALE if args.scale is None else args.scale
+    if scale == 1:
+        raise ValueError(
+            f"--guidance {args.guidance} has no effect at --scale 1; choose another scale, such as "
+            f"{DEFAULT_SCALE:g}, or leave --guidance out"
+        )
     interval = (0.0, 1.0) if args.interval is None else tuple(args.interval)
     if args.guidance == "cfg":
         return CFG(scale, interval)

@@ -79,7 +79,7 @@ def check_config(config: TrainConfig) -> None:
     from elit.training.validation import latents_to_show
 
     output_folder(config.output_dir, "--output_dir")
-    pick_device(config.train.device)
+    pick_device(config.train.device, int(os.environ.get("LOCAL_RANK", 0)))
     if config.train.tensorboard:
         summary_writer_class()
     objective, data = config.objective, config.data
@@ -89,8 +89,8 @@ def check_config(config: TrainConfig) -> None:
     with torch.device("meta"):
         model = build_model(config, dataset).requires_grad_(False)
     forward_flops(model)  # runs it: do the groups divide the grid?
-    latents_to_show(model, config.sample.budgets)
     tail_dropping(config, model)
+    latents_to_show(model, config.sample.budgets)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     chunks = processes * config.train.accumulation
     StepBatches(len(dataset), data.batch_size, range(chunks), chunks, range(1), config.seed)
@@ -122,7 +122,8 @@ def _train(config: TrainConfig, as_json: bool) -> int:
     from elit.training.loop import train
 
     result = train(config)
-    budgets = " --budget 1 0.25" if config.model.preset.lower().startswith("elit-") else ""
+    elastic = config.model.preset.lower().startswith("elit-") and config.latents.max is None
+    budgets = " --budget 1 0.25" if elastic else ""
     sample = f"elit sample {shlex.quote(str(result.folder))}{budgets}"
     code = 0 if result.finished else 130
     if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process talks

@@ -1,5 +1,7 @@
 """The transformer block of DiT: adaLN-Zero, self-attention with rotary positions, MLP."""
 
+import math
+
 from torch import Tensor, nn
 
 from elit.layers.attention import SelfAttention
@@ -13,7 +15,9 @@ class MLP(nn.Sequential):
     """Two linear layers with a tanh-approximated GELU between."""
 
     def __init__(self, dim: int, ratio: float):
-        hidden = int(ratio * dim)
+        hidden = round(ratio * dim) if math.isfinite(ratio) else 0
+        if hidden < 1:
+            raise ValueError(f"mlp_ratio={ratio} is not allowed; give a number above 0, as 4")
         super().__init__(
             nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim)
         )

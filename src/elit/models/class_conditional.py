@@ -1,11 +1,14 @@
 """What class-conditional models share: the condition of label and noise level, and rotations."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elit.layers.attention import head_dim
 from elit.layers.embeddings import LabelEmbedding, TimestepEmbedding
-from elit.layers.positions import Rotary, rotary_embedding
+from elit.layers.positions import Rotary, pairs_per_axis, rotary_embedding
 from elit.models.elastic import ElasticMixin
 
 
@@ -15,6 +18,13 @@ class ClassConditional(ElasticMixin):
     time_embed: TimestepEmbedding
     label_embed: LabelEmbedding
     rotary_options: tuple[int, float]  # width of a head, base of the wavelengths
+
+    def set_rotary(self, hidden_size: int, num_heads: int, theta: float) -> None:
+        """Take what rotations need from a config."""
+        if not 0 < theta < math.inf:
+            raise ValueError(f"rope_theta={theta} is not allowed; give a number above 0, as 10000")
+        self.rotary_options = (head_dim(hidden_size, num_heads), theta)
+        pairs_per_axis(self.rotary_options[0], len(self.sample_size))  # or an error, now
 
     def embed_condition(self, timestep: Tensor, labels: Tensor | None, like: Tensor) -> Tensor:
         """Condition (B, D) of all modulations, its nonlinearity applied once for all layers."""

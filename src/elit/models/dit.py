@@ -8,11 +8,9 @@ from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up 
 from torch import Tensor, nn
 
 from elit.interface import Read, Write
-from elit.layers.attention import head_dim
 from elit.layers.block import FinalLayer, TransformerBlock
 from elit.layers.embeddings import LabelEmbedding, TimestepEmbedding
 from elit.layers.initialisation import init_weights
-from elit.layers.positions import pairs_per_axis
 from elit.models.class_conditional import ClassConditional
 
 
@@ -66,8 +64,7 @@ class DiT(ClassConditional, ModelMixin, ConfigMixin):
         super().__init__()
         self.set_geometry(sample_size, in_channels, patch_size, group, min_latents)
         self.set_split(depth, head, tail)
-        self.rotary_options = (head_dim(hidden_size, num_heads), rope_theta)
-        pairs_per_axis(self.rotary_options[0], len(self.sample_size))  # or an error, now
+        self.set_rotary(hidden_size, num_heads, rope_theta)
 
         self.patch_embed = nn.Linear(self.patch_dim, hidden_size)
         self.time_embed = TimestepEmbedding(hidden_size)

@@ -9,12 +9,10 @@ from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up 
 from torch import Tensor, nn
 
 from elit.interface import Read, TokenGrid, Write
-from elit.layers.attention import head_dim
 from elit.layers.block import FinalLayer, NeighborhoodBlock, TransformerBlock
 from elit.layers.embeddings import LabelEmbedding, TimestepEmbedding
 from elit.layers.initialisation import init_weights
 from elit.layers.neighborhood import neighborhood, tile_size
-from elit.layers.positions import pairs_per_axis
 from elit.models.class_conditional import ClassConditional
 
 
@@ -84,8 +82,7 @@ class HDiT(ClassConditional, ModelMixin, ConfigMixin):
             )
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size} is not allowed; use an odd number, as 7")
-        self.rotary_options = (head_dim(hidden_size, num_heads), rope_theta)
-        pairs_per_axis(self.rotary_options[0], len(self.sample_size))  # or an error, now
+        self.set_rotary(hidden_size, num_heads, rope_theta)
 
         outer_size, outer_patch_dim = hidden_size // 2, self.patch_dim // outer_per_inner
         self.patch_embed = nn.Linear(outer_patch_dim, outer_size)

@@ -115,6 +115,8 @@ class ElitPipeline(DiffusionPipeline):
         samples = self._start(noise, generator, len(labels), height, width, device)
         levels = start_sampling(self.scheduler, num_inference_steps, device, sigmas)
         step_latents = self._latents_of_steps(budget, len(levels), guidance)
+        if guidance and guidance.scale != 1 and not any(map(guidance.is_active, levels)):
+            logger.warning("guidance has no effect: %s is active at none of the levels", guidance)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
 
@@ -217,6 +219,16 @@ class ElitPipeline(DiffusionPipeline):
                 f"output_type {output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}"
             )
 
+        if (
+            output_type != "latent"
+            and self.vae is None
+            and self.transformer.in_channels not in (1, 3)
+        ):
+            raise ValueError(
+                f"{self.transformer.in_channels} channels are no image: these are VAE latents; "
+                f"make the pipeline with vae=..., or ask for output_type='latent'"
+            )
+
     def _check_callback_names(self, names: Iterable[str]) -> None:
         for name in names:
             if name not in self._callback_tensor_inputs:
@@ -294,11 +306,6 @@ class ElitPipeline(DiffusionPipeline):
         """What `output_type` asks for, of samples (B, C, h, w)."""
         if output_type == "latent":
             return samples
-        if self.vae is None and samples.shape[1] not in (1, 3):
-            raise ValueError(
-                f"{samples.shape[1]} channels are no image: these are VAE latents; "
-                f"make the pipeline with vae=..., or ask for output_type='latent'"
-            )
         if self.vae is not None:
             config = self.vae.config
             shift = getattr(config, "shift_factor", None) or 0.0

@@ -21,8 +21,8 @@ def build_model(config: TrainConfig, dataset: ImageDataset) -> Any:
         "num_classes": dataset.num_classes,
     }
     resolution = nearest_resolution(config.model.preset, size)
-    elastic = "group" in preset_config(config.model.preset, resolution)
-    if elastic and config.latents.min is not None:
+    preset = preset_config(config.model.preset, resolution, config.model.overrides)
+    if preset.get("group") is not None and config.latents.min is not None:
         arguments["min_latents"] = config.latents.min
         if "min_latents" in config.model.overrides:
             raise ValueError(

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +36,7 @@ def written_aside(target: Path) -> Iterator[Path]:
         for file in aside.rglob("*"):
             if file.is_file():
                 _sync(file)
+        _sync(aside)
         aside.rename(target)
         _sync(target.parent)
     finally:
@@ -51,12 +52,13 @@ def replace_folder_files(target: Path, write: Callable[[Path], Any]) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         write(aside)
-        for file in sorted(aside.rglob("*")):
-            if file.is_file():
-                _sync(file)
-                place = target / file.relative_to(aside)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, place)
+        files = [file for file in aside.rglob("*") if file.is_file()]
+        # Weights first and the index last: what the index names is there.
+        for file in sorted(files, key=lambda f: (f.suffix == ".json", -len(f.parts), f)):
+            _sync(file)
+            place = target / file.relative_to(aside)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -68,6 +70,23 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Keep a run's folder for this process until the file that this gives is closed."""
+    file = (folder / ".lock").open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        pass
+    except OSError as error:
+        file.close()
+        raise ValueError(
+            f"another process trains in {folder}; wait for its end, or choose another output_dir"
+        ) from error
+    return file
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -120,10 +139,20 @@ def load_checkpoint(
     try:
         weights, ema, moments = (load_file(path / name) for name in _FILES[:3])
         state = json.loads((path / _FILES[3]).read_text())
+        state = {key: state[key] for key in ("step", "ema_steps")} | {
+            "seconds": state.get("seconds", 0.0)
+        }
         model.load_state_dict(weights)
         _unflatten(optimizer, names, moments)
         return [ema[name] for name in names], state
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, RuntimeError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        json.JSONDecodeError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"checkpoint {path} cannot be read: {reason}; remove that folder to resume from the "

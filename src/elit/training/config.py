@@ -214,7 +214,8 @@ class TrainConfig:
                 f"optimizer.final_lr={self.optimizer.final_lr} has no effect on a constant "
                 f"schedule; set optimizer.schedule=cosine, or leave it out"
             )
-        if self.sample.guidance_scale != 1 and not self.objective.label_dropout:
+        guides = self.sample.guidance_scale != 1 and self.train.sample_every
+        if guides and not self.objective.label_dropout:
             raise ValueError(
                 f"sample.guidance_scale={self.sample.guidance_scale} guides by the null label, "
                 f"which objective.label_dropout=0 never trains; set sample.guidance_scale=1, "

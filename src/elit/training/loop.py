@@ -24,12 +24,14 @@ class TrainResult:
         folder: of the run; `ElitPipeline.from_pretrained(folder)` loads the averaged weights.
         step: last step done.
         finished: whether that is all steps, or a signal stopped the run.
+        stopped: whether a signal asked to stop, be it after the last step.
         seconds: of training, in all calls that the run took.
     """
 
     folder: Path
     step: int
     finished: bool
+    stopped: bool
     seconds: float
 
 
@@ -84,7 +86,8 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
         run.close()
         world.barrier()
         finished = run.step >= loop.steps  # a signal may have come in the last step
-        return TrainResult(run.folder, run.step, finished, run.seconds)
+        (stopped,) = world.any(stopped or stop_requested())
+        return TrainResult(run.folder, run.step, finished, stopped, run.seconds)
 
 
 def batch_loss(

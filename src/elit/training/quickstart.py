@@ -53,9 +53,9 @@ class QuickstartSummary:
         images_per_row: images that a row's accuracy and time are of.
         steps: Euler steps of each image.
         guidance_scale: of cheap classifier-free guidance.
-        finished: whether training ran to its end; if not, the rows are missing.
-        train_seconds: training alone, in all calls that it took.
-        total_seconds: training and drawing.
+        finished: whether all was done; if a signal stopped it, the rows are missing.
+        train_seconds: of training, its validation and sheets included, in all calls that it took.
+        total_seconds: of everything.
     """
 
     rows: list[BudgetRow]
@@ -82,25 +82,27 @@ def quickstart(config: TrainConfig, progress: bool = True) -> QuickstartSummary:
         progress: whether to show progress bars.
     """
     folder = Path(config.output_dir)
+    dataset = load_dataset(config.data.name, **config.data.options)
     result = train(config, progress)
     trained = time.perf_counter()
     rows: list[BudgetRow] = []
-    if result.finished:
+    finished = result.finished and not result.stopped
+    if finished:
         pipeline = ElitPipeline.from_pretrained(folder).to(pick_device(config.train.device))
         rows, pictures = draw_and_judge(pipeline, config, progress)
         captions = [format_budget(row.budget) for row in rows]
-        names = load_dataset(config.data.name, **config.data.options).class_names
+        names = dataset.class_names
         save_image(contact_sheet(pictures, captions, names), folder / "samples.png")
     summary = QuickstartSummary(
         rows=rows,
-        images_per_row=IMAGES_PER_CLASS * load_dataset(config.data.name).num_classes,
+        images_per_row=IMAGES_PER_CLASS * dataset.num_classes,
         steps=config.sample.steps,
         guidance_scale=config.sample.guidance_scale,
-        finished=result.finished,
+        finished=finished,
         train_seconds=result.seconds,
         total_seconds=result.seconds + time.perf_counter() - trained,
     )
-    if result.finished:
+    if finished:
         write_json(folder / "summary.json", summary.to_dict())
     return summary
 

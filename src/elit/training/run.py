@@ -27,6 +27,7 @@ from elit.training.build import build_model, tail_dropping
 from elit.training.checkpoint import (
     checkpoint_steps,
     load_checkpoint,
+    lock_folder,
     remove_leftovers,
     replace_folder_files,
     save_checkpoint,
@@ -35,6 +36,7 @@ from elit.training.config import TrainConfig
 from elit.training.distributed import World
 from elit.training.metrics import MetricsLog
 from elit.training.randomness import StepBatches, generator
+from elit.training.signals import ignore_signals
 from elit.training.validation import (
     budgets_out_of_order,
     latents_to_show,
@@ -61,6 +63,7 @@ class Run:
     """Model, moving average, optimiser, data and files of a run, fresh or resumed."""
 
     def __init__(self, config: TrainConfig, world: World):
+        self._started, self._seconds_before = time.perf_counter(), 0.0
         self.config, self.world = config, world
         self.folder = Path(config.output_dir)
         self.dataset = load_dataset(config.data.name, "train", **config.data.options)
@@ -70,7 +73,8 @@ class Run:
 
         self.model = build_model(config, self.dataset).to(world.device)
         self.dropping = tail_dropping(config, self.model)
-        self.kept = latents_to_show(self.model, config.sample.budgets)
+        most = None if self.dropping is None else self.dropping.max_latents
+        self.kept = latents_to_show(self.model, config.sample.budgets, most)
         if config.train.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         if config.train.compile:
@@ -89,11 +93,11 @@ class Run:
         accumulation = config.train.accumulation
         self.chunks = range(world.rank * accumulation, (world.rank + 1) * accumulation)
 
-        self._started, self._seconds_before = time.perf_counter(), 0.0
         self.step = self.saved_step = self._resume()
         self._exported_step: int | None = None  # a kill may have come before the last export
         if world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(self.folder)
             remove_leftovers(self.folder / "checkpoints")
             text = yaml.safe_dump(config.to_dict(), sort_keys=False)
             write_file(self.folder / "config.yaml", lambda aside: aside.write_text(text))
@@ -121,6 +125,7 @@ class Run:
             self.dataset,
             batch_sampler=sampler,
             num_workers=data.num_workers,
+            worker_init_fn=ignore_signals,
             persistent_workers=data.num_workers > 0,
             pin_memory=self.world.device.type == "cuda",
         )
@@ -138,7 +143,7 @@ class Run:
         options = self.config.optimizer
         factor = min(1.0, (step + 1) / max(1, options.warmup_steps))
         if options.schedule == "cosine" and step >= options.warmup_steps:
-            length = max(1, self.config.train.steps - options.warmup_steps)
+            length = max(1, self.config.train.steps - options.warmup_steps - 1)
             done = (step - options.warmup_steps) / length
             cosine = (1 + math.cos(math.pi * done)) / 2
             factor = options.final_lr + (1 - options.final_lr) * cosine
@@ -274,7 +279,7 @@ class Run:
         self.ema.shadow_params = [p.to(self.world.device) for p in averaged]
         self.ema.optimization_step = state["ema_steps"]
         self._seconds_before = state["seconds"]
-        if self.world.is_main:
+        if self.world.is_main and step < self.config.train.steps:
             logger.info("resuming %s at step %d", self.folder, state["step"])
         return state["step"]
 
@@ -308,6 +313,8 @@ class Run:
     def close(self) -> None:
         """Close the files."""
         self.log.close()
+        if self.world.is_main:
+            self._lock.close()
 
 
 def _due(step: int, every: int) -> bool:
