@@ -7,17 +7,25 @@ import argparse
 import functools
 
 from elit.evaluation.flops import FlopsReport, flops_report, on_meta
-from elit.models.dit import DiT
-from elit.models.presets import preset_config
+from elit.models.presets import preset_config, preset_model
 
 PAPER_BUDGETS = (1, 3 / 4, 1 / 2, 1 / 4)
+# Backbone, resolution, and the paper's training TFLOPs: plain, elastic, multi-budget.
+TRAINING = (
+    ("DiT", 256, 182, 188, 190),
+    ("DiT", 512, 806, 831, 804),
+    ("UViT", 256, 196, 202, 204),
+    ("UViT", 512, 861, 886, 858),
+    ("HDiT", 256, 182, 188, 191),
+    ("HDiT", 512, 776, 801, 791),
+)
 BUDGETS = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 
 
 @functools.cache
 def report(name: str, resolution: int) -> FlopsReport:
     """Counts of a preset."""
-    model = on_meta(DiT, preset_config(name, resolution))
+    model = on_meta(preset_model(name), preset_config(name, resolution))
     budgets = (*PAPER_BUDGETS, *BUDGETS) if model.is_elastic else None
     return flops_report(model, name, resolution, budgets)
 
@@ -52,11 +60,13 @@ def beside_the_paper() -> str:
     for budget, paper in zip(PAPER_BUDGETS, (1083, 877, 685, 503), strict=True):
         what = f"{elastic} at 512 px, forward, budget {budget:g}"
         figures.append((what, "GFLOPs", paper, gflops("elit-dit-xl/2", 512, budget)))
-    for side, paper in ((256, 182), (512, 806)):
-        what = f"{plain} at {side} px, training step"
-        figures.append((what, "TFLOPs", paper, report("dit-xl/2", side).train_tflops))
-    for side, single, multi in ((256, 188, 190), (512, 831, 804)):
-        what, ours = f"{elastic} at {side} px, training step", report("elit-dit-xl/2", side)
+    for name, side, baseline, single, multi in TRAINING:
+        what, ours = (
+            f"{name}-XL/2 at {side} px, training step",
+            report(f"{name}-xl/2".lower(), side),
+        )
+        figures.append((what, "TFLOPs", baseline, ours.train_tflops))
+        what, ours = f"ELIT-{what}", report(f"elit-{name}-xl/2".lower(), side)
         figures.append((what, "TFLOPs", single, ours.train_tflops))
         figures.append((f"{what}, multi-budget", "TFLOPs", multi, ours.train_tflops_multi_budget))
     rows = [
@@ -70,10 +80,18 @@ def sizes() -> str:
     """Forwards of some sizes at 256 px, plain and elastic."""
     header = ("GFLOPs at 256 px", "plain", *(f"budget {b:g}" for b in BUDGETS))
     rows = []
-    for size in ("s", "b", "xl"):
-        costs = [gflops(f"dit-{size}/2", 256)]
-        costs += [gflops(f"elit-dit-{size}/2", 256, budget) for budget in BUDGETS]
-        rows.append((f"{size.upper()}/2", *(f"{cost:.2f}" for cost in costs)))
+    for name in (
+        "DiT-S/2",
+        "DiT-B/2",
+        "DiT-XL/2",
+        "UViT-B/2",
+        "UViT-XL/2",
+        "HDiT-B/2",
+        "HDiT-XL/2",
+    ):
+        costs = [gflops(name.lower(), 256)]
+        costs += [gflops(f"elit-{name.lower()}", 256, budget) for budget in BUDGETS]
+        rows.append((name, *(f"{cost:.2f}" for cost in costs)))
     return table(header, rows)
 
 
