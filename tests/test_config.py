@@ -195,9 +195,15 @@ def test_bytes_are_not_yaml(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("digist", r"neither a file nor one of the built-in digits, shapes; did you mean digits\?"),
+        (
+            "digist",
+            r"one of the built-in digits, moving-shapes, shapes; did you mean digits\?",
+        ),
         ("configs/shape.yaml", r"configs/shape.yaml is neither .* did you mean shapes\?"),
-        ("nothing-like-it", r"is neither a file nor one of the built-in digits, shapes$"),
+        (
+            "nothing-like-it",
+            r"is neither a file nor one of the built-in digits, moving-shapes, shapes$",
+        ),
         (".", r"config \. is a folder; give the YAML file in it"),
     ],
 )
@@ -205,6 +211,14 @@ def test_a_config_that_is_not_there(name, message, tmp_path, monkeypatch) -> Non
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         find_config(name)
+
+
+def test_a_key_given_twice_is_an_error(yaml_file) -> None:
+    path = yaml_file("train: {steps: 10, log_every: 5}\nseed: 1\nseed: 2")
+    with pytest.raises(ValueError, match="key seed is given twice; remove one"):
+        load_config(path, {})
+    with pytest.raises(ValueError, match="key steps is given twice"):
+        load_config(yaml_file("train: {steps: 10, steps: 20}"), {})
 
 
 # ---- what is refused: the command line, before anything is written ----

@@ -420,8 +420,9 @@ def test_moves_with_its_parts() -> None:
         ({"generator": make_generators(1, 2)}, "2 generators for 1 class labels; give one"),
         ({"generator": []}, "0 generators for 1 class labels"),
         ({"height": 6}, "6x8 tokens cannot be cut into groups of 4x4: 6 is not a multiple of 4"),
-        ({"height": 0}, "an image side of 0 pixels"),
-        ({"width": -8}, "an image side of -8 pixels"),
+        ({"height": 0}, "a side of 0 is no positive integer"),
+        ({"width": -8}, "a side of -8 is no positive integer"),
+        ({"num_frames": 4}, "num_frames=4 asked of a model of images; leave it out"),
         ({"noise": torch.zeros(1, 3, 8, 9)}, r"noise of shape \(1, 3, 8, 9\).*\(1, 3, 8, 8\)"),
         ({"output_type": "jpg"}, "output_type 'jpg' is unknown; use one of pil, np, pt, latent"),
         ({"sigmas": []}, r"sigmas \[\]"),
@@ -437,10 +438,36 @@ def test_bad_input(options: dict, message: str) -> None:
         pipeline(**{"class_labels": [1], "num_inference_steps": 3} | options)
 
 
-def test_a_model_of_clips_is_refused() -> None:
-    clips = randomise(tiny_elastic(sample_size=(2, 4, 4), group=(1, 2, 2), in_channels=3))
-    with pytest.raises(ValueError, match=r"2x4x4|clips"):
-        make_pipeline(clips)([1], num_inference_steps=1)
+def clip_model() -> nn.Module:
+    return randomise(tiny_elastic(sample_size=(2, 4, 4), group=(1, 2, 2), in_channels=3))
+
+
+def test_clips_are_lists_of_frames_of_any_length_and_size() -> None:
+    pipeline = make_pipeline(clip_model())
+    assert draw(pipeline).shape == (3, 3, 2, 4, 4)
+    assert draw(pipeline, output_type="pt", num_frames=5, height=8).shape == (3, 5, 3, 8, 4)
+    assert draw(pipeline, output_type="np").shape == (3, 2, 4, 4, 3)
+    clips = draw(pipeline, output_type="pil", num_frames=3)
+    assert [len(clip) for clip in clips] == [3, 3, 3]
+    assert clips[0][0].size == (4, 4)
+    pixels = draw(pipeline, output_type="np", num_frames=3)
+    assert np.abs(np.asarray(clips[1][2]) / 255 - pixels[1, 2]).max() < 0.003
+
+
+def test_a_clip_depends_on_its_seed_alone() -> None:
+    pipeline = make_pipeline(clip_model())
+    alone = draw(pipeline, labels=[1], seeds=[2], budget=0.5)
+    torch.testing.assert_close(draw(pipeline, budget=0.5)[1:2], alone)
+
+
+def test_clips_have_no_vae() -> None:
+    with pytest.raises(ValueError, match="clips are drawn in pixels"):
+        make_pipeline(clip_model(), vae=make_vae())
+
+
+def test_samples_that_are_not_finite_are_no_images() -> None:
+    with pytest.raises(ValueError, match="no longer finite; a smaller guidance scale than 1e"):
+        draw(make_pipeline(), guidance=CFG(1e38), output_type="pil")
 
 
 def test_a_scheduler_that_is_none_for_flows_is_refused() -> None:

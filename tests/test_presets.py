@@ -9,7 +9,7 @@ from helpers import make_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 from elit.models.dit import DiT
-from elit.models.presets import PRESETS, SIZES, create_model, preset_config
+from elit.models.presets import PRESETS, SIZES, create_model, preset_config, preset_inputs
 
 
 @functools.cache
@@ -85,18 +85,20 @@ def test_the_interface_costs_little() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_runs_at_every_resolution(name: str) -> None:
-    is_tiny, patch = "tiny" in name, int(name.split("/")[1])
+    is_tiny, patch, is_video = "tiny" in name, int(name.split("/")[1]), "video" in name
     groups = {256: (4, 4), 512: (8, 8)}
-    for resolution in (16, 32) if is_tiny else (256, 512):
+    for resolution in preset_inputs(name):
         config = preset_config(name, resolution)
         shallow = {"depth": config.get("head", 0) + 1 + config.get("tail", 0)}
         with torch.device("meta"):
             model = create_model(name, resolution, **shallow).requires_grad_(False)
         side = resolution if is_tiny else resolution // 8
-        assert model.sample_size == (side, side)
-        assert model.patch_size == (patch, patch)
+        assert model.sample_size == (8, side, side)[not is_video :]
+        assert model.patch_size == (2 if is_tiny else 1, patch, patch)[not is_video :]
         assert model.is_elastic == name.startswith("elit-")
-        if model.is_elastic:
+        if model.is_elastic and is_video:
+            assert model.group == (2, 4, 4)
+        elif model.is_elastic:
             assert model.group == groups.get(resolution, (4, 4))
             assert model.min_latents == (4 if resolution == 512 else 1)
         inputs = tuple(x.to("meta") for x in make_inputs(model, batch=1))

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from elit.viz.sheet import contact_sheet, format_budget, save_image
+from elit.viz.sheet import contact_sheet, film_strip, format_budget, save_gif, save_image
 
 
 def solid(colour: str, size: tuple[int, int] = (16, 16)) -> Image.Image:
@@ -54,3 +54,21 @@ def test_a_picture_replaces_another_whole(tmp_path) -> None:
     save_image(solid("blue"), path)
     assert Image.open(path).getpixel((0, 0)) == (0, 0, 255)
     assert [p.name for p in path.parent.iterdir()] == ["x.png"]
+
+
+def test_a_film_strip_has_the_first_and_the_last_frame() -> None:
+    frames = [solid(colour) for colour in ("red", "lime", "blue", "black", "white")]
+    strip = film_strip(frames, count=3)
+    assert strip.size == (48, 16)
+    assert [strip.getpixel((x, 0)) for x in (0, 20, 47)] == [
+        (255, 0, 0), (0, 0, 255), (255, 255, 255),
+    ]  # fmt: skip
+    assert film_strip(frames[:1]).size == (16, 16)
+
+
+def test_a_gif_has_all_frames_enlarged(tmp_path) -> None:
+    save_gif([solid("red"), solid("blue"), solid("lime")], tmp_path / "new" / "clip.gif")
+    with Image.open(tmp_path / "new" / "clip.gif") as clip:
+        assert clip.n_frames == 3
+        assert clip.size == (64, 64)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["clip.gif"]

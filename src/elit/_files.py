@@ -10,7 +10,7 @@ from typing import Any
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` make a file aside, then rename it: a reader sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
+    aside = path.with_name(f".{path.stem}.part{path.suffix}")
     write(aside)
     os.replace(aside, path)
 

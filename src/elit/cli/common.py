@@ -74,17 +74,18 @@ def _is_number(word: str) -> bool:
 # ---- values of flags: each is a `type=` of argparse ----
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """A whole number, at least `least`."""
+def whole_number(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """A whole number, at least `least` and at most `most`."""
+    limits = f"at least {least}" + ("" if most == math.inf else f" and at most {most}")
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
+        if not least <= value <= most:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not allowed; give a whole number, at least {least}"
+                f"{text!r} is not allowed; give a whole number, {limits}"
             )
         return value
 

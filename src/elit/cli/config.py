@@ -154,7 +154,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        _check_unique(yaml.compose(text, yaml.SafeLoader), str(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not YAML: {reason}") from error
@@ -166,6 +168,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"write keys and values, such as `train: {{steps: 1000}}`"
         )
     return content
+
+
+def _check_unique(node: Any, path: str) -> None:
+    """Raise a ValueError for a key given twice: YAML would take the last one without a word."""
+    pairs = node.value if isinstance(getattr(node, "value", None), list) else []
+    names = [pair[0].value for pair in pairs if isinstance(pair, tuple)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{path}: key {name} is given twice; remove one of them")
+    for pair in pairs:
+        for child in pair if isinstance(pair, tuple) else (pair,):
+            _check_unique(child, path)
 
 
 def _check_tree(values: dict[str, Any], config_class: type, path: str, prefix: str = "") -> None:

@@ -57,8 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"elit: error: {one_line(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if debug or not _is_divergence(error):
+        out_of_memory = "out of memory" in str(error) or "can't allocate memory" in str(error)
+        if debug or not (out_of_memory or _is_divergence(error)):
             raise
+        if out_of_memory:
+            error = RuntimeError("out of memory; choose a smaller size, batch or model")
         print(f"elit: error: {one_line(error)}", file=sys.stderr)
         return 1
 

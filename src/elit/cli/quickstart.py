@@ -1,6 +1,7 @@
 """`elit quickstart`: from nothing to pictures, in one command."""
 
 import argparse
+import os
 
 from elit.cli.common import (
     Parser,
@@ -45,6 +46,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, draw, judge, print the table."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("quickstart runs in one process; under torchrun use `elit train digits`")
     overrides = {"output_dir": args.out, "seed": str(args.seed)}
     if args.steps is not None:
         overrides["train.steps"] = str(args.steps)
@@ -59,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     check_config(config)
 
     from elit.training.quickstart import quickstart
+    from elit.viz.sheet import format_budget
 
     with quiet_diffusers():
         try:
@@ -71,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
     elif not summary.finished:
         print(f"stopped and saved: {folder}\nthe same command again goes on")
     else:
-        header = ["budget", "latents/group", "MFLOPs/forward", "ms/image", "accuracy"]
+        header = ["budget", "latents per group", "MFLOPs per forward", "ms per image", "accuracy"]
         cells = [
             [
-                f"{row.budget:g}",
+                format_budget(row.budget),
                 row.num_latents,
                 f"{row.mflops:.1f}",
                 f"{row.ms_per_image:.1f}",

@@ -1,6 +1,7 @@
 """`elit sample`: images of given classes at one or more budgets, from the same noise."""
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -75,7 +76,7 @@ def add_arguments(parser: Parser) -> None:
         help="noise levels in which guidance acts (default: 0 1)")  # fmt: skip
     add("--sampler", type=one_of(SAMPLERS, "sampler"), metavar="NAME",
         help=f"{', '.join(SAMPLERS)} (default: the one saved in RUN)")  # fmt: skip
-    add("--seed", type=whole_number(0), default=0, metavar="N",
+    add("--seed", type=whole_number(0, 2**63 - 1), default=0, metavar="N",
         help="of the first image (default: 0)")  # fmt: skip
     add("--size", type=whole_number(1), nargs=2, metavar=("H", "W"),
         help="pixels (default: what the model was made for)")  # fmt: skip
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
     kept = list(dict.fromkeys(model.resolve_budget(b) for b in args.budget))
     settings = {
         "run": args.run,
+        "weights": _weights(Path(args.run)),
         "labels": labels,
         **{key: getattr(args, key) for key in ("count", "steps", "guidance", "scale")},
         **{key: getattr(args, key) for key in ("guide_budget", "interval", "sampler")},
@@ -116,7 +118,8 @@ def run(args: argparse.Namespace) -> int:
     write_json(folder / "samples.json", report)
     rows = list(draw_rows(pipeline, args, labels * args.count, kept, options, folder))
     sheet = folder / "samples.png"
-    _save_sheet(sheet, [row.pop("images") for row in rows], rows, labels)
+    cell = 256 if pipeline.draws_clips else 64  # of a strip of four frames
+    _save_sheet(sheet, [row.pop("images") for row in rows], rows, labels, cell)
     report |= {"sheet": str(sheet), "rows": rows}
     write_json(folder / "samples.json", report)
     if args.json:
@@ -179,8 +182,8 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
         folder = output_folder(args.out, "--out")
         if _holds_others(folder, settings):
             raise ValueError(
-                f"{folder} holds samples of other settings; choose another folder with --out, "
-                f"or remove it"
+                f"{folder} holds samples of other settings, or other files; "
+                f"choose another folder with --out, or remove it"
             )
         return folder
     run = Path(args.run)
@@ -196,10 +199,20 @@ def _holds_others(folder: Path, settings: dict[str, Any]) -> bool:
     try:
         earlier = json.loads((folder / "samples.json").read_text())["settings"]
     except FileNotFoundError:
-        return (folder / "samples.png").exists()
+        return folder.is_dir() and any(folder.iterdir())  # somebody's
     except (OSError, ValueError, KeyError, TypeError):
         return True
     return earlier != settings
+
+
+def _weights(run: Path) -> str | None:
+    """What tells the weights of a folder from those of an earlier time: further training."""
+    digest = hashlib.sha256()
+    files = sorted((run / "transformer").glob("*.safetensors"))
+    for file in files:
+        with file.open("rb") as weights:
+            digest.update(hashlib.file_digest(weights, "sha256").digest())
+    return digest.hexdigest()[:16] if files else None
 
 
 def draw_rows(
@@ -212,10 +225,12 @@ def draw_rows(
 ) -> Iterator[dict[str, Any]]:
     """For each number of latents draw and write all images; yields a row of the table."""
     from elit.evaluation.flops import forward_flops
-    from elit.viz.sheet import format_budget, save_image
+    from elit.viz.sheet import film_strip, format_budget, save_gif, save_image
 
     model = pipeline.transformer
     size = [side // pipeline.vae_scale for side in args.size] if args.size else None
+    if size and pipeline.draws_clips:
+        size = [model.sample_size[0], *size]
     gflops = [forward_flops(model, n, size) / 1e9 for n in kept]
     for n, cost in zip(kept, gflops, strict=True):
         ran = model.budget_of(n)
@@ -236,16 +251,17 @@ def draw_rows(
         seconds = time.perf_counter() - started
         files = []
         for i, image in enumerate(images):
-            name = f"label-{labels[i]}-seed-{args.seed + i}.png"
+            ending, save = ("gif", save_gif) if pipeline.draws_clips else ("png", save_image)
+            name = f"label-{labels[i]}-seed-{args.seed + i}.{ending}"
             files.append(str(folder / f"budget-{ran:g}" / name))
-            save_image(image, Path(files[-1]))
+            save(image, Path(files[-1]))
         yield {
             "budget": ran,
             "num_latents": n,
             "gflops": cost,
             "ms_per_image": 1000 * seconds / len(images),
             "files": files,
-            "images": images,
+            "images": [film_strip(i) for i in images] if pipeline.draws_clips else images,
         }
 
 
@@ -260,6 +276,7 @@ def _save_sheet(
     images: Sequence[Sequence["Image.Image"]],
     rows: Sequence[dict[str, Any]],
     labels: Sequence[int],
+    cell: int,
 ) -> None:
     """One row for each budget and column for each label; further images per label go below."""
     from elit.viz.sheet import contact_sheet, format_budget, save_image
@@ -270,7 +287,7 @@ def _save_sheet(
         for row, drawn in zip(rows, images, strict=True):
             captions.append(format_budget(row["budget"]))
             lines.append(drawn[first : first + width])
-    save_image(contact_sheet(lines, captions, list(map(str, labels))), path)
+    save_image(contact_sheet(lines, captions, list(map(str, labels)), cell), path)
 
 
 def _print_rows(rows: Sequence[dict[str, Any]]) -> None:

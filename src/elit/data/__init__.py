@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from elit.data.digits import Digits
+    from elit.data.moving_shapes import MovingShapes
     from elit.data.shapes import Shapes
 
     _TorchDataset = Dataset[dict[str, torch.Tensor]]
@@ -22,7 +23,7 @@ else:
     # torch knows a map-style data set by its methods; without the base this import stays quick.
     _TorchDataset = object
 
-__all__ = ["DATASETS", "SPLITS", "Digits", "ImageDataset", "Shapes", "load_dataset"]
+__all__ = ["DATASETS", "SPLITS", "Digits", "ImageDataset", "MovingShapes", "Shapes", "load_dataset"]
 
 SPLITS = ("train", "validation")
 
@@ -30,18 +31,19 @@ SPLITS = ("train", "validation")
 DATASETS = {
     "digits": ("elit.data.digits", "Digits"),
     "shapes": ("elit.data.shapes", "Shapes"),
+    "moving-shapes": ("elit.data.moving_shapes", "MovingShapes"),
 }
 
 
 class ImageDataset(_TorchDataset):
-    """Labelled images in [-1, 1], all of one shape, addressed by index.
+    """Labelled images or clips in [-1, 1], all of one shape, addressed by index.
 
     A subclass sets the attributes and implements `batch` and `__len__`; an item is
-    `dict(images=float32 (C, H, W), class_labels=int64 ())`.
+    `dict(images=float32 (C, H, W), class_labels=int64 ())`, of clips (C, T, H, W).
     """
 
     split: str
-    image_shape: tuple[int, int, int]  # (C, H, W)
+    image_shape: tuple[int, ...]  # (C, H, W), of clips (C, T, H, W)
     class_names: tuple[str, ...]
     labels: torch.Tensor  # (N,) int64, without making the images
     aligned: bool = False  # every object stands in the same place at the same size
@@ -71,9 +73,10 @@ class ImageDataset(_TorchDataset):
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.image_shape))
+        kind = "images" if len(self.image_shape) == 3 else "clips"
         return (
             f"{type(self).__name__}(split={self.split!r}): "
-            f"{len(self)} images {shape}, {self.num_classes} classes"
+            f"{len(self)} {kind} {shape}, {self.num_classes} classes"
         )
 
     def _positions(self, indices: Iterable[int]) -> list[int]:

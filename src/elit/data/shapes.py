@@ -19,7 +19,7 @@ from elit.data import SPLITS, ImageDataset
 Array = np.ndarray[Any, np.dtype[Any]]
 Field = Callable[[Array, Array], Array]
 
-_MIN_SIZE = 8  # below, a star is a disc
+MIN_SIZE = 8  # below, a star is a disc
 _CHUNK = 64  # images made at a time: their fields stay in the processor's cache
 
 
@@ -33,8 +33,8 @@ class Shapes(ImageDataset):
     def __init__(self, split: str = "train", count: int = 10_000, size: int = 32) -> None:
         check_choice(split, SPLITS, "split")
         self.split = split
-        self.count = _whole_number("count", count, 1, "images")
-        self.size = _whole_number("size", size, _MIN_SIZE, "pixels a side")
+        self.count = whole_number("count", count, 1, "images")
+        self.size = whole_number("size", size, MIN_SIZE, "pixels a side")
         self.image_shape = (3, self.size, self.size)
         self.class_names = tuple(OUTLINES)
 
@@ -53,7 +53,7 @@ class Shapes(ImageDataset):
             images[chunk] = _draw(index[chunk], self.split, self.size)
         return {
             "images": torch.from_numpy(images),
-            "class_labels": torch.from_numpy(_class_of(index)),
+            "class_labels": torch.from_numpy(class_of(index)),
         }
 
 
@@ -140,13 +140,13 @@ def _palette(*colours: str) -> Array:
 
 
 # Pale grounds and strong paints: any two of them differ clearly.
-_GROUNDS = _palette("f7ecd2", "dfecf8", "eae2f6", "e0f2dc", "f8e0dc")
-_PAINTS = _palette("b8201f", "c95a00", "1f7f38", "1f4bb5", "6d2b9e", "2b3045")
+GROUNDS = _palette("f7ecd2", "dfecf8", "eae2f6", "e0f2dc", "f8e0dc")
+PAINTS = _palette("b8201f", "c95a00", "1f7f38", "1f4bb5", "6d2b9e", "2b3045")
 
 
 def _draw(index: Array, split: str, size: int) -> Array:
     """Draw images by index: (B,) uint64 -> (B, 3, size, size) float32 in [-1, 1]."""
-    draws = iter(_uniform(index, split, 16)[..., None, None])  # each (B, 1, 1)
+    draws = iter(uniform(index, split, 16)[..., None, None])  # each (B, 1, 1)
     pixel = (np.arange(size, dtype=np.float32) + 0.5) / size
     across, down = pixel[None, None, :], pixel[None, :, None]  # (1, 1, S), (1, S, 1)
 
@@ -157,18 +157,18 @@ def _draw(index: Array, split: str, size: int) -> Array:
     y = (down - 0.32 - 0.36 * next(draws)) / radius
     x, y = _rotate(x, y, 0.2 * next(draws) - 0.1)  # (B, S, S); up to 6 degrees either way
 
-    distance = _evaluate(tuple(OUTLINES.values()), _class_of(index), x, y)
+    distance = evaluate(tuple(OUTLINES.values()), class_of(index), x, y)
     cover = np.clip(0.5 - distance * radius * size, 0, 1)[:, None]  # (B, 1, S, S)
 
-    paint = _pick(_PAINTS, next(draws))  # (B, 3, 1, 1)
+    paint = pick(PAINTS, next(draws))  # (B, 3, 1, 1)
     texture = (next(draws) * len(_TEXTURES)).astype(np.int64).reshape(-1)
     waves = 0.6 + 0.5 * next(draws)  # per radius: low, or a small model cannot draw them
     u, v = _rotate(waves * x, waves * y, 6.28 * next(draws))
-    tone = _evaluate(_TEXTURES, texture, u + next(draws), v + next(draws))
+    tone = evaluate(_TEXTURES, texture, u + next(draws), v + next(draws))
     tone = ((0.1 + 0.2 * next(draws)) * tone)[:, None]  # (B, 1, S, S)
     ink = paint * (1 - np.abs(tone)) + tone  # tone blends towards white (1) or black (-1)
 
-    near, far = _pick(_GROUNDS, next(draws)), _pick(_GROUNDS, next(draws))
+    near, far = pick(GROUNDS, next(draws)), pick(GROUNDS, next(draws))
     graded = next(draws) < 0.5  # the others are flat
     slope_x, slope_y = 2 * next(draws) - 1, 2 * next(draws) - 1
     ramp = 0.5 + slope_x * (across - 0.5) + slope_y * (down - 0.5)  # (B, S, S) in [-0.5, 1.5]
@@ -176,11 +176,12 @@ def _draw(index: Array, split: str, size: int) -> Array:
     return ground + (ink - ground) * cover
 
 
-def _class_of(index: Array) -> Array:
+def class_of(index: Array) -> Array:
+    """Class of each index."""
     return (index % np.uint64(len(OUTLINES))).astype(np.int64)
 
 
-def _uniform(index: Array, split: str, draws: int) -> Array:
+def uniform(index: Array, split: str, draws: int) -> Array:
     """Draw uniform numbers in [0, 1) by counter: (B,) -> (draws, B) float32.
 
     Even counters are the training split and odd ones the validation split. The hash maps
@@ -199,7 +200,7 @@ def _hash(counter: Array) -> Array:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def _evaluate(fields: tuple[Field, ...], which: Array, x: Array, y: Array) -> Array:
+def evaluate(fields: tuple[Field, ...], which: Array, x: Array, y: Array) -> Array:
     """Evaluate field `which[b]` at the points of image b: (B,), 2 x (B, S, S) -> (B, S, S)."""
     values = np.empty_like(x)
     for number in np.unique(which):
@@ -213,12 +214,13 @@ def _rotate(x: Array, y: Array, angle: Array) -> tuple[Array, Array]:
     return cos * x + sin * y, cos * y - sin * x
 
 
-def _pick(palette: Array, draw: Array) -> Array:
+def pick(palette: Array, draw: Array) -> Array:
     """Choose a colour by a draw in [0, 1): (N, 3), (B, 1, 1) -> (B, 3, 1, 1)."""
     return palette[(draw.reshape(-1) * len(palette)).astype(np.int64)][..., None, None]
 
 
-def _whole_number(name: str, value: Any, least: int, unit: str) -> int:
+def whole_number(name: str, value: Any, least: int, unit: str) -> int:
+    """Value of an option that counts something, or the error that says what is allowed."""
     is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not is_whole or value < least:
         raise ValueError(f"{name}={value!r}: use a whole number of {unit}, at least {least}")

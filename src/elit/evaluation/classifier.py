@@ -20,7 +20,7 @@ _STEPS = 160  # of the network's training
 class Classifier:
     """Tells the class of images of one shape; made by `fit_classifier`."""
 
-    def __init__(self, image_shape: tuple[int, int, int], predict: Predict) -> None:
+    def __init__(self, image_shape: tuple[int, ...], predict: Predict) -> None:
         self.image_shape = image_shape
         self._predict = predict
 
@@ -60,6 +60,8 @@ def fit_classifier(train_dataset: ImageDataset, seed: int = 0) -> Classifier:
     and best; objects in free places need a convolutional network. Both also learn mildly blurred
     and noisy copies, since a generated image may be either and still be right.
     """
+    if len(train_dataset.image_shape) != 3:
+        raise ValueError(f"a classifier takes images; {train_dataset!r} has clips")
     batch = train_dataset.batch(range(min(len(train_dataset), _MAX_IMAGES)))
     fit = _fit_kernel_machine if train_dataset.aligned else _fit_network
     with torch.random.fork_rng(devices=[]), torch.enable_grad():

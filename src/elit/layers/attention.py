@@ -15,7 +15,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def head_dim(dim: int, num_heads: int) -> int:
     """Width of one head."""
-    if num_heads < 1 or dim % num_heads:
+    whole = isinstance(dim, int) and isinstance(num_heads, int)
+    if not whole or dim < 1 or num_heads < 1 or dim % num_heads:
         raise ValueError(
             f"width {dim} cannot be divided into {num_heads} heads; "
             f"choose a number of heads that divides {dim}"

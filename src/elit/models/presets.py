@@ -1,8 +1,7 @@
 """Sizes of the named models, a line each."""
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from elit._choices import check_choice
@@ -25,17 +24,22 @@ class Size:
 
 @dataclass(frozen=True)
 class Input:
-    """What a model of some resolution sees: input side and channels, classes, groups."""
+    """What a model of some resolution sees: size of the input, channels, classes, groups."""
 
-    sample_size: int
+    sample_size: int | tuple[int, ...]
     in_channels: int
     num_classes: int
-    group: int
+    group: int | tuple[int, ...]
     min_latents: int
 
     def scale(self, resolution: int) -> int:
         """Pixels per element of the input along an axis: the VAE's, or 1."""
-        return resolution // self.sample_size
+        return resolution // self.side
+
+    @property
+    def side(self) -> int:
+        """Height and width of the input."""
+        return self.sample_size if isinstance(self.sample_size, int) else self.sample_size[-1]
 
 
 # The splits are the paper's: 71 % of XL's blocks and 50 % of B's are in the core.
@@ -61,6 +65,15 @@ PIXEL_INPUTS = {
 }
 
 
+# Clips: 8 frames of `moving-shapes`, and 29 frames of Kinetics-700 in VAE latents (time / 4).
+VIDEO_PIXEL_INPUTS = {
+    16: Input((8, 16, 16), in_channels=3, num_classes=4, group=(2, 4, 4), min_latents=1)
+}
+VIDEO_LATENT_INPUTS = {
+    256: Input((8, 32, 32), in_channels=16, num_classes=700, group=(2, 4, 4), min_latents=2)
+}
+
+
 @dataclass(frozen=True)
 class Family:
     """A backbone: its class, and the patch sizes of each of its named sizes.
@@ -69,11 +82,17 @@ class Family:
         model: the class.
         patches: patch sizes by name of the size.
         always_split: whether head and tail are there in the plain model too.
+        pixels: inputs of the tiny size.
+        latents: inputs of the others.
+        frames_per_patch: of the tiny size and of the others; None for images.
     """
 
     model: type[ElasticMixin]
     patches: dict[str, tuple[int, ...]]
     always_split: bool = False
+    pixels: Mapping[int, Input] = field(default_factory=lambda: PIXEL_INPUTS)
+    latents: Mapping[int, Input] = field(default_factory=lambda: LATENT_INPUTS)
+    frames_per_patch: tuple[int, int] | None = None
 
 
 _ALL_SIZES = {"tiny": (2, 4), "s": (2, 4, 8), "b": (2, 4, 8), "l": (2, 4, 8), "xl": (2, 4, 8)}
@@ -87,6 +106,14 @@ FAMILIES = {
     "uvit": Family(UViT, _SOME_SIZES),
     # 256 px: 12.8, 9.4, 9.4. 512 px: 13.0, 10.1, 9.6.
     "hdit": Family(HDiT, _SOME_SIZES, always_split=True),
+    # Kinetics-700, 29 frames, no guidance: FVD 135.9 plain, 116.5 elastic.
+    "video-dit": Family(
+        DiT,
+        {"tiny": (2,), "b": (2,), "xl": (2,)},
+        pixels=VIDEO_PIXEL_INPUTS,
+        latents=VIDEO_LATENT_INPUTS,
+        frames_per_patch=(2, 1),
+    ),
 }
 MODELS = {family.model.__name__: family.model for family in FAMILIES.values()}
 
@@ -102,7 +129,8 @@ PRESETS = tuple(
 def _parts(name: str) -> tuple[Family, str, int, bool]:
     """Family, size, patch and whether elastic, of a preset's name."""
     check_choice(name.lower(), PRESETS, "preset")
-    family, size, patch = re.split("[-/]", name.lower().removeprefix("elit-"))
+    rest, patch = name.lower().removeprefix("elit-").split("/")
+    family, size = rest.rsplit("-", 1)
     return FAMILIES[family], size, int(patch), name.lower().startswith("elit-")
 
 
@@ -111,16 +139,17 @@ def preset_model(name: str) -> type[ElasticMixin]:
     return _parts(name)[0].model
 
 
-def preset_inputs(name: str) -> dict[int, Input]:
+def preset_inputs(name: str) -> Mapping[int, Input]:
     """What a preset sees at each resolution that it knows."""
-    return PIXEL_INPUTS if _parts(name)[1] == "tiny" else LATENT_INPUTS
+    family, size, *_ = _parts(name)
+    return family.pixels if size == "tiny" else family.latents
 
 
 def nearest_resolution(name: str, sample_size: Sequence[int]) -> int:
     """The resolution of a preset that was made for inputs of nearly this size."""
     inputs = preset_inputs(name)
     side = max(sample_size)
-    return min(inputs, key=lambda resolution: abs(inputs[resolution].sample_size - side))
+    return min(inputs, key=lambda resolution: abs(inputs[resolution].side - side))
 
 
 def preset_config(
@@ -141,7 +170,10 @@ def preset_config(
             f"preset {name.lower()!r} is not made for {resolution} px; "
             f"it knows {' and '.join(map(str, inputs))}"
         )
-    config = {"patch_size": patch, **vars(SIZES[size]), **vars(inputs[resolution])}
+    patches: Any = patch
+    if family.frames_per_patch is not None:
+        patches = (family.frames_per_patch[size != "tiny"], patch, patch)
+    config = {"patch_size": patches, **vars(SIZES[size]), **vars(inputs[resolution])}
     if not elastic:
         for key in ("group", "min_latents") + (() if family.always_split else ("head", "tail")):
             del config[key]

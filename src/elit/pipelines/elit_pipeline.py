@@ -13,11 +13,11 @@ from diffusers.models.autoencoders import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from elit.flow.guidance import Guidance
 from elit.flow.schedulers import start_sampling
-from elit.interface.grid import format_size
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.folder import check_pipeline_source, loading_error
 
@@ -46,6 +46,9 @@ class ElitPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self.video_processor = VideoProcessor(vae_scale_factor=1)
+        if self.draws_clips and vae is not None:
+            raise ValueError("clips are drawn in pixels; make the pipeline without vae")
 
     @classmethod
     def from_pretrained(
@@ -78,6 +81,7 @@ class ElitPipeline(DiffusionPipeline):
         generator: Generators = None,
         height: int | None = None,
         width: int | None = None,
+        num_frames: int | None = None,
         sigmas: Sequence[float] | None = None,
         noise: Tensor | None = None,
         output_type: str = "pil",
@@ -96,10 +100,12 @@ class ElitPipeline(DiffusionPipeline):
                 not on the batch that it is drawn in. A single one draws for the whole batch.
             height: of the images, in pixels; by default what the model was made for.
             width: likewise.
+            num_frames: of clips, likewise.
             sigmas: noise levels to use instead of the scheduler's own.
             noise: (B, C, h, w) to start from instead of drawing it.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or
-                "latent": what the transformer gave, before any VAE.
+                "latent": what the transformer gave, before any VAE. A clip is a list of
+                frames, (B, T, H, W, C) or (B, T, C, H, W).
             return_dict: whether to wrap the images in an ImagePipelineOutput.
             callback_on_step_end: called after each of the scheduler's steps (Heun has two for
                 each of `num_inference_steps`) with (pipeline, step, timestep, {name: tensor});
@@ -112,7 +118,8 @@ class ElitPipeline(DiffusionPipeline):
         self._check_callback_names(callback_on_step_end_tensor_inputs)
         device = self._execution_device
         labels = labels.to(device)
-        samples = self._start(noise, generator, len(labels), height, width, device)
+        size = self._input_size(height, width, num_frames)
+        samples = self._start(noise, generator, len(labels), size, device)
         levels = start_sampling(self.scheduler, num_inference_steps, device, sigmas)
         step_latents = self._latents_of_steps(budget, len(levels), guidance)
         if guidance and guidance.scale != 1 and not any(map(guidance.is_active, levels)):
@@ -132,6 +139,11 @@ class ElitPipeline(DiffusionPipeline):
                     samples = (changed or {}).get("samples", samples)
                 progress_bar.update()
 
+        if not samples.isfinite().all():
+            raise ValueError(
+                f"the samples are no longer finite; a smaller guidance scale than "
+                f"{guidance.scale if guidance else 1:g}, more steps or dtype float32 may help"
+            )
         images = self._decode(samples, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -158,6 +170,11 @@ class ElitPipeline(DiffusionPipeline):
         return guidance.velocity(
             self._predict, x, sigma, labels, self.null_label, num_latents, guide_latents
         )
+
+    @property
+    def draws_clips(self) -> bool:
+        """Whether the transformer makes clips, not images."""
+        return len(self.transformer.sample_size) == 3
 
     @property
     def null_label(self) -> int:
@@ -194,9 +211,6 @@ class ElitPipeline(DiffusionPipeline):
     def _check_options(
         self, generator: Generators, count: int, output_type: str, guidance: Guidance | None
     ) -> None:
-        if len(self.transformer.sample_size) != 2:
-            size = format_size(self.transformer.sample_size)
-            raise ValueError(f"this pipeline draws images; the transformer makes clips of {size}")
         if guidance is not None and not isinstance(guidance, Guidance):
             raise ValueError(
                 f"guidance {guidance!r} is not a Guidance; "
@@ -277,25 +291,39 @@ class ElitPipeline(DiffusionPipeline):
                 what, budget, kept, least,
             )  # fmt: skip
 
+    def _input_size(
+        self, height: int | None, width: int | None, num_frames: int | None
+    ) -> tuple[int, ...]:
+        """Size of the transformer's input, (h, w) or (t, h, w), for pixels and frames asked for."""
+        if not self.draws_clips and num_frames is not None:
+            raise ValueError(f"num_frames={num_frames} asked of a model of images; leave it out")
+        asked, scale = (num_frames, height, width), self.vae_scale
+        sizes = []
+        for pixels, default in zip(
+            asked[3 - len(self.transformer.sample_size) :],
+            self.transformer.sample_size,
+            strict=True,
+        ):
+            if pixels is not None and (not isinstance(pixels, int) or pixels < 1):
+                raise ValueError(f"a side of {pixels!r} is no positive integer")
+            if pixels is not None and pixels % scale:
+                raise ValueError(
+                    f"an image side of {pixels} pixels is not a multiple of {scale}, "
+                    f"the VAE's scale; use {-(-pixels // scale) * scale}"
+                )
+            sizes.append(default if pixels is None else pixels // scale)
+        return tuple(sizes)
+
     def _start(
         self,
         noise: Tensor | None,
         generator: Generators,
         count: int,
-        height: int | None,
-        width: int | None,
+        size: tuple[int, ...],
         device: torch.device,
     ) -> Tensor:
-        """Noise (B, C, h, w) float32 to start from."""
-        sizes = []
-        for pixels, default in zip((height, width), self.transformer.sample_size, strict=True):
-            if pixels is not None and (pixels < 1 or pixels % self.vae_scale):
-                raise ValueError(
-                    f"an image side of {pixels} pixels is not a multiple of {self.vae_scale}, "
-                    f"the VAE's scale; use {-(-max(pixels, 1) // self.vae_scale) * self.vae_scale}"
-                )
-            sizes.append(default if pixels is None else pixels // self.vae_scale)
-        shape = (count, self.transformer.in_channels, *sizes)
+        """Noise (B, C, *size) float32 to start from."""
+        shape = (count, self.transformer.in_channels, *size)
         if noise is None:
             return randn_tensor(shape, generator, device, torch.float32)
         if noise.shape != shape:
@@ -311,4 +339,6 @@ class ElitPipeline(DiffusionPipeline):
             shift = getattr(config, "shift_factor", None) or 0.0
             samples = samples / config.scaling_factor + shift
             samples = self.vae.decode(samples.to(self.vae.dtype), return_dict=False)[0]
+        if self.draws_clips:  # (B, C, T, H, W)
+            return self.video_processor.postprocess_video(samples.float(), output_type)
         return self.image_processor.postprocess(samples.float(), output_type=output_type)

@@ -113,7 +113,10 @@ def _check_component(folder: Path, name: str, entry: Any) -> None:
         )
     if name == "transformer":
         check_model_config(config_file, config, model_class_of(index_file, library, class_name))
-    for weights in sorted((folder / name).glob("*.safetensors")):
+    found = sorted((folder / name).glob("*.safetensors"))
+    if not found and name != "scheduler" and not any((folder / name).glob("*.bin")):
+        raise ValueError(f"{folder / name} holds no weights (*.safetensors); {_ADVICE}")
+    for weights in found:
         try:
             with safe_open(weights, framework="pt"):
                 pass  # reads the header and compares the file's length with it

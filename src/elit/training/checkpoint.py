@@ -153,7 +153,7 @@ def load_checkpoint(
         TypeError,
         RuntimeError,
     ) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
             f"checkpoint {path} cannot be read: {reason}; remove that folder to resume from the "
             f"checkpoint before it, or choose another output_dir"

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from elit._choices import check_choice
+
 _Rule = tuple[Callable[[Any], bool], str]
 _AT_LEAST_0: _Rule = (lambda value: 0 <= value < math.inf, "a number of at least 0")
 _AT_LEAST_1: _Rule = (lambda value: value >= 1, "a number of at least 1")
@@ -42,6 +44,12 @@ _RULES: dict[str, _Rule] = {
     "sample.guidance_scale": _AT_LEAST_0,
     "sample.columns": _AT_LEAST_1,
 }
+_CHOICES = {
+    "objective.density": ("logit_normal", "uniform"),
+    "latents.order": ("first", "random"),
+    "optimizer.schedule": ("constant", "cosine"),
+    "train.precision": ("fp32", "bf16"),
+}
 
 
 @dataclass
@@ -63,7 +71,7 @@ class DataConfig:
     """What to train on.
 
     Attributes:
-        name: data set, "digits" or "shapes".
+        name: data set, "digits", "shapes" or "moving-shapes".
         options: options of the data set, such as count and size of "shapes".
         batch_size: samples of one optimiser step, over all processes and accumulations.
         num_workers: loader processes of each training process; 0 loads in the process itself.
@@ -205,6 +213,10 @@ class TrainConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("output_dir is empty; give a folder, such as runs/train")
+        for key, words in _CHOICES.items():
+            check_choice(operator.attrgetter(key)(self), words, key)
         for key, (allowed, rule) in _RULES.items():
             value = operator.attrgetter(key)(self)
             if not allowed(value):

@@ -83,10 +83,10 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
                 if stopped:
                     break
         run.save()
+        (stopped,) = world.any(stopped or stop_requested())
+        finished = run.step >= loop.steps  # a signal may have come in the last step
         run.close()
         world.barrier()
-        finished = run.step >= loop.steps  # a signal may have come in the last step
-        (stopped,) = world.any(stopped or stop_requested())
         return TrainResult(run.folder, run.step, finished, stopped, run.seconds)
 
 

@@ -29,7 +29,11 @@ class MetricsLog:
         self._file = self.path.open("a")
 
     def _lines(self) -> list[str]:
-        return self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        return (
+            self.path.read_text(errors="replace").splitlines(keepends=True)
+            if self.path.exists()
+            else []
+        )
 
     def write(self, step: int, **values: float) -> None:
         """Add one line: the step and its values. Slashes in names group TensorBoard's charts."""

@@ -272,6 +272,7 @@ class Run:
                 f"{self.config.train.steps}; raise train.steps, or choose another output_dir"
             )
         if not step:
+            self._check_not_taken()
             return 0
         path = folder / f"step-{step:08d}"
         self._check_same_run(path)
@@ -282,6 +283,14 @@ class Run:
         if self.world.is_main and step < self.config.train.steps:
             logger.info("resuming %s at step %d", self.folder, state["step"])
         return state["step"]
+
+    def _check_not_taken(self) -> None:
+        """Raise a ValueError if the folder holds a pipeline but no checkpoint to go on from."""
+        if (self.folder / "model_index.json").exists():
+            raise ValueError(
+                f"{self.folder} holds a pipeline, but no checkpoint to go on from: training would "
+                f"overwrite it; choose another output_dir, or remove that folder"
+            )
 
     def _check_same_run(self, path: Path) -> None:
         try:
@@ -311,8 +320,9 @@ class Run:
         )
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, and let go of what the process group must outlive."""
         self.log.close()
+        self.parallel_model = self.model
         if self.world.is_main:
             self._lock.close()
 

@@ -17,7 +17,7 @@ from elit.models.elastic import ElasticMixin
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.training.config import SampleConfig
 from elit.training.randomness import generator
-from elit.viz.sheet import contact_sheet, format_budget
+from elit.viz.sheet import contact_sheet, film_strip, format_budget
 
 logger = logging.getLogger(__name__)
 
@@ -128,5 +128,8 @@ def sample_sheet(
         )[0]
         for num_latents in kept
     ]
+    if pipeline.draws_clips:
+        rows = [[film_strip(clip) for clip in row] for row in rows]
     captions = [format_budget(model.budget_of(num_latents)) for num_latents in kept]
-    return contact_sheet(rows, captions, list(class_names)[:count])
+    cell = 256 if pipeline.draws_clips else 64  # of a strip of four frames
+    return contact_sheet(rows, captions, list(class_names)[:count], cell)

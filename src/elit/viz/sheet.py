@@ -58,6 +58,28 @@ def contact_sheet(
     return sheet
 
 
+def film_strip(frames: Sequence[Image.Image], count: int = 4) -> Image.Image:
+    """Some frames of a clip side by side, the first and the last among them."""
+    count = min(count, len(frames))
+    chosen = [frames[round(i * (len(frames) - 1) / max(1, count - 1))] for i in range(count)]
+    width, height = frames[0].size
+    strip = Image.new("RGB", (count * width, height))
+    for i, frame in enumerate(chosen):
+        strip.paste(frame, (i * width, 0))
+    return strip
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path, fps: int = 8) -> None:
+    """Write a clip as a GIF, enlarged like a sheet's images, aside and then renamed."""
+    from diffusers.utils import export_to_gif
+
+    width, height = frames[0].size
+    factor = max(1, -(-64 // max(width, height)))
+    size = (width * factor, height * factor)
+    large = [frame.resize(size, Image.Resampling.NEAREST) for frame in frames]
+    write_file(path, lambda aside: export_to_gif(large, str(aside), fps))
+
+
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG aside and rename it, so that a viewer never sees half of one."""
     write_file(path, lambda aside: image.save(aside, format="PNG"))

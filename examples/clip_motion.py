@@ -1,0 +1,57 @@
+"""Draw clips at several budgets and see whether the objects move where they were told to.
+
+    python examples/clip_motion.py runs/moving-shapes
+
+Needs a run of `elit train moving-shapes`.
+"""
+
+import argparse
+
+import torch
+
+from elit import CheapCFG, ElitPipeline
+
+DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
+
+
+def centres(clips: torch.Tensor) -> torch.Tensor:
+    """Middle of what differs from the ground, (B, T, 2) as x, y, of clips (B, T, C, H, W)."""
+    ground = clips.flatten(3).median(dim=3).values[..., None, None]  # of each frame
+    ink = (clips - ground).abs().sum(2)  # (B, T, H, W)
+    ink = torch.where(ink > 0.3 * ink.amax((2, 3), keepdim=True), ink, 0)
+    place = torch.arange(clips.shape[-1]) + 0.5
+    sums = torch.stack([(ink.sum(2) * place).sum(2), (ink.sum(3) * place).sum(2)], dim=2)
+    return sums / ink.sum((2, 3))[..., None]
+
+
+def main() -> None:
+    """Print the share of right directions at each budget."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("--count", type=int, default=50, help="clips of each direction")
+    parser.add_argument("--steps", type=int, default=20)
+    args = parser.parse_args()
+    pipeline = ElitPipeline.from_pretrained(args.run)
+    pipeline.set_progress_bar_config(disable=True)
+    ways = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)
+    labels = list(range(len(ways))) * args.count
+    for budget in (1, 0.25, 1 / 32):
+        generators = [torch.Generator().manual_seed(i) for i in range(len(labels))]
+        clips = pipeline(
+            labels,
+            budget=budget,
+            num_inference_steps=args.steps,
+            guidance=CheapCFG(3.0),
+            generator=generators,
+            output_type="pt",
+        ).images  # (B, T, C, H, W)
+        moved = centres(clips)[:, -2] - centres(clips)[:, 1]  # (B, 2), in pixels
+        found = (moved @ ways.T).argmax(1)
+        right = (found == torch.tensor(labels)).float().mean().item()
+        print(
+            f"budget {budget:g}: {right:.3f} in their direction, {moved.norm(dim=1).mean():.1f} px"
+        )
+
+
+if __name__ == "__main__":
+    main()

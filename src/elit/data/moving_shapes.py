@@ -1,0 +1,84 @@
+"""Procedural clips: one plain object crosses a plain background in one of four directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from elit._choices import check_choice
+from elit.data import SPLITS, ImageDataset
+from elit.data.shapes import (
+    GROUNDS,
+    MIN_SIZE,
+    OUTLINES,
+    PAINTS,
+    Array,
+    evaluate,
+    pick,
+    uniform,
+    whole_number,
+)
+
+# The direction of motion, x to the right and y down.
+DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
+_OBJECTS = tuple(OUTLINES[name] for name in ("disc", "ring", "square", "triangle", "cross"))
+
+
+class MovingShapes(ImageDataset):
+    """Clips (3, frames, size, size) in [-1, 1]; the class is the direction of motion.
+
+    Object, size, colours, place and speed vary freely. Index i has class i % 4. Every clip is a
+    pure function of (split, index) in continuous coordinates: neither `count` nor the batch changes
+    it, and another `size` or `frames` samples the same motion more finely.
+    """
+
+    def __init__(
+        self, split: str = "train", count: int = 10_000, size: int = 16, frames: int = 8
+    ) -> None:
+        check_choice(split, SPLITS, "split")
+        self.split = split
+        self.count = whole_number("count", count, 1, "clips")
+        self.size = whole_number("size", size, MIN_SIZE, "pixels a side")
+        self.frames = whole_number("frames", frames, 2, "frames")
+        self.image_shape = (3, self.frames, self.size, self.size)
+        self.class_names = tuple(DIRECTIONS)
+
+    def __len__(self) -> int:
+        return self.count
+
+    @cached_property
+    def labels(self) -> torch.Tensor:  # type: ignore[override]
+        return torch.arange(self.count) % len(DIRECTIONS)
+
+    def batch(self, indices: Iterable[int]) -> dict[str, torch.Tensor]:
+        index = np.array(self._positions(indices), dtype=np.uint64)
+        clips = _draw(index, self.split, self.size, self.frames)
+        labels = torch.from_numpy((index % np.uint64(len(DIRECTIONS))).astype(np.int64))
+        return {"images": torch.from_numpy(clips), "class_labels": labels}
+
+
+def _draw(index: Array, split: str, size: int, frames: int) -> Array:
+    """Draw clips by index: (B,) uint64 -> (B, 3, frames, size, size) float32 in [-1, 1]."""
+    draws = iter(uniform(index, split, 7)[..., None, None])  # each (B, 1, 1)
+    pixel = (np.arange(size, dtype=np.float32) + 0.5) / size
+    time = np.linspace(-0.5, 0.5, frames, dtype=np.float32)[:, None]  # (T, 1)
+    ways = np.array(list(DIRECTIONS.values()), np.float32)[index % np.uint64(len(DIRECTIONS))]
+
+    # The middle of the way lies near the middle of the clip; its ends stay inside.
+    radius = 0.16 + 0.06 * next(draws)
+    length = 0.4 + 0.15 * next(draws)  # of the way, in sides
+    middle_x, middle_y = 0.4 + 0.2 * next(draws), 0.4 + 0.2 * next(draws)
+    centre_x = middle_x + ways[:, 0, None, None] * length * time  # (B, T, 1)
+    centre_y = middle_y + ways[:, 1, None, None] * length * time
+    x = (pixel - centre_x[..., None]) / radius[..., None]  # (B, T, 1, S)
+    y = (pixel[:, None] - centre_y[..., None]) / radius[..., None]  # (B, T, S, 1)
+    x, y = np.broadcast_arrays(x, y)  # (B, T, S, S)
+
+    which = (next(draws) * len(_OBJECTS)).astype(np.int64).reshape(-1)
+    distance = evaluate(_OBJECTS, which, x, y)
+    cover = np.clip(0.5 - distance * radius[..., None] * size, 0, 1)[:, None]  # (B, 1, T, S, S)
+    paint, ground = (pick(colours, next(draws))[..., None] for colours in (PAINTS, GROUNDS))
+    return (ground + (paint - ground) * cover).astype(np.float32)
