@@ -616,3 +616,24 @@ def test_a_stopped_run_says_how_to_go_on(run, tmp_path) -> None:
     assert code == 130
     assert re.match(r"stopped and saved at step \d+ of 5000: r\nthe same command again", out)
     assert list((tmp_path / "r" / "checkpoints").glob("step-*"))
+
+
+# ---- clips ----
+
+
+def test_clips_train_and_become_gifs(run, tmp_path) -> None:
+    flags = "--train.steps 1 --train.sample_every 1 --data.batch_size 2 --sample.steps 1"
+    flags += " --sample.budgets [0.5] --sample.columns 2"
+    code, _, err = run("train", "moving-shapes", "--output_dir", "clips", *flags.split())
+    assert code == 0, err
+    assert (tmp_path / "clips" / "samples" / "step-00000001.png").exists()
+    report = run_json(run, "sample", "clips", "--labels", 1, 2, "--budget", 1, 0.25, "--steps", 1)
+    names = [Path(file).name for row in report["rows"] for file in row["files"]]
+    assert names == ["label-1-seed-0.gif", "label-2-seed-1.gif"] * 2
+    for row in report["rows"]:
+        for file in row["files"]:
+            with Image.open(file) as clip:
+                assert clip.n_frames == 8
+    with Image.open(report["sheet"]) as sheet:
+        assert sheet.width > 2 * 256
+    assert run_json(run, "flops", "clips")["resolution"] == 16

@@ -11,10 +11,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from elit import ElitPipeline, create_model, make_scheduler
 from elit.cli.config import config_fields
 from elit.cli.main import COMMANDS, command_parser, main
+from elit.data import load_dataset
 
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -219,6 +221,22 @@ def test_example_own_loop(there, monkeypatch) -> None:
     script = ROOT / "examples" / "own_loop.py"
     run_script(script, monkeypatch, "--steps", "3", "--batch-size", "8", "--out", "own")
     ElitPipeline.from_pretrained("own")
+
+
+def test_example_clip_motion(there, capsys, monkeypatch) -> None:
+    pipeline = ElitPipeline(create_model("elit-video-dit-tiny/2"), make_scheduler("euler"))
+    pipeline.save_pretrained("clips")
+    capsys.readouterr()
+    script = ROOT / "examples" / "clip_motion.py"
+    run_script(script, monkeypatch, "clips", "--count", "1", "--steps", "1")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["budget 1", "budget 0.25", "budget 0.03125"]
+    # On the real clips, every object goes where its class says.
+    centres = runpy.run_path(str(script))["centres"]
+    batch = load_dataset("moving-shapes", count=8).batch(range(8))
+    moved = centres(batch["images"].transpose(1, 2)).diff(dim=1)[:, 1:-1].mean(1)
+    ways = torch.tensor([(1, 0), (-1, 0), (0, 1), (0, -1)], dtype=torch.float32)
+    assert (moved @ ways.T).argmax(1).tolist() == batch["class_labels"].tolist()
 
 
 # ---- names, links, tables ----
