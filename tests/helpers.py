@@ -55,12 +55,24 @@ def tiny_elastic(**changes) -> DiT:
 
 
 def make_inputs(model: nn.Module, batch: int = 2, size: tuple[int, ...] | None = None) -> tuple:
-    """(samples, noise levels, labels) of a model; the labels run over all, the null one first."""
+    """(samples, noise levels, labels) of a model; the labels run over all, the null one first.
+
+    Of a model of texts (samples, noise levels, None, texts).
+    """
     generator = torch.Generator().manual_seed(1)
     shape = (batch, model.config.in_channels, *(size or model.sample_size))
     samples = torch.randn(shape, generator=generator)
+    levels = torch.linspace(0.2, 0.9, batch)
+    if model.takes_text:
+        config, length = model.config, model.config.max_text_length
+        if config.vocab_size is not None:
+            texts = config.vocab_size - 1 - torch.arange(batch * length) % config.vocab_size
+            texts = texts.view(batch, length)
+        else:
+            texts = torch.randn(batch, length, config.text_dim, generator=generator)
+        return samples, levels, None, texts
     labels = model.config.num_classes - torch.arange(batch) % (model.config.num_classes + 1)
-    return samples, torch.linspace(0.2, 0.9, batch), labels
+    return samples, levels, labels
 
 
 def make_generators(*seeds: int) -> list[torch.Generator]:

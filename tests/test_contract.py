@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elit.models.dit import DiT
 from elit.models.hdit import HDiT
+from elit.models.mmdit import MMDiT
 from elit.models.uvit import UViT
 
 
@@ -32,6 +33,13 @@ class Case:
     @property
     def is_elastic(self) -> bool:
         return "group" in self.config
+
+    @property
+    def conditions(self) -> int:
+        """Samples that it takes to see every class, or every word."""
+        if self.cls is MMDiT:
+            return 5
+        return self.config["num_classes"] + 1
 
     @property
     def plain_settings(self) -> dict:
@@ -67,6 +75,15 @@ CLIP_CHANGES = {"sample_size": (2, 8, 4), "patch_size": 2}
 HOURGLASS_3D = CLIP | {"head": 1, "tail": 1, "kernel_size": 3}
 HOURGLASS_3D_GROUPS = HOURGLASS_3D | {"group": (2, 1, 2)}
 
+TEXT = {"max_text_length": 5, "text_dim": 12, "vocab_size": None, "pooled_dim": None}
+PROSE = {k: v for k, v in TINY.items() if k != "num_classes"} | TEXT
+WORDS = PROSE | {"text_dim": None, "vocab_size": 20}
+PROSE_CHANGES = {k: v for k, v in PLAIN.items() if k != "num_classes"} | {
+    "max_text_length": 4, "text_dim": 16, "vocab_size": 24, "pooled_dim": 6
+}  # fmt: skip
+PROSE_CLIP = {k: v for k, v in CLIP_GROUPS.items() if k != "num_classes"} | TEXT
+PROSE_MORE = {k: v for k, v in MORE.items() if k != "num_classes"} | PROSE_CHANGES
+
 CASES = {
     "dit": Case(DiT, TINY, (4, 12), PLAIN),
     "dit-3d": Case(DiT, CLIP, (2, 8, 4), PLAIN | {"sample_size": (2, 4, 4), "depth": 3}),
@@ -95,6 +112,20 @@ CASES = {
         HDiT, HOURGLASS_3D_GROUPS, (2, 8, 4),
         MORE | HOURGLASS_CHANGES | CLIP_CHANGES | {"group": (1, 2, 2)},
     ),
+    "mmdit": Case(MMDiT, PROSE, (4, 12), PROSE_CHANGES),
+    "mmdit-words": Case(MMDiT, WORDS, (4, 12), PROSE_CHANGES),
+    "elit-mmdit": Case(
+        MMDiT, PROSE | {"patch_size": 1, "group": 4, "head": 1, "tail": 1}, (4, 12),
+        PROSE_MORE | {"patch_size": 2, "group": 2, "depth": 5},
+    ),
+    "elit-mmdit-words": Case(
+        MMDiT, WORDS | {"sample_size": (4, 12), "group": (2, 3), "head": 1, "patch_size": (1, 2)},
+        (6, 6), PROSE_MORE | {"group": (1, 2), "tail": 1, "depth": 4},
+    ),
+    "elit-mmdit-3d": Case(
+        MMDiT, PROSE_CLIP, (2, 8, 4),
+        PROSE_MORE | {"sample_size": (2, 4, 4), "group": (1, 2, 2), "depth": 5},
+    ),
 }  # fmt: skip
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 ELASTIC = pytest.mark.parametrize(
@@ -112,6 +143,10 @@ def budgets(model: nn.Module) -> list[dict]:
 def run(model: nn.Module, inputs: tuple, **budget) -> Tensor:
     with torch.no_grad():
         return model(*inputs, **budget).sample
+
+
+def to_meta(inputs: tuple) -> tuple:
+    return tuple(None if x is None else x.to("meta") for x in inputs)
 
 
 def squared_error(model: nn.Module, inputs: tuple, **budget) -> Tensor:
@@ -140,23 +175,26 @@ def test_output_has_the_inputs_shape_at_every_budget_and_size(case: Case) -> Non
 @ALL
 def test_tuple_output_scalar_timestep_and_missing_labels(case: Case) -> None:
     model = case.build()
-    samples, _, labels = make_inputs(model)
-    null = torch.full_like(labels, case.config["num_classes"])
-    reference = run(model, (samples, torch.full((2,), 0.25), null))
+    samples, _, *condition = make_inputs(model)
+    missing = condition
+    if not model.takes_text:
+        condition = [torch.full_like(condition[0], case.config["num_classes"])]
+        missing = []
+    reference = run(model, (samples, torch.full((2,), 0.25), *condition))
     with torch.no_grad():
-        (output,) = model(samples, 0.25, return_dict=False)
+        (output,) = model(samples, 0.25, *missing, return_dict=False)
     assert torch.equal(output, reference)
-    assert torch.equal(run(model, (samples, torch.tensor(0.25), null)), reference)
+    assert torch.equal(run(model, (samples, torch.tensor(0.25), *condition)), reference)
 
 
 @ALL
 def test_samples_of_a_batch_do_not_see_each_other(case: Case) -> None:
     model = case.build()
-    samples, sigma, labels = make_inputs(model, batch=3)
+    inputs = make_inputs(model, batch=3)
     alone = [
-        run(model, (samples[i : i + 1], sigma[i : i + 1], labels[i : i + 1])) for i in range(3)
+        run(model, tuple(None if x is None else x[i : i + 1] for x in inputs)) for i in range(3)
     ]
-    torch.testing.assert_close(torch.cat(alone), run(model, (samples, sigma, labels)))
+    torch.testing.assert_close(torch.cat(alone), run(model, inputs))
 
 
 @ALL
@@ -169,12 +207,14 @@ def test_same_input_same_output(case: Case) -> None:
 
 
 @ALL
-def test_label_and_noise_level_matter(case: Case) -> None:
+def test_condition_and_noise_level_matter(case: Case) -> None:
     model = case.build()
-    samples, sigma, labels = make_inputs(model)
-    out = run(model, (samples, sigma, labels))
-    assert distance(run(model, (samples, sigma, labels - 1)), out) > 0.01
-    assert distance(run(model, (samples, sigma + 0.001, labels)), out) > 0.001
+    *inputs, condition = make_inputs(model)  # labels or texts
+    samples, sigma, *none = inputs
+    out = run(model, (*inputs, condition))
+    other = condition.flip(-1) if model.takes_text else condition - 1
+    assert distance(run(model, (*inputs, other)), out) > 0.01
+    assert distance(run(model, (samples, sigma + 0.001, *none, condition)), out) > 0.001
 
 
 @ALL
@@ -218,16 +258,24 @@ def test_equals_an_independent_implementation(case: Case, unseen: bool) -> None:
         assert distance(out, reference(*inputs, **budget)) < 1e-6  # rotary tables are float32
 
 
+def close(modulation: nn.Module) -> None:
+    """Closes all gates of a modulation."""
+    for parameter in modulation.parameters():
+        nn.init.zeros_(parameter)
+
+
 @ELASTIC
 def test_behind_a_closed_write_the_core_does_not_matter(case: Case) -> None:
     """What is left is the trunk of head and tail, at any budget."""
     model = case.build()
-    nn.init.zeros_(model.write.modulation.linear.weight)
-    nn.init.zeros_(model.write.modulation.linear.bias)
+    close(model.write.modulation)
+    _, core, _ = model.split_blocks(model.blocks)
+    if model.takes_text:  # its text goes through the core
+        for block in core:
+            close(block.text.modulation)
     inputs = make_inputs(model)
     before = run(model, inputs)
-    _, core, _ = model.split_blocks(model.blocks)
-    for module in (model.read, *core):
+    for module in (model.read, *(getattr(block, "image", block) for block in core)):
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.1)
     for budget in budgets(model)[::3]:
@@ -236,14 +284,18 @@ def test_behind_a_closed_write_the_core_does_not_matter(case: Case) -> None:
 
 @ELASTIC
 def test_without_write_it_is_the_plain_model_of_head_and_tail(case: Case) -> None:
-    if case.cls is not DiT:
+    if case.cls not in (DiT, MMDiT):
         pytest.skip("plain and elastic have other skips and levels here")
     elastic = case.build()
     head, core, tail = elastic.split
+    if case.cls is MMDiT:
+        if not tail:
+            pytest.skip("the last block's text is another")
+        for block in elastic.split_blocks(elastic.blocks)[1]:
+            close(block.text.modulation)
     # As at initialisation: Write's gate is closed, all else is open.
     elastic.write.reset_parameters()
-    nn.init.zeros_(elastic.write.modulation.linear.weight)
-    nn.init.zeros_(elastic.write.modulation.linear.bias)
+    close(elastic.write.modulation)
     interface = {"group", "head", "tail", "min_latents"}
     config = {k: v for k, v in case.config.items() if k not in interface}
     plain = case.cls(**config | {"depth": head + tail}).eval()
@@ -271,7 +323,8 @@ def test_at_initialisation_the_gates_are_closed() -> None:
         assert not run(model, inputs).any()  # the final layer is zero
         nn.init.normal_(model.project.linear.weight)
         out = run(model, inputs)
-        nn.init.normal_(model.blocks[-1].mlp[2].weight)  # behind a closed gate
+        last = model.blocks[-1]
+        nn.init.normal_(getattr(last, "image", last).mlp[2].weight)  # behind a closed gate
         assert torch.equal(run(model, inputs), out)
 
 
@@ -288,7 +341,7 @@ def test_every_parameter_has_a_gradient_at_every_budget(case: Case) -> None:
     which its queries and keys cannot change.
     """
     model = case.build().train()
-    inputs = make_inputs(model, batch=case.config["num_classes"] + 1)  # every label
+    inputs = make_inputs(model, batch=case.conditions)  # every label
     for budget in budgets(model):
         model.zero_grad()
         squared_error(model, inputs, **budget).backward()
@@ -347,7 +400,8 @@ def fingerprint(model: nn.Module) -> Tensor:
 
 @ALL
 def test_every_setting_changes_the_output(case: Case) -> None:
-    settings = inspect.signature(case.cls.__init__).parameters.keys() - {"self"}
+    settings = inspect.signature(case.cls.__init__).parameters.keys() - {"self", "pooled_dim"}
+    settings -= {name for name in ("text_dim", "vocab_size") if not case.config.get(name)}
     if not case.is_elastic:
         settings -= {"min_latents", *case.plain_settings}
     assert settings <= case.changes.keys(), "give every setting another value in CASES"
@@ -384,7 +438,7 @@ def test_flops_fall_strictly_with_the_budget(case: Case) -> None:
     with torch.device("meta"):  # on a CPU the counter misses attention
         model = case.cls(**case.config).requires_grad_(False)
         baseline = case.cls(**case.config | case.plain_settings).requires_grad_(False)
-    inputs = tuple(x.to("meta") for x in make_inputs(model))
+    inputs = to_meta(make_inputs(model))
     flops = [count_flops(model, inputs, **budget) for budget in budgets(model)]
     assert len(flops) == model.max_latents
     assert flops == sorted(set(flops))
@@ -433,7 +487,9 @@ def test_a_plain_model_has_one_budget() -> None:
 
 
 # Seconds each: one per backbone, and one in three dimensions.
-@pytest.mark.parametrize("name", ["elit-dit", "elit-dit-3d", "elit-uvit", "elit-hdit"])
+@pytest.mark.parametrize(
+    "name", ["elit-dit", "elit-dit-3d", "elit-uvit", "elit-hdit", "elit-mmdit"]
+)
 def test_at_most_three_graphs_serve_all_budgets(name: str) -> None:
     case = CASES[name]
     head, _, tail = case.build().split
@@ -454,11 +510,11 @@ def test_at_most_three_graphs_serve_all_budgets(name: str) -> None:
 @ALL
 def test_bfloat16_is_close_to_float32(case: Case) -> None:
     model = case.build()
-    samples, sigma, labels = make_inputs(model)
+    samples, *rest = make_inputs(model)
     for budget in budgets(model)[::4]:
-        expected = run(model, (samples, sigma, labels), **budget)
+        expected = run(model, (samples, *rest), **budget)
         half = case.build().to(torch.bfloat16)
-        out = run(half, (samples.bfloat16(), sigma, labels), **budget)
+        out = run(half, (samples.bfloat16(), *rest), **budget)
         assert out.dtype == torch.bfloat16
         assert distance(out, expected) < 0.03
 
@@ -491,7 +547,7 @@ def test_builds_on_the_meta_device(case: Case) -> None:
         model = case.cls(**case.config)
     assert all(p.is_meta for p in model.parameters())
     assert not list(model.buffers())  # nothing that `to_empty` would leave unset
-    inputs = tuple(x.to("meta") for x in make_inputs(model))
+    inputs = to_meta(make_inputs(model))
     assert run(model, inputs).shape == inputs[0].shape
     real = randomise(model.to_empty(device="cpu"))
     assert torch.equal(run(real, make_inputs(real)), run(case.build(), make_inputs(real)))
@@ -512,13 +568,18 @@ def test_needs_no_process_group_and_no_random_numbers(case: Case) -> None:
 @ALL
 def test_input_that_does_not_fit(case: Case) -> None:
     model = case.build()
-    samples, sigma, labels = make_inputs(model)
+    samples, *rest = make_inputs(model)
     with pytest.raises(ValueError, match=r"input of shape .* takes \(batch, .* with 2 channels"):
-        run(model, (samples[:, :1], sigma, labels))
+        run(model, (samples[:, :1], *rest))
     with pytest.raises(ValueError, match="input of shape"):
-        run(model, (samples[..., 0], sigma, labels))
-    with pytest.raises(ValueError, match="takes class_labels, not encoder_hidden_states"):
-        model(samples, sigma, labels, torch.zeros(2, 1, 8))
+        run(model, (samples[..., 0], *rest))
+    wrong = (
+        "takes encoder_hidden_states, not class_labels"
+        if model.takes_text
+        else "takes class_labels, not encoder_hidden_states"
+    )
+    with pytest.raises(ValueError, match=wrong):
+        model(samples, rest[0], torch.zeros(2, dtype=torch.long), torch.zeros(2, 1, 8))
 
 
 @ELASTIC

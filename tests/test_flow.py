@@ -136,16 +136,18 @@ class Predictor:
     def __init__(self) -> None:
         self.calls: list[tuple[list[int], int | None]] = []
 
-    def __call__(self, x: Tensor, sigma: float, labels: Tensor, num_latents: int | None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: float, condition: dict, num_latents: int | None) -> Tensor:
+        labels = condition["class_labels"]
         self.calls.append((labels.tolist(), num_latents))
         value = torch.where(labels == NULL, -1.0, labels + 1.0) * (num_latents or 1) + sigma
         return x * value.view(-1, 1)
 
 
 def guided(guidance: Guidance, sigma: float, latents: int | None, guide: int | None) -> tuple:
-    predict, labels = Predictor(), torch.tensor([0, 3])
+    predict, labels = Predictor(), {"class_labels": torch.tensor([0, 3])}
+    null = {"class_labels": torch.full((2,), NULL)}
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    velocity = guidance.velocity(predict, x, sigma, labels, NULL, latents, guide)
+    velocity = guidance.velocity(predict, x, sigma, labels, null, latents, guide)
     plain = Predictor()(x, sigma, labels, latents)
     assert velocity.dtype == torch.float32
     return velocity, plain, predict.calls, x

@@ -52,7 +52,13 @@ def record_calls(pipeline: ElitPipeline) -> list[tuple[list[int], int | None, fl
 
     def note(_, args: tuple, kwargs: dict) -> None:
         assert not torch.is_grad_enabled()
-        calls.append((args[2].tolist(), kwargs.get("num_latents"), round(args[1][0].item(), 4)))
+        calls.append(
+            (
+                kwargs["class_labels"].tolist(),
+                kwargs.get("num_latents"),
+                round(args[1][0].item(), 4),
+            )
+        )
 
     pipeline.transformer.register_forward_pre_hook(note, with_kwargs=True)
     return calls

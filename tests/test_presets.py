@@ -86,7 +86,7 @@ def test_the_interface_costs_little() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_runs_at_every_resolution(name: str) -> None:
     is_tiny, patch, is_video = "tiny" in name, int(name.split("/")[1]), "video" in name
-    groups = {256: (4, 4), 512: (8, 8)}
+    groups = {256: (4, 4), 512: (8, 8), 1024: (8, 8)}
     for resolution in preset_inputs(name):
         config = preset_config(name, resolution)
         shallow = {"depth": config.get("head", 0) + 1 + config.get("tail", 0)}
@@ -100,9 +100,11 @@ def test_every_preset_runs_at_every_resolution(name: str) -> None:
             assert model.group == (2, 4, 4)
         elif model.is_elastic:
             assert model.group == groups.get(resolution, (4, 4))
-            assert model.min_latents == (4 if resolution == 512 else 1)
-        inputs = tuple(x.to("meta") for x in make_inputs(model, batch=1))
-        assert model(*inputs).sample.shape == inputs[0].shape
+            large = {512: 8, 1024: 8} if "sd3" in name or "qwen" in name else {512: 4}
+            assert model.min_latents == large.get(resolution, 1)
+        with torch.device("meta"):
+            sample = torch.empty(1, model.in_channels, *model.sample_size)
+            assert model(sample, 0.5, **model.example_condition(1)).sample.shape == sample.shape
 
 
 def test_splits_are_the_papers() -> None:
@@ -111,7 +113,7 @@ def test_splits_are_the_papers() -> None:
         for name, size in SIZES.items()
     }
     paper = {"s": (3, 6, 3), "b": (3, 6, 3), "l": (4, 16, 4), "xl": (4, 20, 4)}
-    assert splits == paper | {"tiny": (1, 2, 1)}
+    assert splits == paper | {"tiny": (1, 2, 1), "sd3": (4, 16, 4), "qwen": (8, 44, 8)}
     assert make("elit-dit-xl/2", 256).split == (4, 20, 4)
     assert make("dit-xl/2", 256).split == (28, 0, 0)
 

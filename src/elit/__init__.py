@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from elit.interface.budget import TailDropping, resolve_budget
     from elit.models.dit import DiT
     from elit.models.hdit import HDiT
+    from elit.models.mmdit import MMDiT
     from elit.models.presets import create_model
     from elit.models.uvit import UViT
     from elit.pipelines.elit_pipeline import ElitPipeline
@@ -36,6 +37,7 @@ _HOME = {
     "FlowMatchEulerMaruyamaScheduler": "elit.flow.schedulers",
     "FlowMatchUniformHeunScheduler": "elit.flow.schedulers",
     "Guidance": "elit.flow.guidance",
+    "MMDiT": "elit.models.mmdit",
     "TailDropping": "elit.interface.budget",
     "UViT": "elit.models.uvit",
     "create_model": "elit.models.presets",

@@ -76,7 +76,7 @@ def forward_flops(
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         size = model.sample_size if sample_size is None else sample_size
         sample = torch.empty(1, model.in_channels, *size)
-        model(sample, torch.empty(1), torch.zeros(1, dtype=torch.long), **kwargs)
+        model(sample, torch.empty(1), **model.example_condition(1), **kwargs)
     return counter.get_total_flops()
 
 

@@ -9,15 +9,17 @@ label, its budget, or both:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Velocity = Callable[[Tensor, float, Tensor, int | None], Tensor]
-"""(samples (B, ...), sigma, labels (B,), num_latents) -> velocities (B, ...)"""
+Condition = Mapping[str, Tensor]
+"""What tells a model what to draw: its arguments by name, (B, ...) each: labels, or a text."""
+Velocity = Callable[[Tensor, float, Condition, int | None], Tensor]
+"""(samples (B, ...), sigma, condition, num_latents) -> velocities (B, ...)"""
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ class Guidance:
         predict: Velocity,
         sample: Tensor,
         sigma: float,
-        labels: Tensor,
-        null_label: int,
+        condition: Condition,
+        null_condition: Condition,
         num_latents: int | None,
         guide_latents: int | None,
     ) -> Tensor:
@@ -80,22 +82,24 @@ class Guidance:
             predict: the model.
             sample: (B, ...), noisy samples.
             sigma: their noise level.
-            labels: (B,)
-            null_label: the label that means "no class".
+            condition: the samples' labels or texts.
+            null_condition: the same of "no class" or of empty texts, of the same shapes.
             num_latents: latents per group of the guided prediction.
             guide_latents: latents per group of the guide.
         """
         same_budget = guide_latents == num_latents
         if not self.is_active(sigma) or (same_budget and not self.drop_label):
-            return predict(sample, sigma, labels, num_latents).float()
-        guide_labels = torch.full_like(labels, null_label) if self.drop_label else labels
+            return predict(sample, sigma, condition, num_latents).float()
+        guide_condition = null_condition if self.drop_label else condition
         if same_budget:  # one doubled batch keeps a device busier than two calls
-            both_labels = torch.cat((labels, guide_labels))
-            both = predict(torch.cat((sample, sample)), sigma, both_labels, num_latents)
+            both_conditions = {
+                name: torch.cat((value, guide_condition[name])) for name, value in condition.items()
+            }
+            both = predict(torch.cat((sample, sample)), sigma, both_conditions, num_latents)
             predicted, guide = both.float().chunk(2)
         else:
-            predicted = predict(sample, sigma, labels, num_latents).float()
-            guide = predict(sample, sigma, guide_labels, guide_latents).float()
+            predicted = predict(sample, sigma, condition, num_latents).float()
+            guide = predict(sample, sigma, guide_condition, guide_latents).float()
         return torch.lerp(guide, predicted, self.scale)
 
 

@@ -6,10 +6,18 @@ from torch import Tensor, nn
 from elit.layers.positions import Rotary, rotate
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention in the layout (B, S, H, d), heads merged on return: (B, S, H*d)."""
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention in the layout (B, S, H, d), heads merged on return: (B, S, H*d).
+
+    Args:
+        query: (B, S, H, d)
+        key: (B, T, H, d)
+        value: (B, T, H, d)
+        mask: (B, T) bool, False for keys that nobody may see; None shows all.
+    """
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, H, S, d)
-    out = F.scaled_dot_product_attention(query, key, value)
+    mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, T)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)  # (B, S, H*d)
 
 
@@ -42,11 +50,16 @@ class SelfAttention(nn.Module):
         self.k_norm = HeadNorm(self.heads[1], eps=1e-6)
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x (B, N, D): (B, N, H, d) each."""
         q, k, v = self.to_qkv(x).unflatten(-1, (3, *self.heads)).unbind(2)  # 3 x (B, N, H, d)
         q = rotate(self.q_norm(q), rotary).to(v.dtype)
         k = rotate(self.k_norm(k), rotary).to(v.dtype)
-        return self.to_out(attend(q, k, v))  # (B, N, D)
+        return q, k, v
+
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None = None) -> Tensor:
+        """Attend to all of x (B, N, D), or to what the mask (B, N) shows."""
+        return self.to_out(attend(*self.project(x, rotary), mask))  # (B, N, D)
 
 
 class CrossAttention(nn.Module):

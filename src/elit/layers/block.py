@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from elit.layers.attention import SelfAttention
 from elit.layers.initialisation import zero_
-from elit.layers.modulation import AdaLNZero, gated_add, modulate
+from elit.layers.modulation import AdaLNZero, Modulation, gated_add, modulate
 from elit.layers.neighborhood import Neighborhood, NeighborhoodAttention
 from elit.layers.positions import Rotary
 
@@ -41,6 +41,10 @@ class TransformerBlock(nn.Module):
         x = hidden_states
         attention, mlp = self.modulation(condition)
         update = self.attention(modulate(x, attention.shift, attention.scale), rotary)
+        return self.take_in(x, update, attention, mlp)
+
+    def take_in(self, x: Tensor, update: Tensor, attention: Modulation, mlp: Modulation) -> Tensor:
+        """Add what attention found, then what the MLP makes of it: (B, N, D)."""
         x = gated_add(x, attention.gate, update)
         return gated_add(x, mlp.gate, self.mlp(modulate(x, mlp.shift, mlp.scale)))
 

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from elit.layers.attention import SelfAttention
-from elit.layers.positions import Rotary, rotate
+from elit.layers.positions import Rotary
 
 TILE = 4  # most tokens of a tile along an axis: larger ones waste more of their slab
 
@@ -87,9 +87,7 @@ class NeighborhoodAttention(SelfAttention):
 
     def forward(self, x: Tensor, near: Neighborhood) -> Tensor:  # type: ignore[override]
         """(B, N, D) and the neighbourhoods -> (B, N, D)."""
-        q, k, v = self.to_qkv(x).unflatten(-1, (3, *self.heads)).unbind(2)  # 3 x (B, N, H, d)
-        q = rotate(self.q_norm(q), near.rotary).to(v.dtype)
-        k = rotate(self.k_norm(k), near.rotary).to(v.dtype)
+        q, k, v = self.project(x, near.rotary)  # (B, N, H, d) each
         use_natten = x.is_cuda and len(near.size) == 2 and _has_natten()
         attend = attend_natten if use_natten else attend_neighborhood
         return self.to_out(attend(q, k, v, near))  # (B, N, D)

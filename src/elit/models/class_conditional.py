@@ -1,14 +1,10 @@
-"""What class-conditional models share: the condition of label and noise level, and rotations."""
-
-import math
+"""What class-conditional models share: the condition of label and noise level."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elit.layers.attention import head_dim
 from elit.layers.embeddings import LabelEmbedding, TimestepEmbedding
-from elit.layers.positions import Rotary, pairs_per_axis, rotary_embedding
 from elit.models.elastic import ElasticMixin
 
 
@@ -17,25 +13,12 @@ class ClassConditional(ElasticMixin):
 
     time_embed: TimestepEmbedding
     label_embed: LabelEmbedding
-    rotary_options: tuple[int, float]  # width of a head, base of the wavelengths
-
-    def set_rotary(self, hidden_size: int, num_heads: int, theta: float) -> None:
-        """Take what rotations need from a config."""
-        if not 0 < theta < math.inf:
-            raise ValueError(f"rope_theta={theta} is not allowed; give a number above 0, as 10000")
-        self.rotary_options = (head_dim(hidden_size, num_heads), theta)
-        pairs_per_axis(self.rotary_options[0], len(self.sample_size))  # or an error, now
 
     def embed_condition(self, timestep: Tensor, labels: Tensor | None, like: Tensor) -> Tensor:
         """Condition (B, D) of all modulations, its nonlinearity applied once for all layers."""
-        timestep = torch.as_tensor(timestep, device=like.device)
-        for name, value in (("timestep", timestep), ("class_labels", labels)):
-            if value is not None and tuple(value.shape) not in ((), (1,), (len(like),)):
-                raise ValueError(
-                    f"{name} of shape {tuple(value.shape)} does not fit a batch of {len(like)}; "
-                    f"give one number for each sample"
-                )
-        timestep = timestep.expand(len(like))
+        timestep = self.one_per_sample(timestep, "timestep", like)
+        if labels is not None:
+            self.one_per_sample(labels, "class_labels", like)
         return F.silu(self.time_embed(timestep) + self.label_embed(labels))
 
     def check_no_text(self, encoder_hidden_states: Tensor | None) -> None:
@@ -46,6 +29,5 @@ class ClassConditional(ElasticMixin):
                 f"leave it None"
             )
 
-    def rotary(self, places: Tensor) -> Rotary:
-        """Rotations of tokens or latents at these places."""
-        return rotary_embedding(places, *self.rotary_options)
+    def example_condition(self, batch_size: int) -> dict[str, Tensor]:
+        return {"class_labels": torch.arange(batch_size) % self.config.num_classes}

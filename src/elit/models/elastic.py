@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from elit.interface.budget import check_num_latents, resolve_budget
 from elit.interface.grid import TokenGrid, format_size
+from elit.layers.attention import head_dim
 from elit.layers.neighborhood import Neighborhood
-from elit.layers.positions import Rotary
+from elit.layers.positions import Rotary, pairs_per_axis, rotary_embedding
 
 _T = TypeVar("_T")
 
@@ -45,6 +46,7 @@ class ElasticMixin(ModelMixin):
     """
 
     gradient_checkpointing: bool
+    rotary_options: tuple[int, float]  # width of a head, base of the wavelengths
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -122,6 +124,36 @@ class ElasticMixin(ModelMixin):
             )
         has_core = always or self.is_elastic
         self.split = (head, depth - head - tail, tail) if has_core else (depth, 0, 0)
+
+    def set_rotary(self, hidden_size: int, num_heads: int, theta: float) -> None:
+        """Take what rotations need from a config."""
+        if not 0 < theta < math.inf:
+            raise ValueError(f"rope_theta={theta} is not allowed; give a number above 0, as 10000")
+        self.rotary_options = (head_dim(hidden_size, num_heads), theta)
+        pairs_per_axis(self.rotary_options[0], len(self.sample_size))  # or an error, now
+
+    def rotary(self, places: Tensor) -> Rotary:
+        """Rotations of tokens or latents at these places."""
+        return rotary_embedding(places, *self.rotary_options)
+
+    def one_per_sample(self, value: Tensor | float, name: str, like: Tensor) -> Tensor:
+        """Numbers (B,) of (B,) or of one number for all samples of a batch like (B, ...)."""
+        value = torch.as_tensor(value, device=like.device)
+        if tuple(value.shape) not in ((), (1,), (len(like),)):
+            raise ValueError(
+                f"{name} of shape {tuple(value.shape)} does not fit a batch of {len(like)}; "
+                f"give one number for each sample"
+            )
+        return value.expand(len(like))
+
+    def example_condition(self, batch_size: int) -> dict[str, Tensor]:
+        """What tells the model what to draw, by argument, for counting and measuring."""
+        raise NotImplementedError
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether that is a text, not a class label."""
+        return False
 
     @property
     def is_elastic(self) -> bool:

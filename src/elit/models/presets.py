@@ -1,13 +1,14 @@
 """Sizes of the named models, a line each."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elit._choices import check_choice
 from elit.models.dit import DiT
 from elit.models.elastic import ElasticMixin
 from elit.models.hdit import HDiT
+from elit.models.mmdit import MMDiT
 from elit.models.uvit import UViT
 
 
@@ -24,13 +25,20 @@ class Size:
 
 @dataclass(frozen=True)
 class Input:
-    """What a model of some resolution sees: size of the input, channels, classes, groups."""
+    """What a model of some resolution sees: size of the input, channels, classes or text, groups.
+
+    What is None is no argument of the model.
+    """
 
     sample_size: int | tuple[int, ...]
     in_channels: int
-    num_classes: int
     group: int | tuple[int, ...]
     min_latents: int
+    num_classes: int | None = None
+    max_text_length: int | None = None
+    text_dim: int | None = None
+    vocab_size: int | None = None
+    pooled_dim: int | None = None
 
     def scale(self, resolution: int) -> int:
         """Pixels per element of the input along an axis: the VAE's, or 1."""
@@ -51,6 +59,9 @@ SIZES = {
     # 256 px, 500k steps, no guidance: FID 13.0 plain, 8.2 elastic, 7.8 multi-budget.
     # 512 px: 18.8, 11.1, 10.1.
     "xl": Size(hidden_size=1152, num_heads=16, depth=28, head=4, tail=4),
+    # As large as SD3-medium, and as Qwen-Image (DPG-Bench 91.27 plain, 90.45 elastic).
+    "sd3": Size(hidden_size=1536, num_heads=24, depth=24, head=4, tail=4),
+    "qwen": Size(hidden_size=3072, num_heads=24, depth=60, head=8, tail=8),
 }
 
 # Latents of the SD VAE (1/8 of the pixels, 4 channels); groups as in the paper, 16 in both.
@@ -64,13 +75,31 @@ PIXEL_INPUTS = {
     32: Input(sample_size=32, in_channels=3, num_classes=10, group=4, min_latents=1),
 }
 
-
 # Clips: 8 frames of `moving-shapes`, and 29 frames of Kinetics-700 in VAE latents (time / 4).
 VIDEO_PIXEL_INPUTS = {
     16: Input((8, 16, 16), in_channels=3, num_classes=4, group=(2, 4, 4), min_latents=1)
 }
 VIDEO_LATENT_INPUTS = {
     256: Input((8, 32, 32), in_channels=16, num_classes=700, group=(2, 4, 4), min_latents=2)
+}
+
+
+# Words of the tiny models' own encoder; CLIP-L's, SD3's (two CLIPs and T5), Qwen-Image's text.
+_WORDS = {"num_classes": None, "max_text_length": 32, "vocab_size": 4096}
+_CLIP = {"num_classes": None, "max_text_length": 77, "text_dim": 768}
+_SD3 = {"max_text_length": 333, "text_dim": 4096, "pooled_dim": 2048}
+_QWEN = {"max_text_length": 512, "text_dim": 3584}
+
+
+def _with_text(inputs: Mapping[int, Input], text: Mapping[str, Any]) -> dict[int, Input]:
+    """The same inputs with a text in place of a class."""
+    return {resolution: replace(given, **text) for resolution, given in inputs.items()}
+
+
+# VAE latents of 16 channels at 1/8 of the pixels; groups of 8x8: 64 of them at 1024 px.
+_WIDE_LATENTS = {
+    512: Input(sample_size=64, in_channels=16, group=8, min_latents=8),
+    1024: Input(sample_size=128, in_channels=16, group=8, min_latents=8),
 }
 
 
@@ -84,6 +113,7 @@ class Family:
         always_split: whether head and tail are there in the plain model too.
         pixels: inputs of the tiny size.
         latents: inputs of the others.
+        special: inputs by name of the size, where they are neither.
         frames_per_patch: of the tiny size and of the others; None for images.
     """
 
@@ -93,6 +123,11 @@ class Family:
     pixels: Mapping[int, Input] = field(default_factory=lambda: PIXEL_INPUTS)
     latents: Mapping[int, Input] = field(default_factory=lambda: LATENT_INPUTS)
     frames_per_patch: tuple[int, int] | None = None
+    special: Mapping[str, Mapping[int, Input]] = field(default_factory=dict)
+
+    def inputs(self, size: str) -> Mapping[int, Input]:
+        """Inputs of a size, by resolution."""
+        return self.special.get(size) or (self.pixels if size == "tiny" else self.latents)
 
 
 _ALL_SIZES = {"tiny": (2, 4), "s": (2, 4, 8), "b": (2, 4, 8), "l": (2, 4, 8), "xl": (2, 4, 8)}
@@ -112,6 +147,23 @@ FAMILIES = {
         {"tiny": (2,), "b": (2,), "xl": (2,)},
         pixels=VIDEO_PIXEL_INPUTS,
         latents=VIDEO_LATENT_INPUTS,
+        frames_per_patch=(2, 1),
+    ),
+    "mmdit": Family(
+        MMDiT,
+        {"tiny": (2, 4), "b": (2,), "sd3": (2,), "qwen": (2,)},
+        pixels=_with_text(PIXEL_INPUTS, _WORDS),
+        latents=_with_text(LATENT_INPUTS, _CLIP),
+        special={
+            "sd3": _with_text(_WIDE_LATENTS, _SD3),
+            "qwen": _with_text(_WIDE_LATENTS, _QWEN),
+        },
+    ),
+    "video-mmdit": Family(
+        MMDiT,
+        {"tiny": (2,), "b": (2,)},
+        pixels=_with_text(VIDEO_PIXEL_INPUTS, _WORDS),
+        latents=_with_text(VIDEO_LATENT_INPUTS, _CLIP),
         frames_per_patch=(2, 1),
     ),
 }
@@ -142,7 +194,7 @@ def preset_model(name: str) -> type[ElasticMixin]:
 def preset_inputs(name: str) -> Mapping[int, Input]:
     """What a preset sees at each resolution that it knows."""
     family, size, *_ = _parts(name)
-    return family.pixels if size == "tiny" else family.latents
+    return family.inputs(size)
 
 
 def nearest_resolution(name: str, sample_size: Sequence[int]) -> int:
@@ -173,7 +225,8 @@ def preset_config(
     patches: Any = patch
     if family.frames_per_patch is not None:
         patches = (family.frames_per_patch[size != "tiny"], patch, patch)
-    config = {"patch_size": patches, **vars(SIZES[size]), **vars(inputs[resolution])}
+    given = {key: value for key, value in vars(inputs[resolution]).items() if value is not None}
+    config = {"patch_size": patches, **vars(SIZES[size]), **given}
     if not elastic:
         for key in ("group", "min_latents") + (() if family.always_split else ("head", "tail")):
             del config[key]

@@ -1,0 +1,85 @@
+"""Text without a download: words are hashed to numbers and embedded by a small transformer."""
+
+import re
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from elit.layers.attention import SelfAttention, head_dim
+from elit.layers.block import MLP
+from elit.layers.positions import rotary_embedding
+
+PADDING, BEGIN = 0, 1  # numbers that no word has
+MIN_VOCAB = 8
+
+
+def tokenize(texts: Sequence[str], vocab_size: int) -> list[list[int]]:
+    """Numbers of each text's words, BEGIN first: an empty text has that one alone.
+
+    A word's number is a hash of its lower-case letters, so there is no vocabulary to keep.
+    """
+    first = BEGIN + 1
+    return [
+        [BEGIN]
+        + [
+            first + zlib.crc32(word.encode()) % (vocab_size - first)
+            for word in re.findall(r"\w+|[^\w\s]", text.lower())
+        ]
+        for text in texts
+    ]
+
+
+def pad(tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token numbers (B, S) int64 and a mask (B, S) bool, as long as the longest text."""
+    length = max(map(len, tokens))
+    ids = torch.full((len(tokens), length), PADDING)
+    mask = torch.zeros(len(tokens), length, dtype=torch.bool)
+    for row, text in enumerate(tokens):
+        ids[row, : len(text)] = torch.tensor(text)
+        mask[row, : len(text)] = True
+    return ids, mask
+
+
+class TextBlock(nn.Module):
+    """A pre-norm transformer block on words."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(dim)
+        self.attention = SelfAttention(dim, num_heads)
+        self.norm_mlp = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, mlp_ratio)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """(B, S, D), rotations of the S, what is no padding (B, S) -> (B, S, D)."""
+        x = x + self.attention(self.norm_attention(x), rotary, mask)
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class WordEncoder(nn.Module):
+    """Embeds words in their context; trained along with what reads them."""
+
+    def __init__(
+        self, dim: int, num_heads: int, vocab_size: int | None, mlp_ratio: float, theta: float
+    ):
+        super().__init__()
+        if not isinstance(vocab_size, int) or vocab_size < MIN_VOCAB:
+            raise ValueError(
+                f"vocab_size={vocab_size!r} is not allowed; give a whole number of at least "
+                f"{MIN_VOCAB}, thousands are usual"
+            )
+        self.rotary_options = (head_dim(dim, num_heads), theta)
+        self.table = nn.Embedding(vocab_size, dim)
+        self.blocks = nn.ModuleList(TextBlock(dim, num_heads, mlp_ratio) for _ in range(2))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Word numbers (B, S) and what is no padding (B, S) -> (B, S, D)."""
+        places = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)[:, None]
+        rotary = rotary_embedding(places, *self.rotary_options)
+        x = self.table(ids)  # (B, S, D)
+        for block in self.blocks:
+            x = block(x, rotary, mask)
+        return self.norm(x)

@@ -1,0 +1,307 @@
+"""What our pipelines share: loading, budgets, guidance, the loop over noise levels, decoding."""
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+from torch import Tensor
+
+from elit.flow.guidance import Condition, Guidance
+from elit.flow.schedulers import start_sampling
+from elit.models.elastic import ElasticMixin
+from elit.pipelines.autoencoder import decode, spatial_scale, temporal_scale
+from elit.pipelines.folder import check_pipeline_source, loading_error
+
+logger = logging.getLogger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+Generators = torch.Generator | Sequence[torch.Generator] | None
+StepCallback = Callable[[Any, int, Tensor, dict], dict]
+
+
+class ElasticPipeline(DiffusionPipeline):
+    """A pipeline whose transformer is one of ours.
+
+    A subclass registers the modules, turns what a user wants drawn into conditions of the model,
+    and calls `sample`.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["samples"]
+
+    def set_processors(self) -> None:
+        """Make what turns tensors into pictures; the last thing that a subclass makes."""
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self.video_processor = VideoProcessor(vae_scale_factor=1)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> Any:
+        """Load a folder or a hub name as diffusers does, but refuse what doesn't fit.
+
+        A missing, damaged or foreign checkpoint is a ValueError; no weight is ever left random.
+        Weights are read from safetensors alone, unless `use_safetensors` says otherwise.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        check_pipeline_source(name, cls, kwargs)
+        kwargs.setdefault("use_safetensors", True)
+        try:
+            pipeline = super().from_pretrained(name, **kwargs)
+        except (OSError, TypeError, ValueError) as error:
+            raise loading_error(name, error) from error
+        if not isinstance(pipeline.transformer, ElasticMixin):  # one from the hub
+            kind = type(pipeline.transformer).__name__
+            raise ValueError(f"{name} has a {kind}, which is no transformer of elit's")
+        return pipeline
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition: Condition,
+        null_condition: Condition,
+        count: int,
+        budget: float | Sequence[float],
+        num_inference_steps: int,
+        guidance: Guidance | None,
+        generator: Generators,
+        size: tuple[int | None, int | None, int | None],
+        sigmas: Sequence[float] | None,
+        noise: Tensor | None,
+        output_type: str,
+        return_dict: bool,
+        callback_on_step_end: StepCallback | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> ImagePipelineOutput | tuple:
+        """Go from noise to images; arguments beyond these are those of `ElitPipeline`.
+
+        Args:
+            condition: the model's arguments that say what to draw, (count, ...) each.
+            null_condition: the same of nothing in particular, for guidance.
+            count: images.
+            size: frames, height and width asked for.
+        """
+        generator = list(generator) if isinstance(generator, Sequence) else generator
+        self._check_options(generator, count, output_type, guidance)
+        self._check_callback_names(callback_on_step_end_tensor_inputs)
+        device = self._execution_device
+        samples = self._start(noise, generator, count, self._input_size(*size), device)
+        levels = start_sampling(self.scheduler, num_inference_steps, device, sigmas)
+        step_latents = self._latents_of_steps(budget, len(levels), guidance)
+        if guidance and guidance.scale != 1 and not any(map(guidance.is_active, levels)):
+            logger.warning("guidance has no effect: %s is active at none of the levels", guidance)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": generator} if takes_generator else {}
+
+        with self.progress_bar(total=len(levels)) as progress_bar:
+            for i, timestep in enumerate(self.scheduler.timesteps):
+                velocity = self._velocity(
+                    samples, levels[i], condition, null_condition, *step_latents[i], guidance
+                )
+                step = self.scheduler.step(velocity, timestep, samples, **extra, return_dict=False)
+                samples = step[0]  # (B, C, h, w) float32
+                if callback_on_step_end is not None:
+                    given = dict.fromkeys(callback_on_step_end_tensor_inputs, samples)
+                    changed = callback_on_step_end(self, i, timestep, given)
+                    self._check_callback_names(changed or ())
+                    samples = (changed or {}).get("samples", samples)
+                progress_bar.update()
+
+        if not samples.isfinite().all():
+            raise ValueError(
+                f"the samples are no longer finite; a smaller guidance scale than "
+                f"{guidance.scale if guidance else 1:g}, more steps or dtype float32 may help"
+            )
+        images = self._decode(samples, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _predict(
+        self, x: Tensor, sigma: float, condition: Condition, num_latents: int | None
+    ) -> Tensor:
+        """The transformer's velocity (B, C, h, w), at one noise level for all."""
+        level = torch.full((len(x),), sigma, device=x.device)
+        kwargs = {} if num_latents is None else {"num_latents": num_latents}
+        x = x.to(self.transformer.dtype)
+        return self.transformer(x, level, **condition, **kwargs, return_dict=False)[0]
+
+    def _velocity(
+        self,
+        x: Tensor,
+        sigma: float,
+        condition: Condition,
+        null_condition: Condition,
+        num_latents: int | None,
+        guide_latents: int | None,
+        guidance: Guidance | None,
+    ) -> Tensor:
+        """Velocity (B, C, h, w) in float32, guided or not."""
+        if guidance is None:
+            return self._predict(x, sigma, condition, num_latents).float()
+        return guidance.velocity(
+            self._predict, x, sigma, condition, null_condition, num_latents, guide_latents
+        )
+
+    @property
+    def draws_clips(self) -> bool:
+        """Whether the transformer makes clips, not images."""
+        return len(self.transformer.sample_size) == 3
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels per element of the VAE latents along each axis; 1 without a VAE."""
+        return spatial_scale(self.vae)
+
+    def _check_options(
+        self, generator: Generators, count: int, output_type: str, guidance: Guidance | None
+    ) -> None:
+        if guidance is not None and not isinstance(guidance, Guidance):
+            raise ValueError(
+                f"guidance {guidance!r} is not a Guidance; "
+                f"give CFG(3.0), AutoGuidance(2.0), CheapCFG(3.0), or None"
+            )
+        given = generator if isinstance(generator, Sequence) else [generator]
+        for one in given:
+            if one is not None and not isinstance(one, torch.Generator):
+                raise ValueError(
+                    f"generator {one!r} is not a torch.Generator; "
+                    f"give torch.Generator().manual_seed({one if isinstance(one, int) else 0})"
+                )
+        if isinstance(generator, Sequence) and len(generator) != count:
+            raise ValueError(
+                f"{len(generator)} generators for {count} class labels; "
+                f"give one generator for each label, or a single one"
+            )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(
+                f"output_type {output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}"
+            )
+
+        if (
+            output_type != "latent"
+            and self.vae is None
+            and self.transformer.in_channels not in (1, 3)
+        ):
+            raise ValueError(
+                f"{self.transformer.in_channels} channels are no image: these are VAE latents; "
+                f"make the pipeline with vae=..., or ask for output_type='latent'"
+            )
+
+    def _check_callback_names(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self._callback_tensor_inputs:
+                allowed = ", ".join(map(repr, self._callback_tensor_inputs))
+                raise ValueError(f"the step callback knows no {name!r}; it is given {allowed}")
+
+    def _latents_of_steps(
+        self, budget: float | Sequence[float], num_calls: int, guidance: Guidance | None
+    ) -> list[tuple[int | None, int | None]]:
+        """Latents per group of the prediction and of its guide, for each call of the model."""
+        model = self.transformer
+        if isinstance(budget, Sequence) and not isinstance(budget, str):
+            budgets = list(budget)
+        else:
+            budgets = [budget] * num_calls
+        if len(budgets) != num_calls:
+            raise ValueError(
+                f"{len(budgets)} budgets for {num_calls} calls of the model in this run; "
+                f"give one number, or one for each call"
+            )
+        kept = [model.resolve_budget(b) for b in budgets]
+        self._warn_if_untrained("budget", min(budgets))
+        if guidance is None or guidance.budget is None:
+            return [(n, n) for n in kept]
+        if guidance.budget == "lowest":
+            guide = model.min_latents or None
+        else:
+            guide = model.resolve_budget(guidance.budget)
+            self._warn_if_untrained("guide budget", guidance.budget)
+        if guide is not None and guide > min(n or guide for n in kept):
+            logger.warning(
+                "the guide keeps %d latents per group, more than the %d that it guides",
+                guide,
+                min(n or guide for n in kept),
+            )
+        if not guidance.drop_label and guide in kept:
+            logger.warning("autoguidance has no effect where its guide has the same budget")
+        return [(n, guide) for n in kept]
+
+    def _warn_if_untrained(self, what: str, budget: float) -> None:
+        """Warn of a budget below all that the model was trained with."""
+        kept, least = self.transformer.resolve_budget(budget), self.transformer.min_latents
+        if kept is not None and kept < least:
+            logger.warning(
+                "%s %g keeps %d latents per group, but this model was trained with %d or more",
+                what, budget, kept, least,
+            )  # fmt: skip
+
+    def _input_size(
+        self, num_frames: int | None, height: int | None, width: int | None
+    ) -> tuple[int, ...]:
+        """Size of the transformer's input, (h, w) or (t, h, w), for pixels and frames asked for."""
+        if not self.draws_clips and num_frames is not None:
+            raise ValueError(f"num_frames={num_frames} asked of a model of images; leave it out")
+        asked, scale = (num_frames, height, width), self.vae_scale
+        sizes: list[int] = []
+        for pixels, default in zip(
+            asked[3 - len(self.transformer.sample_size) :],
+            self.transformer.sample_size,
+            strict=True,
+        ):
+            if pixels is not None and (not isinstance(pixels, int) or pixels < 1):
+                raise ValueError(f"a side of {pixels!r} is no positive integer")
+            if len(sizes) == len(self.transformer.sample_size) - 3 and pixels is not None:
+                sizes.append(self._latent_frames(pixels))  # time comes first
+                continue
+            if pixels is not None and pixels % scale:
+                raise ValueError(
+                    f"an image side of {pixels} pixels is not a multiple of {scale}, "
+                    f"the VAE's scale; use {-(-pixels // scale) * scale}"
+                )
+            sizes.append(default if pixels is None else pixels // scale)
+        return tuple(sizes)
+
+    def _latent_frames(self, frames: int) -> int:
+        """Length of the transformer's input for a number of frames."""
+        scale = temporal_scale(self.vae)
+        if (frames - 1) % scale:
+            nearest = (frames - 1) // scale * scale + 1
+            raise ValueError(
+                f"num_frames={frames} is not a multiple of {scale}, the VAE's scale in time, and "
+                f"one more; use {nearest} or {nearest + scale}"
+            )
+        return (frames - 1) // scale + 1
+
+    def _start(
+        self,
+        noise: Tensor | None,
+        generator: Generators,
+        count: int,
+        size: tuple[int, ...],
+        device: torch.device,
+    ) -> Tensor:
+        """Noise (B, C, *size) float32 to start from."""
+        shape = (count, self.transformer.in_channels, *size)
+        if noise is None:
+            return randn_tensor(shape, generator, device, torch.float32)
+        if noise.shape != shape:
+            raise ValueError(f"noise of shape {tuple(noise.shape)} does not fit; give {shape}")
+        return noise.to(device, torch.float32)
+
+    def _decode(self, samples: Tensor, output_type: str) -> Any:
+        """What `output_type` asks for, of samples (B, C, h, w)."""
+        if output_type == "latent":
+            return samples
+        if self.vae is not None:
+            samples = decode(self.vae, samples)
+        if self.draws_clips:  # (B, C, T, H, W)
+            return self.video_processor.postprocess_video(samples.float(), output_type)
+        return self.image_processor.postprocess(samples.float(), output_type=output_type)

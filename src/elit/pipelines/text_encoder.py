@@ -1,0 +1,125 @@
+"""Texts to what an MM-DiT reads: by transformers' encoders, loaded by name, or as plain words."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elit.layers.text import pad, tokenize
+
+logger = logging.getLogger(__name__)
+
+# model_type of a transformers config: class of its encoder.
+ENCODERS = {
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+    "t5": "T5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "qwen2": "Qwen2Model",
+    "qwen3": "Qwen3Model",
+    "qwen2_5_vl": "Qwen2_5_VLModel",
+}
+
+
+def load_text_encoder(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Tokenizer and frozen text encoder of transformers, by name on the hub or folder."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"the text encoder {name!r} needs transformers; pip install 'elit-diffusion[text]'"
+        ) from error
+    try:
+        kind = transformers.AutoConfig.from_pretrained(name).model_type
+        if kind not in ENCODERS:
+            raise ValueError(f"its model type {kind!r} is none of {', '.join(ENCODERS)}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = getattr(transformers, ENCODERS[kind]).from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the text encoder {name!r} cannot be loaded: {reason}; give a folder, or a name on "
+            f"the hub such as openai/clip-vit-large-patch14 or google/t5-v1_1-xxl"
+        ) from error
+    return tokenizer, model.eval().requires_grad_(False)
+
+
+def text_width(text_encoder: Any) -> int:
+    """Width of an encoder's states."""
+    config = text_encoder.config
+    config = getattr(config, "text_config", None) or config
+    return getattr(config, "hidden_size", None) or config.d_model
+
+
+def check_text_encoder(text_encoder: Any, model_config: Any) -> None:
+    """Raise a ValueError if a model was not made for an encoder's states."""
+    width, wanted = text_width(text_encoder), model_config.text_dim
+    if wanted is not None and width != wanted:
+        raise ValueError(
+            f"the text encoder's states are {width} wide, but the model takes {wanted} (text_dim); "
+            f"use the encoder that the model was trained with"
+        )
+
+
+def encode(
+    texts: Sequence[str],
+    model_config: Mapping[str, Any],
+    tokenizer: Any = None,
+    text_encoder: Any = None,
+    *,
+    truncate: bool = False,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """An MM-DiT's condition of texts: `encoder_hidden_states`, `encoder_attention_mask`, and more.
+
+    Args:
+        texts: B texts.
+        model_config: the model's, with max_text_length, vocab_size, text_dim and pooled_dim.
+        tokenizer: of a text encoder; a model with vocab_size needs none.
+        text_encoder: likewise.
+        truncate: whether to cut long texts off, and warn, instead of raising a ValueError.
+        device: where the condition is needed.
+    """
+    longest = model_config["max_text_length"]
+    if model_config["vocab_size"] is not None:
+        tokens = tokenize(texts, model_config["vocab_size"])
+    else:
+        tokens = [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
+    for text, ids in zip(texts, tokens, strict=True):
+        if len(ids) > longest and not truncate:
+            raise ValueError(
+                f"a text of {len(ids)} tokens is too long, the model takes {longest} at most "
+                f"(max_text_length); shorten {text[:60]!r}"
+            )
+        if len(ids) > longest:
+            logger.warning("texts of more than %d tokens are cut off (max_text_length)", longest)
+    if model_config["vocab_size"] is not None:
+        words, mask = pad([ids[:longest] for ids in tokens])
+        condition = {"encoder_hidden_states": words.to(device)}
+        return condition | {"encoder_attention_mask": mask.to(device)}
+
+    # Some texts have no token at all (Qwen's empty one): they get one of padding.
+    length = max(1, min(longest, max(map(len, tokens))))
+    batch = tokenizer(
+        list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt",
+        padding_side="right",
+    ).to(text_encoder.device)  # fmt: skip
+    mask = batch["attention_mask"]
+    mask[:, 0] = 1
+    with torch.no_grad():
+        out = text_encoder(input_ids=batch["input_ids"], attention_mask=mask)
+    condition = {
+        "encoder_hidden_states": out.last_hidden_state.to(device),
+        "encoder_attention_mask": mask.bool().to(device),
+    }
+    if model_config["pooled_dim"] is not None:
+        pooled = getattr(out, "pooler_output", None)
+        if pooled is None:
+            raise ValueError(
+                f"a {type(text_encoder).__name__} gives no vector for a whole text, but the model "
+                f"takes one (pooled_dim); use a CLIP, or a model with pooled_dim=None"
+            )
+        condition["pooled_projections"] = pooled.to(device)
+    return condition

@@ -1,0 +1,182 @@
+"""Texts to images or clips, at any compute budget."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ImagePipelineOutput
+from diffusers.models.autoencoders import AutoencoderKL
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+from elit.flow.guidance import Condition, Guidance
+from elit.pipelines.base import ElasticPipeline, Generators, StepCallback
+from elit.pipelines.text_encoder import check_text_encoder, encode, load_text_encoder
+
+
+class ElitTextPipeline(ElasticPipeline):
+    """Draws images, or clips, of texts with an elastic (or plain) MM-DiT.
+
+    A model with `vocab_size` reads words itself. Another needs a text encoder of transformers:
+    give it with its tokenizer, or give its name on the hub (or a folder), and the pipeline loads
+    it when it is first needed, and keeps the name alone when it is saved.
+
+    Args:
+        transformer: a text-conditional model of ours: `MMDiT`.
+        scheduler: a flow-matching scheduler; `elit.make_scheduler` has them by name.
+        vae: the autoencoder in whose VAE latents the model works; None for pixels.
+        text_encoder: CLIP's, T5's or Qwen's model of transformers.
+        tokenizer: its tokenizer.
+        text_encoder_name: name on the hub, or folder, of both.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["vae", "text_encoder", "tokenizer"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        text_encoder: Any | None = None,
+        tokenizer: Any | None = None,
+        text_encoder_name: str | None = None,
+    ):
+        super().__init__()
+        if not getattr(transformer, "takes_text", False):
+            raise ValueError(
+                f"a {type(transformer).__name__} draws classes, not texts; "
+                f"make an ElitPipeline of it"
+            )
+        if (text_encoder is None) != (tokenizer is None):
+            raise ValueError("text_encoder and tokenizer go together; give both, or neither")
+        has_encoder = text_encoder is not None or text_encoder_name is not None
+        if has_encoder and transformer.config.vocab_size is not None:
+            raise ValueError(
+                f"this {type(transformer).__name__} reads words itself (vocab_size="
+                f"{transformer.config.vocab_size}); make the pipeline without a text encoder"
+            )
+        self.register_modules(
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
+        self.register_to_config(text_encoder_name=text_encoder_name)
+        if text_encoder is not None:
+            check_text_encoder(text_encoder, transformer.config)
+        self.set_processors()
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        budget: float | Sequence[float] = 1.0,
+        num_inference_steps: int = 40,
+        guidance: Guidance | None = None,
+        generator: Generators = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        negative_prompt: str | Sequence[str] = "",
+        prompt_embeds: tuple[Condition, Condition] | None = None,
+        sigmas: Sequence[float] | None = None,
+        noise: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("samples",),
+    ) -> ImagePipelineOutput | tuple:
+        """Draw one image for each text; the other arguments are those of `ElitPipeline`.
+
+        Args:
+            prompt: one text or several.
+            negative_prompt: what a guide without the text sees: one for all, or one for each.
+            prompt_embeds: what `encode_prompt` gave for the prompts and their negative ones,
+                (condition, null condition), instead of both.
+        """
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either prompt or prompt_embeds")
+        condition, null_condition = prompt_embeds or self.encode_prompt(prompt, negative_prompt)
+        return self.sample(
+            condition,
+            null_condition,
+            len(condition["encoder_hidden_states"]),
+            budget,
+            num_inference_steps,
+            guidance,
+            generator,
+            (num_frames, height, width),
+            sigmas,
+            noise,
+            output_type,
+            return_dict,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+
+    @torch.no_grad()
+    def encode_prompt(
+        self, prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str] = ""
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The model's conditions of texts and of negative ones, of the same shapes.
+
+        Args:
+            prompt: B texts, or one.
+            negative_prompt: one text for all, or B.
+        """
+        texts = _texts(prompt, "prompt")
+        negative = _texts(negative_prompt, "negative_prompt")
+        if len(negative) not in (1, len(texts)):
+            raise ValueError(
+                f"{len(negative)} negative prompts for {len(texts)} prompts; "
+                f"give one for all, or one for each"
+            )
+        negative = negative * len(texts) if len(negative) == 1 else negative
+        config = self.transformer.config
+        if config.vocab_size is None:
+            self.load_text_encoder()
+        both = encode(
+            [*texts, *negative],
+            config,
+            self.tokenizer,
+            self.text_encoder,
+            device=self._execution_device,
+        )
+        halves = {name: value.split(len(texts)) for name, value in both.items()}
+        condition = {name: half[0] for name, half in halves.items()}
+        return condition, {name: half[1] for name, half in halves.items()}
+
+    def load_text_encoder(self) -> None:
+        """Load the text encoder that the pipeline only has the name of."""
+        if self.text_encoder is not None:
+            return
+        if self.config.text_encoder_name is None:
+            raise ValueError(
+                "this pipeline has no text encoder; make it with text_encoder= and tokenizer=, or "
+                "with text_encoder_name='openai/clip-vit-large-patch14' or another"
+            )
+        tokenizer, text_encoder = load_text_encoder(self.config.text_encoder_name)
+        check_text_encoder(text_encoder, self.transformer.config)
+        text_encoder.to(self._execution_device)
+        self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save as diffusers does; a text encoder that has a name stays out of the folder."""
+        parts = self.tokenizer, self.text_encoder
+        if self.config.text_encoder_name is not None:
+            self.register_modules(tokenizer=None, text_encoder=None)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.register_modules(tokenizer=parts[0], text_encoder=parts[1])
+
+
+def _texts(value: Any, name: str) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    is_list = isinstance(texts, Sequence) and len(texts) > 0
+    if not is_list or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name} {value!r} is no text; give a str, or a list of one or more")
+    return list(texts)
