@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from elit.viz.sheet import contact_sheet, film_strip, format_budget, save_gif, save_image
+from elit.viz.sheet import contact_sheet, film_strip, format_budget, save_clip, save_image
 
 
 def solid(colour: str, size: tuple[int, int] = (16, 16)) -> Image.Image:
@@ -67,7 +67,7 @@ def test_a_film_strip_has_the_first_and_the_last_frame() -> None:
 
 
 def test_a_gif_has_all_frames_enlarged(tmp_path) -> None:
-    save_gif([solid("red"), solid("blue"), solid("lime")], tmp_path / "new" / "clip.gif")
+    save_clip([solid("red"), solid("blue"), solid("lime")], tmp_path / "new" / "clip.gif")
     with Image.open(tmp_path / "new" / "clip.gif") as clip:
         assert clip.n_frames == 3
         assert clip.size == (64, 64)

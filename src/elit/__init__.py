@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from elit.models.presets import create_model
     from elit.models.uvit import UViT
     from elit.pipelines.elit_pipeline import ElitPipeline
+    from elit.pipelines.load import load_pipeline
+    from elit.pipelines.text_pipeline import ElitTextPipeline
 
 try:
     __version__ = version("elit-diffusion")
@@ -34,6 +36,7 @@ _HOME = {
     "DiT": "elit.models.dit",
     "HDiT": "elit.models.hdit",
     "ElitPipeline": "elit.pipelines.elit_pipeline",
+    "ElitTextPipeline": "elit.pipelines.text_pipeline",
     "FlowMatchEulerMaruyamaScheduler": "elit.flow.schedulers",
     "FlowMatchUniformHeunScheduler": "elit.flow.schedulers",
     "Guidance": "elit.flow.guidance",
@@ -41,6 +44,7 @@ _HOME = {
     "TailDropping": "elit.interface.budget",
     "UViT": "elit.models.uvit",
     "create_model": "elit.models.presets",
+    "load_pipeline": "elit.pipelines.load",
     "make_scheduler": "elit.flow.schedulers",
     "resolve_budget": "elit.interface.budget",
 }

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from elit.flow.guidance import Guidance
-    from elit.pipelines.elit_pipeline import ElitPipeline
+    from elit.pipelines.base import ElasticPipeline
 
 # A test compares them with flow.schedulers.SAMPLERS, whose import would bring torch.
 SAMPLERS = ("euler", "heun", "euler-maruyama", "unipc", "dpm-solver")
@@ -46,7 +46,7 @@ the same folder."""
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit sample`."""
     # RUN first: behind --labels or --budget it would be taken for one of their values.
-    parser.usage = "elit sample RUN [--labels L ...] [--budget B ...] [flags]"
+    parser.usage = "elit sample RUN [--labels L ... | --prompts TEXT ...] [--budget B ...] [flags]"
     parser.epilog = _EPILOG
     parser.add_argument("run", metavar="RUN", help="a pipeline's folder, or its name on the hub")
     add = parser.add_argument
@@ -57,7 +57,8 @@ def add_arguments(parser: Parser) -> None:
         metavar="L",
         help="classes (default: all, up to 10)",
     )
-    add("--count", type=whole_number(1), default=1, metavar="N", help="images per label")
+    add("--prompts", nargs="+", metavar="TEXT", help="texts, of a model that draws texts")
+    add("--count", type=whole_number(1), default=1, metavar="N", help="images per label or text")
     add(
         "--budget",
         type=budget,
@@ -80,6 +81,10 @@ def add_arguments(parser: Parser) -> None:
         help="of the first image (default: 0)")  # fmt: skip
     add("--size", type=whole_number(1), nargs=2, metavar=("H", "W"),
         help="pixels (default: what the model was made for)")  # fmt: skip
+    add("--frames", type=whole_number(1), metavar="N",
+        help="of clips (default: what the model was made for)")  # fmt: skip
+    add("--video", type=one_of(("gif", "mp4"), "video format"), default="gif", metavar="FORMAT",
+        help="of clips: gif or mp4 (default: gif)")  # fmt: skip
     add("--batch-size", type=whole_number(1), default=32, metavar="N",
         help="images drawn at a time (default: 32)")  # fmt: skip
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (default: auto)")
@@ -92,34 +97,35 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw, write and tell."""
     guidance = make_guidance(args)
-    pipeline = load_pipeline(args)
+    pipeline = open_pipeline(args)
     model = pipeline.transformer
-    labels = args.labels or list(range(min(MAX_DEFAULT_LABELS, model.config.num_classes)))
+    wanted = what_to_draw(args, model)
     # Two budgets may round to one number of latents: it is drawn once.
     kept = list(dict.fromkeys(model.resolve_budget(b) for b in args.budget))
     settings = {
         "run": args.run,
         "weights": _weights(Path(args.run)),
-        "labels": labels,
+        "prompts" if model.takes_text else "labels": wanted,
         **{key: getattr(args, key) for key in ("count", "steps", "guidance", "scale")},
         **{key: getattr(args, key) for key in ("guide_budget", "interval", "sampler")},
-        **{key: getattr(args, key) for key in ("seed", "size", "dtype")},
+        **{key: getattr(args, key) for key in ("seed", "size", "frames", "video", "dtype")},
         "budget": [model.budget_of(n) for n in kept],
     }
     folder = choose_folder(args, settings)
     pixels = args.size or (None, None)
     options: dict[str, Any] = {"guidance": guidance, "height": pixels[0], "width": pixels[1]}
+    if args.frames is not None:
+        options["num_frames"] = args.frames
     # The first call of a process is slow, so it isn't timed; and it checks all labels and the size.
     pipeline.set_progress_bar_config(disable=True)
-    extremes = [min(labels), max(labels)]
+    extremes = wanted if model.takes_text else [min(wanted), max(wanted)]
     pipeline(extremes, model.budget_of(kept[0]), num_inference_steps=1, **options)
     # The settings come first: what a killed call leaves is known to be theirs.
     report: dict[str, Any] = {"out": str(folder), "settings": settings}
     write_json(folder / "samples.json", report)
-    rows = list(draw_rows(pipeline, args, labels * args.count, kept, options, folder))
+    rows = list(draw_rows(pipeline, args, wanted * args.count, kept, options, folder))
     sheet = folder / "samples.png"
-    cell = 256 if pipeline.draws_clips else 64  # of a strip of four frames
-    _save_sheet(sheet, [row.pop("images") for row in rows], rows, labels, cell)
+    _save_sheet(sheet, [row.pop("images") for row in rows], rows, wanted, pipeline)
     report |= {"sheet": str(sheet), "rows": rows}
     write_json(folder / "samples.json", report)
     if args.json:
@@ -128,6 +134,22 @@ def run(args: argparse.Namespace) -> int:
         _print_rows(rows)
         print(f"\n{sheet}")
     return 0
+
+
+def what_to_draw(args: argparse.Namespace, model: Any) -> list[Any]:
+    """Labels, or texts."""
+    if model.takes_text:
+        if args.labels is not None:
+            raise ValueError(
+                "--labels are of models that draw classes; this one draws texts, as in "
+                '--prompts "a red disc"'
+            )
+        if args.prompts is None:
+            raise ValueError('this model draws texts; give some, as in --prompts "a red disc"')
+        return list(args.prompts)
+    if args.prompts is not None:
+        raise ValueError("--prompts are of models that draw texts; this one draws --labels")
+    return args.labels or list(range(min(MAX_DEFAULT_LABELS, model.config.num_classes)))
 
 
 def make_guidance(args: argparse.Namespace) -> "Guidance | None":
@@ -158,18 +180,18 @@ def make_guidance(args: argparse.Namespace) -> "Guidance | None":
     return low_budget(scale, args.guide_budget or "lowest", interval)
 
 
-def load_pipeline(args: argparse.Namespace) -> "ElitPipeline":
+def open_pipeline(args: argparse.Namespace) -> "ElasticPipeline":
     """The pipeline on its device, with the sampler asked for."""
     import torch
 
     from elit.flow.schedulers import make_scheduler
-    from elit.pipelines.elit_pipeline import ElitPipeline
+    from elit.pipelines.load import load_pipeline
     from elit.training.distributed import pick_device
 
     device = pick_device(args.device)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     with quiet_diffusers():
-        pipeline = ElitPipeline.from_pretrained(args.run, dtype=dtype)
+        pipeline = load_pipeline(args.run, dtype=dtype)
         pipeline.to(device)
     if args.sampler is not None:
         pipeline.scheduler = make_scheduler(args.sampler)
@@ -216,21 +238,22 @@ def _weights(run: Path) -> str | None:
 
 
 def draw_rows(
-    pipeline: "ElitPipeline",
+    pipeline: "ElasticPipeline",
     args: argparse.Namespace,
-    labels: Sequence[int],
+    wanted: Sequence[Any],
     kept: Sequence[int | None],
     options: dict[str, Any],
     folder: Path,
 ) -> Iterator[dict[str, Any]]:
     """For each number of latents draw and write all images; yields a row of the table."""
     from elit.evaluation.flops import forward_flops
-    from elit.viz.sheet import film_strip, format_budget, save_gif, save_image
+    from elit.viz.sheet import film_strip, format_budget
 
     model = pipeline.transformer
     size = [side // pipeline.vae_scale for side in args.size] if args.size else None
-    if size and pipeline.draws_clips:
-        size = [model.sample_size[0], *size]
+    if pipeline.draws_clips and (size or args.frames):
+        length = args.frames and pipeline.latent_frames(args.frames)
+        size = [length or model.sample_size[0], *(size or model.sample_size[1:])]
     gflops = [forward_flops(model, n, size) / 1e9 for n in kept]
     for n, cost in zip(kept, gflops, strict=True):
         ran = model.budget_of(n)
@@ -238,10 +261,10 @@ def draw_rows(
             desc=f"budget {format_budget(ran)}", disable=not sys.stderr.isatty(), leave=False
         )
         started, images = time.perf_counter(), []
-        for first in range(0, len(labels), args.batch_size):
-            batch = range(first, min(first + args.batch_size, len(labels)))
+        for first in range(0, len(wanted), args.batch_size):
+            batch = range(first, min(first + args.batch_size, len(wanted)))
             images += pipeline(
-                [labels[i] for i in batch],
+                [wanted[i] for i in batch],
                 budget=ran,
                 num_inference_steps=args.steps,
                 generator=_generators([args.seed + i for i in batch]),
@@ -251,10 +274,10 @@ def draw_rows(
         seconds = time.perf_counter() - started
         files = []
         for i, image in enumerate(images):
-            ending, save = ("gif", save_gif) if pipeline.draws_clips else ("png", save_image)
-            name = f"label-{labels[i]}-seed-{args.seed + i}.{ending}"
-            files.append(str(folder / f"budget-{ran:g}" / name))
-            save(image, Path(files[-1]))
+            number = i % (len(wanted) // args.count)  # of the text
+            what = f"prompt-{number}" if model.takes_text else f"label-{wanted[i]}"
+            name = f"{what}-seed-{args.seed + i}"
+            files.append(save_picture(image, folder / f"budget-{ran:g}" / name, args))
         yield {
             "budget": ran,
             "num_latents": n,
@@ -263,6 +286,19 @@ def draw_rows(
             "files": files,
             "images": [film_strip(i) for i in images] if pipeline.draws_clips else images,
         }
+
+
+def save_picture(picture: Any, path: Path, args: argparse.Namespace) -> str:
+    """Write an image, or a clip, and give the name of the file."""
+    from elit.viz.sheet import save_clip, save_image
+
+    is_clip = isinstance(picture, list)
+    path = path.with_name(f"{path.name}.{args.video if is_clip else 'png'}")
+    if is_clip:
+        save_clip(picture, path)
+    else:
+        save_image(picture, path)
+    return str(path)
 
 
 def _generators(seeds: Sequence[int]) -> list[Any]:
@@ -275,19 +311,21 @@ def _save_sheet(
     path: Path,
     images: Sequence[Sequence["Image.Image"]],
     rows: Sequence[dict[str, Any]],
-    labels: Sequence[int],
-    cell: int,
+    wanted: Sequence[Any],
+    pipeline: "ElasticPipeline",
 ) -> None:
     """One row for each budget and column for each label; further images per label go below."""
+    from elit.training.validation import cell_size
     from elit.viz.sheet import contact_sheet, format_budget, save_image
 
-    width = len(labels)
+    width = len(wanted)
     captions, lines = [], []
     for first in range(0, len(images[0]), width):
         for row, drawn in zip(rows, images, strict=True):
             captions.append(format_budget(row["budget"]))
             lines.append(drawn[first : first + width])
-    save_image(contact_sheet(lines, captions, list(map(str, labels)), cell), path)
+    sheet = contact_sheet(lines, captions, list(map(str, wanted)), cell_size(pipeline))
+    save_image(sheet, path)
 
 
 def _print_rows(rows: Sequence[dict[str, Any]]) -> None:

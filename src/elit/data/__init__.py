@@ -14,16 +14,26 @@ if TYPE_CHECKING:
     import torch
     from torch.utils.data import Dataset
 
+    from elit.data.captioned_shapes import CaptionedShapes
     from elit.data.digits import Digits
     from elit.data.moving_shapes import MovingShapes
     from elit.data.shapes import Shapes
 
-    _TorchDataset = Dataset[dict[str, torch.Tensor]]
+    _TorchDataset = Dataset[dict[str, Any]]
 else:
     # torch knows a map-style data set by its methods; without the base this import stays quick.
     _TorchDataset = object
 
-__all__ = ["DATASETS", "SPLITS", "Digits", "ImageDataset", "MovingShapes", "Shapes", "load_dataset"]
+__all__ = [
+    "DATASETS",
+    "SPLITS",
+    "CaptionedShapes",
+    "Digits",
+    "ImageDataset",
+    "MovingShapes",
+    "Shapes",
+    "load_dataset",
+]
 
 SPLITS = ("train", "validation")
 
@@ -31,6 +41,7 @@ SPLITS = ("train", "validation")
 DATASETS = {
     "digits": ("elit.data.digits", "Digits"),
     "shapes": ("elit.data.shapes", "Shapes"),
+    "captioned-shapes": ("elit.data.captioned_shapes", "CaptionedShapes"),
     "moving-shapes": ("elit.data.moving_shapes", "MovingShapes"),
 }
 
@@ -46,29 +57,30 @@ class ImageDataset(_TorchDataset):
     image_shape: tuple[int, ...]  # (C, H, W), of clips (C, T, H, W)
     class_names: tuple[str, ...]
     labels: torch.Tensor  # (N,) int64, without making the images
+    has_captions: bool = False  # whether batches have `captions`, a text for each image
     aligned: bool = False  # every object stands in the same place at the same size
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def batch(self, indices: Iterable[int]) -> dict[str, torch.Tensor]:
-        """Return `images` (B, C, H, W) and `class_labels` (B,) of these indices."""
+    def batch(self, indices: Iterable[int]) -> dict[str, Any]:
+        """Return `images` (B, C, H, W), `class_labels` (B,), and `captions` where there are any."""
         raise NotImplementedError
 
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Return several items at once; torch's DataLoader fetches its batches with this."""
         batch = self.batch(indices)
-        pairs = zip(batch["images"], batch["class_labels"], strict=True)
-        return [{"images": image, "class_labels": label} for image, label in pairs]
+        items = zip(*batch.values(), strict=True)
+        return [dict(zip(batch, item, strict=True)) for item in items]
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
 
     def __repr__(self) -> str:

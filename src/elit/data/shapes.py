@@ -125,23 +125,23 @@ OUTLINES: dict[str, Field] = {
 }
 
 # Textures: how much lighter (to 1) or darker (to -1) the paint is at texture coordinates.
-_TEXTURES: tuple[Field, ...] = (
-    lambda u, _: np.zeros_like(u),  # plain
-    lambda u, _: np.clip(0.7 * u, -1, 1),  # shaded
-    lambda u, _: np.sin(6.28 * u),  # striped
-    lambda u, v: np.sin(4.7 * u) * np.sin(4.7 * v),  # chequered
-    lambda u, v: np.sin(6.28 * np.hypot(u, v)),  # circles
-)
+TEXTURES: dict[str, Field] = {
+    "plain": lambda u, _: np.zeros_like(u),
+    "shaded": lambda u, _: np.clip(0.7 * u, -1, 1),
+    "striped": lambda u, _: np.sin(6.28 * u),
+    "chequered": lambda u, v: np.sin(4.7 * u) * np.sin(4.7 * v),
+    "circles": lambda u, v: np.sin(6.28 * np.hypot(u, v)),
+}
 
 
-def _palette(*colours: str) -> Array:
+def palette(*colours: str) -> Array:
     """Turn hexadecimal colours into (N, 3) float32 in [-1, 1]."""
     return np.array([list(bytes.fromhex(colour)) for colour in colours], np.float32) / 127.5 - 1
 
 
 # Pale grounds and strong paints: any two of them differ clearly.
-GROUNDS = _palette("f7ecd2", "dfecf8", "eae2f6", "e0f2dc", "f8e0dc")
-PAINTS = _palette("b8201f", "c95a00", "1f7f38", "1f4bb5", "6d2b9e", "2b3045")
+GROUNDS = palette("f7ecd2", "dfecf8", "eae2f6", "e0f2dc", "f8e0dc")
+PAINTS = palette("b8201f", "c95a00", "1f7f38", "1f4bb5", "6d2b9e", "2b3045")
 
 
 def _draw(index: Array, split: str, size: int) -> Array:
@@ -155,16 +155,16 @@ def _draw(index: Array, split: str, size: int) -> Array:
     radius = 0.3 + 0.06 * next(draws)  # an object spans 60 to 72 % of the side
     x = (across - 0.32 - 0.36 * next(draws)) / radius
     y = (down - 0.32 - 0.36 * next(draws)) / radius
-    x, y = _rotate(x, y, 0.2 * next(draws) - 0.1)  # (B, S, S); up to 6 degrees either way
+    x, y = rotate(x, y, 0.2 * next(draws) - 0.1)  # (B, S, S); up to 6 degrees either way
 
     distance = evaluate(tuple(OUTLINES.values()), class_of(index), x, y)
     cover = np.clip(0.5 - distance * radius * size, 0, 1)[:, None]  # (B, 1, S, S)
 
     paint = pick(PAINTS, next(draws))  # (B, 3, 1, 1)
-    texture = (next(draws) * len(_TEXTURES)).astype(np.int64).reshape(-1)
+    texture = (next(draws) * len(TEXTURES)).astype(np.int64).reshape(-1)
     waves = 0.6 + 0.5 * next(draws)  # per radius: low, or a small model cannot draw them
-    u, v = _rotate(waves * x, waves * y, 6.28 * next(draws))
-    tone = evaluate(_TEXTURES, texture, u + next(draws), v + next(draws))
+    u, v = rotate(waves * x, waves * y, 6.28 * next(draws))
+    tone = evaluate(tuple(TEXTURES.values()), texture, u + next(draws), v + next(draws))
     tone = ((0.1 + 0.2 * next(draws)) * tone)[:, None]  # (B, 1, S, S)
     ink = paint * (1 - np.abs(tone)) + tone  # tone blends towards white (1) or black (-1)
 
@@ -209,7 +209,8 @@ def evaluate(fields: tuple[Field, ...], which: Array, x: Array, y: Array) -> Arr
     return values
 
 
-def _rotate(x: Array, y: Array, angle: Array) -> tuple[Array, Array]:
+def rotate(x: Array, y: Array, angle: Array) -> tuple[Array, Array]:
+    """Turn points by angles."""
     cos, sin = np.cos(angle), np.sin(angle)
     return cos * x + sin * y, cos * y - sin * x
 

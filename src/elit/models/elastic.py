@@ -43,7 +43,10 @@ class ElasticMixin(ModelMixin):
         max_latents: J, latents per group at full budget, 0 in a plain model.
         min_latents: fewest latents per group that training keeps, 0 in a plain model.
         split: blocks of head, core and tail.
+        takes_text: whether a text tells it what to draw, not a class label.
     """
+
+    takes_text = False
 
     gradient_checkpointing: bool
     rotary_options: tuple[int, float]  # width of a head, base of the wavelengths
@@ -149,11 +152,6 @@ class ElasticMixin(ModelMixin):
     def example_condition(self, batch_size: int) -> dict[str, Tensor]:
         """What tells the model what to draw, by argument, for counting and measuring."""
         raise NotImplementedError
-
-    @property
-    def takes_text(self) -> bool:
-        """Whether that is a text, not a class label."""
-        return False
 
     @property
     def is_elastic(self) -> bool:

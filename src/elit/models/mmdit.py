@@ -48,6 +48,8 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
         rope_theta: base of the rotary wavelengths.
     """
 
+    takes_text = True
+
     _supports_gradient_checkpointing = True
     _no_split_modules = ["JointBlock", "TextBlock", "Read", "Write"]
     _repeated_blocks = ["JointBlock"]
@@ -244,10 +246,6 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
                 f"{'none' if size is None else (batch, size)}"
             )
         return text
-
-    @property
-    def takes_text(self) -> bool:
-        return True
 
     def example_condition(self, batch_size: int) -> dict[str, Tensor]:
         config, length = self.config, self.config.max_text_length

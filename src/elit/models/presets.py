@@ -85,7 +85,8 @@ VIDEO_LATENT_INPUTS = {
 
 
 # Words of the tiny models' own encoder; CLIP-L's, SD3's (two CLIPs and T5), Qwen-Image's text.
-_WORDS = {"num_classes": None, "max_text_length": 32, "vocab_size": 4096}
+DEFAULT_VOCAB_SIZE = 4096
+_WORDS = {"num_classes": None, "max_text_length": 32, "vocab_size": DEFAULT_VOCAB_SIZE}
 _CLIP = {"num_classes": None, "max_text_length": 77, "text_dim": 768}
 _SD3 = {"max_text_length": 333, "text_dim": 4096, "pooled_dim": 2048}
 _QWEN = {"max_text_length": 512, "text_dim": 3584}

@@ -259,7 +259,7 @@ class ElasticPipeline(DiffusionPipeline):
             if pixels is not None and (not isinstance(pixels, int) or pixels < 1):
                 raise ValueError(f"a side of {pixels!r} is no positive integer")
             if len(sizes) == len(self.transformer.sample_size) - 3 and pixels is not None:
-                sizes.append(self._latent_frames(pixels))  # time comes first
+                sizes.append(self.latent_frames(pixels))  # time comes first
                 continue
             if pixels is not None and pixels % scale:
                 raise ValueError(
@@ -269,7 +269,7 @@ class ElasticPipeline(DiffusionPipeline):
             sizes.append(default if pixels is None else pixels // scale)
         return tuple(sizes)
 
-    def _latent_frames(self, frames: int) -> int:
+    def latent_frames(self, frames: int) -> int:
         """Length of the transformer's input for a number of frames."""
         scale = temporal_scale(self.vae)
         if (frames - 1) % scale:

@@ -26,14 +26,25 @@ def check_pipeline_source(name: str, pipeline_class: type, given: Collection[str
         pipeline_class: class that is to be loaded.
         given: components that the caller brings along, which the folder need not hold.
     """
+    folder = check_pipeline_folder(name)
+    if folder is not None:
+        _check_folder(folder, pipeline_class, given)
+
+
+def check_pipeline_folder(name: str) -> Path | None:
+    """The folder of that name with a pipeline in it; None for what may be a name on the hub."""
     folder = Path(name)
     if folder.is_dir():
-        _check_folder(folder, pipeline_class, given)
-    elif folder.exists():
+        if not (folder / "model_index.json").exists():
+            what = "holds a single model, not" if (folder / "config.json").exists() else "is not"
+            raise ValueError(f"{folder} {what} a pipeline: it has no model_index.json; {_ADVICE}")
+        return folder
+    if folder.exists():
         raise ValueError(f"{name} is a file, not a pipeline's folder; {_ADVICE}")
     # A hub name looks like `user/model`; where there is a folder `user`, a path was meant.
-    elif not _HUB_NAME.fullmatch(name) or folder.parent.is_dir():
+    if not _HUB_NAME.fullmatch(name) or folder.parent.is_dir():
         raise ValueError(f"there is no folder {name}; {_ADVICE}")
+    return None
 
 
 def loading_error(name: str, error: Exception) -> ValueError:
@@ -84,11 +95,7 @@ def model_class_of(path: Path, library: Any, class_name: Any) -> type:
 
 
 def _check_folder(folder: Path, pipeline_class: type, given: Collection[str]) -> None:
-    index_file = folder / "model_index.json"
-    if not index_file.exists():
-        what = "holds a single model, not" if (folder / "config.json").exists() else "is not"
-        raise ValueError(f"{folder} {what} a pipeline: it has no model_index.json; {_ADVICE}")
-    index = read_config(index_file)
+    index = read_config(folder / "model_index.json")
     found, wanted = index.get("_class_name"), [c.__name__ for c in pipeline_class.__mro__]
     if found not in wanted:
         raise ValueError(f"{folder} holds a pipeline {found}, not {wanted[0]}; {_ADVICE}")

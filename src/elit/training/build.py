@@ -1,5 +1,6 @@
 """What a config describes, made: the model and the sampler of its tail dropping."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,19 +8,27 @@ import torch
 from elit.data import ImageDataset
 from elit.interface.budget import TailDropping
 from elit.models.elastic import ElasticMixin
-from elit.models.presets import nearest_resolution, preset_config, preset_model
-from elit.training.config import LatentsConfig, TrainConfig
+from elit.models.presets import DEFAULT_VOCAB_SIZE, nearest_resolution, preset_config, preset_model
+from elit.training.config import WORDS, LatentsConfig, TextConfig, TrainConfig
 from elit.training.randomness import generator
 
 
-def build_model(config: TrainConfig, dataset: ImageDataset) -> Any:
-    """Model of a config, made for the images of a data set, with weights from the run's seed."""
+def build_model(
+    config: TrainConfig, dataset: ImageDataset, text_settings: Mapping[str, Any] | None = None
+) -> Any:
+    """Model of a config, made for the images of a data set, with weights from the run's seed.
+
+    Args:
+        config: of the run.
+        dataset: that it trains on.
+        text_settings: arguments of the model that follow from its text encoder.
+    """
     channels, *size = dataset.image_shape
     arguments: dict[str, Any] = {
         "sample_size": size[0] if len(set(size)) == 1 else size,
         "in_channels": channels,
-        "num_classes": dataset.num_classes,
     }
+    arguments |= condition_arguments(config, dataset, text_settings or {})
     resolution = nearest_resolution(config.model.preset, size)
     preset = preset_config(config.model.preset, resolution, config.model.overrides)
     if preset.get("group") is not None and config.latents.min is not None:
@@ -28,18 +37,43 @@ def build_model(config: TrainConfig, dataset: ImageDataset) -> Any:
             raise ValueError(
                 "latents.min and model.overrides.min_latents are the same thing; give one of them"
             )
-    for key in ("sample_size", "in_channels", "num_classes"):
-        wanted = config.model.overrides.get(key, arguments[key])
-        if wanted != arguments[key]:
+    for key, given in arguments.items():
+        wanted = config.model.overrides.get(key, given)
+        if wanted != given and key != "min_latents":
             raise ValueError(
-                f"model.overrides.{key}={wanted} does not fit the data set {config.data.name!r}, "
-                f"which has {arguments[key]}; leave it out"
+                f"model.overrides.{key}={wanted} does not fit the data set {config.data.name!r} or "
+                f"the text encoder, which has {given}; leave it out"
             )
     arguments |= config.model.overrides
     arguments = preset_config(config.model.preset, resolution, arguments)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, "weights").initial_seed())
         return preset_model(config.model.preset)(**arguments)
+
+
+def condition_arguments(
+    config: TrainConfig, dataset: ImageDataset, text_settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of the model that say what it is told: classes, or texts."""
+    if not preset_model(config.model.preset).takes_text:
+        if config.text != TextConfig():
+            raise ValueError(
+                f"text.* have no effect on {config.model.preset!r}, which draws classes; leave "
+                f"them out, or use an mmdit preset"
+            )
+        return {"num_classes": dataset.num_classes}
+    if not dataset.has_captions:
+        raise ValueError(
+            f"{config.model.preset!r} draws texts, but the data set {config.data.name!r} has no "
+            f"captions; use data.name=captioned-shapes, or a preset that draws classes"
+        )
+    arguments = dict(text_settings)
+    preset = preset_config(config.model.preset)
+    if config.text.encoder == WORDS and preset.get("vocab_size") is None:
+        arguments |= {"vocab_size": DEFAULT_VOCAB_SIZE, "text_dim": None, "pooled_dim": None}
+    if config.text.max_length is not None:
+        arguments["max_text_length"] = config.text.max_length
+    return arguments
 
 
 def tail_dropping(config: TrainConfig, model: ElasticMixin) -> TailDropping | None:

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from elit._choices import check_choice
 
+WORDS = "words"  # the built-in reader of captions
+
 _Rule = tuple[Callable[[Any], bool], str]
 _AT_LEAST_0: _Rule = (lambda value: 0 <= value < math.inf, "a number of at least 0")
 _AT_LEAST_1: _Rule = (lambda value: value >= 1, "a number of at least 1")
@@ -23,6 +25,7 @@ _RULES: dict[str, _Rule] = {
     "seed": _AT_LEAST_0,
     "data.batch_size": _AT_LEAST_1,
     "data.num_workers": _AT_LEAST_0,
+    "text.max_length": (lambda value: value is None or value >= 1, "a number of at least 1"),
     "objective.logit_std": _POSITIVE,
     "objective.label_dropout": _SHARE,
     "optimizer.lr": _POSITIVE,
@@ -71,7 +74,7 @@ class DataConfig:
     """What to train on.
 
     Attributes:
-        name: data set, "digits", "shapes" or "moving-shapes".
+        name: data set, "digits", "shapes", "captioned-shapes" or "moving-shapes".
         options: options of the data set, such as count and size of "shapes".
         batch_size: samples of one optimiser step, over all processes and accumulations.
         num_workers: loader processes of each training process; 0 loads in the process itself.
@@ -84,6 +87,20 @@ class DataConfig:
 
 
 @dataclass
+class TextConfig:
+    """What reads the captions, of models that take texts. Class-conditional ones have none.
+
+    Attributes:
+        encoder: "words", read by the model itself and trained along; or a frozen text encoder of
+            transformers, CLIP, T5 or Qwen, by its name on the hub or its folder.
+        max_length: most tokens of a text; by default the preset's. Longer captions are cut off.
+    """
+
+    encoder: str = WORDS
+    max_length: int | None = None
+
+
+@dataclass
 class ObjectiveConfig:
     """Noise levels and label dropout.
 
@@ -91,7 +108,8 @@ class ObjectiveConfig:
         density: of the noise levels: "logit_normal" (paper) or "uniform".
         logit_mean: mean of the logit-normal density; above 0 leans towards noise.
         logit_std: its standard deviation.
-        label_dropout: share of labels replaced by the null label, for guidance.
+        label_dropout: share of labels replaced by the null label, of captions by the empty one, for
+            guidance.
     """
 
     density: Literal["logit_normal", "uniform"] = "logit_normal"
@@ -184,7 +202,7 @@ class SampleConfig:
         budgets: of the rows and of the validation losses; by default 1, 1/2, 1/4, ...
         steps: Euler steps.
         guidance_scale: of cheap classifier-free guidance; 1 is none.
-        columns: at most so many classes.
+        columns: at most so many classes, or captions.
     """
 
     budgets: list[float] | None = None
@@ -206,6 +224,7 @@ class TrainConfig:
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
 
 def batch_loss(
     run: Run,
-    batch: dict[str, Tensor],
+    batch: dict[str, Any],
     step: int,
     chunk: int,
     num_latents: int | None,
@@ -102,12 +103,10 @@ def batch_loss(
     device = run.world.device
     draw = generator(run.config.seed, "noise", step, chunk, device=device)
     data = batch["images"].to(device, non_blocking=True)
-    labels = batch["class_labels"].to(device, non_blocking=True)
     noise = torch.randn(data.shape, generator=draw, device=device)
     sigma = run.density.sample(len(data), draw)
     dropped = torch.rand(len(data), generator=draw, device=device)
-    null_label = run.model.config.num_classes
-    labels = labels.where(dropped >= run.config.objective.label_dropout, null_label)
+    condition = run.conditioning(batch, dropped < run.config.objective.label_dropout)
     latents: dict[str, int | Tensor] = {}
     if num_latents is not None:
         latents["num_latents"] = num_latents
@@ -115,6 +114,6 @@ def batch_loss(
         latents["latent_indices"] = latent_indices.to(device)
 
     def velocity(x: Tensor, s: Tensor) -> Tensor:
-        return run.parallel_model(x, s, labels, return_dict=False, **latents)[0]
+        return run.parallel_model(x, s, **condition, **latents, return_dict=False)[0]
 
     return flow_matching_loss(velocity, data, noise, sigma).mean()

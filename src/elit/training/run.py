@@ -21,8 +21,7 @@ from tqdm import tqdm
 from elit._files import write_file
 from elit.data import load_dataset
 from elit.flow.objective import SigmaDensity
-from elit.flow.schedulers import make_scheduler
-from elit.pipelines.elit_pipeline import ElitPipeline
+from elit.models.presets import preset_model
 from elit.training.build import build_model, tail_dropping
 from elit.training.checkpoint import (
     checkpoint_steps,
@@ -31,6 +30,12 @@ from elit.training.checkpoint import (
     remove_leftovers,
     replace_folder_files,
     save_checkpoint,
+)
+from elit.training.conditioning import (
+    Conditioning,
+    LabelConditioning,
+    TextConditioning,
+    TextEncoding,
 )
 from elit.training.config import TrainConfig
 from elit.training.distributed import World
@@ -52,7 +57,7 @@ def _fixed_settings(config: TrainConfig) -> dict[str, Any]:
     """What a resumed run must agree on with its checkpoint; the rest may change on the way."""
     settings = config.to_dict()
     del settings["data"]["num_workers"]  # changes no sample
-    return {key: settings[key] for key in ("seed", "model", "data")}
+    return {key: settings[key] for key in ("seed", "model", "data", "text")}
 
 
 class TrainingDivergedError(RuntimeError):
@@ -71,7 +76,7 @@ class Run:
         objective = config.objective
         self.density = SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
 
-        self.model = build_model(config, self.dataset).to(world.device)
+        self.model, self.conditioning = self._build()
         self.dropping = tail_dropping(config, self.model)
         most = None if self.dropping is None else self.dropping.max_latents
         self.kept = latents_to_show(self.model, config.sample.budgets, most)
@@ -104,6 +109,16 @@ class Run:
         tensorboard = config.train.tensorboard
         self.log = MetricsLog(self.folder, self.step, tensorboard, active=world.is_main)
         self._logged_at = (self.step, time.perf_counter())
+
+    def _build(self) -> tuple[Any, Conditioning]:
+        """The model, and what turns batches into its conditions."""
+        config, device = self.config, self.world.device
+        if not preset_model(config.model.preset).takes_text:
+            model = build_model(config, self.dataset).to(device)
+            return model, LabelConditioning(model, device)
+        encoding = TextEncoding(config.text, device)
+        model = build_model(config, self.dataset, encoding.settings).to(device)
+        return model, TextConditioning(model, device, encoding)
 
     @property
     def seconds(self) -> float:
@@ -213,7 +228,7 @@ class Run:
         """Measure the held-out loss at every budget, log it, and warn of budgets out of order."""
         with self.averaged_weights():
             losses = validation_losses(
-                self.model, self.held_out, self.density, self.kept,
+                self.model, self.held_out, self.conditioning, self.density, self.kept,
                 self.config.seed, self.world.device,
             )  # fmt: skip
         means = {
@@ -226,9 +241,10 @@ class Run:
 
     def draw_sheet(self) -> None:
         """Draw samples at every budget with the averaged weights."""
-        names, seed = self.dataset.class_names, self.config.seed
+        config = self.config
         with self.averaged_weights():
-            sheet = sample_sheet(self.model, names, self.config.sample, self.kept, seed)
+            pipeline = self.conditioning.pipeline()
+            sheet = sample_sheet(pipeline, self.held_out, config.sample, self.kept, config.seed)
         save_image(sheet, self.folder / "samples" / f"step-{self.step:08d}.png")
 
     def save(self) -> None:
@@ -252,7 +268,7 @@ class Run:
             )
         if self.world.is_main and self.step != self._exported_step:
             with self.averaged_weights():
-                pipeline = ElitPipeline(self.model, make_scheduler("euler"))
+                pipeline = self.conditioning.pipeline()
                 replace_folder_files(self.folder, pipeline.save_pretrained)
         self.saved_step = self._exported_step = self.step
 
@@ -301,7 +317,7 @@ class Run:
         different = [
             f"{key}: {saved.get(key)} there, {wanted[key]} now"
             for key in wanted
-            if saved.get(key) != wanted[key]
+            if saved.get(key, wanted[key]) != wanted[key]
         ]
         if different:
             raise ValueError(

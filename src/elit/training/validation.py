@@ -2,7 +2,8 @@
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,9 +13,9 @@ from elit.data import ImageDataset
 from elit.evaluation.flops import default_budgets
 from elit.flow.guidance import CheapCFG
 from elit.flow.objective import SigmaDensity, flow_matching_loss
-from elit.flow.schedulers import make_scheduler
 from elit.models.elastic import ElasticMixin
-from elit.pipelines.elit_pipeline import ElitPipeline
+from elit.pipelines.base import ElasticPipeline
+from elit.training.conditioning import Conditioning
 from elit.training.config import SampleConfig
 from elit.training.randomness import generator
 from elit.viz.sheet import contact_sheet, film_strip, format_budget
@@ -50,6 +51,7 @@ def latents_to_show(
 def validation_losses(
     model: ElasticMixin,
     dataset: ImageDataset,
+    conditioning: Conditioning,
     density: SigmaDensity,
     kept: Sequence[int | None],
     seed: int,
@@ -63,24 +65,23 @@ def validation_losses(
     """
     count = min(len(dataset), MAX_SAMPLES)
     # Spread over the set: it may be sorted by class.
-    batch = dataset.batch(torch.linspace(0, len(dataset) - 1, count).long().tolist())
-    data, labels = batch["images"], batch["class_labels"]
+    chosen = torch.linspace(0, len(dataset) - 1, count).long()
     draw = generator(seed, "validation")
-    noise, sigma = torch.randn(data.shape, generator=draw), density.sample(count, draw)
-    losses: dict[int | None, Tensor] = {}
-    for num_latents in kept:
-        kwargs = {} if num_latents is None else {"num_latents": num_latents}
-        parts = []
-        for part in torch.arange(count).split(batch_size):
-            classes = labels[part].to(device)
+    noise = torch.randn((count, *dataset.image_shape), generator=draw)
+    sigma = density.sample(count, draw)
+    losses: dict[int | None, list[Tensor]] = {num_latents: [] for num_latents in kept}
+    for part in torch.arange(count).split(batch_size):
+        batch = dataset.batch(chosen[part].tolist())
+        moved = [x.to(device) for x in (batch["images"], noise[part], sigma[part])]
+        condition = conditioning(batch)
+        for num_latents in kept:
+            kwargs = condition if num_latents is None else condition | {"num_latents": num_latents}
 
-            def velocity(x: Tensor, s: Tensor, y: Tensor = classes, k: dict = kwargs) -> Tensor:
-                return model(x, s, y, **k).sample
+            def velocity(x: Tensor, s: Tensor, kwargs: Mapping[str, Any] = kwargs) -> Tensor:
+                return model(x, s, **kwargs).sample
 
-            moved = (data[part].to(device), noise[part].to(device), sigma[part].to(device))
-            parts.append(flow_matching_loss(velocity, *moved).cpu())
-        losses[num_latents] = torch.cat(parts)
-    return losses
+            losses[num_latents].append(flow_matching_loss(velocity, *moved).cpu())
+    return {num_latents: torch.cat(parts) for num_latents, parts in losses.items()}
 
 
 def budgets_out_of_order(losses: dict[int | None, Tensor]) -> list[str]:
@@ -105,25 +106,29 @@ def budgets_out_of_order(losses: dict[int | None, Tensor]) -> list[str]:
 
 
 def sample_sheet(
-    model: ElasticMixin,
-    class_names: Sequence[str],
+    pipeline: ElasticPipeline,
+    dataset: ImageDataset,
     config: SampleConfig,
     kept: Sequence[int | None],
     seed: int,
 ) -> Image.Image:
-    """One row for each number of latents, one column for each class, all from the same noise."""
-    pipeline = ElitPipeline(model, make_scheduler("euler"))
+    """One row for each number of latents, a column for each class or caption, of the same noise."""
     pipeline.set_progress_bar_config(disable=True)
-    count = min(config.columns, len(class_names))
-    labels = list(range(count))
+    model = pipeline.transformer
+    if model.takes_text:
+        names = dataset.batch(range(min(config.columns, len(dataset))))["captions"]
+        wanted = names
+    else:
+        names = list(dataset.class_names)[: config.columns]
+        wanted = list(range(len(names)))
     guidance = CheapCFG(config.guidance_scale) if config.guidance_scale != 1 else None
     rows = [
         pipeline(
-            labels,
+            wanted,
             budget=model.budget_of(num_latents),
             num_inference_steps=config.steps,
             guidance=guidance,
-            generator=[generator(seed, "sheet", label) for label in labels],
+            generator=[generator(seed, "sheet", i) for i in range(len(wanted))],
             return_dict=False,
         )[0]
         for num_latents in kept
@@ -131,5 +136,13 @@ def sample_sheet(
     if pipeline.draws_clips:
         rows = [[film_strip(clip) for clip in row] for row in rows]
     captions = [format_budget(model.budget_of(num_latents)) for num_latents in kept]
-    cell = 256 if pipeline.draws_clips else 64  # of a strip of four frames
-    return contact_sheet(rows, captions, list(class_names)[:count], cell)
+    return contact_sheet(rows, captions, names, cell_size(pipeline))
+
+
+def cell_size(pipeline: ElasticPipeline) -> int:
+    """Least side of a picture on a sheet: a strip of four frames, or one with a text above, is
+    wide.
+    """
+    if pipeline.draws_clips:
+        return 256
+    return 96 if pipeline.transformer.takes_text else 64

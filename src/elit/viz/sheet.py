@@ -1,8 +1,10 @@
 """Contact sheets: a grid of images with a caption for each row and column."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from elit._files import write_file
@@ -39,14 +41,17 @@ def contact_sheet(
     font = ImageFont.load_default(size=15)
     left = max((int(font.getlength(text)) for text in row_captions), default=-_MARGIN)
     left += 2 * _MARGIN
-    top = _MARGIN + (18 if column_captions else 0)
+    column_captions = [_wrap(text, width, font) for text in column_captions]
+    most_lines = max((text.count("\n") + 1 for text in column_captions), default=0)
+    top = _MARGIN + 18 * most_lines
     columns = max(map(len, rows))
     size = (left + columns * (width + _MARGIN), top + len(rows) * (height + _MARGIN))
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for i, text in enumerate(column_captions):
         x = left + i * (width + _MARGIN) + width // 2
-        draw.text((x, top - 4), text, fill="black", font=font, anchor="mb")
+        first_line = (x, top - 8 - 18 * text.count("\n"))
+        draw.text(first_line, text, fill="black", font=font, anchor="ms", align="center", spacing=3)
     for j, row in enumerate(rows):
         y = top + j * (height + _MARGIN)
         if row_captions:
@@ -56,6 +61,18 @@ def contact_sheet(
             enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (left + i * (width + _MARGIN), y))
     return sheet
+
+
+def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    """Break a text into lines of at most some pixels, where it has spaces."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 def film_strip(frames: Sequence[Image.Image], count: int = 4) -> Image.Image:
@@ -69,15 +86,26 @@ def film_strip(frames: Sequence[Image.Image], count: int = 4) -> Image.Image:
     return strip
 
 
-def save_gif(frames: Sequence[Image.Image], path: Path, fps: int = 8) -> None:
-    """Write a clip as a GIF, enlarged like a sheet's images, aside and then renamed."""
-    from diffusers.utils import export_to_gif
+def save_clip(frames: Sequence[Image.Image], path: Path, fps: int = 8) -> None:
+    """Write a clip as .gif or .mp4, enlarged like a sheet's images, aside and then renamed."""
+    from diffusers.utils import export_to_gif, export_to_video
 
     width, height = frames[0].size
     factor = max(1, -(-64 // max(width, height)))
     size = (width * factor, height * factor)
     large = [frame.resize(size, Image.Resampling.NEAREST) for frame in frames]
-    write_file(path, lambda aside: export_to_gif(large, str(aside), fps))
+    if path.suffix == ".gif":
+        write_file(path, lambda aside: export_to_gif(large, str(aside), fps))
+        return
+    if path.suffix != ".mp4":
+        raise ValueError(f"a clip cannot be written as {path.name}; use .gif or .mp4")
+    if find_spec("imageio") is None or find_spec("imageio_ffmpeg") is None:
+        raise ValueError(
+            "MP4 needs imageio and imageio-ffmpeg: pip install 'elit-diffusion[video]', or write "
+            ".gif"
+        )
+    pixels = [np.asarray(frame.convert("RGB"), np.float32) / 255 for frame in large]
+    write_file(path, lambda aside: export_to_video(pixels, str(aside), fps))
 
 
 def save_image(image: Image.Image, path: Path) -> None:

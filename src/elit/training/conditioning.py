@@ -1,0 +1,98 @@
+"""What tells a model what to draw: labels or captions of a batch, as the model takes them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elit.flow.schedulers import make_scheduler
+from elit.models.elastic import ElasticMixin
+from elit.pipelines.elit_pipeline import ElitPipeline
+from elit.pipelines.text_encoder import encode, load_text_encoder, text_width
+from elit.pipelines.text_pipeline import ElitTextPipeline
+from elit.training.config import WORDS, TextConfig
+
+Arguments = dict[str, Tensor]
+
+
+class LabelConditioning:
+    """Class labels; a dropped one is the null label."""
+
+    def __init__(self, model: ElasticMixin, device: torch.device):
+        self.model, self.device = model, device
+
+    def __call__(
+        self, batch: Mapping[str, Any], dropped: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The model's condition of a batch.
+
+        Args:
+            batch: of the data set.
+            dropped: (B,) bool, samples whose label is not told.
+        """
+        labels = batch["class_labels"].to(self.device, non_blocking=True)
+        if dropped is not None:
+            labels = labels.masked_fill(dropped, self.model.config.num_classes)
+        return {"class_labels": labels}
+
+    def pipeline(self) -> ElitPipeline:
+        """A pipeline that draws with the model."""
+        return ElitPipeline(self.model, make_scheduler("euler"))
+
+
+class TextEncoding:
+    """The text encoder of a run: none for words, which the model reads itself.
+
+    Attributes:
+        settings: arguments of the model that follow from it.
+    """
+
+    def __init__(self, config: TextConfig, device: torch.device):
+        self.name = None if config.encoder == WORDS else config.encoder
+        self.tokenizer = self.encoder = None
+        self.settings: dict[str, Any] = {}
+        if self.name is not None:
+            self.tokenizer, encoder = load_text_encoder(self.name)
+            self.encoder = encoder.to(device)
+            # CLIP has a vector for the whole text
+            pooled = text_width(encoder) if "CLIP" in type(encoder).__name__ else None
+            self.settings = {"vocab_size": None, "text_dim": text_width(encoder)}
+            self.settings["pooled_dim"] = pooled
+
+
+class TextConditioning:
+    """Captions; a dropped one is the empty text."""
+
+    def __init__(self, model: ElasticMixin, device: torch.device, encoding: TextEncoding):
+        self.model, self.device, self.encoding = model, device, encoding
+
+    def __call__(
+        self, batch: Mapping[str, Any], dropped: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The model's condition of a batch, as `LabelConditioning` makes it."""
+        captions = list(batch["captions"])
+        if dropped is not None:
+            pairs = zip(captions, dropped.tolist(), strict=True)
+            captions = ["" if drop else caption for caption, drop in pairs]
+        return encode(
+            captions,
+            self.model.config,
+            self.encoding.tokenizer,
+            self.encoding.encoder,
+            truncate=True,
+            device=self.device,
+        )
+
+    def pipeline(self) -> ElitTextPipeline:
+        """A pipeline that draws with the model; a text encoder is saved by its name alone."""
+        return ElitTextPipeline(
+            self.model,
+            make_scheduler("euler"),
+            text_encoder=self.encoding.encoder,
+            tokenizer=self.encoding.tokenizer,
+            text_encoder_name=self.encoding.name,
+        )
+
+
+Conditioning = LabelConditioning | TextConditioning

@@ -1,0 +1,369 @@
+"""Texts: words, padding, text encoders of transformers, and the pipeline that draws texts."""
+
+import json
+
+import pytest
+import torch
+from helpers import make_generators, randomise
+from torch import Tensor
+
+from elit import ElitPipeline, ElitTextPipeline, MMDiT, create_model, load_pipeline, make_scheduler
+from elit.data import load_dataset
+from elit.data.captioned_shapes import GROUNDS, NOUNS, PAINTS
+from elit.flow.guidance import CFG, CheapCFG
+from elit.layers.text import BEGIN, PADDING, pad, tokenize
+from elit.pipelines.text_encoder import encode, load_text_encoder
+
+SIZES = {
+    "sample_size": 8, "in_channels": 3, "patch_size": 2, "hidden_size": 32, "num_heads": 2,
+    "depth": 3, "group": 2, "head": 1, "tail": 1, "max_text_length": 12,
+}  # fmt: skip
+
+
+def word_model(**changes) -> MMDiT:
+    return randomise(MMDiT(**SIZES | {"vocab_size": 64} | changes))
+
+
+def state_model(**changes) -> MMDiT:
+    return randomise(MMDiT(**SIZES | {"text_dim": 16} | changes))
+
+
+def word_pipeline() -> ElitTextPipeline:
+    pipeline = ElitTextPipeline(word_model(), make_scheduler("euler"))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: ElitTextPipeline, prompts: list[str], seeds=(1, 2), **options) -> Tensor:
+    options = {"num_inference_steps": 2, "output_type": "latent"} | options
+    return pipeline(prompts, generator=make_generators(*seeds), **options).images
+
+
+# ---- words ----
+
+
+def test_words_have_numbers_that_depend_on_nothing_else() -> None:
+    first, again, other = tokenize(["A red disc, small", "small", "a RED  disc"], 4096)
+    assert first[0] == again[0] == other[0] == BEGIN
+    assert len(first) == 6  # the comma is a word
+    assert other == first[:4]
+    assert again[1] == first[5]
+    assert tokenize([""], 4096) == [[BEGIN]]
+    assert all(BEGIN < number < 8 for number in tokenize(["many words of a text"], 8)[0][1:])
+
+
+def test_the_words_of_the_captions_are_told_apart() -> None:
+    captions = load_dataset("captioned-shapes").batch(range(3000))["captions"]
+    words = {word for caption in captions for word in caption.replace(",", " ").split()}
+    numbers = {tokenize([word], 4096)[0][1] for word in words}
+    assert len(numbers) == len({word.strip(":") for word in words})
+
+
+def test_padding_comes_last() -> None:
+    ids, mask = pad([[1, 5, 6], [1]])
+    assert ids.tolist() == [[1, 5, 6], [1, PADDING, PADDING]]
+    assert mask.tolist() == [[True, True, True], [True, False, False]]
+
+
+# ---- padding never leaks ----
+
+
+@pytest.mark.parametrize("words", [True, False])
+def test_padding_never_leaks(words: bool) -> None:
+    model = word_model() if words else state_model()
+    samples, levels = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.8])
+    text = model.example_condition(2)["encoder_hidden_states"][:, :5]
+    text = text if words else torch.randn(text.shape)
+    mask = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+
+    def run(text: Tensor, mask: Tensor | None, rows: slice = slice(None)) -> Tensor:
+        inputs = samples[rows], levels[rows], None, text
+        with torch.no_grad():
+            return model(*inputs, encoder_attention_mask=mask, num_latents=2).sample
+
+    out = run(text, mask)
+    alone = run(text[1:, :2], None, slice(1, 2))
+    torch.testing.assert_close(out[1:], alone)
+    torch.testing.assert_close(out[:1], run(text[:1], None, slice(1)))
+    junk = text.clone()
+    junk[1, 2:] = 63 if words else float("nan")
+    assert torch.equal(run(junk, mask), out)
+    longer = torch.cat((text, text), dim=1)
+    no_more = torch.cat((mask, torch.zeros_like(mask)), dim=1)
+    torch.testing.assert_close(run(longer, no_more), out)
+    # Nor does it in the other direction: what is no padding counts.
+    changed = text.clone()
+    changed[1, 1] = 60 if words else 3.0
+    assert not torch.allclose(run(changed, mask)[1], out[1], atol=1e-3)
+
+
+def test_the_order_of_words_matters() -> None:
+    condition = [encode([text], word_model().config) for text in ("red on blue", "blue on red")]
+    model, samples = word_model(), torch.randn(1, 3, 8, 8)
+    outs = [model(samples, 0.5, **c).sample for c in condition]
+    assert not torch.allclose(*outs, atol=1e-3)
+
+
+def test_a_vector_for_the_whole_text_counts() -> None:
+    model = state_model(pooled_dim=6)
+    samples, condition = torch.randn(2, 3, 8, 8), model.example_condition(2)
+    out = model(samples, 0.5, **condition).sample
+    condition["pooled_projections"] = torch.randn(2, 6)
+    assert not torch.allclose(model(samples, 0.5, **condition).sample, out, atol=1e-3)
+
+
+# ---- what the model refuses ----
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ({}, "takes encoder_hidden_states, not class_labels"),
+        ({"encoder_hidden_states": torch.zeros(2, 3)}, r"shape \(2, 3\).*takes \(2, up to 12, 16"),
+        ({"encoder_hidden_states": torch.zeros(2, 3, 8)}, r"shape \(2, 3, 8\) does not fit"),
+        ({"encoder_hidden_states": torch.zeros(1, 3, 16)}, r"shape \(1, 3, 16\) does not fit"),
+        ({"encoder_hidden_states": torch.zeros(2, 13, 16)}, "13 tokens is too long.* 12 at most"),
+        (
+            {
+                "encoder_hidden_states": torch.zeros(2, 3, 16),
+                "encoder_attention_mask": torch.ones(2, 3),
+            },
+            r"encoder_attention_mask of \(2, 3\) torch.float32 does not fit.*bool",
+        ),
+        (
+            {
+                "encoder_hidden_states": torch.zeros(2, 3, 16),
+                "pooled_projections": torch.ones(2, 3),
+            },
+            r"pooled_projections of shape \(2, 3\) do not fit; this model takes none",
+        ),
+    ],
+)
+def test_texts_that_do_not_fit(condition: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        state_model()(torch.zeros(2, 3, 8, 8), 0.5, **condition)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vocab_size": None}, "text_dim=None and vocab_size=None: give one of them"),
+        ({"text_dim": 8}, "text_dim=8 and vocab_size=64: give one of them"),
+        ({"vocab_size": 3}, "vocab_size=3 is not allowed"),
+        ({"max_text_length": 0}, "max_text_length=0 is not allowed"),
+    ],
+)
+def test_settings_of_the_text_that_do_not_fit(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        word_model(**settings)
+
+
+# ---- the pipeline ----
+
+
+@pytest.mark.parametrize("guidance", [None, CFG(2.0), CheapCFG(2.0)], ids=["none", "cfg", "cheap"])
+def test_an_image_depends_on_its_text_and_seed_alone(guidance) -> None:
+    pipeline = word_pipeline()
+    prompts = ["a red disc on white", "blue"]
+    both = draw(pipeline, prompts, guidance=guidance, budget=0.5)
+    for i in range(2):
+        alone = draw(pipeline, prompts[i : i + 1], (i + 1,), guidance=guidance, budget=0.5)
+        torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+    other = draw(pipeline, ["a blue disc on white", "blue"], guidance=guidance, budget=0.5)
+    assert not torch.allclose(other[0], both[0], atol=1e-2)
+
+
+def test_a_negative_prompt_guides_away_from_it() -> None:
+    pipeline = word_pipeline()
+    plain = draw(pipeline, ["red", "blue"], guidance=CFG(3.0))
+    steered = draw(pipeline, ["red", "blue"], guidance=CFG(3.0), negative_prompt="a green thing")
+    assert not torch.allclose(steered, plain, atol=1e-2)
+    each = draw(pipeline, ["red", "blue"], guidance=CFG(3.0), negative_prompt=["", "a green thing"])
+    torch.testing.assert_close(each[0], plain[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(each[1], steered[1], rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_encoded_before() -> None:
+    pipeline = word_pipeline()
+    embeds = pipeline.encode_prompt(["red", "blue"])
+    given = draw(pipeline, None, prompt_embeds=embeds, guidance=CFG(2.0))
+    assert torch.equal(given, draw(pipeline, ["red", "blue"], guidance=CFG(2.0)))
+
+
+def test_saved_and_loaded_by_its_kind(tmp_path) -> None:
+    pipeline = word_pipeline()
+    expected = draw(pipeline, ["red", "blue"])
+    pipeline.save_pretrained(tmp_path / "texts")
+    for loaded in (load_pipeline(tmp_path / "texts"), ElitTextPipeline.from_pretrained(
+        tmp_path / "texts"
+    )):  # fmt: skip
+        assert type(loaded) is ElitTextPipeline
+        assert torch.equal(draw(loaded, ["red", "blue"]), expected)
+    with pytest.raises(ValueError, match="holds a pipeline ElitTextPipeline, not ElitPipeline"):
+        ElitPipeline.from_pretrained(tmp_path / "texts")
+    classes = ElitPipeline(create_model("elit-dit-tiny/2"), make_scheduler("euler"))
+    classes.save_pretrained(tmp_path / "classes")
+    assert type(load_pipeline(tmp_path / "classes")) is ElitPipeline
+
+
+def test_pipelines_of_the_other_kind_of_model() -> None:
+    euler = make_scheduler("euler")
+    with pytest.raises(ValueError, match="MMDiT draws texts, not classes; make an ElitTextPip"):
+        ElitPipeline(word_model(), euler)
+    with pytest.raises(ValueError, match="DiT draws classes, not texts; make an ElitPipeline"):
+        ElitTextPipeline(create_model("elit-dit-tiny/2"), euler)
+    with pytest.raises(ValueError, match="reads words itself"):
+        ElitTextPipeline(word_model(), euler, text_encoder_name="openai/clip-vit-large-patch14")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": "word " * 12}, "a text of 13 tokens is too long.* 12 at most.*'word word"),
+        ({"prompt": []}, r"prompt \[\] is no text"),
+        ({"prompt": [3]}, r"prompt \[3\] is no text"),
+        ({"prompt": None}, "give either prompt or prompt_embeds"),
+        ({"prompt": ["a", "b", "c"], "negative_prompt": ["a", "b"]}, "2 negative prompts for 3"),
+    ],
+)
+def test_bad_prompts(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        word_pipeline()(**options, num_inference_steps=1)
+
+
+# ---- text encoders of transformers, tiny and random, saved as the real ones are ----
+
+
+def save_tokenizer(kind: str, folder) -> None:
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    if kind == "qwen2":  # bytes, and no token at all for an empty text
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocab = {symbol: number for number, symbol in enumerate(["<|endoftext|>", *alphabet])}
+        transformers.Qwen2Tokenizer(vocab=vocab, merges=[]).save_pretrained(folder)
+        return
+    words = ["[pad]", "[unk]", "a", "red", "blue", "disc", "square", "on"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[unk]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[pad]", unk_token="[unk]"
+    )
+    wrapped.save_pretrained(folder)
+
+
+def save_encoder(kind: str, folder) -> None:
+    import transformers
+
+    save_tokenizer(kind, folder)
+    torch.manual_seed(0)
+    small = {"vocab_size": 300 if kind == "qwen2" else 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    width = {"hidden_size": 16, "intermediate_size": 32}
+    if kind == "clip":
+        config = transformers.CLIPTextConfig(
+            **small, **width, eos_token_id=7, bos_token_id=6, max_position_embeddings=16
+        )
+        model = transformers.CLIPTextModel(config)
+    elif kind == "t5":
+        config = transformers.T5Config(
+            vocab_size=8, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+        )
+        model = transformers.T5EncoderModel(config)
+    else:
+        config = transformers.Qwen2Config(**small, **width, num_key_value_heads=1)
+        model = transformers.Qwen2Model(config)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5", "qwen2"])
+def test_text_encoders_by_name(kind: str, tmp_path) -> None:
+    save_encoder(kind, tmp_path / "encoder")
+    model = state_model(pooled_dim=16 if kind == "clip" else None, max_text_length=32)
+    name = str(tmp_path / "encoder")
+    pipeline = ElitTextPipeline(model, make_scheduler("euler"), text_encoder_name=name)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["a red disc on blue", "square"]
+    drawn = draw(pipeline, prompts, guidance=CheapCFG(2.0))
+    alone = draw(pipeline, prompts[1:], (2,), guidance=CheapCFG(2.0))
+    torch.testing.assert_close(alone, drawn[1:], rtol=1e-4, atol=1e-4)  # no padding leaks
+    # The encoder's own states, and nothing else, reach the model.
+    tokenizer, encoder = load_text_encoder(name)
+    condition = encode(prompts, model.config, tokenizer, encoder)
+    ids = tokenizer(prompts[0], return_tensors="pt")["input_ids"]
+    expected = encoder(ids).last_hidden_state
+    torch.testing.assert_close(condition["encoder_hidden_states"][:1], expected)
+    lengths = [len(prompt) if kind == "qwen2" else len(prompt.split()) for prompt in prompts]
+    assert condition["encoder_attention_mask"].sum(1).tolist() == lengths
+    assert encode([""], model.config, tokenizer, encoder)["encoder_attention_mask"].sum() == 1
+    assert not any(p.requires_grad for p in encoder.parameters())
+
+    pipeline.save_pretrained(tmp_path / "named")  # keeps the name alone
+    assert not (tmp_path / "named" / "text_encoder").exists()
+    assert pipeline.text_encoder is not None
+    loaded = load_pipeline(tmp_path / "named")
+    torch.testing.assert_close(draw(loaded, prompts, guidance=CheapCFG(2.0)), drawn)
+    whole = ElitTextPipeline(
+        model, make_scheduler("euler"), text_encoder=encoder, tokenizer=tokenizer
+    )
+    whole.save_pretrained(tmp_path / "whole")
+    index = json.loads((tmp_path / "whole" / "model_index.json").read_text())
+    assert index["text_encoder"][0] == "transformers"
+    loaded = load_pipeline(tmp_path / "whole")
+    torch.testing.assert_close(draw(loaded, prompts, guidance=CheapCFG(2.0)), drawn)
+
+
+def test_text_encoders_that_do_not_fit(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="the text encoder 'no/such' cannot be loaded.*clip-vit"):
+        load_text_encoder("no/such")
+    import transformers
+
+    transformers.BertConfig().save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="its model type 'bert' is none of clip"):
+        load_text_encoder(str(tmp_path / "bert"))
+    save_encoder("t5", tmp_path / "t5")
+    tokenizer, encoder = load_text_encoder(str(tmp_path / "t5"))
+    euler = make_scheduler("euler")
+    with pytest.raises(ValueError, match=r"states are 16 wide, but the model takes 24"):
+        ElitTextPipeline(
+            state_model(text_dim=24), euler, text_encoder=encoder, tokenizer=tokenizer
+        )
+    with pytest.raises(ValueError, match="go together"):
+        ElitTextPipeline(state_model(), euler, text_encoder=encoder)
+    with pytest.raises(ValueError, match="has no text encoder; make it with"):
+        ElitTextPipeline(state_model(), euler)("a red disc")
+    pooled = ElitTextPipeline(
+        state_model(pooled_dim=16), euler, text_encoder=encoder, tokenizer=tokenizer
+    )
+    with pytest.raises(ValueError, match="T5EncoderModel gives no vector for a whole text"):
+        pooled("a red disc")
+    short = state_model(max_text_length=2)
+    with pytest.raises(ValueError, match="a text of 3 tokens is too long"):
+        ElitTextPipeline(short, euler, text_encoder=encoder, tokenizer=tokenizer)("a red disc")
+
+
+# ---- captions ----
+
+
+def test_captions_tell_what_is_in_the_image() -> None:
+    dataset = load_dataset("captioned-shapes", count=300)
+    batch, scenes = dataset.batch(range(300)), dataset.scenes(range(300))
+    for image, caption, scene in zip(batch["images"], batch["captions"], scenes, strict=True):
+        assert scene.paint in caption
+        assert any(noun in caption for noun in NOUNS[scene.noun])
+        paper = torch.tensor(list(bytes.fromhex(GROUNDS[scene.ground]))) / 127.5 - 1
+        assert torch.allclose(image[:, 0, 0], paper, atol=1e-5)  # nothing lies in the corner
+        if scene.pattern == "plain":
+            ink = torch.tensor(list(bytes.fromhex(PAINTS[scene.paint]))) / 127.5 - 1
+            assert (image - ink[:, None, None]).abs().sum(0).min() < 1e-4
+    assert len(set(batch["captions"])) > 150  # many for each class
+    names = {dataset.class_names[label] for label in batch["class_labels"].tolist()}
+    assert names == {scene.noun for scene in scenes} == set(NOUNS)
+
+
+def test_captions_hang_on_the_index_alone() -> None:
+    few, many = load_dataset("captioned-shapes", count=10), load_dataset("captioned-shapes")
+    assert few.batch([3])["captions"] == many.batch([1, 3])["captions"][1:]
+    assert many[3]["captions"] == many.batch([3])["captions"][0]
+    held_out = load_dataset("captioned-shapes", "validation")
+    assert held_out.batch(range(50))["captions"] != many.batch(range(50))["captions"]
