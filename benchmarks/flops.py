@@ -20,6 +20,8 @@ TRAINING = (
     ("HDiT", 512, 776, 801, 791),
 )
 BUDGETS = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
+QWEN_TEXT = 128  # tokens of a text
+QWEN_BUDGETS = (1, 1 / 2, 1 / 4, 1 / 8)
 
 
 @functools.cache
@@ -76,6 +78,25 @@ def beside_the_paper() -> str:
     return table(("", "unit", "paper", "here", "deviation"), rows)
 
 
+def qwen_image() -> str:
+    """Sampling with cheap CFG, relative to the plain model's with CFG, beside the paper's."""
+    counts = {}
+    for name in ("mmdit-qwen/2", "elit-mmdit-qwen/2"):
+        config = preset_config(name, 1024, {"max_text_length": QWEN_TEXT})
+        model = on_meta(preset_model(name), config)
+        budgets = QWEN_BUDGETS if model.is_elastic else None
+        counts[name] = flops_report(model, name, 1024, budgets).rows
+    (plain,) = counts["mmdit-qwen/2"]
+    guide = counts["elit-mmdit-qwen/2"][-1].gflops
+    rows = []
+    for row, paper in zip(counts["elit-mmdit-qwen/2"], (0.69, 0.49, 0.41, 0.37), strict=True):
+        share = (row.gflops + guide) / (2 * plain.gflops)
+        latents, cost = str(int(4096 * row.budget)), f"{row.gflops / 1e3:.1f}"
+        rows.append((latents, cost, f"{paper}", f"{share:.3f}"))
+    header = ("latents at 1024 px", "TFLOPs of a forward", "share of CFG, paper", "here")
+    return table(header, rows)
+
+
 def sizes() -> str:
     """Forwards of some sizes at 256 px, plain and elastic."""
     header = ("GFLOPs at 256 px", "plain", *(f"budget {b:g}" for b in BUDGETS))
@@ -88,6 +109,8 @@ def sizes() -> str:
         "UViT-XL/2",
         "HDiT-B/2",
         "HDiT-XL/2",
+        "MMDiT-B/2",
+        "Video-DiT-XL/2",
     ):
         costs = [gflops(name.lower(), 256)]
         costs += [gflops(f"elit-{name.lower()}", 256, budget) for budget in BUDGETS]
@@ -98,7 +121,7 @@ def sizes() -> str:
 def main() -> None:
     """Print the tables."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    print(beside_the_paper(), sizes(), sep="\n\n")
+    print(beside_the_paper(), qwen_image(), sizes(), sep="\n\n")
 
 
 if __name__ == "__main__":

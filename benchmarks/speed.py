@@ -20,10 +20,10 @@ import torch
 
 from elit import create_model
 from elit.evaluation.flops import ElasticFlops, forward_flops
-from elit.models.dit import DiT
+from elit.models.elastic import ElasticMixin
 
 
-def randomised(model: DiT) -> DiT:
+def randomised(model: ElasticMixin) -> ElasticMixin:
     """Weights without zeros: a multiplication by zero may be quicker than another."""
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -37,9 +37,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def one_call(model: DiT, inputs: tuple, num_latents: int | None, train: bool) -> None:
+def one_call(
+    model: ElasticMixin, inputs: tuple, condition: dict, num_latents: int | None, train: bool
+) -> None:
     """A forward, or a forward and a backward."""
-    kwargs = {} if num_latents is None else {"num_latents": num_latents}
+    kwargs = condition if num_latents is None else condition | {"num_latents": num_latents}
     if train:
         model.zero_grad(set_to_none=True)
         model(*inputs, **kwargs).sample.square().mean().backward()
@@ -64,12 +66,12 @@ def compare(args: argparse.Namespace, batch_size: int, device: torch.device) -> 
     elastic = randomised(create_model(f"elit-{args.model}", args.resolution)).to(device).to(dtype)
     sample = torch.randn(batch_size, plain.in_channels, *plain.sample_size)
     inputs = (sample.to(device, dtype), torch.rand(batch_size).to(device))
-    inputs += (torch.arange(batch_size).to(device) % plain.config.num_classes,)
+    condition = {k: v.to(device) for k, v in plain.example_condition(batch_size).items()}
 
     kept = [elastic.resolve_budget(budget) for budget in args.budgets]
 
-    def seconds_of(model: DiT, num_latents: int | None) -> float:
-        return timed(lambda: one_call(model, inputs, num_latents, args.train), device)
+    def seconds_of(model: ElasticMixin, num_latents: int | None) -> float:
+        return timed(lambda: one_call(model, inputs, condition, num_latents, args.train), device)
 
     for n in kept:  # warm up
         seconds_of(plain, None)
@@ -108,7 +110,8 @@ def shares(args: argparse.Namespace, batch_size: int, device: torch.device) -> d
     """Shares of Read and Write in the time of a forward at full budget."""
     model = randomised(create_model(f"elit-{args.model}", args.resolution)).to(device)
     sample = torch.randn(batch_size, model.in_channels, *model.sample_size, device=device)
-    inputs = (sample, torch.rand(batch_size, device=device), None)
+    inputs = (sample, torch.rand(batch_size, device=device))
+    condition = {k: v.to(device) for k, v in model.example_condition(batch_size).items()}
     spent: dict[str, float] = {}
     begun: dict[str, float] = {}
 
@@ -124,12 +127,12 @@ def shares(args: argparse.Namespace, batch_size: int, device: torch.device) -> d
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
 
-    one_call(model, inputs, None, False)
+    one_call(model, inputs, condition, None, False)
     for name in ("read", "write"):
         watch(name, getattr(model, name))
     watch("all", model)
     for _ in range(args.rounds):
-        one_call(model, inputs, None, False)
+        one_call(model, inputs, condition, None, False)
     return {name: spent[name] / spent["all"] for name in ("read", "write")}
 
 

@@ -123,9 +123,10 @@ CONFIG_FLAGS = """
 SURFACE = {
     "quickstart": "--out --seed --preset --steps --json",
     "train": f"[config] --dry-run --json {CONFIG_FLAGS}",
-    "sample": "run --labels --count --budget --steps --guidance --scale --guide-budget --interval "
-    "--sampler --seed --size --batch-size --device --dtype --out --json",
-    "flops": "model --resolution --budgets --json",
+    "sample": "run --labels --prompts --count --budget --steps --guidance --scale --guide-budget "
+    "--interval --sampler --seed --size --frames --video --batch-size --device --dtype --out "
+    "--json",
+    "flops": "model --resolution --budgets --text-tokens --json",
     "info": "[model] --json",
 }
 

@@ -34,7 +34,8 @@ def dataset(request):
 class TestEveryDataset:
     def test_an_item_is_an_image_and_its_label(self, dataset):
         item = dataset[3]
-        assert set(item) == {"images", "class_labels"}
+        captions = {"captions"} if dataset.has_captions else set()
+        assert set(item) == {"images", "class_labels"} | captions
         assert item["images"].dtype == torch.float32
         assert tuple(item["images"].shape) == dataset.image_shape
         assert item["class_labels"].dtype == torch.int64
@@ -271,7 +272,8 @@ class TestLoadDataset:
             (
                 ("imagenet",),
                 {},
-                r"unknown data set 'imagenet': use one of 'digits', 'shapes', 'moving-shapes'$",
+                r"unknown data set 'imagenet': use one of 'digits', 'shapes', 'captioned-shapes', "
+                r"'moving-shapes'$",
             ),
             ((None,), {}, r"unknown data set None: use one of"),
             ((["digits"],), {}, r"unknown data set \['digits'\]: use one of"),

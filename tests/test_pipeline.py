@@ -466,9 +466,41 @@ def test_a_clip_depends_on_its_seed_alone() -> None:
     torch.testing.assert_close(draw(pipeline, budget=0.5)[1:2], alone)
 
 
-def test_clips_have_no_vae() -> None:
-    with pytest.raises(ValueError, match="clips are drawn in pixels"):
+def make_clip_vae() -> diffusers.AutoencoderKLWan:
+    """A tiny autoencoder of clips, 1/4 in time and 1/8 in space, with 4 channels inside."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+        latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 1.5, 0.5],
+    )  # fmt: skip
+    return vae.eval()
+
+
+def test_clips_in_the_latents_of_a_video_autoencoder() -> None:
+    model = randomise(tiny_elastic(sample_size=(2, 4, 4), group=(1, 2, 2), in_channels=4))
+    vae = make_clip_vae()
+    pipeline = make_pipeline(model, vae=vae)
+    latents = draw(pipeline, [1], [1])
+    assert latents.shape == (1, 4, 2, 4, 4)
+    mean, std = (torch.tensor(x).view(1, 4, 1, 1, 1) for x in (
+        vae.config.latents_mean, vae.config.latents_std
+    ))  # fmt: skip
+    with torch.no_grad():
+        expected = vae.decode(latents * std + mean).sample  # (1, 3, 5, 32, 32)
+    clips = draw(pipeline, [1], [1], output_type="pt")
+    torch.testing.assert_close(clips, (expected / 2 + 0.5).clamp(0, 1).transpose(1, 2))
+    assert clips.shape == (1, 5, 3, 32, 32)
+    longer = draw(pipeline, [1], [1], output_type="pt", num_frames=9, height=64)
+    assert longer.shape == (1, 9, 3, 64, 32)
+    with pytest.raises(ValueError, match=r"num_frames=8 is not a multiple of 4.*use 5 or 9"):
+        draw(pipeline, [1], [1], num_frames=8)
+
+
+def test_an_autoencoder_of_the_other_kind() -> None:
+    with pytest.raises(ValueError, match="AutoencoderKL is of images, the transformer draws the"):
         make_pipeline(clip_model(), vae=make_vae())
+    with pytest.raises(ValueError, match="AutoencoderKLWan is of clips"):
+        make_pipeline(tiny_elastic(in_channels=4), vae=make_clip_vae())
 
 
 def test_samples_that_are_not_finite_are_no_images() -> None:

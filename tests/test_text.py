@@ -1,6 +1,7 @@
 """Texts: words, padding, text encoders of transformers, and the pipeline that draws texts."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from helpers import make_generators, randomise
 from torch import Tensor
 
 from elit import ElitPipeline, ElitTextPipeline, MMDiT, create_model, load_pipeline, make_scheduler
+from elit.cli.main import main
 from elit.data import load_dataset
 from elit.data.captioned_shapes import GROUNDS, NOUNS, PAINTS
 from elit.flow.guidance import CFG, CheapCFG
@@ -257,7 +259,11 @@ def save_encoder(kind: str, folder) -> None:
 
     save_tokenizer(kind, folder)
     torch.manual_seed(0)
-    small = {"vocab_size": 300 if kind == "qwen2" else 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small = {
+        "vocab_size": 300 if kind == "qwen2" else 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     width = {"hidden_size": 16, "intermediate_size": 32}
     if kind == "clip":
         config = transformers.CLIPTextConfig(
@@ -314,7 +320,7 @@ def test_text_encoders_by_name(kind: str, tmp_path) -> None:
 
 def test_text_encoders_that_do_not_fit(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="the text encoder 'no/such' cannot be loaded.*clip-vit"):
+    with pytest.raises(ValueError, match=r"the text encoder 'no/such' cannot be loaded.*clip-vit"):
         load_text_encoder("no/such")
     import transformers
 
@@ -325,9 +331,7 @@ def test_text_encoders_that_do_not_fit(tmp_path, monkeypatch) -> None:
     tokenizer, encoder = load_text_encoder(str(tmp_path / "t5"))
     euler = make_scheduler("euler")
     with pytest.raises(ValueError, match=r"states are 16 wide, but the model takes 24"):
-        ElitTextPipeline(
-            state_model(text_dim=24), euler, text_encoder=encoder, tokenizer=tokenizer
-        )
+        ElitTextPipeline(state_model(text_dim=24), euler, text_encoder=encoder, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="go together"):
         ElitTextPipeline(state_model(), euler, text_encoder=encoder)
     with pytest.raises(ValueError, match="has no text encoder; make it with"):
@@ -367,3 +371,93 @@ def test_captions_hang_on_the_index_alone() -> None:
     assert many[3]["captions"] == many.batch([3])["captions"][0]
     held_out = load_dataset("captioned-shapes", "validation")
     assert held_out.batch(range(50))["captions"] != many.batch(range(50))["captions"]
+
+
+# ---- the command line ----
+
+SHORT = (
+    "--train.steps 1 --train.sample_every 1 --train.validate_every 1 --data.batch_size 2 "
+    "--sample.steps 1 --sample.budgets [0.5] --sample.columns 2 --data.options.count 8 "
+    "--model.overrides.hidden_size 32 --model.overrides.num_heads 1"
+)
+
+
+def cli(capsys, *words: object) -> tuple[int, str, str]:
+    code = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_captions_train_and_become_images(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = cli(capsys, "train", "captioned-shapes", "--output_dir", "run", *SHORT.split())
+    assert code == 0, err
+    assert (tmp_path / "run" / "samples" / "step-00000001.png").exists()
+    words = ["--prompts", "a red disc", "blue", "--budget", 1, 0.25, "--steps", 1, "--json"]
+    code, out, err = cli(capsys, "sample", "run", *words, "--guidance", "ccfg")
+    assert code == 0, err
+    report = json.loads(out)
+    names = [Path(file).name for row in report["rows"] for file in row["files"]]
+    assert names == ["prompt-0-seed-0.png", "prompt-1-seed-1.png"] * 2
+    assert report["settings"]["prompts"] == ["a red disc", "blue"]
+    code, out, _ = cli(capsys, "flops", "run", "--json")
+    assert json.loads(out)["text_tokens"] == 32
+    code, out, _ = cli(capsys, "flops", "run", "--text-tokens", 4, "--json")
+    assert json.loads(out)["rows"][0]["gflops"] < report["rows"][0]["gflops"]
+    for command, message in (
+        (("sample", "run"), "this model draws texts; give some"),
+        (("sample", "run", "--labels", 1), "--labels are of models that draw classes"),
+        (("sample", "run", "--prompts", "word " * 40), "a text of 41 tokens is too long"),
+        (("flops", "dit-xl/2", "--text-tokens", 4), "draws classes, not texts"),
+        (("train", "digits", "--model.preset", "elit-mmdit-tiny/2"), "has no captions; use data"),
+        (("train", "digits", "--text.max_length", 4), "text.* have no effect on 'elit-dit-tiny/2'"),
+        (("train", "captioned-shapes", "--text.encoder", "./no"), "the text encoder './no' cannot"),
+    ):
+        code, _, err = cli(capsys, *command)
+        assert (code, message in err, err.count("\n")) == (2, True, 1), err
+
+
+def test_a_frozen_encoder_by_name_trains_too(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_encoder("t5", tmp_path / "t5")
+    words = [
+        "train",
+        "captioned-shapes",
+        "--output_dir",
+        "run",
+        *SHORT.split(),
+        "--text.encoder",
+        "t5",
+    ]
+    code, _, err = cli(capsys, *words)
+    assert code == 0, err
+    pipeline = load_pipeline("run")
+    assert pipeline.config.text_encoder_name == "t5"
+    assert pipeline.transformer.config.text_dim == 16
+    assert not (tmp_path / "run" / "text_encoder").exists()
+    code, _, err = cli(capsys, "sample", "run", "--prompts", "a red disc", "--steps", 1)
+    assert code == 0, err
+    code, _, err = cli(capsys, *words[:-1], "words")
+    assert code == 2
+    assert "holds another run" in err
+
+
+def test_clips_of_texts(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    preset = ["--model.preset", "elit-video-mmdit-tiny/2", "--output_dir", "run"]
+    preset += ["--model.overrides.group", "[2, 4, 4]", "--model.overrides.patch_size", "[2, 2, 2]"]
+    code, _, err = cli(capsys, "train", "moving-shapes", *preset, *SHORT.split())
+    assert code == 0, err
+    words = ["--prompts", "a red disc moves right", "--steps", 1, "--video", "mp4", "--json"]
+    code, out, err = cli(capsys, "sample", "run", *words, "--frames", 4)
+    assert code == 0, err
+    (file,) = json.loads(out)["rows"][0]["files"]
+    import imageio
+
+    assert imageio.get_reader(file).count_frames() == 4
+    code, _, err = cli(capsys, "sample", "run", *words, "--frames", 6)
+    assert code == 2
+    assert "a grid of 3x8x8 tokens cannot be cut into groups of 2x4x4" in err
+    code, _, err = cli(capsys, "sample", "run", *words, "--frames", 3)
+    assert code == 2
+    assert "3x16x16 cannot be cut into patches of 2x2x2" in err

@@ -504,7 +504,9 @@ def test_validation_uses_the_same_noise_for_all_budgets(tmp_path) -> None:
     dataset = load_dataset("digits", "validation")
     model = build_model(config, dataset).eval()
     run = Run(config, CPU)
-    losses = validation_losses(model, dataset, run.density, [16, 1], 0, CPU.device)
+    losses = validation_losses(
+        model, dataset, run.conditioning, run.density, [16, 1], 0, CPU.device
+    )
     # Freshly initialised, the model predicts zero whatever the budget: the losses are equal.
     assert torch.equal(losses[16], losses[1])
     assert len(losses[16]) == len(dataset)

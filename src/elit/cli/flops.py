@@ -20,7 +20,9 @@ A multiply-add counts as 2, attention included, of one image and one call of the
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit flops`."""
-    parser.usage = "elit flops NAME_OR_PATH [--resolution R] [--budgets B ...] [--json]"
+    parser.usage = (
+        "elit flops NAME_OR_PATH [--resolution R] [--budgets B ...] [--text-tokens N] [--json]"
+    )
     parser.epilog = _EPILOG
     parser.add_argument(
         "model", metavar="NAME_OR_PATH", help="a preset, or the folder of a pipeline or a model"
@@ -38,6 +40,12 @@ def add_arguments(parser: Parser) -> None:
         metavar="B",
         help="budgets in (0, 1], such as 1 3/4 0.5 (default: 1 and halves of it)",
     )
+    parser.add_argument(
+        "--text-tokens",
+        type=whole_number(1),
+        metavar="N",
+        help="length of the text, of a model that draws texts (default: the longest it takes)",
+    )
     add_json_flag(parser)
 
 
@@ -46,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from elit.cli.models import load_shape
     from elit.evaluation.flops import flops_report
 
-    shape = load_shape(args.model, args.resolution)
+    shape = load_shape(args.model, args.resolution, args.text_tokens)
     counted = flops_report(shape.model, shape.name, shape.resolution, args.budgets)
     report: dict[str, Any] = counted.to_dict()
     if args.json:
@@ -69,6 +77,8 @@ def _print_report(report: dict[str, Any]) -> None:
         for row, n in zip(rows, flops, strict=True)
     ]
     print(format_table(("budget", "latents per group", f"{unit} per forward"), table))
+    if report["text_tokens"] is not None:
+        print(f"\nwith a text of {report['text_tokens']} tokens")
     print(f"\ntraining step, batch {TRAIN_BATCH}: {report['train_tflops']:.4g} TFLOPs")
     if report["train_tflops_multi_budget"] is not None:
         print(

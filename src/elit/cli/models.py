@@ -1,6 +1,6 @@
 """Models by name, presets and checkpoints alike: their shapes, without their weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,26 @@ class Shape:
         return height if height == width else [height, width]
 
 
-def load_shape(name: str, resolution: int | None = None) -> Shape:
+def load_shape(name: str, resolution: int | None = None, text_tokens: int | None = None) -> Shape:
     """Shape of a preset, a pipeline's folder or a model's folder.
 
     Args:
         name: preset or folder.
         resolution: pixels of an image's side; by default what the model was made for.
+        text_tokens: length of the text; by default the longest that the model takes.
     """
+    shape = _find_shape(name, resolution)
+    if text_tokens is None:
+        return shape
+    if not shape.model.takes_text:
+        raise ValueError(f"--text-tokens: {name} draws classes, not texts; leave it out")
+    from elit.evaluation.flops import on_meta
+
+    config = shape.config | {"max_text_length": text_tokens}
+    return replace(shape, model=on_meta(type(shape.model), config), config=config)
+
+
+def _find_shape(name: str, resolution: int | None) -> Shape:
     from elit._choices import nearest
     from elit.evaluation.flops import on_meta
     from elit.models.presets import PRESETS, preset_config, preset_inputs, preset_model

@@ -22,6 +22,8 @@ from elit.data.shapes import (
     whole_number,
 )
 
+NAMES = ("red", "orange", "green", "blue", "purple", "black")  # of PAINTS, in order
+
 # The direction of motion, x to the right and y down.
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 OBJECTS = ("disc", "square", "triangle")  # few and plain: a tiny model has motion to learn
@@ -32,8 +34,11 @@ class MovingShapes(ImageDataset):
 
     Object, size, colours, place and speed vary freely. Index i has class i % 4. Every clip is a
     pure function of (split, index) in continuous coordinates: neither `count` nor the batch changes
-    it, and another `size` or `frames` samples the same motion more finely.
+    it, and another `size` or `frames` samples the same motion more finely. Its caption says which
+    object moves where: "a red disc moves right".
     """
+
+    has_captions = True
 
     def __init__(
         self, split: str = "train", count: int = 10_000, size: int = 16, frames: int = 8
@@ -55,14 +60,22 @@ class MovingShapes(ImageDataset):
 
     def batch(self, indices: Iterable[int]) -> dict[str, torch.Tensor]:
         index = np.array(self._positions(indices), dtype=np.uint64)
-        clips = _draw(index, self.split, self.size, self.frames)
+        draws = uniform(index, self.split, 7)
+        clips = _draw(index, draws, self.size, self.frames)
         labels = torch.from_numpy((index % np.uint64(len(DIRECTIONS))).astype(np.int64))
-        return {"images": torch.from_numpy(clips), "class_labels": labels}
+        captions = [
+            f"a {NAMES[int(row[5] * len(NAMES))]} {OBJECTS[int(row[4] * len(OBJECTS))]} "
+            f"moves {self.class_names[label]}"
+            for row, label in zip(draws.T, labels.tolist(), strict=True)
+        ]
+        return {
+            "images": torch.from_numpy(clips), "class_labels": labels, "captions": captions
+        }  # fmt: skip
 
 
-def _draw(index: Array, split: str, size: int, frames: int) -> Array:
-    """Draw clips by index: (B,) uint64 -> (B, 3, frames, size, size) float32 in [-1, 1]."""
-    draws = iter(uniform(index, split, 7)[..., None, None])  # each (B, 1, 1)
+def _draw(index: Array, uniforms: Array, size: int, frames: int) -> Array:
+    """Draw clips: (B,) uint64, (7, B) -> (B, 3, frames, size, size) float32 in [-1, 1]."""
+    draws = iter(uniforms[..., None, None])  # each (B, 1, 1)
     pixel = (np.arange(size, dtype=np.float32) + 0.5) / size
     time = np.linspace(-0.5, 0.5, frames, dtype=np.float32)[:, None]  # (T, 1)
     ways = np.array(list(DIRECTIONS.values()), np.float32)[index % np.uint64(len(DIRECTIONS))]

@@ -39,6 +39,7 @@ class FlopsReport:
         train_tflops_multi_budget: one step with tail dropping, batch 384, averaged over 1 to
             all latents per group, as the paper counts it; None for a plain model.
         rows: forward costs.
+        text_tokens: length of the text that a text-conditional model reads; else None.
     """
 
     model: str
@@ -47,6 +48,7 @@ class FlopsReport:
     train_tflops: float
     train_tflops_multi_budget: float | None
     rows: list[FlopsRow]
+    text_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON."""
@@ -81,7 +83,7 @@ def forward_flops(
 
 
 class ElasticFlops:
-    """Cost of a forward as a function of the latents per group.
+    """Cost of a forward as a function of the latents per group; a text is as long as may be.
 
     It is a polynomial of degree 2 (attention among latents is the square), so three counts give
     all the others exactly.
@@ -140,6 +142,7 @@ def flops_report(
         train_tflops=3 * TRAIN_BATCH * full / 1e12,
         train_tflops_multi_budget=multi_budget,
         rows=rows,
+        text_tokens=model.config.max_text_length if model.takes_text else None,
     )
 
 

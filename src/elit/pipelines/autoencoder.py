@@ -15,6 +15,11 @@ def spatial_scale(vae: Any) -> int:
     return compression or 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def has_time(vae: Any) -> bool:
+    """Whether an autoencoder is of clips: its weights have three axes of space and time."""
+    return any(parameter.ndim == 5 for parameter in vae.parameters())
+
+
 def temporal_scale(vae: Any) -> int:
     """Frames per element of the VAE latents in time, the first frame having one of its own."""
     if vae is None:

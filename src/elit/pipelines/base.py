@@ -16,7 +16,7 @@ from torch import Tensor
 from elit.flow.guidance import Condition, Guidance
 from elit.flow.schedulers import start_sampling
 from elit.models.elastic import ElasticMixin
-from elit.pipelines.autoencoder import decode, spatial_scale, temporal_scale
+from elit.pipelines.autoencoder import decode, has_time, spatial_scale, temporal_scale
 from elit.pipelines.folder import check_pipeline_source, loading_error
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,11 @@ class ElasticPipeline(DiffusionPipeline):
 
     def set_processors(self) -> None:
         """Make what turns tensors into pictures; the last thing that a subclass makes."""
+        if self.vae is not None and self.draws_clips != has_time(self.vae):
+            raise ValueError(
+                f"a {type(self.vae).__name__} is of {'clips' if has_time(self.vae) else 'images'}, "
+                f"the transformer draws the other; use the autoencoder that it was trained with"
+            )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self.video_processor = VideoProcessor(vae_scale_factor=1)
 
