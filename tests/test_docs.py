@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from elit import ElitPipeline, create_model, make_scheduler
+from elit import ElitPipeline, ElitTextPipeline, create_model, make_scheduler
 from elit.cli.config import config_fields
 from elit.cli.main import COMMANDS, command_parser, main
 from elit.data import load_dataset
@@ -21,7 +21,7 @@ from elit.data import load_dataset
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 SCRIPTS = [*sorted((ROOT / "benchmarks").glob("*.py")), *sorted((ROOT / "examples").glob("*.py"))]
-PLACEHOLDERS = ("QUICKSTART_TABLE", "SPEED_TABLES")
+PLACEHOLDERS = ("QUICKSTART_TABLE", "SPEED_TABLES", "CAPTION_RESULTS", "CLIP_RESULTS")
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,13 @@ def command_lines() -> list:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a run of random weights at runs/quickstart, and a config my.yaml."""
+    """A folder with runs of random weights, of digits and of captions, and a config my.yaml."""
     folder = tmp_path_factory.mktemp("docs")
     pipeline = ElitPipeline(create_model("elit-dit-tiny/2"), make_scheduler("euler"))
     pipeline.save_pretrained(folder / "runs" / "quickstart")
+    model = create_model("elit-mmdit-tiny/2", 16, in_channels=3)
+    texts = ElitTextPipeline(model, make_scheduler("euler"))
+    texts.save_pretrained(folder / "runs" / "captioned-shapes")
     (folder / "my.yaml").write_text("optimizer: {ema: 0.99}\n")
     return folder
 
@@ -237,6 +240,19 @@ def test_example_clip_motion(there, capsys, monkeypatch) -> None:
     moved = centres(batch["images"].transpose(1, 2)).diff(dim=1)[:, 1:-1].mean(1)
     ways = torch.tensor([(1, 0), (-1, 0), (0, 1), (0, -1)], dtype=torch.float32)
     assert (moved @ ways.T).argmax(1).tolist() == batch["class_labels"].tolist()
+
+
+def test_example_caption_check(there, capsys, monkeypatch) -> None:
+    script = ROOT / "examples" / "caption_check.py"
+    capsys.readouterr()
+    run_script(script, monkeypatch, "runs/captioned-shapes", "--count", "20", "--steps", "1")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("shape")[0].strip() for line in lines] == [
+        "real images", "budget 1", "budget 0.25"
+    ]  # fmt: skip
+    # Real images are judged right, and drawings of random weights are not.
+    assert "shape 1.000, colour 1.000, both 1.000" in lines[0]
+    assert float(lines[1].rpartition(" ")[2]) < 0.5
 
 
 # ---- names, links, tables ----
