@@ -109,7 +109,8 @@ def run_json(run, *words) -> dict:
 
 CONFIG_FLAGS = """
     --output_dir --seed --model.preset --model.overrides --data.name
-    --data.options --data.batch_size --data.num_workers --objective.density --objective.logit_mean
+    --data.options --data.batch_size --data.num_workers --text.encoder --text.max_length
+    --objective.density --objective.logit_mean
     --objective.logit_std --objective.label_dropout --latents.min --latents.max --latents.order
     --optimizer.lr --optimizer.betas --optimizer.weight_decay --optimizer.warmup_steps
     --optimizer.schedule --optimizer.final_lr --optimizer.clip --optimizer.ema --train.steps
@@ -339,6 +340,7 @@ FLOPS_KEYS = {
     "train_tflops": float,
     "train_tflops_multi_budget": (float, type(None)),
     "rows": list,
+    "text_tokens": (int, type(None)),
 }
 
 

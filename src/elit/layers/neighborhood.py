@@ -18,7 +18,10 @@ from torch import Tensor
 from elit.layers.attention import SelfAttention
 from elit.layers.positions import Rotary
 
-TILE = 4  # most tokens of a tile along an axis: larger ones waste more of their slab
+# Most tokens of a tile along an axis. Smaller tiles copy each key into more slabs, larger ones attend
+# to more keys in vain: with 7 neighbours, 4, 8 and 16 read 6.2, 3.1 and 1.9 keys per query and attend
+# to 100, 196 and 484.
+TILE = 8
 
 
 class Neighborhood(NamedTuple):
@@ -102,11 +105,19 @@ def attend_neighborhood(query: Tensor, key: Tensor, value: Tensor, near: Neighbo
     """Softmax attention within neighbourhoods: (B, N, H, d) each -> (B, N, H*d)."""
     batch, (tiles, count, _) = len(query), near.mask.shape
     query = query.unflatten(1, (tiles, count)).flatten(0, 1).transpose(1, 2)  # (B*T, H, Q, d)
-    key = key[:, near.keys].flatten(0, 1).transpose(1, 2)  # (B*T, H, S, d)
-    value = value[:, near.keys].flatten(0, 1).transpose(1, 2)  # (B*T, H, S, d)
+    key, value = slabs(key, near), slabs(value, near)  # (B*T, H, S, d)
     mask = near.mask.repeat(batch, 1, 1)[:, None]  # (B*T, 1, Q, S)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return out.transpose(1, 2).reshape(batch, tiles * count, -1)  # (B, N, H*d)
+
+
+def slabs(x: Tensor, near: Neighborhood) -> Tensor:
+    """The tokens that each tile's queries look at: (B, N, H, d) -> (B*T, H, S, d)."""
+    first = torch.arange(len(x), device=x.device) * x.shape[1]  # (B,), of each sample
+    rows = (first[:, None] + near.keys.flatten()).flatten()  # (B*T*S,)
+    # Of whole rows and one axis: several times as fast as x[:, near.keys].
+    x = x.reshape(-1, x.shape[2] * x.shape[3]).index_select(0, rows).unflatten(-1, x.shape[2:])
+    return x.unflatten(0, (-1, near.keys.shape[1])).transpose(1, 2)
 
 
 def attend_natten(query: Tensor, key: Tensor, value: Tensor, near: Neighborhood) -> Tensor:
