@@ -30,12 +30,15 @@ def main() -> None:
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("--count", type=int, default=50, help="clips of each direction")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[1, 0.25, 1 / 32])
     args = parser.parse_args()
     pipeline = ElitPipeline.from_pretrained(args.run)
     pipeline.set_progress_bar_config(disable=True)
+    if not pipeline.draws_clips:
+        parser.error(f"{args.run} draws images, not clips; give a run of moving-shapes")
     ways = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)
     labels = list(range(len(ways))) * args.count
-    for budget in (1, 0.25, 1 / 32):
+    for budget in args.budgets:
         generators = [torch.Generator().manual_seed(i) for i in range(len(labels))]
         clips = pipeline(
             labels,

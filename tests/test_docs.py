@@ -168,6 +168,24 @@ def test_docs_flops_is_what_its_command_prints(capsys, monkeypatch) -> None:
     assert shown.partition("<!-- end of output -->")[0] == capsys.readouterr().out
 
 
+def test_the_readme_s_table_of_backbones_is_what_flops_prints(capsys) -> None:
+    rows = re.findall(
+        r"^\| `(elit-[^`]+)`[^|]*\| ([^|]+) M \|(.*)\|[^|]*\|$",
+        (ROOT / "README.md").read_text(),
+        re.M,
+    )
+    assert len(rows) == 5
+    for preset, millions, costs in rows:
+        budgets = ["--budgets", "1", "0.5", "0.25", "0.0625"]
+        size = ["--resolution", "256"]
+        text = ["--text-tokens", "77"] if "mmdit" in preset else []
+        assert main(["flops", preset, *size, *text, *budgets]) == 0
+        shown = capsys.readouterr().out
+        assert f"{millions} M parameters" in shown
+        for cost in costs.split("|"):
+            assert re.search(rf"\b{re.escape(cost.strip())}$", shown, re.M), (preset, cost)
+
+
 # ---- snippets ----
 
 

@@ -1,11 +1,10 @@
 """`elit sample`: images of given classes at one or more budgets, from the same noise."""
 
 import argparse
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +17,11 @@ from elit.cli.common import (
     format_table,
     number,
     one_of,
-    output_folder,
     print_json,
     quiet_diffusers,
     whole_number,
 )
+from elit.cli.sample_folder import choose_folder, weights_digest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -83,7 +82,7 @@ def add_arguments(parser: Parser) -> None:
         help="pixels (default: what the model was made for)")  # fmt: skip
     add("--frames", type=whole_number(1), metavar="N",
         help="of clips (default: what the model was made for)")  # fmt: skip
-    add("--video", type=one_of(("gif", "mp4"), "video format"), default="gif", metavar="FORMAT",
+    add("--video", type=one_of(("gif", "mp4"), "video format"), metavar="FORMAT",
         help="of clips: gif or mp4 (default: gif)")  # fmt: skip
     add("--batch-size", type=whole_number(1), default=32, metavar="N",
         help="images drawn at a time (default: 32)")  # fmt: skip
@@ -100,11 +99,12 @@ def run(args: argparse.Namespace) -> int:
     pipeline = open_pipeline(args)
     model = pipeline.transformer
     wanted = what_to_draw(args, model)
+    check_video(args, pipeline)
     # Two budgets may round to one number of latents: it is drawn once.
     kept = list(dict.fromkeys(model.resolve_budget(b) for b in args.budget))
     settings = {
         "run": args.run,
-        "weights": _weights(Path(args.run)),
+        "weights": weights_digest(Path(args.run)),
         "prompts" if model.takes_text else "labels": wanted,
         **{key: getattr(args, key) for key in ("count", "steps", "guidance", "scale")},
         **{key: getattr(args, key) for key in ("guide_budget", "interval", "sampler")},
@@ -119,7 +119,10 @@ def run(args: argparse.Namespace) -> int:
     # The first call of a process is slow, so it isn't timed; and it checks all labels and the size.
     pipeline.set_progress_bar_config(disable=True)
     extremes = wanted if model.takes_text else [min(wanted), max(wanted)]
-    pipeline(extremes, model.budget_of(kept[0]), num_inference_steps=1, **options)
+    # Its only step is at noise level 1, where an interval may have guidance off.
+    everywhere = guidance and replace(guidance, interval=(0.0, 1.0))
+    first = options | {"guidance": everywhere}
+    pipeline(extremes, model.budget_of(kept[0]), num_inference_steps=1, **first)
     # The settings come first: what a killed call leaves is known to be theirs.
     report: dict[str, Any] = {"out": str(folder), "settings": settings}
     write_json(folder / "samples.json", report)
@@ -150,6 +153,18 @@ def what_to_draw(args: argparse.Namespace, model: Any) -> list[Any]:
     if args.prompts is not None:
         raise ValueError("--prompts are of models that draw texts; this one draws --labels")
     return args.labels or list(range(min(MAX_DEFAULT_LABELS, model.config.num_classes)))
+
+
+def check_video(args: argparse.Namespace, pipeline: "ElasticPipeline") -> None:
+    """--video is of clips, and MP4 needs an encoder."""
+    if args.video is None:
+        args.video = "gif" if pipeline.draws_clips else None
+    elif not pipeline.draws_clips:
+        raise ValueError("--video is of models that draw clips; this one draws images")
+    elif args.video == "mp4":
+        from elit.viz.sheet import check_mp4
+
+        check_mp4()
 
 
 def make_guidance(args: argparse.Namespace) -> "Guidance | None":
@@ -196,45 +211,6 @@ def open_pipeline(args: argparse.Namespace) -> "ElasticPipeline":
     if args.sampler is not None:
         pipeline.scheduler = make_scheduler(args.sampler)
     return pipeline
-
-
-def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
-    """Where the images go: never over those of other settings."""
-    if args.out is not None:
-        folder = output_folder(args.out, "--out")
-        if _holds_others(folder, settings):
-            raise ValueError(
-                f"{folder} holds samples of other settings, or other files; "
-                f"choose another folder with --out, or remove it"
-            )
-        return folder
-    run = Path(args.run)
-    home = run if run.is_dir() else Path("runs") / run.name  # of a pipeline from the hub
-    number = 1
-    while _holds_others(home / "sampled" / str(number), settings):
-        number += 1
-    return output_folder(home / "sampled" / str(number), "--out")
-
-
-def _holds_others(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether a folder holds samples, and not of these settings."""
-    try:
-        earlier = json.loads((folder / "samples.json").read_text())["settings"]
-    except FileNotFoundError:
-        return folder.is_dir() and any(folder.iterdir())  # somebody's
-    except (OSError, ValueError, KeyError, TypeError):
-        return True
-    return earlier != settings
-
-
-def _weights(run: Path) -> str | None:
-    """What tells the weights of a folder from those of an earlier time: further training."""
-    digest = hashlib.sha256()
-    files = sorted((run / "transformer").glob("*.safetensors"))
-    for file in files:
-        with file.open("rb") as weights:
-            digest.update(hashlib.file_digest(weights, "sha256").digest())
-    return digest.hexdigest()[:16] if files else None
 
 
 def draw_rows(

@@ -124,7 +124,8 @@ def _train(config: TrainConfig, as_json: bool) -> int:
     result = train(config)
     elastic = config.model.preset.lower().startswith("elit-") and config.latents.max is None
     budgets = " --budget 1 0.25" if elastic else ""
-    sample = f"elit sample {shlex.quote(str(result.folder))}{budgets}"
+    prompts = ' --prompts "a red disc"' if "mmdit" in config.model.preset.lower() else ""
+    sample = f"elit sample {shlex.quote(str(result.folder))}{prompts}{budgets}"
     code = 0 if result.finished else 130
     if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process talks
         return code

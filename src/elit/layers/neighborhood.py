@@ -18,9 +18,9 @@ from torch import Tensor
 from elit.layers.attention import SelfAttention
 from elit.layers.positions import Rotary
 
-# Most tokens of a tile along an axis. Smaller tiles copy each key into more slabs, larger ones attend
-# to more keys in vain: with 7 neighbours, 4, 8 and 16 read 6.2, 3.1 and 1.9 keys per query and attend
-# to 100, 196 and 484.
+# Most tokens of a tile along an axis. Smaller tiles copy each key into more slabs, larger ones
+# attend to more keys in vain: with 7 neighbours, 4, 8 and 16 read 6.2, 3.1 and 1.9 keys per query
+# and attend to 100, 196 and 484.
 TILE = 8
 
 

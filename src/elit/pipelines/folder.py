@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 _ADVICE = "give the output_dir of `elit train`, or a folder that save_pretrained wrote"
+OURS = ("ElitPipeline", "ElitTextPipeline")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -98,7 +99,11 @@ def _check_folder(folder: Path, pipeline_class: type, given: Collection[str]) ->
     index = read_config(folder / "model_index.json")
     found, wanted = index.get("_class_name"), [c.__name__ for c in pipeline_class.__mro__]
     if found not in wanted:
-        raise ValueError(f"{folder} holds a pipeline {found}, not {wanted[0]}; {_ADVICE}")
+        if found in OURS:
+            advice = f"load it by {found}.from_pretrained, or whichever it is by load_pipeline"
+        else:
+            advice = _ADVICE
+        raise ValueError(f"{folder} holds a pipeline {found}, not {wanted[0]}; {advice}")
     for name in ("transformer", "scheduler", "vae"):
         if name in given or (name == "vae" and index.get(name) in (None, [None, None])):
             continue

@@ -80,9 +80,10 @@ def film_strip(frames: Sequence[Image.Image], count: int = 4) -> Image.Image:
     count = min(count, len(frames))
     chosen = [frames[round(i * (len(frames) - 1) / max(1, count - 1))] for i in range(count)]
     width, height = frames[0].size
-    strip = Image.new("RGB", (count * width, height))
+    # A line between frames, or they look like one wide image.
+    strip = Image.new("RGB", (count * (width + 1) - 1, height), "white")
     for i, frame in enumerate(chosen):
-        strip.paste(frame, (i * width, 0))
+        strip.paste(frame, (i * (width + 1), 0))
     return strip
 
 
@@ -99,13 +100,18 @@ def save_clip(frames: Sequence[Image.Image], path: Path, fps: int = 8) -> None:
         return
     if path.suffix != ".mp4":
         raise ValueError(f"a clip cannot be written as {path.name}; use .gif or .mp4")
+    check_mp4()
+    pixels = [np.asarray(frame.convert("RGB"), np.float32) / 255 for frame in large]
+    write_file(path, lambda aside: export_to_video(pixels, str(aside), fps))
+
+
+def check_mp4() -> None:
+    """Raise a ValueError unless MP4 can be written here."""
     if find_spec("imageio") is None or find_spec("imageio_ffmpeg") is None:
         raise ValueError(
             "MP4 needs imageio and imageio-ffmpeg: pip install 'elit-diffusion[video]', or write "
             ".gif"
         )
-    pixels = [np.asarray(frame.convert("RGB"), np.float32) / 255 for frame in large]
-    write_file(path, lambda aside: export_to_video(pixels, str(aside), fps))
 
 
 def save_image(image: Image.Image, path: Path) -> None:

@@ -1,0 +1,48 @@
+"""Where `elit sample` writes: a folder of its own for each setting."""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from elit.cli.common import output_folder
+
+
+def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
+    """Where the images go: never over those of other settings."""
+    if args.out is not None:
+        folder = output_folder(args.out, "--out")
+        if _holds_others(folder, settings):
+            raise ValueError(
+                f"{folder} holds samples of other settings, or other files; "
+                f"choose another folder with --out, or remove it"
+            )
+        return folder
+    run = Path(args.run)
+    home = run if run.is_dir() else Path("runs") / run.name  # of a pipeline from the hub
+    number = 1
+    while _holds_others(home / "sampled" / str(number), settings):
+        number += 1
+    return output_folder(home / "sampled" / str(number), "--out")
+
+
+def _holds_others(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a folder holds samples, and not of these settings."""
+    try:
+        earlier = json.loads((folder / "samples.json").read_text())["settings"]
+    except FileNotFoundError:
+        return folder.is_dir() and any(folder.iterdir())  # somebody's
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+    return earlier != settings
+
+
+def weights_digest(run: Path) -> str | None:
+    """What tells the weights of a folder from those of an earlier time: further training."""
+    digest = hashlib.sha256()
+    files = sorted((run / "transformer").glob("*.safetensors"))
+    for file in files:
+        with file.open("rb") as weights:
+            digest.update(hashlib.file_digest(weights, "sha256").digest())
+    return digest.hexdigest()[:16] if files else None
