@@ -21,6 +21,7 @@ import torch
 from elit import create_model
 from elit.evaluation.flops import ElasticFlops, forward_flops
 from elit.models.elastic import ElasticMixin
+from elit.models.presets import preset_inputs
 
 
 def randomised(model: ElasticMixin) -> ElasticMixin:
@@ -140,7 +141,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="dit-b/2", help="name of a plain preset")
-    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--resolution", type=int, help="pixels (default: the preset's lowest)")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[4])
     parser.add_argument(
         "--budgets", type=float, nargs="+", default=[1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
@@ -152,6 +153,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    args.resolution = args.resolution or min(preset_inputs(args.model))
     device = torch.device(args.device)
     if args.parts and (args.train or args.dtype != "fp32"):
         parser.error("--parts knows fp32 forwards alone; leave out --train and --dtype")

@@ -105,7 +105,7 @@ def test_neighborhood_attention_is_the_masked_dense_one(size, kernel) -> None:
 
 
 def test_rows_and_back() -> None:
-    grid = TokenGrid((8, 12), (4, 4))
+    grid = TokenGrid((8, 12), tile_size((8, 12)))
     places = grid.token_places()
     near = neighborhood(places, grid.size, 3, rotary_embedding(places, 8, 100.0))
     rows = to_rows(places[None, :, None], near)  # (1, h, w, 1, 2)
@@ -116,7 +116,7 @@ def test_rows_and_back() -> None:
 def test_a_neighbourhood_of_everything_is_self_attention() -> None:
     from elit.layers.attention import SelfAttention
 
-    grid = TokenGrid((4, 8), (4, 4))
+    grid = TokenGrid((4, 8), tile_size((4, 8)))
     places = grid.token_places()
     rotary = rotary_embedding(places, 16, 100.0)
     local, full = NeighborhoodAttention(32, 2), SelfAttention(32, 2)

@@ -297,7 +297,7 @@ def test_a_read_only_folder_is_refused_before_the_work(run, tmp_path) -> None:
 
 def test_a_full_or_vanished_disk_is_one_line() -> None:
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b.png")
-    assert common.one_line(error).startswith("a/b.png: no space left on device; check")
+    assert common.one_line(error).startswith("a/b.png: no space left on device; make room")
     assert common.one_line(OSError("odd\n thing")) == "odd thing"
 
 

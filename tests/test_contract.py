@@ -601,7 +601,7 @@ def test_latent_indices_of_another_number(case: Case) -> None:
     ("settings", "message"),
     [
         ({"group": 3}, "8x8 tokens cannot be cut into groups of 3x3: 8 is not a multiple of 3"),
-        ({"patch_size": 3}, "8x8 cannot be cut into patches of 3x3; resize or pad it to 9x9"),
+        ({"patch_size": 3}, "8x8 cannot be cut into patches of 3x3; resize or pad it to 12x12"),
     ],
 )
 def test_grid_that_groups_or_patches_do_not_divide(settings: dict, message: str) -> None:

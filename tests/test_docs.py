@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPTextConfig
 
 from elit import ElitPipeline, ElitTextPipeline, create_model, make_scheduler
 from elit.cli.config import config_fields
@@ -69,6 +70,8 @@ def place(tmp_path_factory) -> Path:
     model = create_model("elit-mmdit-tiny/2", 16, in_channels=3)
     texts = ElitTextPipeline(model, make_scheduler("euler"))
     texts.save_pretrained(folder / "runs" / "captioned-shapes")
+    # No network: transformers finds a folder of the hub's name first.
+    CLIPTextConfig().save_pretrained(folder / "openai" / "clip-vit-large-patch14")
     (folder / "my.yaml").write_text("optimizer: {ema: 0.99}\n")
     return folder
 

@@ -59,8 +59,8 @@ def test_a_picture_replaces_another_whole(tmp_path) -> None:
 def test_a_film_strip_has_the_first_and_the_last_frame() -> None:
     frames = [solid(colour) for colour in ("red", "lime", "blue", "black", "white")]
     strip = film_strip(frames, count=3)
-    assert strip.size == (48, 16)
-    assert [strip.getpixel((x, 0)) for x in (0, 20, 47)] == [
+    assert strip.size == (50, 16)
+    assert [strip.getpixel((x, 0)) for x in (0, 20, 49)] == [
         (255, 0, 0), (0, 0, 255), (255, 255, 255),
     ]  # fmt: skip
     assert film_strip(frames[:1]).size == (16, 16)

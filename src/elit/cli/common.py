@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -192,6 +193,8 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         reason = error.strerror[0].lower() + error.strerror[1:]
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"{place}{reason}; make room, then run the same command again"
         return f"{place}{reason}; check that it exists and that you may read and write there"
     return " ".join(str(error).split()) or type(error).__name__
 

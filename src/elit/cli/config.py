@@ -200,6 +200,12 @@ def _check_tree(values: dict[str, Any], config_class: type, path: str, prefix: s
                     f"{path}: {key} is {value!r}, but it is a section; "
                     f"write keys under it, such as {key}.{some}"
                 )
+        elif value is None and typing.get_origin(hints[name]) is dict:
+            del values[name]
+        elif value is None and not fits_type(None, hints[name]):
+            raise ValueError(
+                f"{path}: {key} has no value; give {describe_type(hints[name])}, or leave it out"
+            )
 
 
 def _meant(key: str, siblings: Mapping[str, Any], prefix: str) -> str:

@@ -122,4 +122,4 @@ def _print_model(report: dict[str, Any]) -> None:
         print(f"{'budgets':14}1 alone: a plain model")
     print("\nconfig")
     for key, value in report["config"].items():
-        print(f"  {key:14}{value}")
+        print(f"  {key:16}{value}")

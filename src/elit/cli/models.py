@@ -41,6 +41,11 @@ def load_shape(name: str, resolution: int | None = None, text_tokens: int | None
         return shape
     if not shape.model.takes_text:
         raise ValueError(f"--text-tokens: {name} draws classes, not texts; leave it out")
+    longest = shape.config["max_text_length"]
+    if text_tokens > longest:
+        raise ValueError(
+            f"--text-tokens: {name} takes texts of {longest} tokens at most, not {text_tokens}"
+        )
     from elit.evaluation.flops import on_meta
 
     config = shape.config | {"max_text_length": text_tokens}

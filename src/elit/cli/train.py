@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import sys
 from typing import Any, get_type_hints
 
 from elit._choices import check_choice
@@ -58,6 +59,12 @@ def run(args: argparse.Namespace) -> int:
     own = ("config", "dry_run", "json")
     overrides = {key: value for key, value in vars(args).items() if key not in own}
     config = load_config(args.config, overrides)
+    kept = config.model.overrides
+    if "model.preset" in overrides and kept and not any("overrides" in key for key in overrides):
+        changes = ", ".join(f"{key}={value}" for key, value in kept.items())
+        print(
+            f"elit: {config.model.preset} with the config's overrides: {changes}", file=sys.stderr
+        )
     check_config(config)
     if args.dry_run:
         _print_config(config, args.json)
@@ -72,7 +79,9 @@ def check_config(config: TrainConfig) -> None:
     from elit.data import load_dataset
     from elit.evaluation.flops import forward_flops
     from elit.flow.objective import SigmaDensity
+    from elit.pipelines.text_encoder import encoder_settings
     from elit.training.build import build_model, tail_dropping
+    from elit.training.config import WORDS
     from elit.training.distributed import pick_device
     from elit.training.metrics import summary_writer_class
     from elit.training.randomness import StepBatches
@@ -86,8 +95,10 @@ def check_config(config: TrainConfig) -> None:
     SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
     dataset = load_dataset(data.name, "train", **data.options)
     _check_overrides(config.model.preset, config.model.overrides)
+    encoder = config.text.encoder
+    text_settings = None if encoder == WORDS else encoder_settings(encoder)
     with torch.device("meta"):
-        model = build_model(config, dataset).requires_grad_(False)
+        model = build_model(config, dataset, text_settings).requires_grad_(False)
     forward_flops(model)  # runs it: do the groups divide the grid?
     tail_dropping(config, model)
     latents_to_show(model, config.sample.budgets)

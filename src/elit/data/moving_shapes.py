@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ class MovingShapes(ImageDataset):
     def labels(self) -> torch.Tensor:  # type: ignore[override]
         return torch.arange(self.count) % len(DIRECTIONS)
 
-    def batch(self, indices: Iterable[int]) -> dict[str, torch.Tensor]:
+    def batch(self, indices: Iterable[int]) -> dict[str, Any]:
         index = np.array(self._positions(indices), dtype=np.uint64)
         draws = uniform(index, self.split, 7)
         clips = _draw(index, draws, self.size, self.frames)

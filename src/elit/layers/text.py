@@ -1,6 +1,7 @@
 """Text without a download: words are hashed to numbers and embedded by a small transformer."""
 
 import re
+import unicodedata
 import zlib
 from collections.abc import Sequence
 
@@ -22,13 +23,21 @@ def tokenize(texts: Sequence[str], vocab_size: int) -> list[list[int]]:
     """
     first = BEGIN + 1
     return [
-        [BEGIN]
-        + [
-            first + zlib.crc32(word.encode()) % (vocab_size - first)
-            for word in re.findall(r"\w+|[^\w\s]", text.lower())
-        ]
+        [BEGIN] + [first + zlib.crc32(word.encode()) % (vocab_size - first) for word in words(text)]
         for text in texts
     ]
+
+
+def words(text: str) -> list[str]:
+    """Words and signs of a text, the same for all ways to write it in Unicode."""
+    letters = []
+    for letter in unicodedata.normalize("NFKC", text).casefold():
+        kind = unicodedata.category(letter)
+        if kind.startswith("M"):  # a vowel sign of Hindi, say: part of its word
+            letters.append(f"_{ord(letter):x}")
+        elif kind != "Cf":  # such as a space of no width
+            letters.append(letter)
+    return re.findall(r"\w+|[^\w\s]", "".join(letters))
 
 
 def pad(tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -204,8 +204,12 @@ class ElasticMixin(ModelMixin):
                 f"this model takes {axes} with {self.in_channels} channels"
             )
         space = tuple(x.shape[2:])
+        if len(x) < 1:
+            raise ValueError("a batch of no samples; give at least one")
         if any(n % p for n, p in zip(space, self.patch_size, strict=True)):
-            nearest = [math.ceil(n / p) * p for n, p in zip(space, self.patch_size, strict=True)]
+            group = self.group or (1,) * num_axes
+            whole = [p * g for p, g in zip(self.patch_size, group, strict=True)]
+            nearest = [math.ceil(n / w) * w for n, w in zip(space, whole, strict=True)]
             raise ValueError(
                 f"input of size {format_size(space)} cannot be cut into patches of "
                 f"{format_size(self.patch_size)}; resize or pad it to {format_size(nearest)}"

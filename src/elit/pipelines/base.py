@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
+from safetensors import SafetensorError
 from torch import Tensor
 
 from elit.flow.guidance import Condition, Guidance
@@ -61,7 +62,7 @@ class ElasticPipeline(DiffusionPipeline):
         kwargs.setdefault("use_safetensors", True)
         try:
             pipeline = super().from_pretrained(name, **kwargs)
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, TypeError, ValueError, SafetensorError) as error:
             raise loading_error(name, error) from error
         if not isinstance(pipeline.transformer, ElasticMixin):  # one from the hub
             kind = type(pipeline.transformer).__name__
@@ -182,8 +183,8 @@ class ElasticPipeline(DiffusionPipeline):
                 )
         if isinstance(generator, Sequence) and len(generator) != count:
             raise ValueError(
-                f"{len(generator)} generators for {count} class labels; "
-                f"give one generator for each label, or a single one"
+                f"{len(generator)} generators for {count} samples; "
+                f"give one generator for each, or a single one"
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(

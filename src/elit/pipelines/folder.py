@@ -108,6 +108,11 @@ def _check_folder(folder: Path, pipeline_class: type, given: Collection[str]) ->
         if name in given or (name == "vae" and index.get(name) in (None, [None, None])):
             continue
         _check_component(folder, name, index.get(name))
+    for name in ("text_encoder", "tokenizer"):  # diffusers makes an empty tokenizer of no files
+        entry = index.get(name)
+        if name in given or entry in (None, [None, None]) or any((folder / name).glob("*")):
+            continue
+        raise ValueError(f"{folder} names a {name}, but has no folder of that name; {_ADVICE}")
 
 
 def _check_component(folder: Path, name: str, entry: Any) -> None:

@@ -1,10 +1,12 @@
 """Texts to what an MM-DiT reads: by transformers' encoders, loaded by name, or as plain words."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from elit.layers.text import pad, tokenize
@@ -25,37 +27,76 @@ ENCODERS = {
 
 def load_text_encoder(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Tokenizer and frozen text encoder of transformers, by name on the hub or folder."""
+    with _loading(name) as transformers:
+        kind = _encoder_class(transformers, name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        # transformers leaves what is missing random
+        absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])})
+        if absent:
+            raise ValueError(f"it lacks {len(absent)} of its weights, such as {absent[0]}")
+    return tokenizer, model.eval().requires_grad_(False)
+
+
+def encoder_settings(name: str) -> dict[str, Any]:
+    """Arguments of a model that reads an encoder's states; looks at the encoder's config alone."""
+    with _loading(name) as transformers:
+        kind = _encoder_class(transformers, name)
+        width = text_width(transformers.AutoConfig.from_pretrained(name))
+    # CLIP has a vector for the whole text
+    pooled = width if "CLIP" in kind.__name__ else None
+    return {"vocab_size": None, "text_dim": width, "pooled_dim": pooled}
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[Any]:
+    """transformers, quiet; what goes wrong within is a ValueError."""
     try:
         import transformers
     except ImportError as error:
         raise ValueError(
             f"the text encoder {name!r} needs transformers; pip install 'elit-diffusion[text]'"
         ) from error
+    logs = transformers.utils.logging
+    level, shows_bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
     try:
-        kind = transformers.AutoConfig.from_pretrained(name).model_type
-        if kind not in ENCODERS:
-            raise ValueError(f"its model type {kind!r} is none of {', '.join(ENCODERS)}")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = getattr(transformers, ENCODERS[kind]).from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+        yield transformers
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"the text encoder {name!r} cannot be loaded: {reason}; give a folder, or a name on "
             f"the hub such as openai/clip-vit-large-patch14 or google/t5-v1_1-xxl"
         ) from error
-    return tokenizer, model.eval().requires_grad_(False)
+    finally:
+        logs.set_verbosity(level)
+        if shows_bars:
+            logs.enable_progress_bar()
 
 
-def text_width(text_encoder: Any) -> int:
+def _encoder_class(transformers: Any, name: str) -> Any:
+    kind = transformers.AutoConfig.from_pretrained(name).model_type
+    if kind not in ENCODERS:
+        raise ValueError(f"its model type {kind!r} is none of {', '.join(ENCODERS)}")
+    return getattr(transformers, ENCODERS[kind])
+
+
+def text_width(encoder_config: Any) -> int:
     """Width of an encoder's states."""
-    config = text_encoder.config
-    config = getattr(config, "text_config", None) or config
+    config = getattr(encoder_config, "text_config", None) or encoder_config
     return getattr(config, "hidden_size", None) or config.d_model
+
+
+def _positions(encoder_config: Any) -> float:
+    """Most tokens that an encoder takes; T5 knows no limit."""
+    config = getattr(encoder_config, "text_config", None) or encoder_config
+    return getattr(config, "max_position_embeddings", None) or float("inf")
 
 
 def check_text_encoder(text_encoder: Any, model_config: Any) -> None:
     """Raise a ValueError if a model was not made for an encoder's states."""
-    width, wanted = text_width(text_encoder), model_config.text_dim
+    width, wanted = text_width(text_encoder.config), model_config.text_dim
     if wanted is not None and width != wanted:
         raise ValueError(
             f"the text encoder's states are {width} wide, but the model takes {wanted} (text_dim); "
@@ -82,19 +123,21 @@ def encode(
         truncate: whether to cut long texts off, and warn, instead of raising a ValueError.
         device: where the condition is needed.
     """
-    longest = model_config["max_text_length"]
+    longest, limited_by = model_config["max_text_length"], "the model takes"
     if model_config["vocab_size"] is not None:
         tokens = tokenize(texts, model_config["vocab_size"])
     else:
+        if _positions(text_encoder.config) < longest:
+            longest, limited_by = int(_positions(text_encoder.config)), "the text encoder takes"
         tokens = [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
     for text, ids in zip(texts, tokens, strict=True):
         if len(ids) > longest and not truncate:
             raise ValueError(
-                f"a text of {len(ids)} tokens is too long, the model takes {longest} at most "
-                f"(max_text_length); shorten {text[:60]!r}"
+                f"a text of {len(ids)} tokens is too long, {limited_by} {longest} at most; "
+                f"shorten {text[:60]!r}"
             )
         if len(ids) > longest:
-            logger.warning("texts of more than %d tokens are cut off (max_text_length)", longest)
+            logger.warning("texts of more than %d tokens are cut off", longest)
     if model_config["vocab_size"] is not None:
         words, mask = pad([ids[:longest] for ids in tokens])
         condition = {"encoder_hidden_states": words.to(device)}

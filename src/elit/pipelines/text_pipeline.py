@@ -1,7 +1,7 @@
 """Texts to images or clips, at any compute budget."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,14 @@ class ElitTextPipeline(ElasticPipeline):
         """
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds")
-        condition, null_condition = prompt_embeds or self.encode_prompt(prompt, negative_prompt)
+        if prompt_embeds is None:
+            prompt_embeds = self.encode_prompt(prompt, negative_prompt)
+        elif negative_prompt != "":
+            raise ValueError(
+                "negative_prompt has no effect beside prompt_embeds, which hold it already; "
+                "give it to encode_prompt"
+            )
+        condition, null_condition = _check_embeds(prompt_embeds)
         return self.sample(
             condition,
             null_condition,
@@ -119,13 +126,17 @@ class ElitTextPipeline(ElasticPipeline):
 
     @torch.no_grad()
     def encode_prompt(
-        self, prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str] = ""
+        self,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str | Sequence[str] = "",
+        truncate: bool = False,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The model's conditions of texts and of negative ones, of the same shapes.
 
         Args:
             prompt: B texts, or one.
             negative_prompt: one text for all, or B.
+            truncate: whether to cut texts that are too long, instead of raising a ValueError.
         """
         texts = _texts(prompt, "prompt")
         negative = _texts(negative_prompt, "negative_prompt")
@@ -143,6 +154,7 @@ class ElitTextPipeline(ElasticPipeline):
             config,
             self.tokenizer,
             self.text_encoder,
+            truncate=truncate,
             device=self._execution_device,
         )
         halves = {name: value.split(len(texts)) for name, value in both.items()}
@@ -179,4 +191,25 @@ def _texts(value: Any, name: str) -> list[str]:
     is_list = isinstance(texts, Sequence) and len(texts) > 0
     if not is_list or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name} {value!r} is no text; give a str, or a list of one or more")
+    for text in texts:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{name} {text!r} is no valid Unicode; was it UTF-8 before?")
     return list(texts)
+
+
+def _check_embeds(embeds: Any) -> tuple[Condition, Condition]:
+    """`prompt_embeds`, or a ValueError if it is not what `encode_prompt` gives."""
+    key = "encoder_hidden_states"
+    is_pair = isinstance(embeds, Sequence) and len(embeds) == 2
+    if not is_pair or not all(isinstance(one, Mapping) and key in one for one in embeds):
+        raise ValueError(
+            f"prompt_embeds is {embeds!r:.60}; give what encode_prompt returned: (condition, null "
+            f"condition), each a dict with {key}"
+        )
+    shapes = [{name: tuple(value.shape) for name, value in one.items()} for one in embeds]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"prompt_embeds of shapes {shapes[0]} and {shapes[1]} differ; encode both in one call "
+            f"of encode_prompt"
+        )
+    return embeds[0], embeds[1]

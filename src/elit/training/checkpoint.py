@@ -114,10 +114,14 @@ def save_checkpoint(
     """Write a checkpoint, then remove all but the last `keep`."""
     names = [name for name, _ in model.named_parameters()]
     target = folder / f"step-{step:08d}"
+    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+    parts = (weights, dict(zip(names, ema, strict=True)), _flatten(optimizer, names))
     with written_aside(target) as aside:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, aside / _FILES[0])
-        save_file(dict(zip(names, ema, strict=True)), aside / _FILES[1])
-        save_file(_flatten(optimizer, names), aside / _FILES[2])
+        for tensors, file in zip(parts, _FILES, strict=False):
+            try:
+                save_file(tensors, aside / file)
+            except SafetensorError as error:  # a full disk
+                raise OSError(f"{target / file} cannot be written: {error}") from error
         (aside / _FILES[3]).write_text(json.dumps({"step": step, **state}, indent=2))
     for old in checkpoint_steps(folder)[:-keep]:
         _remove(folder / f"step-{old:08d}")

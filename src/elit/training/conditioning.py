@@ -1,5 +1,6 @@
 """What tells a model what to draw: labels or captions of a batch, as the model takes them."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from elit.flow.schedulers import make_scheduler
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.elit_pipeline import ElitPipeline
-from elit.pipelines.text_encoder import encode, load_text_encoder, text_width
+from elit.pipelines.text_encoder import encode, encoder_settings, load_text_encoder
 from elit.pipelines.text_pipeline import ElitTextPipeline
 from elit.training.config import WORDS, TextConfig
 
@@ -53,12 +54,11 @@ class TextEncoding:
         self.tokenizer = self.encoder = None
         self.settings: dict[str, Any] = {}
         if self.name is not None:
+            if os.path.isdir(self.name):  # the pipeline keeps the name, wherever it is loaded
+                self.name = os.path.abspath(self.name)
+            self.settings = encoder_settings(self.name)
             self.tokenizer, encoder = load_text_encoder(self.name)
             self.encoder = encoder.to(device)
-            # CLIP has a vector for the whole text
-            pooled = text_width(encoder) if "CLIP" in type(encoder).__name__ else None
-            self.settings = {"vocab_size": None, "text_dim": text_width(encoder)}
-            self.settings["pooled_dim"] = pooled
 
 
 class TextConditioning:

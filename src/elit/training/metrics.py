@@ -68,6 +68,6 @@ def summary_writer_class() -> type:
 def _step_of(line: str) -> float:
     """Step of a line; infinity for the torn last line of a killed run."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return float("inf")

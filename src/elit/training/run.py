@@ -311,7 +311,7 @@ class Run:
     def _check_same_run(self, path: Path) -> None:
         try:
             saved = json.loads((path / "state.json").read_text())["config"]
-        except (OSError, json.JSONDecodeError, KeyError):
+        except (OSError, json.JSONDecodeError, KeyError, TypeError):
             return  # load_checkpoint says what is wrong with it
         wanted = _fixed_settings(self.config)
         different = [

@@ -117,18 +117,19 @@ def sample_sheet(
     model = pipeline.transformer
     if model.takes_text:
         names = dataset.batch(range(min(config.columns, len(dataset))))["captions"]
-        wanted = names
+        # Training cuts long captions; the pipeline by itself refuses them.
+        wanted = {"prompt_embeds": pipeline.encode_prompt(names, truncate=True)}
     else:
         names = list(dataset.class_names)[: config.columns]
-        wanted = list(range(len(names)))
+        wanted = {"class_labels": list(range(len(names)))}
     guidance = CheapCFG(config.guidance_scale) if config.guidance_scale != 1 else None
     rows = [
         pipeline(
-            wanted,
+            **wanted,
             budget=model.budget_of(num_latents),
             num_inference_steps=config.steps,
             guidance=guidance,
-            generator=[generator(seed, "sheet", i) for i in range(len(wanted))],
+            generator=[generator(seed, "sheet", i) for i in range(len(names))],
             return_dict=False,
         )[0]
         for num_latents in kept
