@@ -122,7 +122,7 @@ CONFIG_FLAGS = """
 """
 # Frozen: whoever removes or renames a flag breaks somebody's script, and says so in CHANGELOG.md.
 SURFACE = {
-    "quickstart": "--out --seed --preset --steps --json",
+    "quickstart": "--out --seed --preset --steps --lr --json",
     "train": f"[config] --dry-run --json {CONFIG_FLAGS}",
     "sample": "run --labels --prompts --count --budget --steps --guidance --scale --guide-budget "
     "--interval --sampler --seed --size --frames --video --batch-size --device --dtype --out "
@@ -218,6 +218,9 @@ def test_python_m_elit_is_the_same() -> None:
         ("sample @tiny --labels three", r"--labels: 'three' is not allowed; give a whole number"),
         ("sample @tiny --labels -1", r"--labels: '-1' is not allowed; .*at least 0"),
         ("sample @tiny --steps 0", r"--steps: '0' is not allowed; .*at least 1"),
+        ("quickstart --lr fast", r"--lr.*fast"),
+        ("quickstart --lr -1", r"--lr.*-1"),
+        ("quickstart --preset elit-dit-tiny/3", r"'elit-dit-tiny/3'"),
         ("sample @tiny --steps 2.5", r"--steps: '2.5' is not allowed; give a whole number"),
         ("sample @tiny --seed -3", r"--seed: '-3' is not allowed; .*at least 0"),
         ("sample @tiny --guidance cgf", r"unknown guidance 'cgf'.*did you mean 'cfg'\?"),

@@ -133,7 +133,7 @@ def test_names_in_capitals_and_overrides() -> None:
 def test_unknown_presets_name_the_nearest(name: str, near: str) -> None:
     with pytest.raises(ValueError, match=f"preset .*did you mean {near!r}") as caught:
         create_model(name)
-    assert all(preset in str(caught.value) for preset in PRESETS)
+    assert f" or {len(PRESETS) - 6} others" in str(caught.value)
 
 
 def test_unknown_resolution_and_argument() -> None:

@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+MOST = 20  # words that a message lists in full
+
 
 def nearest(value: Any, allowed: Iterable[str]) -> str | None:
     """The allowed word most like `value`, upper or lower case, if any is."""
@@ -13,14 +15,20 @@ def nearest(value: Any, allowed: Iterable[str]) -> str | None:
 
 
 def check_choice(value: Any, allowed: Iterable[str], what: str, where: str = "") -> None:
-    """Raise a ValueError that lists the allowed words and names the nearest one."""
+    """Raise a ValueError that names the nearest of the allowed words and lists them.
+
+    Of more than MOST it lists those most like the value.
+    """
     allowed = tuple(allowed)
     if isinstance(value, str) and value in allowed:
         return
     near = nearest(value, allowed)
     listed = ", ".join(map(repr, allowed))
+    if len(allowed) > MOST:
+        likest = difflib.get_close_matches(str(value), allowed, n=6, cutoff=0)
+        listed = f"{', '.join(map(repr, likest))} or {len(allowed) - 6} others"
     if near and len(allowed) > 10:  # or the nearest would be lost behind them
-        advice = f"did you mean {near!r}? All: {listed}"
+        advice = f"did you mean {near!r}? Allowed: {listed}"
     else:
         advice = f"use one of {listed}" if allowed else f"no {what} is allowed"
         advice += f"; did you mean {near!r}?" if near else ""

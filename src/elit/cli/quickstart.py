@@ -41,6 +41,11 @@ def add_arguments(parser: Parser) -> None:
         type=whole_number(1),
         help="training steps (default: those of the config; few make poor digits)",
     )
+    parser.add_argument(
+        "--lr",
+        metavar="RATE",
+        help="learning rate (default: that of the config, which suits a DiT)",
+    )
     add_json_flag(parser)
 
 
@@ -53,13 +58,21 @@ def run(args: argparse.Namespace) -> int:
         overrides["train.steps"] = str(args.steps)
     if args.preset is not None:
         overrides["model.preset"] = args.preset
-    config = load_config("digits", overrides)
+    if args.lr is not None:
+        overrides["optimizer.lr"] = args.lr
+    try:
+        config = load_config("digits", overrides)
+    except ValueError as error:
+        raise _with_own_flags(error) from error
+    folder = output_folder(args.out, "--out")
+    try:
+        check_config(config)
+    except ValueError as error:
+        raise _with_own_flags(error) from error
     if not config.model.preset.lower().startswith("elit-"):
         raise ValueError(
             f"--preset {args.preset} has no budgets to choose; give elit-{args.preset}"
         )
-    folder = output_folder(args.out, "--out")
-    check_config(config)
 
     from elit.training.quickstart import quickstart
     from elit.viz.sheet import format_budget
@@ -67,9 +80,8 @@ def run(args: argparse.Namespace) -> int:
     with quiet_diffusers():
         try:
             summary = quickstart(config)
-        except ValueError as error:  # the flags have other names here
-            text = str(error).replace("train.steps", "--steps").replace("output_dir", "--out")
-            raise ValueError(text) from error
+        except ValueError as error:
+            raise _with_own_flags(error) from error
     if args.json:
         print_json(summary.to_dict())
     elif not summary.finished:
@@ -93,3 +105,16 @@ def run(args: argparse.Namespace) -> int:
             f"more:    elit sample {folder} --labels 3 7 --budget 1 0.25"
         )
     return 0 if summary.finished else 130
+
+
+def _with_own_flags(error: ValueError) -> ValueError:
+    """The same error; the config's keys have other names here."""
+    text = str(error)
+    for key, flag in (
+        ("train.steps", "--steps"),
+        ("output_dir", "--out"),
+        ("model.preset", "--preset"),
+        ("optimizer.lr", "--lr"),
+    ):
+        text = text.replace(f"--{key}", flag).replace(key, flag)
+    return ValueError(text)
