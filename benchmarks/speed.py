@@ -32,6 +32,15 @@ def randomised(model: ElasticMixin) -> ElasticMixin:
     return model
 
 
+def condition_of(model: ElasticMixin, batch_size: int, device: torch.device) -> dict:
+    """What to draw; a text with its mask, as pipelines and training give it."""
+    condition = model.example_condition(batch_size)
+    if model.takes_text:
+        mask = torch.ones(condition["encoder_hidden_states"].shape[:2], dtype=torch.bool)
+        condition["encoder_attention_mask"] = mask
+    return {name: value.to(device) for name, value in condition.items()}
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for an accelerator."""
     if device.type == "cuda":
@@ -67,7 +76,7 @@ def compare(args: argparse.Namespace, batch_size: int, device: torch.device) -> 
     elastic = randomised(create_model(f"elit-{args.model}", args.resolution)).to(device).to(dtype)
     sample = torch.randn(batch_size, plain.in_channels, *plain.sample_size)
     inputs = (sample.to(device, dtype), torch.rand(batch_size).to(device))
-    condition = {k: v.to(device) for k, v in plain.example_condition(batch_size).items()}
+    condition = condition_of(plain, batch_size, device)
 
     kept = [elastic.resolve_budget(budget) for budget in args.budgets]
 
@@ -112,7 +121,7 @@ def shares(args: argparse.Namespace, batch_size: int, device: torch.device) -> d
     model = randomised(create_model(f"elit-{args.model}", args.resolution)).to(device)
     sample = torch.randn(batch_size, model.in_channels, *model.sample_size, device=device)
     inputs = (sample, torch.rand(batch_size, device=device))
-    condition = {k: v.to(device) for k, v in model.example_condition(batch_size).items()}
+    condition = condition_of(model, batch_size, device)
     spent: dict[str, float] = {}
     begun: dict[str, float] = {}
 

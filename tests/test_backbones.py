@@ -1,5 +1,8 @@
 """What is special to a backbone: U-ViT's skips, HDiT's neighbourhoods and levels."""
 
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from elit.interface import TokenGrid
 from elit.layers.neighborhood import (
     NeighborhoodAttention,
+    attend_natten,
     attend_neighborhood,
     from_rows,
     neighborhood,
@@ -17,6 +21,7 @@ from elit.layers.neighborhood import (
     to_rows,
 )
 from elit.layers.positions import rotary_embedding
+from elit.models.dit import DiT
 from elit.models.hdit import HDiT
 from elit.models.uvit import SkipBlock, UViT
 
@@ -126,6 +131,26 @@ def test_a_neighbourhood_of_everything_is_self_attention() -> None:
     torch.testing.assert_close(local(x, near), full(x, rotary))
 
 
+def dense_na2d(query, key, value, kernel_size) -> torch.Tensor:
+    """What NATTEN documents, (B, h, w, H, d), by a dense mask: it is not installed here."""
+    size = tuple(query.shape[1:3])
+    mask = dense_mask(TokenGrid(size, size), kernel_size[0])
+    heads_first = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask)
+    return out.transpose(1, 2).unflatten(1, size)
+
+
+def test_natten_is_given_rows_and_gives_the_same(monkeypatch) -> None:
+    natten = types.ModuleType("natten")
+    natten.na2d = dense_na2d
+    monkeypatch.setitem(sys.modules, "natten", natten)
+    grid = TokenGrid((8, 12), tile_size((8, 12)))
+    places = grid.token_places()
+    near = neighborhood(places, grid.size, 5, rotary_embedding(places, 8, 100.0))
+    q, k, v = torch.randn(3, 2, grid.num_tokens, 3, 8)
+    torch.testing.assert_close(attend_natten(q, k, v, near), attend_neighborhood(q, k, v, near))
+
+
 # ---- HDiT ----
 
 HOURGLASS = TINY | {"hidden_size": 64, "sample_size": 16, "head": 1, "tail": 1, "kernel_size": 3}
@@ -144,6 +169,40 @@ def test_the_outer_level_is_local_and_the_inner_one_is_not() -> None:
     assert reached[:4, :4].all()  # the corner sees 0..2, and 2 sees 1..3
     assert not reached[4:].any()
     assert not reached[:, 4:].any()
+
+
+@pytest.mark.parametrize("elastic", [False, True])
+def test_the_inner_level_is_a_dit(elastic: bool) -> None:
+    """With a head that does nothing and a merge that is the DiT's patch embedding."""
+    interface = {"group": 4} if elastic else {}
+    hdit = randomise(HDiT(**HOURGLASS | interface))
+    settings = TINY | {"hidden_size": 64, "sample_size": 16, "depth": 1, "patch_size": 2}
+    dit = randomise(DiT(**settings | interface))
+    for name in ("time_embed", "label_embed", *(("read", "write") if elastic else ())):
+        getattr(dit, name).load_state_dict(getattr(hdit, name).state_dict())
+    dit.blocks[0].load_state_dict(hdit.blocks[1].state_dict())
+    channels = hdit.in_channels
+    with torch.no_grad():
+        for parameter in (*hdit.blocks[0].modulation.parameters(), hdit.merge_tokens.weight):
+            parameter.zero_()
+        hdit.patch_embed.weight.copy_(torch.eye(32, channels))
+        hdit.patch_embed.bias.zero_()
+        hdit.merge_tokens.weight[:, : 4 * channels] = dit.patch_embed.weight
+        hdit.merge_tokens.bias.copy_(dit.patch_embed.bias)
+        hdit.skip_weight.fill_(1)  # nothing goes around the inner level
+    given = {}
+    for module, name in ((hdit.split_tokens, "hdit"), (dit.project, "dit"), (hdit.blocks[2], "up")):
+        module.register_forward_pre_hook(lambda _, args, n=name: given.__setitem__(n, args[0]))
+    inputs = make_inputs(dit)
+    grid = dit.token_grid(inputs[0])
+    for n in (1, 5, 16) if elastic else (None,):
+        with torch.no_grad():
+            hdit(*inputs, num_latents=n)
+            dit(*inputs, num_latents=n)
+            inner = grid.unpatchify(hdit.split_tokens(given["dit"]), (1, 1))  # (B, 128, 8, 8)
+        torch.testing.assert_close(given["hdit"], given["dit"])
+        outer = hdit.outer_grid(grid).unpatchify(given["up"], (1, 1))  # (B, 32, 16, 16)
+        torch.testing.assert_close(outer, F.pixel_shuffle(inner, 2))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ train: {steps: 3, log_every: 1, validate_every: 0, sample_every: 0, checkpoint_e
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
     """A folder of checkpoints: sound, plain, with a VAE, and broken in many ways."""
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, AutoencoderKLWan
 
     from elit import ElitPipeline, make_scheduler
 
@@ -49,6 +49,12 @@ def folders(tmp_path_factory) -> Path:
     )
     ElitPipeline(tiny, euler, vae).save_pretrained(home / "vae")
     tiny_elastic(sample_size=(8, 16)).save_pretrained(home / "wide")
+    clips = tiny_elastic(sample_size=(2, 4, 4), group=(1, 2, 2), in_channels=4)
+    clip_vae = AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    ElitPipeline(clips, euler, clip_vae).save_pretrained(home / "clips")
 
     def broken(name: str) -> Path:
         return Path(shutil.copytree(home / "tiny", home / name))
@@ -124,10 +130,10 @@ CONFIG_FLAGS = """
 SURFACE = {
     "quickstart": "--out --seed --preset --steps --lr --json",
     "train": f"[config] --dry-run --json {CONFIG_FLAGS}",
-    "sample": "run --labels --prompts --count --budget --steps --guidance --scale --guide-budget "
-    "--interval --sampler --seed --size --frames --video --batch-size --device --dtype --out "
-    "--json",
-    "flops": "model --resolution --budgets --text-tokens --json",
+    "sample": "run --labels --prompts --negative-prompt --count --budget --steps --guidance "
+    "--scale --guide-budget --interval --sampler --seed --size --frames --video --batch-size "
+    "--device --dtype --out --json",
+    "flops": "model --resolution --frames --budgets --text-tokens --json",
     "info": "[model] --json",
 }
 
@@ -220,6 +226,8 @@ def test_python_m_elit_is_the_same() -> None:
         ("sample @tiny --steps 0", r"--steps: '0' is not allowed; .*at least 1"),
         ("quickstart --lr fast", r"--lr.*fast"),
         ("quickstart --lr -1", r"--lr.*-1"),
+        ("quickstart --preset elit-video-dit-tiny/2", r"draws clips, but the data set 'digits'"),
+        ("quickstart --preset uvit-tiny/2", r"has no budgets to choose; give elit-uvit-tiny/2"),
         ("quickstart --preset elit-dit-tiny/3", r"'elit-dit-tiny/3'"),
         ("sample @tiny --steps 2.5", r"--steps: '2.5' is not allowed; give a whole number"),
         ("sample @tiny --seed -3", r"--seed: '-3' is not allowed; .*at least 0"),
@@ -344,6 +352,7 @@ FLOPS_KEYS = {
     "train_tflops_multi_budget": (float, type(None)),
     "rows": list,
     "text_tokens": (int, type(None)),
+    "frames": (int, type(None)),
 }
 
 
@@ -424,7 +433,7 @@ def test_flops_prints_a_table(run) -> None:
 def test_info_of_one_model(run) -> None:
     report = run_json(run, "info", "elit-dit-b/2")
     assert list(report) == [
-        "model", "resolution", "parameters", "split", "group",
+        "model", "resolution", "frames", "parameters", "split", "group",
         "max_latents", "min_latents", "budgets", "config",
     ]  # fmt: skip
     assert report["split"] == [3, 6, 3]
@@ -458,7 +467,7 @@ def test_info_lists_presets_and_what_is_installed(run, capsys) -> None:
 def test_sample_draws_each_budget_from_the_same_noise(run, tmp_path) -> None:
     line = "sample @tiny --labels 2 0 --budget 1 0.25 1/16 --steps 2 --out drawn --seed 5"
     report = run_json(run, *line.split())
-    assert list(report) == ["out", "settings", "sheet", "rows"]
+    assert list(report) == ["out", "settings", "sheet", "text_tokens", "rows"]
     assert report == json.loads(Path("drawn/samples.json").read_text())
     for row, budget in zip(report["rows"], (1, 0.25, 0.0625), strict=True):
         assert list(row) == ["budget", "num_latents", "gflops", "ms_per_image", "files"]
@@ -527,7 +536,7 @@ def test_what_a_killed_call_drew_is_not_mixed_with_other_settings(run, folders, 
 
     line = ["sample", "@plain", "--labels", 1, "--out", folders / "killed", "--steps"]
     with monkeypatch.context() as patch:
-        patch.setattr("elit.cli.sample._save_sheet", killed)
+        patch.setattr("elit.cli.sample.save_sheet", killed)
         assert run(*line, 1)[0] == 130
     code, _, err = run(*line, 2)
     assert code == 2
@@ -643,3 +652,23 @@ def test_clips_train_and_become_gifs(run, tmp_path) -> None:
     with Image.open(report["sheet"]) as sheet:
         assert sheet.width > 2 * 256
     assert run_json(run, "flops", "clips")["resolution"] == 16
+
+
+def test_flops_and_info_of_clips_say_how_long_they_are(run) -> None:
+    report = run_json(run, "flops", "@clips")  # 2x4x4 elements of Wan's VAE, 1/4 and 1/8
+    assert (report["frames"], report["resolution"]) == (5, 32)
+    longer = run_json(run, "flops", "@clips", "--frames", 9, "--resolution", 32)
+    assert longer["frames"] == 9
+    assert longer["rows"][0]["gflops"] > 1.5 * report["rows"][0]["gflops"] * 0.95
+    code, out, _ = run("info", "elit-video-dit-b/2")
+    assert out.startswith("elit-video-dit-b/2 at 29 frames of 256 px\n")
+    code, out, _ = run("flops", "elit-video-dit-tiny/2")
+    assert out.startswith("elit-video-dit-tiny/2 at 8 frames of 16 px: ")
+    for line, message in (
+        ("flops @clips --frames 8", "frames=8 is not a multiple of 4.*use 5 or 9"),
+        ("flops elit-dit-b/2 --frames 8", "--frames: elit-dit-b/2 draws images, not clips"),
+        ("flops elit-video-dit-tiny/2 --frames 6", "3x8x8 tokens cannot be cut into groups"),
+    ):
+        code, _, err = run(*line.split())
+        assert code == 2
+        assert re.search(message, err), err

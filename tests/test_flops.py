@@ -1,10 +1,12 @@
 """FLOPs: the closed form of the paper, and the interpolation over the budgets."""
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from elit.evaluation.flops import ElasticFlops, flops_report, forward_flops, on_meta
 from elit.models.dit import DiT
-from elit.models.presets import preset_config
+from elit.models.presets import preset_config, preset_model
 
 
 def paper_block(tokens: int, width: int) -> int:
@@ -41,6 +43,17 @@ def test_three_counts_give_all_budgets() -> None:
     flops = ElasticFlops(model)
     assert len(flops.counts) == 3
     assert [flops(n) for n in range(1, 17)] == [forward_flops(model, n) for n in range(1, 17)]
+
+
+@pytest.mark.parametrize("name", ["elit-uvit-tiny/2", "elit-hdit-tiny/2", "elit-mmdit-tiny/2"])
+def test_a_block_that_repeats_costs_what_it_costs_when_it_runs(name: str) -> None:
+    model = on_meta(preset_model(name), preset_config(name, overrides={"depth": 7}))
+    inputs = torch.empty(1, model.in_channels, *model.sample_size, device="meta")
+    condition = {k: v.to("meta") for k, v in model.example_condition(1).items()}
+    with FlopCounterMode(display=False) as counter:  # no block is left out
+        model(inputs, torch.empty(1, device="meta"), **condition, num_latents=3)
+    assert forward_flops(model, 3) == counter.get_total_flops()
+    assert all("forward" not in vars(block) for block in model.blocks)  # as it was
 
 
 def test_a_group_of_one_token_has_one_budget() -> None:

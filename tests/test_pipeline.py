@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from elit.flow.guidance import CFG, AutoGuidance, CheapCFG
 from elit.flow.schedulers import SAMPLERS, make_scheduler
+from elit.pipelines.autoencoder import decode, has_time, spatial_scale, temporal_scale
 from elit.pipelines.elit_pipeline import ElitPipeline
 
 
@@ -343,6 +344,33 @@ def test_the_autoencoder_decodes_scaled_and_shifted_samples() -> None:
     assert draw(pipeline, output_type="np", height=8, width=24).shape == (3, 8, 24, 3)
     with pytest.raises(ValueError, match=r"17 pixels is not a multiple of 2, .*; use 18"):
         draw(pipeline, height=17)
+
+
+def test_a_mean_and_a_scale_of_each_channel_in_the_config() -> None:
+    """As SDXL's: latents * std / scaling_factor + mean."""
+    mean, std = [0.1, -0.2, 0.3, 0.4], [1.0, 2.0, 0.5, 4.0]
+    raw, columns = torch.randn(2, 4, 8, 8), [torch.tensor(x).view(1, 4, 1, 1) for x in (mean, std)]
+    vae = make_vae()
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    with torch.no_grad():
+        expected = vae.decode(raw * columns[1] / 0.5 + columns[0]).sample
+        torch.testing.assert_close(decode(vae, raw), expected)
+
+
+def test_a_mean_and_a_scale_of_each_channel_among_the_weights() -> None:
+    """As LTX's."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, scaling_factor=0.5,
+    ).eval()  # fmt: skip
+    mean, std = torch.tensor([0.1, -0.2, 0.3, 0.4]), torch.tensor([1.0, 2.0, 0.5, 4.0])
+    vae.load_state_dict(vae.state_dict() | {"latents_mean": mean, "latents_std": std})
+    raw, columns = torch.randn(1, 4, 2, 1, 1), [x.view(1, 4, 1, 1, 1) for x in (mean, std)]
+    with torch.no_grad():
+        expected = vae.decode(raw * columns[1] / 0.5 + columns[0]).sample
+        torch.testing.assert_close(decode(vae, raw), expected)
+    assert (spatial_scale(vae), temporal_scale(vae), has_time(vae)) == (32, 8, True)
 
 
 # ---- save and load ----

@@ -12,7 +12,10 @@ from elit import ElitPipeline, ElitTextPipeline, MMDiT, create_model, load_pipel
 from elit.cli.main import main
 from elit.data import load_dataset
 from elit.data.captioned_shapes import GROUNDS, NOUNS, PAINTS
-from elit.flow.guidance import CFG, CheapCFG
+from elit.flow.guidance import CFG, AutoGuidance, CheapCFG
+from elit.layers.block import TransformerBlock
+from elit.layers.joint import JointBlock
+from elit.layers.positions import rotary_embedding
 from elit.layers.text import BEGIN, PADDING, pad, tokenize
 from elit.pipelines.text_encoder import encode, load_text_encoder
 
@@ -59,6 +62,29 @@ def test_the_words_of_the_captions_are_told_apart() -> None:
     words = {word for caption in captions for word in caption.replace(",", " ").split()}
     numbers = {tokenize([word], 4096)[0][1] for word in words}
     assert len(numbers) == len({word.strip(":") for word in words})
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [("caf\u00e9", "cafe\u0301"), ("\uff32\uff25\uff24", "red"), ("Stra\u00dfe", "STRASSE"),
+     ("re\u200bd", "red")],
+)  # fmt: skip
+def test_a_word_has_one_number_however_it_is_written(text: str, same: str) -> None:
+    assert tokenize([text], 4096) == tokenize([same], 4096)
+
+
+def test_a_text_is_encoded_once_and_cut_with_one_warning(caplog) -> None:
+    texts = ["red", "word " * 20, "red", "", "word " * 30]
+    config = word_model().config
+    condition = encode(texts, config, truncate=True)
+    encode(texts, config, truncate=True)
+    warned = [r.message for r in caplog.records if "cut off" in r.message]
+    assert warned == ["texts of more than 12 tokens are cut off"]
+    for name, value in condition.items():
+        assert len(value) == 5
+        assert torch.equal(value[0], value[2]), name
+        assert torch.equal(value[1], value[4]), name
+    assert condition["encoder_attention_mask"].sum(1).tolist() == [2, 12, 2, 1, 12]
 
 
 def test_padding_comes_last() -> None:
@@ -160,6 +186,34 @@ def test_settings_of_the_text_that_do_not_fit(settings: dict, message: str) -> N
         word_model(**settings)
 
 
+# ---- the block ----
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_two_streams_of_equal_weights_are_one_block_on_both(is_last: bool) -> None:
+    joint = randomise(JointBlock(32, 2, 4.0, is_last))
+    one = randomise(TransformerBlock(32, 2, 4.0))
+    joint.image.load_state_dict(one.state_dict())
+    if is_last:  # keys and values alone
+        sources = {"modulation": (one.modulation.linear, 0), "to_kv": (one.attention.to_qkv, 32)}
+        for name, (whole, first) in sources.items():
+            rows = {key: value[first : first + 64] for key, value in whole.state_dict().items()}
+            getattr(joint.text, name).load_state_dict(rows)
+        joint.text.k_norm.load_state_dict(one.attention.k_norm.state_dict())
+    else:
+        joint.text.load_state_dict(one.state_dict())
+    text, image, condition = torch.randn(2, 4, 32), torch.randn(2, 6, 32), torch.randn(2, 32)
+    places = torch.rand(10, 2) * 9
+    of_both, of_text, of_image = (
+        rotary_embedding(x, 16, 100.0) for x in (places, places[:4], places[4:])
+    )
+    with torch.no_grad():
+        new_image, new_text = joint(image, text, condition, of_image, of_text)
+        expected = one(torch.cat((text, image), dim=1), condition, of_both)
+    torch.testing.assert_close(new_image, expected[:, 4:])
+    torch.testing.assert_close(new_text, text if is_last else expected[:, :4])
+
+
 # ---- the pipeline ----
 
 
@@ -225,7 +279,15 @@ def test_pipelines_of_the_other_kind_of_model() -> None:
         ({"prompt": []}, r"prompt \[\] is no text"),
         ({"prompt": [3]}, r"prompt \[3\] is no text"),
         ({"prompt": None}, "give either prompt or prompt_embeds"),
-        ({"prompt": ["a", "b", "c"], "negative_prompt": ["a", "b"]}, "2 negative prompts for 3"),
+        (
+            {"prompt": ["a", "b", "c"], "negative_prompt": ["a", "b"], "guidance": CFG(2.0)},
+            "2 negative prompts for 3",
+        ),
+        ({"prompt": "a", "negative_prompt": "b"}, "negative_prompt has no effect .*give CFG"),
+        (
+            {"prompt": "a", "negative_prompt": "b", "guidance": AutoGuidance(2.0)},
+            "negative_prompt has no effect",
+        ),
     ],
 )
 def test_bad_prompts(options: dict, message: str) -> None:
@@ -402,10 +464,22 @@ def test_captions_train_and_become_images(capsys, tmp_path, monkeypatch) -> None
     assert report["settings"]["prompts"] == ["a red disc", "blue"]
     code, out, _ = cli(capsys, "flops", "run", "--json")
     assert json.loads(out)["text_tokens"] == 32
+    assert report["text_tokens"] == 4  # the longest prompt and what stands before it
     code, out, _ = cli(capsys, "flops", "run", "--text-tokens", 4, "--json")
-    assert json.loads(out)["rows"][0]["gflops"] < report["rows"][0]["gflops"]
+    assert json.loads(out)["rows"][0]["gflops"] == report["rows"][0]["gflops"]
+    code, out, err = cli(capsys, "sample", "run", *words, "--guidance", "ccfg", "--negative-prompt",
+        "a large blue square on grey")  # fmt: skip
+    assert code == 0, err
+    steered = json.loads(out)
+    assert steered["text_tokens"] == 7
+    assert steered["settings"]["negative_prompt"] == "a large blue square on grey"
+    assert steered["out"] != report["out"]
     for command, message in (
         (("sample", "run"), "this model draws texts; give some"),
+        (
+            ("sample", "run", "--prompts", "red", "--negative-prompt", "blue"),
+            "--negative-prompt has no effect without a guide",
+        ),
         (("sample", "run", "--labels", 1), "--labels are of models that draw classes"),
         (("sample", "run", "--prompts", "word " * 40), "a text of 41 tokens is too long"),
         (("flops", "dit-xl/2", "--text-tokens", 4), "draws classes, not texts"),

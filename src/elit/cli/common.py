@@ -188,6 +188,12 @@ def format_count(number: int) -> str:
     return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.1f} k"
 
 
+def format_input(resolution: int | list[int], frames: int | None) -> str:
+    """256, None -> '256 px'; [256, 512], 29 -> '29 frames of 256x512 px'."""
+    size = resolution if isinstance(resolution, int) else "x".join(map(str, resolution))
+    return f"{size} px" if frames is None else f"{frames} frames of {size} px"
+
+
 def one_line(error: Exception) -> str:
     """What an error says, in one line."""
     if isinstance(error, OSError) and error.strerror:

@@ -9,19 +9,21 @@ from elit.cli.common import (
     budget,
     flops_column,
     format_count,
+    format_input,
     format_table,
     print_json,
     whole_number,
 )
 
 _EPILOG = """\
-A multiply-add counts as 2, attention included, of one image and one call of the model."""
+A multiply-add counts as 2, attention included, of one image or clip and one call of the model."""
 
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit flops`."""
     parser.usage = (
-        "elit flops NAME_OR_PATH [--resolution R] [--budgets B ...] [--text-tokens N] [--json]"
+        "elit flops NAME_OR_PATH [--resolution R] [--frames N] [--budgets B ...] "
+        "[--text-tokens N] [--json]"
     )
     parser.epilog = _EPILOG
     parser.add_argument(
@@ -32,6 +34,12 @@ def add_arguments(parser: Parser) -> None:
         type=whole_number(1),
         metavar="R",
         help="pixels of an image's side (default: the preset's smallest, or the checkpoint's)",
+    )
+    parser.add_argument(
+        "--frames",
+        type=whole_number(1),
+        metavar="N",
+        help="of a model that draws clips (default: what it was made for)",
     )
     parser.add_argument(
         "--budgets",
@@ -54,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from elit.cli.models import load_shape
     from elit.evaluation.flops import flops_report
 
-    shape = load_shape(args.model, args.resolution, args.text_tokens)
-    counted = flops_report(shape.model, shape.name, shape.resolution, args.budgets)
+    shape = load_shape(args.model, args.resolution, args.frames, args.text_tokens)
+    counted = flops_report(shape.model, shape.name, shape.resolution, args.budgets, shape.frames)
     report: dict[str, Any] = counted.to_dict()
     if args.json:
         print_json(report)
@@ -68,9 +76,9 @@ def _print_report(report: dict[str, Any]) -> None:
     from elit.evaluation.flops import TRAIN_BATCH, TRAIN_BATCH_MULTI_BUDGET
     from elit.viz.sheet import format_budget
 
-    resolution, rows = report["resolution"], report["rows"]
-    size = resolution if isinstance(resolution, int) else "x".join(map(str, resolution))
-    print(f"{report['model']} at {size} px: {format_count(report['parameters'])} parameters\n")
+    rows = report["rows"]
+    size = format_input(report["resolution"], report["frames"])
+    print(f"{report['model']} at {size}: {format_count(report['parameters'])} parameters\n")
     unit, flops = flops_column([row["gflops"] for row in rows])
     table = [
         (format_budget(row["budget"]), "-" if row["num_latents"] is None else row["num_latents"], n)

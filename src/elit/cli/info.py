@@ -6,7 +6,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from elit import __version__
-from elit.cli.common import Parser, add_json_flag, format_count, format_table, print_json
+from elit.cli.common import (
+    Parser,
+    add_json_flag,
+    format_count,
+    format_input,
+    format_table,
+    print_json,
+)
 
 _PACKAGES = ("torch", "diffusers", "safetensors", "jsonargparse", "scikit-learn", "tensorboard")
 
@@ -72,6 +79,7 @@ def describe(name: str) -> dict[str, Any]:
     return {
         "model": shape.name,
         "resolution": shape.resolution,
+        "frames": shape.frames,
         "parameters": sum(p.numel() for p in model.parameters()),
         "split": list(model.split),
         "group": None if model.group is None else list(model.group),
@@ -107,9 +115,7 @@ def _print_model(report: dict[str, Any]) -> None:
     from elit.viz.sheet import format_budget
 
     elastic = report["group"] is not None
-    resolution = report["resolution"]
-    size = resolution if isinstance(resolution, int) else "x".join(map(str, resolution))
-    print(f"{report['model']} at {size} px")
+    print(f"{report['model']} at {format_input(report['resolution'], report['frames'])}")
     print(f"{'parameters':14}{format_count(report['parameters'])}")
     print(f"{'blocks':14}{_format_split(report['split'])}{' (head-core-tail)' if elastic else ''}")
     if elastic:

@@ -14,12 +14,14 @@ class Shape:
         model: the model, without memory.
         config: its arguments.
         vae_scale: pixels per element of its input along an axis.
+        time_scale: frames per element of its input in time.
     """
 
     name: str
     model: Any
     config: dict[str, Any]
     vae_scale: int
+    time_scale: int
 
     @property
     def resolution(self) -> int | list[int]:
@@ -27,16 +29,42 @@ class Shape:
         *_, height, width = (side * self.vae_scale for side in self.model.sample_size)
         return height if height == width else [height, width]
 
+    @property
+    def frames(self) -> int | None:
+        """Frames of a clip; None of an image."""
+        length = self.model.sample_size[:-2]
+        return (length[0] - 1) * self.time_scale + 1 if length else None
 
-def load_shape(name: str, resolution: int | None = None, text_tokens: int | None = None) -> Shape:
+    def changed(self, **config: Any) -> "Shape":
+        """The model with other arguments."""
+        from elit.evaluation.flops import on_meta
+
+        config = self.config | config
+        return replace(self, model=on_meta(type(self.model), config), config=config)
+
+
+def load_shape(
+    name: str,
+    resolution: int | None = None,
+    frames: int | None = None,
+    text_tokens: int | None = None,
+) -> Shape:
     """Shape of a preset, a pipeline's folder or a model's folder.
 
     Args:
         name: preset or folder.
         resolution: pixels of an image's side; by default what the model was made for.
+        frames: of a clip; by default what the model was made for.
         text_tokens: length of the text; by default the longest that the model takes.
     """
     shape = _find_shape(name, resolution)
+    if frames is not None:
+        if shape.frames is None:
+            raise ValueError(f"--frames: {name} draws images, not clips; leave it out")
+        from elit.pipelines.autoencoder import latent_frames
+
+        length = latent_frames(frames, shape.time_scale, "frames")
+        shape = shape.changed(sample_size=[length, *shape.model.sample_size[1:]])
     if text_tokens is None:
         return shape
     if not shape.model.takes_text:
@@ -46,22 +74,26 @@ def load_shape(name: str, resolution: int | None = None, text_tokens: int | None
         raise ValueError(
             f"--text-tokens: {name} takes texts of {longest} tokens at most, not {text_tokens}"
         )
-    from elit.evaluation.flops import on_meta
-
-    config = shape.config | {"max_text_length": text_tokens}
-    return replace(shape, model=on_meta(type(shape.model), config), config=config)
+    return shape.changed(max_text_length=text_tokens)
 
 
 def _find_shape(name: str, resolution: int | None) -> Shape:
     from elit._choices import nearest
     from elit.evaluation.flops import on_meta
-    from elit.models.presets import PRESETS, preset_config, preset_inputs, preset_model
+    from elit.models.presets import (
+        PRESETS,
+        preset_config,
+        preset_frames_per_latent,
+        preset_inputs,
+        preset_model,
+    )
 
     if name.lower() in PRESETS:
         config = preset_config(name, resolution)
         known, given = next(iter(preset_inputs(name).items()))
         model = on_meta(preset_model(name), config)
-        return Shape(name.lower(), model, config, given.scale(known))
+        scales = given.scale(known), preset_frames_per_latent(name)
+        return Shape(name.lower(), model, config, *scales)
     if Path(name).is_dir():
         return _checkpoint_shape(Path(name), resolution)
     near = nearest(name, PRESETS)
@@ -93,25 +125,37 @@ def _checkpoint_shape(folder: Path, resolution: int | None) -> Shape:
     model_class = MODELS[class_name]
     check_model_config(file, config, model_class)
     config = {key: value for key, value in config.items() if not key.startswith("_")}
-    scale = _vae_scale(folder / "vae" / "config.json") if is_pipeline else 1
+    scales = _vae_scales(folder / "vae" / "config.json") if is_pipeline else (1, 1)
     if resolution is not None:
-        config["sample_size"] = _sample_size(config["sample_size"], resolution, scale)
+        config["sample_size"] = _sample_size(config["sample_size"], resolution, scales[0])
     try:
-        return Shape(str(folder), on_meta(model_class, config), config, scale)
+        return Shape(str(folder), on_meta(model_class, config), config, *scales)
     except TypeError as error:
         raise ValueError(f"{file} does not describe a {class_name}: {error}") from error
 
 
-def _vae_scale(file: Path) -> int:
+def _vae_scales(file: Path) -> tuple[int, int]:
+    """Pixels per element of the VAE latents along an axis of space, frames along time."""
     from elit.pipelines.folder import read_config
 
     if not file.exists():
-        return 1
+        return 1, 1
+    import diffusers
+    import torch
+
+    from elit.pipelines.autoencoder import spatial_scale, temporal_scale
+
     config = read_config(file)
-    stages = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-    if not stages:
-        raise ValueError(f"{file} says nothing of the VAE's scale: it has no block_out_channels")
-    return 2 ** (len(stages) - 1)
+    name = str(config.get("_class_name"))
+    vae_class = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
+    if vae_class is None:
+        raise ValueError(f"{file} is of a {name}, which is no autoencoder of diffusers'")
+    try:
+        with torch.device("meta"):
+            vae = vae_class.from_config(config)
+        return spatial_scale(vae), temporal_scale(vae)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} does not describe a {name}: {error}") from error
 
 
 def _sample_size(saved: Any, resolution: int, scale: int) -> Any:

@@ -21,11 +21,9 @@ from elit.cli.common import (
     quiet_diffusers,
     whole_number,
 )
-from elit.cli.sample_folder import choose_folder, weights_digest
+from elit.cli.sample_folder import choose_folder, save_picture, save_sheet, weights_digest
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from elit.flow.guidance import Guidance
     from elit.pipelines.base import ElasticPipeline
 
@@ -57,6 +55,8 @@ def add_arguments(parser: Parser) -> None:
         help="classes (default: all, up to 10)",
     )
     add("--prompts", nargs="+", metavar="TEXT", help="texts, of a model that draws texts")
+    add("--negative-prompt", metavar="TEXT",
+        help="what the guide of cfg or ccfg is told (default: nothing)")  # fmt: skip
     add("--count", type=whole_number(1), default=1, metavar="N", help="images per label or text")
     add(
         "--budget",
@@ -95,6 +95,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw, write and tell."""
+    from elit.pipelines.text_pipeline import ElitTextPipeline
+
     guidance = make_guidance(args)
     pipeline = open_pipeline(args)
     model = pipeline.transformer
@@ -106,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         "run": args.run,
         "weights": weights_digest(Path(args.run)),
         "prompts" if model.takes_text else "labels": wanted,
+        **({"negative_prompt": args.negative_prompt} if model.takes_text else {}),
         **{key: getattr(args, key) for key in ("count", "steps", "guidance", "scale")},
         **{key: getattr(args, key) for key in ("guide_budget", "interval", "sampler")},
         **{key: getattr(args, key) for key in ("seed", "size", "frames", "video", "dtype")},
@@ -116,25 +119,33 @@ def run(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {"guidance": guidance, "height": pixels[0], "width": pixels[1]}
     if args.frames is not None:
         options["num_frames"] = args.frames
-    # The first call of a process is slow, so it isn't timed; and it checks all labels and the size.
     pipeline.set_progress_bar_config(disable=True)
-    extremes = wanted if model.takes_text else [min(wanted), max(wanted)]
+    text_tokens = None
+    if isinstance(pipeline, ElitTextPipeline):
+        options["negative_prompt"] = args.negative_prompt or ""
+        text_tokens = pipeline.check_prompt([*wanted, options["negative_prompt"]])
+    # The first call of a process is slow, so it isn't timed; and it checks all labels and the size.
+    extremes = wanted[: args.batch_size] if model.takes_text else [min(wanted), max(wanted)]
     # Its only step is at noise level 1, where an interval may have guidance off.
     everywhere = guidance and replace(guidance, interval=(0.0, 1.0))
     first = options | {"guidance": everywhere}
     pipeline(extremes, model.budget_of(kept[0]), num_inference_steps=1, **first)
     # The settings come first: what a killed call leaves is known to be theirs.
     report: dict[str, Any] = {"out": str(folder), "settings": settings}
+    gflops = [cost / 1e9 for cost in flops_of(pipeline, kept, args, text_tokens)]
     write_json(folder / "samples.json", report)
-    rows = list(draw_rows(pipeline, args, wanted * args.count, kept, options, folder))
+    costs = list(zip(kept, gflops, strict=True))
+    rows = list(draw_rows(pipeline, args, wanted * args.count, costs, options, folder))
     sheet = folder / "samples.png"
-    _save_sheet(sheet, [row.pop("images") for row in rows], rows, wanted, pipeline)
-    report |= {"sheet": str(sheet), "rows": rows}
+    save_sheet(sheet, [row.pop("images") for row in rows], rows, wanted, pipeline)
+    report |= {"sheet": str(sheet), "text_tokens": text_tokens, "rows": rows}
     write_json(folder / "samples.json", report)
     if args.json:
         print_json(report)
     else:
         _print_rows(rows)
+        if text_tokens is not None:
+            print(f"\nwith texts of up to {text_tokens} tokens")
         print(f"\n{sheet}")
     return 0
 
@@ -149,9 +160,15 @@ def what_to_draw(args: argparse.Namespace, model: Any) -> list[Any]:
             )
         if args.prompts is None:
             raise ValueError('this model draws texts; give some, as in --prompts "a red disc"')
+        if args.negative_prompt is not None and args.guidance not in ("cfg", "ccfg"):
+            raise ValueError(
+                "--negative-prompt has no effect without a guide that reads it; add --guidance cfg "
+                "or ccfg"
+            )
         return list(args.prompts)
-    if args.prompts is not None:
-        raise ValueError("--prompts are of models that draw texts; this one draws --labels")
+    for flag, given in (("prompts", args.prompts), ("negative-prompt", args.negative_prompt)):
+        if given is not None:
+            raise ValueError(f"--{flag} is for models that draw texts; this one draws --labels")
     return args.labels or list(range(min(MAX_DEFAULT_LABELS, model.config.num_classes)))
 
 
@@ -217,21 +234,18 @@ def draw_rows(
     pipeline: "ElasticPipeline",
     args: argparse.Namespace,
     wanted: Sequence[Any],
-    kept: Sequence[int | None],
+    costs: Sequence[tuple[int | None, float]],
     options: dict[str, Any],
     folder: Path,
 ) -> Iterator[dict[str, Any]]:
-    """For each number of latents draw and write all images; yields a row of the table."""
-    from elit.evaluation.flops import forward_flops
+    """Draw and write all images at each number of latents, whose GFLOPs stand beside it.
+
+    Yields a row of the table.
+    """
     from elit.viz.sheet import film_strip, format_budget
 
     model = pipeline.transformer
-    size = [side // pipeline.vae_scale for side in args.size] if args.size else None
-    if pipeline.draws_clips and (size or args.frames):
-        length = args.frames and pipeline.latent_frames(args.frames)
-        size = [length or model.sample_size[0], *(size or model.sample_size[1:])]
-    gflops = [forward_flops(model, n, size) / 1e9 for n in kept]
-    for n, cost in zip(kept, gflops, strict=True):
+    for n, cost in costs:
         ran = model.budget_of(n)
         pipeline.set_progress_bar_config(
             desc=f"budget {format_budget(ran)}", disable=not sys.stderr.isatty(), leave=False
@@ -264,44 +278,31 @@ def draw_rows(
         }
 
 
-def save_picture(picture: Any, path: Path, args: argparse.Namespace) -> str:
-    """Write an image, or a clip, and give the name of the file."""
-    from elit.viz.sheet import save_clip, save_image
+def flops_of(
+    pipeline: "ElasticPipeline",
+    kept: Sequence[int | None],
+    args: argparse.Namespace,
+    text_tokens: int | None,
+) -> list[int]:
+    """Cost of a forward of one sample at each number of latents, at the size and text drawn."""
+    from elit.evaluation.flops import forward_flops, on_meta
 
-    is_clip = isinstance(picture, list)
-    path = path.with_name(f"{path.name}.{args.video if is_clip else 'png'}")
-    if is_clip:
-        save_clip(picture, path)
-    else:
-        save_image(picture, path)
-    return str(path)
+    model = pipeline.transformer
+    size = [side // pipeline.vae_scale for side in args.size] if args.size else None
+    if pipeline.draws_clips and (size or args.frames):
+        length = args.frames and pipeline.latent_frames(args.frames)
+        size = [length or model.sample_size[0], *(size or model.sample_size[1:])]
+    config = dict(model.config)
+    if text_tokens is not None:
+        config["max_text_length"] = text_tokens
+    shape = on_meta(type(model), config)
+    return [forward_flops(shape, n, size) for n in kept]
 
 
 def _generators(seeds: Sequence[int]) -> list[Any]:
     import torch
 
     return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def _save_sheet(
-    path: Path,
-    images: Sequence[Sequence["Image.Image"]],
-    rows: Sequence[dict[str, Any]],
-    wanted: Sequence[Any],
-    pipeline: "ElasticPipeline",
-) -> None:
-    """One row for each budget and column for each label; further images per label go below."""
-    from elit.training.validation import cell_size
-    from elit.viz.sheet import contact_sheet, format_budget, save_image
-
-    width = len(wanted)
-    captions, lines = [], []
-    for first in range(0, len(images[0]), width):
-        for row, drawn in zip(rows, images, strict=True):
-            captions.append(format_budget(row["budget"]))
-            lines.append(drawn[first : first + width])
-    sheet = contact_sheet(lines, captions, list(map(str, wanted)), cell_size(pipeline))
-    save_image(sheet, path)
 
 
 def _print_rows(rows: Sequence[dict[str, Any]]) -> None:

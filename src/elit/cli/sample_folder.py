@@ -1,12 +1,18 @@
-"""Where `elit sample` writes: a folder of its own for each setting."""
+"""Where `elit sample` writes, a folder of its own for each setting, and what."""
 
 import argparse
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elit.cli.common import output_folder
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from elit.pipelines.base import ElasticPipeline
 
 
 def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
@@ -46,3 +52,37 @@ def weights_digest(run: Path) -> str | None:
         with file.open("rb") as weights:
             digest.update(hashlib.file_digest(weights, "sha256").digest())
     return digest.hexdigest()[:16] if files else None
+
+
+def save_picture(picture: Any, path: Path, args: argparse.Namespace) -> str:
+    """Write an image, or a clip, and give the name of the file."""
+    from elit.viz.sheet import save_clip, save_image
+
+    is_clip = isinstance(picture, list)
+    path = path.with_name(f"{path.name}.{args.video if is_clip else 'png'}")
+    if is_clip:
+        save_clip(picture, path)
+    else:
+        save_image(picture, path)
+    return str(path)
+
+
+def save_sheet(
+    path: Path,
+    images: Sequence[Sequence["Image.Image"]],
+    rows: Sequence[dict[str, Any]],
+    wanted: Sequence[Any],
+    pipeline: "ElasticPipeline",
+) -> None:
+    """One row for each budget and column for each label; further images per label go below."""
+    from elit.training.validation import cell_size
+    from elit.viz.sheet import contact_sheet, format_budget, save_image
+
+    width = len(wanted)
+    captions, lines = [], []
+    for first in range(0, len(images[0]), width):
+        for row, drawn in zip(rows, images, strict=True):
+            captions.append(format_budget(row["budget"]))
+            lines.append(drawn[first : first + width])
+    sheet = contact_sheet(lines, captions, list(map(str, wanted)), cell_size(pipeline))
+    save_image(sheet, path)

@@ -130,12 +130,13 @@ def _print_config(config: TrainConfig, as_json: bool) -> None:
 
 
 def _train(config: TrainConfig, as_json: bool) -> int:
+    from elit.models.presets import preset_model
     from elit.training.loop import train
 
     result = train(config)
     elastic = config.model.preset.lower().startswith("elit-") and config.latents.max is None
     budgets = " --budget 1 0.25" if elastic else ""
-    prompts = ' --prompts "a red disc"' if "mmdit" in config.model.preset.lower() else ""
+    prompts = ' --prompts "a red disc"' if preset_model(config.model.preset).takes_text else ""
     sample = f"elit sample {shlex.quote(str(result.folder))}{prompts}{budgets}"
     code = 0 if result.finished else 130
     if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process talks

@@ -44,6 +44,7 @@ class FlopsReport:
             all latents per group, as the paper counts it; None for a plain model.
         rows: forward costs.
         text_tokens: length of the text that a text-conditional model reads; else None.
+        frames: of a clip; None of an image.
     """
 
     model: str
@@ -53,6 +54,7 @@ class FlopsReport:
     train_tflops_multi_budget: float | None
     rows: list[FlopsRow]
     text_tokens: int | None = None
+    frames: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON."""
@@ -145,6 +147,7 @@ def flops_report(
     name: str,
     resolution: int | list[int],
     budgets: Sequence[float] | None = None,
+    frames: int | None = None,
 ) -> FlopsReport:
     """Count a model at several budgets.
 
@@ -154,6 +157,7 @@ def flops_report(
         resolution: what to say of its input.
         budgets: budgets of the rows, each shown as the one that really runs; by default halves
             of 1 down to the fewest latents the model is meant for.
+        frames: what to say of its input, of a clip.
     """
     most = model.max_latents
     if budgets is None:
@@ -177,6 +181,7 @@ def flops_report(
         train_tflops_multi_budget=multi_budget,
         rows=rows,
         text_tokens=model.config.max_text_length if model.takes_text else None,
+        frames=frames,
     )
 
 

@@ -85,13 +85,15 @@ def neighborhood(
 class NeighborhoodAttention(SelfAttention):
     """Self-attention within neighbourhoods; the tokens come tile by tile.
 
-    Runs on any device; where NATTEN is installed, CUDA images go through its kernel.
+    Runs on any device; where NATTEN is installed, CUDA images go through its kernel, unless the
+    grid is narrower than the neighbourhood.
     """
 
     def forward(self, x: Tensor, near: Neighborhood) -> Tensor:  # type: ignore[override]
         """(B, N, D) and the neighbourhoods -> (B, N, D)."""
         q, k, v = self.project(x, near.rotary)  # (B, N, H, d) each
-        use_natten = x.is_cuda and len(near.size) == 2 and _has_natten()
+        usual = len(near.size) == 2 and all(k > 1 and k % 2 for k in near.kernel)
+        use_natten = x.is_cuda and usual and _has_natten()
         attend = attend_natten if use_natten else attend_neighborhood
         return self.to_out(attend(q, k, v, near))  # (B, N, D)
 

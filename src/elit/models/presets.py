@@ -84,11 +84,11 @@ VIDEO_LATENT_INPUTS = {
 }
 
 
-# Words of the tiny models' own encoder; CLIP-L's, SD3's (two CLIPs and T5), Qwen-Image's text.
+# Words of the tiny models' own encoder; states of CLIP-L, of T5-XXL, of Qwen2.5-VL-7B.
 DEFAULT_VOCAB_SIZE = 4096
 _WORDS = {"num_classes": None, "max_text_length": 32, "vocab_size": DEFAULT_VOCAB_SIZE}
 _CLIP = {"num_classes": None, "max_text_length": 77, "text_dim": 768}
-_SD3 = {"max_text_length": 333, "text_dim": 4096, "pooled_dim": 2048}
+_T5 = {"max_text_length": 256, "text_dim": 4096}
 _QWEN = {"max_text_length": 512, "text_dim": 3584}
 
 
@@ -116,6 +116,7 @@ class Family:
         latents: inputs of the others.
         special: inputs by name of the size, where they are neither.
         frames_per_patch: of the tiny size and of the others; None for images.
+        frames_per_latent: frames per element of the input in time; of the tiny size, 1.
     """
 
     model: type[ElasticMixin]
@@ -124,6 +125,7 @@ class Family:
     pixels: Mapping[int, Input] = field(default_factory=lambda: PIXEL_INPUTS)
     latents: Mapping[int, Input] = field(default_factory=lambda: LATENT_INPUTS)
     frames_per_patch: tuple[int, int] | None = None
+    frames_per_latent: int = 1
     special: Mapping[str, Mapping[int, Input]] = field(default_factory=dict)
 
     def inputs(self, size: str) -> Mapping[int, Input]:
@@ -149,6 +151,7 @@ FAMILIES = {
         pixels=VIDEO_PIXEL_INPUTS,
         latents=VIDEO_LATENT_INPUTS,
         frames_per_patch=(2, 1),
+        frames_per_latent=4,
     ),
     "mmdit": Family(
         MMDiT,
@@ -156,7 +159,7 @@ FAMILIES = {
         pixels=_with_text(PIXEL_INPUTS, _WORDS),
         latents=_with_text(LATENT_INPUTS, _CLIP),
         special={
-            "sd3": _with_text(_WIDE_LATENTS, _SD3),
+            "sd3": _with_text(_WIDE_LATENTS, _T5),
             "qwen": _with_text(_WIDE_LATENTS, _QWEN),
         },
     ),
@@ -166,6 +169,7 @@ FAMILIES = {
         pixels=_with_text(VIDEO_PIXEL_INPUTS, _WORDS),
         latents=_with_text(VIDEO_LATENT_INPUTS, _CLIP),
         frames_per_patch=(2, 1),
+        frames_per_latent=4,
     ),
 }
 MODELS = {family.model.__name__: family.model for family in FAMILIES.values()}
@@ -196,6 +200,12 @@ def preset_inputs(name: str) -> Mapping[int, Input]:
     """What a preset sees at each resolution that it knows."""
     family, size, *_ = _parts(name)
     return family.inputs(size)
+
+
+def preset_frames_per_latent(name: str) -> int:
+    """Frames per element of a preset's input in time."""
+    family, size, *_ = _parts(name)
+    return 1 if size == "tiny" else family.frames_per_latent
 
 
 def nearest_resolution(name: str, sample_size: Sequence[int]) -> int:

@@ -29,15 +29,38 @@ def temporal_scale(vae: Any) -> int:
     return found or getattr(vae.config, "temporal_compression_ratio", None) or 1
 
 
+def latent_frames(frames: int, scale: int, name: str = "num_frames") -> int:
+    """Length in time of the VAE latents of a clip, or a ValueError if no length is its own."""
+    if (frames - 1) % scale:
+        nearest = (frames - 1) // scale * scale + 1
+        raise ValueError(
+            f"{name}={frames} is not a multiple of {scale}, the VAE's scale in time, and "
+            f"one more; use {nearest} or {nearest + scale}"
+        )
+    return (frames - 1) // scale + 1
+
+
 def decode(vae: Any, samples: Tensor) -> Tensor:
-    """Pictures in [-1, 1] of samples (B, C, h, w), or clips of (B, C, t, h, w)."""
-    config = vae.config
-    mean = getattr(config, "latents_mean", None)
-    if mean is not None:  # a mean and a scale for each channel
-        shape = (1, -1, *(1,) * (samples.ndim - 2))
-        std = torch.tensor(config.latents_std, device=samples.device, dtype=samples.dtype)
-        mean = torch.tensor(mean, device=samples.device, dtype=samples.dtype)
-        samples = samples * std.view(shape) + mean.view(shape)
+    """Pictures in [-1, 1] of samples (B, C, h, w), or clips of (B, C, t, h, w).
+
+    As in diffusers' pipelines: latents / scaling_factor + shift_factor, or, where the autoencoder
+    knows a mean and a scale of each channel, latents * std / scaling_factor + mean.
+    """
+    samples = samples / (getattr(vae.config, "scaling_factor", None) or 1.0)
+    mean, std = (_of_channels(vae, name, samples) for name in ("latents_mean", "latents_std"))
+    if mean is not None and std is not None:
+        samples = samples * std + mean
     else:
-        samples = samples / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        samples = samples + (getattr(vae.config, "shift_factor", None) or 0.0)
     return vae.decode(samples.to(vae.dtype), return_dict=False)[0]
+
+
+def _of_channels(vae: Any, name: str, like: Tensor) -> Tensor | None:
+    """A number for each channel, (1, C, 1, 1...), from the config or, as LTX has it, a buffer."""
+    numbers = getattr(vae.config, name, None)
+    if numbers is None:
+        numbers = dict(vae.named_buffers()).get(name)
+    if numbers is None:
+        return None
+    numbers = torch.as_tensor(numbers, device=like.device, dtype=like.dtype)
+    return numbers.view(1, -1, *(1,) * (like.ndim - 2))

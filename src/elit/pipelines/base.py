@@ -17,7 +17,13 @@ from torch import Tensor
 from elit.flow.guidance import Condition, Guidance
 from elit.flow.schedulers import start_sampling
 from elit.models.elastic import ElasticMixin
-from elit.pipelines.autoencoder import decode, has_time, spatial_scale, temporal_scale
+from elit.pipelines.autoencoder import (
+    decode,
+    has_time,
+    latent_frames,
+    spatial_scale,
+    temporal_scale,
+)
 from elit.pipelines.folder import check_pipeline_source, loading_error
 
 logger = logging.getLogger(__name__)
@@ -277,14 +283,7 @@ class ElasticPipeline(DiffusionPipeline):
 
     def latent_frames(self, frames: int) -> int:
         """Length of the transformer's input for a number of frames."""
-        scale = temporal_scale(self.vae)
-        if (frames - 1) % scale:
-            nearest = (frames - 1) // scale * scale + 1
-            raise ValueError(
-                f"num_frames={frames} is not a multiple of {scale}, the VAE's scale in time, and "
-                f"one more; use {nearest} or {nearest + scale}"
-            )
-        return (frames - 1) // scale + 1
+        return latent_frames(frames, temporal_scale(self.vae))
 
     def _start(
         self,

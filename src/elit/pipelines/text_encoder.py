@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -104,25 +105,15 @@ def check_text_encoder(text_encoder: Any, model_config: Any) -> None:
         )
 
 
-def encode(
+def tokens_of(
     texts: Sequence[str],
     model_config: Mapping[str, Any],
     tokenizer: Any = None,
     text_encoder: Any = None,
     *,
     truncate: bool = False,
-    device: torch.device | str = "cpu",
-) -> dict[str, Tensor]:
-    """An MM-DiT's condition of texts: `encoder_hidden_states`, `encoder_attention_mask`, and more.
-
-    Args:
-        texts: B texts.
-        model_config: the model's, with max_text_length, vocab_size, text_dim and pooled_dim.
-        tokenizer: of a text encoder; a model with vocab_size needs none.
-        text_encoder: likewise.
-        truncate: whether to cut long texts off, and warn, instead of raising a ValueError.
-        device: where the condition is needed.
-    """
+) -> list[list[int]]:
+    """Token numbers of texts; the arguments are those of `encode`."""
     longest, limited_by = model_config["max_text_length"], "the model takes"
     if model_config["vocab_size"] is not None:
         tokens = tokenize(texts, model_config["vocab_size"])
@@ -137,32 +128,72 @@ def encode(
                 f"shorten {text[:60]!r}"
             )
         if len(ids) > longest:
-            logger.warning("texts of more than %d tokens are cut off", longest)
-    if model_config["vocab_size"] is not None:
-        words, mask = pad([ids[:longest] for ids in tokens])
-        condition = {"encoder_hidden_states": words.to(device)}
-        return condition | {"encoder_attention_mask": mask.to(device)}
+            _warn_of_cut(longest)
+    return [ids[:longest] for ids in tokens]
 
+
+@cache  # once: training would say so in every step
+def _warn_of_cut(longest: int) -> None:
+    logger.warning("texts of more than %d tokens are cut off", longest)
+
+
+def encode(
+    texts: Sequence[str],
+    model_config: Mapping[str, Any],
+    tokenizer: Any = None,
+    text_encoder: Any = None,
+    *,
+    truncate: bool = False,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """An MM-DiT's condition of texts: `encoder_hidden_states`, `encoder_attention_mask`, and more.
+
+    A text that comes several times is encoded once.
+
+    Args:
+        texts: B texts.
+        model_config: the model's, with max_text_length, vocab_size, text_dim and pooled_dim.
+        tokenizer: of a text encoder; a model with vocab_size needs none.
+        text_encoder: likewise.
+        truncate: whether to cut long texts off, and warn once, instead of raising a ValueError.
+        device: where the condition is needed.
+    """
+    rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    once = list(rows)
+    tokens = tokens_of(once, model_config, tokenizer, text_encoder, truncate=truncate)
+    if model_config["vocab_size"] is not None:
+        words, mask = pad(tokens)
+        condition = {"encoder_hidden_states": words, "encoder_attention_mask": mask}
+    else:
+        pooled = model_config["pooled_dim"] is not None
+        condition = _encoder_states(once, max(map(len, tokens)), tokenizer, text_encoder, pooled)
+    order = [rows[text] for text in texts]
+    return {name: value[order].to(device) for name, value in condition.items()}
+
+
+def _encoder_states(
+    texts: list[str], longest: int, tokenizer: Any, text_encoder: Any, pooled: bool
+) -> dict[str, Tensor]:
+    """What a text encoder makes of texts, on its device."""
     # Some texts have no token at all (Qwen's empty one): they get one of padding.
-    length = max(1, min(longest, max(map(len, tokens))))
     batch = tokenizer(
-        list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt",
-        padding_side="right",
+        texts, padding="max_length", max_length=max(1, longest), truncation=True,
+        return_tensors="pt", padding_side="right",
     ).to(text_encoder.device)  # fmt: skip
     mask = batch["attention_mask"]
     mask[:, 0] = 1
     with torch.no_grad():
         out = text_encoder(input_ids=batch["input_ids"], attention_mask=mask)
     condition = {
-        "encoder_hidden_states": out.last_hidden_state.to(device),
-        "encoder_attention_mask": mask.bool().to(device),
+        "encoder_hidden_states": out.last_hidden_state,
+        "encoder_attention_mask": mask.bool(),
     }
-    if model_config["pooled_dim"] is not None:
-        pooled = getattr(out, "pooler_output", None)
-        if pooled is None:
+    if pooled:
+        vector = getattr(out, "pooler_output", None)
+        if vector is None:
             raise ValueError(
                 f"a {type(text_encoder).__name__} gives no vector for a whole text, but the model "
                 f"takes one (pooled_dim); use a CLIP, or a model with pooled_dim=None"
             )
-        condition["pooled_projections"] = pooled.to(device)
+        condition["pooled_projections"] = vector
     return condition

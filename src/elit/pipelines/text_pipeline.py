@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elit.flow.guidance import Condition, Guidance
 from elit.pipelines.base import ElasticPipeline, Generators, StepCallback
-from elit.pipelines.text_encoder import check_text_encoder, encode, load_text_encoder
+from elit.pipelines.text_encoder import check_text_encoder, encode, load_text_encoder, tokens_of
 
 
 class ElitTextPipeline(ElasticPipeline):
@@ -99,13 +99,21 @@ class ElitTextPipeline(ElasticPipeline):
         """
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds")
-        if prompt_embeds is None:
-            prompt_embeds = self.encode_prompt(prompt, negative_prompt)
-        elif negative_prompt != "":
+        if negative_prompt != "" and prompt_embeds is not None:
             raise ValueError(
                 "negative_prompt has no effect beside prompt_embeds, which hold it already; "
                 "give it to encode_prompt"
             )
+        reads_negative = isinstance(guidance, Guidance) and guidance.drop_label
+        if negative_prompt != "" and not reads_negative:
+            raise ValueError(
+                f"negative_prompt has no effect with guidance={guidance}, which has no guide that "
+                f"reads it; give CFG(3.0) or CheapCFG(3.0), or leave it out"
+            )
+        if prompt_embeds is None:
+            texts = _texts(prompt, "prompt")
+            negative = negative_prompt if reads_negative else texts  # encoded already
+            prompt_embeds = self.encode_prompt(texts, negative)
         condition, null_condition = _check_embeds(prompt_embeds)
         return self.sample(
             condition,
@@ -161,6 +169,15 @@ class ElitTextPipeline(ElasticPipeline):
         condition = {name: half[0] for name, half in halves.items()}
         return condition, {name: half[1] for name, half in halves.items()}
 
+    def check_prompt(self, prompt: str | Sequence[str]) -> int:
+        """Tokens of the longest text, or a ValueError if it is too long; encodes nothing."""
+        if self.transformer.config.vocab_size is None:
+            self.load_text_encoder()
+        tokens = tokens_of(
+            _texts(prompt, "prompt"), self.transformer.config, self.tokenizer, self.text_encoder
+        )
+        return max(1, *map(len, tokens))
+
     def load_text_encoder(self) -> None:
         """Load the text encoder that the pipeline only has the name of."""
         if self.text_encoder is not None:
@@ -170,7 +187,8 @@ class ElitTextPipeline(ElasticPipeline):
                 "this pipeline has no text encoder; make it with text_encoder= and tokenizer=, or "
                 "with text_encoder_name='openai/clip-vit-large-patch14' or another"
             )
-        tokenizer, text_encoder = load_text_encoder(self.config.text_encoder_name)
+        name, dtype = self.config.text_encoder_name, self.transformer.dtype
+        tokenizer, text_encoder = load_text_encoder(name, dtype)
         check_text_encoder(text_encoder, self.transformer.config)
         text_encoder.to(self._execution_device)
         self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder)

@@ -1,6 +1,6 @@
 """What a config describes, made: the model and the sampler of its tail dropping."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,12 @@ def build_model(
     arguments |= condition_arguments(config, dataset, text_settings or {})
     resolution = nearest_resolution(config.model.preset, size)
     preset = preset_config(config.model.preset, resolution, config.model.overrides)
+    patch = preset["patch_size"]
+    if len(size) == 2 and isinstance(patch, Sequence) and len(patch) == 3:
+        raise ValueError(
+            f"{config.model.preset!r} draws clips, but the data set {config.data.name!r} has "
+            f"images; use data.name=moving-shapes, or a preset of images"
+        )
     if preset.get("group") is not None and config.latents.min is not None:
         arguments["min_latents"] = config.latents.min
         if "min_latents" in config.model.overrides:

@@ -49,7 +49,7 @@ class TextEncoding:
         settings: arguments of the model that follow from it.
     """
 
-    def __init__(self, config: TextConfig, device: torch.device):
+    def __init__(self, config: TextConfig, device: torch.device, dtype: torch.dtype):
         self.name = None if config.encoder == WORDS else config.encoder
         self.tokenizer = self.encoder = None
         self.settings: dict[str, Any] = {}
@@ -57,7 +57,7 @@ class TextEncoding:
             if os.path.isdir(self.name):  # the pipeline keeps the name, wherever it is loaded
                 self.name = os.path.abspath(self.name)
             self.settings = encoder_settings(self.name)
-            self.tokenizer, encoder = load_text_encoder(self.name)
+            self.tokenizer, encoder = load_text_encoder(self.name, dtype)
             self.encoder = encoder.to(device)
 
 

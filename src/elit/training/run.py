@@ -116,7 +116,8 @@ class Run:
         if not preset_model(config.model.preset).takes_text:
             model = build_model(config, self.dataset).to(device)
             return model, LabelConditioning(model, device)
-        encoding = TextEncoding(config.text, device)
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        encoding = TextEncoding(config.text, device, dtype)
         model = build_model(config, self.dataset, encoding.settings).to(device)
         return model, TextConditioning(model, device, encoding)
 
