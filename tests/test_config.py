@@ -244,7 +244,7 @@ def test_a_key_given_twice_is_an_error(yaml_file) -> None:
             ["--latents.min", "2", "--model.overrides.min_latents", "2"],
             r"are the same thing; give one of them",
         ),
-        (["--train.threads", "0"], r"train.threads=0 is not allowed; give a number of at least 1"),
+        (["--train.threads", "0"], r"train.threads=0 is not allowed; give a number from 1 to"),
         (["--optimizer.betas", "[0.9, 1]"], r"optimizer.betas=\(0.9, 1.0\) is not allowed"),
         (
             ["--optimizer.schedule", "constant", "--optimizer.final_lr", "0.1"],
@@ -285,3 +285,23 @@ def test_a_mistake_stops_a_run_before_it_begins(tmp_path, monkeypatch, capsys, f
     assert printed.err.count("\n") == 1
     assert re.search(message, printed.err), printed.err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: {options: {1: 2}}", "data.options has a key 1, which is no name"),
+        ("a: &a [*a]", "refers to itself"),
+        ("seed: 2020-13-45", "is not YAML: month must be in 1..12"),
+    ],
+)
+def test_yaml_that_is_no_config(tmp_path, text: str, message: str) -> None:
+    (tmp_path / "odd.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"odd.yaml.*{message}"):
+        load_config(str(tmp_path / "odd.yaml"), {})
+
+
+@pytest.mark.parametrize("frames", [8, 16])
+def test_clips_as_long_as_they_are_wide(frames: int) -> None:
+    overrides = {"data.options.frames": str(frames), "data.options.size": str(frames)}
+    check_config(load_config("moving-shapes", overrides))

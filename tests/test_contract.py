@@ -597,6 +597,26 @@ def test_latent_indices_of_another_number(case: Case) -> None:
         run(model, make_inputs(model), num_latents=3, latent_indices=torch.arange(2))
 
 
+@ELASTIC
+@pytest.mark.parametrize("indices", [[0], torch.tensor([0.0])], ids=["list", "float"])
+def test_latent_indices_that_are_no_indices(case: Case, indices) -> None:
+    model = case.build()
+    with pytest.raises(ValueError, match=r"latent_indices .* are no tensor of whole numbers"):
+        run(model, make_inputs(model), num_latents=1, latent_indices=indices)
+
+
+@pytest.mark.parametrize("cls", [DiT, UViT, HDiT])
+def test_labels_and_levels_of_a_wrong_type(cls: type) -> None:
+    model = cls(**HOURGLASS if cls is HDiT else TINY)
+    samples, levels, labels = make_inputs(model)
+    with pytest.raises(ValueError, match=r"class_labels of torch.float32; give whole numbers in"):
+        model(samples, levels, labels.float())
+    with pytest.raises(ValueError, match="timestep is None; give one number for each sample"):
+        model(samples, None, labels)
+    out = model(samples, levels, torch.tensor([1, 1])).sample
+    torch.testing.assert_close(model(samples, levels, 1).sample, out)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -624,6 +644,12 @@ def test_grid_that_groups_or_patches_do_not_divide(settings: dict, message: str)
         ({"min_latents": 17}, r"min_latents 17 is outside 1\.\.16"),
         ({"num_heads": 5}, "width 32 cannot be divided into 5 heads"),
         ({"num_heads": 16}, "heads of width 2 cannot carry rotary positions of 2 axes"),
+        ({"num_heads": True}, "width 32 cannot be divided into True heads"),
+        ({"head": 1.0}, r"a head of 1\.0 and a tail of 1 blocks are not allowed"),
+        ({"mlp_ratio": "4"}, "mlp_ratio='4' is not allowed"),
+        ({"mlp_ratio": 1e300}, r"mlp_ratio=1e\+300 is not allowed"),
+        ({"rope_theta": None}, "rope_theta=None is not allowed"),
+        ({"num_classes": "a"}, "num_classes='a' is not allowed"),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict, message: str) -> None:

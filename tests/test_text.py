@@ -17,7 +17,7 @@ from elit.layers.block import TransformerBlock
 from elit.layers.joint import JointBlock
 from elit.layers.positions import rotary_embedding
 from elit.layers.text import BEGIN, PADDING, pad, tokenize
-from elit.pipelines.text_encoder import encode, load_text_encoder
+from elit.pipelines.text_encoder import _warn_of_cut, encode, load_text_encoder
 
 SIZES = {
     "sample_size": 8, "in_channels": 3, "patch_size": 2, "hidden_size": 32, "num_heads": 2,
@@ -76,6 +76,7 @@ def test_a_word_has_one_number_however_it_is_written(text: str, same: str) -> No
 def test_a_text_is_encoded_once_and_cut_with_one_warning(caplog) -> None:
     texts = ["red", "word " * 20, "red", "", "word " * 30]
     config = word_model().config
+    _warn_of_cut.cache_clear()
     condition = encode(texts, config, truncate=True)
     encode(texts, config, truncate=True)
     warned = [r.message for r in caplog.records if "cut off" in r.message]
@@ -179,6 +180,9 @@ def test_texts_that_do_not_fit(condition: dict, message: str) -> None:
         ({"text_dim": 8}, "text_dim=8 and vocab_size=64: give one of them"),
         ({"vocab_size": 3}, "vocab_size=3 is not allowed"),
         ({"max_text_length": 0}, "max_text_length=0 is not allowed"),
+        ({"max_text_length": None}, "max_text_length=None is not allowed"),
+        ({"pooled_dim": True}, "pooled_dim=True is not allowed"),
+        ({"vocab_size": 10**20}, "vocab_size=1000.* is not allowed"),
     ],
 )
 def test_settings_of_the_text_that_do_not_fit(settings: dict, message: str) -> None:
@@ -244,6 +248,37 @@ def test_prompts_encoded_before() -> None:
     embeds = pipeline.encode_prompt(["red", "blue"])
     given = draw(pipeline, None, prompt_embeds=embeds, guidance=CFG(2.0))
     assert torch.equal(given, draw(pipeline, ["red", "blue"], guidance=CFG(2.0)))
+
+
+def test_no_mask_hides_nothing() -> None:
+    pipeline = word_pipeline()
+    embeds = pipeline.encode_prompt(["red", "blue"], ["any", "some"])
+    assert all(one["encoder_attention_mask"].all() for one in embeds)
+    without = tuple(one | {"encoder_attention_mask": None} for one in embeds)
+    expected = draw(pipeline, None, prompt_embeds=embeds, guidance=CFG(2.0))
+    given = draw(pipeline, None, prompt_embeds=without, guidance=CFG(2.0))
+    torch.testing.assert_close(given, expected)
+
+
+@pytest.mark.parametrize(
+    ("embeds", "message"),
+    [
+        ("red", r"prompt_embeds is \('red', 'red'\); give what encode_prompt returned"),
+        ({"encoder_hidden_states": [[1, 2]]}, "give tensors, named"),
+        ({"encoder_hidden_states": torch.tensor(3)}, "give tensors, named"),
+        (
+            {"encoder_hidden_states": torch.ones(1, 2).long(), "foo": torch.ones(1)},
+            "prompt_embeds has foo=",
+        ),
+        ({"encoder_hidden_states": torch.tensor([[1, 64]])}, r"words outside 0\.\.63"),
+        ({"encoder_hidden_states": torch.tensor([[1, -1]])}, r"words outside 0\.\.63"),
+        ({"encoder_hidden_states": torch.tensor([[True]])}, "torch.bool; this model takes num"),
+        ({"encoder_hidden_states": torch.tensor([[0.5]])}, "torch.float32; this model takes num"),
+    ],
+)
+def test_bad_prompt_embeds(embeds, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        word_pipeline()(prompt_embeds=(embeds, embeds), num_inference_steps=1)
 
 
 def test_saved_and_loaded_by_its_kind(tmp_path) -> None:
@@ -511,7 +546,9 @@ def test_a_frozen_encoder_by_name_trains_too(capsys, tmp_path, monkeypatch) -> N
     assert not (tmp_path / "run" / "text_encoder").exists()
     code, _, err = cli(capsys, "sample", "run", "--prompts", "a red disc", "--steps", 1)
     assert code == 0, err
-    code, _, err = cli(capsys, *words[:-1], "words")
+    code, _, err = cli(capsys, *words[:-1], f"{tmp_path}/t5/", "--train.steps", 2)
+    assert code == 0, err  # the same folder, spelt otherwise
+    code, _, err = cli(capsys, *words[:-1], "words", "--train.steps", 2)
     assert code == 2
     assert "holds another run" in err
 

@@ -155,11 +155,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-        _check_unique(yaml.compose(text, yaml.SafeLoader), str(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, not UTF-8
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not YAML: {reason}") from error
+    try:
+        _check_unique(tree, str(path))
+    except RecursionError:
+        raise ValueError(f"{path} refers to itself (& and *); write the values out") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -202,6 +205,9 @@ def _check_tree(values: dict[str, Any], config_class: type, path: str, prefix: s
                 )
         elif value is None and typing.get_origin(hints[name]) is dict:
             del values[name]
+        elif isinstance(value, dict) and not all(isinstance(one, str) for one in value):
+            odd = next(one for one in value if not isinstance(one, str))
+            raise ValueError(f"{path}: {key} has a key {odd!r}, which is no name; give names")
         elif value is None and not fits_type(None, hints[name]):
             raise ValueError(
                 f"{path}: {key} has no value; give {describe_type(hints[name])}, or leave it out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -76,7 +77,7 @@ class CaptionedShapes(ImageDataset):
     def __init__(self, split: str = "train", count: int = 10_000, size: int = 16) -> None:
         check_choice(split, SPLITS, "split")
         self.split = split
-        self.count = whole_number("count", count, 1, "images")
+        self.count = whole_number("count", count, 1, "images", sys.maxsize)
         self.size = whole_number("size", size, MIN_SIZE, "pixels a side")
         self.image_shape = (3, self.size, self.size)
         self.class_names = tuple(NOUNS)

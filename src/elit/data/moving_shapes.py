@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
@@ -46,7 +47,7 @@ class MovingShapes(ImageDataset):
     ) -> None:
         check_choice(split, SPLITS, "split")
         self.split = split
-        self.count = whole_number("count", count, 1, "clips")
+        self.count = whole_number("count", count, 1, "clips", sys.maxsize)
         self.size = whole_number("size", size, MIN_SIZE, "pixels a side")
         self.frames = whole_number("frames", frames, 2, "frames")
         self.image_shape = (3, self.frames, self.size, self.size)

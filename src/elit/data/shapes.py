@@ -6,6 +6,7 @@ the batch changes it, and another `size` gives the same picture at another resol
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from elit._choices import check_choice
+from elit._numbers import MOST, is_whole
 from elit.data import SPLITS, ImageDataset
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -33,7 +35,7 @@ class Shapes(ImageDataset):
     def __init__(self, split: str = "train", count: int = 10_000, size: int = 32) -> None:
         check_choice(split, SPLITS, "split")
         self.split = split
-        self.count = whole_number("count", count, 1, "images")
+        self.count = whole_number("count", count, 1, "images", sys.maxsize)
         self.size = whole_number("size", size, MIN_SIZE, "pixels a side")
         self.image_shape = (3, self.size, self.size)
         self.class_names = tuple(OUTLINES)
@@ -220,9 +222,10 @@ def pick(palette: Array, draw: Array) -> Array:
     return palette[(draw.reshape(-1) * len(palette)).astype(np.int64)][..., None, None]
 
 
-def whole_number(name: str, value: Any, least: int, unit: str) -> int:
+def whole_number(name: str, value: Any, least: int, unit: str, most: int = MOST) -> int:
     """Value of an option that counts something, or the error that says what is allowed."""
-    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_whole or value < least:
-        raise ValueError(f"{name}={value!r}: use a whole number of {unit}, at least {least}")
+    if not is_whole(value, least, most):
+        bounds = f"at least {least}"
+        bounds += f" and at most {most}" if isinstance(value, int) and value > most else ""
+        raise ValueError(f"{name}={value!r}: use a whole number of {unit}, {bounds}")
     return int(value)

@@ -17,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from elit._choices import check_choice
+from elit._numbers import is_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -174,7 +175,7 @@ def start_sampling(
 
 
 def _check_steps(num_inference_steps: int) -> None:
-    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+    if not is_whole(num_inference_steps):
         raise ValueError(
             f"num_inference_steps {num_inference_steps!r} is not allowed; "
             f"give a whole number, at least 1; 40 is usual"

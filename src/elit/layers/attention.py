@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elit._numbers import is_whole
 from elit.layers.positions import Rotary, rotate
 
 
@@ -23,8 +24,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 
 def head_dim(dim: int, num_heads: int) -> int:
     """Width of one head."""
-    whole = isinstance(dim, int) and isinstance(num_heads, int)
-    if not whole or dim < 1 or num_heads < 1 or dim % num_heads:
+    if not is_whole(dim) or not is_whole(num_heads) or dim % num_heads:
         raise ValueError(
             f"width {dim} cannot be divided into {num_heads} heads; "
             f"choose a number of heads that divides {dim}"

@@ -1,9 +1,8 @@
 """The transformer block of DiT: adaLN-Zero, self-attention with rotary positions, MLP."""
 
-import math
-
 from torch import Tensor, nn
 
+from elit._numbers import is_real, is_whole
 from elit.layers.attention import SelfAttention
 from elit.layers.initialisation import zero_
 from elit.layers.modulation import AdaLNZero, Modulation, gated_add, modulate
@@ -15,9 +14,9 @@ class MLP(nn.Sequential):
     """Two linear layers with a tanh-approximated GELU between."""
 
     def __init__(self, dim: int, ratio: float):
-        hidden = round(ratio * dim) if math.isfinite(ratio) else 0
-        if hidden < 1:
-            raise ValueError(f"mlp_ratio={ratio} is not allowed; give a number above 0, as 4")
+        hidden = round(ratio * dim) if is_real(ratio) else 0
+        if not is_whole(hidden):
+            raise ValueError(f"mlp_ratio={ratio!r} is not allowed; give a number above 0, as 4")
         super().__init__(
             nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim)
         )

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elit._numbers import is_whole
+
 
 class TimestepEmbedding(nn.Module):
     """Noise level in [0, 1] -> (B, D): sinusoids of 1000 sigma, then two linear layers."""
@@ -36,8 +38,8 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, dim: int, num_classes: int):
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes={num_classes} is not allowed; give a positive integer")
+        if not is_whole(num_classes):
+            raise ValueError(f"num_classes={num_classes!r} is not allowed; give a positive integer")
         self.null_label = num_classes
         self.table = nn.Embedding(num_classes + 1, dim)
 

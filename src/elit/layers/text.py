@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from elit._numbers import is_whole
 from elit.layers.attention import SelfAttention, head_dim
 from elit.layers.block import MLP
 from elit.layers.positions import rotary_embedding
@@ -74,7 +75,7 @@ class WordEncoder(nn.Module):
         self, dim: int, num_heads: int, vocab_size: int | None, mlp_ratio: float, theta: float
     ):
         super().__init__()
-        if not isinstance(vocab_size, int) or vocab_size < MIN_VOCAB:
+        if not is_whole(vocab_size, MIN_VOCAB):
             raise ValueError(
                 f"vocab_size={vocab_size!r} is not allowed; give a whole number of at least "
                 f"{MIN_VOCAB}, thousands are usual"

@@ -18,7 +18,12 @@ class ClassConditional(ElasticMixin):
         """Condition (B, D) of all modulations, its nonlinearity applied once for all layers."""
         timestep = self.one_per_sample(timestep, "timestep", like)
         if labels is not None:
-            self.one_per_sample(labels, "class_labels", like)
+            labels = self.one_per_sample(labels, "class_labels", like)
+            if labels.dtype not in (torch.int64, torch.int32):
+                raise ValueError(
+                    f"class_labels of {labels.dtype}; give whole numbers in "
+                    f"0..{self.config.num_classes}, the last of which means no class"
+                )
         return F.silu(self.time_embed(timestep) + self.label_embed(labels))
 
     def check_no_text(self, encoder_hidden_states: Tensor | None) -> None:

@@ -8,6 +8,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from elit._numbers import is_real, is_whole
 from elit.interface.budget import check_num_latents, resolve_budget
 from elit.interface.grid import TokenGrid, format_size
 from elit.layers.attention import head_dim
@@ -17,15 +18,10 @@ from elit.layers.positions import Rotary, pairs_per_axis, rotary_embedding
 _T = TypeVar("_T")
 
 
-def _is_positive(value: Any) -> bool:
-    """Whether it is a whole number of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 def per_axis(value: int | Sequence[int], num_axes: int, name: str) -> tuple[int, ...]:
     """One number for all axes, or one for each, as a tuple of `num_axes` positive integers."""
     values = tuple(value) if isinstance(value, Sequence) else (value,) * num_axes
-    if len(values) != num_axes or not all(_is_positive(v) for v in values):
+    if len(values) != num_axes or not all(is_whole(v) for v in values):
         raise ValueError(
             f"{name}={value!r} does not fit inputs of {num_axes} axes; "
             f"give one positive integer, or {num_axes} of them"
@@ -87,7 +83,7 @@ class ElasticMixin(ModelMixin):
             raise ValueError(
                 f"sample_size={sample_size!r} has {num_axes} axes; give (h, w) or (t, h, w)"
             )
-        if not _is_positive(in_channels):
+        if not is_whole(in_channels):
             raise ValueError(f"in_channels={in_channels!r} is not allowed; give a positive integer")
         self.sample_size = per_axis(sample_size, num_axes, "sample_size")
         self.in_channels = in_channels
@@ -113,9 +109,14 @@ class ElasticMixin(ModelMixin):
             tail: blocks of the tail.
             always: whether a plain model has head and tail too.
         """
-        if not _is_positive(depth):
+        if not is_whole(depth):
             raise ValueError(f"depth={depth!r} is not allowed; give a positive integer")
-        if (always or self.is_elastic) and (head < 0 or tail < 0 or head + tail >= depth):
+        if not (is_whole(head, 0) and is_whole(tail, 0)):
+            raise ValueError(
+                f"a head of {head!r} and a tail of {tail!r} blocks are not allowed; give whole "
+                f"numbers of at least 0"
+            )
+        if (always or self.is_elastic) and head + tail >= depth:
             raise ValueError(
                 f"a head of {head} and a tail of {tail} blocks leave no core of {depth}; "
                 f"choose head + tail < depth"
@@ -130,8 +131,10 @@ class ElasticMixin(ModelMixin):
 
     def set_rotary(self, hidden_size: int, num_heads: int, theta: float) -> None:
         """Take what rotations need from a config."""
-        if not 0 < theta < math.inf:
-            raise ValueError(f"rope_theta={theta} is not allowed; give a number above 0, as 10000")
+        if not is_real(theta) or theta <= 0:
+            raise ValueError(
+                f"rope_theta={theta!r} is not allowed; give a number above 0, as 10000"
+            )
         self.rotary_options = (head_dim(hidden_size, num_heads), theta)
         pairs_per_axis(self.rotary_options[0], len(self.sample_size))  # or an error, now
 
@@ -141,6 +144,8 @@ class ElasticMixin(ModelMixin):
 
     def one_per_sample(self, value: Tensor | float, name: str, like: Tensor) -> Tensor:
         """Numbers (B,) of (B,) or of one number for all samples of a batch like (B, ...)."""
+        if value is None:
+            raise ValueError(f"{name} is None; give one number for each sample, or one for all")
         value = torch.as_tensor(value, device=like.device)
         if tuple(value.shape) not in ((), (1,), (len(like),)):
             raise ValueError(
@@ -186,6 +191,8 @@ class ElasticMixin(ModelMixin):
             return 0
         if num_latents is None:
             num_latents = self.max_latents
+        if indices is not None and (not isinstance(indices, Tensor) or indices.is_floating_point()):
+            raise ValueError(f"latent_indices {indices!r:.60} are no tensor of whole numbers")
         if indices is not None and indices.shape != (num_latents,):
             raise ValueError(
                 f"latent_indices of shape {tuple(indices.shape)} do not name num_latents = "

@@ -8,7 +8,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
 from torch import Tensor, nn
 
+from elit._numbers import is_whole
 from elit.interface import Read, TokenGrid, Write
+from elit.layers.attention import head_dim
 from elit.layers.block import FinalLayer, NeighborhoodBlock, TransformerBlock
 from elit.layers.embeddings import LabelEmbedding, TimestepEmbedding
 from elit.layers.initialisation import init_weights
@@ -75,13 +77,14 @@ class HDiT(ClassConditional, ModelMixin, ConfigMixin):
         self.merge = tuple(2 if p % 2 == 0 else 1 for p in self.patch_size)
         self.outer_patch = tuple(p // m for p, m in zip(self.patch_size, self.merge, strict=True))
         outer_per_inner = int(torch.Size(self.merge).numel())
+        head_dim(hidden_size, num_heads)  # or an error that says more
         if outer_per_inner == 1 or num_heads % 2 or hidden_size % 2:
             raise ValueError(
                 f"patch_size={patch_size!r}, hidden_size={hidden_size} and num_heads={num_heads} "
                 f"cannot be halved for the outer level; use even numbers"
             )
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size} is not allowed; use an odd number, as 7")
+        if not is_whole(kernel_size) or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size!r} is not allowed; use an odd number, as 7")
         self.set_rotary(hidden_size, num_heads, rope_theta)
 
         outer_size, outer_patch_dim = hidden_size // 2, self.patch_dim // outer_per_inner

@@ -9,6 +9,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
 from torch import Tensor, nn
 
+from elit._numbers import is_whole
 from elit.interface import Read, TokenGrid, Write
 from elit.layers.block import FinalLayer
 from elit.layers.embeddings import TimestepEmbedding
@@ -89,7 +90,8 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
             ("text_dim", text_dim),
             ("pooled_dim", pooled_dim),
         ):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            optional = name != "max_text_length"
+            if not is_whole(value) and not (optional and value is None):
                 raise ValueError(f"{name}={value!r} is not allowed; give a positive integer")
 
         self.patch_embed = nn.Linear(self.patch_dim, hidden_size)
@@ -224,6 +226,8 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
                 "ElitTextPipeline.encode_prompt makes it"
             )
         wanted = f"({batch}, up to {longest}" + (")" if width is None else f", {width})")
+        if not isinstance(text, Tensor):
+            raise ValueError(f"encoder_hidden_states {text!r:.60} are no tensor; give {wanted}")
         shape, axes = tuple(text.shape), 2 if width is None else 3
         if len(shape) != axes or shape[0] != batch or (width is not None and shape[2] != width):
             raise ValueError(f"a text of shape {shape} does not fit; this model takes {wanted}")
@@ -231,7 +235,7 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
             raise ValueError(
                 f"a text of {shape[1]} tokens is too long; this model takes {longest} at most"
             )
-        if width is None and text.is_floating_point():
+        if width is None and text.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"a text of {text.dtype}; this model takes numbers of words, int64")
         if mask is not None and (mask.shape != shape[:2] or mask.dtype != torch.bool):
             raise ValueError(

@@ -185,7 +185,7 @@ PRESETS = tuple(
 
 def _parts(name: str) -> tuple[Family, str, int, bool]:
     """Family, size, patch and whether elastic, of a preset's name."""
-    check_choice(name.lower(), PRESETS, "preset")
+    check_choice(name.lower() if isinstance(name, str) else name, PRESETS, "preset")
     rest, patch = name.lower().removeprefix("elit-").split("/")
     family, size = rest.rsplit("-", 1)
     return FAMILIES[family], size, int(patch), name.lower().startswith("elit-")
@@ -227,7 +227,7 @@ def preset_config(
     """
     inputs = preset_inputs(name)
     family, size, patch, elastic = _parts(name)
-    resolution = resolution or min(inputs)
+    resolution = min(inputs) if resolution is None else resolution
     if resolution not in inputs:
         raise ValueError(
             f"preset {name.lower()!r} is not made for {resolution} px; "

@@ -14,6 +14,7 @@ from diffusers.video_processor import VideoProcessor
 from safetensors import SafetensorError
 from torch import Tensor
 
+from elit._numbers import is_whole
 from elit.flow.guidance import Condition, Guidance
 from elit.flow.schedulers import start_sampling
 from elit.models.elastic import ElasticMixin
@@ -180,9 +181,8 @@ class ElasticPipeline(DiffusionPipeline):
                 f"guidance {guidance!r} is not a Guidance; "
                 f"give CFG(3.0), AutoGuidance(2.0), CheapCFG(3.0), or None"
             )
-        given = generator if isinstance(generator, Sequence) else [generator]
-        for one in given:
-            if one is not None and not isinstance(one, torch.Generator):
+        for one in generator if isinstance(generator, Sequence) else [generator]:
+            if not isinstance(one, torch.Generator) and generator is not None:
                 raise ValueError(
                     f"generator {one!r} is not a torch.Generator; "
                     f"give torch.Generator().manual_seed({one if isinstance(one, int) else 0})"
@@ -268,7 +268,7 @@ class ElasticPipeline(DiffusionPipeline):
             self.transformer.sample_size,
             strict=True,
         ):
-            if pixels is not None and (not isinstance(pixels, int) or pixels < 1):
+            if pixels is not None and not is_whole(pixels):
                 raise ValueError(f"a side of {pixels!r} is no positive integer")
             if len(sizes) == len(self.transformer.sample_size) - 3 and pixels is not None:
                 sizes.append(self.latent_frames(pixels))  # time comes first
@@ -297,8 +297,9 @@ class ElasticPipeline(DiffusionPipeline):
         shape = (count, self.transformer.in_channels, *size)
         if noise is None:
             return randn_tensor(shape, generator, device, torch.float32)
-        if noise.shape != shape:
-            raise ValueError(f"noise of shape {tuple(noise.shape)} does not fit; give {shape}")
+        if not isinstance(noise, Tensor) or noise.shape != shape:
+            found = tuple(noise.shape) if isinstance(noise, Tensor) else f"{noise!r:.60}"
+            raise ValueError(f"noise {found} does not fit; give a tensor of shape {shape}")
         return noise.to(device, torch.float32)
 
     def _decode(self, samples: Tensor, output_type: str) -> Any:

@@ -31,4 +31,4 @@ def load_pipeline(name: str | os.PathLike, **kwargs: Any) -> ElasticPipeline:
             raise loading_error(name, error) from error
     kind = index.get("_class_name")
     # Of what is none of ours, `ElitPipeline` says so.
-    return PIPELINES.get(kind, ElitPipeline).from_pretrained(name, **kwargs)
+    return PIPELINES.get(str(kind), ElitPipeline).from_pretrained(name, **kwargs)

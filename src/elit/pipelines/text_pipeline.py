@@ -114,7 +114,7 @@ class ElitTextPipeline(ElasticPipeline):
             texts = _texts(prompt, "prompt")
             negative = negative_prompt if reads_negative else texts  # encoded already
             prompt_embeds = self.encode_prompt(texts, negative)
-        condition, null_condition = _check_embeds(prompt_embeds)
+        condition, null_condition = _check_embeds(prompt_embeds, self.transformer.config)
         return self.sample(
             condition,
             null_condition,
@@ -215,19 +215,32 @@ def _texts(value: Any, name: str) -> list[str]:
     return list(texts)
 
 
-def _check_embeds(embeds: Any) -> tuple[Condition, Condition]:
+def _check_embeds(embeds: Any, model_config: Any) -> tuple[Condition, Condition]:
     """`prompt_embeds`, or a ValueError if it is not what `encode_prompt` gives."""
-    key = "encoder_hidden_states"
+    states, mask = "encoder_hidden_states", "encoder_attention_mask"
+    known = {states, mask, "pooled_projections"}
     is_pair = isinstance(embeds, Sequence) and len(embeds) == 2
-    if not is_pair or not all(isinstance(one, Mapping) and key in one for one in embeds):
+    if not is_pair or not all(isinstance(one, Mapping) and states in one for one in embeds):
         raise ValueError(
             f"prompt_embeds is {embeds!r:.60}; give what encode_prompt returned: (condition, null "
-            f"condition), each a dict with {key}"
+            f"condition), each a dict with {states}"
         )
-    shapes = [{name: tuple(value.shape) for name, value in one.items()} for one in embeds]
+    # A mask of None hides nothing.
+    pair = [{name: x for name, x in one.items() if x is not None} for one in embeds]
+    for name, x in (item for one in pair for item in one.items()):
+        if name not in known or not isinstance(x, Tensor) or not x.ndim:
+            raise ValueError(
+                f"prompt_embeds has {name}={x!r:.60}; give tensors, named "
+                f"{', '.join(sorted(known))}"
+            )
+    shapes = [{name: tuple(value.shape) for name, value in one.items()} for one in pair]
     if shapes[0] != shapes[1]:
         raise ValueError(
             f"prompt_embeds of shapes {shapes[0]} and {shapes[1]} differ; encode both in one call "
             f"of encode_prompt"
         )
-    return embeds[0], embeds[1]
+    size = model_config.vocab_size
+    numbers = [one[states] for one in pair] if size is not None else []
+    if any(x.numel() and not 0 <= int(x.min()) <= int(x.max()) < size for x in numbers):
+        raise ValueError(f"prompt_embeds has numbers of words outside 0..{size - 1}")
+    return pair[0], pair[1]

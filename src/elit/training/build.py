@@ -25,7 +25,7 @@ def build_model(
     """
     channels, *size = dataset.image_shape
     arguments: dict[str, Any] = {
-        "sample_size": size[0] if len(set(size)) == 1 else size,
+        "sample_size": size[0] if len(size) == 2 and size[0] == size[1] else size,
         "in_channels": channels,
     }
     arguments |= condition_arguments(config, dataset, text_settings or {})
@@ -75,8 +75,10 @@ def condition_arguments(
         )
     arguments = dict(text_settings)
     preset = preset_config(config.model.preset)
-    if config.text.encoder == WORDS and preset.get("vocab_size") is None:
-        arguments |= {"vocab_size": DEFAULT_VOCAB_SIZE, "text_dim": None, "pooled_dim": None}
+    if config.text.encoder == WORDS:  # which have no vector for a whole text
+        arguments["pooled_dim"] = None
+        if preset.get("vocab_size") is None:
+            arguments |= {"vocab_size": DEFAULT_VOCAB_SIZE, "text_dim": None}
     if config.text.max_length is not None:
         arguments["max_text_length"] = config.text.max_length
     return arguments

@@ -6,11 +6,13 @@ The defaults are the paper's; the YAML files in `configs/` say where a run diffe
 import json
 import math
 import operator
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from elit._choices import check_choice
+from elit._numbers import MOST
 
 WORDS = "words"  # the built-in reader of captions
 
@@ -23,9 +25,12 @@ _SHARES: _Rule = (lambda values: all(0 <= value < 1 for value in values), "numbe
 
 _RULES: dict[str, _Rule] = {
     "seed": _AT_LEAST_0,
-    "data.batch_size": _AT_LEAST_1,
+    "data.batch_size": (lambda value: 1 <= value <= MOST, f"a number from 1 to {MOST}"),
     "data.num_workers": _AT_LEAST_0,
-    "text.max_length": (lambda value: value is None or value >= 1, "a number of at least 1"),
+    "text.max_length": (
+        lambda value: value is None or 1 <= value <= MOST,
+        f"a number from 1 to {MOST}, or null",
+    ),
     "objective.logit_std": _POSITIVE,
     "objective.label_dropout": _SHARE,
     "optimizer.lr": _POSITIVE,
@@ -37,7 +42,11 @@ _RULES: dict[str, _Rule] = {
     "optimizer.ema": _SHARE,
     "train.steps": _AT_LEAST_1,
     "train.accumulation": _AT_LEAST_1,
-    "train.threads": (lambda value: value is None or value >= 1, "a number of at least 1, or null"),
+    # Thousands are a segmentation fault in OpenMP.
+    "train.threads": (
+        lambda value: value is None or 1 <= value <= 1024,
+        "a number from 1 to 1024, or null",
+    ),
     "train.log_every": _AT_LEAST_0,
     "train.validate_every": _AT_LEAST_0,
     "train.sample_every": _AT_LEAST_0,
@@ -256,3 +265,13 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for YAML and JSON."""
         return json.loads(json.dumps(asdict(self)))  # tuples become lists
+
+
+def fixed_settings(config: TrainConfig) -> dict[str, Any]:
+    """What a resumed run must agree on with its checkpoint; the rest may change on the way."""
+    settings = config.to_dict()
+    del settings["data"]["num_workers"]  # changes no sample
+    encoder = settings["text"]["encoder"]
+    if os.path.isdir(encoder):  # one name for a folder, however it is written
+        settings["text"]["encoder"] = os.path.abspath(encoder)
+    return {key: settings[key] for key in ("seed", "model", "data", "text")}

@@ -37,7 +37,7 @@ from elit.training.conditioning import (
     TextConditioning,
     TextEncoding,
 )
-from elit.training.config import TrainConfig
+from elit.training.config import TrainConfig, fixed_settings
 from elit.training.distributed import World
 from elit.training.metrics import MetricsLog
 from elit.training.randomness import StepBatches, generator
@@ -51,13 +51,6 @@ from elit.training.validation import (
 from elit.viz.sheet import format_budget, save_image
 
 logger = logging.getLogger(__name__)
-
-
-def _fixed_settings(config: TrainConfig) -> dict[str, Any]:
-    """What a resumed run must agree on with its checkpoint; the rest may change on the way."""
-    settings = config.to_dict()
-    del settings["data"]["num_workers"]  # changes no sample
-    return {key: settings[key] for key in ("seed", "model", "data", "text")}
 
 
 class TrainingDivergedError(RuntimeError):
@@ -263,7 +256,7 @@ class Run:
                 {
                     "ema_steps": self.ema.optimization_step,
                     "seconds": self.seconds,
-                    "config": _fixed_settings(self.config),
+                    "config": fixed_settings(self.config),
                 },
                 self.config.train.keep_checkpoints,
             )
@@ -312,9 +305,9 @@ class Run:
     def _check_same_run(self, path: Path) -> None:
         try:
             saved = json.loads((path / "state.json").read_text())["config"]
-        except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return  # load_checkpoint says what is wrong with it
-        wanted = _fixed_settings(self.config)
+        wanted = fixed_settings(self.config)
         different = [
             f"{key}: {saved.get(key)} there, {wanted[key]} now"
             for key in wanted

@@ -1,0 +1,18 @@
+"""What a user may have given for a number."""
+
+import math
+from numbers import Integral, Real
+from typing import Any, TypeGuard
+
+MOST = 2**31 - 1  # of what counts or measures: beyond it, arithmetic of sizes overflows
+
+
+def is_whole(value: Any, least: int = 1, most: int = MOST) -> TypeGuard[int]:
+    """Whether it is a whole number, from `least` to `most`."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and least <= int(value) <= most
+
+
+def is_real(value: Any) -> TypeGuard[float]:
+    """Whether it is a finite number."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
