@@ -9,6 +9,8 @@ def init_weights(module: nn.Module) -> None:
     Xavier-uniform matrices with zero biases and N(0, 0.02) embeddings; after those, a parent's
     own `reset_parameters` has the last word (zero gates, learned latents).
     """
+    if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        return  # there is nothing to fill, and trying takes longer than making the model
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
