@@ -56,17 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"elit: error: {one_line(error)}", file=sys.stderr)
         return 2
-    except OverflowError as error:
-        if debug:
-            raise
-        print(f"elit: error: a size is too large ({one_line(error)}); choose a smaller one",
-            file=sys.stderr)  # fmt: skip
-        return 2
     except RuntimeError as error:
-        if not debug and "overflow" in str(error):
-            size = str(error).splitlines()[0]
-            print(f"elit: error: a size is too large ({size}); choose a smaller one",
-                file=sys.stderr)  # fmt: skip
+        too_large = "Storage size calculation overflowed" in str(error)
+        if too_large and not debug:
+            print("elit: error: a size is too large; choose a smaller one", file=sys.stderr)
             return 2
         out_of_memory = "out of memory" in str(error) or "can't allocate memory" in str(error)
         if debug or not (out_of_memory or _is_divergence(error)):

@@ -95,10 +95,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw, write and tell."""
+    guidance = make_guidance(args)  # before the imports: a mistake in a flag is told at once
+    pipeline = open_pipeline(args)
     from elit.pipelines.text_pipeline import ElitTextPipeline
 
-    guidance = make_guidance(args)
-    pipeline = open_pipeline(args)
     model = pipeline.transformer
     wanted = what_to_draw(args, model)
     check_video(args, pipeline)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from elit._numbers import is_whole
+from elit._numbers import MOST, is_whole
 from elit.layers.attention import SelfAttention, head_dim
 from elit.layers.block import MLP
 from elit.layers.positions import rotary_embedding
@@ -77,8 +77,8 @@ class WordEncoder(nn.Module):
         super().__init__()
         if not is_whole(vocab_size, MIN_VOCAB):
             raise ValueError(
-                f"vocab_size={vocab_size!r} is not allowed; give a whole number of at least "
-                f"{MIN_VOCAB}, thousands are usual"
+                f"vocab_size={vocab_size!r} is not allowed; give a whole number from {MIN_VOCAB} "
+                f"to {MOST}, thousands are usual"
             )
         self.rotary_options = (head_dim(dim, num_heads), theta)
         self.table = nn.Embedding(vocab_size, dim)

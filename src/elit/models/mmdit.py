@@ -9,7 +9,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
 from torch import Tensor, nn
 
-from elit._numbers import is_whole
+from elit._numbers import MOST, is_whole
 from elit.interface import Read, TokenGrid, Write
 from elit.layers.block import FinalLayer
 from elit.layers.embeddings import TimestepEmbedding
@@ -92,7 +92,9 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
         ):
             optional = name != "max_text_length"
             if not is_whole(value) and not (optional and value is None):
-                raise ValueError(f"{name}={value!r} is not allowed; give a positive integer")
+                raise ValueError(
+                    f"{name}={value!r} is not allowed; give a whole number from 1 to {MOST}"
+                )
 
         self.patch_embed = nn.Linear(self.patch_dim, hidden_size)
         self.text_embed: nn.Module

@@ -29,7 +29,7 @@ ENCODERS = {
 def load_text_encoder(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Tokenizer and frozen text encoder of transformers, by name on the hub or folder."""
     with _loading(name) as transformers:
-        kind = _encoder_class(transformers, name)
+        kind = _encoder_class(transformers, transformers.AutoConfig.from_pretrained(name))
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
         # transformers leaves what is missing random
@@ -42,8 +42,8 @@ def load_text_encoder(name: str, dtype: torch.dtype = torch.float32) -> tuple[An
 def encoder_settings(name: str) -> dict[str, Any]:
     """Arguments of a model that reads an encoder's states; looks at the encoder's config alone."""
     with _loading(name) as transformers:
-        kind = _encoder_class(transformers, name)
-        width = text_width(transformers.AutoConfig.from_pretrained(name))
+        config = transformers.AutoConfig.from_pretrained(name)
+        kind, width = _encoder_class(transformers, config), text_width(config)
     # CLIP has a vector for the whole text
     pooled = width if "CLIP" in kind.__name__ else None
     return {"vocab_size": None, "text_dim": width, "pooled_dim": pooled}
@@ -76,8 +76,8 @@ def _loading(name: str) -> Iterator[Any]:
             logs.enable_progress_bar()
 
 
-def _encoder_class(transformers: Any, name: str) -> Any:
-    kind = transformers.AutoConfig.from_pretrained(name).model_type
+def _encoder_class(transformers: Any, encoder_config: Any) -> Any:
+    kind = encoder_config.model_type
     if kind not in ENCODERS:
         raise ValueError(f"its model type {kind!r} is none of {', '.join(ENCODERS)}")
     return getattr(transformers, ENCODERS[kind])
