@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from elit.pipelines.elit_pipeline import ElitPipeline
     from elit.pipelines.load import load_pipeline
     from elit.pipelines.text_pipeline import ElitTextPipeline
+    from elit.retrofit.elasticize import elasticize, unelasticize
+    from elit.retrofit.layout import Layout, PerToken
 
 try:
     __version__ = version("elit-diffusion")
@@ -40,13 +42,17 @@ _HOME = {
     "FlowMatchEulerMaruyamaScheduler": "elit.flow.schedulers",
     "FlowMatchUniformHeunScheduler": "elit.flow.schedulers",
     "Guidance": "elit.flow.guidance",
+    "Layout": "elit.retrofit.layout",
     "MMDiT": "elit.models.mmdit",
+    "PerToken": "elit.retrofit.layout",
     "TailDropping": "elit.interface.budget",
     "UViT": "elit.models.uvit",
     "create_model": "elit.models.presets",
+    "elasticize": "elit.retrofit.elasticize",
     "load_pipeline": "elit.pipelines.load",
     "make_scheduler": "elit.flow.schedulers",
     "resolve_budget": "elit.interface.budget",
+    "unelasticize": "elit.retrofit.elasticize",
 }
 
 __all__ = ["__version__", *_HOME]

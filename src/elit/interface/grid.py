@@ -82,6 +82,18 @@ class TokenGrid:
         pattern = f"b {names.tokens} (c {names.patch}) -> b c {names.space}"
         return rearrange(tokens, pattern, **lengths)
 
+    def to_groups(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) in raster order -> (B, G, P, D), as a foreign model's tokens are grouped."""
+        names, lengths = self._lengths()
+        grouped = rearrange(tokens, f"b ({names.raster}) d -> b {names.tokens} d", **lengths)
+        return grouped.unflatten(1, (self.num_groups, -1))
+
+    def from_groups(self, groups: Tensor) -> Tensor:
+        """(B, G, P, D) -> (B, N, D) in raster order."""
+        names, lengths = self._lengths()
+        pattern = f"b {names.tokens} d -> b ({names.raster}) d"
+        return rearrange(groups.flatten(1, 2), pattern, **lengths)
+
     def token_places(self, device: torch.device | str | None = None) -> Tensor:
         """Place of every token on the grid, (N, axes) float32, group by group."""
         axes = [torch.arange(n, device=device, dtype=torch.float32) for n in self.size]
@@ -93,17 +105,14 @@ class TokenGrid:
         places = self.token_places(device).unflatten(0, (self.num_groups, -1))  # (G, P, axes)
         return places.mean(1).repeat_interleave(num_latents, dim=0)
 
-    def _lengths(self, patch_size: tuple[int, ...]) -> tuple["_Names", dict[str, int]]:
+    def _lengths(self, patch_size: tuple[int, ...] = ()) -> tuple["_Names", dict[str, int]]:
         """The einops names of all axes, and the lengths that einops cannot infer."""
         names = _NAMES[len(self.size)]
         lengths = {}
-        for axis, (tokens, per_group, patch) in enumerate(
-            zip(self.size, self.group, patch_size, strict=True)
-        ):
+        for axis, (tokens, per_group) in enumerate(zip(self.size, self.group, strict=True)):
             lengths[f"g{axis}"] = tokens // per_group
             lengths[f"n{axis}"] = per_group
-            lengths[f"p{axis}"] = patch
-        return names, lengths
+        return names, lengths | {f"p{axis}": patch for axis, patch in enumerate(patch_size)}
 
 
 @dataclass(frozen=True)
@@ -113,9 +122,15 @@ class _Names:
     space: str
     tokens: str
     patch: str
+    raster: str
 
 
 _NAMES = {
-    2: _Names("(g0 n0 p0) (g1 n1 p1)", "(g0 g1 n0 n1)", "p0 p1"),
-    3: _Names("(g0 n0 p0) (g1 n1 p1) (g2 n2 p2)", "(g0 g1 g2 n0 n1 n2)", "p0 p1 p2"),
+    2: _Names("(g0 n0 p0) (g1 n1 p1)", "(g0 g1 n0 n1)", "p0 p1", "g0 n0 g1 n1"),
+    3: _Names(
+        "(g0 n0 p0) (g1 n1 p1) (g2 n2 p2)",
+        "(g0 g1 g2 n0 n1 n2)",
+        "p0 p1 p2",
+        "g0 n0 g1 n1 g2 n2",
+    ),
 }

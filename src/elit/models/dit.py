@@ -72,7 +72,7 @@ class DiT(ClassConditional, ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(
             self.make_block(index, hidden_size, num_heads, mlp_ratio) for index in range(depth)
         )
-        if self.is_elastic:
+        if self.group is not None:
             self.read = Read(hidden_size, num_heads, self.max_latents)
             self.write = Write(hidden_size, num_heads, self.max_latents)
         self.project = FinalLayer(hidden_size, self.patch_dim)
@@ -119,7 +119,7 @@ class DiT(ClassConditional, ModelMixin, ConfigMixin):
         condition = self.embed_condition(timestep, class_labels, hidden_states)  # (B, D)
         rotary = self.rotary(grid.token_places(tokens.device))
         tokens = self.run(head, tokens, condition, rotary)  # (B, N, D)
-        if self.is_elastic:
+        if self.group is not None:
             core_rotary = self.rotary(grid.latent_places(num_latents, tokens.device))
             latents = self.read(tokens, condition, grid, num_latents, latent_indices)
             latents = self.run(core, latents, condition, core_rotary)  # (B, G*n, D)

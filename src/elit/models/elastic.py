@@ -116,17 +116,17 @@ class ElasticMixin(ModelMixin):
                 f"a head of {head!r} and a tail of {tail!r} blocks are not allowed; give whole "
                 f"numbers of at least 0"
             )
-        if (always or self.is_elastic) and head + tail >= depth:
+        if (always or self.group is not None) and head + tail >= depth:
             raise ValueError(
                 f"a head of {head} and a tail of {tail} blocks leave no core of {depth}; "
                 f"choose head + tail < depth"
             )
-        if not (always or self.is_elastic) and (head or tail):
+        if not (always or self.group) and (head or tail):
             raise ValueError(
                 f"head={head} and tail={tail} mean nothing without groups; "
                 f"give group=(4, 4) for an elastic model, or leave head and tail at 0"
             )
-        has_core = always or self.is_elastic
+        has_core = always or self.group is not None
         self.split = (head, depth - head - tail, tail) if has_core else (depth, 0, 0)
 
     def set_rotary(self, hidden_size: int, num_heads: int, theta: float) -> None:
@@ -160,7 +160,7 @@ class ElasticMixin(ModelMixin):
 
     @property
     def is_elastic(self) -> bool:
-        """Whether the model has a latent interface."""
+        """Whether the model has a latent interface: its own, or one that it was given."""
         return self.group is not None
 
     def resolve_budget(self, budget: float) -> int | None:

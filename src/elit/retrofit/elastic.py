@@ -1,0 +1,222 @@
+"""The class of a retrofitted transformer: the original one's, and what a budget needs.
+
+`ElasticQwenImageTransformer2DModel` and the like are made when they are asked for; this module
+gives them by name, so that diffusers finds them when it loads a pipeline.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
+from torch import nn
+
+from elit.interface.budget import check_num_latents, resolve_budget
+from elit.layers.initialisation import init_weights
+from elit.models.dit import DiT
+from elit.models.elastic import ElasticMixin
+from elit.retrofit.caches import check_cache
+from elit.retrofit.hooks import Session, install_hooks, remove_hooks
+from elit.retrofit.interface import LatentInterface
+from elit.retrofit.known import find_layout
+from elit.retrofit.layout import Layout
+from elit.retrofit.settings import Settings
+
+PREFIX = "elit"  # of the new parameters
+CONFIG_KEY = "elastic"  # of the settings in the model's config
+
+
+class ElasticTransformer:
+    """What `elasticize` adds to a transformer's class.
+
+    Attributes:
+        elit: Read and Write.
+        max_latents: J, latents per group at full budget.
+        min_latents: fewest latents per group that training keeps.
+    """
+
+    elit: LatentInterface
+    max_latents: int
+    min_latents: int
+    _elit_session: Session
+    is_elastic = True
+
+    @property
+    def elastic_settings(self) -> Settings:
+        """How the transformer is split."""
+        return self._elit_session.settings
+
+    def resolve_budget(self, budget: float) -> int:
+        """`num_latents` of a budget in (0, 1]."""
+        return resolve_budget(budget, self.max_latents)
+
+    def budget_of(self, num_latents: int | None) -> float:
+        """Budget that `num_latents` really are."""
+        if num_latents is None:
+            return 1.0
+        return check_num_latents(num_latents, self.max_latents) / self.max_latents
+
+    def set_budget(self, budget: float = 1.0, guide: float | None = None) -> None:
+        """Budgets of calls that don't name theirs by `num_latents`, as those of a pipeline.
+
+        It holds until it is set again, also between the steps of a pipeline.
+
+        Args:
+            budget: fraction of the latents to keep, in (0, 1].
+            guide: the same of the guide, the branch without the prompt; None is as `budget`.
+        """
+        self.resolve_budget(budget)
+        if guide is not None:
+            self.resolve_budget(guide)
+        branches = self._elit_session.branches
+        branches.budget, branches.guide = budget, guide
+
+    @contextmanager
+    def at_budget(self, budget: float = 1.0, guide: float | None = None) -> Iterator[None]:
+        """`set_budget` for a while."""
+        branches = self._elit_session.branches
+        before = branches.budget, branches.guide
+        self.set_budget(budget, guide)
+        try:
+            yield
+        finally:
+            branches.budget, branches.guide = before
+
+    @contextmanager
+    def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
+        """Name the calls of a branch, for its budget and for step caches."""
+        with self._elit_session.branches.named(name):
+            if isinstance(self, CacheMixin):
+                with super().cache_context(name, **kwargs):  # type: ignore[misc]
+                    yield
+            else:
+                yield
+
+    def enable_cache(self, config: Any) -> None:
+        """Switch a step cache on, if it works on a model whose number of latents may change."""
+        check_cache(self, config)
+        super().enable_cache(config)  # type: ignore[misc]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy with hooks of its own: diffusers' would go on calling this model's."""
+        model: Any = self
+        session = model._elit_session
+        remove_hooks(model)
+        try:
+            copied = type(model).__new__(type(model))
+            memo[id(model)] = copied
+            for name, value in vars(model).items():
+                vars(copied)[name] = value if value is session else copy.deepcopy(value, memo)
+        finally:
+            _install(model, session)
+        other = Session(copied.elit, session.layout, session.settings)
+        other.branches = copy.copy(session.branches)
+        _install(copied, other)
+        return copied
+
+    @classmethod
+    def from_config(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Build the original transformer from a config, then its interface."""
+        if not isinstance(config, dict) or CONFIG_KEY not in config:
+            raise ValueError(
+                f"this config is not of a {cls.__name__}: it has no {CONFIG_KEY!r} settings; load "
+                f"the original transformer and elasticize it"
+            )
+        settings = Settings.from_config(config[CONFIG_KEY])
+        config = {key: value for key, value in config.items() if key != CONFIG_KEY}
+        built = super().from_config(config, *args, **kwargs)  # type: ignore[misc]
+        model = built[0] if isinstance(built, tuple) else built
+        attach(model, settings, find_layout(model))
+        return built
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as any diffusers model, but refuse weights without an interface that fits."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        keys = [*info["missing_keys"], *info["unexpected_keys"]]
+        keys += [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+        wrong = sorted(key for key in keys if key.startswith(f"{PREFIX}."))
+        if wrong:
+            raise ValueError(
+                f"{args[0] if args else 'the checkpoint'} does not hold the interface of its "
+                f"config: {len(wrong)} parameters are missing, unknown or of other shapes "
+                f"({', '.join(wrong[:3])}, ...)"
+            )
+        return (model, info) if wants_info else model
+
+
+@cache
+def elastic_class(base: Any) -> Any:
+    """The elastic class of a transformer's class."""
+    own: dict[str, Any] = {"__doc__": f"An elastic {base.__name__}: see `elasticize`."}
+    can_load = issubclass(base, ModelMixin)
+    own["__module__"] = __name__ if can_load else base.__module__
+    for name, added in (
+        ("_no_split_modules", "LatentInterface"),
+        ("_skip_layerwise_casting_patterns", PREFIX),
+    ):
+        own[name] = [*(getattr(base, name, None) or []), added]
+    return type(f"Elastic{base.__name__}", (ElasticTransformer, base), own)
+
+
+def __getattr__(name: str) -> type:
+    """`ElasticXY` of diffusers' or our transformer `XY`."""
+    base = name.removeprefix("Elastic")
+    if base != name and not name.startswith("_"):
+        found = {"DiT": DiT}.get(base) or getattr(diffusers, base, None)
+        if isinstance(found, type) and issubclass(found, ModelMixin):
+            return elastic_class(found)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def attach(model: Any, settings: Settings, layout: Layout) -> None:
+    """Make a transformer elastic, with a fresh interface."""
+    blocks = layout.find_blocks(model)
+    if len(blocks) != settings.depth:
+        raise ValueError(
+            f"the settings are of {settings.depth} blocks, but this {type(model).__name__} has "
+            f"{len(blocks)}"
+        )
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    max_latents = math.prod(settings.group)
+    with torch.device(weight.device):
+        interface = LatentInterface(
+            layout.width(model), layout.heads(model), max_latents, settings.init
+        )
+    interface.apply(init_weights)
+    interface.to(dtype=weight.dtype).train(model.training)
+    session = Session(interface, layout, settings)
+    if not isinstance(model, ElasticTransformer):
+        model.__class__ = elastic_class(type(model))
+    model.elit, model.max_latents, model.min_latents = interface, max_latents, 1
+    if hasattr(model, "register_to_config"):
+        model.register_to_config(**{CONFIG_KEY: settings.to_config()})
+    _install(model, session)
+
+
+def detach(model: Any) -> None:
+    """Give the transformer back as it was."""
+    remove_hooks(model)
+    del model.elit, model.max_latents, model.min_latents, model._elit_session
+    model.__class__ = type(model).__mro__[2]
+    if isinstance(model, ElasticMixin):  # one of ours has them itself
+        model.max_latents = model.min_latents = 0
+    if hasattr(model, "register_to_config"):
+        model._internal_dict = FrozenDict(
+            {key: value for key, value in model.config.items() if key != CONFIG_KEY}
+        )
+
+
+def _install(model: Any, session: Session) -> None:
+    model._elit_session = session
+    head, last = session.settings.edges
+    core: list[nn.Module] = session.layout.find_blocks(model)[head : last + 1]
+    install_hooks(model, core, session)

@@ -1,0 +1,80 @@
+"""`elasticize`: any transformer gets a compute knob in one line."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from elit.retrofit.elastic import PREFIX, ElasticTransformer, attach, detach
+from elit.retrofit.known import find_layout
+from elit.retrofit.layout import BlockSignature, Layout
+from elit.retrofit.settings import Settings
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def elasticize(
+    transformer: _Model,
+    head: int,
+    tail: int,
+    group: int | Sequence[int],
+    init: str = "identity",
+    layout: Layout | None = None,
+) -> _Model:
+    """Give a transformer a latent interface, in place, and return it.
+
+    Its blocks stay where they are, and its parameters keep their names: the new ones are under
+    `transformer.elit`. Read comes before the block number `head`, Write after the last but
+    `tail`. The forward takes one argument more, `num_latents`; `transformer.set_budget` is for
+    pipelines, which don't know it.
+
+    Args:
+        transformer: a diffusers transformer, an elit DiT without groups, or your own module.
+        head: blocks before Read, at least 1.
+        tail: blocks after Write, at least 1.
+        group: tokens of a group along each axis; one number for all axes.
+        init: "identity" starts lossless: at full budget the model is the original, number for
+            number. "learned" starts as the paper's, from learned latents, and has to be trained.
+        layout: how the transformer is laid out, if it is not among those known by name.
+
+    Raises:
+        ValueError: if the transformer can't be patched, or the split or the group doesn't fit.
+    """
+    if not isinstance(transformer, nn.Module):
+        raise ValueError(
+            f"elasticize takes a transformer, a torch module, not {type(transformer).__name__}"
+            + ("; give pipe.transformer" if hasattr(transformer, "transformer") else "")
+        )
+    if isinstance(transformer, ElasticTransformer):
+        raise ValueError(
+            f"this {type(transformer).__name__} is elastic already; unelasticize it first"
+        )
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ValueError(
+            "a step cache is on; call disable_cache() first, then elasticize, then enable it: the "
+            "cache has to see the tokens, not the latents"
+        )
+    if hasattr(transformer, PREFIX):
+        raise ValueError(
+            f"this {type(transformer).__name__} has an attribute {PREFIX!r}, which is where the "
+            f"interface goes"
+        )
+    layout = layout or find_layout(transformer)
+    blocks = layout.find_blocks(transformer)
+    settings = Settings.check(len(blocks), head, tail, group, init, layout.num_axes)
+    for kind in {type(block): block for block in blocks}.values():
+        BlockSignature.of(kind, layout)  # or an error, before anything is changed
+    attach(transformer, settings, layout)
+    return transformer
+
+
+def unelasticize(transformer: Any) -> Any:
+    """Take the interface out again, in place: the original transformer, with its weights."""
+    if not isinstance(transformer, ElasticTransformer):
+        raise ValueError(
+            f"this {type(transformer).__name__} is not elastic; there is nothing to take out"
+        )
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ValueError("a step cache is on; call disable_cache() first")
+    detach(transformer)
+    return transformer

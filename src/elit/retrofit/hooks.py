@@ -1,0 +1,282 @@
+"""The hooks that put Read before a transformer's core and Write after it.
+
+transformer   a call begins: its grid, its number of latents            `ModelHook`
+first block   Read: tokens -> latents                                   `CoreHook`
+core blocks   rotary embeddings and what else follows the tokens        `CoreHook`
+last block    Write: latents -> tokens                                  `CoreHook`
+
+They are diffusers' hooks, registered before any cache's: a cache then sees spatial tokens only,
+and is right at any budget.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
+
+from elit.interface.budget import check_num_latents
+from elit.interface.grid import TokenGrid, format_size
+from elit.retrofit.branches import Branches, join_batch, split_batch
+from elit.retrofit.interface import LatentInterface
+from elit.retrofit.layout import BlockSignature, Layout
+from elit.retrofit.places import LatentPlaces, latent_places
+from elit.retrofit.settings import Settings
+
+MODEL_HOOK, CORE_HOOK = "elit_model", "elit_core"
+
+
+@dataclass
+class Call:
+    """One call of the transformer: what Read leaves for the core and for Write.
+
+    Attributes:
+        grid: of the tokens.
+        places: of the latents.
+        condition: (B, D) for Read and Write.
+        with_grad: whether gradients were wanted when it began.
+        groups: (B, G, P, D), the tokens that entered Read.
+        latents: (B, G * n, D), as they left Read.
+        selected: the blocks' arguments that follow the tokens, at the latents' places.
+    """
+
+    grid: TokenGrid
+    places: LatentPlaces
+    condition: Tensor
+    with_grad: bool
+    groups: Tensor | None = None
+    latents: Tensor | None = None
+    selected: dict[str, Any] = field(default_factory=dict)
+
+
+class Session:
+    """What the hooks of one transformer share.
+
+    Attributes:
+        interface: Read and Write.
+        layout: of the transformer.
+        settings: head, tail, group.
+        branches: the budgets of calls that don't name theirs.
+        call: the call that is running.
+    """
+
+    def __init__(self, interface: LatentInterface, layout: Layout, settings: Settings):
+        self.interface, self.layout, self.settings = interface, layout, settings
+        self.branches = Branches(interface.max_latents, layout.guide_half)
+        self.call: Call | None = None
+
+    @contextmanager
+    def running(self, call: Call | None) -> Iterator[None]:
+        """Make a call the running one: also when a block of it is computed again for gradients."""
+        before, self.call = self.call, call
+        try:
+            yield
+        finally:
+            self.call = before
+
+
+class ElasticModelHook(ModelHook):
+    """Around the transformer: takes `num_latents`, finds the grid, begins a call."""
+
+    def __init__(self, session: Session):
+        super().__init__()
+        self.session = session
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        """Remember the names of the forward's arguments."""
+        self.parameters = list(inspect.signature(type(module).forward).parameters)[1:]
+        return module
+
+    def new_forward(
+        self, module: Any, *args: Any, num_latents: int | None = None, **kwargs: Any
+    ) -> Any:
+        """The transformer's forward, with one argument more."""
+        arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
+        branches = self.session.branches
+        if num_latents is not None or not branches.are_batched:
+            return self._run(module, arguments, num_latents or branches.num_latents())
+        outputs = []
+        parts = split_batch(arguments, self.parameters[0])
+        for part, is_guide in zip(parts, branches.halves, strict=True):
+            # A name of its own gives each branch a step cache of its own.
+            with module.cache_context("uncond" if is_guide else "cond"):
+                outputs.append(self._run(module, part, branches.num_latents()))
+        return join_batch(outputs)
+
+    def _run(self, module: Any, arguments: Mapping[str, Any], num_latents: int) -> Any:
+        call = self._begin(module, arguments, num_latents)
+        with self.session.running(call), self._checkpointing(module, call):
+            return self.fn_ref.original_forward(**arguments)
+
+    def _begin(self, module: Any, arguments: Mapping[str, Any], num_latents: int) -> Call:
+        """A call with these arguments, or a ValueError if the interface doesn't fit them."""
+        session, group = self.session, self.session.settings.group
+        self._check(arguments)
+        hidden_states = arguments[self.parameters[0]]
+        size = session.layout.size(module, arguments, hidden_states)
+        if len(size) != len(group):
+            raise ValueError(
+                f"the tokens lie on {format_size(size)}, but the model was elasticized with "
+                f"groups of {format_size(group)}; give a group of {len(size)} numbers"
+            )
+        grid = TokenGrid(size, group)
+        check_num_latents(num_latents, grid.tokens_per_group)
+        central = not session.interface.is_lossless
+        places = latent_places(grid, num_latents, hidden_states.device, central)
+        condition = self._condition(arguments, hidden_states)
+        return Call(grid, places, condition, torch.is_grad_enabled())
+
+    def _condition(self, arguments: Mapping[str, Any], hidden_states: Tensor) -> Tensor:
+        timestep = arguments.get("timestep")
+        if timestep is None:
+            timestep = hidden_states.new_zeros(1)
+        timestep = torch.as_tensor(timestep, device=hidden_states.device)
+        level = timestep.float() / self.session.layout.time_scale
+        return self.session.interface.condition(level, len(hidden_states))
+
+    def _check(self, arguments: Mapping[str, Any]) -> None:
+        for name in self.session.layout.not_elastic:
+            if arguments.get(name) is not None:
+                raise ValueError(
+                    f"{name} act on the tokens of every block, but the core of an elastic model "
+                    f"has latents; leave them out, or use the model from before elasticize"
+                )
+        skipped, edges = arguments.get("skip_layers") or (), self.session.settings.edges
+        if any(block in edges for block in skipped):
+            raise ValueError(
+                f"skip_layers={list(skipped)} would leave out Read or Write, which belong to the "
+                f"blocks {edges[0]} and {edges[1]}; skip others"
+            )
+
+    @contextmanager
+    def _checkpointing(self, module: Any, call: Call) -> Iterator[None]:
+        """Have blocks that are computed again in the backward pass find their own call."""
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if checkpoint is None:
+            yield
+            return
+
+        def with_call(block: Any, *args: Any) -> Any:
+            def again(*args: Any) -> Any:
+                with self.session.running(call):
+                    return block(*args)
+
+            return checkpoint(again, *args)
+
+        module._gradient_checkpointing_func = with_call
+        try:
+            yield
+        finally:
+            module._gradient_checkpointing_func = checkpoint
+
+
+class CoreHook(ModelHook):
+    """Around a block of the core: Read before the first, Write after the last."""
+
+    def __init__(self, session: Session, is_first: bool, is_last: bool):
+        super().__init__()
+        self.session, self.is_first, self.is_last = session, is_first, is_last
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        """Find where the tokens go in and out."""
+        self.signature = BlockSignature.of(module, self.session.layout)
+        return module
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward, on latents."""
+        del module
+        signature = self.signature
+        arguments = signature.bind(args, kwargs)
+        hidden_states = arguments[signature.hidden_states]
+        call = self._call(hidden_states)
+        if self.is_first:
+            hidden_states = self._read(call, arguments, hidden_states)
+        arguments |= {signature.hidden_states: hidden_states, **call.selected}
+        result = self.fn_ref.original_forward(**arguments)
+        latents = signature.tokens_of(result)
+        if self.is_last:
+            return signature.with_tokens(result, self._write(call, latents))
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            latents.elit_call = call  # type: ignore[attr-defined]
+        return result
+
+    def _call(self, hidden_states: Tensor) -> Call:
+        """The call that the block runs in."""
+        call = self.session.call
+        if call is None:  # the user's own checkpointing computes it again: its input remembers
+            call = getattr(hidden_states, "elit_call", None)
+        if call is None:
+            raise RuntimeError(
+                "a block of the core of an elastic model was called by itself; call the model"
+            )
+        if call.with_grad and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "a block of the core runs without gradients inside a call with gradients, as "
+                "reentrant checkpointing does: Write would get none; use use_reentrant=False"
+            )
+        return call
+
+    def _read(self, call: Call, arguments: Mapping[str, Any], hidden_states: Tensor) -> Tensor:
+        session, index, count = self.session, call.places.index, call.grid.num_tokens
+        text, tokens = _split(hidden_states, count, session.layout.with_text)
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            hidden_states.elit_call = call  # type: ignore[attr-defined]
+        for name, per_token in session.layout.per_token.items():
+            if name in arguments:
+                call.selected[name] = per_token.select(arguments[name], index, count)
+        call.groups = call.grid.to_groups(tokens)
+        call.latents = session.interface.into_latents(
+            call.groups, call.condition, call.grid, call.places
+        )
+        return _join(text, call.latents)
+
+    def _write(self, call: Call, hidden_states: Tensor) -> Tensor:
+        if call.groups is None or call.latents is None:
+            raise RuntimeError("Write without Read: the first block of the core did not run")
+        text, latents = _split(hidden_states, len(call.places.index), self.session.layout.with_text)
+        groups = self.session.interface.into_tokens(
+            call.groups, call.latents, latents, call.condition, call.grid, call.places
+        )
+        return _join(text, call.grid.from_groups(groups))
+
+
+def _split(hidden_states: Tensor, count: int, with_text: bool) -> tuple[Tensor | None, Tensor]:
+    """A text's tokens, if there are any, and the `count` others after them."""
+    before = hidden_states.shape[1] - count
+    if before == 0:
+        return None, hidden_states
+    if before < 0 or not with_text:
+        raise ValueError(
+            f"the core got {hidden_states.shape[1]} tokens, but the grid has {count}; "
+            f"give a layout whose grid is that of the tokens"
+        )
+    return hidden_states[:, :before], hidden_states[:, before:]
+
+
+def _join(text: Tensor | None, tokens: Tensor) -> Tensor:
+    return tokens if text is None else torch.cat((text, tokens), dim=1)
+
+
+def install_hooks(model: nn.Module, core: list[nn.Module], session: Session) -> None:
+    """Put the interface around the core's blocks."""
+    _registry(model).register_hook(ElasticModelHook(session), MODEL_HOOK)
+    for block in core:
+        hook = CoreHook(session, is_first=block is core[0], is_last=block is core[-1])
+        _registry(block).register_hook(hook, CORE_HOOK)
+    _registry(model).invalidate_child_registries_cache()
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Take the interface away again."""
+    registry = _registry(model)
+    registry.remove_hook(MODEL_HOOK, recurse=False)
+    registry.remove_hook(CORE_HOOK, recurse=True)
+    registry.invalidate_child_registries_cache()
+
+
+def _registry(module: nn.Module) -> HookRegistry:
+    return HookRegistry.check_if_exists_or_initialize(module)

@@ -1,0 +1,165 @@
+"""The layouts of the transformers that `elasticize` knows by name, an entry each."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from elit._choices import nearest
+from elit.interface.grid import format_size
+from elit.models.dit import DiT
+from elit.models.elastic import ElasticMixin
+from elit.retrofit.layout import Arguments, Layout, PerToken
+
+_CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples")
+
+
+def _patches(model: Any, arguments: Arguments) -> tuple[int, ...]:
+    """Grid of a model that cuts (B, C, *space) into patches."""
+    space = arguments["hidden_states"].shape[2:]
+    patch = model.config.patch_size
+    patch = patch if isinstance(patch, Sequence) else (patch,) * len(space)
+    return tuple(n // p for n, p in zip(space, patch, strict=True))
+
+
+def _patches_in_time(model: Any, arguments: Arguments) -> tuple[int, ...]:
+    """Grid of a model with one patch size in space, and none, or another, in time."""
+    frames, height, width = _video_size(arguments["hidden_states"], model)
+    space, time = model.config.patch_size, model.config.get("patch_size_t") or 1
+    return frames // time, height // space, width // space
+
+
+def _video_size(hidden_states: Tensor, model: Any) -> tuple[int, int, int]:
+    shape = hidden_states.shape
+    is_cogvideo = (
+        "CogVideoX" in type(model).__name__
+    )  # (B, T, C, H, W); others have (B, C, T, H, W)
+    return (shape[1] if is_cogvideo else shape[2]), shape[3], shape[4]
+
+
+def _qwen_grid(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
+    """Grid of Qwen-Image from `img_shapes`, a (frames, height, width) for each sample."""
+    del model
+    given = arguments.get("img_shapes") or []
+    shapes = {tuple(map(tuple, s)) if isinstance(s[0], Sequence) else (tuple(s),) for s in given}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 1 or next(iter(shapes))[0][0] != 1:
+        raise ValueError(
+            f"img_shapes {given} are not one image of one size for all samples: an elastic "
+            f"Qwen-Image takes no more images beside it; use the original, or unelasticize"
+        )
+    return next(iter(shapes))[0][1:]
+
+
+_flux_grids: Any = WeakIdKeyDictionary()  # a pipeline gives the same ids at all steps
+
+
+def _flux_grid(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
+    """Grid of Flux from `img_ids`, (N, 3 or 4) of (frame, row, column, ...)."""
+    del model
+    ids = arguments["img_ids"]
+    if ids not in _flux_grids:
+        places = ids[0] if ids.ndim == 3 else ids
+        size = [int(n) + 1 for n in (places.max(0).values - places.min(0).values).tolist()]
+        height, width = size[1:3]
+        rows = (places[:, 1] - places[:, 1].min()) * width + places[:, 2] - places[:, 2].min()
+        raster = torch.arange(len(places), device=places.device)
+        if size[0] != 1 or len(places) != height * width or not torch.equal(rows.long(), raster):
+            raise ValueError(
+                f"img_ids of {len(places)} tokens over {format_size(size[:3])} are not one image "
+                f"row by row: an elastic Flux takes no more images beside it; use the original"
+            )
+        _flux_grids[ids] = height, width
+    return _flux_grids[ids]
+
+
+def _elit_grid(model: Any, arguments: Arguments) -> tuple[int, ...]:
+    """Grid of a plain model of ours."""
+    return model.token_grid(arguments["hidden_states"]).size
+
+
+def _ltx_grid(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
+    """Grid of LTX, which gets its size beside the packed tokens."""
+    del model
+    size = tuple(arguments.get(name) or 0 for name in ("num_frames", "height", "width"))
+    if 0 in size:
+        raise ValueError(
+            f"num_frames, height, width are {size}; an elastic LTX has to get all three"
+        )
+    return size
+
+
+# By the name of the class, so that no model has to be imported.
+LAYOUTS: Mapping[str, Layout] = {
+    "QwenImageTransformer2DModel": Layout(
+        grid=_qwen_grid,
+        per_token={"image_rotary_emb": PerToken(0, item=0)},
+        time_scale=1,
+        not_elastic=_CONTROLNET,
+    ),
+    "FluxTransformer2DModel": Layout(
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        grid=_flux_grid,
+        per_token={"image_rotary_emb": PerToken(0)},
+        time_scale=1,
+        not_elastic=_CONTROLNET,
+    ),
+    "Flux2Transformer2DModel": Layout(
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        grid=_flux_grid,
+        per_token={"image_rotary_emb": PerToken(0)},
+        time_scale=1,
+        with_text=True,
+    ),
+    "SD3Transformer2DModel": Layout(
+        grid=_patches, not_elastic=("block_controlnet_hidden_states",), guide_half="first"
+    ),
+    "DiTTransformer2DModel": Layout(grid=_patches, guide_half="second"),
+    "PixArtTransformer2DModel": Layout(
+        grid=_patches, per_token={"attention_mask": PerToken(-1)}, guide_half="first"
+    ),
+    "WanTransformer3DModel": Layout(
+        blocks="blocks",
+        grid=_patches,
+        per_token={"rotary_emb": PerToken(1), "temb": PerToken(1, ndim=4)},
+        num_axes=3,
+    ),
+    "CogVideoXTransformer3DModel": Layout(
+        grid=_patches_in_time, per_token={"image_rotary_emb": PerToken(0)}, num_axes=3
+    ),
+    "MochiTransformer3DModel": Layout(
+        grid=_patches_in_time, per_token={"image_rotary_emb": PerToken(0)}, num_axes=3
+    ),
+    "LTXVideoTransformer3DModel": Layout(
+        grid=_ltx_grid,
+        per_token={"image_rotary_emb": PerToken(1), "temb": PerToken(1)},
+        num_axes=3,
+    ),
+    "CogView4Transformer2DModel": Layout(
+        grid=_patches, per_token={"image_rotary_emb": PerToken(0)}
+    ),
+}
+_OURS = Layout(blocks="blocks", grid=_elit_grid, per_token={"rotary": PerToken(0)}, time_scale=1)
+
+
+def find_layout(model: nn.Module) -> Layout:
+    """The layout of a model by its class, or of the class that it derives from."""
+    for kind in type(model).__mro__:
+        if kind.__name__ in LAYOUTS:
+            return LAYOUTS[kind.__name__]
+    name = type(model).__name__
+    if isinstance(model, DiT) and model.group is None:
+        return _OURS
+    if isinstance(model, ElasticMixin):
+        raise ValueError(
+            f"this {name} cannot be elasticized: "
+            + ("it is elastic already" if model.group else "of elit's models a DiT can")
+            + f"; create_model('elit-{name.lower()}-...') makes one that is elastic from scratch"
+        )
+    near = nearest(name, LAYOUTS)
+    raise ValueError(
+        f"{name} is not among the transformers known by name"
+        + (f" (did you mean {near}?)" if near else "")
+        + f": {', '.join(LAYOUTS)}. Say how it is laid out: layout=Layout(blocks='blocks', ...)"
+    )

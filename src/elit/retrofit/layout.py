@@ -1,0 +1,227 @@
+"""How a foreign transformer is laid out: its blocks, its grid of tokens, what follows the tokens.
+
+Which argument of a block holds the hidden states, and which value it returns, diffusers'
+`TransformerBlockRegistry` knows. The rest is here, a few lines for each architecture.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from torch import Tensor, nn
+
+from elit._choices import nearest
+from elit._numbers import is_whole
+
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """An argument of the blocks with one entry for each token, such as rotary embeddings.
+
+    Attributes:
+        axis: of the tokens, in the tensor or in each tensor of a tuple.
+        item: which item of a tuple follows the tokens; None is the tensor itself, or all items.
+        ndim: axes of a tensor that follows the tokens; others are the same for all of them.
+    """
+
+    axis: int
+    item: int | None = None
+    ndim: int | None = None
+
+    def select(self, value: Any, index: Tensor, num_tokens: int) -> Any:
+        """The entries of the tokens at `index`; those before the tokens (a text's) are kept."""
+        if value is None:
+            return None
+        if isinstance(value, Tensor):
+            return self._rows(value, index, num_tokens)
+        items = [
+            self._rows(x, index, num_tokens) if self.item in (None, i) else x
+            for i, x in enumerate(value)
+        ]
+        is_named = isinstance(value, tuple) and hasattr(value, "_fields")
+        return type(value)(*items) if is_named else type(value)(items)
+
+    def _rows(self, value: Tensor, index: Tensor, num_tokens: int) -> Tensor:
+        if value.shape[self.axis] == 1 or self.ndim not in (None, value.ndim):
+            return value  # one for all tokens
+        before = value.shape[self.axis] - num_tokens
+        if before == 0:
+            return value.index_select(self.axis, index)
+        kept = value.narrow(self.axis, 0, before)
+        return torch.cat((kept, value.index_select(self.axis, index + before)), dim=self.axis)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What `elasticize` has to know of a transformer.
+
+    Attributes:
+        blocks: names of the lists of blocks, in the order in which the tokens pass them.
+        grid: gives the tokens along each axis, in raster order, from the model and the arguments
+            of its forward by name. None takes a square.
+        hidden_size: width of the tokens, and of the heads' sum; None looks in the model's config.
+        num_heads: attention heads of Read and Write; None looks in the model's config.
+        hidden_states: the blocks' argument with the tokens; None asks diffusers' registry, then
+            takes the first one.
+        output: index of the tokens in what a block returns; None asks diffusers' registry, then
+            takes all of it, or the first value.
+        per_token: the blocks' arguments that follow the tokens.
+        time_scale: what the forward's `timestep` is at pure noise: 1, or 1000.
+        with_text: whether the blocks may get the text's tokens before the image's, in one tensor.
+        not_elastic: arguments of the forward that act on the core's tokens between blocks: they
+            must be None.
+        num_axes: of the grid: 2 of images, 3 of clips.
+        guide_half: where pipelines that run both branches of guidance as one batch put the guide:
+            "first" or "second"; None where they call the model once for each.
+    """
+
+    blocks: str | Sequence[str] = "transformer_blocks"
+    grid: Callable[[nn.Module, Arguments], Sequence[int]] | None = None
+    hidden_size: int | None = None
+    num_heads: int | None = None
+    hidden_states: str | None = None
+    output: int | None = None
+    per_token: Mapping[str, PerToken] = field(default_factory=dict)
+    time_scale: float = 1000.0
+    with_text: bool = False
+    not_elastic: Sequence[str] = ()
+    num_axes: int = 2
+    guide_half: str | None = None
+
+    def block_names(self) -> tuple[str, ...]:
+        """Names of the lists."""
+        return (self.blocks,) if isinstance(self.blocks, str) else tuple(self.blocks)
+
+    def find_blocks(self, model: nn.Module) -> list[nn.Module]:
+        """All blocks in order, or an error."""
+        found: list[nn.Module] = []
+        for name in self.block_names():
+            try:
+                blocks = model.get_submodule(name)
+            except AttributeError:
+                lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+                near = nearest(name, lists)
+                raise ValueError(
+                    f"{type(model).__name__} has no list of blocks {name!r}; "
+                    + (f"did you mean {near!r}? " if near else "")
+                    + f"its lists are {', '.join(map(repr, lists)) or 'none'}"
+                ) from None
+            if not isinstance(blocks, nn.ModuleList | nn.Sequential) or not len(blocks):
+                raise ValueError(
+                    f"{name!r} of {type(model).__name__} is {type(blocks).__name__}, not a "
+                    f"ModuleList with blocks; nothing can be patched there"
+                )
+            found += blocks
+        return found
+
+    def width(self, model: nn.Module) -> int:
+        """D, of the model's tokens."""
+        if self.hidden_size is not None:
+            return self.hidden_size
+        config = _config_of(model)
+        heads, width = config.get("num_attention_heads"), config.get("attention_head_dim")
+        if is_whole(heads) and is_whole(width):
+            return heads * width
+        return _look_up(model, ("hidden_size", "inner_dim", "hidden_dim", "embed_dim", "dim"),
+                        "hidden_size")  # fmt: skip
+
+    def heads(self, model: nn.Module) -> int:
+        """Attention heads of Read and Write."""
+        if self.num_heads is not None:
+            return self.num_heads
+        return _look_up(model, ("num_attention_heads", "num_heads", "heads"), "num_heads")
+
+    def size(
+        self, model: nn.Module, arguments: Arguments, hidden_states: Tensor
+    ) -> tuple[int, ...]:
+        """Tokens along each axis, of a forward with these arguments."""
+        if self.grid is not None:
+            return tuple(int(n) for n in self.grid(model, arguments))
+        tokens = hidden_states.shape[1] if hidden_states.ndim == 3 else 0
+        side = math.isqrt(tokens)
+        if self.num_axes != 2 or side * side != tokens or not tokens:
+            raise ValueError(
+                f"an input of shape {tuple(hidden_states.shape)} doesn't say how its tokens lie; "
+                f"give layout=Layout(grid=lambda model, arguments: (height, width), ...)"
+            )
+        return side, side
+
+
+def _config_of(model: nn.Module) -> Arguments:
+    config = getattr(model, "config", None)
+    return config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+
+
+def _look_up(model: nn.Module, names: Sequence[str], wanted: str) -> int:
+    for source in (_config_of(model), vars(model)):
+        for name in names:
+            if is_whole(source.get(name)):
+                return source[name]
+    raise ValueError(
+        f"{type(model).__name__} doesn't say its {wanted} (looked for {', '.join(names)}); "
+        f"give layout=Layout({wanted}=...)"
+    )
+
+
+@dataclass(frozen=True)
+class BlockSignature:
+    """Where the tokens go into a block and come out of it."""
+
+    names: tuple[str, ...]  # of the arguments, in order
+    hidden_states: str
+    output: int | None
+    variadic: bool
+
+    @classmethod
+    def of(cls, block: nn.Module, layout: Layout) -> "BlockSignature":
+        """The signature of a block, or an error if the tokens can't be found in it."""
+        parameters = inspect.signature(type(block).forward).parameters
+        kinds = [p.kind for p in parameters.values()]
+        names = tuple(
+            n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        )[1:]  # without self
+        metadata = _registered(type(block))
+        hidden, output = layout.hidden_states, layout.output
+        if hidden is None:
+            registered = metadata and metadata.hidden_states_argument_name
+            hidden = registered or (names[0] if names else "")
+        if output is None and metadata is not None:
+            output = metadata.return_hidden_states_index
+        for name in (hidden, *layout.per_token):
+            if name not in names:
+                near = nearest(name, names)
+                raise ValueError(
+                    f"the blocks, {type(block).__name__}, take no argument {name!r}; "
+                    + (f"did you mean {near!r}? " if near else "")
+                    + f"they take {', '.join(names) or 'none by name'}"
+                )
+        return cls(names, hidden, output, inspect.Parameter.VAR_KEYWORD in kinds)
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by name: models give them by position when they are checkpointed."""
+        return dict(zip(self.names, args, strict=False)) | dict(kwargs)
+
+    def tokens_of(self, result: Any) -> Tensor:
+        """The tokens in what a block returned."""
+        return result if isinstance(result, Tensor) else result[self.output or 0]
+
+    def with_tokens(self, result: Any, tokens: Tensor) -> Any:
+        """What a block returned, with other tokens."""
+        if isinstance(result, Tensor):
+            return tokens
+        items = list(result)
+        items[self.output or 0] = tokens
+        return type(result)(items)
+
+
+def _registered(block_class: type) -> TransformerBlockMetadata | None:
+    try:
+        return TransformerBlockRegistry.get(block_class)
+    except ValueError:
+        return None

@@ -1,0 +1,104 @@
+"""Which tokens of a group a latent stands for, and whose position it takes.
+
+At n latents per group the group is cut into n cells, one for each latent: halves, quarters, and
+so on down to single tokens. A foreign model knows positions only of its tokens, so each latent
+takes that of one token of its cell, the same at all n: any first few latents cover the group
+evenly, from coarse to fine.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from elit.interface.grid import TokenGrid
+
+
+@dataclass(frozen=True)
+class LatentPlaces:
+    """What the latents of a grid stand for, at a number of latents per group.
+
+    Attributes:
+        index: (G * n,) token, in raster order, whose position each latent takes, group by group.
+        cell: (P,) latent of the group in whose cell each of its tokens lies.
+    """
+
+    index: Tensor
+    cell: Tensor
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A box of tokens, from `start` to before `stop`, and the one of them that gives its place."""
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    place: tuple[int, ...]
+
+    @property
+    def size(self) -> list[int]:
+        return [stop - start for start, stop in zip(self.start, self.stop, strict=True)]
+
+    def halves(self) -> tuple["_Cell", "_Cell"]:
+        """The half with the place, and the other one with a place shifted by half the cell."""
+        size = self.size
+        axis = size.index(max(size))
+        middle = self.start[axis] + (size[axis] + 1) // 2
+        low = _Cell(self.start, _put(self.stop, axis, middle), self.place)
+        high = _Cell(_put(self.start, axis, middle), self.stop, self.place)
+        shift = (size[axis] + 1) // 2
+        if self.place[axis] < middle:
+            place = min(self.place[axis] + shift, self.stop[axis] - 1)
+            return low, _Cell(high.start, high.stop, _put(self.place, axis, place))
+        place = max(self.place[axis] - shift, self.start[axis])
+        return high, _Cell(low.start, low.stop, _put(self.place, axis, place))
+
+
+def _put(values: Sequence[int], axis: int, value: int) -> tuple[int, ...]:
+    return (*values[:axis], value, *values[axis + 1 :])
+
+
+@lru_cache(maxsize=1024)
+def _cells(group: tuple[int, ...], num_latents: int) -> tuple[_Cell, ...]:
+    """The cells of a group, in the order of the latents."""
+    cells = [_Cell((0,) * len(group), group, tuple((n - 1) // 2 for n in group))]
+    while len(cells) < num_latents:
+        sizes = [math.prod(cell.size) for cell in cells]
+        largest = sizes.index(max(sizes))
+        cells[largest], new = cells[largest].halves()
+        cells.append(new)
+    return tuple(cells)
+
+
+def latent_places(
+    grid: TokenGrid, num_latents: int, device: torch.device, central: bool = False
+) -> LatentPlaces:
+    """Places and cells at `num_latents` per group. At full budget each token has its latent.
+
+    Args:
+        grid: of the tokens.
+        num_latents: n.
+        device: where to make them.
+        central: whether all latents take the position of the token nearest to the group's centre.
+            Paper: the centre itself; here: a token, because those alone have positions.
+    """
+    return _latent_places(grid, num_latents, str(device), central)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # training may meet them after sampling made them
+def _latent_places(grid: TokenGrid, num_latents: int, device: str, central: bool) -> LatentPlaces:
+    cell = torch.empty(grid.group, dtype=torch.long)
+    places = torch.empty(num_latents, dtype=torch.long)
+    numbers = torch.arange(grid.tokens_per_group).view(grid.group)
+    for latent, box in enumerate(_cells(grid.group, num_latents)):
+        cell[tuple(map(slice, box.start, box.stop))] = latent
+        places[latent] = numbers[box.place]
+    if central:
+        places = places[:1].expand(num_latents)
+    tokens = torch.arange(grid.num_tokens)[None, :, None]
+    raster = grid.to_groups(tokens)[0, :, :, 0]  # (G, P): each token's number in raster order
+    return LatentPlaces(raster[:, places].flatten().to(device), cell.flatten().to(device))

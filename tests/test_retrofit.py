@@ -1,0 +1,369 @@
+"""`elasticize` on tiny random transformers of diffusers, on ours, and on a module of one's own."""
+
+import copy
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from retrofit_models import FOREIGN, double, inputs, make
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from elit import Layout, PerToken, elasticize, unelasticize
+from elit.interface.grid import TokenGrid
+from elit.retrofit.places import latent_places
+
+NAMES = list(FOREIGN)
+HEAD, TAIL = 2, 1
+
+
+def elastic(name: str, init: str = "identity") -> Any:
+    return elasticize(make(name), HEAD, TAIL, FOREIGN[name].group, init)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    return ((got - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def seeded(model: nn.Module, given: dict[str, Any]) -> Tensor:
+    """Its output; diffusers' DiT drops labels at random in training."""
+    torch.manual_seed(2)
+    return model(**given).sample
+
+
+def randomise(module: nn.Module) -> None:
+    """Give an interface weights as if it were trained: fresh gates hide everything."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+
+
+# ---- lossless at full budget ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_full_budget_is_the_original(name: str, training: bool) -> None:
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        model, given = make(name).to(dtype).train(training), inputs(name)
+        given = double(given) if dtype == torch.float64 else given
+        wanted = seeded(model, given)
+        elasticize(model, HEAD, TAIL, FOREIGN[name].group)
+        assert model.elit.training == training
+        assert relative_error(seeded(model, given), wanted) <= bound
+        randomise(model.elit)  # whatever it learns, it is nothing at full budget
+        assert relative_error(seeded(model, given), wanted) <= bound
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_full_budget_in_bfloat16(name: str) -> None:
+    """The error of bfloat16 itself, against float32, and not more than half as much again."""
+    exact = make(name)
+    given = inputs(name)
+    with torch.no_grad():
+        wanted = exact(**given).sample
+        half = make(name).to(torch.bfloat16)
+        low = {k: v.bfloat16() if _is_float(v) and k != "timestep" else v for k, v in given.items()}
+        error = (half(**low).sample - wanted).square().mean()
+        elasticize(half, HEAD, TAIL, FOREIGN[name].group)
+        assert (half(**low).sample - wanted).square().mean() <= 1.5 * error
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("init", ["identity", "learned"])
+def test_lower_budgets(name: str, init: str) -> None:
+    """All are finite, differ, and work on the number of latents that was asked for."""
+    model, given = elastic(name, init), inputs(name)
+    randomise(model.elit)
+    seen: list[int] = []
+    core = model._elit_session.layout.find_blocks(model)[HEAD]
+    core.register_forward_hook(
+        lambda block, args, result: seen.append(model._elit_session.call.latents.shape[1])
+    )
+    groups = torch.Size(FOREIGN[name].grid).numel() // 16
+    outputs = [model(**given, num_latents=n).sample for n in (16, 8, 5, 1)]
+    assert seen == [groups * n for n in (16, 8, 5, 1)]
+    for output in outputs:
+        assert output.isfinite().all()
+    for larger, smaller in itertools.pairwise(outputs):
+        assert not torch.allclose(larger, smaller)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing(name: str) -> None:
+    """Same gradients, also when two calls at two budgets come before their backward passes."""
+    gradients = []
+    for checkpointing in (False, True):
+        model, given = elastic(name).double().train(), double(inputs(name))
+        torch.manual_seed(0)
+        randomise(model.elit)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        torch.manual_seed(2)
+        outputs = [model(**given, num_latents=n).sample for n in (16, 5, 4)]
+        sum(output.square().mean() for output in outputs).backward()
+        gradients.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any(key.startswith("elit.read") for key in gradients[0])
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_of_the_interface_learns(name: str) -> None:
+    for init in ("identity", "learned"):
+        model = elastic(name, init).train()
+        randomise(model.elit)
+        model(**inputs(name), num_latents=5).sample.square().mean().backward()
+        for key, parameter in model.elit.named_parameters():
+            assert parameter.grad is not None, key
+            if key == "read.latents" or "index" in key:
+                assert parameter.grad[:5].abs().sum() > 0, key
+            elif "to_kv.bias" not in key:  # a key's bias moves all scores alike
+                assert parameter.grad.abs().sum() > 0, key
+
+
+# ---- there and back ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unelasticize_gives_the_original(name: str) -> None:
+    model, given = make(name), inputs(name)
+    kind, names, config = type(model), list(model.state_dict()), dict(model.config)
+    wanted = model(**given).sample
+    elasticize(model, HEAD, TAIL, FOREIGN[name].group)
+    assert [key for key in model.state_dict() if not key.startswith("elit.")] == names
+    unelasticize(model)
+    assert type(model) is kind
+    assert list(model.state_dict()) == names
+    assert dict(model.config) == config
+    assert torch.equal(model(**given).sample, wanted)
+    with pytest.raises((TypeError, ValueError), match="num_latents"):
+        model(**given, num_latents=4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("init", ["identity", "learned"])
+def test_save_and_load(name: str, init: str, tmp_path: Path) -> None:
+    model, given = elastic(name, init), inputs(name)
+    randomise(model.elit)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["elastic"]["head"] == HEAD
+    loaded = type(model).from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert loaded.elastic_settings == model.elastic_settings
+    for num_latents in (16, 3):
+        wanted = model(**given, num_latents=num_latents).sample
+        assert torch.equal(loaded.eval()(**given, num_latents=num_latents).sample, wanted)
+
+
+def test_loading_weights_without_the_interface_is_an_error(tmp_path: Path) -> None:
+    model = elastic("sd3")
+    model.save_pretrained(tmp_path)
+    kind = type(model)
+    unelasticize(model).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="has no 'elastic' settings"):
+        kind.from_pretrained(tmp_path / "plain")
+    (tmp_path / "plain" / "config.json").write_text((tmp_path / "config.json").read_text())
+    with pytest.raises(ValueError, match="does not hold the interface of its config"):
+        kind.from_pretrained(tmp_path / "plain")
+
+
+def test_a_copy_has_hooks_of_its_own() -> None:
+    model, given = elastic("flux"), inputs("flux")
+    copied = copy.deepcopy(model)
+    wanted = model(**given, num_latents=3).sample
+    assert torch.equal(copied(**given, num_latents=3).sample, wanted)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    assert torch.equal(copied(**given, num_latents=3).sample, wanted)
+    copied.set_budget(0.5)
+    assert model._elit_session.branches.budget == 1
+    assert torch.equal(unelasticize(copied)(**given).sample, make("flux")(**given).sample)
+
+
+# ---- a module of one's own ----
+
+
+class Block(nn.Module):
+    """A block with rotations that multiply, and its own idea of names and order."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(dim, 2, batch_first=True)
+        self.mlp = nn.Linear(dim, dim)
+
+    def forward(self, scale: Tensor, tokens: Tensor, extra: Tensor | None = None) -> tuple:
+        x = tokens * scale
+        tokens = tokens + self.attention(x, x, x, need_weights=False)[0]
+        return extra, tokens + self.mlp(tokens).tanh()
+
+
+class Own(nn.Module):
+    """A transformer that has never heard of diffusers, with checkpointing of its own."""
+
+    def __init__(self, dim: int = 8, depth: int = 5):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(dim) for _ in range(depth))
+        self.scale = nn.Parameter(torch.rand(36, dim) + 0.5)
+        self.checkpointing: bool | None = None  # reentrant, or not
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if self.checkpointing is None:
+                _, x = layer(self.scale, x)
+            else:
+                _, x = checkpoint(layer, self.scale, x, use_reentrant=self.checkpointing)
+        return x
+
+
+OWN = Layout(
+    blocks="layers", hidden_size=8, num_heads=2, hidden_states="tokens", output=1,
+    per_token={"scale": PerToken(0)},
+)  # fmt: skip
+
+
+def test_own_module() -> None:
+    torch.manual_seed(0)
+    model, x = Own().double(), torch.randn(2, 36, 8).double()
+    wanted = model(x)
+    elasticize(model, 1, 1, 3, layout=OWN)
+    assert relative_error(model(x), wanted) < 1e-10
+    assert model(x, num_latents=2).isfinite().all()
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(x, num_latents=2), model(x, num_latents=2))
+    unelasticize(model)
+    assert torch.equal(model(x), wanted)
+
+
+def test_own_checkpointing() -> None:
+    torch.manual_seed(0)
+    model, x = elasticize(Own().double(), 1, 1, 3, layout=OWN), torch.randn(2, 36, 8).double()
+    randomise(model.elit)
+    gradients = []
+    for checkpointing in (None, False):
+        model.checkpointing = checkpointing
+        model.zero_grad()
+        sum(model(x, num_latents=n).square().sum() for n in (5, 5, 2)).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients)
+    model.checkpointing = True
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        model(x.requires_grad_())
+
+
+# ---- places ----
+
+
+@pytest.mark.parametrize("group", [(1, 1), (4, 4), (3, 5), (2, 4, 4), (1, 2, 7)])
+def test_places_and_cells(group: tuple[int, ...]) -> None:
+    """Any first latents keep their places; cells part the group evenly, each with its place."""
+    grid, count = TokenGrid(group, group), torch.Size(group).numel()
+    places = [latent_places(grid, n, torch.device("cpu")) for n in range(1, count + 1)]
+    for n, at in enumerate(places, 1):
+        assert torch.equal(at.index, places[-1].index[:n])
+        assert torch.equal(at.cell[at.index], torch.arange(n))
+        sizes = at.cell.bincount(minlength=n)
+        assert sizes.min() >= 1
+        assert sizes.max() <= 3 * sizes.min()
+    assert sorted(places[-1].index.tolist()) == list(range(count))
+
+
+@pytest.mark.parametrize(("size", "group"), [((8, 4), (4, 2)), ((2, 6, 4), (2, 3, 2))])
+def test_groups_of_raster_tokens(size: tuple[int, ...], group: tuple[int, ...]) -> None:
+    grid = TokenGrid(size, group)
+    tokens = torch.arange(grid.num_tokens)[None, :, None]
+    groups = grid.to_groups(tokens)
+    assert torch.equal(grid.from_groups(groups), tokens)
+    places = torch.stack(torch.unravel_index(groups[0, :, :, 0], size), dim=-1)  # (G, P, axes)
+    assert torch.equal(places.flatten(0, 1).float(), grid.token_places())
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"head": 4, "tail": 2}, "leave no core of 6; choose head \\+ tail < 6"),
+        ({"head": 0}, "at least one block on either side"),
+        ({"tail": 1.0}, "tail=1.0 are not allowed"),
+        ({"group": 0}, "group=0 is not allowed; give one positive integer, or 2 of them"),
+        ({"group": (2, 2, 2, 2)}, "is not allowed"),
+        ({"init": "identiy"}, "did you mean 'identity'"),
+        ({"layout": Layout(blocks="transformer_block")}, "did you mean 'transformer_blocks'"),
+        ({"layout": Layout(blocks="proj_out")}, "not a ModuleList"),
+        ({"layout": Layout(hidden_states="hidden_state")}, "did you mean 'hidden_states'"),
+        ({"layout": Layout(per_token={"rope": PerToken(0)})}, "take no argument 'rope'"),
+    ],
+)
+def test_a_wrong_split_changes_nothing(arguments: dict[str, Any], message: str) -> None:
+    model = make("sd3")
+    kind, names = type(model), list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        elasticize(model, **({"head": 2, "tail": 1, "group": 4} | arguments))
+    assert type(model) is kind
+    assert list(model.state_dict()) == names
+    assert "forward" not in vars(model)
+
+
+def test_models_that_cannot_be_patched() -> None:
+    with pytest.raises(ValueError, match="Say how it is laid out: layout=Layout"):
+        elasticize(nn.Linear(2, 2), 1, 1, 4)
+    with pytest.raises(ValueError, match="a torch module, not dict"):
+        elasticize({}, 1, 1, 4)
+    with pytest.raises(ValueError, match="is elastic already; unelasticize it first"):
+        elasticize(elastic("dit"), 1, 1, 4)
+    with pytest.raises(ValueError, match="is not elastic"):
+        unelasticize(make("dit"))
+    with pytest.raises(ValueError, match="doesn't say its hidden_size"):
+        elasticize(Own(), 1, 1, 3, layout=Layout(blocks="layers", hidden_states="tokens"))
+
+
+def test_sizes_that_groups_do_not_divide() -> None:
+    model = elastic("sd3")
+    wrong = inputs("sd3") | {"hidden_states": torch.randn(2, 4, 16, 12)}
+    with pytest.raises(
+        ValueError, match=r"8x6 tokens cannot be cut into groups of 4x4.*8x8 tokens"
+    ):
+        model(**wrong)
+    with pytest.raises(ValueError, match="is outside 1"):
+        model(**inputs("sd3"), num_latents=17)
+    with pytest.raises(ValueError, match="give a group of 3 numbers"):
+        elasticize(make("wan"), 1, 1, (4, 4))(**inputs("wan"))
+
+
+def test_inputs_that_an_interface_cannot_take() -> None:
+    model, given = elastic("sd3"), inputs("sd3")
+    with pytest.raises(ValueError, match="block_controlnet_hidden_states act on the tokens"):
+        model(**given, block_controlnet_hidden_states=[torch.zeros(1)])
+    with pytest.raises(ValueError, match="would leave out Read or Write"):
+        model(**given, skip_layers=[4])
+    model(**given, skip_layers=[3])
+    with pytest.raises(ValueError, match="not one image of one size"):
+        elastic("qwen")(**inputs("qwen") | {"img_shapes": [[(1, 8, 4), (1, 8, 4)]] * 2})
+    given = inputs("flux")
+    with pytest.raises(ValueError, match="not one image row by row"):
+        elastic("flux")(**given | {"img_ids": given["img_ids"].flip(0)})
+    with pytest.raises(RuntimeError, match="called by itself"):
+        model.transformer_blocks[2](torch.zeros(1, 32, 32), None, None)
+    with pytest.raises(ValueError, match="outside \\(0, 1\\]"):
+        model.set_budget(0)
+
+
+def test_a_class_for_every_model_of_diffusers() -> None:
+    from elit.retrofit import elastic as module
+
+    kind = module.ElasticQwenImageTransformer2DModel
+    assert issubclass(kind, diffusers.QwenImageTransformer2DModel)
+    assert kind is type(elastic("qwen"))
+    with pytest.raises(AttributeError):
+        _ = module.ElasticNothing
