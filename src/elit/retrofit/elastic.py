@@ -16,12 +16,12 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
-from torch import nn
 
 from elit.interface.budget import check_num_latents, resolve_budget
 from elit.layers.initialisation import init_weights
 from elit.models.dit import DiT
 from elit.models.elastic import ElasticMixin
+from elit.retrofit.adapters import make_adapters
 from elit.retrofit.caches import check_cache
 from elit.retrofit.hooks import Session, install_hooks, remove_hooks
 from elit.retrofit.interface import LatentInterface
@@ -108,9 +108,9 @@ class ElasticTransformer:
         """A copy with hooks of its own: diffusers' would go on calling this model's."""
         model: Any = self
         session = model._elit_session
-        remove_hooks(model)
+        remove_hooks(model, session)
         try:
-            copied = type(model).__new__(type(model))
+            copied: Any = object.__new__(type(model))
             memo[id(model)] = copied
             for name, value in vars(model).items():
                 vars(copied)[name] = value if value is session else copy.deepcopy(value, memo)
@@ -153,9 +153,13 @@ class ElasticTransformer:
         return (model, info) if wants_info else model
 
 
+def elastic_class(base: type) -> Any:
+    """The elastic class of a transformer's class: the same one each time."""
+    return _elastic_class(base)
+
+
 @cache
-def elastic_class(base: Any) -> Any:
-    """The elastic class of a transformer's class."""
+def _elastic_class(base: Any) -> Any:
     own: dict[str, Any] = {"__doc__": f"An elastic {base.__name__}: see `elasticize`."}
     can_load = issubclass(base, ModelMixin)
     own["__module__"] = __name__ if can_load else base.__module__
@@ -188,8 +192,9 @@ def attach(model: Any, settings: Settings, layout: Layout) -> None:
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     max_latents = math.prod(settings.group)
     with torch.device(weight.device):
+        adapters = make_adapters(blocks, settings.rank) if settings.rank else None
         interface = LatentInterface(
-            layout.width(model), layout.heads(model), max_latents, settings.init
+            layout.width(model), layout.heads(model), max_latents, settings.init, adapters
         )
     interface.apply(init_weights)
     interface.to(dtype=weight.dtype).train(model.training)
@@ -204,7 +209,7 @@ def attach(model: Any, settings: Settings, layout: Layout) -> None:
 
 def detach(model: Any) -> None:
     """Give the transformer back as it was."""
-    remove_hooks(model)
+    remove_hooks(model, model._elit_session)
     del model.elit, model.max_latents, model.min_latents, model._elit_session
     model.__class__ = type(model).__mro__[2]
     if isinstance(model, ElasticMixin):  # one of ours has them itself
@@ -217,6 +222,4 @@ def detach(model: Any) -> None:
 
 def _install(model: Any, session: Session) -> None:
     model._elit_session = session
-    head, last = session.settings.edges
-    core: list[nn.Module] = session.layout.find_blocks(model)[head : last + 1]
-    install_hooks(model, core, session)
+    install_hooks(model, session)

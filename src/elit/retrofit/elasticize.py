@@ -19,6 +19,7 @@ def elasticize(
     tail: int,
     group: int | Sequence[int],
     init: str = "identity",
+    rank: int = 0,
     layout: Layout | None = None,
 ) -> _Model:
     """Give a transformer a latent interface, in place, and return it.
@@ -35,6 +36,8 @@ def elasticize(
         group: tokens of a group along each axis; one number for all axes.
         init: "identity" starts lossless: at full budget the model is the original, number for
             number. "learned" starts as the paper's, from learned latents, and has to be trained.
+        rank: of low-rank adapters on the blocks' linear layers that act only below full budget;
+            16 is usual for fine-tuning, 0 is none.
         layout: how the transformer is laid out, if it is not among those known by name.
 
     Raises:
@@ -61,7 +64,7 @@ def elasticize(
         )
     layout = layout or find_layout(transformer)
     blocks = layout.find_blocks(transformer)
-    settings = Settings.check(len(blocks), head, tail, group, init, layout.num_axes)
+    settings = Settings.check(len(blocks), head, tail, group, init, rank, layout.num_axes)
     for kind in {type(block): block for block in blocks}.values():
         BlockSignature.of(kind, layout)  # or an error, before anything is changed
     attach(transformer, settings, layout)

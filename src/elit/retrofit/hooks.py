@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from elit.interface.budget import check_num_latents
 from elit.interface.grid import TokenGrid, format_size
+from elit.retrofit.adapters import install_adapters
 from elit.retrofit.branches import Branches, join_batch, split_batch
 from elit.retrofit.interface import LatentInterface
 from elit.retrofit.layout import BlockSignature, Layout
@@ -39,6 +41,7 @@ class Call:
         places: of the latents.
         condition: (B, D) for Read and Write.
         with_grad: whether gradients were wanted when it began.
+        is_full: whether it runs at full budget.
         groups: (B, G, P, D), the tokens that entered Read.
         latents: (B, G * n, D), as they left Read.
         selected: the blocks' arguments that follow the tokens, at the latents' places.
@@ -48,6 +51,7 @@ class Call:
     places: LatentPlaces
     condition: Tensor
     with_grad: bool
+    is_full: bool
     groups: Tensor | None = None
     latents: Tensor | None = None
     selected: dict[str, Any] = field(default_factory=dict)
@@ -62,12 +66,14 @@ class Session:
         settings: head, tail, group.
         branches: the budgets of calls that don't name theirs.
         call: the call that is running.
+        handles: of the adapters' hooks.
     """
 
     def __init__(self, interface: LatentInterface, layout: Layout, settings: Settings):
         self.interface, self.layout, self.settings = interface, layout, settings
         self.branches = Branches(interface.max_latents, layout.guide_half)
         self.call: Call | None = None
+        self.handles: list[RemovableHandle] = []
 
     @contextmanager
     def running(self, call: Call | None) -> Iterator[None]:
@@ -128,7 +134,8 @@ class ElasticModelHook(ModelHook):
         central = not session.interface.is_lossless
         places = latent_places(grid, num_latents, hidden_states.device, central)
         condition = self._condition(arguments, hidden_states)
-        return Call(grid, places, condition, torch.is_grad_enabled())
+        is_full = num_latents == grid.tokens_per_group
+        return Call(grid, places, condition, torch.is_grad_enabled(), is_full)
 
     def _condition(self, arguments: Mapping[str, Any], hidden_states: Tensor) -> Tensor:
         timestep = arguments.get("timestep")
@@ -261,17 +268,25 @@ def _join(text: Tensor | None, tokens: Tensor) -> Tensor:
     return tokens if text is None else torch.cat((text, tokens), dim=1)
 
 
-def install_hooks(model: nn.Module, core: list[nn.Module], session: Session) -> None:
-    """Put the interface around the core's blocks."""
+def install_hooks(model: nn.Module, session: Session) -> None:
+    """Put the interface around the core's blocks, and the adapters into all blocks."""
+    blocks = session.layout.find_blocks(model)
+    if session.interface.adapters is not None:
+        session.handles = install_adapters(blocks, session.interface.adapters, session)
     _registry(model).register_hook(ElasticModelHook(session), MODEL_HOOK)
+    first, last = session.settings.edges
+    core = blocks[first : last + 1]
     for block in core:
         hook = CoreHook(session, is_first=block is core[0], is_last=block is core[-1])
         _registry(block).register_hook(hook, CORE_HOOK)
     _registry(model).invalidate_child_registries_cache()
 
 
-def remove_hooks(model: nn.Module) -> None:
+def remove_hooks(model: nn.Module, session: Session) -> None:
     """Take the interface away again."""
+    for handle in session.handles:
+        handle.remove()
+    session.handles = []
     registry = _registry(model)
     registry.remove_hook(MODEL_HOOK, recurse=False)
     registry.remove_hook(CORE_HOOK, recurse=True)

@@ -19,10 +19,19 @@ class LatentInterface(nn.Module):
         num_heads: attention heads.
         max_latents: J, tokens of a group.
         init: "identity" changes nothing at full budget; "learned" is the paper's.
+        adapters: of the blocks, or none.
     """
 
-    def __init__(self, dim: int, num_heads: int, max_latents: int, init: Init):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        max_latents: int,
+        init: Init,
+        adapters: nn.ModuleList | None = None,
+    ):
         super().__init__()
+        self.adapters = adapters
         self.max_latents = max_latents
         self.is_lossless = init == "identity"
         self.time_embed = TimestepEmbedding(dim)

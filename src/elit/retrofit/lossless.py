@@ -37,7 +37,7 @@ class LosslessRead(nn.Module):
         """Tokens (B, G, P, D), condition (B, D) -> latents (B, G * n, D), group by group."""
         batch_size, num_groups, _, dim = groups.shape
         num_latents = len(places.index) // num_groups
-        missing = 1 - num_latents / self.max_latents
+        missing = places.missing.to(groups.dtype)
 
         latents = cell_means(groups, places.cell, num_latents)  # (B, G, n, D)
         ((shift, scale, gate),) = self.modulation(condition)
@@ -77,7 +77,7 @@ class LosslessWrite(nn.Module):
         """Tokens as they entered Read, latents before and after the core -> (B, G, P, D)."""
         by_group = (groups.shape[1], -1)
         before, after = latents_in.unflatten(1, by_group), latents_out.unflatten(1, by_group)
-        missing = 1 - after.shape[2] / self.max_latents
+        missing = places.missing.to(groups.dtype)
         # The difference is zero at full budget, so that nothing is rounded there.
         rest = groups - before.index_select(2, places.cell)
         tokens = (after.index_select(2, places.cell) + rest).flatten(1, 2)  # (B, G*P, D)

@@ -21,6 +21,7 @@ class Settings:
         tail: blocks after Write.
         group: tokens of one group along each axis.
         init: "identity" or "learned".
+        rank: of the adapters that act below full budget; 0 is none.
     """
 
     depth: int
@@ -28,12 +29,22 @@ class Settings:
     tail: int
     group: tuple[int, ...]
     init: Init = "identity"
+    rank: int = 0
 
     @classmethod
     def check(
-        cls, depth: int, head: int, tail: int, group: int | Sequence[int], init: str, num_axes: int
+        cls,
+        depth: int,
+        head: int,
+        tail: int,
+        group: int | Sequence[int],
+        init: str,
+        rank: int,
+        num_axes: int,
     ) -> "Settings":
         """Settings from what a user gave, or a ValueError."""
+        if not is_whole(rank, 0):
+            raise ValueError(f"rank={rank!r} is not allowed; give a whole number, 0 for none")
         check_choice(init, INITS, "init")
         if not (is_whole(head) and is_whole(tail)):
             raise ValueError(
@@ -50,7 +61,7 @@ class Settings:
             raise ValueError(
                 f"group={group!r} is not allowed; give one positive integer, or {num_axes} of them"
             )
-        return cls(depth, head, tail, sizes, init)  # type: ignore[arg-type]
+        return cls(depth, head, tail, sizes, init, rank)  # type: ignore[arg-type]
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> "Settings":
