@@ -85,7 +85,7 @@ def sd3_inputs(batch: int) -> dict[str, Any]:
 def dit() -> nn.Module:
     return diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=6,
-        norm_num_groups=4, sample_size=16, patch_size=2, num_embeds_ada_norm=10,
+        norm_num_groups=4, sample_size=16, patch_size=2, num_embeds_ada_norm=1000,
         activation_fn="gelu-approximate", norm_elementwise_affine=False,
     )  # fmt: skip
 
