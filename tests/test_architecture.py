@@ -21,15 +21,17 @@ FILES = sorted(SRC.rglob("*.py"))
 TIERS = [
     {"layers", "data"},
     {"interface"},
+    {"caching"},  # a model can have a step cache on
     {"models", "flow"},
-    {"pipelines", "retrofit"},
+    {"retrofit"},
+    {"pipelines"},
     {"evaluation", "interop", "viz"},
     {"training"},  # above evaluation and viz: it draws sample sheets and scores them as it goes
     {"cli"},
 ]
 RANK = {room: rank for rank, tier in enumerate(TIERS) for room in tier}
 FRONT_DOORS = {"__init__", "__main__"}  # elit/__init__.py names everything, lazily
-SAMPLING_PATH = {"layers", "interface", "models", "flow", "pipelines"}
+SAMPLING_PATH = {"layers", "interface", "caching", "models", "flow", "pipelines"}
 WIDE_TYPES = {"float64", "double", "complex128", "cdouble"}
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70

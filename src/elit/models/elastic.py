@@ -9,6 +9,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from elit._numbers import is_real, is_whole
+from elit.caching.hooks import Block
+from elit.caching.mixin import StepCaching
+from elit.caching.ports import BlockPort
 from elit.interface.budget import check_num_latents, resolve_budget
 from elit.interface.grid import TokenGrid, format_size
 from elit.layers.attention import head_dim
@@ -29,7 +32,7 @@ def per_axis(value: int | Sequence[int], num_axes: int, name: str) -> tuple[int,
     return values
 
 
-class ElasticMixin(ModelMixin):
+class ElasticMixin(StepCaching, ModelMixin):
     """Geometry, split and budgets of a transformer that may have a latent interface.
 
     Attributes:
@@ -229,6 +232,18 @@ class ElasticMixin(ModelMixin):
         head, core, _ = self.split
         blocks = list(blocks)
         return blocks[:head], blocks[head : head + core], blocks[head + core :]
+
+    def cache_blocks(self) -> list[Block]:
+        """Blocks, Read and Write: a skipped Read hands on the tokens, a skipped Write the same."""
+        head, core, tail = self.split_blocks(self.blocks)
+        if self.group is not None:
+            if not head:
+                raise ValueError(
+                    f"a step cache watches the first block on tokens, but this "
+                    f"{type(self).__name__} has no head; use a model with head >= 1"
+                )
+            core = [self.read, *core, self.write]
+        return [(block, BlockPort.of(block)) for block in (*head, *core, *tail)]
 
     def run(
         self,

@@ -14,15 +14,16 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.configuration_utils import FrozenDict
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
 
+from elit.caching.hooks import Block
+from elit.caching.mixin import StepCaching
+from elit.caching.ports import BlockPort
 from elit.interface.budget import check_num_latents, resolve_budget
 from elit.layers.initialisation import init_weights
 from elit.models.dit import DiT
 from elit.models.elastic import ElasticMixin
 from elit.retrofit.adapters import make_adapters
-from elit.retrofit.caches import check_cache
 from elit.retrofit.hooks import Session, install_hooks, remove_hooks
 from elit.retrofit.interface import LatentInterface
 from elit.retrofit.known import find_layout
@@ -33,7 +34,7 @@ PREFIX = "elit"  # of the new parameters
 CONFIG_KEY = "elastic"  # of the settings in the model's config
 
 
-class ElasticTransformer:
+class ElasticTransformer(StepCaching):
     """What `elasticize` adds to a transformer's class.
 
     Attributes:
@@ -92,21 +93,22 @@ class ElasticTransformer:
     @contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
         """Name the calls of a branch, for its budget and for step caches."""
-        with self._elit_session.branches.named(name):
-            if isinstance(self, CacheMixin):
-                with super().cache_context(name, **kwargs):  # type: ignore[misc]
-                    yield
-            else:
-                yield
+        with self._elit_session.branches.named(name), super().cache_context(name, **kwargs):
+            yield
 
-    def enable_cache(self, config: Any) -> None:
-        """Switch a step cache on, if it works on a model whose number of latents may change."""
-        check_cache(self, config)
-        super().enable_cache(config)  # type: ignore[misc]
+    def cache_blocks(self) -> list[Block]:
+        """The original blocks: Read and Write are hooks of theirs, and are skipped with them."""
+        layout = self._elit_session.layout
+        return [
+            (block, BlockPort.of(block, layout.hidden_states, layout.output))
+            for block in layout.find_blocks(self)
+        ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy with hooks of its own: diffusers' would go on calling this model's."""
         model: Any = self
+        if model.is_cache_enabled:
+            raise ValueError("a step cache is on; call disable_cache() before you copy the model")
         session = model._elit_session
         remove_hooks(model, session)
         try:
@@ -131,7 +133,7 @@ class ElasticTransformer:
             )
         settings = Settings.from_config(config[CONFIG_KEY])
         config = {key: value for key, value in config.items() if key != CONFIG_KEY}
-        built = super().from_config(config, *args, **kwargs)  # type: ignore[misc]
+        built = super().from_config(config, *args, **kwargs)
         model = built[0] if isinstance(built, tuple) else built
         attach(model, settings, find_layout(model))
         return built
@@ -140,7 +142,7 @@ class ElasticTransformer:
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load as any diffusers model, but refuse weights without an interface that fits."""
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         keys = [*info["missing_keys"], *info["unexpected_keys"]]
         keys += [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
         wrong = sorted(key for key in keys if key.startswith(f"{PREFIX}."))
@@ -211,7 +213,7 @@ def detach(model: Any) -> None:
     """Give the transformer back as it was."""
     remove_hooks(model, model._elit_session)
     del model.elit, model.max_latents, model.min_latents, model._elit_session
-    model.__class__ = type(model).__mro__[2]
+    model.__class__ = type(model).__bases__[1]
     if isinstance(model, ElasticMixin):  # one of ours has them itself
         model.max_latents = model.min_latents = 0
     if hasattr(model, "register_to_config"):

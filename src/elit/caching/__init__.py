@@ -1,0 +1,10 @@
+"""Step caches: at some steps of a run most of the transformer is left out.
+
+From one step to the next the blocks change the tokens in nearly the same way. A cache keeps what
+they added at the last computed step, from where the tokens enter the blocks to where they leave
+them, and adds it again where little has changed since. What it keeps lies on spatial tokens, so
+it is right at any budget, and where the budget changes between steps.
+
+`configs.py` says what a cache is, `policies.py` when it skips, `hooks.py` skips, `calibration.py`
+fits a cache to a model, `mixin.py` is what models have of it.
+"""

@@ -1,0 +1,107 @@
+"""What a model has of step caches: `enable_cache`, `disable_cache`, `cache_context`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
+from diffusers.models.cache_utils import CacheMixin
+from torch import nn
+
+from elit.caching.configs import check_cache
+from elit.caching.hooks import Block, install_cache, remove_cache, reset_cache
+from elit.caching.ports import BlockPort
+
+
+class StepCaching(CacheMixin):
+    """A model whose caches are ours: right at any budget, and where it changes between steps.
+
+    `cache_context(name)` names the calls of a branch of guidance; each has a state of its own.
+    Calls without a name have one too.
+    """
+
+    def cache_blocks(self) -> list[Block]:
+        """What a cache may leave out, in the order in which tokens pass it, and its streams."""
+        raise NotImplementedError
+
+    def enable_cache(self, config: Any) -> None:
+        """Switch a step cache on.
+
+        Args:
+            config: a FirstBlockCacheConfig or MagCacheConfig of diffusers, or a TeaCacheConfig.
+
+        Raises:
+            ValueError: of another cache, with what keeps it from working.
+        """
+        check_cache(self, config)
+        install_cache(self, self.cache_blocks(), config)
+        self._cache_config = config
+
+    def disable_cache(self) -> None:
+        """Switch it off; without one, nothing happens."""
+        if self.is_cache_enabled:
+            remove_cache(self)
+            self._cache_config = None
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """Begin a new run; pipelines call it."""
+        del recurse
+        reset_cache(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse a copy with a cache on: its hooks would go on running this model's blocks."""
+        if self.is_cache_enabled:
+            raise ValueError("a step cache is on; call disable_cache() before you copy the model")
+        return super().__reduce_ex__(protocol)
+
+
+def stock_blocks(transformer: nn.Module) -> list[Block]:
+    """All blocks of a diffusers transformer, from the lists in which its own caches look."""
+    lists = [
+        child
+        for name, child in transformer.named_children()
+        if name in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS and isinstance(child, nn.ModuleList)
+    ]
+    if not lists:
+        raise ValueError(
+            f"{type(transformer).__name__} has none of the lists of blocks that a cache looks for: "
+            f"{', '.join(sorted(_ALL_TRANSFORMER_BLOCK_IDENTIFIERS))}; give blocks=[...]"
+        )
+    return [(block, BlockPort.of(block)) for blocks in lists for block in blocks]
+
+
+def blocks_of(transformer: nn.Module, blocks: Sequence[nn.Module] | None = None) -> list[Block]:
+    """The blocks of any transformer: those given, those it names itself, or the stock ones."""
+    if blocks is not None:
+        return [(block, BlockPort.of(block)) for block in blocks]
+    if isinstance(transformer, StepCaching):
+        return transformer.cache_blocks()
+    return stock_blocks(transformer)
+
+
+def enable_step_cache(
+    transformer: nn.Module, config: Any, blocks: Sequence[nn.Module] | None = None
+) -> None:
+    """Switch a step cache on, for a transformer that isn't elastic and doesn't know TeaCache.
+
+    diffusers' pipelines name the branches of guidance and begin runs as with caches of its own.
+
+    Args:
+        transformer: any of diffusers', or a module of your own.
+        config: a FirstBlockCacheConfig, MagCacheConfig or TeaCacheConfig.
+        blocks: in order; by default those in diffusers' usual lists.
+    """
+    if isinstance(transformer, StepCaching) and blocks is None:
+        transformer.enable_cache(config)
+        return
+    check_cache(transformer, config)
+    install_cache(transformer, blocks_of(transformer, blocks), config)
+    transformer._cache_config = config  # what diffusers' models look at
+
+
+def disable_step_cache(transformer: nn.Module) -> None:
+    """Switch off what `enable_step_cache` switched on."""
+    if isinstance(transformer, StepCaching):
+        transformer.disable_cache()
+    else:
+        remove_cache(transformer)
+        transformer._cache_config = None  # type: ignore[assignment]

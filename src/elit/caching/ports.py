@@ -1,0 +1,93 @@
+"""Where a block takes in tokens and text, and where it gives them back."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from torch import Tensor, nn
+
+Streams = tuple[Tensor, Tensor | None]
+"""Tokens (B, N, D), and a text (B, S, D) where the block has a stream of it."""
+
+
+@dataclass(frozen=True)
+class BlockPort:
+    """The streams among a block's arguments, and among the values that it returns.
+
+    Attributes:
+        names: of the arguments, in order.
+        tokens: argument with the tokens.
+        text: argument with the text, if there is one.
+        tokens_out: index of the tokens in a tuple that is returned.
+        text_out: the same of the text; None where the block gives no text back.
+    """
+
+    names: tuple[str, ...]
+    tokens: str
+    text: str | None = None
+    tokens_out: int = 0
+    text_out: int | None = None
+
+    @classmethod
+    def of(cls, block: nn.Module, tokens: str | None = None, out: int | None = None) -> "BlockPort":
+        """The port of a block.
+
+        diffusers' registry knows those of its own blocks. Another one takes its tokens as
+        `hidden_states`, or first, and its text as `encoder_hidden_states`; of two values that it
+        returns, one is the tokens, by default the first, and the other the text.
+
+        Args:
+            block: of a transformer.
+            tokens: argument with the tokens, if known.
+            out: index of the tokens in what the block returns, if known.
+        """
+        names = tuple(inspect.signature(type(block).forward).parameters)[1:]  # without self
+        known = _registered(type(block))
+        if known is not None:
+            text, text_out = (
+                known.encoder_hidden_states_argument_name,
+                (known.return_encoder_hidden_states_index),
+            )
+            tokens = tokens or known.hidden_states_argument_name
+            out = known.return_hidden_states_index if out is None else out
+        else:
+            text, text_out = "encoder_hidden_states", 1 - (out or 0) if (out or 0) < 2 else None
+            tokens = tokens or ("hidden_states" if "hidden_states" in names else names[0])
+        if text not in names or text_out is None:
+            return cls(names, tokens, None, out or 0)
+        return cls(names, tokens, text, out or 0, text_out)
+
+    def streams_in(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Streams:
+        """The streams among the arguments of a call."""
+        arguments = dict(zip(self.names, args, strict=False)) | dict(kwargs)
+        return arguments[self.tokens], None if self.text is None else arguments.get(self.text)
+
+    def streams_out(self, result: Any) -> Streams:
+        """The streams in what a block returned."""
+        if isinstance(result, Tensor):
+            return result, None
+        has_text = self.text_out is not None and self.text_out < len(result)
+        return result[self.tokens_out], result[self.text_out] if has_text else None
+
+    def rest(self, result: Any) -> Any:
+        """What a block returned without the streams: the mould of a later result."""
+        return None if isinstance(result, Tensor) else self.result(result, (None, None))
+
+    def result(self, mould: Any, streams: tuple[Any, Any]) -> Any:
+        """What a block would return: the streams, and the rest of a result before."""
+        if mould is None:
+            return streams[0]
+        items = list(mould)
+        items[self.tokens_out] = streams[0]
+        if self.text_out is not None and self.text_out < len(items):
+            items[self.text_out] = streams[1]
+        return type(mould)(items)
+
+
+def _registered(block_class: type) -> TransformerBlockMetadata | None:
+    try:
+        return TransformerBlockRegistry.get(block_class)
+    except ValueError:
+        return None

@@ -1,0 +1,160 @@
+"""What a cache remembers: of each branch of guidance by its name, and where a run is."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
+from torch import Tensor
+
+from elit.caching.ports import Streams
+
+UNNAMED = "unnamed"  # the branch of calls outside of any `cache_context`
+
+
+@dataclass
+class BranchState(BaseState):
+    """A branch: what its last steps left.
+
+    Attributes:
+        step: the last one that it took part in.
+        anchor: the streams that the residual adds to, of the step that runs.
+        skips: whether the step that runs is skipped.
+        residual: what the blocks added to the anchor at the last computed step.
+        moulds: of what each block returned then, without the streams.
+        before: what is compared from step to step, of the step before.
+        total: changes since the last computed step, added up.
+        ratio: ratios of magnitudes since then, multiplied up.
+        skipped: steps in a row that were skipped, or could have been.
+    """
+
+    step: int = -1
+    anchor: Streams | None = None
+    skips: bool = False
+    residual: Streams | None = None
+    moulds: dict[int, Any] = field(default_factory=dict)
+    before: Tensor | None = None
+    total: float = 0.0
+    ratio: float = 1.0
+    skipped: int = 0
+
+    def reset(self) -> None:
+        """Forget everything."""
+        new = BranchState()
+        for name in (entry.name for entry in fields(self)):
+            setattr(self, name, getattr(new, name))
+
+    def keep(self, out: Streams) -> None:
+        """Take the residual of a computed step, from what left the last block."""
+        tokens, text = self.anchor  # type: ignore[misc]
+        text_residual = None
+        if text is not None and out[1] is not None and out[1].shape == text.shape:
+            text_residual = out[1] - text
+        # A text may have been put before the tokens on the way.
+        self.residual = out[0][:, -tokens.shape[1] :] - tokens, text_residual
+
+    def skip_to(self, given: Streams) -> tuple[Tensor, Tensor | None]:
+        """What leaves the last block at a skipped step: the anchor and the cached residual.
+
+        Args:
+            given: what came to the last block.
+        """
+        (tokens, text), (residual, text_residual) = self.anchor, self.residual  # type: ignore[misc]
+        tokens = tokens + residual
+        before = given[0].shape[1] - tokens.shape[1]
+        if before > 0:
+            tokens = torch.cat((given[0][:, :before], tokens), dim=1)
+        if text is not None and text_residual is not None:
+            return tokens, text + text_residual
+        return tokens, None
+
+
+class Steps(StateManager):
+    """The states of all branches, and the step that a run is at.
+
+    A run starts where the noise level jumps back, after as many steps as it has, at step 0 of a
+    pipeline that counts, and after `reset`.
+
+    Attributes:
+        step: of the run, from 0.
+        num_steps: of the run, if known.
+        current: the branch whose blocks run, and follow a cache.
+    """
+
+    def __init__(self, num_steps: int | None = None):
+        super().__init__(BranchState)
+        self.default_num_steps = num_steps
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self.step, self.num_steps = -1, self.default_num_steps
+        self.current: BranchState | None = None
+        self._time: float | None = None
+        self._direction: int | None = -1  # noise levels go down, until they turn out to go up
+        self._names: set[str] = set()  # of the calls of this step
+
+    @property
+    def context(self) -> CacheContext:
+        """The branch that runs; one of its own where none was named."""
+        return self._context or CacheContext(UNNAMED)
+
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        """Forget all branches: the next call begins a run."""
+        super().reset(*args, **kwargs)
+        self._rewind()
+
+    def begin_call(self, timestep: Any) -> None:
+        """A call of the transformer begins; find the step that it belongs to.
+
+        Args:
+            timestep: of the call; the largest counts. None if there is none.
+        """
+        context, index = self.context, self.context.step_index
+        time = None if timestep is None else float(torch.as_tensor(timestep).max())
+        if index is not None:
+            time = -float(index)  # going down, as noise levels do
+        repeated = context.name in self._names
+        over = self.num_steps is not None and self.step + 1 >= self.num_steps
+        ends_step = repeated or time != self._time
+        if self._turns(time) or (ends_step and over) or (index == 0 and repeated):
+            direction = self._direction
+            super().reset()
+            self._rewind()
+            self._direction = direction
+            self._context = context
+        if ends_step or self.step < 0:
+            self.step, self._names = self.step + 1, set()
+        self._names.add(context.name)
+        self._time = time
+        self.num_steps = context.num_inference_steps or self.default_num_steps
+
+    def _turns(self, time: float | None) -> bool:
+        """Whether noise levels that went down go up, or the other way round: a new run."""
+        if time is None or self._time is None or time == self._time:
+            return False
+        direction = 1 if time > self._time else -1
+        turns = self._direction not in (None, direction)
+        self._direction = None if turns else direction  # the next movement shows it again
+        return turns
+
+    def begin_branch(self, tokens: Tensor) -> BranchState:
+        """The blocks of a branch begin; its state, empty if it doesn't go on from the last step.
+
+        Args:
+            tokens: (B, N, D), which enter the blocks.
+        """
+        state: BranchState = self.get_state()
+        old = None if state.residual is None else state.residual[0]
+        fits = old is not None and (old.shape, old.dtype, old.device) == (
+            (tokens.shape, tokens.dtype, tokens.device)
+        )
+        if not fits or state.step != self.step - 1:
+            state.reset()
+        state.step, state.skips = self.step, False
+        self.current = state
+        return state
+
+    @property
+    def is_last_step(self) -> bool:
+        """Whether the run is known to end with this step."""
+        return self.num_steps is not None and self.step >= self.num_steps - 1
