@@ -14,6 +14,7 @@ from elit._choices import nearest
 from elit._files import write_json
 from elit._numbers import is_real, is_whole
 
+CALIBRATION_FILE = "teacache.json"  # beside a pipeline
 MAX_DEGREE = 4  # of the polynomial
 
 
@@ -78,9 +79,14 @@ class TeaCacheConfig:
             change = change * inside + coefficient
         return max(0.0, change * outside)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, as JSON has them."""
+        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {"cache": "TeaCache", **lists}
+
     def save(self, path: str | PathLike) -> None:
         """Write as JSON."""
-        write_json(Path(path), {"cache": "TeaCache", **asdict(self)})
+        write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | PathLike, **changes: Any) -> "TeaCacheConfig":
@@ -139,7 +145,7 @@ def check_cache(model: Any, config: Any) -> None:
     if not isinstance(config, CACHES):
         reason = _REFUSED.get(name, "it is not known to work there")
         raise ValueError(
-            f"{name.removesuffix('Config')} is not for elastic transformers and elit's own, as this "
+            f"{name.removesuffix('Config')} is not for elastic transformers or elit's own, this "
             f"{type(model).__name__}: {reason}; use FirstBlockCacheConfig, MagCacheConfig or "
             f"TeaCacheConfig"
         )

@@ -231,6 +231,8 @@ class BlockHook(ModelHook):
             return self.fn_ref.original_forward(*args, **kwargs)
         if self.is_last:
             self.steps.current = None
+            self.steps.skipped += state.skips
+            self.steps.computed += not state.skips
         if state.skips:
             streams = self.port.streams_in(args, kwargs)
             if self.is_last:
@@ -254,8 +256,8 @@ LEADERS: dict[type, type[LeaderHook]] = {
 }
 
 
-def install_cache(model: nn.Module, blocks: Sequence[Block], config: Any) -> None:
-    """Put a cache around the blocks of a model, in the order in which tokens pass them."""
+def check_can_cache(model: nn.Module, blocks: Sequence[Block]) -> None:
+    """Raise a ValueError if no cache can be put on now."""
     if len(blocks) < 2:
         raise ValueError(
             f"this {type(model).__name__} has {len(blocks)} block; a step cache needs two, one "
@@ -263,6 +265,11 @@ def install_cache(model: nn.Module, blocks: Sequence[Block], config: Any) -> Non
         )
     if getattr(model, "is_cache_enabled", False) or _registry(model).get_hook(CALL_HOOK):
         raise ValueError("a step cache is on already; call disable_cache() first")
+
+
+def install_cache(model: nn.Module, blocks: Sequence[Block], config: Any) -> None:
+    """Put a cache around the blocks of a model, in the order in which tokens pass them."""
+    check_can_cache(model, blocks)
     steps = Steps(getattr(config, "num_inference_steps", None))
     leader = LEADERS[type(config)](steps, blocks[0][1], config)
     hooks: list[ModelHook] = [
@@ -294,6 +301,12 @@ def remove_cache(model: nn.Module) -> None:
 def reset_cache(model: nn.Module) -> None:
     """Forget what was kept: the next call begins a run."""
     _registry(model).reset_stateful_hooks()
+
+
+def cache_counts(model: nn.Module) -> tuple[int, int]:
+    """How often the blocks were computed, and how often skipped, since the cache is on."""
+    hook = _registry(model).get_hook(CALL_HOOK)
+    return (0, 0) if hook is None else (hook.steps.computed, hook.steps.skipped)
 
 
 def _registry(module: nn.Module) -> HookRegistry:

@@ -8,7 +8,7 @@ from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 
 from elit.caching.configs import check_cache
-from elit.caching.hooks import Block, install_cache, remove_cache, reset_cache
+from elit.caching.hooks import Block, cache_counts, install_cache, remove_cache, reset_cache
 from elit.caching.ports import BlockPort
 
 
@@ -41,6 +41,10 @@ class StepCaching(CacheMixin):
         if self.is_cache_enabled:
             remove_cache(self)
             self._cache_config = None
+
+    def cache_counts(self) -> tuple[int, int]:
+        """How often the blocks were computed, and how often skipped, since the cache is on."""
+        return cache_counts(self)
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """Begin a new run; pipelines call it."""

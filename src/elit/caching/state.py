@@ -79,11 +79,13 @@ class Steps(StateManager):
         step: of the run, from 0.
         num_steps: of the run, if known.
         current: the branch whose blocks run, and follow a cache.
+        computed, skipped: calls of the blocks so far, in all runs.
     """
 
     def __init__(self, num_steps: int | None = None):
         super().__init__(BranchState)
         self.default_num_steps = num_steps
+        self.computed = self.skipped = 0
         self._rewind()
 
     def _rewind(self) -> None:

@@ -24,6 +24,7 @@ from elit.cli.common import (
 from elit.cli.sample_folder import choose_folder, save_picture, save_sheet, weights_digest
 
 if TYPE_CHECKING:
+    from elit.caching.configs import TeaCacheConfig
     from elit.flow.guidance import Guidance
     from elit.pipelines.base import ElasticPipeline
 
@@ -76,6 +77,8 @@ def add_arguments(parser: Parser) -> None:
         help="noise levels in which guidance acts (default: 0 1)")  # fmt: skip
     add("--sampler", type=one_of(SAMPLERS, "sampler"), metavar="NAME",
         help=f"{', '.join(SAMPLERS)} (default: the one saved in RUN)")  # fmt: skip
+    add("--teacache", type=number, metavar="THRESHOLD",
+        help="skip steps at which little changes, as 0.1; needs `elit calibrate RUN`")  # fmt: skip
     add("--seed", type=whole_number(0, 2**63 - 1), default=0, metavar="N",
         help="of the first image (default: 0)")  # fmt: skip
     add("--size", type=whole_number(1), nargs=2, metavar=("H", "W"),
@@ -114,6 +117,9 @@ def run(args: argparse.Namespace) -> int:
         **{key: getattr(args, key) for key in ("seed", "size", "frames", "video", "dtype")},
         "budget": [model.budget_of(n) for n in kept],
     }
+    cache = load_teacache(args)
+    if cache is not None:
+        settings["teacache"] = cache.to_dict()
     folder = choose_folder(args, settings)
     pixels = args.size or (None, None)
     options: dict[str, Any] = {"guidance": guidance, "height": pixels[0], "width": pixels[1]}
@@ -130,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
     everywhere = guidance and replace(guidance, interval=(0.0, 1.0))
     first = options | {"guidance": everywhere}
     pipeline(extremes, model.budget_of(kept[0]), num_inference_steps=1, **first)
+    if cache is not None:
+        model.enable_cache(cache)
     # The settings come first: what a killed call leaves is known to be theirs.
     report: dict[str, Any] = {"out": str(folder), "settings": settings}
     gflops = [cost / 1e9 for cost in flops_of(pipeline, kept, args, text_tokens)]
@@ -144,6 +152,9 @@ def run(args: argparse.Namespace) -> int:
         print_json(report)
     else:
         _print_rows(rows)
+        if cache is not None:
+            computed, skipped = model.cache_counts()
+            print(f"\nTeaCache skipped {skipped} of {computed + skipped} calls of the blocks")
         if text_tokens is not None:
             print(f"\nwith texts of up to {text_tokens} tokens")
         print(f"\n{sheet}")
@@ -228,6 +239,15 @@ def open_pipeline(args: argparse.Namespace) -> "ElasticPipeline":
     if args.sampler is not None:
         pipeline.scheduler = make_scheduler(args.sampler)
     return pipeline
+
+
+def load_teacache(args: argparse.Namespace) -> "TeaCacheConfig | None":
+    """The calibrated TeaCache of a run, if one is asked for."""
+    if args.teacache is None:
+        return None
+    from elit.caching.configs import CALIBRATION_FILE, TeaCacheConfig
+
+    return TeaCacheConfig.load(Path(args.run) / CALIBRATION_FILE, threshold=args.teacache)
 
 
 def draw_rows(

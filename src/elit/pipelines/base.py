@@ -114,10 +114,12 @@ class ElasticPipeline(DiffusionPipeline):
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
 
+        self.transformer._reset_stateful_cache()  # a run that broke off may have left something
         with self.progress_bar(total=len(levels)) as progress_bar:
             for i, timestep in enumerate(self.scheduler.timesteps):
+                place = {"step_index": i, "num_inference_steps": len(levels)}
                 velocity = self._velocity(
-                    samples, levels[i], condition, null_condition, *step_latents[i], guidance
+                    samples, levels[i], condition, null_condition, *step_latents[i], guidance, place
                 )
                 step = self.scheduler.step(velocity, timestep, samples, **extra, return_dict=False)
                 samples = step[0]  # (B, C, h, w) float32
@@ -155,12 +157,24 @@ class ElasticPipeline(DiffusionPipeline):
         num_latents: int | None,
         guide_latents: int | None,
         guidance: Guidance | None,
+        place: dict[str, int],
     ) -> Tensor:
-        """Velocity (B, C, h, w) in float32, guided or not."""
+        """Velocity (B, C, h, w) in float32, guided or not.
+
+        Step caches know the calls by diffusers' names: the guided one, its guide, or both in one
+        batch. `place` is where they are in the run.
+        """
+        names = iter(("cond", "uncond"))
+
+        def predict(batch: Tensor, *arguments: Any) -> Tensor:
+            name = "cond_uncond" if len(batch) > len(x) else next(names)
+            with self.transformer.cache_context(name, **place):
+                return self._predict(batch, *arguments)
+
         if guidance is None:
-            return self._predict(x, sigma, condition, num_latents).float()
+            return predict(x, sigma, condition, num_latents).float()
         return guidance.velocity(
-            self._predict, x, sigma, condition, null_condition, num_latents, guide_latents
+            predict, x, sigma, condition, null_condition, num_latents, guide_latents
         )
 
     @property

@@ -1,0 +1,204 @@
+"""Fit a cache to a model: what a change of the input does to the output, step by step."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.hooks import MagCacheConfig
+from torch import Tensor, nn
+
+from elit._numbers import is_whole
+from elit.caching.configs import MAX_DEGREE, TeaCacheConfig
+from elit.caching.hooks import (
+    BlockHook,
+    CallHook,
+    TeaLeader,
+    check_can_cache,
+    put_hooks,
+    remove_cache,
+)
+from elit.caching.mixin import blocks_of
+from elit.caching.policies import relative_change
+from elit.caching.ports import BlockPort
+from elit.caching.state import BranchState, Steps
+
+
+@dataclass(frozen=True)
+class StepChange:
+    """What one step of one branch changed against the step before.
+
+    Attributes:
+        step: of its run, at least 1.
+        input: relative change of the first block's modulated input.
+        output: relative change of the tokens that leave the last block.
+        ratio: magnitude of what the blocks added, over that of the step before.
+    """
+
+    step: int
+    input: float
+    output: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was seen in runs of a model, and what fits it.
+
+    Attributes:
+        changes: of all steps.
+        coefficients: of the polynomial from the input's change to the output's, highest first.
+        fit_error: root mean square of what the polynomial misses, over the mean change.
+    """
+
+    changes: tuple[StepChange, ...]
+    coefficients: tuple[float, ...]
+    fit_error: float
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of a run."""
+        return 1 + max(change.step for change in self.changes)
+
+    @property
+    def mag_ratios(self) -> list[float]:
+        """MagCache's ratio of each step, a mean over branches and runs; 1 for the first."""
+        return [1.0, *self._means("ratio")]
+
+    def teacache(self, threshold: float = 0.1, **settings: Any) -> TeaCacheConfig:
+        """A TeaCache of this model."""
+        inputs = [change.input for change in self.changes]
+        fitted = {"coefficients": self.coefficients, "fitted_range": (min(inputs), max(inputs))}
+        return TeaCacheConfig(threshold, **{**fitted, **settings})
+
+    def magcache(self, threshold: float = 0.06, **settings: Any) -> MagCacheConfig:
+        """A MagCache of this model."""
+        fitted = {"mag_ratios": self.mag_ratios, "num_inference_steps": self.num_steps}
+        return MagCacheConfig(threshold, **{**fitted, **settings})
+
+    def computed_steps(self, threshold: float) -> int:
+        """How many steps of a run like these TeaCache would compute, first and last included."""
+        config, total, computed = self.teacache(threshold), 0.0, 2
+        for change in self._means("input")[:-1]:
+            total += config.output_change(change)
+            if total >= threshold:
+                total, computed = 0.0, computed + 1
+        return computed
+
+    def _means(self, name: str) -> list[float]:
+        """Mean of each step from the second on; a step of no branch is as the one before."""
+        means: list[float] = []
+        for step in range(1, self.num_steps):
+            values = [getattr(change, name) for change in self.changes if change.step == step]
+            means.append(sum(values) / len(values) if values else (means or [1.0])[-1])
+        return means
+
+
+def calibrate_cache(
+    transformer: nn.Module,
+    run: Callable[[], Any],
+    degree: int = MAX_DEGREE,
+    probe: str | None = None,
+    blocks: Sequence[nn.Module] | None = None,
+) -> Calibration:
+    """Watch a transformer while `run` uses it, and fit TeaCache and MagCache to what is seen.
+
+        calibration = calibrate_cache(pipe.transformer, lambda: pipe(prompts))
+        pipe.transformer.enable_cache(calibration.teacache(threshold=0.1))
+
+    Args:
+        transformer: one of elit's, an elasticized one, or any that a cache can be put on.
+        run: draws something, at the steps and budgets that will be used later. Some tens of
+            steps in all are needed; more samples in a batch make the means more certain.
+        degree: of the polynomial, 1 to 4.
+        probe: as in `TeaCacheConfig`.
+        blocks: as in `enable_step_cache`.
+
+    Raises:
+        ValueError: if a cache is on, the transformer has no modulated input, or the run is too
+            short for the degree.
+    """
+    if not is_whole(degree, 1, MAX_DEGREE):
+        raise ValueError(f"degree {degree!r} is not allowed; give 1 to {MAX_DEGREE}")
+    with recording(transformer, probe, blocks) as changes, torch.no_grad():
+        run()
+    coefficients, error = fit_polynomial(
+        [change.input for change in changes], [change.output for change in changes], degree
+    )
+    return Calibration(tuple(changes), coefficients, error)
+
+
+def fit_polynomial(
+    inputs: Sequence[float], outputs: Sequence[float], degree: int
+) -> tuple[tuple[float, ...], float]:
+    """Least squares.
+
+    Returns:
+        The coefficients, highest power first, and the root mean square of what they miss, over
+        the mean of the outputs.
+    """
+    x, y = np.asarray(inputs), np.asarray(outputs)
+    distinct = len(np.unique(x))
+    if distinct <= degree or not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError(
+            f"{distinct} different changes from step to step are too few for a polynomial of "
+            f"degree {degree}, or not finite; draw more steps, at least {degree + 2} in a run, or "
+            f"lower the degree"
+        )
+    polynomial = np.polynomial.Polynomial.fit(x, y, degree)
+    error = float(np.sqrt(np.mean((polynomial(x) - y) ** 2)) / np.mean(y))
+    fitted = polynomial.convert().coef
+    padded = np.zeros(degree + 1)
+    padded[: len(fitted)] = fitted
+    return tuple(float(value) for value in padded[::-1]), error
+
+
+@contextmanager
+def recording(
+    transformer: nn.Module, probe: str | None = None, blocks: Sequence[nn.Module] | None = None
+) -> Iterator[list[StepChange]]:
+    """Collect the changes of all steps; nothing is skipped."""
+    parts = blocks_of(transformer, blocks)
+    check_can_cache(transformer, parts)
+    steps, changes = Steps(), list[StepChange]()
+    leader = _Watch(steps, parts[0][1], TeaCacheConfig(0.0, probe=probe))
+    last = _Record(steps, parts[-1][1], leader, changes)
+    middle = [BlockHook(steps, port, i + 1, False) for i, (_, port) in enumerate(parts[1:-1])]
+    put_hooks(transformer, [part for part, _ in parts], CallHook(steps), [leader, *middle, last])
+    try:
+        yield changes
+    finally:
+        remove_cache(transformer)
+
+
+class _Watch(TeaLeader):
+    """Compares the modulated input with that of the step before."""
+
+    change: float | None = None
+
+    def skips(self, state: BranchState, probed: Tensor) -> bool:
+        before, state.before = state.before, probed
+        self.change = None if before is None else relative_change(probed, before)
+        return False
+
+
+class _Record(BlockHook):
+    """Compares what leaves the last block with that of the step before."""
+
+    def __init__(self, steps: Steps, port: BlockPort, watch: _Watch, changes: list[StepChange]):
+        super().__init__(steps, port, index=-1, is_last=True)
+        self.watch, self.changes = watch, changes
+        self.before: dict[str, Tensor] = {}  # by the name of the branch
+
+    def keep(self, state: BranchState, result: Any) -> None:
+        old = state.residual
+        super().keep(state, result)
+        tokens, name = self.port.streams_out(result)[0], self.steps.context.name
+        if self.watch.change is not None and old is not None and state.residual is not None:
+            magnitudes = [torch.linalg.norm(x[0].float(), dim=-1) for x in (state.residual, old)]
+            ratio = float((magnitudes[0] / (magnitudes[1] + 1e-8)).mean())
+            change = relative_change(tokens, self.before[name])
+            self.changes.append(StepChange(state.step, self.watch.change, change, ratio))
+        self.before[name] = tokens
