@@ -132,8 +132,10 @@ SURFACE = {
     "quickstart": "--out --seed --preset --steps --lr --json",
     "train": f"[config] --dry-run --json {CONFIG_FLAGS}",
     "sample": "run --labels --prompts --negative-prompt --count --budget --steps --guidance "
-    "--scale --guide-budget --interval --sampler --seed --size --frames --video --batch-size "
-    "--device --dtype --out --json",
+    "--scale --guide-budget --interval --sampler --teacache --seed --size --frames --video "
+    "--batch-size --device --dtype --out --json",
+    "calibrate": "run --labels --prompts --budget --steps --guidance --scale --guide-budget --degree "
+    "--seed --device --out --json",
     "flops": "model --resolution --frames --budgets --text-tokens --json",
     "info": "[model] --json",
 }

@@ -8,6 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from elit.caching.calibration import calibrate_cache
+    from elit.caching.configs import TeaCacheConfig
+    from elit.caching.mixin import disable_step_cache, enable_step_cache
     from elit.flow.guidance import CFG, AutoGuidance, CheapCFG, Guidance
     from elit.flow.schedulers import (
         FlowMatchEulerMaruyamaScheduler,
@@ -46,9 +49,13 @@ _HOME = {
     "MMDiT": "elit.models.mmdit",
     "PerToken": "elit.retrofit.layout",
     "TailDropping": "elit.interface.budget",
+    "TeaCacheConfig": "elit.caching.configs",
     "UViT": "elit.models.uvit",
+    "calibrate_cache": "elit.caching.calibration",
     "create_model": "elit.models.presets",
+    "disable_step_cache": "elit.caching.mixin",
     "elasticize": "elit.retrofit.elasticize",
+    "enable_step_cache": "elit.caching.mixin",
     "load_pipeline": "elit.pipelines.load",
     "make_scheduler": "elit.flow.schedulers",
     "resolve_budget": "elit.interface.budget",

@@ -16,6 +16,7 @@ COMMANDS = {
     "quickstart": "train on handwritten digits, draw them at five budgets, print what each cost",
     "train": "train a model, or go on with a run that was stopped",
     "sample": "draw images of given classes at one or more budgets",
+    "calibrate": "fit TeaCache, which skips steps at which little changes, to a pipeline",
     "flops": "count the operations of a preset or a checkpoint at each budget",
     "info": "show the presets, one preset or checkpoint, and what is installed",
 }
