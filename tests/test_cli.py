@@ -115,10 +115,12 @@ def run_json(run, *words) -> dict:
 # ---- the surface ----
 
 CONFIG_FLAGS = """
-    --output_dir --seed --model.preset --model.overrides --data.name
+    --output_dir --seed --data.name
     --data.options --data.batch_size --data.num_workers --text.encoder --text.max_length
     --objective.density --objective.logit_mean
     --objective.logit_std --objective.label_dropout --latents.min --latents.max --latents.order
+    --latents.draws --retrofit.head --retrofit.tail --retrofit.group --retrofit.init
+    --retrofit.train --retrofit.rank --retrofit.distill --retrofit.features --retrofit.base_lr
     --optimizer.lr --optimizer.betas --optimizer.weight_decay --optimizer.warmup_steps
     --optimizer.schedule --optimizer.final_lr --optimizer.clip --optimizer.ema --train.steps
     --train.accumulation --train.precision --train.device --train.threads
@@ -130,12 +132,14 @@ CONFIG_FLAGS = """
 # Frozen: whoever removes or renames a flag breaks somebody's script, and says so in CHANGELOG.md.
 SURFACE = {
     "quickstart": "--out --seed --preset --steps --lr --json",
-    "train": f"[config] --dry-run --json {CONFIG_FLAGS}",
+    "train": f"[config] --dry-run --json --model.preset --model.overrides --retrofit.base "
+    f"{CONFIG_FLAGS}",
+    "finetune": f"base [config] --dry-run --json {CONFIG_FLAGS}",
     "sample": "run --labels --prompts --negative-prompt --count --budget --steps --guidance "
     "--scale --guide-budget --interval --sampler --teacache --seed --size --frames --video "
     "--batch-size --device --dtype --out --json",
-    "calibrate": "run --labels --prompts --budget --steps --guidance --scale --guide-budget --degree "
-    "--seed --device --out --json",
+    "calibrate": "run --labels --prompts --budget --steps --guidance --scale --guide-budget "
+    "--degree --seed --device --out --json",
     "flops": "model --resolution --frames --budgets --text-tokens --json",
     "info": "[model] --json",
 }
