@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from elit.pipelines.load import load_pipeline
     from elit.pipelines.text_pipeline import ElitTextPipeline
     from elit.retrofit.elasticize import elasticize, unelasticize
+    from elit.retrofit.files import load_elastic, load_interface, save_interface
+    from elit.retrofit.guider import ElasticGuidance
     from elit.retrofit.layout import Layout, PerToken
 
 try:
@@ -39,6 +41,7 @@ _HOME = {
     "CFG": "elit.flow.guidance",
     "CheapCFG": "elit.flow.guidance",
     "DiT": "elit.models.dit",
+    "ElasticGuidance": "elit.retrofit.guider",
     "HDiT": "elit.models.hdit",
     "ElitPipeline": "elit.pipelines.elit_pipeline",
     "ElitTextPipeline": "elit.pipelines.text_pipeline",
@@ -56,9 +59,12 @@ _HOME = {
     "disable_step_cache": "elit.caching.mixin",
     "elasticize": "elit.retrofit.elasticize",
     "enable_step_cache": "elit.caching.mixin",
+    "load_elastic": "elit.retrofit.files",
+    "load_interface": "elit.retrofit.files",
     "load_pipeline": "elit.pipelines.load",
     "make_scheduler": "elit.flow.schedulers",
     "resolve_budget": "elit.interface.budget",
+    "save_interface": "elit.retrofit.files",
     "unelasticize": "elit.retrofit.elasticize",
 }
 

@@ -1,0 +1,204 @@
+"""Files of elastic transformers: the small interface alone, to ship beside a base model, or all.
+
+An interface file holds the tensors under `elit.`, and in its metadata the settings and what the
+base model has to be: its class, blocks, width and heads.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from elit._files import write_file
+from elit.retrofit import elastic
+from elit.retrofit.elastic import PREFIX, ElasticTransformer
+from elit.retrofit.elasticize import elasticize, unelasticize
+from elit.retrofit.known import find_layout
+from elit.retrofit.layout import Layout
+from elit.retrofit.settings import Settings
+
+KEY = "elit_interface"  # of the metadata
+WEIGHT_NAME = "interface.safetensors"
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def save_interface(transformer: Any, path: str | Path) -> None:
+    """Write the interface of an elastic transformer, without the transformer, to one file.
+
+    Args:
+        transformer: from `elasticize`.
+        path: of the file, which ends in `.safetensors`; it is replaced if it is there.
+    """
+    path = Path(path)
+    if not isinstance(transformer, ElasticTransformer):
+        raise ValueError(
+            f"this {type(transformer).__name__} is not elastic: it has no interface to save; "
+            f"elasticize it first"
+        )
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise ValueError(f"{path} is not allowed; give a file that ends in .safetensors")
+    tensors = {
+        f"{PREFIX}.{name}": tensor.contiguous()
+        for name, tensor in transformer.elit.state_dict().items()
+    }
+    wrapped = [name for name in tensors if ".lora_" in name or ".base_layer." in name]
+    if wrapped:
+        raise ValueError(
+            f"a LoRA is on the interface itself ({wrapped[0]}, ...); fuse it or delete it first"
+        )
+    layout = transformer._elit_session.layout
+    settings = transformer.elastic_settings.to_config()
+    about = {"settings": settings, "base": _fingerprint(transformer, layout)}
+    metadata = {"format": "pt", KEY: json.dumps(about)}
+    write_file(path, lambda aside: save_file(tensors, aside, metadata))
+
+
+def load_interface(
+    transformer: _Model,
+    name: str | Path,
+    weight_name: str = WEIGHT_NAME,
+    layout: Layout | None = None,
+    revision: str | None = None,
+) -> _Model:
+    """Make a transformer elastic with the interface of a file, in place, and return it.
+
+    Args:
+        transformer: the base model; at full budget it stays what it is, if the interface was
+            trained alone and started as "identity".
+        name: the file, a folder, or a repository on the Hugging Face hub.
+        weight_name: of the file in a folder or a repository.
+        layout: how the transformer is laid out, as `elasticize` takes it.
+        revision: of the repository: branch, tag or commit.
+
+    Raises:
+        ValueError: if there is no such file, it is not an interface, or is that of another model;
+            the transformer is then as it was.
+    """
+    if isinstance(transformer, ElasticTransformer):
+        raise ValueError(
+            f"this {type(transformer).__name__} has an interface already; unelasticize it first"
+        )
+    path = _find(name, weight_name, revision)
+    about, tensors = _read(path)
+    settings = Settings.from_config(about["settings"])
+    layout = layout or find_layout(transformer)
+    _check_base(path, about["base"], _fingerprint(transformer, layout))
+    options = (settings.head, settings.tail, settings.group, settings.init, settings.rank)
+    elasticize(transformer, *options, layout=layout)
+    interface: Any = transformer.elit
+    state = {key.removeprefix(f"{PREFIX}."): tensor for key, tensor in tensors.items()}
+    wrong = _misfits(interface.state_dict(), state)
+    if wrong:
+        unelasticize(transformer)
+        raise ValueError(
+            f"{path} does not hold the interface of its settings: {len(wrong)} tensors are "
+            f"missing, unknown or of other shapes ({', '.join(wrong[:3])}, ...)"
+        )
+    interface.load_state_dict(state)
+    return transformer
+
+
+def load_elastic(name: str | Path, **kwargs: Any) -> Any:
+    """Load a saved elastic transformer whole, by the class that its config names.
+
+    Args:
+        name: folder of `save_pretrained`, or a repository on the Hugging Face hub.
+        kwargs: as `from_pretrained` of any diffusers model takes them: `subfolder`, `variant`,
+            `dtype`, `quantization_config`, `revision`, ...
+
+    Raises:
+        ValueError: if it is not an elastic transformer.
+    """
+    where = {key: kwargs[key] for key in _WHERE if key in kwargs}
+    try:
+        config = AutoModel.load_config(name, **where)
+    except OSError as error:
+        raise ValueError(
+            f"{name} holds no transformer: {error}; of a pipeline, give subfolder='transformer'"
+        ) from None
+    kind = config.get("_class_name", "a model without a name")
+    if elastic.CONFIG_KEY not in config or not hasattr(elastic, kind):
+        raise ValueError(
+            f"{name} is {kind}, not an elastic transformer; load it with its own from_pretrained, "
+            f"then elasticize it, or give it an interface by load_interface"
+        )
+    return getattr(elastic, kind).from_pretrained(name, **kwargs)
+
+
+_WHERE = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def _find(name: str | Path, weight_name: str, revision: str | None) -> Path:
+    """The file, fetched from the hub if it has to be."""
+    path = Path(name)
+    path = path / weight_name if path.is_dir() else path
+    if path.exists():
+        return path
+    parts = Path(name).parts
+    is_hub_name = isinstance(name, str) and len(parts) == 2 and not name.endswith(".safetensors")
+    if not is_hub_name or Path(name).is_dir():
+        raise ValueError(f"there is no file {path}; give the one that save_interface wrote")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(str(name), weight_name, revision=revision))
+    except (OSError, ValueError) as error:  # no such repository, no such file, no network
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{name} is neither a file nor a folder, and {weight_name} of a repository of this "
+            f"name cannot be fetched from the Hugging Face hub ({reason})"
+        ) from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file says about its interface, and its tensors."""
+    advice = "give a file that save_interface wrote"
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get(KEY, "null"))
+            if not isinstance(about, dict) or not {"settings", "base"} <= about.keys():
+                raise ValueError(f"{path} is not an interface of an elastic transformer; {advice}")
+            return about, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} can't be read ({error}); {advice}") from None
+
+
+def _fingerprint(transformer: Any, layout: Layout) -> dict[str, Any]:
+    """What a base model has to have in common with the one that an interface was made for."""
+    kind = type(transformer)
+    if isinstance(transformer, ElasticTransformer):
+        kind = kind.__bases__[1]
+    return {
+        "class": kind.__name__,
+        "blocks": len(layout.find_blocks(transformer)),
+        "width": layout.width(transformer),
+        "heads": layout.heads(transformer),
+    }
+
+
+def _check_base(path: Path, wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+    wrong = [name for name in got if wanted.get(name) != got[name]]
+    if wrong:
+        raise ValueError(
+            f"{path} is the interface of another model: "
+            + ", ".join(f"{name} {wanted.get(name)}" for name in wrong)
+            + " there, but "
+            + ", ".join(f"{name} {got[name]}" for name in wrong)
+            + " here; give the model that it was made for"
+        )
+
+
+def _misfits(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
+    shapes = [
+        {key: torch.Size(tensor.shape) for key, tensor in tensors.items()}
+        for tensors in (wanted, got)
+    ]
+    differing = shapes[0].items() ^ shapes[1].items()
+    return sorted({f"{PREFIX}.{key}" for key, _ in differing})
