@@ -197,14 +197,14 @@ def test_bytes_are_not_yaml(tmp_path) -> None:
     [
         (
             "digist",
-            r"one of the built-in captioned-shapes, digits, moving-shapes, shapes; "
+            r"one of the built-in captioned-shapes, digits, finetune, moving-shapes, shapes; "
             r"did you mean digits\?",
         ),
         ("configs/shape.yaml", r"configs/shape.yaml is neither .* did you mean shapes\?"),
         (
             "nothing-like-it",
-            r"is neither a file nor one of the built-in captioned-shapes, digits, moving-shapes, "
-            r"shapes$",
+            r"is neither a file nor one of the built-in captioned-shapes, digits, finetune, "
+            r"moving-shapes, shapes$",
         ),
         (".", r"config \. is a folder; give the YAML file in it"),
     ],

@@ -67,12 +67,15 @@ def built_in_configs() -> dict[str, Path]:
     return {}
 
 
-def load_config(config: str | None, overrides: Mapping[str, str]) -> TrainConfig:
+def load_config(
+    config: str | None, overrides: Mapping[str, str], under: Mapping[str, Any] | None = None
+) -> TrainConfig:
     """The config of a file or a built-in name, with values of the command line over it.
 
     Args:
         config: as for `find_config`; None starts from the defaults.
         overrides: dotted key: value as typed.
+        under: sections and keys that the file may change.
     """
     from jsonargparse import ArgumentParser  # 0.2 s
 
@@ -81,8 +84,9 @@ def load_config(config: str | None, overrides: Mapping[str, str]) -> TrainConfig
     values = {}
     if config is not None:
         path = find_config(config)
-        values = _read_yaml(path)
+        values = read_yaml(path)
         _check_tree(values, TrainConfig, str(path))
+    values = _merge(under or {}, values)
     base = _parse(parser.parse_object, values, config and str(find_config(config)), values)
     words = [f"--{key}={value}" for key, value in overrides.items()]
     parsed = _parse(lambda w: parser.parse_args(w, namespace=base), words, None, overrides)
@@ -150,7 +154,17 @@ def fits_type(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """One tree over another one."""
+    both = dict(under)
+    for key, value in over.items():
+        is_section = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
+        both[key] = _merge(both[key], value) if is_section else value
+    return both
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a file, or a ValueError that says why there are none."""
     import yaml
 
     try:

@@ -15,6 +15,7 @@ from elit.cli.common import Parser, logging_to_stderr, one_line
 COMMANDS = {
     "quickstart": "train on handwritten digits, draw them at five budgets, print what each cost",
     "train": "train a model, or go on with a run that was stopped",
+    "finetune": "make a pretrained model elastic, and train it at all budgets",
     "sample": "draw images of given classes at one or more budgets",
     "calibrate": "fit TeaCache, which skips steps at which little changes, to a pipeline",
     "flops": "count the operations of a preset or a checkpoint at each budget",

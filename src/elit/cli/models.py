@@ -108,6 +108,7 @@ def _checkpoint_shape(folder: Path, resolution: int | None) -> Shape:
     from elit.evaluation.flops import on_meta
     from elit.models.presets import MODELS
     from elit.pipelines.folder import check_model_config, read_config
+    from elit.retrofit.elastic import elastic_class
 
     is_pipeline = (folder / "transformer" / "config.json").exists()
     file = folder / "transformer" / "config.json" if is_pipeline else folder / "config.json"
@@ -117,12 +118,14 @@ def _checkpoint_shape(folder: Path, resolution: int | None) -> Shape:
             f"give the output_dir of `elit train`, or a folder that save_pretrained wrote"
         )
     config = read_config(file)
-    class_name = config.get("_class_name")
-    if class_name not in MODELS:
+    class_name = str(config.get("_class_name"))
+    elastic = {f"Elastic{name}": elastic_class(kind) for name, kind in MODELS.items()}
+    models = MODELS | elastic
+    if class_name not in models:
         raise ValueError(
             f"{file} is of a {class_name}: only elit's own models are known, {', '.join(MODELS)}"
         )
-    model_class = MODELS[class_name]
+    model_class = models[class_name]
     check_model_config(file, config, model_class)
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     scales = _vae_scales(folder / "vae" / "config.json") if is_pipeline else (1, 1)

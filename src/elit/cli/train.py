@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Collection
 from typing import Any, get_type_hints
 
 from elit._choices import check_choice
@@ -33,12 +34,19 @@ def add_arguments(parser: Parser) -> None:
         nargs="?",
         help=f"YAML file, or one of the built-in {', '.join(built_in_configs())}",
     )
+    add_config_flags(parser)
+
+
+def add_config_flags(parser: Parser, without: Collection[str] = ()) -> None:
+    """`--dry-run`, `--json`, and a flag for each key of the config but some."""
     parser.add_argument(
         "--dry-run", action="store_true", help="check the config, print it in full, and stop"
     )
     add_json_flag(parser)
     groups: dict[str, Any] = {"": parser.add_argument_group("the run")}
     for field in config_fields():
+        if field.key in without:
+            continue
         section = field.key.rpartition(".")[0]
         if section not in groups:
             groups[section] = parser.add_argument_group(f"{section}.*")
@@ -67,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
         )
     check_config(config)
     if args.dry_run:
-        _print_config(config, args.json)
+        print_config(config, args.json)
         return 0
-    return _train(config, args.json)
+    return train_config(config, args.json)
 
 
 def check_config(config: TrainConfig) -> None:
@@ -80,11 +88,12 @@ def check_config(config: TrainConfig) -> None:
     from elit.evaluation.flops import forward_flops
     from elit.flow.objective import SigmaDensity
     from elit.pipelines.text_encoder import encoder_settings
-    from elit.training.build import build_model, tail_dropping
+    from elit.training.build import build_model, check_condition, tail_dropping
     from elit.training.config import WORDS
     from elit.training.distributed import pick_device
     from elit.training.metrics import summary_writer_class
     from elit.training.randomness import StepBatches
+    from elit.training.retrofit import build_retrofit
     from elit.training.validation import latents_to_show
 
     output_folder(config.output_dir, "--output_dir")
@@ -94,11 +103,15 @@ def check_config(config: TrainConfig) -> None:
     objective, data = config.objective, config.data
     SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
     dataset = load_dataset(data.name, "train", **data.options)
-    _check_overrides(config.model.preset, config.model.overrides)
     encoder = config.text.encoder
     text_settings = None if encoder == WORDS else encoder_settings(encoder)
-    with torch.device("meta"):
-        model = build_model(config, dataset, text_settings).requires_grad_(False)
+    if config.retrofit.base is not None:
+        model, _ = build_retrofit(config, dataset)
+        check_condition(config, dataset, model)
+    else:
+        _check_overrides(config.model.preset, config.model.overrides)
+        with torch.device("meta"):
+            model = build_model(config, dataset, text_settings).requires_grad_(False)
     forward_flops(model)  # runs it: do the groups divide the grid?
     tail_dropping(config, model)
     latents_to_show(model, config.sample.budgets)
@@ -120,7 +133,8 @@ def _check_overrides(preset: str, overrides: dict[str, Any]) -> None:
             raise ValueError(f"model.overrides.{name} is {value!r}; give {wanted}")
 
 
-def _print_config(config: TrainConfig, as_json: bool) -> None:
+def print_config(config: TrainConfig, as_json: bool) -> None:
+    """The whole config, as YAML or JSON."""
     import yaml
 
     if as_json:
@@ -129,14 +143,17 @@ def _print_config(config: TrainConfig, as_json: bool) -> None:
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
 
 
-def _train(config: TrainConfig, as_json: bool) -> int:
+def train_config(config: TrainConfig, as_json: bool) -> int:
+    """Train, say how it ended, and give the exit code."""
     from elit.models.presets import preset_model
     from elit.training.loop import train
 
     result = train(config)
-    elastic = config.model.preset.lower().startswith("elit-") and config.latents.max is None
+    is_retrofit, preset = config.retrofit.base is not None, config.model.preset
+    elastic = is_retrofit or (preset.lower().startswith("elit-") and config.latents.max is None)
     budgets = " --budget 1 0.25" if elastic else ""
-    prompts = ' --prompts "a red disc"' if preset_model(config.model.preset).takes_text else ""
+    takes_text = not is_retrofit and preset_model(preset).takes_text
+    prompts = ' --prompts "a red disc"' if takes_text else ""
     sample = f"elit sample {shlex.quote(str(result.folder))}{prompts}{budgets}"
     code = 0 if result.finished else 130
     if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process talks

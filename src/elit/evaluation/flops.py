@@ -61,10 +61,10 @@ class FlopsReport:
         return asdict(self)
 
 
-def on_meta(model_class: type, config: dict[str, Any]) -> Any:
+def on_meta(model_class: Any, config: dict[str, Any]) -> Any:
     """Model of a config on the meta device: shapes without memory."""
     with torch.device("meta"):
-        model = model_class(**config)
+        model = model_class.from_config(config)
     return model.requires_grad_(False)  # the counter cannot expand views that want gradients
 
 
@@ -109,30 +109,34 @@ def _each_kind_once(blocks: Iterable[nn.Module], counter: FlopCounterMode) -> It
             counted[key] = counter.get_total_flops() - before, result
         return counted[key][1]
 
-    for block in blocks:
+    # What a retrofit put around a block, Read or Write, costs too: those run all.
+    alike = [block for block in blocks if "forward" not in vars(block)]
+    for block in alike:
         block.forward = partial(run, block, block.forward)
     try:
         yield repeats
     finally:
-        for block in blocks:
+        for block in alike:
             del block.forward  # the class's again
 
 
 class ElasticFlops:
     """Cost of a forward as a function of the latents per group; a text is as long as may be.
 
-    It is a polynomial of degree 2 (attention among latents is the square), so three counts give
-    all the others exactly.
+    Below full budget it is a polynomial of degree 2 (attention among latents is the square), so
+    three counts give all the others exactly. A retrofit's adapters cost nothing at full budget.
     """
 
     def __init__(self, model: ElasticMixin, sample_size: Sequence[int] | None = None):
         most = model.max_latents
-        self.counts = {
-            n: forward_flops(model, n, sample_size) for n in sorted({1, (1 + most) // 2, most})
-        }
+        points = sorted({1, (1 + most) // 2, max(1, most - 1)})
+        self.full = most, forward_flops(model, most, sample_size)
+        self.counts = {n: forward_flops(model, n, sample_size) for n in points}
 
     def __call__(self, num_latents: int) -> int:
         """Flops of a forward of one sample: Lagrange's polynomial, in exact arithmetic."""
+        if num_latents == self.full[0]:
+            return self.full[1]
         total = Fraction(0)
         for point, count in self.counts.items():
             term = Fraction(count)

@@ -75,6 +75,18 @@ class TailDropping:
             torch.randint(self.min_latents, self.max_latents + 1, (), generator=generator).item()
         )
 
+    def draw_strata(self, count: int, generator: torch.Generator) -> list[int]:
+        """Draw `count` numbers, each from a part of the range of its own, on a log scale.
+
+        Low and high budgets then come in every step: the first part holds the fewest latents.
+        """
+        if count == 1:
+            return [self.draw(generator)]
+        ratio = (self.max_latents + 1) / self.min_latents
+        drawn = torch.rand(count, generator=generator).tolist()
+        kept = [self.min_latents * ratio ** ((i + u) / count) for i, u in enumerate(drawn)]
+        return [min(int(n), self.max_latents) for n in kept]
+
     def choose(self, num_latents: int, generator: torch.Generator) -> torch.Tensor | None:
         """Indices (num_latents,) of the latents to keep, or None for the first ones."""
         if self.order == "first":

@@ -14,8 +14,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from elit.retrofit.elastic import CONFIG_KEY, ElasticTransformer
+
 _ADVICE = "give the output_dir of `elit train`, or a folder that save_pretrained wrote"
 OURS = ("ElitPipeline", "ElitTextPipeline")
+ELASTIC_MODULE = ElasticTransformer.__module__  # makes classes of retrofits when asked by name
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -74,7 +77,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def check_model_config(path: Path, config: dict[str, Any], model_class: type) -> None:
     """Raise a ValueError if a model's config has settings that its class doesn't know."""
-    known = inspect.signature(model_class).parameters
+    known = {*inspect.signature(model_class).parameters}
+    if issubclass(model_class, ElasticTransformer):
+        known.add(CONFIG_KEY)
     unknown = [key for key in config if key not in known and not key.startswith("_")]
     if unknown:
         raise ValueError(
@@ -85,7 +90,7 @@ def check_model_config(path: Path, config: dict[str, Any], model_class: type) ->
 
 def model_class_of(path: Path, library: Any, class_name: Any) -> type:
     """Class of a model of ours that a config file names."""
-    if isinstance(library, str) and library.startswith("elit.models."):
+    if isinstance(library, str) and library.startswith(("elit.models.", ELASTIC_MODULE)):
         try:
             return getattr(importlib.import_module(library), str(class_name))
         except (ImportError, AttributeError):

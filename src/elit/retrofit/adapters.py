@@ -1,11 +1,12 @@
 """Low-rank adapters that act only below full budget: ours, beyond the paper.
 
 The blocks of a pretrained model have never seen latents. Adapters on their linear layers let them
-learn to work on those, while the weights stay as they were: each adds missing * up(down(x)), and
-`missing`, the share of latents that a call leaves out, is zero at full budget. The original model
-is then still in there, number for number, whatever the adapters have learned.
+learn to work on those, while the weights stay as they were: each adds up(down(x)) + bias below
+full budget, and nothing at it. The original model is then still in there, number for number,
+whatever the adapters have learned.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,21 +17,23 @@ from elit._numbers import is_whole
 
 
 class LowRankAdapter(nn.Module):
-    """up(down(x)) with `up` zero at first (LoRA, Hu et al. 2021)."""
+    """up(down(x)) + bias, zero at first (LoRA, Hu et al. 2021, with a bias)."""
 
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
         self.down = nn.Parameter(torch.empty(rank, in_features))
         self.up = nn.Parameter(torch.empty(out_features, rank))
+        self.bias = nn.Parameter(torch.empty(out_features))
 
     def reset_parameters(self) -> None:
         """Add nothing."""
         nn.init.normal_(self.down, std=self.down.shape[1] ** -0.5)
         nn.init.zeros_(self.up)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return (x.to(self.down.dtype) @ self.down.T) @ self.up.T
+        return (x.to(self.down.dtype) @ self.down.T) @ self.up.T + self.bias
 
 
 def make_adapters(blocks: list[nn.Module], rank: int) -> nn.ModuleList:
@@ -63,29 +66,32 @@ def _key(name: str) -> str:
 
 
 def install_adapters(
-    blocks: list[nn.Module], adapters: nn.ModuleList, session: Any
+    blocks: list[nn.Module], adapters: Iterable[nn.Module], session: Any
 ) -> list[RemovableHandle]:
     """Add what the adapters give to what the layers give.
 
     Args:
         blocks: of the transformer.
         adapters: from `make_adapters`.
-        session: whose `call`, if one is running, says how many latents are missing.
+        session: whose `call`, if one is running, says whether it is at full budget.
     """
     handles = []
     for block, by_name in zip(blocks, adapters, strict=True):
         layers = {_key(name): layer for name, layer in linear_layers(block).items()}
-        for key, adapter in by_name.items():
-
-            def add(
-                layer: nn.Module, args: tuple, output: Tensor, adapter: Any = adapter
-            ) -> Tensor:
-                del layer
-                call = session.call
-                # A compiled graph multiplies by zero: a branch would be a graph more.
-                if call is None or (call.is_full and not torch.compiler.is_compiling()):
-                    return output
-                return output + (call.places.missing * adapter(args[0])).to(output.dtype)
-
-            handles.append(layers[key].register_forward_hook(add))
+        for key, adapter in dict(by_name.named_children()).items():
+            handles.append(layers[key].register_forward_hook(_AddAdapter(adapter, session)))
     return handles
+
+
+class _AddAdapter:
+    """The forward hook of a layer."""
+
+    def __init__(self, adapter: Any, session: Any):
+        self.adapter, self.session = adapter, session
+
+    def __call__(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        del layer
+        call = self.session.call
+        if call is None or call.leaves_out:
+            return output
+        return output + (call.places.reduced * self.adapter(args[0])).to(output.dtype)

@@ -24,7 +24,7 @@ from elit.layers.initialisation import init_weights
 from elit.models.dit import DiT
 from elit.models.elastic import ElasticMixin
 from elit.retrofit.adapters import make_adapters
-from elit.retrofit.hooks import Session, install_hooks, remove_hooks
+from elit.retrofit.hooks import Session, core_hook, install_hooks, remove_hooks
 from elit.retrofit.interface import LatentInterface
 from elit.retrofit.known import find_layout
 from elit.retrofit.layout import Layout
@@ -103,6 +103,19 @@ class ElasticTransformer(StepCaching):
             (block, BlockPort.of(block, layout.hidden_states, layout.output))
             for block in layout.find_blocks(self)
         ]
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks, as diffusers does, but without Read and Write around the core.
+
+        The same few graphs then serve the core and the rest, at all budgets. With `dynamic=True`
+        there are fewest.
+        """
+        super().compile_repeated_blocks(*args, **kwargs)  # type: ignore[misc]
+        session, (head, last) = self._elit_session, self.elastic_settings.edges
+        for block in session.layout.find_blocks(self)[head : last + 1]:  # type: ignore[arg-type]
+            if block._compiled_call_impl is not None:
+                block._compiled_call_impl = None
+                core_hook(block).compile(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy with hooks of its own: diffusers' would go on calling this model's."""
@@ -204,6 +217,8 @@ def attach(model: Any, settings: Settings, layout: Layout) -> None:
     if not isinstance(model, ElasticTransformer):
         model.__class__ = elastic_class(type(model))
     model.elit, model.max_latents, model.min_latents = interface, max_latents, 1
+    if not getattr(model, "_repeated_blocks", None):  # of SD3, DiT, ...: compiles them by region
+        model._repeated_blocks = sorted({type(block).__name__ for block in blocks})
     if hasattr(model, "register_to_config"):
         model.register_to_config(**{CONFIG_KEY: settings.to_config()})
     _install(model, session)
@@ -213,6 +228,7 @@ def detach(model: Any) -> None:
     """Give the transformer back as it was."""
     remove_hooks(model, model._elit_session)
     del model.elit, model.max_latents, model.min_latents, model._elit_session
+    vars(model).pop("_repeated_blocks", None)  # the class keeps its own
     model.__class__ = type(model).__bases__[1]
     if isinstance(model, ElasticMixin):  # one of ours has them itself
         model.max_latents = model.min_latents = 0

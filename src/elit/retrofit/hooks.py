@@ -10,7 +10,7 @@ and is right at any budget.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from elit.interface.budget import check_num_latents
@@ -39,9 +40,9 @@ class Call:
     Attributes:
         grid: of the tokens.
         places: of the latents.
-        condition: (B, D) for Read and Write.
+        condition: (B, D) for Read and Write; None where they are not told.
         with_grad: whether gradients were wanted when it began.
-        is_full: whether it runs at full budget.
+        leaves_out: whether to leave out what counts nothing, because the budget is full.
         groups: (B, G, P, D), the tokens that entered Read.
         latents: (B, G * n, D), as they left Read.
         selected: the blocks' arguments that follow the tokens, at the latents' places.
@@ -49,9 +50,9 @@ class Call:
 
     grid: TokenGrid
     places: LatentPlaces
-    condition: Tensor
+    condition: Tensor | None
     with_grad: bool
-    is_full: bool
+    leaves_out: bool
     groups: Tensor | None = None
     latents: Tensor | None = None
     selected: dict[str, Any] = field(default_factory=dict)
@@ -66,14 +67,29 @@ class Session:
         settings: head, tail, group.
         branches: the budgets of calls that don't name theirs.
         call: the call that is running.
+        core: the blocks between Read and Write.
         handles: of the adapters' hooks.
+        keeps_written: whether Write's tokens are kept, for distillation.
+        written: (B, N, D), as the last Write left them.
     """
 
     def __init__(self, interface: LatentInterface, layout: Layout, settings: Settings):
         self.interface, self.layout, self.settings = interface, layout, settings
         self.branches = Branches(interface.max_latents, layout.guide_half)
         self.call: Call | None = None
+        self.core: list[nn.Module] = []
         self.handles: list[RemovableHandle] = []
+        self.keeps_written = False
+        self.written: Tensor | None = None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the core is, or is just being, compiled.
+
+        It then multiplies by zero what it could leave out: a branch would be a graph more.
+        """
+        by_blocks = any(getattr(block, "_compiled_call_impl", None) for block in self.core)
+        return by_blocks or torch.compiler.is_compiling()
 
     @contextmanager
     def running(self, call: Call | None) -> Iterator[None]:
@@ -130,12 +146,13 @@ class ElasticModelHook(ModelHook):
                 f"groups of {format_size(group)}; give a group of {len(size)} numbers"
             )
         grid = TokenGrid(size, group)
-        check_num_latents(num_latents, grid.tokens_per_group)
+        most = grid.tokens_per_group
+        check_num_latents(num_latents, most)
         central = not session.interface.is_lossless
         places = latent_places(grid, num_latents, hidden_states.device, central)
-        condition = self._condition(arguments, hidden_states)
-        is_full = num_latents == grid.tokens_per_group
-        return Call(grid, places, condition, torch.is_grad_enabled(), is_full)
+        leaves_out = num_latents == most and not central and not session.is_compiled
+        condition = None if leaves_out else self._condition(arguments, hidden_states)
+        return Call(grid, places, condition, torch.is_grad_enabled(), leaves_out)
 
     def _condition(self, arguments: Mapping[str, Any], hidden_states: Tensor) -> Tensor:
         timestep = arguments.get("timestep")
@@ -187,6 +204,11 @@ class CoreHook(ModelHook):
     def __init__(self, session: Session, is_first: bool, is_last: bool):
         super().__init__()
         self.session, self.is_first, self.is_last = session, is_first, is_last
+        self.compiled: Callable[..., Any] | None = None  # the block without Read and Write
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the block alone, as `torch.compile` does."""
+        self.compiled = torch.compile(self.fn_ref.original_forward, *args, **kwargs)
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         """Find where the tokens go in and out."""
@@ -201,15 +223,21 @@ class CoreHook(ModelHook):
         hidden_states = arguments[signature.hidden_states]
         call = self._call(hidden_states)
         if self.is_first:
-            hidden_states = self._read(call, arguments, hidden_states)
+            hidden_states = self._owned(self._read(call, arguments, hidden_states))
         arguments |= {signature.hidden_states: hidden_states, **call.selected}
-        result = self.fn_ref.original_forward(**arguments)
+        result = (self.compiled or self.fn_ref.original_forward)(**arguments)
         latents = signature.tokens_of(result)
         if self.is_last:
-            return signature.with_tokens(result, self._write(call, latents))
+            result = signature.with_tokens(result, self._write(call, latents))
+            return tree_map(self._owned, result)
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             latents.elit_call = call  # type: ignore[attr-defined]
         return result
+
+    def _owned(self, value: Any) -> Any:
+        """A copy of a view, before a compiled block: of views it makes graphs of their own."""
+        is_view = self.compiled is not None and isinstance(value, Tensor) and value._is_view()
+        return value.clone() if is_view else value
 
     def _call(self, hidden_states: Tensor) -> Call:
         """The call that the block runs in."""
@@ -248,7 +276,10 @@ class CoreHook(ModelHook):
         groups = self.session.interface.into_tokens(
             call.groups, call.latents, latents, call.condition, call.grid, call.places
         )
-        return _join(text, call.grid.from_groups(groups))
+        tokens = call.grid.from_groups(groups)
+        if self.session.keeps_written:
+            self.session.written = tokens
+        return _join(text, tokens)
 
 
 def _split(hidden_states: Tensor, count: int, with_text: bool) -> tuple[Tensor | None, Tensor]:
@@ -275,11 +306,16 @@ def install_hooks(model: nn.Module, session: Session) -> None:
         session.handles = install_adapters(blocks, session.interface.adapters, session)
     _registry(model).register_hook(ElasticModelHook(session), MODEL_HOOK)
     first, last = session.settings.edges
-    core = blocks[first : last + 1]
+    core = session.core = blocks[first : last + 1]
     for block in core:
         hook = CoreHook(session, is_first=block is core[0], is_last=block is core[-1])
         _registry(block).register_hook(hook, CORE_HOOK)
     _registry(model).invalidate_child_registries_cache()
+
+
+def core_hook(block: nn.Module) -> CoreHook:
+    """The hook of a block of the core."""
+    return _registry(block).hooks[CORE_HOOK]
 
 
 def remove_hooks(model: nn.Module, session: Session) -> None:

@@ -49,7 +49,11 @@ class LatentInterface(nn.Module):
         return self.time_embed(noise_level.expand(batch_size))
 
     def into_latents(
-        self, groups: Tensor, condition: Tensor, grid: TokenGrid, places: LatentPlaces
+        self,
+        groups: Tensor,
+        condition: Tensor | None,
+        grid: TokenGrid,
+        places: LatentPlaces,
     ) -> Tensor:
         """Tokens (B, G, P, D) -> latents (B, G * n, D), group by group."""
         if self.is_lossless:
@@ -63,7 +67,7 @@ class LatentInterface(nn.Module):
         groups: Tensor,
         latents_in: Tensor,
         latents_out: Tensor,
-        condition: Tensor,
+        condition: Tensor | None,
         grid: TokenGrid,
         places: LatentPlaces,
     ) -> Tensor:

@@ -19,6 +19,8 @@ from elit._numbers import is_whole
 
 Arguments = Mapping[str, Any]
 
+LEAST_HEADS = 8  # of Read and Write: fewer gather too little from a group (docs/elasticize.md)
+
 
 @dataclass(frozen=True)
 class PerToken:
@@ -66,7 +68,7 @@ class Layout:
         grid: gives the tokens along each axis, in raster order, from the model and the arguments
             of its forward by name. None takes a square.
         hidden_size: width of the tokens, and of the heads' sum; None looks in the model's config.
-        num_heads: attention heads of Read and Write; None looks in the model's config.
+        num_heads: attention heads of Read and Write; None takes the model's, but at least 8.
         hidden_states: the blocks' argument with the tokens; None asks diffusers' registry, then
             takes the first one.
         output: index of the tokens in what a block returns; None asks diffusers' registry, then
@@ -135,7 +137,8 @@ class Layout:
         """Attention heads of Read and Write."""
         if self.num_heads is not None:
             return self.num_heads
-        return _look_up(model, ("num_attention_heads", "num_heads", "heads"), "num_heads")
+        heads = _look_up(model, ("num_attention_heads", "num_heads", "heads"), "num_heads")
+        return max(heads, LEAST_HEADS) if self.width(model) % LEAST_HEADS == 0 else heads
 
     def size(
         self, model: nn.Module, arguments: Arguments, hidden_states: Tensor

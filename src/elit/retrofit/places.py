@@ -24,13 +24,13 @@ class LatentPlaces:
     Attributes:
         index: (G * n,) token, in raster order, whose position each latent takes, group by group.
         cell: (P,) latent of the group in whose cell each of its tokens lies.
-        missing: () share of latents that are left out, 1 - n / J. A tensor: as a number it would
-            be compiled into a graph, one for each budget.
+        reduced: () 1 below full budget, 0 at it: the factor of all that is learned. A tensor,
+            because a number would be compiled into a graph.
     """
 
     index: Tensor
     cell: Tensor
-    missing: Tensor
+    reduced: Tensor
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,6 @@ def _latent_places(grid: TokenGrid, num_latents: int, device: str, central: bool
         places = places[:1].expand(num_latents)
     tokens = torch.arange(grid.num_tokens)[None, :, None]
     raster = grid.to_groups(tokens)[0, :, :, 0]  # (G, P): each token's number in raster order
-    missing = torch.tensor(1 - num_latents / grid.tokens_per_group)
+    reduced = torch.tensor(float(num_latents < grid.tokens_per_group))
     index = raster[:, places].flatten()
-    return LatentPlaces(*(x.to(device) for x in (index, cell.flatten(), missing)))
+    return LatentPlaces(*(x.to(device) for x in (index, cell.flatten(), reduced)))

@@ -9,8 +9,56 @@ from elit.data import ImageDataset
 from elit.interface.budget import TailDropping
 from elit.models.elastic import ElasticMixin
 from elit.models.presets import DEFAULT_VOCAB_SIZE, nearest_resolution, preset_config, preset_model
+from elit.training.conditioning import (
+    Conditioning,
+    LabelConditioning,
+    TextConditioning,
+    TextEncoding,
+)
 from elit.training.config import WORDS, LatentsConfig, TextConfig, TrainConfig
 from elit.training.randomness import generator
+from elit.training.retrofit import Distillation, build_retrofit
+
+
+def build_parts(
+    config: TrainConfig, dataset: ImageDataset, device: torch.device
+) -> tuple[Any, Conditioning, Distillation | None]:
+    """A run's model on its device, what turns batches into conditions, what it is compared with."""
+    is_retrofit = config.retrofit.base is not None
+    teacher, settings = None, {}
+    if is_retrofit:
+        model, teacher = build_retrofit(config, dataset)
+        check_condition(config, dataset, model)
+        takes_text = model.takes_text
+    else:
+        takes_text = preset_model(config.model.preset).takes_text
+    if takes_text:
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        encoding = TextEncoding(config.text, device, dtype)
+        settings = encoding.settings
+    if not is_retrofit:
+        model = build_model(config, dataset, settings)
+    model = model.to(device)
+    conditioning: Conditioning = (
+        TextConditioning(model, device, encoding)
+        if takes_text
+        else LabelConditioning(model, device)
+    )
+    distillation = teacher and Distillation(model, teacher.to(device), config.retrofit)
+    return model, conditioning, distillation
+
+
+def check_condition(config: TrainConfig, dataset: ImageDataset, model: ElasticMixin) -> None:
+    """Raise a ValueError if the data can't tell a pretrained model what to draw."""
+    if model.takes_text and not dataset.has_captions:
+        raise ValueError(
+            f"{config.retrofit.base} draws texts, but the data set {config.data.name!r} has no "
+            f"captions; use data.name=captioned-shapes"
+        )
+    if not model.takes_text and config.text != TextConfig():
+        raise ValueError(
+            f"text.* have no effect on {config.retrofit.base}, which draws classes; leave them out"
+        )
 
 
 def build_model(
@@ -96,4 +144,8 @@ def tail_dropping(config: TrainConfig, model: ElasticMixin) -> TailDropping | No
         return None
     low = model.min_latents if latents.min is None else latents.min
     high = total if latents.max is None else latents.max
+    options = config.retrofit
+    keeps_base = options.base is not None and options.train in ("adapters", "interface")
+    if keeps_base and options.init == "identity" and total > 1:
+        high = min(high, total - 1)  # at full budget there is nothing to train
     return TailDropping(low, high, total, latents.order)

@@ -112,10 +112,11 @@ def save_checkpoint(
     keep: int,
 ) -> Path:
     """Write a checkpoint, then remove all but the last `keep`."""
-    names = [name for name, _ in model.named_parameters()]
+    frozen = frozen_names(model)
+    names = [name for name, _ in model.named_parameters() if name not in frozen]
     target = folder / f"step-{step:08d}"
-    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
-    parts = (weights, dict(zip(names, ema, strict=True)), _flatten(optimizer, names))
+    weights = {k: v.contiguous() for k, v in model.state_dict().items() if k not in frozen}
+    parts = (weights, dict(zip(names, ema, strict=True)), _flatten(optimizer, model))
     with written_aside(target) as aside:
         for tensors, file in zip(parts, _FILES, strict=False):
             try:
@@ -139,15 +140,18 @@ def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Fill model and optimiser from a checkpoint; return the moving average and the state."""
-    names = [name for name, _ in model.named_parameters()]
+    frozen = frozen_names(model)
+    names = [name for name, _ in model.named_parameters() if name not in frozen]
     try:
         weights, ema, moments = (load_file(path / name) for name in _FILES[:3])
         state = json.loads((path / _FILES[3]).read_text())
         state = {key: state[key] for key in ("step", "ema_steps")} | {
             "seconds": state.get("seconds", 0.0)
         }
-        model.load_state_dict(weights)
-        _unflatten(optimizer, names, moments)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        if unexpected or set(missing) - frozen:
+            raise KeyError(*unexpected, *(set(missing) - frozen))
+        _unflatten(optimizer, model, moments)
         return [ema[name] for name in names], state
     except (
         OSError,
@@ -164,8 +168,20 @@ def load_checkpoint(
         ) from error
 
 
-def _flatten(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+def frozen_names(model: nn.Module) -> set[str]:
+    """Parameters that are not trained: a checkpoint leaves them where they came from."""
+    return {name for name, p in model.named_parameters() if not p.requires_grad}
+
+
+def _optimized_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Names of an optimiser's parameters, in its order."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _flatten(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """Per-parameter state as 'parameter name/state name': tensor."""
+    names = _optimized_names(optimizer, model)
     state = optimizer.state_dict()["state"]
     return {
         f"{names[index]}/{key}": value
@@ -175,8 +191,9 @@ def _flatten(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Te
 
 
 def _unflatten(
-    optimizer: torch.optim.Optimizer, names: list[str], moments: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, model: nn.Module, moments: dict[str, Tensor]
 ) -> None:
+    names = _optimized_names(optimizer, model)
     index_of = {name: index for index, name in enumerate(names)}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in moments.items():

@@ -33,6 +33,11 @@ _RULES: dict[str, _Rule] = {
     ),
     "objective.logit_std": _POSITIVE,
     "objective.label_dropout": _SHARE,
+    "latents.draws": _AT_LEAST_1,
+    "retrofit.rank": _AT_LEAST_1,
+    "retrofit.distill": (lambda value: 0 <= value <= 1, "a number in [0, 1]"),
+    "retrofit.features": _AT_LEAST_0,
+    "retrofit.base_lr": _POSITIVE,
     "optimizer.lr": _POSITIVE,
     "optimizer.betas": _SHARES,
     "optimizer.weight_decay": _AT_LEAST_0,
@@ -61,6 +66,8 @@ _CHOICES = {
     "latents.order": ("first", "random"),
     "optimizer.schedule": ("constant", "cosine"),
     "train.precision": ("fp32", "bf16"),
+    "retrofit.init": ("identity", "learned"),
+    "retrofit.train": ("adapters", "interface", "lora", "all"),
 }
 
 
@@ -135,11 +142,44 @@ class LatentsConfig:
         min: fewest; by default the model's `min_latents`.
         max: most; by default all. Equal to `min`, it trains a single budget.
         order: "first" keeps the first latents (paper), "random" any (ablation).
+        draws: numbers drawn in each step. One is uniform (paper). More cut the batch into as many
+            parts, each of which draws from a part of the range of its own, on a log scale.
     """
 
     min: int | None = None
     max: int | None = None
     order: Literal["first", "random"] = "first"
+    draws: int = 1
+
+
+@dataclass
+class RetrofitConfig:
+    """What `elit finetune` makes elastic, and how. Without a base, a model is trained from scratch.
+
+    Attributes:
+        base: folder of the pretrained pipeline.
+        head: blocks before Read.
+        tail: blocks after Write.
+        group: tokens of one group along each axis.
+        init: "identity" starts lossless at full budget, "learned" as the paper does.
+        train: "interface" alone; with "adapters" that act only below full budget, so that the
+            original stays in there; with "lora" that acts at all budgets (peft); or "all".
+        rank: of adapters or of LoRA.
+        distill: weight of matching the original's velocity; the data's velocity has the rest.
+        features: weight of matching the original's tokens after the core.
+        base_lr: learning rate of the original parameters, as a fraction of the others', of "all".
+    """
+
+    base: str | None = None
+    head: int = 2
+    tail: int = 2
+    group: list[int] = field(default_factory=lambda: [4, 4])
+    init: Literal["identity", "learned"] = "identity"
+    train: Literal["adapters", "interface", "lora", "all"] = "adapters"
+    rank: int = 16
+    distill: float = 0.5
+    features: float = 1.0
+    base_lr: float = 1.0
 
 
 @dataclass
@@ -236,6 +276,7 @@ class TrainConfig:
     text: TextConfig = field(default_factory=TextConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
+    retrofit: RetrofitConfig = field(default_factory=RetrofitConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -254,6 +295,7 @@ class TrainConfig:
                 f"optimizer.final_lr={self.optimizer.final_lr} has no effect on a constant "
                 f"schedule; set optimizer.schedule=cosine, or leave it out"
             )
+        self._check_retrofit()
         guides = self.sample.guidance_scale != 1 and self.train.sample_every
         if guides and not self.objective.label_dropout:
             raise ValueError(
@@ -261,6 +303,25 @@ class TrainConfig:
                 f"which objective.label_dropout=0 never trains; set sample.guidance_scale=1, "
                 f"or label_dropout above 0"
             )
+
+    def _check_retrofit(self) -> None:
+        options = self.retrofit
+        if options.base is None and options != RetrofitConfig():
+            raise ValueError(
+                "retrofit.* have no effect without retrofit.base, the pretrained pipeline; give "
+                "it, as `elit finetune BASE` does, or leave them out"
+            )
+        if options.base is not None and self.model != ModelConfig():
+            raise ValueError(
+                "model.* have no effect on a retrofit, whose model is retrofit.base; leave them out"
+            )
+        if options.init == "learned" and options.train == "adapters":
+            raise ValueError(
+                "retrofit.train=adapters leaves full budget as it is, which retrofit.init=learned "
+                "doesn't start from; use train=all, lora or interface"
+            )
+        if self.latents.draws > 1 and self.latents.order == "random":
+            raise ValueError("latents.draws above 1 has no effect on latents.order=random")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for YAML and JSON."""
@@ -274,4 +335,6 @@ def fixed_settings(config: TrainConfig) -> dict[str, Any]:
     encoder = settings["text"]["encoder"]
     if os.path.isdir(encoder):  # one name for a folder, however it is written
         settings["text"]["encoder"] = os.path.abspath(encoder)
-    return {key: settings[key] for key in ("seed", "model", "data", "text")}
+    if settings["retrofit"]["base"] is not None:
+        settings["retrofit"]["base"] = os.path.abspath(settings["retrofit"]["base"])
+    return {key: settings[key] for key in ("seed", "model", "data", "text", "retrofit")}

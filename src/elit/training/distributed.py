@@ -53,11 +53,18 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Model whose backward averages gradients over the processes."""
+    def wrap(self, model: nn.Module, some_unused: bool = False) -> nn.Module:
+        """Model whose backward averages gradients over the processes.
+
+        Args:
+            model: of this process.
+            some_unused: whether parameters may get no gradient in a step.
+        """
         if self.size == 1:
             return model
-        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True, find_unused_parameters=some_unused
+        )
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

@@ -1,5 +1,6 @@
 """The training loop, from top to bottom."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,29 +56,28 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
         batches, stopped = iter(run.loader(steps)), False
         with run.progress_bar(progress) as bar:
             for step in steps:
-                num_latents, latent_indices = run.draw_latents(step)
+                kept, latent_indices = run.draw_latents(step)
                 run.set_learning_rate(step)
                 loss = torch.zeros((), device=world.device)
                 for chunk in run.chunks:
                     batch = next(batches)
                     with run.gradient_sync(last=chunk == run.chunks[-1]):
                         with run.autocast():
-                            part = batch_loss(run, batch, step, chunk, num_latents, latent_indices)
+                            part = batch_loss(run, batch, step, chunk, kept, latent_indices)
                         (part / len(run.chunks)).backward()
                     loss += part.detach() / len(run.chunks)
-                parameters = list(run.model.parameters())
-                grad_norm = nn.utils.clip_grad_norm_(parameters, config.optimizer.clip)
+                grad_norm = nn.utils.clip_grad_norm_(run.trained, config.optimizer.clip)
 
                 broken = not torch.isfinite(loss + grad_norm).item()
                 broken, stopped = world.any(broken, stop_requested())
                 if broken:
                     raise run.diverged(
                         f"loss {loss.item():g} and gradient norm {grad_norm.item():g} "
-                        f"in step {step + 1} (num_latents {num_latents})"
+                        f"in step {step + 1} (num_latents {', '.join(map(str, kept))})"
                     )
                 run.optimizer.step()
                 run.optimizer.zero_grad(set_to_none=True)
-                run.ema.step(parameters)
+                run.ema.step(run.trained)
 
                 bar.update()
                 run.after_step(step + 1, loss, grad_norm, bar)
@@ -96,10 +96,19 @@ def batch_loss(
     batch: dict[str, Any],
     step: int,
     chunk: int,
-    num_latents: int | None,
+    kept: Sequence[int | None],
     latent_indices: Tensor | None,
 ) -> Tensor:
-    """Mean flow-matching loss of one micro-batch, its noise a function of (seed, step, chunk)."""
+    """Mean loss of one micro-batch, its noise a function of (seed, step, chunk).
+
+    Args:
+        run: whose model it is.
+        batch: of the data set.
+        step: number of the step.
+        chunk: number of the micro-batch.
+        kept: latents per group, for each of as many parts of the batch.
+        latent_indices: the latents to keep instead of the first ones.
+    """
     device = run.world.device
     draw = generator(run.config.seed, "noise", step, chunk, device=device)
     data = batch["images"].to(device, non_blocking=True)
@@ -107,13 +116,37 @@ def batch_loss(
     sigma = run.density.sample(len(data), draw)
     dropped = torch.rand(len(data), generator=draw, device=device)
     condition = run.conditioning(batch, dropped < run.config.objective.label_dropout)
-    latents: dict[str, int | Tensor] = {}
-    if num_latents is not None:
-        latents["num_latents"] = num_latents
-    if latent_indices is not None:
-        latents["latent_indices"] = latent_indices.to(device)
+    losses = []
+    for rows, num_latents in zip(torch.arange(len(data)).chunk(len(kept)), kept, strict=False):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        latents: dict[str, int | Tensor] = {}
+        if num_latents is not None:
+            latents["num_latents"] = num_latents
+        if latent_indices is not None:
+            latents["latent_indices"] = latent_indices.to(device)
+        of_part = {name: value[part] for name, value in condition.items()}
+        losses.append(_part_loss(run, data[part], noise[part], sigma[part], of_part, latents))
+    return torch.cat(losses).mean()
+
+
+def _part_loss(
+    run: Run,
+    data: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    condition: dict[str, Tensor],
+    latents: dict[str, int | Tensor],
+) -> Tensor:
+    """Losses (B,) at one number of latents: of the data, and of the original where one teaches."""
+    seen: list[Tensor] = []
 
     def velocity(x: Tensor, s: Tensor) -> Tensor:
-        return run.parallel_model(x, s, **condition, **latents, return_dict=False)[0]
+        if run.distillation is not None:
+            seen.extend(run.distillation.targets(x, s, condition))
+        seen.append(run.parallel_model(x, s, **condition, **latents, return_dict=False)[0])
+        return seen[-1]
 
-    return flow_matching_loss(velocity, data, noise, sigma).mean()
+    loss = flow_matching_loss(velocity, data, noise, sigma)
+    if run.distillation is None:
+        return loss
+    return run.distillation.loss(loss, run.model, *seen)

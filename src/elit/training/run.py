@@ -21,8 +21,7 @@ from tqdm import tqdm
 from elit._files import write_file
 from elit.data import load_dataset
 from elit.flow.objective import SigmaDensity
-from elit.models.presets import preset_model
-from elit.training.build import build_model, tail_dropping
+from elit.training.build import build_parts, tail_dropping
 from elit.training.checkpoint import (
     checkpoint_steps,
     load_checkpoint,
@@ -31,16 +30,11 @@ from elit.training.checkpoint import (
     replace_folder_files,
     save_checkpoint,
 )
-from elit.training.conditioning import (
-    Conditioning,
-    LabelConditioning,
-    TextConditioning,
-    TextEncoding,
-)
 from elit.training.config import TrainConfig, fixed_settings
 from elit.training.distributed import World
 from elit.training.metrics import MetricsLog
 from elit.training.randomness import StepBatches, generator
+from elit.training.retrofit import parameter_groups, without_lora
 from elit.training.signals import ignore_signals
 from elit.training.validation import (
     budgets_out_of_order,
@@ -69,18 +63,23 @@ class Run:
         objective = config.objective
         self.density = SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
 
-        self.model, self.conditioning = self._build()
+        device = world.device
+        self.model, self.conditioning, self.distillation = build_parts(config, self.dataset, device)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.dropping = tail_dropping(config, self.model)
-        most = None if self.dropping is None else self.dropping.max_latents
+        # A retrofit is shown at full budget too, where it may be the untrained original.
+        is_retrofit = config.retrofit.base is not None
+        most = None if is_retrofit or self.dropping is None else self.dropping.max_latents
         self.kept = latents_to_show(self.model, config.sample.budgets, most)
         if config.train.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         if config.train.compile:
             self.model.compile_repeated_blocks(fullgraph=True)
-        self.parallel_model = world.wrap(self.model)
-        self.ema = EMAModel(self.model.parameters(), decay=config.optimizer.ema, foreach=True)
+        # The last block of a foreign model may have parameters for a text that nobody reads.
+        self.parallel_model = world.wrap(self.model, some_unused=config.retrofit.base is not None)
+        self.ema = EMAModel(self.trained, decay=config.optimizer.ema, foreach=True)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            parameter_groups(self.model, config.retrofit),
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
@@ -102,17 +101,6 @@ class Run:
         tensorboard = config.train.tensorboard
         self.log = MetricsLog(self.folder, self.step, tensorboard, active=world.is_main)
         self._logged_at = (self.step, time.perf_counter())
-
-    def _build(self) -> tuple[Any, Conditioning]:
-        """The model, and what turns batches into its conditions."""
-        config, device = self.config, self.world.device
-        if not preset_model(config.model.preset).takes_text:
-            model = build_model(config, self.dataset).to(device)
-            return model, LabelConditioning(model, device)
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        encoding = TextEncoding(config.text, device, dtype)
-        model = build_model(config, self.dataset, encoding.settings).to(device)
-        return model, TextConditioning(model, device, encoding)
 
     @property
     def seconds(self) -> float:
@@ -139,13 +127,17 @@ class Run:
             pin_memory=self.world.device.type == "cuda",
         )
 
-    def draw_latents(self, step: int) -> tuple[int | None, Tensor | None]:
-        """Latents per group of a step: the same on all processes, without a word between them."""
+    def draw_latents(self, step: int) -> tuple[list[int | None], Tensor | None]:
+        """Latents per group of a step, the same on all processes, without a word between them.
+
+        Returns:
+            A number for each part of a batch, and the indices that the ablation keeps.
+        """
         if self.dropping is None:
-            return None, None
+            return [None], None
         draw = generator(self.config.seed, "budget", step)
-        num_latents = self.dropping.draw(draw)
-        return num_latents, self.dropping.choose(num_latents, draw)
+        kept = self.dropping.draw_strata(self.config.latents.draws, draw)
+        return [*kept], self.dropping.choose(kept[0], draw)
 
     def set_learning_rate(self, step: int) -> None:
         """Warm-up, then constant or cosine: a function of the step."""
@@ -157,7 +149,7 @@ class Run:
             cosine = (1 + math.cos(math.pi * done)) / 2
             factor = options.final_lr + (1 - options.final_lr) * cosine
         for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * factor
+            group["lr"] = options.lr * factor * group["scale"]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Precision of the forward."""
@@ -173,13 +165,13 @@ class Run:
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """The model with its moving average in place, ready to sample."""
-        self.ema.store(self.model.parameters())
-        self.ema.copy_to(self.model.parameters())
+        self.ema.store(self.trained)
+        self.ema.copy_to(self.trained)
         self.model.eval()
         try:
             yield
         finally:
-            self.ema.restore(self.model.parameters())
+            self.ema.restore(self.trained)
             self.model.train()
 
     def progress_bar(self, shown: bool) -> tqdm:
@@ -243,7 +235,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint, and the averaged weights as a pipeline into the run's folder."""
-        finite = all(p.isfinite().all() for p in self.model.parameters())
+        finite = all(p.isfinite().all() for p in self.trained)
         if any(self.world.any(not finite)):
             raise self.diverged(f"weights after step {self.step}")
         if self.world.is_main and self.step != self.saved_step:
@@ -263,6 +255,7 @@ class Run:
         if self.world.is_main and self.step != self._exported_step:
             with self.averaged_weights():
                 pipeline = self.conditioning.pipeline()
+                pipeline.register_modules(transformer=without_lora(self.model))
                 replace_folder_files(self.folder, pipeline.save_pretrained)
         self.saved_step = self._exported_step = self.step
 

@@ -1,0 +1,122 @@
+"""What a retrofit loses and how fast it learns, lossless start against the paper's.
+
+python benchmarks/retrofit.py runs/plain0 runs/plain1 --out runs/retrofit
+
+Each BASE is the output_dir of a plain DiT that `elit train` trained. It is fine-tuned for shares of
+its own steps; losses are of held-out data, accuracies of 200 images drawn with cheap guidance. The
+same command again goes on where it was stopped.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+
+from elit import ElitPipeline, elasticize
+from elit.cli.common import format_table
+from elit.cli.config import load_config, read_yaml
+from elit.data import load_dataset
+from elit.training.build import build_parts
+from elit.training.config import TrainConfig
+from elit.training.loop import train
+from elit.training.quickstart import draw_and_judge
+from elit.training.run import SigmaDensity
+from elit.training.validation import validation_losses
+
+SHARES = (0.02, 0.05, 0.10)
+KEPT = (16, 8, 4, 2, 1)
+# Name: settings beside those of configs/finetune.yaml.
+RECIPES = {
+    "identity": {},
+    "learned": {
+        "retrofit.init": "learned", "retrofit.train": "all", "optimizer.lr": "6e-3",
+        "latents.draws": "1", "retrofit.features": "0",
+    },
+    "learned, features": {
+        "retrofit.init": "learned", "retrofit.train": "all", "optimizer.lr": "6e-3",
+        "latents.draws": "1",
+    },
+}  # fmt: skip
+
+
+def config_of(base: Path, out: Path, recipe: str, steps: int) -> TrainConfig:
+    """A fine-tuning of so many steps."""
+    trained = read_yaml(base / "config.yaml")
+    under = {key: trained[key] for key in ("data", "text", "objective", "seed")}
+    folder = out / base.name / f"{recipe.replace(', ', '-')}-{steps}"
+    settings = {
+        "output_dir": str(folder), "train.steps": str(steps), "train.validate_every": str(steps),
+        "optimizer.warmup_steps": str(max(3, steps // 10)), "train.sample_every": "0",
+        "train.checkpoint_every": str(steps),
+    }  # fmt: skip
+    under["retrofit"] = {"base": str(base)}
+    return load_config("finetune", settings | RECIPES[recipe], under)
+
+
+def losses_after(config: TrainConfig) -> list[float]:
+    """Held-out losses at the numbers of latents KEPT, after training, or before it at 0 steps."""
+    if config.train.steps > 1:
+        train(config)
+        lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+        last = [json.loads(line) for line in lines if "validation" in line][-1]
+        return [last[f"validation/loss_1/{16 // n}".replace("1/1", "1")] for n in KEPT]
+    dataset = load_dataset(config.data.name, "validation", **config.data.options)
+    model, conditioning, _ = build_parts(config, dataset, torch.device("cpu"))
+    objective = config.objective
+    density = SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
+    losses = validation_losses(
+        model.eval(), dataset, conditioning, density, KEPT, config.seed, torch.device("cpu")
+    )
+    return [losses[n].mean().item() for n in KEPT]
+
+
+def accuracies(folder: Path, config: TrainConfig, untrained: bool) -> list[float]:
+    """Shares of drawn images that a classifier takes for what was asked, at KEPT."""
+    pipeline = ElitPipeline.from_pretrained(folder)
+    if untrained:
+        elasticize(pipeline.transformer, 2, 2, 4)
+    rows, _ = draw_and_judge(pipeline, config, progress=False)
+    return [row.accuracy for row in rows]
+
+
+def main() -> None:
+    """Run what is missing, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bases", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/retrofit"))
+    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[list[Any]] = []
+    for base in args.bases:
+        total = read_yaml(base / "config.yaml")["train"]["steps"]
+        for recipe in args.recipes:
+            shares = [0, *SHARES, *(() if recipe == "identity" else [3 * s for s in SHARES])]
+            for share in dict.fromkeys(round(share, 2) for share in shares):
+                steps = round(share * total)
+                config = config_of(base, args.out, recipe, max(1, steps))
+                file = Path(f"{config.output_dir}.json")
+                if not file.exists():
+                    found = {"losses": losses_after(config)}
+                    if recipe == "identity" and share in (0, SHARES[-1]):
+                        folder = base if share == 0 else Path(config.output_dir)
+                        found["accuracies"] = accuracies(folder, config, share == 0)
+                    elif share == SHARES[-1]:
+                        found["accuracies"] = accuracies(Path(config.output_dir), config, False)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_text(json.dumps(found))
+                found = json.loads(file.read_text())
+                cells = [f"{loss:.4f}" for loss in found["losses"]]
+                drawn = " ".join(f"{a:.2f}" for a in found.get("accuracies", []))
+                rows.append([base.name, recipe, f"{share:.0%}", *cells, drawn])
+                print("  ".join(rows[-1]), flush=True)
+    print(format_table(["base", "start", "steps", *(f"n={n}" for n in KEPT), "accuracy"], rows))
+
+
+if __name__ == "__main__":
+    main()
