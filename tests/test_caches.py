@@ -700,3 +700,15 @@ def test_the_text_has_a_residual_too() -> None:
         tokens, words = model(2 * x, text + 1, torch.tensor(0.5))
     assert torch.equal(tokens, 2 * x + 2)
     assert torch.equal(words, text + 1 + 11)
+
+
+def test_a_block_that_the_computed_step_left_out_runs() -> None:
+    """Some models leave out blocks at some calls, such as SD3 with `skip_layers`."""
+    transformer = CASES["sd3"].make()
+    calls = calls_of(CASES["sd3"], transformer, steps=2)
+    transformer.enable_cache(TeaCacheConfig(1e9))
+    wanted = run(transformer, [calls[0] | {"skip_layers": [2]}, calls[1] | {"skip_layers": [2]}])
+    transformer._reset_stateful_cache()
+    found = run(transformer, [calls[0] | {"skip_layers": [2]}, calls[1]])
+    assert_all_equal(found, wanted)
+    assert transformer.cache_counts() == (2, 2)

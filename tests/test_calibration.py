@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_dit, tiny_elastic
+from helpers import randomise, tiny_dit, tiny_elastic
 from torch import Tensor, nn
 
 import elit
@@ -220,3 +220,12 @@ def test_mistakes_are_told_in_one_line(folders, capsys, words, message) -> None:
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_model_of_texts_is_calibrated_too(folders, capsys) -> None:
+    model = randomise(elit.create_model("elit-mmdit-tiny/2", 16, in_channels=3), std=0.05)
+    elit.ElitTextPipeline(model, elit.make_scheduler("euler")).save_pretrained("texts")
+    words = ["texts", "--prompts", "a red disc", "a blue ring", "--steps", "4"]
+    assert main(["calibrate", *words, "--degree", "1"]) == 0
+    assert main(["sample", *words, "--guidance", "ccfg", "--teacache", "1e9"]) == 0
+    assert "TeaCache skipped 4 of 8 calls of the blocks" in capsys.readouterr().out

@@ -233,12 +233,15 @@ class BlockHook(ModelHook):
             self.steps.current = None
             self.steps.skipped += state.skips
             self.steps.computed += not state.skips
-        if state.skips:
+        # A block that the computed step left out, as skip_layers do, has no mould; it just runs.
+        if state.skips and self.index in state.moulds:
             streams = self.port.streams_in(args, kwargs)
             if self.is_last:
                 streams = state.skip_to(streams)
             return self.port.result(state.moulds[self.index], streams)
         result = self.fn_ref.original_forward(*args, **kwargs)
+        if state.skips:
+            return result
         state.moulds[self.index] = self.port.rest(result)
         if self.is_last:
             self.keep(state, result)
@@ -271,7 +274,8 @@ def install_cache(model: nn.Module, blocks: Sequence[Block], config: Any) -> Non
     """Put a cache around the blocks of a model, in the order in which tokens pass them."""
     check_can_cache(model, blocks)
     steps = Steps(getattr(config, "num_inference_steps", None))
-    leader = LEADERS[type(config)](steps, blocks[0][1], config)
+    kind = next(leader for known, leader in LEADERS.items() if isinstance(config, known))
+    leader = kind(steps, blocks[0][1], config)
     hooks: list[ModelHook] = [
         BlockHook(steps, port, index, is_last=index == len(blocks) - 1)
         for index, (_, port) in enumerate(blocks)

@@ -110,9 +110,9 @@ class ElasticTransformer(StepCaching):
         The same few graphs then serve the core and the rest, at all budgets. With `dynamic=True`
         there are fewest.
         """
-        super().compile_repeated_blocks(*args, **kwargs)  # type: ignore[misc]
+        super().compile_repeated_blocks(*args, **kwargs)
         session, (head, last) = self._elit_session, self.elastic_settings.edges
-        for block in session.layout.find_blocks(self)[head : last + 1]:  # type: ignore[arg-type]
+        for block in session.layout.find_blocks(self)[head : last + 1]:
             if block._compiled_call_impl is not None:
                 block._compiled_call_impl = None
                 core_hook(block).compile(*args, **kwargs)
