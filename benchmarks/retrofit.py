@@ -27,6 +27,7 @@ from elit.training.loop import train
 from elit.training.quickstart import draw_and_judge
 from elit.training.run import SigmaDensity
 from elit.training.validation import validation_losses
+from elit.viz.sheet import format_budget
 
 SHARES = (0.02, 0.05, 0.10)
 KEPT = (16, 8, 4, 2, 1)
@@ -64,7 +65,7 @@ def losses_after(config: TrainConfig) -> list[float]:
         train(config)
         lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
         last = [json.loads(line) for line in lines if "validation" in line][-1]
-        return [last[f"validation/loss_1/{16 // n}".replace("1/1", "1")] for n in KEPT]
+        return [last[f"validation/loss_{format_budget(n / KEPT[0])}"] for n in KEPT]
     dataset = load_dataset(config.data.name, "validation", **config.data.options)
     model, conditioning, _ = build_parts(config, dataset, torch.device("cpu"))
     objective = config.objective
