@@ -139,6 +139,89 @@ def wan_per_token_inputs(batch: int) -> dict[str, Any]:
     return wan_inputs(batch) | {"timestep": levels}
 
 
+def flux2() -> nn.Module:
+    return diffusers.Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=3, num_single_layers=3, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=12, timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+    )  # fmt: skip
+
+
+def flux2_inputs(batch: int) -> dict[str, Any]:
+    given = flux_inputs(batch)
+    del given["pooled_projections"]
+    ids = torch.zeros(32, 4)
+    ids[:, 1:3] = given["img_ids"][:, 1:]
+    return given | {"img_ids": ids, "txt_ids": torch.zeros(5, 4)}
+
+
+def cogvideox() -> nn.Module:
+    return diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
+        time_embed_dim=8, text_embed_dim=12, num_layers=6, sample_width=8, sample_height=16,
+        sample_frames=13, max_text_seq_length=5, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+
+
+def cogvideox_inputs(batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(batch, 4, 4, 16, 8),
+        "encoder_hidden_states": torch.randn(batch, 5, 12),
+        "timestep": torch.linspace(900, 300, batch).long(),
+        "image_rotary_emb": (torch.randn(128, 16), torch.randn(128, 16)),
+    }
+
+
+def mochi() -> nn.Module:
+    return diffusers.MochiTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=6, pooled_projection_dim=8,
+        in_channels=4, text_embed_dim=16, time_embed_dim=8, max_sequence_length=5,
+    )  # fmt: skip
+
+
+def mochi_inputs(batch: int) -> dict[str, Any]:
+    mask = torch.ones(batch, 5, dtype=torch.bool)
+    mask[-1, 3:] = False
+    text = torch.randn(batch, 5, 16)
+    return wan_inputs(batch) | {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+
+
+def ltx() -> nn.Module:
+    return diffusers.LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16,
+        cross_attention_dim=32, num_layers=6, caption_channels=12,
+    )  # fmt: skip
+
+
+def ltx_inputs(batch: int) -> dict[str, Any]:
+    mask = torch.ones(batch, 5)
+    mask[-1, 3:] = 0
+    return {
+        "hidden_states": torch.randn(batch, 128, 4),
+        "encoder_hidden_states": torch.randn(batch, 5, 12),
+        "timestep": torch.linspace(900, 300, batch),
+        "encoder_attention_mask": mask,
+        "num_frames": 4, "height": 8, "width": 4,
+    }  # fmt: skip
+
+
+def cogview4() -> nn.Module:
+    return diffusers.CogView4Transformer2DModel(
+        in_channels=4, out_channels=4, num_layers=6, attention_head_dim=16, num_attention_heads=2,
+        text_embed_dim=12, time_embed_dim=8, condition_dim=4, rope_axes_dim=(16, 16),
+    )  # fmt: skip
+
+
+def cogview4_inputs(batch: int) -> dict[str, Any]:
+    size = torch.tensor([[128.0, 64.0]] * batch)
+    return {
+        "hidden_states": torch.randn(batch, 4, 16, 8),
+        "encoder_hidden_states": torch.randn(batch, 5, 12),
+        "timestep": torch.linspace(900, 300, batch),
+        "original_size": size, "target_size": size, "crop_coords": torch.zeros(batch, 2),
+    }  # fmt: skip
+
+
 def ours() -> nn.Module:
     model = elit.DiT(
         sample_size=16, in_channels=3, patch_size=2, hidden_size=32, num_heads=2, depth=6,
@@ -165,6 +248,11 @@ FOREIGN = {
     "pixart": Foreign(pixart, pixart_inputs, (4, 4), (8, 4)),
     "wan": Foreign(wan, wan_inputs, (2, 4, 2), (4, 8, 4)),
     "wan-per-token": Foreign(wan, wan_per_token_inputs, (2, 4, 2), (4, 8, 4)),
+    "flux2": Foreign(flux2, flux2_inputs, (4, 4), (8, 4)),
+    "cogvideox": Foreign(cogvideox, cogvideox_inputs, (2, 4, 2), (4, 8, 4)),
+    "mochi": Foreign(mochi, mochi_inputs, (2, 4, 2), (4, 8, 4)),
+    "ltx": Foreign(ltx, ltx_inputs, (2, 4, 2), (4, 8, 4)),
+    "cogview4": Foreign(cogview4, cogview4_inputs, (4, 4), (8, 4)),
     "ours": Foreign(ours, ours_inputs, (4, 4), (8, 4)),
 }
 

@@ -7,12 +7,14 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
@@ -238,6 +240,81 @@ def test_autoencoders_say_scale_and_shift_in_their_config() -> None:
     assert defaults["shift_factor"].default is None
     vae = diffusers.AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2)
     assert len(vae.config.block_out_channels) == 2  # the side is divided by 2 ** (2 - 1)
+
+
+# ---- branches of guidance, guiders, hooks: what elasticize relies on ----
+
+
+def source(pipeline: str) -> str:
+    return inspect.getsource(getattr(diffusers, pipeline).__call__)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "names"),
+    [
+        ("QwenImagePipeline", {"cond", "uncond"}),
+        ("FluxPipeline", {"cond", "uncond"}),
+        ("WanPipeline", {"cond", "uncond"}),
+        ("CogView4Pipeline", {"cond", "uncond"}),
+        ("LTXPipeline", {"cond_uncond"}),
+        ("CogVideoXPipeline", {"cond_uncond"}),
+        ("MochiPipeline", {"cond_uncond"}),
+        ("StableDiffusion3Pipeline", set()),
+        ("DiTPipeline", set()),
+        ("PixArtAlphaPipeline", set()),
+    ],
+)
+def test_names_that_pipelines_give_their_calls(pipeline: str, names: set[str]) -> None:
+    """`Branches` tells the guide by them."""
+    assert {*re.findall(r'cache_context\("(\w+)"', source(pipeline))} == names
+
+
+def test_where_batching_pipelines_put_the_guide() -> None:
+    """`Layout.guide_half`: the first half, but in DiT the second."""
+    for pipeline in ("StableDiffusion3Pipeline", "PixArtAlphaPipeline"):
+        assert "cat([negative_prompt_embeds, prompt_embeds]" in source(pipeline)
+    assert "cat([class_labels, class_null]" in source("DiTPipeline")
+
+
+def test_positional_arguments_are_lost_when_a_config_is_copied() -> None:
+    """So `ElasticGuidance` clears `_use_default_values`."""
+    guider = diffusers.guiders.ClassifierFreeGuidance(2.0)
+    assert guider.config["guidance_scale"] == 2
+    assert guider.new().guidance_scale != 2
+    assert diffusers.guiders.ClassifierFreeGuidance(guidance_scale=2.0).new().guidance_scale == 2
+
+
+def test_what_a_modular_step_calls_of_a_guider() -> None:
+    from diffusers.modular_pipelines.stable_diffusion_3.denoise import StableDiffusion3LoopDenoiser
+
+    text = inspect.getsource(StableDiffusion3LoopDenoiser.__call__)
+    calls = ("set_state(", "prepare_inputs(", "prepare_models(", "cleanup_models(", "guider(guider")
+    places = [text.index(f"guider.{call}" if "guider" not in call else call) for call in calls]
+    assert places == sorted(places)
+
+
+def test_a_hook_wraps_the_forward_and_is_found_by_name() -> None:
+    """`core_hook` and `CoreHook.compile` use `hooks` and `fn_ref.original_forward`."""
+
+    class Double(ModelHook):
+        def new_forward(self, module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.fn_ref.original_forward(x)
+
+    module = torch.nn.Identity()
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    registry.register_hook(Double(), "double")
+    assert registry is module._diffusers_hook
+    assert module(torch.ones(())) == 2
+    assert registry.hooks["double"].fn_ref.original_forward(torch.ones(())) == 1
+    registry.remove_hook("double")
+    assert module(torch.ones(())) == 1
+
+
+def test_sd3_and_dit_name_no_repeated_blocks() -> None:
+    """So `attach` does, for `compile_repeated_blocks`."""
+    for model in (diffusers.SD3Transformer2DModel, diffusers.DiTTransformer2DModel):
+        assert not getattr(model, "_repeated_blocks", None)
+    assert diffusers.QwenImageTransformer2DModel._repeated_blocks == ["QwenImageTransformerBlock"]
 
 
 # ---- training ----

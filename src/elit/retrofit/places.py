@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from elit.interface.grid import TokenGrid
 
@@ -88,7 +89,8 @@ def latent_places(
         central: whether all latents take the position of the token nearest to the group's centre.
             Paper: the centre itself; here: a token, because those alone have positions.
     """
-    return _latent_places(grid, num_latents, str(device), central)
+    with unset_fake_temporarily():  # what torch.export traces would be remembered for real calls
+        return _latent_places(grid, num_latents, str(device), central)
 
 
 @lru_cache(maxsize=64)
