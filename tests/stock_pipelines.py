@@ -131,10 +131,55 @@ STOCK = {
     ),
 }  # fmt: skip
 
+MORE = {
+    "ltx": Stock(
+        "ltx",
+        _without(diffusers.LTXPipeline, _euler),
+        lambda: {
+            "prompt_embeds": text(1), "prompt_attention_mask": MASK.bool(),
+            "num_frames": 25, "height": 256, "width": 128,
+        },
+        lambda: {
+            "negative_prompt_embeds": text(2), "negative_prompt_attention_mask": MASK.bool(),
+            "guidance_scale": 3.0,
+        },
+        {"guidance_scale": 1.0},
+    ),
+    "cogvideox": Stock(
+        "cogvideox",
+        _without(diffusers.CogVideoXPipeline, diffusers.CogVideoXDDIMScheduler),
+        lambda: {"prompt_embeds": text(1), **CLIP},
+        lambda: {"negative_prompt_embeds": text(2), "guidance_scale": 3.0},
+        {"guidance_scale": 1.0},
+    ),
+    "mochi": Stock(
+        "mochi",
+        _without(diffusers.MochiPipeline, _euler),
+        lambda: {
+            "prompt_embeds": text(1, 16), "prompt_attention_mask": MASK.bool(),
+            "num_frames": 19, "height": 128, "width": 64,
+        },
+        lambda: {
+            "negative_prompt_embeds": text(2, 16), "negative_prompt_attention_mask": MASK.bool(),
+            "guidance_scale": 3.0,
+        },
+        {"guidance_scale": 1.0},
+    ),
+    "cogview4": Stock(
+        "cogview4",
+        _without(diffusers.CogView4Pipeline, _euler),
+        lambda: {"prompt_embeds": text(1), "height": 128, "width": 64},
+        lambda: {"negative_prompt_embeds": text(2), "guidance_scale": 3.0},
+        {"guidance_scale": 1.0},
+        calls=("cond", "uncond"),
+    ),
+}  # fmt: skip
+ALL = STOCK | MORE
+
 
 def build(name: str, transformer: Any = None) -> Any:
     """The pipeline, quiet."""
-    stock = STOCK[name]
+    stock = ALL[name]
     pipe = stock.build(make(stock.transformer) if transformer is None else transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -155,7 +200,7 @@ def run(
         batch: how many prompts, the same one with another noise each.
         only: which of them to draw, where the batch is 1.
     """
-    stock = STOCK[name]
+    stock = ALL[name]
     arguments = stock.inputs() | (stock.guided() if guided else stock.unguided)
     arguments |= {"output_type": "latent"} | stock.extra | kwargs
     if batch > 1:

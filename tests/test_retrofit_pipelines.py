@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 from retrofit_models import FOREIGN
-from stock_pipelines import STOCK, build, pooled, run, text
+from stock_pipelines import ALL, STOCK, build, pooled, run, text
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +19,7 @@ HEAD, TAIL = 2, 1
 
 
 def elastic_pipeline(name: str) -> Any:
-    pipe, foreign = build(name), FOREIGN[STOCK[name].transformer]
+    pipe, foreign = build(name), FOREIGN[ALL[name].transformer]
     elasticize(pipe.transformer, HEAD, TAIL, foreign.group)
     torch.manual_seed(5)
     for parameter in pipe.transformer.elit.parameters():  # fresh gates would hide Read and Write
@@ -45,33 +45,31 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return ((got - wanted).abs().max() / wanted.abs().max()).item()
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", ALL)
 def test_full_budget_draws_what_the_stock_pipeline_draws(name: str) -> None:
     wanted = run(build(name), name)
     pipe = elastic_pipeline(name)
     assert relative_error(run(pipe, name), wanted) < 1e-5
-    pipe.transformer.set_budget(1.0, guide=1.0)
-    assert relative_error(run(pipe, name), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", ALL)
 def test_each_branch_has_the_tokens_that_were_asked_for(name: str) -> None:
-    pipe, foreign = elastic_pipeline(name), FOREIGN[STOCK[name].transformer]
+    pipe, foreign = elastic_pipeline(name), FOREIGN[ALL[name].transformer]
     groups = torch.Size(foreign.grid).numel() // 16
-    text_tokens = STOCK[name].text_in_core
+    text_tokens = ALL[name].text_in_core
     seen = watch_core(pipe.transformer)
     for budget, guide in ((1.0, None), (0.5, None), (0.5, 0.5), (1.0, 0.25), (0.5, 1 / 16)):
         pipe.transformer.set_budget(budget, guide=guide)
-        run(pipe, name, steps=1)
+        run(pipe, name)
         own, cheap = (text_tokens + groups * round(16 * b) for b in (budget, guide or budget))
-        if STOCK[name].calls != ("both",):
-            wanted = [(1, own if call == "cond" else cheap) for call in STOCK[name].calls]
+        if ALL[name].calls != ("both",):
+            wanted = [(1, own if call == "cond" else cheap) for call in ALL[name].calls]
         elif own == cheap:
             wanted = [(2, own)]
         else:
             order = (cheap, own) if name != "dit" else (own, cheap)
             wanted = [(1, tokens) for tokens in order]
-        assert seen == wanted, (budget, guide)
+        assert seen == wanted * 2, (budget, guide)
         seen.clear()
 
 
@@ -82,8 +80,8 @@ def test_without_guidance(name: str) -> None:
     seen = watch_core(pipe.transformer)
     with pipe.transformer.at_budget(0.25):
         assert run(pipe, name, guided=False).isfinite().all()
-    groups = torch.Size(FOREIGN[STOCK[name].transformer].grid).numel() // 16
-    assert seen == [(1, STOCK[name].text_in_core + 4 * groups)] * 2
+    groups = torch.Size(FOREIGN[ALL[name].transformer].grid).numel() // 16
+    assert seen == [(1, ALL[name].text_in_core + 4 * groups)] * 2
     pipe.transformer.set_budget(1.0, guide=0.25)
     if name in BATCHING:
         with pytest.raises(ValueError, match="switch the pipeline's guidance on, or set no guide"):
@@ -149,14 +147,13 @@ def test_cheap_guidance_saves_a_third_of_a_guided_step() -> None:
         "class_labels": torch.ones(1, **one),
     }
     flops = {}
-    for n in (16, 4, 1):
+    for n in (16, 1):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             dit(**given, num_latents=n)
         flops[n] = counter.get_total_flops()
-    quarter, sixteenth = ((flops[16] - flops[n]) / (2 * flops[16]) for n in (4, 1))
-    print(f"a guide at 1/4 saves {quarter:.1%} of a guided step, at 1/16 {sixteenth:.1%}")
-    assert 0.25 < quarter < 0.28
-    assert 0.32 < sixteenth < 0.35
+    saved = (flops[16] - flops[1]) / (2 * flops[16])
+    print(f"a guide at 1/16 saves {saved:.1%} of a guided step")  # 33.1 %; 26.7 % at 1/4
+    assert 0.32 < saved < 0.35
 
 
 # ---- saved and loaded ----

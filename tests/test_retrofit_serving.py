@@ -1,5 +1,6 @@
 """Elastic transformers as they are served: compiled, with LoRA, quantised, offloaded, exported."""
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from test_retrofit import HEAD, TAIL, relative_error
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from elit import elasticize, load_elastic, unelasticize
+from elit import elasticize, load_elastic, load_interface, save_interface, unelasticize
 
 
 def filled(name: str, **options: Any) -> Any:
@@ -137,6 +138,25 @@ def test_lora_before_elasticize_and_fused() -> None:
     model.unfuse_lora()
     unelasticize(model)
     assert relative_error(model(**given).sample, wanted) < 1e-5
+
+
+def test_an_interface_with_adapters_on_a_model_with_a_lora(tmp_path: Path) -> None:
+    """Ours act below full budget on the layers that peft has wrapped, whichever came first."""
+    given = inputs("qwen")
+    model = filled("qwen", rank=2)
+    save_interface(model, tmp_path / "interface.safetensors")
+    torch.manual_seed(3)
+    model.add_adapter(lora(exclude_modules=r"elit\..*"))
+    other = make("qwen")
+    torch.manual_seed(3)
+    other.add_adapter(lora())
+    wanted = other(**given).sample
+    load_interface(other, tmp_path)
+    other.load_state_dict(model.state_dict())
+    assert relative_error(other(**given).sample, wanted) < 1e-5
+    low = model(**given, num_latents=3).sample
+    assert relative_error(other(**given, num_latents=3).sample, low) < 1e-5
+    assert relative_error(copy.deepcopy(other)(**given, num_latents=3).sample, low) < 1e-5
 
 
 def test_training_a_lora_on_an_elastic_model() -> None:

@@ -50,13 +50,17 @@ def make_adapters(blocks: list[nn.Module], rank: int) -> nn.ModuleList:
 
 
 def linear_layers(block: nn.Module) -> dict[str, Any]:
-    """The linear layers of a block by name, also quantised ones, but not those of a LoRA."""
+    """The linear layers of a block by name, also quantised ones, but not those of a LoRA.
+
+    A layer that peft has wrapped in a LoRA is the one within, under its own name.
+    """
     return {
-        name: module
+        name.removesuffix(".base_layer"): module
         for name, module in block.named_modules()
         if is_whole(getattr(module, "in_features", None))
         and is_whole(getattr(module, "out_features", None))
         and not any(part.startswith("lora_") for part in name.split("."))
+        and not hasattr(module, "base_layer")
     }
 
 
