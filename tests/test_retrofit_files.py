@@ -44,9 +44,8 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
         about = json.loads(file.metadata()["elit_interface"])
     assert names == {key for key in model.state_dict() if key.startswith("elit.")}
     assert about["settings"] == model.config["elastic"]
-    assert about["base"] == {
-        "class": "QwenImageTransformer2DModel", "blocks": 6, "width": 32, "heads": 2,
-    }  # fmt: skip
+    kind = "QwenImageTransformer2DModel"
+    assert about["base"].items() >= {"class": kind, "blocks": 6, "width": 32, "heads": 2}.items()
     other = load_interface(make("qwen"), path)
     given = inputs("qwen")
     assert torch.equal(other(**given, num_latents=3).sample, model(**given, num_latents=3).sample)

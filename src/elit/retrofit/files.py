@@ -175,11 +175,14 @@ def _fingerprint(transformer: Any, layout: Layout) -> dict[str, Any]:
     kind = type(transformer)
     if isinstance(transformer, ElasticTransformer):
         kind = kind.__bases__[1]
+    config = getattr(transformer, "config", {})
+    heads = layout.heads(transformer)
     return {
         "class": kind.__name__,
         "blocks": len(layout.find_blocks(transformer)),
         "width": layout.width(transformer),
-        "heads": layout.heads(transformer),
+        "heads": config.get("num_attention_heads", heads) if isinstance(config, Mapping) else heads,
+        "heads of Read and Write": heads,  # no shape of a tensor tells
     }
 
 
