@@ -87,6 +87,7 @@ def check_config(config: TrainConfig) -> None:
     from elit.data import load_dataset
     from elit.evaluation.flops import forward_flops
     from elit.flow.objective import SigmaDensity
+    from elit.models.elastic import ElasticMixin
     from elit.pipelines.text_encoder import encoder_settings
     from elit.training.build import build_model, check_condition, tail_dropping
     from elit.training.config import WORDS
@@ -112,7 +113,8 @@ def check_config(config: TrainConfig) -> None:
         _check_overrides(config.model.preset, config.model.overrides)
         with torch.device("meta"):
             model = build_model(config, dataset, text_settings).requires_grad_(False)
-    forward_flops(model)  # runs it: do the groups divide the grid?
+    if isinstance(model, ElasticMixin):
+        forward_flops(model)  # runs it: do the groups divide the grid?
     tail_dropping(config, model)
     latents_to_show(model, config.sample.budgets)
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -155,6 +157,9 @@ def train_config(config: TrainConfig, as_json: bool) -> int:
     takes_text = not is_retrofit and preset_model(preset).takes_text
     prompts = ' --prompts "a red disc"' if takes_text else ""
     sample = f"elit sample {shlex.quote(str(result.folder))}{prompts}{budgets}"
+    if config.data.name == "tensors":
+        interface = str(result.folder / "interface.safetensors")
+        sample = f"elit.load_interface(pipe.transformer, {interface!r}).set_budget(1.0, guide=0.25)"
     code = 0 if result.finished else 130
     if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process talks
         return code

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from elit.data.digits import Digits
     from elit.data.moving_shapes import MovingShapes
     from elit.data.shapes import Shapes
+    from elit.data.tensors import Tensors
 
     _TorchDataset = Dataset[dict[str, Any]]
 else:
@@ -32,6 +33,7 @@ __all__ = [
     "ImageDataset",
     "MovingShapes",
     "Shapes",
+    "Tensors",
     "load_dataset",
 ]
 
@@ -43,6 +45,7 @@ DATASETS = {
     "shapes": ("elit.data.shapes", "Shapes"),
     "captioned-shapes": ("elit.data.captioned_shapes", "CaptionedShapes"),
     "moving-shapes": ("elit.data.moving_shapes", "MovingShapes"),
+    "tensors": ("elit.data.tensors", "Tensors"),
 }
 
 

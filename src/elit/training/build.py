@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from elit.data import ImageDataset
+from elit.data.tensors import Tensors
 from elit.interface.budget import TailDropping
 from elit.models.elastic import ElasticMixin
 from elit.models.presets import DEFAULT_VOCAB_SIZE, nearest_resolution, preset_config, preset_model
@@ -16,6 +17,7 @@ from elit.training.conditioning import (
     TextEncoding,
 )
 from elit.training.config import WORDS, LatentsConfig, TextConfig, TrainConfig
+from elit.training.foreign import TensorConditioning
 from elit.training.randomness import generator
 from elit.training.retrofit import Distillation, build_retrofit
 
@@ -29,7 +31,7 @@ def build_parts(
     if is_retrofit:
         model, teacher = build_retrofit(config, dataset)
         check_condition(config, dataset, model)
-        takes_text = model.takes_text
+        takes_text = getattr(model, "takes_text", False)
     else:
         takes_text = preset_model(config.model.preset).takes_text
     if takes_text:
@@ -39,17 +41,24 @@ def build_parts(
     if not is_retrofit:
         model = build_model(config, dataset, settings)
     model = model.to(device)
-    conditioning: Conditioning = (
-        TextConditioning(model, device, encoding)
-        if takes_text
-        else LabelConditioning(model, device)
-    )
-    distillation = teacher and Distillation(model, teacher.to(device), config.retrofit)
+    conditioning: Conditioning
+    if isinstance(dataset, Tensors):
+        conditioning = TensorConditioning(model, dataset, device)
+    elif takes_text:
+        conditioning = TextConditioning(model, device, encoding)
+    else:
+        conditioning = LabelConditioning(model, device)
+    distillation = None
+    if teacher is not None:
+        distillation = Distillation(model, teacher.to(device), config.retrofit, conditioning)
     return model, conditioning, distillation
 
 
 def check_condition(config: TrainConfig, dataset: ImageDataset, model: ElasticMixin) -> None:
     """Raise a ValueError if the data can't tell a pretrained model what to draw."""
+    if isinstance(dataset, Tensors):
+        check_tensors(config, dataset, model)
+        return
     if model.takes_text and not dataset.has_captions:
         raise ValueError(
             f"{config.retrofit.base} draws texts, but the data set {config.data.name!r} has no "
@@ -59,6 +68,28 @@ def check_condition(config: TrainConfig, dataset: ImageDataset, model: ElasticMi
         raise ValueError(
             f"text.* have no effect on {config.retrofit.base}, which draws classes; leave them out"
         )
+
+
+def check_tensors(config: TrainConfig, dataset: Tensors, model: Any) -> None:
+    """Raise a ValueError if a diffusers transformer doesn't take a data set's tensors."""
+    if config.text != TextConfig():
+        raise ValueError("text.* have no effect on data.name=tensors, which are encoded already")
+    if config.objective.label_dropout and not dataset.null:
+        raise ValueError(
+            f"objective.label_dropout={config.objective.label_dropout} needs the tensors of the "
+            f"empty text, null.NAME, in the data; add them, or set it to 0"
+        )
+    conditioning = TensorConditioning(model, dataset, torch.device("cpu"))
+    batch = dataset.batch([0])
+    try:
+        with torch.no_grad():
+            x, sigma = batch["images"].to(model.dtype), torch.ones(1)
+            conditioning.velocity(model, x, sigma, conditioning(batch), {"num_latents": 1})
+    except (RuntimeError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{config.data.options.get('path')} doesn't fit {config.retrofit.base}: {reason}"
+        ) from error
 
 
 def build_model(

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,15 +10,54 @@ from torch import Tensor
 
 from elit.flow.schedulers import make_scheduler
 from elit.models.elastic import ElasticMixin
+from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.pipelines.text_encoder import encode, encoder_settings, load_text_encoder
 from elit.pipelines.text_pipeline import ElitTextPipeline
 from elit.training.config import WORDS, TextConfig
+from elit.training.foreign import TensorConditioning
 
 Arguments = dict[str, Tensor]
 
 
-class LabelConditioning:
+class OwnConditioning:
+    """What our models have in common: how they are called, and that a pipeline draws with them."""
+
+    draws = True
+    model: ElasticMixin
+
+    def __call__(self, batch: Mapping[str, Any], dropped: Tensor | None = None) -> Arguments:
+        """The model's condition of a batch.
+
+        Args:
+            batch: of the data set.
+            dropped: (B,) bool, samples whose label or text is not told.
+        """
+        raise NotImplementedError
+
+    def velocity(
+        self,
+        model: Any,
+        x: Tensor,
+        sigma: Tensor,
+        condition: Arguments,
+        latents: Mapping[str, Any],
+    ) -> Tensor:
+        """Velocity (B, ...) of noisy samples x (B, ...) at noise levels (B,)."""
+        return model(x, sigma, **condition, **latents, return_dict=False)[0]
+
+    def pipeline(self) -> ElasticPipeline:
+        """A pipeline that draws with the model."""
+        raise NotImplementedError
+
+    def export(self, model: Any, folder: Path) -> None:
+        """Write the pipeline."""
+        pipeline = self.pipeline()
+        pipeline.register_modules(transformer=model)
+        pipeline.save_pretrained(folder)
+
+
+class LabelConditioning(OwnConditioning):
     """Class labels; a dropped one is the null label."""
 
     def __init__(self, model: ElasticMixin, device: torch.device):
@@ -26,12 +66,7 @@ class LabelConditioning:
     def __call__(
         self, batch: Mapping[str, Any], dropped: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The model's condition of a batch.
-
-        Args:
-            batch: of the data set.
-            dropped: (B,) bool, samples whose label is not told.
-        """
+        """Labels of a batch."""
         labels = batch["class_labels"].to(self.device, non_blocking=True)
         if dropped is not None:
             labels = labels.masked_fill(dropped, self.model.config.num_classes)
@@ -61,7 +96,7 @@ class TextEncoding:
             self.encoder = encoder.to(device)
 
 
-class TextConditioning:
+class TextConditioning(OwnConditioning):
     """Captions; a dropped one is the empty text."""
 
     def __init__(self, model: ElasticMixin, device: torch.device, encoding: TextEncoding):
@@ -70,7 +105,7 @@ class TextConditioning:
     def __call__(
         self, batch: Mapping[str, Any], dropped: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The model's condition of a batch, as `LabelConditioning` makes it."""
+        """Captions of a batch, read."""
         captions = list(batch["captions"])
         if dropped is not None:
             pairs = zip(captions, dropped.tolist(), strict=True)
@@ -95,4 +130,4 @@ class TextConditioning:
         )
 
 
-Conditioning = LabelConditioning | TextConditioning
+Conditioning = OwnConditioning | TensorConditioning

@@ -90,8 +90,9 @@ class DataConfig:
     """What to train on.
 
     Attributes:
-        name: data set, "digits", "shapes", "captioned-shapes" or "moving-shapes".
-        options: options of the data set, such as count and size of "shapes".
+        name: data set, "digits", "shapes", "captioned-shapes" or "moving-shapes"; "tensors" are
+            your own latents and texts, encoded, for a diffusers transformer.
+        options: options of the data set, such as count and size of "shapes", path of "tensors".
         batch_size: samples of one optimiser step, over all processes and accumulations.
         num_workers: loader processes of each training process; 0 loads in the process itself.
     """
@@ -157,7 +158,7 @@ class RetrofitConfig:
     """What `elit finetune` makes elastic, and how. Without a base, a model is trained from scratch.
 
     Attributes:
-        base: folder of the pretrained pipeline.
+        base: folder of the pretrained pipeline, or of a diffusers transformer.
         head: blocks before Read.
         tail: blocks after Write.
         group: tokens of one group along each axis.

@@ -143,7 +143,7 @@ def _part_loss(
     def velocity(x: Tensor, s: Tensor) -> Tensor:
         if run.distillation is not None:
             seen.extend(run.distillation.targets(x, s, condition))
-        seen.append(run.parallel_model(x, s, **condition, **latents, return_dict=False)[0])
+        seen.append(run.conditioning.velocity(run.parallel_model, x, s, condition, latents))
         return seen[-1]
 
     loss = flow_matching_loss(velocity, data, noise, sigma)

@@ -1,17 +1,21 @@
 """Fine-tuning of a retrofit: the pretrained model made elastic, and the original as its teacher."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from elit.data import ImageDataset
+from elit.data.tensors import Tensors
 from elit.models.elastic import ElasticMixin
+from elit.pipelines.folder import OURS, read_config
 from elit.pipelines.load import load_pipeline
 from elit.retrofit.elastic import PREFIX
 from elit.retrofit.elasticize import elasticize
 from elit.training.config import RetrofitConfig, TrainConfig
+from elit.training.foreign import load_transformer
 from elit.training.randomness import generator
 
 LORA = "retrofit"  # name of peft's adapter
@@ -24,7 +28,7 @@ def build_retrofit(config: TrainConfig, dataset: ImageDataset) -> tuple[Any, Any
     Where the original's parameters are not trained, both are one model.
     """
     options = config.retrofit
-    model = load_pipeline(str(options.base)).transformer
+    model = load_base(str(options.base))
     check_data(model, dataset, config)
     split = options.head, options.tail, options.group
     lossless = options.init == "identity"
@@ -41,12 +45,27 @@ def build_retrofit(config: TrainConfig, dataset: ImageDataset) -> tuple[Any, Any
     return model, teacher or model
 
 
+def load_base(base: str) -> Any:
+    """The transformer of a pipeline of ours, or of diffusers'."""
+    index = Path(base, "model_index.json")
+    if index.exists():
+        is_foreign = read_config(index).get("_class_name") not in OURS
+    else:
+        is_foreign = Path(base, "config.json").exists()
+    return load_transformer(base) if is_foreign else load_pipeline(base).transformer
+
+
 def check_data(model: Any, dataset: ImageDataset, config: TrainConfig) -> None:
     """Raise a ValueError if the base draws other things than the data set has."""
     channels, *size = dataset.image_shape
     name, base = config.data.name, config.retrofit.base
-    if not isinstance(model, ElasticMixin):
-        raise ValueError(f"{base} holds a {type(model).__name__}, which is no model of elit's")
+    if isinstance(dataset, Tensors) == isinstance(model, ElasticMixin):
+        raise ValueError(
+            f"{base} holds a {type(model).__name__}, which the data set {name!r} doesn't suit: "
+            f"diffusers' transformers take data.name=tensors, ours the others"
+        )
+    if isinstance(dataset, Tensors):
+        return
     if (model.in_channels, list(model.sample_size)) != (channels, size):
         raise ValueError(
             f"{base} draws {model.in_channels} channels of {list(model.sample_size)}, but the data "
@@ -127,8 +146,8 @@ class Distillation:
     v is the student's velocity, v0 the original's, h and h0 are their tokens after the core.
     """
 
-    def __init__(self, student: Any, teacher: Any, options: RetrofitConfig):
-        self.teacher, self.options = teacher, options
+    def __init__(self, student: Any, teacher: Any, options: RetrofitConfig, conditioning: Any):
+        self.teacher, self.options, self.conditioning = teacher, options, conditioning
         for model in (student, teacher):
             model._elit_session.keeps_written = True
 
@@ -137,8 +156,8 @@ class Distillation:
         self, x: Tensor, sigma: Tensor, condition: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The original's velocity (B, ...) and tokens after the core (B, N, D)."""
-        full = self.teacher.max_latents
-        velocity = self.teacher(x, sigma, **condition, num_latents=full, return_dict=False)[0]
+        latents = {"num_latents": self.teacher.max_latents}
+        velocity = self.conditioning.velocity(self.teacher, x, sigma, condition, latents)
         return velocity, self.teacher._elit_session.written
 
     def loss(

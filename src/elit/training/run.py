@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from elit.training.checkpoint import (
     replace_folder_files,
     save_checkpoint,
 )
+from elit.training.conditioning import OwnConditioning
 from elit.training.config import TrainConfig, fixed_settings
 from elit.training.distributed import World
 from elit.training.metrics import MetricsLog
@@ -193,7 +195,7 @@ class Run:
         paused = time.perf_counter()
         if self.world.is_main and _due(step, loop.validate_every):
             self.validate()
-        if self.world.is_main and _due(step, loop.sample_every):
+        if self.world.is_main and self.conditioning.draws and _due(step, loop.sample_every):
             self.draw_sheet()
         if _due(step, loop.checkpoint_every):
             self.save()
@@ -229,6 +231,7 @@ class Run:
         """Draw samples at every budget with the averaged weights."""
         config = self.config
         with self.averaged_weights():
+            assert isinstance(self.conditioning, OwnConditioning)
             pipeline = self.conditioning.pipeline()
             sheet = sample_sheet(pipeline, self.held_out, config.sample, self.kept, config.seed)
         save_image(sheet, self.folder / "samples" / f"step-{self.step:08d}.png")
@@ -254,9 +257,8 @@ class Run:
             )
         if self.world.is_main and self.step != self._exported_step:
             with self.averaged_weights():
-                pipeline = self.conditioning.pipeline()
-                pipeline.register_modules(transformer=without_lora(self.model))
-                replace_folder_files(self.folder, pipeline.save_pretrained)
+                export = partial(self.conditioning.export, without_lora(self.model))
+                replace_folder_files(self.folder, export)
         self.saved_step = self._exported_step = self.step
 
     def _resume(self) -> int:

@@ -75,10 +75,10 @@ def validation_losses(
         moved = [x.to(device) for x in (batch["images"], noise[part], sigma[part])]
         condition = conditioning(batch)
         for num_latents in kept:
-            kwargs = condition if num_latents is None else condition | {"num_latents": num_latents}
+            latents = {} if num_latents is None else {"num_latents": num_latents}
 
-            def velocity(x: Tensor, s: Tensor, kwargs: Mapping[str, Any] = kwargs) -> Tensor:
-                return model(x, s, **kwargs).sample
+            def velocity(x: Tensor, s: Tensor, latents: Mapping[str, Any] = latents) -> Tensor:
+                return conditioning.velocity(model, x, s, condition, latents)  # noqa: B023
 
             losses[num_latents].append(flow_matching_loss(velocity, *moved).cpu())
     return {num_latents: torch.cat(parts) for num_latents, parts in losses.items()}

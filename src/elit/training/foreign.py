@@ -1,0 +1,114 @@
+"""Diffusers' flow-matching transformers in our training loop: how each is called.
+
+All predict the velocity, noise - data, as ours do; they differ in the scale of time and in how the
+VAE latents are packed into tokens.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from elit._choices import nearest
+from elit.data.tensors import Tensors
+from elit.retrofit.files import save_interface
+
+Arguments = dict[str, Any]
+
+# Class: scale of its timestep, and how (B, C, h, w) becomes tokens: None is left to the model.
+FLOW_TRANSFORMERS = {
+    "SD3Transformer2DModel": (1000.0, None),
+    "WanTransformer3DModel": (1000.0, None),
+    "CogView4Transformer2DModel": (1000.0, None),
+    "FluxTransformer2DModel": (1.0, "flux"),
+    "QwenImageTransformer2DModel": (1.0, "qwen"),
+}
+GUIDANCE = 3.5  # that guidance-distilled models are told
+
+
+def load_transformer(base: str) -> Any:
+    """The transformer of a diffusers pipeline's folder, or of a transformer's own folder."""
+    folder = Path(base, "transformer") if Path(base, "model_index.json").exists() else Path(base)
+    try:
+        name = json.loads((folder / "config.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{base} holds no transformer: {error}") from error
+    if name not in FLOW_TRANSFORMERS:
+        near = nearest(name, FLOW_TRANSFORMERS)
+        raise ValueError(
+            f"{folder} holds a {name}, which elit finetune can't train"
+            + (f" (did you mean {near}?)" if near else "")
+            + f"; it trains plain DiTs of elit's and {', '.join(FLOW_TRANSFORMERS)}; for others "
+            f"write the loop as examples/elasticize_sd3.py does"
+        )
+    return getattr(diffusers, name).from_pretrained(folder)
+
+
+class TensorConditioning:
+    """Conditions that come with the data, and the calls of a diffusers transformer."""
+
+    draws = False  # the stock pipeline does
+
+    def __init__(self, model: Any, dataset: Tensors, device: torch.device):
+        self.model, self.device, self.null = model, device, dataset.null
+        base = next(k.__name__ for k in type(model).__mro__ if k.__name__ in FLOW_TRANSFORMERS)
+        self.time_scale, self.packing = FLOW_TRANSFORMERS[base]
+
+    def __call__(
+        self, batch: Mapping[str, Any], dropped: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The model's arguments of a batch; of a dropped sample those of the empty text."""
+        condition = {
+            name: value.to(self.device, non_blocking=True)
+            for name, value in batch.items()
+            if name not in ("images", "class_labels")
+        }
+        if dropped is not None:
+            for name, null in self.null.items():
+                keep = (~dropped).view(-1, *(1,) * (null.ndim - 1))
+                condition[name] = torch.where(keep, condition[name], null.to(self.device))
+        return condition
+
+    def velocity(
+        self,
+        model: Any,
+        x: Tensor,
+        sigma: Tensor,
+        condition: Mapping[str, Any],
+        latents: Mapping[str, Any],
+    ) -> Tensor:
+        """Velocity (B, C, ...) of noisy VAE latents x (B, C, ...) at noise levels (B,)."""
+        given: Arguments = {"hidden_states": x, **condition, **latents, "return_dict": False}
+        given["timestep"] = sigma * self.time_scale
+        if self.packing is None:
+            return model(**given)[0]
+        height, width = x.shape[2] // 2, x.shape[3] // 2
+        given["hidden_states"] = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+        if self.packing == "qwen":
+            given["img_shapes"] = [[(1, height, width)]] * len(x)
+        else:
+            given |= self._flux_arguments(x, condition["encoder_hidden_states"], height, width)
+        tokens = model(**given)[0]
+        return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=height, w=width, p=2, q=2)
+
+    def _flux_arguments(self, x: Tensor, text: Tensor, height: int, width: int) -> Arguments:
+        ids = torch.zeros(height, width, 3, device=x.device)
+        ids[..., 1] += torch.arange(height, device=x.device)[:, None]
+        ids[..., 2] += torch.arange(width, device=x.device)
+        given: Arguments = {
+            "img_ids": ids.flatten(0, 1),
+            "txt_ids": torch.zeros(text.shape[1], 3, device=x.device),
+        }
+        if self.model.config.guidance_embeds:
+            given["guidance"] = torch.full((len(x),), GUIDANCE, device=x.device)
+        return given
+
+    def export(self, model: Any, folder: Path) -> None:
+        """Write the transformer whole, and its interface alone."""
+        model.save_pretrained(folder / "transformer")
+        save_interface(model, folder / "interface.safetensors")
