@@ -24,7 +24,9 @@ def bytes_of(images):
     return {image.numpy().tobytes() for image in images}
 
 
-@pytest.fixture(params=[(name, split) for name in DATASETS for split in SPLITS], ids=str)
+@pytest.fixture(
+    params=[(name, split) for name in DATASETS if name != "tensors" for split in SPLITS], ids=str
+)
 def dataset(request):
     name, split = request.param
     options = {} if name == "digits" else {"count": 60}
@@ -273,7 +275,7 @@ class TestLoadDataset:
                 ("imagenet",),
                 {},
                 r"unknown data set 'imagenet': use one of 'digits', 'shapes', 'captioned-shapes', "
-                r"'moving-shapes'$",
+                r"'moving-shapes', 'tensors'$",
             ),
             ((None,), {}, r"unknown data set None: use one of"),
             ((["digits"],), {}, r"unknown data set \['digits'\]: use one of"),

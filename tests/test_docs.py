@@ -21,7 +21,13 @@ from elit.cli.main import COMMANDS, command_parser, main
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 SCRIPTS = [*sorted((ROOT / "benchmarks").glob("*.py")), *sorted((ROOT / "examples").glob("*.py"))]
-PLACEHOLDERS = ("QUICKSTART_TABLE", "SPEED_TABLES", "CAPTION_RESULTS", "CLIP_RESULTS")
+PLACEHOLDERS = (
+    "QUICKSTART_TABLE",
+    "SPEED_TABLES",
+    "CAPTION_RESULTS",
+    "CLIP_RESULTS",
+    "RETROFIT_RESULTS",
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ def place(tmp_path_factory) -> Path:
     model = randomise(create_model("elit-dit-tiny/2"), std=0.05)  # open gates: steps differ
     pipeline = ElitPipeline(model, make_scheduler("euler"))
     pipeline.save_pretrained(folder / "runs" / "quickstart")
+    plain = randomise(create_model("dit-tiny/2", depth=5), std=0.05)
+    ElitPipeline(plain, make_scheduler("euler")).save_pretrained(folder / "runs" / "plain")
     model = create_model("elit-mmdit-tiny/2", 16, in_channels=3)
     texts = ElitTextPipeline(model, make_scheduler("euler"))
     texts.save_pretrained(folder / "runs" / "captioned-shapes")
@@ -124,7 +132,7 @@ def test_commands_are_what_the_program_takes(words: list[str], there, capsys, mo
 
 def check_elit(name: str, words: list[str], capsys) -> None:
     args = command_parser(name).parse_args(words)
-    if name == "train":
+    if name in ("train", "finetune"):
         code = main([name, *words, *([] if args.dry_run else ["--dry-run"])])
         assert code == 0, capsys.readouterr().err
     if name == "sample":
@@ -250,6 +258,19 @@ def test_example_own_loop(there, monkeypatch) -> None:
     script = ROOT / "examples" / "own_loop.py"
     run_script(script, monkeypatch, "--steps", "3", "--batch-size", "8", "--out", "own")
     ElitPipeline.from_pretrained("own")
+
+
+def test_example_elasticize_sd3(there, capsys, monkeypatch) -> None:
+    script = ROOT / "examples" / "elasticize_sd3.py"
+    run_script(script, monkeypatch, "--steps", "2", "--out", "interface.safetensors")
+    assert "step 2: " in capsys.readouterr().out
+    assert (there / "interface.safetensors").stat().st_size
+
+
+def test_example_elasticize_own(there, capsys, monkeypatch) -> None:
+    run_script(ROOT / "examples" / "elasticize_own.py", monkeypatch)
+    off = [float(number) for number in re.findall(r"(\S+) off the", capsys.readouterr().out)]
+    assert off[0] < 1e-5 < off[1] < off[2] < off[3]
 
 
 def test_example_clip_motion(there, capsys, monkeypatch) -> None:

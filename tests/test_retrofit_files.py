@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from retrofit_models import FOREIGN, inputs, make
 from safetensors import safe_open
 from safetensors.torch import save_file
+from stock_pipelines import STOCK
 from test_retrofit import HEAD, OWN, TAIL, Own, elastic, randomise
 
 import elit
@@ -174,3 +176,21 @@ def test_load_elastic_of_something_else(tmp_path: Path) -> None:
              num_classes=5, group=2, head=1, tail=1).save_pretrained(tmp_path / "dit")  # fmt: skip
     with pytest.raises(ValueError, match="is DiT, not an elastic transformer"):
         load_elastic(tmp_path / "dit")
+
+
+def test_a_pipeline_knows_what_its_transformer_became(tmp_path: Path) -> None:
+    """A stock pipeline writes the class of each part when it is made: it has to be told."""
+    pipe = STOCK["dit"].build(make("dit"))
+    assert elasticize(pipe, HEAD, TAIL, 4) is pipe
+    save_interface(pipe.transformer, tmp_path / "interface.safetensors")
+    pipe.save_pretrained(tmp_path / "elastic")
+    loaded = type(pipe).from_pretrained(tmp_path / "elastic")
+    assert type(loaded.transformer) is type(pipe.transformer)
+    unelasticize(pipe).save_pretrained(tmp_path / "plain")
+    plain = type(pipe).from_pretrained(tmp_path / "plain")
+    assert type(plain.transformer) is type(make("dit"))
+    load_interface(plain, tmp_path / "interface.safetensors").save_pretrained(tmp_path / "again")
+    again = type(pipe).from_pretrained(tmp_path / "again")
+    assert type(again.transformer) is type(loaded.transformer)
+    with pytest.raises(ValueError, match="has no transformer"):
+        elasticize(diffusers.DDPMPipeline(None, diffusers.DDPMScheduler()), 1, 1, 4)

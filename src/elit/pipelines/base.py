@@ -76,6 +76,11 @@ class ElasticPipeline(DiffusionPipeline):
             raise ValueError(f"{name} has a {kind}, which is no transformer of elit's")
         return pipeline
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save as diffusers does, also a transformer that became elastic in the pipeline."""
+        self.register_modules(transformer=self.transformer)
+        super().save_pretrained(save_directory, **kwargs)
+
     @torch.no_grad()
     def sample(
         self,

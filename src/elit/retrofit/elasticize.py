@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from elit.retrofit.elastic import PREFIX, ElasticTransformer, attach, detach
@@ -10,7 +11,7 @@ from elit.retrofit.known import find_layout
 from elit.retrofit.layout import BlockSignature, Layout
 from elit.retrofit.settings import Settings
 
-_Model = TypeVar("_Model", bound=nn.Module)
+_Model = TypeVar("_Model", bound=nn.Module | DiffusionPipeline)
 
 
 def elasticize(
@@ -30,7 +31,8 @@ def elasticize(
     pipelines, which don't know it.
 
     Args:
-        transformer: a diffusers transformer, an elit DiT without groups, or your own module.
+        transformer: a diffusers transformer, an elit DiT without groups, or your own module; or a
+            pipeline with one, which then knows to save it as an elastic one.
         head: blocks before Read, at least 1.
         tail: blocks after Write, at least 1.
         group: tokens of a group along each axis; one number for all axes.
@@ -43,10 +45,12 @@ def elasticize(
     Raises:
         ValueError: if the transformer can't be patched, or the split or the group doesn't fit.
     """
+    if isinstance(transformer, DiffusionPipeline):
+        elasticize(transformer_of(transformer), head, tail, group, init, rank, layout)
+        return with_its_class(transformer)
     if not isinstance(transformer, nn.Module):
         raise ValueError(
             f"elasticize takes a transformer, a torch module, not {type(transformer).__name__}"
-            + ("; give pipe.transformer" if hasattr(transformer, "transformer") else "")
         )
     if isinstance(transformer, ElasticTransformer):
         raise ValueError(
@@ -72,7 +76,14 @@ def elasticize(
 
 
 def unelasticize(transformer: Any) -> Any:
-    """Take the interface out again, in place: the original transformer, with its weights."""
+    """Take the interface out again, in place: the original transformer, with its weights.
+
+    Args:
+        transformer: an elastic one, or a pipeline with one.
+    """
+    if isinstance(transformer, DiffusionPipeline):
+        unelasticize(transformer_of(transformer))
+        return with_its_class(transformer)
     if not isinstance(transformer, ElasticTransformer):
         raise ValueError(
             f"this {type(transformer).__name__} is not elastic; there is nothing to take out"
@@ -81,3 +92,17 @@ def unelasticize(transformer: Any) -> Any:
         raise ValueError("a step cache is on; call disable_cache() first")
     detach(transformer)
     return transformer
+
+
+def transformer_of(pipeline: Any) -> Any:
+    """The transformer of a pipeline."""
+    transformer = getattr(pipeline, "transformer", None)
+    if transformer is None:
+        raise ValueError(f"a {type(pipeline).__name__} has no transformer")
+    return transformer
+
+
+def with_its_class(pipeline: Any) -> Any:
+    """The pipeline, which writes into its index of which class its transformer is."""
+    pipeline.register_modules(transformer=pipeline.transformer)
+    return pipeline

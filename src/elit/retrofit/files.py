@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoModel
+from diffusers import AutoModel, DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from elit._files import write_file
 from elit.retrofit import elastic
 from elit.retrofit.elastic import PREFIX, ElasticTransformer
-from elit.retrofit.elasticize import elasticize, unelasticize
+from elit.retrofit.elasticize import elasticize, transformer_of, unelasticize, with_its_class
 from elit.retrofit.known import find_layout
 from elit.retrofit.layout import Layout
 from elit.retrofit.settings import Settings
@@ -26,7 +26,7 @@ from elit.retrofit.settings import Settings
 KEY = "elit_interface"  # of the metadata
 WEIGHT_NAME = "interface.safetensors"
 
-_Model = TypeVar("_Model", bound=nn.Module)
+_Model = TypeVar("_Model", bound=nn.Module | DiffusionPipeline)
 
 
 def save_interface(transformer: Any, path: str | Path) -> None:
@@ -70,8 +70,8 @@ def load_interface(
     """Make a transformer elastic with the interface of a file, in place, and return it.
 
     Args:
-        transformer: the base model; at full budget it stays what it is, if the interface was
-            trained alone and started as "identity".
+        transformer: the base model, or a pipeline with it; at full budget it stays what it is, if
+            the interface was trained alone and started as "identity".
         name: the file, a folder, or a repository on the Hugging Face hub.
         weight_name: of the file in a folder or a repository.
         layout: how the transformer is laid out, as `elasticize` takes it.
@@ -81,6 +81,9 @@ def load_interface(
         ValueError: if there is no such file, it is not an interface, or is that of another model;
             the transformer is then as it was.
     """
+    if isinstance(transformer, DiffusionPipeline):
+        load_interface(transformer_of(transformer), name, weight_name, layout, revision)
+        return with_its_class(transformer)
     if isinstance(transformer, ElasticTransformer):
         raise ValueError(
             f"this {type(transformer).__name__} has an interface already; unelasticize it first"

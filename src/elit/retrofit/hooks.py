@@ -88,7 +88,7 @@ class Session:
 
         It then multiplies by zero what it could leave out: a branch would be a graph more.
         """
-        by_blocks = any(getattr(block, "_compiled_call_impl", None) for block in self.core)
+        by_blocks = any(core_hook(block).compiled for block in self.core)
         return by_blocks or torch.compiler.is_compiling()
 
     @contextmanager
