@@ -26,6 +26,7 @@ from elit.caching.ports import BlockPort
 from elit.caching.state import BranchState, Steps
 
 CALL_HOOK, BLOCK_HOOK = "elit_cache_call", "elit_cache_block"
+FULL_GRAPH = "a step cache decides between the blocks; use compile_repeated_blocks(fullgraph=False)"
 Block = tuple[nn.Module, BlockPort]
 
 
@@ -67,14 +68,14 @@ class LeaderHook(ModelHook):
         super().__init__()
         self.steps, self.port, self.config = steps, port, config
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=FULL_GRAPH)
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The block's forward, or nothing."""
         if torch.is_grad_enabled():
             self.steps.current = None  # the other blocks follow no cache
             return self.fn_ref.original_forward(*args, **kwargs)
         streams = self.port.streams_in(args, kwargs)
-        state = self.steps.begin_branch(streams[0])
+        state = self.steps.begin_branch(streams)
         state.anchor = streams
         result = self.run(state, module, *args, **kwargs)
         if state.skips and result is None:
@@ -223,6 +224,7 @@ class BlockHook(ModelHook):
         super().__init__()
         self.steps, self.port, self.index, self.is_last = steps, port, index, is_last
 
+    @torch.compiler.disable(recursive=False, reason=FULL_GRAPH)  # blocks share graphs then
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The block's forward, or nothing."""
         del module

@@ -8,7 +8,14 @@ from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 
 from elit.caching.configs import check_cache
-from elit.caching.hooks import Block, cache_counts, install_cache, remove_cache, reset_cache
+from elit.caching.hooks import (
+    FULL_GRAPH,
+    Block,
+    cache_counts,
+    install_cache,
+    remove_cache,
+    reset_cache,
+)
 from elit.caching.ports import BlockPort
 
 
@@ -18,6 +25,8 @@ class StepCaching(CacheMixin):
     `cache_context(name)` names the calls of a branch of guidance; each has a state of its own.
     Calls without a name have one too.
     """
+
+    _is_full_graph = False  # what the blocks were compiled to last
 
     def cache_blocks(self) -> list[Block]:
         """What a cache may leave out, in the order in which tokens pass it, and its streams."""
@@ -30,10 +39,14 @@ class StepCaching(CacheMixin):
             config: a FirstBlockCacheConfig or MagCacheConfig of diffusers, or a TeaCacheConfig.
 
         Raises:
-            ValueError: of another cache, with what keeps it from working.
+            ValueError: of another cache, with what keeps it from working, or if the blocks were
+                compiled to full graphs.
         """
         check_cache(self, config)
-        install_cache(self, self.cache_blocks(), config)
+        blocks = self.cache_blocks()
+        if self._is_full_graph and any(block._compiled_call_impl for block, _ in blocks):
+            raise ValueError(f"the blocks were compiled to full graphs; {FULL_GRAPH}")
+        install_cache(self, blocks, config)
         self._cache_config = config
 
     def disable_cache(self) -> None:
@@ -41,6 +54,14 @@ class StepCaching(CacheMixin):
         if self.is_cache_enabled:
             remove_cache(self)
             self._cache_config = None
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks as diffusers does; with a cache on, not to full graphs."""
+        full = bool(kwargs.get("fullgraph"))
+        if full and self.is_cache_enabled:
+            raise ValueError(f"a step cache is on; {FULL_GRAPH}")
+        super().compile_repeated_blocks(*args, **kwargs)
+        self._is_full_graph = full
 
     def cache_counts(self) -> tuple[int, int]:
         """How often the blocks were computed, and how often skipped, since the cache is on."""

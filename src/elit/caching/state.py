@@ -18,6 +18,7 @@ class BranchState(BaseState):
 
     Attributes:
         step: the last one that it took part in.
+        entered: shape, dtype and device of the streams that entered the blocks at that step.
         anchor: the streams that the residual adds to, of the step that runs.
         skips: whether the step that runs is skipped.
         residual: what the blocks added to the anchor at the last computed step.
@@ -29,6 +30,7 @@ class BranchState(BaseState):
     """
 
     step: int = -1
+    entered: tuple[Any, ...] = ()
     anchor: Streams | None = None
     skips: bool = False
     residual: Streams | None = None
@@ -73,7 +75,8 @@ class Steps(StateManager):
     """The states of all branches, and the step that a run is at.
 
     A run starts where the noise level jumps back, after as many steps as it has, at step 0 of a
-    pipeline that counts, and after `reset`.
+    pipeline that counts, and after `reset`. It starts too where a branch is at its first level
+    again, or at another one for a third time: Heun's method is at all but the first level twice.
 
     Attributes:
         step: of the run, from 0.
@@ -92,6 +95,7 @@ class Steps(StateManager):
         self.step, self.num_steps = -1, self.default_num_steps
         self.current: BranchState | None = None
         self._time: float | None = None
+        self._visits = 0  # steps in a row at this level
         self._direction: int | None = -1  # noise levels go down, until they turn out to go up
         self._names: set[str] = set()  # of the calls of this step
 
@@ -112,19 +116,24 @@ class Steps(StateManager):
             timestep: of the call; the largest counts. None if there is none.
         """
         context, index = self.context, self.context.step_index
-        time = None if timestep is None else float(torch.as_tensor(timestep).max())
+        time = None
         if index is not None:
             time = -float(index)  # going down, as noise levels do
+        elif timestep is not None:
+            time = float(torch.as_tensor(timestep).max())
         repeated = context.name in self._names
         over = self.num_steps is not None and self.step + 1 >= self.num_steps
         ends_step = repeated or time != self._time
-        if self._turns(time) or (ends_step and over) or (index == 0 and repeated):
+        again = time is not None and time == self._time and (self.step == 0 or self._visits == 2)
+        turns = self._turns(time)
+        if turns or (ends_step and over) or (repeated and (again or index == 0)):
             direction = self._direction
             super().reset()
             self._rewind()
             self._direction = direction
             self._context = context
         if ends_step or self.step < 0:
+            self._visits = self._visits + 1 if time == self._time else 1
             self.step, self._names = self.step + 1, set()
         self._names.add(context.name)
         self._time = time
@@ -139,20 +148,18 @@ class Steps(StateManager):
         self._direction = None if turns else direction  # the next movement shows it again
         return turns
 
-    def begin_branch(self, tokens: Tensor) -> BranchState:
+    def begin_branch(self, streams: Streams) -> BranchState:
         """The blocks of a branch begin; its state, empty if it doesn't go on from the last step.
 
         Args:
-            tokens: (B, N, D), which enter the blocks.
+            streams: which enter the blocks.
         """
         state: BranchState = self.get_state()
-        old = None if state.residual is None else state.residual[0]
-        fits = old is not None and (old.shape, old.dtype, old.device) == (
-            (tokens.shape, tokens.dtype, tokens.device)
-        )
-        if not fits or state.step != self.step - 1:
+        entered = tuple(x if x is None else (x.shape, x.dtype, x.device) for x in streams)
+        goes_on = state.residual is not None and state.step == self.step - 1
+        if not goes_on or state.entered != entered:
             state.reset()
-        state.step, state.skips = self.step, False
+        state.step, state.entered, state.skips = self.step, entered, False
         self.current = state
         return state
 
