@@ -1,10 +1,11 @@
 """Tiny random diffusers transformers and inputs for them: real classes, small numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from torch import nn
 
@@ -255,6 +256,16 @@ FOREIGN = {
     "cogview4": Foreign(cogview4, cogview4_inputs, (4, 4), (8, 4)),
     "ours": Foreign(ours, ours_inputs, (4, 4), (8, 4)),
 }
+
+
+# Those that the default tests run on; the rest are `slow`.
+QUICK = ("qwen", "flux", "sd3", "dit", "wan", "ours")
+
+
+def some(names: Iterable[str], quick: Container[str] = QUICK) -> list[Any]:
+    """Names as parameters of a test, all but the quick ones marked slow."""
+    slow = pytest.mark.slow
+    return [name if name in quick else pytest.param(name, marks=slow) for name in names]
 
 
 def make(name: str) -> nn.Module:

@@ -1,6 +1,7 @@
 """Fine-tuning of retrofits: what is trained, what is lost, the teacher, resuming, mistakes."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def finetune_config(base: Path, folder: Path, steps: int = 4, **retrofit: Any) -
     config = tiny_config(folder, steps)
     config.model = type(config.model)()
     config.optimizer.lr = 1e-2
-    options = {"base": str(base), "head": 2, "tail": 2, "rank": 2} | retrofit
+    options = {"base": str(base), "head": 2, "tail": 2} | retrofit
+    if options.get("train", "adapters") in ("adapters", "lora"):
+        options = {"rank": 2} | options
     config.retrofit = RetrofitConfig(**options)
     config.__post_init__()
     return config
@@ -82,6 +85,16 @@ def test_what_is_trained(kind: str, base: Path, tmp_path: Path) -> None:
     started = elasticize(before.transformer, 2, 2, 4)
     untrained = {k: v for k, v in started.state_dict().items() if k.startswith("elit.")}
     assert any(not torch.equal(untrained[k], new[k]) for k in untrained if k in new)
+
+
+def test_a_base_that_has_changed_is_noticed(base: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(base, tmp_path / "base")
+    train(finetune_config(copied, tmp_path / "run", 1), progress=False)
+    pipeline = ElitPipeline.from_pretrained(copied)
+    torch.nn.init.ones_(pipeline.transformer.blocks[1].mlp[0].bias)
+    pipeline.save_pretrained(copied)
+    with pytest.raises(ValueError, match="was trained on another base"):
+        train(finetune_config(copied, tmp_path / "run", 2), progress=False)
 
 
 @pytest.mark.parametrize("kind", ["adapters", "lora", "all"])
@@ -186,6 +199,10 @@ def test_command(run: Any, base: Path, tmp_path: Path, monkeypatch: pytest.Monke
         ("--data.name shapes", "use the data that it was trained on"),
         ("--retrofit.distill 1.5", "give a number in [0, 1]"),
         ("--latents.draws 0", "at least 1"),
+        ("--latents.draws 17", "shares a micro-batch of 16 samples"),
+        ("--latents.min 16", "leaves nothing to train"),
+        ("--retrofit.train all --retrofit.rank 3", "rank has no effect"),
+        ("--retrofit.base_lr 0.5", "base_lr has no effect"),
         ("--model.preset dit-b/2", "unknown flag --model.preset"),
         ("--text.max_length 4", "text.* have no effect"),
     ],
@@ -208,6 +225,10 @@ def test_mistakes_of_bases(
     for name, message in (("nothing", "there is no folder nothing"), (".", "is not a pipeline")):
         code, _, err = run("finetune", name)
         assert (code, message in err) == (2, True), err
+    done = finetune_config(base, tmp_path / "min", 1)
+    done.latents.min = 4
+    train(done, progress=False)
+    assert ElitPipeline.from_pretrained(tmp_path / "min").transformer.min_latents == 4
     code, _, err = run("train", "digits", "--retrofit.head", "3")
     assert (code, "no effect without retrofit.base" in err) == (2, True), err
     train(finetune_config(base, tmp_path / "done", 1), progress=False)

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if not Path(args.base).is_dir():
         raise ValueError(
             f"there is no folder {args.base}; give the output_dir of `elit train`, or a folder "
-            f"that save_pretrained wrote"
+            f"that save_pretrained wrote; `hf download NAME --local-dir FOLDER` fetches one"
         )
     config = load_config(args.config, overrides, _settings_of(Path(args.base)))
     with quiet_diffusers():

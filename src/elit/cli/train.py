@@ -89,7 +89,12 @@ def check_config(config: TrainConfig) -> None:
     from elit.flow.objective import SigmaDensity
     from elit.models.elastic import ElasticMixin
     from elit.pipelines.text_encoder import encoder_settings
-    from elit.training.build import build_model, check_condition, tail_dropping
+    from elit.training.build import (
+        build_model,
+        check_condition,
+        check_draws,
+        tail_dropping,
+    )
     from elit.training.config import WORDS
     from elit.training.distributed import pick_device
     from elit.training.metrics import summary_writer_class
@@ -119,6 +124,7 @@ def check_config(config: TrainConfig) -> None:
     latents_to_show(model, config.sample.budgets)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     chunks = processes * config.train.accumulation
+    check_draws(config, chunks)
     StepBatches(len(dataset), data.batch_size, range(chunks), chunks, range(1), config.seed)
 
 
@@ -159,7 +165,9 @@ def train_config(config: TrainConfig, as_json: bool) -> int:
     sample = f"elit sample {shlex.quote(str(result.folder))}{prompts}{budgets}"
     if config.data.name == "tensors":
         interface = str(result.folder / "interface.safetensors")
-        sample = f"elit.load_interface(pipe.transformer, {interface!r}).set_budget(1.0, guide=0.25)"
+        sample = f"elit.load_interface(pipe, {interface!r})"
+        if config.retrofit.train not in ("adapters", "interface"):  # the base has changed too
+            sample = f"elit.load_elastic({str(result.folder / 'transformer')!r})"
     code = 0 if result.finished else 130
     if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process talks
         return code

@@ -14,6 +14,7 @@ from elit._choices import check_choice
 from elit.data import SPLITS, ImageDataset
 
 LATENTS, NULL = "latents", "null."
+_RESERVED = ("images", "hidden_states", "timestep", "class_labels", "num_latents", "return_dict")
 _HOLD_OUT = 20  # one sample in twenty is held out
 
 
@@ -44,32 +45,60 @@ class Tensors(ImageDataset):
             if name.startswith(NULL)
         }
         self.images = tensors.pop(LATENTS, torch.empty(0))
+        self.path, self.conditions = path, tensors
+        self._check()
         count = len(self.images)
-        if self.images.ndim not in (4, 5) or count < 2:
-            raise ValueError(
-                f"{path} has {LATENTS} of shape {tuple(self.images.shape)}; it needs two or more, "
-                f"(K, C, h, w), or (K, C, t, h, w) of clips"
-            )
-        for name, tensor in (tensors | self.null).items():
-            wanted = 1 if tensor is self.null.get(name) else count
-            if len(tensor) != wanted:
-                raise ValueError(
-                    f"{path} has {len(tensor)} of {name}, but {wanted} are wanted, one for each of "
-                    f"the {LATENTS}, and one of each {NULL}NAME"
-                )
-        if unknown := sorted(self.null.keys() - tensors.keys()):
-            raise ValueError(f"{path} has {NULL}{unknown[0]}, but no {unknown[0]}")
         rows = torch.arange(count)
         held = rows % _HOLD_OUT == 0
-        self.split, self.conditions = split, tensors
+        self.split = split
         self.rows = rows[held if split == "validation" else ~held]
         self.labels = torch.zeros(len(self.rows), dtype=torch.long)
         self.image_shape = tuple(self.images.shape[1:])
+
+    def _check(self) -> None:
+        """Raise a ValueError for tensors that don't belong together."""
+        latents, count = self.images, len(self.images) if self.images.ndim else 0
+        if latents.ndim not in (4, 5) or count < 2 or not latents.is_floating_point():
+            raise ValueError(
+                f"{self.path} has {LATENTS} of {latents.dtype} and shape {tuple(latents.shape)}; "
+                f"it needs two or more of floats, (K, C, h, w), or (K, C, t, h, w) of clips"
+            )
+        for name, tensor in self.conditions.items():
+            if name in _RESERVED:
+                raise ValueError(f"{self.path} has {name}, which training makes itself; remove it")
+            if not tensor.ndim or len(tensor) != count:
+                raise ValueError(
+                    f"{self.path} has {name} of shape {tuple(tensor.shape)}, but {count} "
+                    f"{LATENTS}; give one for each"
+                )
+        for name, null in self.null.items():
+            if name not in self.conditions:
+                raise ValueError(f"{self.path} has {NULL}{name}, but no {name}")
+            wanted = self.conditions[name]
+            if (tuple(null.shape), null.dtype) != ((1, *wanted.shape[1:]), wanted.dtype):
+                raise ValueError(
+                    f"{self.path} has {NULL}{name} of {null.dtype} and shape {tuple(null.shape)}, "
+                    f"but {(1, *wanted.shape[1:])} of {wanted.dtype} belongs to its {name}; pad "
+                    f"texts to one length"
+                )
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def batch(self, indices: Iterable[int]) -> dict[str, torch.Tensor]:
         rows = self.rows[self._positions(indices)]
-        conditions = {name: tensor[rows] for name, tensor in self.conditions.items()}
-        return {"images": self.images[rows].float(), **conditions}
+        conditions = {name: _as_float32(x[rows]) for name, x in self.conditions.items()}
+        batch = {"images": self.images[rows].float(), **conditions}
+        for name, x in batch.items():
+            finite = x.isfinite().flatten(1).all(1) if x.is_floating_point() else None
+            if finite is not None and not finite.all():
+                row = int(rows[int((~finite).nonzero()[0])])
+                raise ValueError(
+                    f"{self.path} has numbers that are not finite in row {row}: {name}"
+                )
+        return batch
+
+
+def _as_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Texts are often kept in half precision; numbers and masks stay as they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor

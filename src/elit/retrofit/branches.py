@@ -76,9 +76,9 @@ def split_batch(arguments: Mapping[str, Any], samples: str) -> list[dict[str, An
     # It waits for the device once a call: better than guiding one image by another one.
     if size % 2 or not torch.equal(batch[: size // 2], batch[size // 2 :]):
         raise ValueError(
-            f"a guide budget is set, so this call should hold the same {size / 2:g} samples twice, "
-            f"for the guide and for what it guides, but it doesn't: switch the pipeline's guidance "
-            f"on, or set no guide budget: set_budget(budget, guide=None)"
+            f"a guide budget is set, so this call should hold all samples twice, for the guide and "
+            f"for what it guides, but its {size} are not: switch the pipeline's guidance on, or "
+            f"set no guide budget: set_budget(budget, guide=None)"
         )
     return [
         {name: _half(value, size, part) for name, value in arguments.items()} for part in (0, 1)

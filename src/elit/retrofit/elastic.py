@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ import diffusers
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
+from torch import Tensor, nn
 
 from elit.caching.hooks import Block
 from elit.caching.mixin import StepCaching
@@ -23,11 +25,12 @@ from elit.interface.budget import check_num_latents, resolve_budget
 from elit.layers.initialisation import init_weights
 from elit.models.dit import DiT
 from elit.models.elastic import ElasticMixin
-from elit.retrofit.adapters import make_adapters
-from elit.retrofit.hooks import Session, core_hook, install_hooks, remove_hooks
+from elit.retrofit.adapters import linear_layers, make_adapters
+from elit.retrofit.hooks import core_hook, install_hooks, remove_hooks
 from elit.retrofit.interface import LatentInterface
 from elit.retrofit.known import find_layout
 from elit.retrofit.layout import Layout
+from elit.retrofit.session import Session
 from elit.retrofit.settings import Settings
 
 PREFIX = "elit"  # of the new parameters
@@ -90,6 +93,29 @@ class ElasticTransformer(StepCaching):
         finally:
             branches.budget, branches.guide = before
 
+    def set_min_latents(self, min_latents: int) -> None:
+        """Say how many latents per group training keeps at least: the default guide's number."""
+        check_num_latents(min_latents, self.max_latents, "min_latents")
+        model: Any = self
+        settings = replace(self.elastic_settings, min_latents=min_latents)
+        model._elit_session.settings, model.min_latents = settings, min_latents
+        model.register_to_config(**{CONFIG_KEY: settings.to_config()})
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save as diffusers does, unless the model could not be loaded again."""
+        model: Any = self
+        try:
+            known = find_layout(model)
+        except ValueError:
+            known = None
+        if model._elit_session.layout != known:
+            raise ValueError(
+                f"this {type(self).__name__} was elasticized with a layout of its own, which no "
+                f"config can hold; use save_interface(model, file), and later "
+                f"load_interface(original, file, layout=...)"
+            )
+        super().save_pretrained(*args, **kwargs)
+
     @contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
         """Name the calls of a branch, for its budget and for step caches."""
@@ -123,6 +149,7 @@ class ElasticTransformer(StepCaching):
         if model.is_cache_enabled:
             raise ValueError("a step cache is on; call disable_cache() before you copy the model")
         session = model._elit_session
+        compiled = [core_hook(block).compiled for block in session.core]
         remove_hooks(model, session)
         try:
             copied: Any = object.__new__(type(model))
@@ -131,6 +158,8 @@ class ElasticTransformer(StepCaching):
                 vars(copied)[name] = value if value is session else copy.deepcopy(value, memo)
         finally:
             _install(model, session)
+            for block, forward in zip(session.core, compiled, strict=True):
+                core_hook(block).compiled = forward
         other = Session(copied.elit, session.layout, session.settings)
         other.branches = copy.copy(session.branches)
         _install(copied, other)
@@ -204,24 +233,38 @@ def attach(model: Any, settings: Settings, layout: Layout) -> None:
             f"the settings are of {settings.depth} blocks, but this {type(model).__name__} has "
             f"{len(blocks)}"
         )
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    weight = _weight_like(blocks[settings.head], model)
     max_latents = math.prod(settings.group)
-    with torch.device(weight.device):
+    # Parameters made in inference mode could never be trained.
+    with torch.inference_mode(False), torch.device(weight.device):
         adapters = make_adapters(blocks, settings.rank) if settings.rank else None
         interface = LatentInterface(
             layout.width(model), layout.heads(model), max_latents, settings.init, adapters
         )
-    interface.apply(init_weights)
-    interface.to(dtype=weight.dtype).train(model.training)
+        interface.apply(init_weights)
+        interface.to(dtype=weight.dtype).train(model.training)
     session = Session(interface, layout, settings)
     if not isinstance(model, ElasticTransformer):
         model.__class__ = elastic_class(type(model))
-    model.elit, model.max_latents, model.min_latents = interface, max_latents, 1
+    model.elit, model.max_latents = interface, max_latents
+    model.min_latents = settings.min_latents
     if not getattr(model, "_repeated_blocks", None):  # of SD3, DiT, ...: compiles them by region
         model._repeated_blocks = sorted({type(block).__name__ for block in blocks})
     if hasattr(model, "register_to_config"):
         model.register_to_config(**{CONFIG_KEY: settings.to_config()})
     _install(model, session)
+
+
+def _weight_like(block: nn.Module, model: nn.Module) -> Tensor:
+    """A weight of the device and dtype that tokens have in the core: norms may be kept in float32.
+
+    Storage of one byte (float8) is cast before it is used.
+    """
+    candidates = [layer.weight for layer in linear_layers(block).values()]
+    for weight in (*candidates, *model.parameters()):
+        if weight.is_floating_point() and weight.element_size() > 1:
+            return weight
+    return torch.empty(0)
 
 
 def detach(model: Any) -> None:

@@ -99,6 +99,12 @@ def transformer_of(pipeline: Any) -> Any:
     transformer = getattr(pipeline, "transformer", None)
     if transformer is None:
         raise ValueError(f"a {type(pipeline).__name__} has no transformer")
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise ValueError(
+            f"this {type(pipeline).__name__} has two transformers; give pipe.transformer and "
+            f"pipe.transformer_2, then pipe.register_modules(transformer=pipe.transformer, "
+            f"transformer_2=pipe.transformer_2), so that it saves what they became"
+        )
     return transformer
 
 

@@ -98,6 +98,12 @@ def load_interface(
     interface: Any = transformer.elit
     state = {key.removeprefix(f"{PREFIX}."): tensor for key, tensor in tensors.items()}
     wrong = _misfits(interface.state_dict(), state)
+    broken = [
+        key for key, x in state.items() if not x.is_floating_point() or not x.isfinite().all()
+    ]
+    if broken and not wrong:
+        unelasticize(transformer)
+        raise ValueError(f"{path} holds numbers that are not finite or not floats: {broken[0]}")
     if wrong:
         unelasticize(transformer)
         raise ValueError(
@@ -166,7 +172,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get(KEY, "null"))
-            if not isinstance(about, dict) or not {"settings", "base"} <= about.keys():
+            about = about if isinstance(about, dict) else {}
+            parts = [about.get(part) for part in ("settings", "base")] if about else []
+            if not parts or not all(isinstance(part, dict) for part in parts):
                 raise ValueError(f"{path} is not an interface of an elastic transformer; {advice}")
             return about, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:

@@ -12,93 +12,22 @@ and is right at any budget.
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.hooks import RemovableHandle
 
 from elit.interface.budget import check_num_latents
 from elit.interface.grid import TokenGrid, format_size
 from elit.retrofit.adapters import install_adapters
-from elit.retrofit.branches import Branches, join_batch, split_batch
-from elit.retrofit.interface import LatentInterface
-from elit.retrofit.layout import BlockSignature, Layout
-from elit.retrofit.places import LatentPlaces, latent_places
-from elit.retrofit.settings import Settings
+from elit.retrofit.branches import join_batch, split_batch
+from elit.retrofit.layout import BlockSignature
+from elit.retrofit.places import latent_places
+from elit.retrofit.session import Call, Session
 
 MODEL_HOOK, CORE_HOOK = "elit_model", "elit_core"
-
-
-@dataclass
-class Call:
-    """One call of the transformer: what Read leaves for the core and for Write.
-
-    Attributes:
-        grid: of the tokens.
-        places: of the latents.
-        condition: (B, D) for Read and Write; None where they are not told.
-        with_grad: whether gradients were wanted when it began.
-        leaves_out: whether to leave out what counts nothing, because the budget is full.
-        groups: (B, G, P, D), the tokens that entered Read.
-        latents: (B, G * n, D), as they left Read.
-        selected: the blocks' arguments that follow the tokens, at the latents' places.
-    """
-
-    grid: TokenGrid
-    places: LatentPlaces
-    condition: Tensor | None
-    with_grad: bool
-    leaves_out: bool
-    groups: Tensor | None = None
-    latents: Tensor | None = None
-    selected: dict[str, Any] = field(default_factory=dict)
-
-
-class Session:
-    """What the hooks of one transformer share.
-
-    Attributes:
-        interface: Read and Write.
-        layout: of the transformer.
-        settings: head, tail, group.
-        branches: the budgets of calls that don't name theirs.
-        call: the call that is running.
-        core: the blocks between Read and Write.
-        handles: of the adapters' hooks.
-        keeps_written: whether Write's tokens are kept, for distillation.
-        written: (B, N, D), as the last Write left them.
-    """
-
-    def __init__(self, interface: LatentInterface, layout: Layout, settings: Settings):
-        self.interface, self.layout, self.settings = interface, layout, settings
-        self.branches = Branches(interface.max_latents, layout.guide_half)
-        self.call: Call | None = None
-        self.core: list[nn.Module] = []
-        self.handles: list[RemovableHandle] = []
-        self.keeps_written = False
-        self.written: Tensor | None = None
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether the core is, or is just being, compiled.
-
-        It then multiplies by zero what it could leave out: a branch would be a graph more.
-        """
-        by_blocks = any(core_hook(block).compiled for block in self.core)
-        return by_blocks or torch.compiler.is_compiling()
-
-    @contextmanager
-    def running(self, call: Call | None) -> Iterator[None]:
-        """Make a call the running one: also when a block of it is computed again for gradients."""
-        before, self.call = self.call, call
-        try:
-            yield
-        finally:
-            self.call = before
 
 
 class ElasticModelHook(ModelHook):
@@ -118,9 +47,13 @@ class ElasticModelHook(ModelHook):
     ) -> Any:
         """The transformer's forward, with one argument more."""
         arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
+        is_odd = len(arguments) != len(args) + len(kwargs) or self.parameters[0] not in arguments
+        if is_odd:  # too many, twice, or none: the forward itself says so
+            return self.fn_ref.original_forward(*args, **kwargs)
         branches = self.session.branches
         if num_latents is not None or not branches.are_batched:
-            return self._run(module, arguments, num_latents or branches.num_latents())
+            kept = branches.num_latents() if num_latents is None else num_latents
+            return self._run(module, arguments, kept)
         outputs = []
         parts = split_batch(arguments, self.parameters[0])
         for part, is_guide in zip(parts, branches.halves, strict=True):
@@ -192,10 +125,12 @@ class ElasticModelHook(ModelHook):
             return checkpoint(again, *args)
 
         module._gradient_checkpointing_func = with_call
+        self.session.reruns_blocks = True
         try:
             yield
         finally:
             module._gradient_checkpointing_func = checkpoint
+            self.session.reruns_blocks = False
 
 
 class CoreHook(ModelHook):
@@ -209,6 +144,7 @@ class CoreHook(ModelHook):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the block alone, as `torch.compile` does."""
         self.compiled = torch.compile(self.fn_ref.original_forward, *args, **kwargs)
+        self.session.compiles_core = True
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         """Find where the tokens go in and out."""
@@ -225,13 +161,17 @@ class CoreHook(ModelHook):
         if self.is_first:
             hidden_states = self._owned(self._read(call, arguments, hidden_states))
         arguments |= {signature.hidden_states: hidden_states, **call.selected}
-        result = (self.compiled or self.fn_ref.original_forward)(**arguments)
+        forward = self.compiled or self.fn_ref.original_forward
+        if torch.compiler.is_compiling():
+            result = forward(**arguments)
+        else:
+            with self.session.running(call):  # adapters look there
+                result = forward(**arguments)
         latents = signature.tokens_of(result)
         if self.is_last:
             result = signature.with_tokens(result, self._write(call, latents))
             return tree_map(self._owned, result)
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            latents.elit_call = call  # type: ignore[attr-defined]
+        self.session.remember(latents, call)
         return result
 
     def _owned(self, value: Any) -> Any:
@@ -241,9 +181,7 @@ class CoreHook(ModelHook):
 
     def _call(self, hidden_states: Tensor) -> Call:
         """The call that the block runs in."""
-        call = self.session.call
-        if call is None:  # the user's own checkpointing computes it again: its input remembers
-            call = getattr(hidden_states, "elit_call", None)
+        call = self.session.recall(hidden_states)
         if call is None:
             raise RuntimeError(
                 "a block of the core of an elastic model was called by itself; call the model"
@@ -258,8 +196,7 @@ class CoreHook(ModelHook):
     def _read(self, call: Call, arguments: Mapping[str, Any], hidden_states: Tensor) -> Tensor:
         session, index, count = self.session, call.places.index, call.grid.num_tokens
         text, tokens = _split(hidden_states, count, session.layout.with_text)
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            hidden_states.elit_call = call  # type: ignore[attr-defined]
+        session.remember(hidden_states, call)
         for name, per_token in session.layout.per_token.items():
             if name in arguments:
                 call.selected[name] = per_token.select(arguments[name], index, count)
@@ -280,6 +217,31 @@ class CoreHook(ModelHook):
         if self.session.keeps_written:
             self.session.written = tokens
         return _join(text, tokens)
+
+
+class EdgeHook(ModelHook):
+    """Around a block of head or tail that has adapters: they look for the running call."""
+
+    def __init__(self, session: Session):
+        super().__init__()
+        self.session = session
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        """Find where the tokens go in."""
+        self.signature = BlockSignature.of(module, self.session.layout)
+        return module
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward, also when a checkpoint computes it again."""
+        del module
+        session, forward = self.session, self.fn_ref.original_forward
+        hidden_states = self.signature.bind(args, kwargs)[self.signature.hidden_states]
+        call = session.recall(hidden_states)
+        if call is None or torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        session.remember(hidden_states, call)
+        with session.running(call):
+            return forward(*args, **kwargs)
 
 
 def _split(hidden_states: Tensor, count: int, with_text: bool) -> tuple[Tensor | None, Tensor]:
@@ -310,6 +272,9 @@ def install_hooks(model: nn.Module, session: Session) -> None:
     for block in core:
         hook = CoreHook(session, is_first=block is core[0], is_last=block is core[-1])
         _registry(block).register_hook(hook, CORE_HOOK)
+    if session.interface.adapters is not None:
+        for block in (*blocks[:first], *blocks[last + 1 :]):
+            _registry(block).register_hook(EdgeHook(session), CORE_HOOK)
     _registry(model).invalidate_child_registries_cache()
 
 

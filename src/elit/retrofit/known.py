@@ -1,6 +1,7 @@
 """The layouts of the transformers that `elasticize` knows by name, an entry each."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,12 +61,12 @@ def _flux_grid(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
     del model
     ids = arguments["img_ids"]
     if ids not in _flux_grids:
-        places = ids[0] if ids.ndim == 3 else ids
+        places = (ids[0] if ids.ndim == 3 else ids).long()  # they may be in bfloat16
         size = [int(n) + 1 for n in (places.max(0).values - places.min(0).values).tolist()]
         height, width = size[1:3]
         rows = (places[:, 1] - places[:, 1].min()) * width + places[:, 2] - places[:, 2].min()
         raster = torch.arange(len(places), device=places.device)
-        if size[0] != 1 or len(places) != height * width or not torch.equal(rows.long(), raster):
+        if size[0] != 1 or len(places) != height * width or not torch.equal(rows, raster):
             raise ValueError(
                 f"img_ids of {len(places)} tokens over {format_size(size[:3])} are not one image "
                 f"row by row: an elastic Flux takes no more images beside it; use the original"
@@ -94,7 +95,7 @@ def _ltx_grid(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
 LAYOUTS: Mapping[str, Layout] = {
     "QwenImageTransformer2DModel": Layout(
         grid=_qwen_grid,
-        per_token={"image_rotary_emb": PerToken(0, item=0)},
+        per_token={"image_rotary_emb": PerToken(0, item=0), "modulate_index": PerToken(1)},
         time_scale=1,
         not_elastic=_CONTROLNET,
     ),
@@ -150,7 +151,7 @@ def find_layout(model: nn.Module) -> Layout:
             return LAYOUTS[kind.__name__]
     name = type(model).__name__
     if isinstance(model, DiT) and model.group is None:
-        return _OURS
+        return replace(_OURS, num_axes=len(model.sample_size))
     if isinstance(model, ElasticMixin):
         raise ValueError(
             f"this {name} cannot be elasticized: "

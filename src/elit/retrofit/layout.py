@@ -120,6 +120,11 @@ class Layout:
                     f"ModuleList with blocks; nothing can be patched there"
                 )
             found += blocks
+        if len({id(block) for block in found}) != len(found):
+            raise ValueError(
+                f"a block of {type(model).__name__} comes twice in {self.block_names()}: one that "
+                f"is shared can't be in the core and outside of it; copy it"
+            )
         return found
 
     def width(self, model: nn.Module) -> int:
@@ -189,6 +194,12 @@ class BlockSignature:
         names = tuple(
             n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         )[1:]  # without self
+        odd = [n for n, p in parameters.items() if p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY)]
+        if odd:
+            raise ValueError(
+                f"the blocks, {type(block).__name__}, take {odd[0]!r} by position alone: nothing "
+                f"can be found there; give their arguments names"
+            )
         metadata = _registered(type(block))
         hidden, output = layout.hidden_states, layout.output
         if hidden is None:

@@ -22,6 +22,7 @@ class Settings:
         group: tokens of one group along each axis.
         init: "identity" or "learned".
         rank: of the adapters that act below full budget; 0 is none.
+        min_latents: fewest latents per group that training keeps.
     """
 
     depth: int
@@ -30,6 +31,7 @@ class Settings:
     group: tuple[int, ...]
     init: Init = "identity"
     rank: int = 0
+    min_latents: int = 1
 
     @classmethod
     def check(
@@ -57,11 +59,11 @@ class Settings:
                 f"choose head + tail < {depth}"
             )
         sizes = tuple(group) if isinstance(group, Sequence) else (group,) * num_axes
-        if len(sizes) not in (2, 3) or not all(is_whole(n) for n in sizes):
+        if len(sizes) != num_axes or not all(is_whole(n) for n in sizes):
             raise ValueError(
                 f"group={group!r} is not allowed; give one positive integer, or {num_axes} of them"
             )
-        return cls(depth, head, tail, sizes, init, rank)  # type: ignore[arg-type]
+        return cls(depth, int(head), int(tail), tuple(map(int, sizes)), init, int(rank))  # type: ignore[arg-type]
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> "Settings":
@@ -69,9 +71,7 @@ class Settings:
         try:
             return cls(**{**values, "group": tuple(values["group"])})
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"settings {dict(values)} are not those of a retrofit: {error}"
-            ) from None
+            raise ValueError(f"settings {values!r} are not those of a retrofit: {error}") from None
 
     def to_config(self) -> dict[str, Any]:
         """Plain types for JSON."""

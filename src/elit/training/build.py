@@ -43,7 +43,8 @@ def build_parts(
     model = model.to(device)
     conditioning: Conditioning
     if isinstance(dataset, Tensors):
-        conditioning = TensorConditioning(model, dataset, device)
+        keeps_base = config.retrofit.train in ("adapters", "interface")
+        conditioning = TensorConditioning(model, dataset, device, keeps_base)
     elif takes_text:
         conditioning = TextConditioning(model, device, encoding)
     else:
@@ -52,6 +53,16 @@ def build_parts(
     if teacher is not None:
         distillation = Distillation(model, teacher.to(device), config.retrofit, conditioning)
     return model, conditioning, distillation
+
+
+def check_draws(config: TrainConfig, chunks: int) -> None:
+    """Raise a ValueError if a micro-batch, one of `chunks` of a step, is too small to be shared."""
+    samples, draws = config.data.batch_size // chunks, config.latents.draws
+    if draws > samples:
+        raise ValueError(
+            f"latents.draws={draws} shares a micro-batch of {samples} samples; lower it, or raise "
+            f"data.batch_size to {draws * chunks}"
+        )
 
 
 def check_condition(config: TrainConfig, dataset: ImageDataset, model: ElasticMixin) -> None:
@@ -74,10 +85,11 @@ def check_tensors(config: TrainConfig, dataset: Tensors, model: Any) -> None:
     """Raise a ValueError if a diffusers transformer doesn't take a data set's tensors."""
     if config.text != TextConfig():
         raise ValueError("text.* have no effect on data.name=tensors, which are encoded already")
-    if config.objective.label_dropout and not dataset.null:
+    missing = sorted(dataset.conditions.keys() - dataset.null.keys())
+    if config.objective.label_dropout and missing:
         raise ValueError(
             f"objective.label_dropout={config.objective.label_dropout} needs the tensors of the "
-            f"empty text, null.NAME, in the data; add them, or set it to 0"
+            f"empty text in the data, null.{missing[0]}; add them, or set it to 0"
         )
     conditioning = TensorConditioning(model, dataset, torch.device("cpu"))
     batch = dataset.batch([0])
@@ -85,10 +97,12 @@ def check_tensors(config: TrainConfig, dataset: Tensors, model: Any) -> None:
         with torch.no_grad():
             x, sigma = batch["images"].to(model.dtype), torch.ones(1)
             conditioning.velocity(model, x, sigma, conditioning(batch), {"num_latents": 1})
-    except (RuntimeError, TypeError, KeyError) as error:
+    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{config.data.options.get('path')} doesn't fit {config.retrofit.base}: {reason}"
+            f"{config.data.options.get('path')} doesn't fit {config.retrofit.base}: {reason}; it "
+            f"has {', '.join(['latents', *sorted(dataset.conditions)])}, which are to be arguments "
+            f"of the transformer's forward"
         ) from error
 
 
@@ -177,6 +191,11 @@ def tail_dropping(config: TrainConfig, model: ElasticMixin) -> TailDropping | No
     high = total if latents.max is None else latents.max
     options = config.retrofit
     keeps_base = options.base is not None and options.train in ("adapters", "interface")
-    if keeps_base and options.init == "identity" and total > 1:
+    if keeps_base and options.init == "identity":
         high = min(high, total - 1)  # at full budget there is nothing to train
+        if low > high:
+            raise ValueError(
+                f"latents.min={low} of {total} leaves nothing to train: at full budget "
+                f"retrofit.train={options.train} changes nothing; give at most {total - 1}"
+            )
     return TailDropping(low, high, total, latents.order)

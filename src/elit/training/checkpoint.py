@@ -7,6 +7,7 @@ optimizer.safetensors  AdamW's moments
 state.json             step and what else the loop must know
 """
 
+import hashlib
 import json
 import os
 import re
@@ -123,7 +124,8 @@ def save_checkpoint(
                 save_file(tensors, aside / file)
             except SafetensorError as error:  # a full disk
                 raise OSError(f"{target / file} cannot be written: {error}") from error
-        (aside / _FILES[3]).write_text(json.dumps({"step": step, **state}, indent=2))
+        state = {"step": step, "frozen": frozen_digest(model), **state}
+        (aside / _FILES[3]).write_text(json.dumps(state, indent=2))
     for old in checkpoint_steps(folder)[:-keep]:
         _remove(folder / f"step-{old:08d}")
     return target
@@ -142,6 +144,7 @@ def load_checkpoint(
     """Fill model and optimiser from a checkpoint; return the moving average and the state."""
     frozen = frozen_names(model)
     names = [name for name, _ in model.named_parameters() if name not in frozen]
+    _check_frozen(path, model)
     try:
         weights, ema, moments = (load_file(path / name) for name in _FILES[:3])
         state = json.loads((path / _FILES[3]).read_text())
@@ -168,9 +171,32 @@ def load_checkpoint(
         ) from error
 
 
+def _check_frozen(path: Path, model: nn.Module) -> None:
+    """Raise a ValueError if the parameters that a checkpoint left out have changed since."""
+    try:
+        saved = json.loads((path / _FILES[3]).read_text()).get("frozen")
+    except (OSError, ValueError, AttributeError):
+        return  # what is wrong is said when it is loaded
+    if saved != frozen_digest(model):
+        raise ValueError(
+            f"checkpoint {path} was trained on another base: retrofit.base has changed since; put "
+            f"that one back, or choose another output_dir"
+        )
+
+
 def frozen_names(model: nn.Module) -> set[str]:
     """Parameters that are not trained: a checkpoint leaves them where they came from."""
     return {name for name, p in model.named_parameters() if not p.requires_grad}
+
+
+def frozen_digest(model: nn.Module) -> str | None:
+    """A fingerprint of the parameters that a checkpoint leaves out: of a few numbers of each."""
+    digest, frozen = hashlib.sha256(), frozen_names(model)
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            some = parameter.detach().flatten()[:64].float().cpu()
+            digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest() if frozen else None
 
 
 def _optimized_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:

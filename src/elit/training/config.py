@@ -309,8 +309,7 @@ class TrainConfig:
         options = self.retrofit
         if options.base is None and options != RetrofitConfig():
             raise ValueError(
-                "retrofit.* have no effect without retrofit.base, the pretrained pipeline; give "
-                "it, as `elit finetune BASE` does, or leave them out"
+                "retrofit.* have no effect without retrofit.base; give it, or leave them out"
             )
         if options.base is not None and self.model != ModelConfig():
             raise ValueError(
@@ -320,6 +319,16 @@ class TrainConfig:
             raise ValueError(
                 "retrofit.train=adapters leaves full budget as it is, which retrofit.init=learned "
                 "doesn't start from; use train=all, lora or interface"
+            )
+        if options.rank != RetrofitConfig.rank and options.train in ("interface", "all"):
+            raise ValueError(
+                f"retrofit.rank has no effect on retrofit.train={options.train}, which has neither "
+                f"adapters nor LoRA; leave it out"
+            )
+        if options.base_lr != 1 and options.train != "all":
+            raise ValueError(
+                f"retrofit.base_lr has no effect on retrofit.train={options.train}, which leaves "
+                f"the original's parameters alone; leave it out"
             )
         if self.latents.draws > 1 and self.latents.order == "random":
             raise ValueError("latents.draws above 1 has no effect on latents.order=random")
@@ -336,6 +345,6 @@ def fixed_settings(config: TrainConfig) -> dict[str, Any]:
     encoder = settings["text"]["encoder"]
     if os.path.isdir(encoder):  # one name for a folder, however it is written
         settings["text"]["encoder"] = os.path.abspath(encoder)
-    if settings["retrofit"]["base"] is not None:
-        settings["retrofit"]["base"] = os.path.abspath(settings["retrofit"]["base"])
+    if base := settings["retrofit"]["base"]:
+        settings["retrofit"]["base"] = os.path.abspath(base)
     return {key: settings[key] for key in ("seed", "model", "data", "text", "retrofit")}

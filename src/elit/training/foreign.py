@@ -54,8 +54,10 @@ class TensorConditioning:
 
     draws = False  # the stock pipeline does
 
-    def __init__(self, model: Any, dataset: Tensors, device: torch.device):
+    def __init__(self, model: Any, dataset: Tensors, device: torch.device, keeps_base: bool = True):
         self.model, self.device, self.null = model, device, dataset.null
+        self.keeps_base = keeps_base
+        self._ids: dict[tuple[int, int], Tensor] = {}
         base = next(k.__name__ for k in type(model).__mro__ if k.__name__ in FLOW_TRANSFORMERS)
         self.time_scale, self.packing = FLOW_TRANSFORMERS[base]
 
@@ -71,7 +73,8 @@ class TensorConditioning:
         if dropped is not None:
             for name, null in self.null.items():
                 keep = (~dropped).view(-1, *(1,) * (null.ndim - 1))
-                condition[name] = torch.where(keep, condition[name], null.to(self.device))
+                empty = null.to(self.device, condition[name].dtype)
+                condition[name] = torch.where(keep, condition[name], empty)
         return condition
 
     def velocity(
@@ -97,11 +100,13 @@ class TensorConditioning:
         return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=height, w=width, p=2, q=2)
 
     def _flux_arguments(self, x: Tensor, text: Tensor, height: int, width: int) -> Arguments:
-        ids = torch.zeros(height, width, 3, device=x.device)
-        ids[..., 1] += torch.arange(height, device=x.device)[:, None]
-        ids[..., 2] += torch.arange(width, device=x.device)
+        if (height, width) not in self._ids:  # kept: their grid is looked up by the tensor
+            ids = torch.zeros(height, width, 3, device=x.device)
+            ids[..., 1] += torch.arange(height, device=x.device)[:, None]
+            ids[..., 2] += torch.arange(width, device=x.device)
+            self._ids[height, width] = ids.flatten(0, 1)
         given: Arguments = {
-            "img_ids": ids.flatten(0, 1),
+            "img_ids": self._ids[height, width],
             "txt_ids": torch.zeros(text.shape[1], 3, device=x.device),
         }
         if self.model.config.guidance_embeds:
@@ -109,6 +114,7 @@ class TensorConditioning:
         return given
 
     def export(self, model: Any, folder: Path) -> None:
-        """Write the transformer whole, and its interface alone."""
+        """Write the transformer whole, and its interface alone where the base is as it was."""
         model.save_pretrained(folder / "transformer")
-        save_interface(model, folder / "interface.safetensors")
+        if self.keeps_base:
+            save_interface(model, folder / "interface.safetensors")

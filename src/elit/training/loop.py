@@ -117,7 +117,9 @@ def batch_loss(
     dropped = torch.rand(len(data), generator=draw, device=device)
     condition = run.conditioning(batch, dropped < run.config.objective.label_dropout)
     losses = []
-    for rows, num_latents in zip(torch.arange(len(data)).chunk(len(kept)), kept, strict=False):
+    for rows, num_latents in zip(
+        torch.arange(len(data)).tensor_split(len(kept)), kept, strict=True
+    ):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
         latents: dict[str, int | Tensor] = {}
         if num_latents is not None:

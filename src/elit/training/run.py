@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from elit._files import write_file
 from elit.data import load_dataset
 from elit.flow.objective import SigmaDensity
-from elit.training.build import build_parts, tail_dropping
+from elit.training.build import build_parts, check_draws, tail_dropping
 from elit.training.checkpoint import (
     checkpoint_steps,
     load_checkpoint,
@@ -91,6 +91,7 @@ class Run:
         # process with P-fold accumulation draws.
         accumulation = config.train.accumulation
         self.chunks = range(world.rank * accumulation, (world.rank + 1) * accumulation)
+        check_draws(config, world.size * accumulation)
 
         self.step = self.saved_step = self._resume()
         self._exported_step: int | None = None  # a kill may have come before the last export
@@ -129,7 +130,7 @@ class Run:
             pin_memory=self.world.device.type == "cuda",
         )
 
-    def draw_latents(self, step: int) -> tuple[list[int | None], Tensor | None]:
+    def draw_latents(self, step: int) -> tuple[Sequence[int | None], Tensor | None]:
         """Latents per group of a step, the same on all processes, without a word between them.
 
         Returns:
@@ -139,7 +140,9 @@ class Run:
             return [None], None
         draw = generator(self.config.seed, "budget", step)
         kept = self.dropping.draw_strata(self.config.latents.draws, draw)
-        return [*kept], self.dropping.choose(kept[0], draw)
+        # The fewest come last: processes look for unused parameters in the last forward, and at
+        # full budget the interface may be one.
+        return kept[::-1], self.dropping.choose(kept[0], draw)
 
     def set_learning_rate(self, step: int) -> None:
         """Warm-up, then constant or cosine: a function of the step."""
