@@ -2,8 +2,8 @@
 
 python examples/elasticize_sd3.py --base stabilityai/stable-diffusion-3.5-medium --data my.st
 
-A safetensors file with latents (K, 16, h, w), prompt_embeds (K, T, D) and pooled (K, P)
-is the data. Without arguments a tiny random SD3 and random data show the steps.
+A safetensors file with latents (K, 16, h, w), encoder_hidden_states (K, T, D) and
+pooled_projections (K, P) is the data. Without arguments a tiny random SD3 shows the steps.
 """
 
 import argparse
@@ -20,7 +20,8 @@ TINY = {
     "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 12,
     "caption_projection_dim": 32, "pooled_projection_dim": 8, "pos_embed_max_size": 16,
 }  # fmt: skip
-SHAPES = {"latents": (32, 4, 16, 16), "prompt_embeds": (32, 5, 12), "pooled": (32, 8)}
+TEXTS = {"encoder_hidden_states": (32, 5, 12), "pooled_projections": (32, 8)}
+SHAPES = {"latents": (32, 4, 16, 16), **TEXTS}
 
 
 def main() -> None:
@@ -36,6 +37,7 @@ def main() -> None:
     torch.manual_seed(0)
     kind, where = SD3Transformer2DModel, {"subfolder": "transformer"}
     model = kind.from_pretrained(args.base, **where) if args.base else kind(**TINY)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     data = load_file(args.data) if args.data else {k: torch.randn(s) for k, s in SHAPES.items()}
 
     # 1. One line. At full budget the model is the original, before and after training.
@@ -55,9 +57,9 @@ def main() -> None:
         given = {
             "hidden_states": torch.lerp(clean, noise, sigma[:, None, None, None]),
             "timestep": 1000 * sigma,
-            "encoder_hidden_states": data["prompt_embeds"][rows],
-            "pooled_projections": data["pooled"][rows],
+            **{name: data[name][rows] for name in TEXTS},
         }
+        given = {name: value.to(model.device, model.dtype) for name, value in given.items()}
         with torch.no_grad():
             wanted = model(**given).sample
         found = model(**given, num_latents=dropping.draw(draw)).sample
@@ -66,7 +68,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0 or step == args.steps:
-            print(f"step {step}: {loss.item():.1%} off the original")
+            print(f"step {step}: {loss.item():.3%} off the original")
 
     # 3. The interface alone, to ship beside the base as a LoRA is.
     save_interface(model, args.out)

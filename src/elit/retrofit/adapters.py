@@ -2,8 +2,8 @@
 
 The blocks of a pretrained model have never seen latents. Adapters on their linear layers let them
 learn to work on those, while the weights stay as they were: each adds up(down(x)) + bias below
-full budget, and nothing at it. The original model is then still in there, number for number,
-whatever the adapters have learned.
+full budget, and nothing at it. The original model is then still in there, whatever the adapters
+have learned.
 """
 
 from collections.abc import Iterable

@@ -36,8 +36,8 @@ def elasticize(
         head: blocks before Read, at least 1.
         tail: blocks after Write, at least 1.
         group: tokens of a group along each axis; one number for all axes.
-        init: "identity" starts lossless: at full budget the model is the original, number for
-            number. "learned" starts as the paper's, from learned latents, and has to be trained.
+        init: "identity" starts lossless: at full budget the model is the original, up to
+            rounding. "learned" starts as the paper's, from learned latents, and has to be trained.
         rank: of low-rank adapters on the blocks' linear layers that act only below full budget;
             16 is usual for fine-tuning, 0 is none.
         layout: how the transformer is laid out, if it is not among those known by name.
