@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from retrofit_models import inputs, make, some
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_finetune import run as run  # a fixture
 
 from elit import load_elastic, load_interface
@@ -136,3 +136,46 @@ def test_bases_that_are_none(run: Any, tmp_path: Path) -> None:
     make("pixart").save_pretrained(tmp_path / "base")
     code, _, err = run("finetune", f"{tmp_path}/base", *settings(tmp_path))
     assert (code, "which elit finetune can't train" in err) == (2, True), err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latents": torch.zeros(40, 4, 16)}, "it needs two or more of floats"),
+        ({"latents": torch.zeros(1, 4, 16, 16)}, "it needs two or more of floats"),
+        ({"latents": torch.zeros(40, 4, 16, 16, dtype=torch.int32)}, "of torch.int32"),
+        ({"latents": torch.tensor(1.0)}, "it needs two or more"),
+        ({"pooled_projections": torch.zeros(39, 8)}, "but 40 latents; give one for each"),
+        ({"pooled_projections": torch.tensor(1.0)}, "but 40 latents; give one for each"),
+        ({"timestep": torch.zeros(40)}, "has timestep, which training makes itself"),
+        ({"hidden_states": torch.zeros(40, 1)}, "which training makes itself"),
+        ({"null.pooled_projections": torch.zeros(1, 9)}, "belongs to its pooled_projections"),
+        ({"null.pooled_projections": torch.zeros(2, 8)}, "belongs to its pooled_projections"),
+        ({"null.other": torch.zeros(1, 8)}, "has null.other, but no other"),
+    ],
+)
+def test_tensors_that_do_not_belong_together(
+    changes: dict[str, torch.Tensor], message: str, tmp_path: Path
+) -> None:
+    write_data("sd3", tmp_path / "data.safetensors")
+    tensors = load_file(tmp_path / "data.safetensors") | changes
+    save_file(tensors, tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_dataset("tensors", path=tmp_path / "odd.safetensors")
+
+
+def test_a_number_that_is_not_finite_is_named_by_its_row(tmp_path: Path) -> None:
+    latents = torch.zeros(10, 4, 8, 8)
+    latents[7, 0, 0, 0] = torch.nan
+    save_file({"latents": latents}, tmp_path / "odd.safetensors")
+    dataset = load_dataset("tensors", path=tmp_path / "odd.safetensors")
+    dataset.batch([0, 1])
+    with pytest.raises(ValueError, match="not finite in row 7: images"):
+        dataset.batch(range(9))
+
+
+def test_texts_in_half_precision_are_cast(tmp_path: Path) -> None:
+    tensors = {"latents": torch.zeros(4, 4, 8, 8), "encoder_hidden_states": torch.ones(4, 5, 12)}
+    save_file({k: v.bfloat16() for k, v in tensors.items()}, tmp_path / "half.safetensors")
+    batch = load_dataset("tensors", path=tmp_path / "half.safetensors").batch([0, 1])
+    assert {value.dtype for value in batch.values()} == {torch.float32}

@@ -194,3 +194,26 @@ def test_a_pipeline_knows_what_its_transformer_became(tmp_path: Path) -> None:
     assert type(again.transformer) is type(loaded.transformer)
     with pytest.raises(ValueError, match="has no transformer"):
         elasticize(diffusers.DDPMPipeline(None, diffusers.DDPMScheduler()), 1, 1, 4)
+
+
+@pytest.mark.parametrize("broken", ["nan", "int"])
+def test_numbers_that_are_none(broken: str, tmp_path: Path) -> None:
+    model, path = filled("sd3"), tmp_path / "a.safetensors"
+    save_interface(model, path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    key = "elit.read.token_place"
+    tensors[key] = tensors[key] * torch.nan if broken == "nan" else tensors[key].to(torch.int8)
+    save_file(tensors, path, metadata)
+    other = make("sd3")
+    with pytest.raises(ValueError, match="not finite or not floats"):
+        load_interface(other, path)
+    assert type(other) is type(make("sd3"))
+
+
+def test_a_pipeline_of_two_transformers_is_refused() -> None:
+    pipe = STOCK["wan"].build(make("wan"))
+    pipe.transformer_2 = make("wan")
+    with pytest.raises(ValueError, match="has two transformers"):
+        elasticize(pipe, HEAD, TAIL, (2, 4, 2))
