@@ -394,7 +394,7 @@ def test_a_plain_model_trains(tmp_path) -> None:
 def test_budgets_are_drawn_from_the_whole_range_and_by_step_alone(tmp_path) -> None:
     run = Run(tiny_config(tmp_path, latents_min=3, latents_max=9), CPU)
     draws = [run.draw_latents(step) for step in range(300)]
-    assert {n for n, _ in draws} == set(range(3, 10))
+    assert {n for (n,), _ in draws} == set(range(3, 10))
     assert all(indices is None for _, indices in draws)
     assert [run.draw_latents(step)[0] for step in range(300)] == [n for n, _ in draws]
     assert run.model.min_latents == 3  # recorded with the weights: the guide's default
@@ -405,7 +405,7 @@ def test_random_dropping_keeps_any_latents(tmp_path) -> None:
     run = Run(tiny_config(tmp_path, latents_order="random"), CPU)
     seen = set()
     for step in range(100):
-        num_latents, indices = run.draw_latents(step)
+        (num_latents,), indices = run.draw_latents(step)
         assert len(indices) == num_latents
         assert indices.tolist() == sorted(set(indices.tolist()))
         seen |= set(indices.tolist())
@@ -467,7 +467,7 @@ def test_labels_are_dropped_as_often_as_asked(tmp_path) -> None:
     run.model.label_embed.register_forward_pre_hook(lambda _, args: seen.extend(args[0].tolist()))
     batch = load_dataset("digits").batch(range(100))
     for step in range(10):
-        batch_loss(run, batch, step, 0, 1, None)
+        batch_loss(run, batch, step, 0, [1], None)
     dropped = sum(label == run.model.label_embed.null_label for label in seen) / len(seen)
     assert 0.25 < dropped < 0.35
     run.close()

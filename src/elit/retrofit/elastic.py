@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import diffusers
@@ -101,6 +101,7 @@ class ElasticTransformer(StepCaching):
         model._elit_session.settings, model.min_latents = settings, min_latents
         model.register_to_config(**{CONFIG_KEY: settings.to_config()})
 
+    @wraps(ModelMixin.save_pretrained)  # a pipeline looks at its arguments
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save as diffusers does, unless the model could not be loaded again."""
         model: Any = self
