@@ -38,6 +38,16 @@ def test_there_and_back(name: str, init: str, tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
 
 
+def test_the_fewest_latents_travel_along(tmp_path: Path) -> None:
+    for model, other in ((filled("sd3"), make("sd3")), (None, Own())):
+        layout = OWN if model is None else None
+        model = model or elasticize(Own(), 1, 1, 3, layout=OWN)
+        model.set_min_latents(4)
+        save_interface(model, tmp_path / "a.safetensors")
+        loaded = load_interface(other, tmp_path / "a.safetensors", layout=layout)
+        assert loaded.min_latents == loaded.elastic_settings.min_latents == 4
+
+
 def test_what_is_in_the_file(tmp_path: Path) -> None:
     model, path = filled("qwen", rank=2), tmp_path / "a.safetensors"
     save_interface(model, path)

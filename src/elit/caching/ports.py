@@ -44,12 +44,10 @@ class BlockPort:
             out: index of the tokens in what the block returns, if known.
         """
         names = tuple(inspect.signature(type(block).forward).parameters)[1:]  # without self
-        known = _registered(type(block))
+        known = registered(type(block))
         if known is not None:
-            text, text_out = (
-                known.encoder_hidden_states_argument_name,
-                (known.return_encoder_hidden_states_index),
-            )
+            text = known.encoder_hidden_states_argument_name
+            text_out = known.return_encoder_hidden_states_index
             tokens = tokens or known.hidden_states_argument_name
             out = known.return_hidden_states_index if out is None else out
         else:
@@ -86,7 +84,8 @@ class BlockPort:
         return type(mould)(items)
 
 
-def _registered(block_class: type) -> TransformerBlockMetadata | None:
+def registered(block_class: type) -> TransformerBlockMetadata | None:
+    """What diffusers' registry says of its own blocks; None of others."""
     try:
         return TransformerBlockRegistry.get(block_class)
     except ValueError:

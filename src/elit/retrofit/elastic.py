@@ -99,7 +99,8 @@ class ElasticTransformer(StepCaching):
         model: Any = self
         settings = replace(self.elastic_settings, min_latents=min_latents)
         model._elit_session.settings, model.min_latents = settings, min_latents
-        model.register_to_config(**{CONFIG_KEY: settings.to_config()})
+        if hasattr(model, "register_to_config"):
+            model.register_to_config(**{CONFIG_KEY: settings.to_config()})
 
     @wraps(ModelMixin.save_pretrained)  # a pipeline looks at its arguments
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

@@ -111,6 +111,8 @@ def load_interface(
             f"missing, unknown or of other shapes ({', '.join(wrong[:3])}, ...)"
         )
     interface.load_state_dict(state)
+    elastic_transformer: Any = transformer
+    elastic_transformer.set_min_latents(settings.min_latents)
     return transformer
 
 
@@ -193,7 +195,7 @@ def _fingerprint(transformer: Any, layout: Layout) -> dict[str, Any]:
         "blocks": len(layout.find_blocks(transformer)),
         "width": layout.width(transformer),
         "heads": config.get("num_attention_heads", heads) if isinstance(config, Mapping) else heads,
-        "heads of Read and Write": heads,  # no shape of a tensor tells
+        "heads of Read and Write": heads,
     }
 
 

@@ -34,10 +34,8 @@ def _patches_in_time(model: Any, arguments: Arguments) -> tuple[int, ...]:
 
 def _video_size(hidden_states: Tensor, model: Any) -> tuple[int, int, int]:
     shape = hidden_states.shape
-    is_cogvideo = (
-        "CogVideoX" in type(model).__name__
-    )  # (B, T, C, H, W); others have (B, C, T, H, W)
-    return (shape[1] if is_cogvideo else shape[2]), shape[3], shape[4]
+    frames_first = "CogVideoX" in type(model).__name__  # (B, T, C, H, W), not (B, C, T, H, W)
+    return shape[1 if frames_first else 2], shape[3], shape[4]
 
 
 def _qwen_grid(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:

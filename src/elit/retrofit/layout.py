@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from torch import Tensor, nn
 
 from elit._choices import nearest
 from elit._numbers import is_whole
+from elit.caching.ports import registered
 
 Arguments = Mapping[str, Any]
 
@@ -184,27 +184,23 @@ class BlockSignature:
     names: tuple[str, ...]  # of the arguments, in order
     hidden_states: str
     output: int | None
-    variadic: bool
 
     @classmethod
     def of(cls, block: nn.Module, layout: Layout) -> "BlockSignature":
         """The signature of a block, or an error if the tokens can't be found in it."""
         parameters = inspect.signature(type(block).forward).parameters
-        kinds = [p.kind for p in parameters.values()]
-        names = tuple(
-            n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-        )[1:]  # without self
+        names = tuple(n for n, p in parameters.items() if p.kind != p.VAR_KEYWORD)[1:]  # no self
         odd = [n for n, p in parameters.items() if p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY)]
         if odd:
             raise ValueError(
                 f"the blocks, {type(block).__name__}, take {odd[0]!r} by position alone: nothing "
                 f"can be found there; give their arguments names"
             )
-        metadata = _registered(type(block))
+        metadata = registered(type(block))
         hidden, output = layout.hidden_states, layout.output
         if hidden is None:
-            registered = metadata and metadata.hidden_states_argument_name
-            hidden = registered or (names[0] if names else "")
+            known = metadata and metadata.hidden_states_argument_name
+            hidden = known or (names[0] if names else "")
         if output is None and metadata is not None:
             output = metadata.return_hidden_states_index
         for name in (hidden, *layout.per_token):
@@ -215,7 +211,7 @@ class BlockSignature:
                     + (f"did you mean {near!r}? " if near else "")
                     + f"they take {', '.join(names) or 'none by name'}"
                 )
-        return cls(names, hidden, output, inspect.Parameter.VAR_KEYWORD in kinds)
+        return cls(names, hidden, output)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments by name: models give them by position when they are checkpointed."""
@@ -232,10 +228,3 @@ class BlockSignature:
         items = list(result)
         items[self.output or 0] = tokens
         return type(result)(items)
-
-
-def _registered(block_class: type) -> TransformerBlockMetadata | None:
-    try:
-        return TransformerBlockRegistry.get(block_class)
-    except ValueError:
-        return None

@@ -4,7 +4,6 @@ All predict the velocity, noise - data, as ours do; they differ in the scale of 
 VAE latents are packed into tokens.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from elit._choices import nearest
 from elit.data.tensors import Tensors
+from elit.pipelines.folder import read_config
 from elit.retrofit.files import save_interface
 
 Arguments = dict[str, Any]
@@ -34,10 +34,7 @@ GUIDANCE = 3.5  # that guidance-distilled models are told
 def load_transformer(base: str) -> Any:
     """The transformer of a diffusers pipeline's folder, or of a transformer's own folder."""
     folder = Path(base, "transformer") if Path(base, "model_index.json").exists() else Path(base)
-    try:
-        name = json.loads((folder / "config.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{base} holds no transformer: {error}") from error
+    name = str(read_config(folder / "config.json").get("_class_name"))
     if name not in FLOW_TRANSFORMERS:
         near = nearest(name, FLOW_TRANSFORMERS)
         raise ValueError(
