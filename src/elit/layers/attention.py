@@ -74,6 +74,13 @@ class CrossAttention(nn.Module):
         self.k_norm = HeadNorm(self.heads[1], eps=1e-6)
         self.to_out = nn.Linear(dim, dim)
 
+    def project(self, queries: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, S, H, d), keys and values (B, T, H, d) of what `forward` takes."""
+        q = self.q_norm(self.to_q(queries).unflatten(-1, self.heads))  # (..., S, H, d)
+        k, v = self.to_kv(context).unflatten(-1, (2, *self.heads)).unbind(-3)  # 2 x (B, T, H, d)
+        q = q.expand(context.shape[0], -1, -1, -1)  # (B, S, H, d)
+        return q.to(v.dtype), self.k_norm(k).to(v.dtype), v
+
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
         """Attend.
 
@@ -85,7 +92,4 @@ class CrossAttention(nn.Module):
         Returns:
             (B, S, D)
         """
-        q = self.q_norm(self.to_q(queries).unflatten(-1, self.heads))  # (..., S, H, d)
-        k, v = self.to_kv(context).unflatten(-1, (2, *self.heads)).unbind(-3)  # 2 x (B, T, H, d)
-        q = q.expand(context.shape[0], -1, -1, -1)  # (B, S, H, d)
-        return self.to_out(attend(q.to(v.dtype), self.k_norm(k).to(v.dtype), v))
+        return self.to_out(attend(*self.project(queries, context)))

@@ -1,56 +1,145 @@
-"""Metrics of a run: one JSON object a line, and TensorBoard where asked for."""
+"""Metrics of a run: one JSON object a line; TensorBoard and Weights & Biases where asked for."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
 
-from elit._files import write_file
+from elit._files import write_file, write_json
+
+FILE = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    """Somewhere that metrics go. Slashes in names group charts."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the values of a step."""
+
+    def close(self) -> None:
+        """Flush everything."""
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl; what a killed run wrote beyond its last checkpoint is dropped.
+    """Writes metrics to every sink of a run; metrics.jsonl is always one of them.
 
     Args:
         folder: of the run.
         step: step that the run goes on from.
         tensorboard: whether to write TensorBoard files too.
         active: whether to write anything: one process of a run does.
+        wandb: project at Weights & Biases, or none.
+        config: what to show there as the run's settings.
     """
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool, active: bool = True):
-        self.path = folder / "metrics.jsonl"
-        self.active, self._writer = active, None
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        tensorboard: bool,
+        active: bool = True,
+        wandb: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ):
+        self.path = folder / FILE
+        self.sinks: list[Sink] = []
         if not active:
             return
+        self.sinks.append(JsonLines(self.path, step))
         if tensorboard:
-            writer = summary_writer_class()
-            self._writer = writer(str(folder / "tensorboard"), purge_step=step + 1)
-        kept = "".join(line for line in self._lines() if _step_of(line) <= step)
-        write_file(self.path, lambda aside: aside.write_text(kept))
-        self._file = self.path.open("a")
-
-    def _lines(self) -> list[str]:
-        return (
-            self.path.read_text(errors="replace").splitlines(keepends=True)
-            if self.path.exists()
-            else []
-        )
+            self.sinks.append(TensorBoard(folder, step))
+        if wandb is not None:
+            self.sinks.append(WeightsAndBiases(folder, wandb, config or {}))
 
     def write(self, step: int, **values: float) -> None:
-        """Add one line: the step and its values. Slashes in names group TensorBoard's charts."""
-        if not self.active:
-            return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        """Add the values of a step."""
+        for sink in self.sinks:
+            sink.write(step, values)
 
     def close(self) -> None:
         """Flush everything."""
-        if self.active:
-            self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        for sink in self.sinks:
+            sink.close()
+        self.sinks = []
+
+
+class JsonLines:
+    """Appends a JSON object a line; what a killed run wrote beyond its checkpoint is dropped."""
+
+    def __init__(self, path: Path, step: int):
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        kept = "".join(line for line in lines if _step_of(line) <= step)
+        write_file(path, lambda aside: aside.write_text(kept))
+        self._file = path.open("a")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one line: the step and its values."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """TensorBoard's files, in a folder of the run's."""
+
+    def __init__(self, folder: Path, step: int):
+        writer = summary_writer_class()
+        self._writer = writer(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a point to the chart of each value."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run at Weights & Biases: the same one after every resume, its id is kept in the folder.
+
+    The charts go over a `step` of their own: W&B's own step may not go back, as after a kill.
+    WANDB_MODE=offline writes into the run's folder alone; `wandb sync --append` sends it later.
+    """
+
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]):
+        wandb = wandb_module()
+        notes = folder / "wandb.json"
+        try:
+            known = json.loads(notes.read_text())
+        except (OSError, ValueError):
+            known = {}
+        same = isinstance(known, dict) and known.get("project") == project
+        try:
+            self._run = wandb.init(
+                project=project,
+                id=known.get("id") if same else None,  # None: W&B makes one
+                resume="allow",
+                name=folder.resolve().name,
+                dir=str(folder),
+                config=dict(config),
+                settings=wandb.Settings(console="off"),  # the progress bar stays as it is
+            )
+        except wandb.errors.Error as error:
+            raise ValueError(
+                f"Weights & Biases cannot begin a run in the project {project!r}: {error}; run "
+                f"`wandb login`, set WANDB_MODE=offline, or leave train.wandb out"
+            ) from error
+        self._run.define_metric("*", step_metric="step")
+        write_json(notes, {"project": project, "id": self._run.id})
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a point to the chart of each value."""
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        """Send the rest."""
+        self._run.finish()
 
 
 def summary_writer_class() -> type:
@@ -63,6 +152,32 @@ def summary_writer_class() -> type:
             "pip install 'elit-diffusion[tensorboard]', or leave it off"
         ) from error
     return SummaryWriter
+
+
+def wandb_module() -> ModuleType:
+    """The package of Weights & Biases, or the error that says how to install it."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            "train.wandb needs Weights & Biases, which is not installed; "
+            "pip install 'elit-diffusion[wandb]', or leave it out"
+        ) from error
+    return wandb
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every metric of a metrics.jsonl, as its (step, value) pairs."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+            step = int(values.pop("step"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # the torn last line of a killed run
+        for name, value in values.items():
+            series.setdefault(name, []).append((step, float(value)))
+    return series
 
 
 def _step_of(line: str) -> float:

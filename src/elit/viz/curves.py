@@ -1,0 +1,181 @@
+"""Line charts drawn with Pillow alone: how a run goes, for those without TensorBoard."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Sizes in pixels, drawn twice as large and shrunk, which smooths the lines.
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 300, 64, 96, 34, 34
+_SCALE = 2
+_INK, _GRID, _FAINT = "#202124", "#e4e6ea", "#6b7078"
+_COLOURS = ("#1f5fbf", "#d9662b", "#2a9d6f", "#a63d8f", "#b8901d", "#5b6475", "#c23b3b", "#3aa6b9")
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a chart: its name, its (x, y) points, and whether to show them smoothed too."""
+
+    name: str
+    points: Points
+    smooth: bool = False
+
+
+def line_charts(charts: Sequence[tuple[str, Sequence[Curve]]]) -> Image.Image:
+    """Charts one below the other, with a logarithmic y-axis.
+
+    Args:
+        charts: a title and the curves of each; points that are not positive and finite are left
+            out.
+    """
+    if not charts:
+        raise ValueError("nothing to draw: give at least one chart")
+    sheet = Image.new("RGB", (_WIDTH * _SCALE, _HEIGHT * len(charts) * _SCALE), "white")
+    for i, (title, curves) in enumerate(charts):
+        _Chart(sheet, i * _HEIGHT).draw(title, curves)
+    return sheet.resize((_WIDTH, _HEIGHT * len(charts)), Image.Resampling.LANCZOS)
+
+
+class _Chart:
+    """One chart of a sheet: its axes, and where a point lies."""
+
+    def __init__(self, sheet: Image.Image, top: int):
+        self.pen = ImageDraw.Draw(sheet)
+        self.box = (_LEFT, top + _TOP, _WIDTH - _RIGHT, top + _HEIGHT - _BOTTOM)
+        self.font = ImageFont.load_default(size=12 * _SCALE)
+
+    def draw(self, title: str, curves: Sequence[Curve]) -> None:
+        """Title, grid, curves and their names."""
+        left, top, right, bottom = self.box
+        self.text((left, top - 16), title, _INK, "lm")
+        lines = [(c, np.array(_drawable(c.points), float).reshape(-1, 2)) for c in curves]
+        lines = [(curve, points) for curve, points in lines if len(points)]
+        if not lines:
+            self.text(((left + right) / 2, (top + bottom) / 2), "nothing yet", _FAINT, "mm")
+            return
+        everything = np.concatenate([points for _, points in lines])
+        self.x = 0.0, float(everything[:, 0].max())
+        # A first value or a spike far from the rest would press the rest into a line.
+        heights = np.log(everything[:, 1])
+        low, high = np.quantile(heights, 0.002), np.quantile(heights, 0.998)
+        margin = max(0.06 * (high - low), 0.02)
+        self.y = low - margin, high + margin
+        self.axes()
+        names = []
+        for (curve, points), colour in zip(lines, _cycle(len(lines)), strict=True):
+            if curve.smooth:
+                self.line(_thinned(points), _pale(colour), 1)
+                points = _smoothed(points)
+            self.line(_thinned(points), colour, 2)
+            names.append((self.place(points[-1:])[0][1], curve.name, colour))
+        if len(lines) > 1:
+            self.legend(names)
+
+    def place(self, points: np.ndarray) -> list[tuple[float, float]]:
+        """Pixels of points (n, 2), kept inside the box."""
+        left, top, right, bottom = self.box
+        x = left + (right - left) * (points[:, 0] - self.x[0]) / max(self.x[1] - self.x[0], 1e-9)
+        share = (np.log(points[:, 1]) - self.y[0]) / (self.y[1] - self.y[0])
+        y = bottom - (bottom - top) * share.clip(0, 1)
+        return list(zip(x.tolist(), y.tolist(), strict=True))
+
+    def axes(self) -> None:
+        """Grid lines with their numbers: round ones."""
+        left, top, right, bottom = self.box
+        for value in _round_values(math.exp(self.y[0]), math.exp(self.y[1])):
+            ((_, y),) = self.place(np.array([[0.0, value]]))
+            self.pen.line(_scaled([(left, y), (right, y)]), _GRID, _SCALE)
+            self.text((left - 8, y), f"{value:.3g}", _FAINT, "rm")
+        for value in _even_values(self.x[1]):
+            ((x, _),) = self.place(np.array([[value, math.exp(self.y[0])]]))
+            self.pen.line(_scaled([(x, top), (x, bottom)]), _GRID, _SCALE)
+            self.text((x, bottom + 14), _short(value), _FAINT, "mm")
+
+    def line(self, points: np.ndarray, colour: str, width: int) -> None:
+        """A line through the points; a dot where there is only one."""
+        pixels = self.place(points)
+        if len(pixels) == 1:
+            ((x, y),) = pixels
+            self.pen.ellipse(_scaled([(x - 3, y - 3), (x + 3, y + 3)]), colour)
+            return
+        self.pen.line(_scaled(pixels), colour, width * _SCALE, joint="curve")
+
+    def legend(self, names: list[tuple[float, str, str]]) -> None:
+        """Names at the ends of their lines, pushed apart where those lie close."""
+        _, top, right, bottom = self.box
+        names = sorted(names)
+        heights = [max(y, top + 7 + 15 * i) for i, (y, _, _) in enumerate(names)]
+        for i in range(1, len(heights)):
+            heights[i] = max(heights[i], heights[i - 1] + 15)
+        over = max(0.0, heights[-1] - (bottom + 7))
+        for height, (_, name, colour) in zip(heights, names, strict=True):
+            self.text((right + 10, height - over), name, colour, "lm")
+
+    def text(self, place: tuple[float, float], text: str, colour: str, anchor: str) -> None:
+        """A text at a place."""
+        self.pen.text(_scaled([place])[0], text, fill=colour, font=self.font, anchor=anchor)
+
+
+def _drawable(points: Points) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in points if 0 < y < math.inf]
+
+
+def _scaled(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [(x * _SCALE, y * _SCALE) for x, y in points]
+
+
+def _smoothed(points: np.ndarray) -> np.ndarray:
+    """Running geometric means over a fiftieth of the points to each side."""
+    reach = max(1, len(points) // 50)
+    total = np.concatenate([[0.0], np.log(points[:, 1]).cumsum()])
+    at = np.arange(len(points))
+    low, high = (at - reach).clip(0), (at + reach + 1).clip(max=len(points))
+    return np.stack([points[:, 0], np.exp((total[high] - total[low]) / (high - low))], axis=1)
+
+
+def _thinned(points: np.ndarray, most: int = 2000) -> np.ndarray:
+    """At most so many points, evenly chosen, the last one among them."""
+    return points[np.unique(np.linspace(0, len(points) - 1, most).round().astype(int))]
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    """Round numbers between two, a few of them: of a log axis, or evenly of a short range."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        values = [s * 10.0**d for d in decades for s in steps if low <= s * 10.0**d <= high]
+        if len(values) >= 3:
+            return values
+    return [v for v in _even_values(high, high - low) if v >= low]
+
+
+def _even_values(high: float, spread: float | None = None) -> list[float]:
+    """Multiples of a round number up to `high`, about five of them in the spread."""
+    spread = high if spread is None else spread
+    if spread <= 0:
+        return [high]
+    rough = spread / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough)
+    return [i * step for i in range(math.floor(high / step + 1e-9) + 1)]
+
+
+def _short(value: float) -> str:
+    """1500 -> '1.5k'."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:.4g}"
+
+
+def _pale(colour: str) -> str:
+    """A colour mixed with white."""
+    parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(255 - (255 - part) * 0.35):02x}" for part in parts)
+
+
+def _cycle(count: int) -> list[str]:
+    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
