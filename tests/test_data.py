@@ -25,7 +25,7 @@ def bytes_of(images):
 
 
 @pytest.fixture(
-    params=[(name, split) for name in DATASETS if name != "tensors" for split in SPLITS], ids=str
+    params=[(n, s) for n in DATASETS if n not in ("tensors", "prepared") for s in SPLITS], ids=str
 )
 def dataset(request):
     name, split = request.param
@@ -275,7 +275,7 @@ class TestLoadDataset:
                 ("imagenet",),
                 {},
                 r"unknown data set 'imagenet': use one of 'digits', 'shapes', 'captioned-shapes', "
-                r"'moving-shapes', 'tensors'$",
+                r"'moving-shapes', 'tensors', 'prepared'$",
             ),
             ((None,), {}, r"unknown data set None: use one of"),
             ((["digits"],), {}, r"unknown data set \['digits'\]: use one of"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from elit._choices import check_choice
@@ -14,9 +15,12 @@ if TYPE_CHECKING:
     import torch
     from torch.utils.data import Dataset
 
+    from elit.data.buckets import Bucket
     from elit.data.captioned_shapes import CaptionedShapes
     from elit.data.digits import Digits
+    from elit.data.manifest import Autoencoder
     from elit.data.moving_shapes import MovingShapes
+    from elit.data.prepared import Prepared
     from elit.data.shapes import Shapes
     from elit.data.tensors import Tensors
 
@@ -32,6 +36,7 @@ __all__ = [
     "Digits",
     "ImageDataset",
     "MovingShapes",
+    "Prepared",
     "Shapes",
     "Tensors",
     "load_dataset",
@@ -46,6 +51,7 @@ DATASETS = {
     "captioned-shapes": ("elit.data.captioned_shapes", "CaptionedShapes"),
     "moving-shapes": ("elit.data.moving_shapes", "MovingShapes"),
     "tensors": ("elit.data.tensors", "Tensors"),
+    "prepared": ("elit.data.prepared", "Prepared"),
 }
 
 
@@ -62,6 +68,14 @@ class ImageDataset(_TorchDataset):
     labels: torch.Tensor  # (N,) int64, without making the images
     has_captions: bool = False  # whether batches have `captions`, a text for each image
     aligned: bool = False  # every object stands in the same place at the same size
+    buckets: tuple[Bucket, ...] | None = None  # None: one shape, and any order reads well
+    fingerprint: str | None = None  # of data that may change between two runs
+    autoencoder: Autoencoder | None = None  # whose latents the images are
+    has_posterior: bool = False  # whether each time another draw of its posterior is seen
+    encodings: tuple[str, ...] = ()  # in batches: texts, by the model's argument that takes them
+    null: Mapping[str, torch.Tensor] = MappingProxyType({})  # the same of the empty text, (1, ...)
+    for_diffusers: bool = False  # made for diffusers' transformers alone
+    left_out: frozenset[str] = frozenset()  # what batches need not hold
 
     @property
     def num_classes(self) -> int:
@@ -70,6 +84,22 @@ class ImageDataset(_TorchDataset):
     def batch(self, indices: Iterable[int]) -> dict[str, Any]:
         """Return `images` (B, C, H, W), `class_labels` (B,), and `captions` where there are any."""
         raise NotImplementedError
+
+    def on_device(
+        self, images: torch.Tensor, posterior: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the model sees of a batch's images (B, ...), on the device that they are on.
+
+        Args:
+            images: of `batch`.
+            posterior: (B, *seen_shape) of standard normal noise, where `has_posterior`.
+        """
+        del posterior
+        return images
+
+    def seen_shape(self, images: torch.Tensor) -> tuple[int, ...]:
+        """Shape of one sample as the model sees it, of a batch's images."""
+        return tuple(images.shape[1:])
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -28,6 +28,7 @@ class Tensors(ImageDataset):
     """
 
     class_names = ()
+    for_diffusers = True
 
     def __init__(self, split: str = "train", path: str | os.PathLike = "") -> None:
         check_choice(split, SPLITS, "split")
@@ -45,7 +46,7 @@ class Tensors(ImageDataset):
             if name.startswith(NULL)
         }
         self.images = tensors.pop(LATENTS, torch.empty(0))
-        self.path, self.conditions = path, tensors
+        self.path, self.conditions, self.encodings = path, tensors, tuple(tensors)
         self._check()
         count = len(self.images)
         rows = torch.arange(count)

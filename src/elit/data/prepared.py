@@ -1,0 +1,273 @@
+"""What `elit prepare` wrote: samples encoded beforehand, in shards that are mapped, not loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from elit._choices import check_choice
+from elit._numbers import is_whole
+from elit.data import SPLITS, ImageDataset
+from elit.data.buckets import Bucket
+from elit.data.manifest import (
+    FLIPPED,
+    LABELS,
+    MOMENTS,
+    NULL,
+    PIXELS,
+    Autoencoder,
+    Manifest,
+    Shard,
+    read_manifest,
+    size_name,
+)
+from elit.data.shards import ShardReader, damage_error, encodings_of, what_is_wrong
+from elit.data.table import Table, main_size, shards_of, sizes_of
+
+logger = logging.getLogger(__name__)
+
+DAMAGED = ("refuse", "skip")
+_WHOLE, _WINDOW = 2**22, 2**20  # samples that are shuffled at once: all, and of more than those
+
+
+class Prepared(ImageDataset):
+    """A folder that `elit prepare` wrote.
+
+    With mirrored samples in it, the training split has each twice: index i + n is the mirrored
+    i of n. A source without a validation split has every k-th sample of the others held out.
+
+    Args:
+        split: "train" or "validation".
+        path: the folder.
+        resolution: which of several; None is the only one. Aspect buckets belong to one.
+        damaged: "refuse" shards and samples that can't be read, or "skip" them.
+        verify: whether to compare the checksums of all shards, which reads them whole.
+        vae: folder or name of the autoencoder, instead of the one that the manifest names.
+        window: samples that are shuffled among each other, so that a disk far away reads few
+            shards at a time; None shuffles all, of more than 4 million a million at a time.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        path: str | os.PathLike = "",
+        resolution: int | None = None,
+        damaged: str = "refuse",
+        verify: bool = False,
+        vae: str | None = None,
+        window: int | None = None,
+    ) -> None:
+        check_choice(split, SPLITS, "split")
+        check_choice(damaged, DAMAGED, "data.options.damaged")
+        if window is not None and not is_whole(window):
+            raise ValueError(f"data.options.window={window!r}: give a whole number of samples")
+        if not path or not Path(path).is_dir():
+            raise ValueError(
+                f"data.options.path={str(path)!r} is no folder; give the output of `elit prepare`"
+            )
+        self.split, self.folder, self.skips = split, Path(path), damaged == "skip"
+        self.manifest = manifest = read_manifest(self.folder)
+        self.sizes = sizes_of(manifest, resolution, self.folder)
+        self.class_names, self.has_captions = manifest.classes, manifest.captions
+        self.autoencoder = _autoencoder(manifest, vae)
+        self.has_posterior = manifest.kind == MOMENTS
+        self.fingerprint = _fingerprint(manifest)
+
+        shards, self.hold_out = shards_of(manifest, split, self.sizes, self.folder)
+        whole = [self._is_whole(shard, verify) for shard in shards]
+        self.table = Table(shards, whole, self.hold_out, split)
+        self.reader = ShardReader(self.folder, self.table.shards, manifest.kind)
+        self.image_shape = manifest.shapes[main_size(self.sizes, shards)]
+        self.copies = 2 if manifest.flips and split == "train" else 1
+        self._warned: set[int] = set()
+        if not len(self.table):
+            raise ValueError(
+                f"{self.folder} has no {split} sample of {', '.join(self.sizes)}; prepare more data"
+            )
+        self.buckets = self._make_buckets(window)
+        self.encodings, self.null = self._encoded_texts()
+
+    def _is_whole(self, shard: Shard, verify: bool) -> bool:
+        """Whether a shard can be read: else it is refused, or skipped with a warning."""
+        reason = what_is_wrong(self.folder, shard, verify)
+        if reason is None:
+            return True
+        if not self.skips:
+            raise damage_error(self.folder / shard.file, reason)
+        logger.warning(
+            "%s is left out with its %d samples: %s", self.folder / shard.file, shard.count, reason
+        )
+        return False
+
+    def _make_buckets(self, window: int | None) -> tuple[Bucket, ...]:
+        table, once = self.table, len(self.table)
+        total = once * self.copies
+        window = window or (_WHOLE if total <= _WHOLE else _WINDOW)
+        buckets = []
+        for size in dict.fromkeys(size_name(shard.size) for shard in table.shards):
+            which = [n for n, s in enumerate(table.shards) if size_name(s.size) == size]
+            runs = np.stack([table.ends[which] - table.counts[which], table.counts[which]], axis=1)
+            offsets = tuple(range(0, total, once))
+            buckets.append(Bucket(self.manifest.shapes[size], runs, offsets, window))
+        # The model's own shape comes first: what is shown is taken from there.
+        return tuple(sorted(buckets, key=lambda bucket: bucket.shape != self.image_shape))
+
+    def _encoded_texts(self) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+        """Names of the encoded texts, and what they are of the empty text."""
+        shapes = encodings_of(self.folder / self.table.shards[0].file)
+        path = self.folder / NULL
+        if not shapes or not path.exists():
+            return tuple(shapes), {}
+        try:
+            null = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} can't be read ({error}); prepare the data again") from error
+        found = {name: tuple(tensor.shape) for name, tensor in null.items()}
+        wanted = {name: (1, *shape) for name, shape in shapes.items()}
+        if found != wanted:
+            raise ValueError(
+                f"{path} holds {found}, but the shards need {wanted}; prepare the data again"
+            )
+        return tuple(shapes), {name: tensor.clone() for name, tensor in null.items()}
+
+    def __len__(self) -> int:
+        return len(self.table) * self.copies
+
+    @cached_property
+    def labels(self) -> Tensor:  # type: ignore[override]
+        parts = [
+            self.reader.labels(number)[torch.from_numpy(self.table.all_rows(number))]
+            for number in range(len(self.table.shards))
+        ]
+        return torch.cat(parts * self.copies)
+
+    def batch(self, indices: Iterable[int]) -> dict[str, Any]:
+        """Samples as they are stored, all of one shape: images, class_labels, captions, texts.
+
+        Names in `left_out` are not read.
+        """
+        index = np.array(self._positions(indices), dtype=np.int64)
+        mirrored, index = np.divmod(index, len(self.table))
+        numbers, rows = (x.tolist() for x in self.table.locate(index))
+        kind = self.manifest.kind
+        sources = {"images": [kind + FLIPPED if flip else kind for flip in mirrored.tolist()]}
+        names = [LABELS] if self.class_names else []
+        for name in (*names, *self.encodings):
+            if name not in self.left_out:
+                sources[name] = [name] * len(rows)
+        batch: dict[str, Any] = self._gather(numbers, rows, sources)
+        good = _all_finite(batch)
+        if not good.all():
+            for place in (~good).nonzero().flatten().tolist():
+                names = [of_sample[place] for of_sample in sources.values()]
+                rows[place] = self._next_good(numbers[place], rows[place], names)
+            batch = self._gather(numbers, rows, sources)
+        if self.has_captions and "captions" not in self.left_out:
+            pairs = zip(numbers, rows, strict=True)
+            batch["captions"] = [self.reader.caption(number, row) for number, row in pairs]
+        return batch
+
+    def _gather(
+        self, numbers: list[int], rows: list[int], sources: dict[str, list[str]]
+    ) -> dict[str, Tensor]:
+        """Tensors of rows of shards, each from the shard's tensor of its name."""
+        if len(sizes := {self.table.shards[number].size for number in numbers}) > 1:
+            raise ValueError(
+                f"samples of {', '.join(map(size_name, sorted(sizes)))} can't stand in one batch; "
+                f"draw each batch from one of the data set's buckets"
+            )
+        shards = [self.reader[number] for number in numbers]
+        batch = {}
+        for name, names in sources.items():
+            try:
+                # Views of the mapped files; stacking them is what reads.
+                parts = [t[at][row] for t, at, row in zip(shards, names, rows, strict=True)]
+            except KeyError as error:
+                lacks = next(n for n, t, at in zip(numbers, shards, names) if at not in t)  # noqa: B905
+                path = self.folder / self.table.shards[lacks].file
+                raise damage_error(path, f"it has no {error.args[0]}") from error
+            batch[name] = torch.stack(parts)
+        return batch
+
+    def _next_good(self, number: int, row: int, names: list[str]) -> int:
+        """The next row of a shard whose numbers are finite, in place of one whose are not."""
+        path = self.folder / self.table.shards[number].file
+        if not self.skips:
+            raise ValueError(
+                f"{path} has numbers that are not finite in row {row}; prepare the data again, or "
+                f"go on without such rows: data.options.damaged=skip"
+            )
+        good = _all_finite({name: self.reader[number][name] for name in names}).numpy()
+        usable = self.table.all_rows(number)
+        usable = usable[good[usable]]
+        if not len(usable):
+            raise ValueError(f"{path} has no row whose numbers are finite; prepare the data again")
+        if number not in self._warned:
+            self._warned.add(number)
+            logger.warning(
+                "%s has %d rows with numbers that are not finite, such as %d; the next good row "
+                "is taken instead", path, int((~good).sum()), row,
+            )  # fmt: skip
+        return int(usable[np.searchsorted(usable, row) % len(usable)])
+
+    def on_device(self, images: Tensor, posterior: Tensor | None = None) -> Tensor:
+        """What the model sees of stored samples: a draw of the posterior, scaled, or pixels.
+
+        As diffusers draws: mean + exp(log-variance / 2) noise. Without noise it is the mean.
+        """
+        images = images.float()
+        if self.manifest.kind == PIXELS:
+            return images / 127.5 - 1
+        if self.has_posterior:
+            images, log_variance = images.chunk(2, dim=1)
+            if posterior is not None:
+                images = images + torch.exp(0.5 * log_variance.clamp(-30, 20)) * posterior
+        if self.autoencoder is None:
+            return images
+        shift, scale = (
+            torch.tensor(numbers, device=images.device).view(-1, *(1,) * (images.ndim - 2))
+            for numbers in (self.autoencoder.shift, self.autoencoder.scale)
+        )
+        return (images - shift) * scale
+
+    def seen_shape(self, images: Tensor) -> tuple[int, ...]:
+        channels, *space = images.shape[1:]
+        return (channels // 2 if self.has_posterior else channels, *space)
+
+
+def _autoencoder(manifest: Manifest, vae: str | None) -> Autoencoder | None:
+    if vae is None or manifest.autoencoder is None:
+        if vae is not None:
+            raise ValueError(f"data.options.vae={vae!r} has no effect on pixels; leave it out")
+        return manifest.autoencoder
+    return dataclasses.replace(manifest.autoencoder, name=str(vae))
+
+
+def _fingerprint(manifest: Manifest) -> str:
+    """Digest of what the samples are, wherever they lie."""
+    content = dataclasses.asdict(manifest)
+    del content["source"]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _all_finite(tensors: dict[str, Tensor]) -> Tensor:
+    """Which rows hold nothing but finite numbers, (n,) bool."""
+    good = torch.ones(len(next(iter(tensors.values()))), dtype=torch.bool)
+    for tensor in tensors.values():
+        if tensor.is_floating_point() and tensor.numel():  # far quicker than isfinite of all
+            flat = tensor.flatten(1)
+            good &= flat.amin(1).isfinite() & flat.amax(1).isfinite()
+    return good

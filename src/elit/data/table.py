@@ -1,0 +1,121 @@
+"""Which samples of a prepared folder belong to a split and a resolution, and where they stand."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from elit.data.buckets import Array
+from elit.data.manifest import Manifest, Shard, size_name
+
+_HOLD_OUT, _MOST_HELD_OUT = 20, 2048  # one sample in twenty, and about so many at most
+_ALIKE = 1.15  # sides of buckets of one resolution, as the root of their area
+
+
+class Table:
+    """Which row of which shard each sample is, held-out ones left out, or all others.
+
+    Sample u of those not held out, counted over the whole split, stands at u + u // (k - 1).
+    """
+
+    def __init__(
+        self,
+        shards: list[Shard],
+        whole: list[bool],
+        hold_out: int | None,
+        split: str,
+    ):
+        self.hold_out, self.is_held = hold_out, split == "validation"
+        counts = np.array([shard.count for shard in shards], dtype=np.int64)
+        first = counts.cumsum() - counts  # damaged ones count: what is held out stays the same
+        order = np.flatnonzero(whole)
+        counts, phase = counts[order], first[order]
+        if hold_out is not None:
+            phase = phase % hold_out
+            held = (phase + counts) // hold_out
+            counts = held if self.is_held else counts - held
+        some = np.flatnonzero(counts)
+        self.shards = [shards[order[n]] for n in some]
+        self.counts, self.phase = counts[some], phase[some]
+        self.ends = self.counts.cumsum()
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def locate(self, index: Array) -> tuple[Array, Array]:
+        """Shard and row of each sample."""
+        numbers = np.searchsorted(self.ends, index, side="right")
+        place = index - (self.ends - self.counts)[numbers]
+        return numbers, self._rows(place, self.phase[numbers])
+
+    def all_rows(self, number: int) -> Array:
+        """Rows of a shard that are of this split."""
+        return self._rows(np.arange(self.counts[number]), self.phase[number])
+
+    def _rows(self, place: Array, phase: Array) -> Array:
+        if self.hold_out is None:
+            return place
+        if self.is_held:
+            return place * self.hold_out + self.hold_out - 1 - phase
+        kept = phase + place
+        return kept + kept // (self.hold_out - 1) - phase
+
+
+def shards_of(
+    manifest: Manifest, split: str, sizes: list[str], folder: Path
+) -> tuple[list[Shard], int | None]:
+    """Shards that a split is taken from, size by size, and k where every k-th is held out."""
+    of_split = {
+        name: sorted(
+            (shard for shard in found.shards if size_name(shard.size) in sizes),
+            key=lambda shard: sizes.index(size_name(shard.size)),
+        )
+        for name, found in manifest.splits.items()
+    }
+    if any(shard.count for shard in of_split.get("validation", ())):
+        return of_split.get(split, []), None
+    shards = of_split.get("train", [])
+    count = sum(shard.count for shard in shards)
+    if count < 2:
+        raise ValueError(
+            f"{folder} has {count} training samples of {', '.join(sizes)}; training takes two or "
+            f"more, as one is held out"
+        )
+    return shards, min(count, max(_HOLD_OUT, math.ceil(count / _MOST_HELD_OUT)))
+
+
+def sizes_of(manifest: Manifest, resolution: int | None, folder: Path) -> list[str]:
+    """Names of the sizes of one resolution."""
+    sides = {name: _side(tuple(map(int, name.split("x")))) for name in manifest.shapes}
+    if resolution is None:
+        chosen = list(sides)
+        several = not sides or max(sides.values()) > _ALIKE**2 * min(sides.values())
+    else:
+        chosen = [n for n, side in sides.items() if 1 / _ALIKE < side / resolution < _ALIKE]
+        several = not chosen
+    if several:
+        raise ValueError(
+            f"data.options.resolution={resolution} is none that {folder} has alone; it has "
+            f"{', '.join(manifest.shapes)}: give the side of one, such as "
+            f"{round(next(iter(sides.values()), 256))}"
+        )
+    return chosen
+
+
+def _side(size: tuple[int, ...]) -> float:
+    return math.sqrt(size[-1] * size[-2])
+
+
+def main_size(sizes: list[str], shards: Iterable[Shard]) -> str:
+    """The size that the model is made for: the square one, else that of the most samples."""
+    counts = dict.fromkeys(sizes, 0)
+    for shard in shards:
+        if (name := size_name(shard.size)) in counts:
+            counts[name] += shard.count
+    return max(sizes, key=lambda name: (_is_square(name), counts[name]))
+
+
+def _is_square(name: str) -> bool:
+    *_, height, width = name.split("x")
+    return height == width
