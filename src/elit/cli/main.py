@@ -14,7 +14,9 @@ from elit.cli.common import Parser, logging_to_stderr, one_line
 # imported when it is called for, so that the help stays quick.
 COMMANDS = {
     "quickstart": "train on handwritten digits, draw them at five budgets, print what each cost",
+    "prepare": "encode your own images, clips and captions, once, for training",
     "train": "train a model, or go on with a run that was stopped",
+    "plan": "count what a run will take: operations, hours, memory",
     "finetune": "make a pretrained model elastic, and train it at all budgets",
     "sample": "draw images of given classes at one or more budgets",
     "calibrate": "fit TeaCache, which skips steps at which little changes, to a pipeline",
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("elit: error: a size is too large; choose a smaller one", file=sys.stderr)
             return 2
         out_of_memory = "out of memory" in str(error) or "can't allocate memory" in str(error)
-        if debug or not (out_of_memory or _is_divergence(error)):
+        if debug or not (out_of_memory or _is_of_training(error)):
             raise
         if out_of_memory:
             error = RuntimeError("out of memory; choose a smaller size, batch or model")
@@ -72,10 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _is_divergence(error: RuntimeError) -> bool:
-    """Whether training stopped because its loss was not finite; without importing training."""
+def _is_of_training(error: RuntimeError) -> bool:
+    """Whether the loss was not finite, or another process ended; without importing training."""
     loop = sys.modules.get("elit.training.loop")
-    return loop is not None and isinstance(error, loop.TrainingDivergedError)
+    known = (loop.TrainingDivergedError, loop.ProcessLostError) if loop is not None else ()
+    return isinstance(error, known)
 
 
 def _run(argv: list[str]) -> int:

@@ -17,15 +17,18 @@ from elit.training.conditioning import (
     TextEncoding,
 )
 from elit.training.config import WORDS, LatentsConfig, TextConfig, TrainConfig
+from elit.training.distributed import World
 from elit.training.foreign import TensorConditioning
+from elit.training.parallel import place
 from elit.training.randomness import generator
 from elit.training.retrofit import Distillation, build_retrofit
 
 
 def build_parts(
-    config: TrainConfig, dataset: ImageDataset, device: torch.device
+    config: TrainConfig, dataset: ImageDataset, world: World
 ) -> tuple[Any, Conditioning, Distillation | None]:
-    """A run's model on its device, what turns batches into conditions, what it is compared with."""
+    """A run's model on the CPU, what turns batches into conditions, what it is compared with."""
+    device = world.device
     is_retrofit = config.retrofit.base is not None
     teacher, settings = None, {}
     if is_retrofit:
@@ -40,7 +43,6 @@ def build_parts(
         settings = encoding.settings
     if not is_retrofit:
         model = build_model(config, dataset, settings)
-    model = model.to(device)
     conditioning: Conditioning
     if isinstance(dataset, Tensors):
         keeps_base = config.retrofit.train in ("adapters", "interface")
@@ -51,7 +53,9 @@ def build_parts(
         conditioning = LabelConditioning(model, device)
     distillation = None
     if teacher is not None:
-        distillation = Distillation(model, teacher.to(device), config.retrofit, conditioning)
+        if teacher is not model:
+            place(teacher, config.train, world)
+        distillation = Distillation(model, teacher, config.retrofit, conditioning)
     return model, conditioning, distillation
 
 

@@ -1,100 +1,38 @@
-"""Checkpoints of a run: written aside, then renamed, so that none is ever half there.
+"""Checkpoints of a run, by PyTorch's distributed checkpoint in safetensors files.
 
 checkpoints/step-00001000/
-model.safetensors      online weights
-ema.safetensors        their moving average
-optimizer.safetensors  AdamW's moments
-state.json             step and what else the loop must know
+shard-00001-model-00001-of-00001.safetensors   of each process that held something of its own:
+                                               model.NAME, ema.NAME, optimizer.NAME/MOMENT
+state.json                                     step and what else the loop must know
+
+Each process writes what it holds, in the background, into a folder aside that the first one renames
+when all have finished. Another number of processes reads them back, sharded or not.
 """
 
+import errno
 import hashlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+
+from elit.training.distributed import World
+from elit.training.folder import remove_folder, rename_folder
 
 _NAME = re.compile(r"step-(\d{8,})")
-_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
-
-
-@contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
-    """Give a new folder to write into, and rename it to `target` when all went well."""
-    aside = target.with_name(f".{target.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for file in aside.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        _sync(aside)
-        aside.rename(target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def replace_folder_files(target: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a folder aside, then move its files over those of `target` one by one.
-
-    For a folder that readers may have open: each file is at any moment the old or the new one.
-    """
-    aside = target / ".export.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        write(aside)
-        files = [file for file in aside.rglob("*") if file.is_file()]
-        # Weights first and the index last: what the index names is there.
-        for file in sorted(files, key=lambda f: (f.suffix == ".json", -len(f.parts), f)):
-            _sync(file)
-            place = target / file.relative_to(aside)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, place)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold what was written."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def lock_folder(folder: Path) -> IO[str]:
-    """Keep a run's folder for this process until the file that this gives is closed."""
-    file = (folder / ".lock").open("w")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        pass
-    except OSError as error:
-        file.close()
-        raise ValueError(
-            f"another process trains in {folder}; wait for its end, or choose another output_dir"
-        ) from error
-    return file
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run left half written or half removed."""
-    for pattern in (".step-*.part", ".step-*.removed"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path)
+STATE = "state.json"
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -103,85 +41,174 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    ema: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write a checkpoint, then remove all but the last `keep`."""
-    frozen = frozen_names(model)
-    names = [name for name, _ in model.named_parameters() if name not in frozen]
-    target = folder / f"step-{step:08d}"
-    weights = {k: v.contiguous() for k, v in model.state_dict().items() if k not in frozen}
-    parts = (weights, dict(zip(names, ema, strict=True)), _flatten(optimizer, model))
-    with written_aside(target) as aside:
-        for tensors, file in zip(parts, _FILES, strict=False):
-            try:
-                save_file(tensors, aside / file)
-            except SafetensorError as error:  # a full disk
-                raise OSError(f"{target / file} cannot be written: {error}") from error
-        state = {"step": step, "frozen": frozen_digest(model), **state}
-        (aside / _FILES[3]).write_text(json.dumps(state, indent=2))
-    for old in checkpoint_steps(folder)[:-keep]:
-        _remove(folder / f"step-{old:08d}")
-    return target
+class Checkpoints:
+    """The checkpoints of a run: one at a time is written while training goes on.
 
+    Args:
+        folder: of the checkpoints.
+        world: the processes of the run; all call `save` together.
+        keep: how many of the last ones to keep.
+    """
 
-def _remove(path: Path) -> None:
-    """Remove a checkpoint; one that is half removed no longer bears a checkpoint's name."""
-    aside = path.with_name(f".{path.name}.removed")
-    path.rename(aside)
-    shutil.rmtree(aside)
+    def __init__(self, folder: Path, world: World, keep: int):
+        self.folder, self.world, self.keep = folder, world, keep
+        # It says so whenever there is one process; in a thread, so for the whole program.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        # Of its own: the background thread's messages must not mix with those of training.
+        self.group = world.new_cpu_group()
+        self._writing: Future | None = None
+        self._step = 0
+        self._state: dict[str, Any] = {}
 
+    def save(self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Begin to write a checkpoint; the tensors may change as soon as this returns.
 
-def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[list[Tensor], dict[str, Any]]:
-    """Fill model and optimiser from a checkpoint; return the moving average and the state."""
-    frozen = frozen_names(model)
-    names = [name for name, _ in model.named_parameters() if name not in frozen]
-    _check_frozen(path, model)
-    try:
-        weights, ema, moments = (load_file(path / name) for name in _FILES[:3])
-        state = json.loads((path / _FILES[3]).read_text())
-        state = {key: state[key] for key in ("step", "ema_steps")} | {
-            "seconds": state.get("seconds", 0.0)
-        }
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        if unexpected or set(missing) - frozen:
-            raise KeyError(*unexpected, *(set(missing) - frozen))
-        _unflatten(optimizer, model, moments)
-        return [ema[name] for name in names], state
-    except (
-        OSError,
-        SafetensorError,
-        json.JSONDecodeError,
-        KeyError,
-        TypeError,
-        RuntimeError,
-    ) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(
-            f"checkpoint {path} cannot be read: {reason}; remove that folder to resume from the "
-            f"checkpoint before it, or choose another output_dir"
-        ) from error
-
-
-def _check_frozen(path: Path, model: nn.Module) -> None:
-    """Raise a ValueError if the parameters that a checkpoint left out have changed since."""
-    try:
-        saved = json.loads((path / _FILES[3]).read_text()).get("frozen")
-    except (OSError, ValueError, AttributeError):
-        return  # what is wrong is said when it is loaded
-    if saved != frozen_digest(model):
-        raise ValueError(
-            f"checkpoint {path} was trained on another base: retrofit.base has changed since; put "
-            f"that one back, or choose another output_dir"
+        Args:
+            step: number of the step.
+            tensors: by name.
+            state: plain types.
+        """
+        self.wait()
+        self._step, self._state = step, {"step": step, **state}
+        writer = HuggingFaceStorageWriter(str(self._aside(step)), save_distributed=True)
+        alone = self.world.size == 1
+        written = dcp.async_save(
+            tensors, storage_writer=writer, process_group=self.group, no_dist=alone
         )
+        assert isinstance(written, Future)  # staged already, as no other stager was asked for
+        self._writing = written
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the one being written could not be; `wait` raises the error."""
+        writing = self._writing
+        return writing is not None and writing.done() and writing.exception() is not None
+
+    def poll(self) -> int | None:
+        """Give what has been written its name; its step, or None while there is nothing new."""
+        return self.wait() if self._writing is not None and self._writing.done() else None
+
+    def wait(self) -> int | None:
+        """Wait for what is being written; its step, or None if there was nothing."""
+        if self._writing is None:
+            return None
+        writing, self._writing = self._writing, None
+        target = self.folder / f"step-{self._step:08d}"
+        try:
+            writing.result()
+            if self.world.is_main:
+                aside = self._aside(self._step)
+                files = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
+                state = {**self._state, "files": files}
+                (aside / STATE).write_text(json.dumps(state, indent=2))
+                rename_folder(aside, target)
+                for old in checkpoint_steps(self.folder)[: -self.keep]:
+                    remove_folder(self.folder / f"step-{old:08d}")
+        except (CheckpointException, OSError) as error:
+            raise _write_error(target, error) from error
+        return self._step
+
+    def _aside(self, step: int) -> Path:
+        return self.folder / f".step-{step:08d}.part"
+
+    def load(self, step: int, tensors: dict[str, Tensor], keys: Sequence[str]) -> dict[str, Any]:
+        """Fill tensors in place, by name, and return the state; ValueError for a damaged one.
+
+        Args:
+            step: number of the step.
+            tensors: as they were saved, by name.
+            keys: of the state.
+        """
+        path = self.folder / f"step-{step:08d}"
+        try:
+            state = json.loads((path / STATE).read_text())
+            _check_files(path, state["files"])
+            _check_names(path, tensors)
+            dcp.load(
+                tensors,
+                storage_reader=HuggingFaceStorageReader(str(path)),
+                process_group=self.group,
+                no_dist=self.world.size == 1,
+            )
+            return {key: state[key] for key in keys}
+        except Exception as error:  # of many kinds: the files may hold anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(
+                f"checkpoint {path} cannot be read: {reason}; remove that folder to resume from "
+                f"the checkpoint before it, or choose another output_dir"
+            ) from error
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint, as far as it can be read: `load` says what is wrong with it."""
+    try:
+        state = json.loads((path / STATE).read_text())
+        return state if isinstance(state, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _check_files(path: Path, files: Mapping[str, int]) -> None:
+    """Raise an OSError for a file that is missing or cut off: its tensors would not be filled."""
+    for name, size in files.items():
+        found = (path / name).stat().st_size
+        if found != size:
+            raise OSError(f"{name} has {found} bytes, but {size} were written")
+
+
+def _check_names(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise a KeyError for tensors that only one side has."""
+    metadata = HuggingFaceStorageReader(str(path)).read_metadata()
+    different = sorted(tensors.keys() ^ metadata.state_dict_metadata.keys())
+    if different:
+        others = f" and {len(different) - 1} others" if len(different) > 1 else ""
+        raise KeyError(f"{different[0]}{others}: in only one of checkpoint and model")
+
+
+def _write_error(target: Path, error: BaseException) -> OSError:
+    """What kept a checkpoint from being written, of whichever process."""
+    causes: list[BaseException] = [error]
+    if isinstance(error, CheckpointException):
+        causes = [failure[0] for failure in error.failures.values()]
+    reason = next((c for c in causes if isinstance(c, OSError) and c.strerror), causes[0])
+    number = getattr(reason, "errno", None) or errno.EIO
+    text = getattr(reason, "strerror", None) or " ".join(str(reason).split())[:200]
+    return OSError(number, f"{text} (the checkpoints before it are as they were)", str(target))
+
+
+# ---- what is in one ----
+
+
+def run_tensors(
+    model: nn.Module, averaged: list[Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Everything of a run that is a tensor, by name; what is frozen stays where it came from.
+
+    Args:
+        model: online weights.
+        averaged: their moving average, in the order of the model's trained parameters.
+        optimizer: AdamW, whose state need not be there yet.
+    """
+    frozen = frozen_names(model)
+    trained = {n: p for n, p in model.named_parameters() if n not in frozen}
+    tensors = {f"model.{n}": t for n, t in model.state_dict().items() if n not in frozen}
+    tensors |= {f"ema.{n}": t for n, t in zip(trained, averaged, strict=True)}
+    for name, parameter in trained.items():
+        if parameter not in optimizer.state:
+            start_state(optimizer, parameter)
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}/{key}"] = value
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def start_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """AdamW's state before its first step, which it would make by itself then."""
+    is_fused = optimizer.defaults["fused"]
+    optimizer.state[parameter] = {
+        "step": torch.zeros((), device=parameter.device if is_fused else "cpu"),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
 
 
 def frozen_names(model: nn.Module) -> set[str]:
@@ -197,32 +224,3 @@ def frozen_digest(model: nn.Module) -> str | None:
             some = parameter.detach().flatten()[:64].float().cpu()
             digest.update(name.encode() + some.numpy().tobytes())
     return digest.hexdigest() if frozen else None
-
-
-def _optimized_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
-    """Names of an optimiser's parameters, in its order."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-
-
-def _flatten(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Per-parameter state as 'parameter name/state name': tensor."""
-    names = _optimized_names(optimizer, model)
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{names[index]}/{key}": value
-        for index, values in state.items()
-        for key, value in values.items()
-    }
-
-
-def _unflatten(
-    optimizer: torch.optim.Optimizer, model: nn.Module, moments: dict[str, Tensor]
-) -> None:
-    names = _optimized_names(optimizer, model)
-    index_of = {name: index for index, name in enumerate(names)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in moments.items():
-        name, _, kind = key.rpartition("/")
-        state.setdefault(index_of[name], {})[kind] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

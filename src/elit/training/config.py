@@ -4,71 +4,16 @@ The defaults are the paper's; the YAML files in `configs/` say where a run diffe
 """
 
 import json
-import math
-import operator
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from elit._choices import check_choice
-from elit._numbers import MOST
+from elit.training.rules import check_values
 
 WORDS = "words"  # the built-in reader of captions
-
-_Rule = tuple[Callable[[Any], bool], str]
-_AT_LEAST_0: _Rule = (lambda value: 0 <= value < math.inf, "a number of at least 0")
-_AT_LEAST_1: _Rule = (lambda value: value >= 1, "a number of at least 1")
-_POSITIVE: _Rule = (lambda value: 0 < value < math.inf, "a number above 0")
-_SHARE: _Rule = (lambda value: 0 <= value < 1, "a number in [0, 1)")
-_SHARES: _Rule = (lambda values: all(0 <= value < 1 for value in values), "numbers in [0, 1)")
-
-_RULES: dict[str, _Rule] = {
-    "seed": _AT_LEAST_0,
-    "data.batch_size": (lambda value: 1 <= value <= MOST, f"a number from 1 to {MOST}"),
-    "data.num_workers": _AT_LEAST_0,
-    "text.max_length": (
-        lambda value: value is None or 1 <= value <= MOST,
-        f"a number from 1 to {MOST}, or null",
-    ),
-    "objective.logit_std": _POSITIVE,
-    "objective.label_dropout": _SHARE,
-    "latents.draws": _AT_LEAST_1,
-    "retrofit.rank": _AT_LEAST_1,
-    "retrofit.distill": (lambda value: 0 <= value <= 1, "a number in [0, 1]"),
-    "retrofit.features": _AT_LEAST_0,
-    "retrofit.base_lr": _POSITIVE,
-    "optimizer.lr": _POSITIVE,
-    "optimizer.betas": _SHARES,
-    "optimizer.weight_decay": _AT_LEAST_0,
-    "optimizer.warmup_steps": _AT_LEAST_0,
-    "optimizer.final_lr": _AT_LEAST_0,
-    "optimizer.clip": _POSITIVE,
-    "optimizer.ema": _SHARE,
-    "train.steps": _AT_LEAST_1,
-    "train.accumulation": _AT_LEAST_1,
-    # Thousands are a segmentation fault in OpenMP.
-    "train.threads": (
-        lambda value: value is None or 1 <= value <= 1024,
-        "a number from 1 to 1024, or null",
-    ),
-    "train.log_every": _AT_LEAST_0,
-    "train.validate_every": _AT_LEAST_0,
-    "train.sample_every": _AT_LEAST_0,
-    "train.checkpoint_every": _AT_LEAST_0,
-    "train.keep_checkpoints": _AT_LEAST_1,
-    "sample.steps": _AT_LEAST_1,
-    "sample.guidance_scale": _AT_LEAST_0,
-    "sample.columns": _AT_LEAST_1,
-}
-_CHOICES = {
-    "objective.density": ("logit_normal", "uniform"),
-    "latents.order": ("first", "random"),
-    "optimizer.schedule": ("constant", "cosine"),
-    "train.precision": ("fp32", "bf16"),
-    "retrofit.init": ("identity", "learned"),
-    "retrofit.train": ("adapters", "interface", "lora", "all"),
-}
+PREPARED = "prepared"  # texts that were encoded with the data; and the data set of that name
+# Of the data set `prepared`: what changes no sample. What it holds, a fingerprint tells.
+_FREE_OPTIONS = ("path", "damaged", "verify", "vae")
 
 
 @dataclass
@@ -90,9 +35,10 @@ class DataConfig:
     """What to train on.
 
     Attributes:
-        name: data set, "digits", "shapes", "captioned-shapes" or "moving-shapes"; "tensors" are
-            your own latents and texts, encoded, for a diffusers transformer.
-        options: options of the data set, such as count and size of "shapes", path of "tensors".
+        name: data set, "digits", "shapes", "captioned-shapes" or "moving-shapes"; "prepared" is
+            what `elit prepare` wrote; "tensors" are your own latents and texts, encoded, for a
+            diffusers transformer.
+        options: options of the data set, such as count and size of "shapes", path of "prepared".
         batch_size: samples of one optimiser step, over all processes and accumulations.
         num_workers: loader processes of each training process; 0 loads in the process itself.
     """
@@ -108,8 +54,9 @@ class TextConfig:
     """What reads the captions, of models that take texts. Class-conditional ones have none.
 
     Attributes:
-        encoder: "words", read by the model itself and trained along; or a frozen text encoder of
-            transformers, CLIP, T5 or Qwen, by its name on the hub or its folder.
+        encoder: "words", read by the model itself and trained along; "prepared", texts that
+            `elit prepare` has encoded; or a frozen text encoder of transformers, CLIP, T5 or Qwen,
+            by its name on the hub or its folder.
         max_length: most tokens of a text; by default the preset's. Longer captions are cut off.
     """
 
@@ -158,7 +105,9 @@ class RetrofitConfig:
     """What `elit finetune` makes elastic, and how. Without a base, a model is trained from scratch.
 
     Attributes:
-        base: folder of the pretrained pipeline, or of a diffusers transformer.
+        base: folder of the pretrained pipeline, or of a diffusers transformer, or its hub name.
+        start: output_dir of an earlier fine-tuning of this base, from whose weights this one goes
+            on.
         head: blocks before Read.
         tail: blocks after Write.
         group: tokens of one group along each axis.
@@ -172,6 +121,7 @@ class RetrofitConfig:
     """
 
     base: str | None = None
+    start: str | None = None
     head: int = 2
     tail: int = 2
     group: list[int] = field(default_factory=lambda: [4, 4])
@@ -215,7 +165,13 @@ class LoopConfig:
     Attributes:
         steps: optimiser steps in all.
         accumulation: micro-batches that one process's share of a batch is cut into.
-        precision: "fp32", or "bf16" for autocast.
+        precision: "fp32", or of autocast: "bf16", or "fp16", with a scale that keeps gradients
+            from vanishing.
+        tf32: whether matrix products in fp32 may round to TF32, on GPUs that have it.
+        parallel: over several processes, "ddp" keeps a copy of everything in each; "fsdp" (FSDP2)
+            shares weights, gradients, moments and averages out among all; "hsdp" among
+            `shard_size` of them.
+        shard_size: processes that share one copy under hsdp; by default those of one machine.
         device: "auto", "cpu", "cuda" or "mps".
         threads: CPU threads of each process, by default PyTorch's choice. A tiny model is quickest
             on one.
@@ -227,11 +183,16 @@ class LoopConfig:
         checkpoint_every: save.
         keep_checkpoints: how many of the last checkpoints to keep.
         tensorboard: also write TensorBoard files (extra: tensorboard).
+        wandb: project at Weights & Biases to send the metrics to (extra: wandb).
+        peak_tflops: of the device in the run's precision, for `mfu`; by default from a table.
     """
 
     steps: int = 500_000
     accumulation: int = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    tf32: bool = True
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    shard_size: int | None = None
     device: str = "auto"
     threads: int | None = None
     gradient_checkpointing: bool = False
@@ -242,6 +203,8 @@ class LoopConfig:
     checkpoint_every: int = 5_000
     keep_checkpoints: int = 3
     tensorboard: bool = False
+    wandb: str | None = None
+    peak_tflops: float | None = None
 
 
 @dataclass
@@ -285,16 +248,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ValueError("output_dir is empty; give a folder, such as runs/train")
-        for key, words in _CHOICES.items():
-            check_choice(operator.attrgetter(key)(self), words, key)
-        for key, (allowed, rule) in _RULES.items():
-            value = operator.attrgetter(key)(self)
-            if not allowed(value):
-                raise ValueError(f"{key}={value!r} is not allowed; give {rule}")
+        check_values(self)
         if self.optimizer.final_lr and self.optimizer.schedule == "constant":
             raise ValueError(
                 f"optimizer.final_lr={self.optimizer.final_lr} has no effect on a constant "
                 f"schedule; set optimizer.schedule=cosine, or leave it out"
+            )
+        if self.train.shard_size is not None and self.train.parallel != "hsdp":
+            raise ValueError(
+                f"train.shard_size={self.train.shard_size} has no effect on train.parallel="
+                f"{self.train.parallel}; set train.parallel=hsdp, or leave it out"
             )
         self._check_retrofit()
         guides = self.sample.guidance_scale != 1 and self.train.sample_every
@@ -338,13 +301,23 @@ class TrainConfig:
         return json.loads(json.dumps(asdict(self)))  # tuples become lists
 
 
-def fixed_settings(config: TrainConfig) -> dict[str, Any]:
-    """What a resumed run must agree on with its checkpoint; the rest may change on the way."""
+def fixed_settings(config: TrainConfig, fingerprint: str | None = None) -> dict[str, Any]:
+    """What a resumed run must agree on with its checkpoint; the rest may change on the way.
+
+    Args:
+        config: of the run.
+        fingerprint: of its data set, where that may change.
+    """
     settings = config.to_dict()
     del settings["data"]["num_workers"]  # changes no sample
+    if fingerprint is not None:
+        for option in _FREE_OPTIONS:
+            settings["data"]["options"].pop(option, None)
+        settings["data"]["fingerprint"] = fingerprint
     encoder = settings["text"]["encoder"]
     if os.path.isdir(encoder):  # one name for a folder, however it is written
         settings["text"]["encoder"] = os.path.abspath(encoder)
-    if base := settings["retrofit"]["base"]:
-        settings["retrofit"]["base"] = os.path.abspath(base)
+    for key in ("base", "start"):
+        if (folder := settings["retrofit"][key]) and os.path.isdir(folder):
+            settings["retrofit"][key] = os.path.abspath(folder)
     return {key: settings[key] for key in ("seed", "model", "data", "text", "retrofit")}

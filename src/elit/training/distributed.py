@@ -1,13 +1,22 @@
-"""One process or several under `torchrun`: the only module that calls torch.distributed."""
+"""One process or several under `torchrun`, and what they say to each other."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor
+
+# A process that waits longer for another one gives up: something hangs. Writing a checkpoint may
+# take longer, on a slow disk.
+PATIENCE, WRITING_PATIENCE = timedelta(minutes=10), timedelta(hours=1)
+
+
+class ProcessLostError(RuntimeError):
+    """Another process of the run has ended."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class World:
         dist.all_reduce(raised, op=dist.ReduceOp.MAX)
         return [bool(flag) for flag in raised.tolist()]
 
-    def mean(self, value: torch.Tensor) -> torch.Tensor:
+    def mean(self, value: Tensor) -> Tensor:
         """Mean over the processes."""
         if self.size > 1:
             value = value.clone()
@@ -48,23 +57,23 @@ class World:
         dist.all_gather(values, mine)
         return [int(v) for v in values]
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows (n, ...) of all processes, (processes * n, ...) by rank; n is one for all."""
+        if self.size == 1:
+            return rows
+        mine = rows.to(self.device).contiguous()
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine)
+        return torch.cat(parts).to(rows.device)
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 
-    def wrap(self, model: nn.Module, some_unused: bool = False) -> nn.Module:
-        """Model whose backward averages gradients over the processes.
-
-        Args:
-            model: of this process.
-            some_unused: whether parameters may get no gradient in a step.
-        """
-        if self.size == 1:
-            return model
-        return nn.parallel.DistributedDataParallel(
-            model, gradient_as_bucket_view=True, find_unused_parameters=some_unused
-        )
+    def new_cpu_group(self) -> dist.ProcessGroup | None:
+        """A group of all processes for tensors on the CPU, with an order of messages of its own."""
+        return dist.new_group(backend="gloo", timeout=WRITING_PATIENCE) if self.size > 1 else None
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -108,8 +117,21 @@ def distributed_world(device: str) -> Iterator[World]:
         )
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
-    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield World(rank, size, picked)
+    except RuntimeError as error:
+        if not _is_of_connection(error):
+            raise
+        raise ProcessLostError(
+            f"process {rank} of {size} lost another one, which was killed, failed (it says why) or "
+            f"hangs; all stop, and the same command goes on at the last checkpoint "
+            f"({' '.join(str(error).split())[:160]})"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    """Whether an error is of messages between processes; gloo's are plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)

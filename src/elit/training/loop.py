@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elit.flow.objective import flow_matching_loss
 from elit.training.config import TrainConfig
-from elit.training.distributed import cpu_threads, distributed_world
-from elit.training.randomness import generator
+from elit.training.distributed import ProcessLostError, cpu_threads, distributed_world
+from elit.training.noise import draw_rows
 from elit.training.run import Run, TrainingDivergedError
 from elit.training.signals import stop_on_signals
 
-__all__ = ["TrainResult", "TrainingDivergedError", "train"]
+__all__ = ["ProcessLostError", "TrainResult", "TrainingDivergedError", "train"]
 
 
 @dataclass(frozen=True)
@@ -53,40 +53,47 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     ):
         run = Run(config, world)
         steps = range(run.step, loop.steps)
-        batches, stopped = iter(run.loader(steps)), False
+        batches, stopped = run.monitor.watched(run.loader(steps)), False
         with run.progress_bar(progress) as bar:
             for step in steps:
                 kept, latent_indices = run.draw_latents(step)
-                run.set_learning_rate(step)
+                run.optimizer.set_learning_rate(step)
                 loss = torch.zeros((), device=world.device)
                 for chunk in run.chunks:
                     batch = next(batches)
-                    with run.gradient_sync(last=chunk == run.chunks[-1]):
+                    with run.parallel.gradient_sync(last=chunk == run.chunks[-1]):
                         with run.autocast():
                             part = batch_loss(run, batch, step, chunk, kept, latent_indices)
-                        (part / len(run.chunks)).backward()
+                        run.optimizer.backward(part / len(run.chunks))
                     loss += part.detach() / len(run.chunks)
-                grad_norm = nn.utils.clip_grad_norm_(run.trained, config.optimizer.clip)
+                grad_norm = run.optimizer.clip()
 
-                broken = not torch.isfinite(loss + grad_norm).item()
-                broken, stopped = world.any(broken, stop_requested())
+                sound = torch.stack((loss, grad_norm)).isfinite().tolist()
+                may_skip = run.optimizer.may_skip() and sound[0]
+                broken, skip, stopped, unsaved = world.any(
+                    not (all(sound) or may_skip),
+                    not all(sound),
+                    stop_requested(),
+                    run.checkpoints.has_failed,
+                )
+                if unsaved:
+                    run.checkpoints.wait()
                 if broken:
                     raise run.diverged(
                         f"loss {loss.item():g} and gradient norm {grad_norm.item():g} "
-                        f"in step {step + 1} (num_latents {', '.join(map(str, kept))})"
+                        f"in step {step + 1} (num_latents {', '.join(map(str, kept))}"
+                        f"{run.monitor.blamed_rows(step + 1, run.dataset)})"
                     )
-                run.optimizer.step()
-                run.optimizer.zero_grad(set_to_none=True)
+                run.optimizer.step(skip)
                 run.ema.step(run.trained)
 
                 bar.update()
-                run.after_step(step + 1, loss, grad_norm, bar)
+                run.after_step(step + 1, kept, loss, grad_norm, bar)
                 if stopped:
                     break
-        run.save()
+        run.finish()
         (stopped,) = world.any(stopped or stop_requested())
         finished = run.step >= loop.steps  # a signal may have come in the last step
-        run.close()
         world.barrier()
         return TrainResult(run.folder, run.step, finished, stopped, run.seconds)
 
@@ -99,7 +106,7 @@ def batch_loss(
     kept: Sequence[int | None],
     latent_indices: Tensor | None,
 ) -> Tensor:
-    """Mean loss of one micro-batch, its noise a function of (seed, step, chunk).
+    """Mean loss of one micro-batch, its noise a function of (seed, step, row).
 
     Args:
         run: whose model it is.
@@ -110,12 +117,19 @@ def batch_loss(
         latent_indices: the latents to keep instead of the first ones.
     """
     device = run.world.device
-    draw = generator(run.config.seed, "noise", step, chunk, device=device)
-    data = batch["images"].to(device, non_blocking=True)
-    noise = torch.randn(data.shape, generator=draw, device=device)
-    sigma = run.density.sample(len(data), draw)
-    dropped = torch.rand(len(data), generator=draw, device=device)
-    condition = run.conditioning(batch, dropped < run.config.objective.label_dropout)
+    moved = batch["images"].to(device, non_blocking=True)
+    size = len(moved)
+    draws = draw_rows(
+        range(chunk * size, (chunk + 1) * size),
+        run.dataset.seen_shape(moved),
+        run.density,
+        run.config.seed,
+        step,
+        device,
+        run.dataset.has_posterior,
+    )
+    data = run.dataset.on_device(moved, draws.posterior)
+    condition = run.conditioning(batch, draws.dropout < run.config.objective.label_dropout)
     losses = []
     for rows, num_latents in zip(
         torch.arange(len(data)).tensor_split(len(kept)), kept, strict=True
@@ -127,7 +141,8 @@ def batch_loss(
         if latent_indices is not None:
             latents["latent_indices"] = latent_indices.to(device)
         of_part = {name: value[part] for name, value in condition.items()}
-        losses.append(_part_loss(run, data[part], noise[part], sigma[part], of_part, latents))
+        noise, sigma = draws.noise[part], draws.sigma[part]
+        losses.append(_part_loss(run, data[part], noise, sigma, of_part, latents))
     return torch.cat(losses).mean()
 
 
@@ -145,7 +160,7 @@ def _part_loss(
     def velocity(x: Tensor, s: Tensor) -> Tensor:
         if run.distillation is not None:
             seen.extend(run.distillation.targets(x, s, condition))
-        seen.append(run.conditioning.velocity(run.parallel_model, x, s, condition, latents))
+        seen.append(run.conditioning.velocity(run.parallel.module, x, s, condition, latents))
         return seen[-1]
 
     loss = flow_matching_loss(velocity, data, noise, sigma)

@@ -7,6 +7,8 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from elit._files import write_file, write_json
+from elit.viz.curves import Curve, line_charts
+from elit.viz.sheet import save_image
 
 FILE = "metrics.jsonl"
 
@@ -178,6 +180,22 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
         for name, value in values.items():
             series.setdefault(name, []).append((step, float(value)))
     return series
+
+
+def draw_curves(folder: Path) -> None:
+    """Draw a run's losses over its steps into its folder: curves.png."""
+    series = read_metrics(folder / FILE)
+    prefix = "validation/loss_"
+    validation = [
+        Curve(f"budget {name.removeprefix(prefix)}", points)
+        for name, points in series.items()
+        if name.startswith(prefix)
+    ]
+    charts = [("validation loss at each budget, averaged weights", validation)]
+    for name, title in (("loss", "training loss"), ("grad_norm", "gradient norm")):
+        if name in series:
+            charts.append((title, [Curve(name, series[name], smooth=True)]))
+    save_image(line_charts(charts), folder / "curves.png")
 
 
 def _step_of(line: str) -> float:

@@ -2,7 +2,9 @@
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +17,9 @@ from elit.flow.guidance import CheapCFG
 from elit.flow.objective import SigmaDensity, flow_matching_loss
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.base import ElasticPipeline
-from elit.training.conditioning import Conditioning
+from elit.training.conditioning import Conditioning, OwnConditioning
 from elit.training.config import SampleConfig
+from elit.training.distributed import World
 from elit.training.randomness import generator
 from elit.viz.sheet import contact_sheet, film_strip, format_budget
 
@@ -55,10 +58,12 @@ def validation_losses(
     density: SigmaDensity,
     kept: Sequence[int | None],
     seed: int,
-    device: torch.device,
+    world: World,
     batch_size: int = 128,
 ) -> dict[int | None, Tensor]:
     """Losses of the same samples, noise and noise levels at several numbers of latents.
+
+    Each process measures its share; all must call this together.
 
     Returns:
         num_latents: (samples,) losses on the CPU.
@@ -67,21 +72,57 @@ def validation_losses(
     # Spread over the set: it may be sorted by class.
     chosen = torch.linspace(0, len(dataset) - 1, count).long()
     draw = generator(seed, "validation")
-    noise = torch.randn((count, *dataset.image_shape), generator=draw)
+    shapes = [bucket.shape for bucket in dataset.buckets or ()] or [dataset.image_shape]
+    noise = torch.randn((count, max(map(math.prod, shapes))), generator=draw)
     sigma = density.sample(count, draw)
-    losses: dict[int | None, list[Tensor]] = {num_latents: [] for num_latents in kept}
-    for part in torch.arange(count).split(batch_size):
-        batch = dataset.batch(chosen[part].tolist())
-        moved = [x.to(device) for x in (batch["images"], noise[part], sigma[part])]
-        condition = conditioning(batch)
-        for num_latents in kept:
-            latents = {} if num_latents is None else {"num_latents": num_latents}
+    posterior = torch.randn(noise.shape, generator=generator(seed, "validation", 1))
+    losses = {num_latents: torch.empty(count) for num_latents in kept}
+    for members in _alike(dataset, chosen):
+        share = -(-len(members) // world.size)  # the last begin again: shards are called together
+        mine = members[(torch.arange(share) + world.rank * share) % len(members)]
+        found: dict[int | None, list[Tensor]] = {num_latents: [] for num_latents in kept}
+        for part in mine.split(batch_size):
+            batch = dataset.batch(chosen[part].tolist())
+            shape = len(part), *dataset.seen_shape(batch["images"])
+            drawn = (
+                x[part, : math.prod(shape[1:])].view(shape).to(world.device)
+                for x in (noise, posterior)
+            )
+            noise_of_part, posterior_of_part = drawn
+            images = dataset.on_device(batch["images"].to(world.device), posterior_of_part)
+            moved = images, noise_of_part, sigma[part].to(world.device)
+            for num_latents, loss in _losses(model, conditioning, batch, moved, kept):
+                found[num_latents].append(loss)
+        for num_latents, parts in found.items():
+            losses[num_latents][members] = world.gather_rows(torch.cat(parts))[: len(members)]
+    return losses
 
-            def velocity(x: Tensor, s: Tensor, latents: Mapping[str, Any] = latents) -> Tensor:
-                return conditioning.velocity(model, x, s, condition, latents)  # noqa: B023
 
-            losses[num_latents].append(flow_matching_loss(velocity, *moved).cpu())
-    return {num_latents: torch.cat(parts) for num_latents, parts in losses.items()}
+def _alike(dataset: ImageDataset, chosen: Tensor) -> list[Tensor]:
+    """Places in `chosen` of the samples of each shape."""
+    if not dataset.buckets:
+        return [torch.arange(len(chosen))]
+    spans = ((bucket.runs[0, 0], bucket.runs[-1].sum()) for bucket in dataset.buckets)
+    inside = [((chosen >= first) & (chosen < end)).nonzero().flatten() for first, end in spans]
+    return [members for members in inside if len(members)]
+
+
+def _losses(
+    model: ElasticMixin,
+    conditioning: Conditioning,
+    batch: Mapping[str, Any],
+    moved: tuple[Tensor, Tensor, Tensor],
+    kept: Sequence[int | None],
+) -> Iterator[tuple[int | None, Tensor]]:
+    """Losses (B,) of a batch at each number of latents."""
+    condition = conditioning(batch)
+    for num_latents in kept:
+        latents = {} if num_latents is None else {"num_latents": num_latents}
+
+        def velocity(x: Tensor, s: Tensor, latents: Mapping[str, Any] = latents) -> Tensor:
+            return conditioning.velocity(model, x, s, condition, latents)
+
+        yield num_latents, flow_matching_loss(velocity, *moved).cpu()
 
 
 def budgets_out_of_order(losses: dict[int | None, Tensor]) -> list[str]:
@@ -106,38 +147,46 @@ def budgets_out_of_order(losses: dict[int | None, Tensor]) -> list[str]:
 
 
 def sample_sheet(
-    pipeline: ElasticPipeline,
+    conditioning: OwnConditioning,
     dataset: ImageDataset,
     config: SampleConfig,
     kept: Sequence[int | None],
     seed: int,
 ) -> Image.Image:
     """One row for each number of latents, a column for each class or caption, of the same noise."""
+    pipeline = conditioning.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     model = pipeline.transformer
-    if model.takes_text:
-        names = dataset.batch(range(min(config.columns, len(dataset))))["captions"]
-        # Training cuts long captions; the pipeline by itself refuses them.
-        wanted = {"prompt_embeds": pipeline.encode_prompt(names, truncate=True)}
-    else:
-        names = list(dataset.class_names)[: config.columns]
-        wanted = {"class_labels": list(range(len(names)))}
     guidance = CheapCFG(config.guidance_scale) if config.guidance_scale != 1 else None
-    rows = [
-        pipeline(
-            **wanted,
-            budget=model.budget_of(num_latents),
-            num_inference_steps=config.steps,
-            guidance=guidance,
-            generator=[generator(seed, "sheet", i) for i in range(len(names))],
-            return_dict=False,
-        )[0]
-        for num_latents in kept
-    ]
+    with _on_device(conditioning.vae, next(model.parameters()).device):
+        names, wanted = conditioning.to_show(pipeline, dataset, config.columns)
+        rows = [
+            pipeline(
+                **wanted,
+                budget=model.budget_of(num_latents),
+                num_inference_steps=config.steps,
+                guidance=guidance,
+                generator=[generator(seed, "sheet", i) for i in range(len(names))],
+                return_dict=False,
+            )[0]
+            for num_latents in kept
+        ]
     if pipeline.draws_clips:
         rows = [[film_strip(clip) for clip in row] for row in rows]
     captions = [format_budget(model.budget_of(num_latents)) for num_latents in kept]
     return contact_sheet(rows, captions, names, cell_size(pipeline))
+
+
+@contextmanager
+def _on_device(vae: Any, device: torch.device) -> Iterator[None]:
+    """The autoencoder is where the model is only while it draws."""
+    if vae is not None:
+        vae.to(device)
+    try:
+        yield
+    finally:
+        if vae is not None:
+            vae.to("cpu")
 
 
 def cell_size(pipeline: ElasticPipeline) -> int:

@@ -1,0 +1,77 @@
+"""The files of a run's folder: written aside, then renamed, so that none is ever half there."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+
+def replace_folder_files(target: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a folder aside, then move its files over those of `target` one by one.
+
+    For a folder that readers may have open: each file is at any moment the old or the new one.
+    """
+    aside = target / ".export.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        write(aside)
+        files = [file for file in aside.rglob("*") if file.is_file()]
+        # Weights first and the index last: what the index names is there.
+        for file in sorted(files, key=lambda f: (f.suffix == ".json", -len(f.parts), f)):
+            sync(file)
+            place = target / file.relative_to(aside)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def rename_folder(aside: Path, target: Path) -> None:
+    """Give a folder that is complete its name, once the disk holds all of it."""
+    for file in aside.rglob("*"):
+        if file.is_file():
+            sync(file)
+    sync(aside)
+    aside.rename(target)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Keep a run's folder for this process until the file that this gives is closed."""
+    file = (folder / ".lock").open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        pass
+    except OSError as error:
+        file.close()
+        raise ValueError(
+            f"another process trains in {folder}; wait for its end, or choose another output_dir"
+        ) from error
+    return file
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run left half written or half removed."""
+    for pattern in (".step-*.part", ".step-*.removed"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; one that is half removed no longer bears its name."""
+    aside = path.with_name(f".{path.name}.removed")
+    path.rename(aside)
+    shutil.rmtree(aside)

@@ -1,0 +1,90 @@
+"""AdamW with what surrounds it: schedule, clipping, and the scale of the loss in fp16."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elit.training.config import TrainConfig
+from elit.training.parallel import whole
+from elit.training.retrofit import parameter_groups
+
+LEAST_SCALE = 1.0  # of the loss: if gradients overflow even there, the run has diverged
+
+
+class Optimizer:
+    """AdamW over the parameters that have gradients.
+
+    Attributes:
+        trained: those parameters.
+        adamw: PyTorch's optimiser.
+
+    Args:
+        model: with its parameters where they stay.
+        config: of the run.
+        device: of the parameters.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device):
+        self.config = config
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.adamw = torch.optim.AdamW(
+            parameter_groups(model, config.retrofit),
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
+            fused=device.type in ("cpu", "cuda"),
+        )
+        is_scaled = config.train.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=is_scaled)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of this step."""
+        return self.adamw.param_groups[0]["lr"]
+
+    def set_learning_rate(self, step: int) -> None:
+        """Warm-up, then constant or cosine: a function of the step."""
+        options = self.config.optimizer
+        factor = min(1.0, (step + 1) / max(1, options.warmup_steps))
+        if options.schedule == "cosine" and step >= options.warmup_steps:
+            length = max(1, self.config.train.steps - options.warmup_steps - 1)
+            done = (step - options.warmup_steps) / length
+            cosine = (1 + math.cos(math.pi * done)) / 2
+            factor = options.final_lr + (1 - options.final_lr) * cosine
+        for group in self.adamw.param_groups:
+            group["lr"] = options.lr * factor * group["scale"]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradients."""
+        self.scaler.scale(loss).backward()
+
+    def clip(self) -> Tensor:
+        """Scale gradients down to the largest norm that is allowed; their norm before, ()."""
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.adamw)
+        return whole(nn.utils.clip_grad_norm_(self.trained, self.config.optimizer.clip))
+
+    def may_skip(self) -> bool:
+        """Whether gradients that overflow are to be expected, as a lower scale may mend them."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > LEAST_SCALE
+
+    def step(self, skip: bool = False) -> None:
+        """Change the weights, or leave them and lower the scale of the loss."""
+        if not skip:
+            self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        if self.scaler.is_enabled():
+            # Told, not asked: each process has looked at its own shards only.
+            scale = self.scaler.get_scale() * self.scaler.get_backoff_factor()
+            self.scaler.update(scale if skip else None)
+
+    def state(self) -> dict[str, Any]:
+        """What is no tensor."""
+        return {"scaler": self.scaler.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        if self.scaler.is_enabled() and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])

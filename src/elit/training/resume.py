@@ -1,0 +1,48 @@
+"""Whether a run may go on in a folder, said before anything there is touched."""
+
+from pathlib import Path
+
+from elit.data import ImageDataset
+from elit.training.checkpoint import read_state
+from elit.training.config import TrainConfig, fixed_settings
+
+
+def check_not_taken(folder: Path) -> None:
+    """Raise a ValueError if a folder holds a pipeline but no checkpoint to go on from."""
+    if (folder / "model_index.json").exists():
+        raise ValueError(
+            f"{folder} holds a pipeline, but no checkpoint to go on from: training would "
+            f"overwrite it; choose another output_dir, or remove that folder"
+        )
+
+
+def check_same_run(
+    path: Path, config: TrainConfig, frozen: str | None, dataset: ImageDataset
+) -> None:
+    """Raise a ValueError if a checkpoint is of other settings, or of another base.
+
+    Args:
+        path: of the checkpoint.
+        config: of the run that wants to go on.
+        frozen: digest of the parameters that are not trained.
+        dataset: that it trains on.
+    """
+    state = read_state(path)
+    if not state:
+        return  # loading says what is wrong with it
+    saved, wanted = state.get("config", {}), fixed_settings(config, dataset.fingerprint)
+    different = [
+        f"{key}: {saved.get(key)} there, {wanted[key]} now"
+        for key in wanted
+        if saved.get(key, wanted[key]) != wanted[key]
+    ]
+    if different:
+        raise ValueError(
+            f"{config.output_dir} holds another run ({'; '.join(different)}); "
+            f"choose another output_dir, or give the settings of that run"
+        )
+    if state.get("frozen") != frozen:
+        raise ValueError(
+            f"checkpoint {path} was trained on another base: retrofit.base has changed since; "
+            f"put that one back, or choose another output_dir"
+        )
