@@ -25,6 +25,7 @@ TIERS = [
     {"models", "flow"},
     {"retrofit"},
     {"pipelines"},
+    {"preparation"},
     {"evaluation", "interop", "viz"},
     {"training"},  # above evaluation and viz: it draws sample sheets and scores them as it goes
     {"cli"},

@@ -132,6 +132,10 @@ CONFIG_FLAGS = """
 # Frozen: whoever removes or renames a flag breaks somebody's script, and says so in CHANGELOG.md.
 SURFACE = {
     "quickstart": "--out --seed --preset --steps --lr --json",
+    "prepare": "source [out] --source-config --split --image-column --label-column --caption-column "
+    "--resolution --aspect-ratios --multiple --flips --frames --fps --vae --pixels --text-encoder "
+    "--max-text-length --dtype --store-dtype --batch-size --part-size --workers --device --verify "
+    "--dry-run --json",
     "train": f"[config] --dry-run --json {CONFIG_FLAGS}",
     "finetune": "base [config] --dry-run --json "
     + CONFIG_FLAGS.replace("--model.preset --model.overrides ", "").replace("--retrofit.base ", ""),

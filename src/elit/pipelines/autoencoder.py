@@ -64,3 +64,31 @@ def _of_channels(vae: Any, name: str, like: Tensor) -> Tensor | None:
         return None
     numbers = torch.as_tensor(numbers, device=like.device, dtype=like.dtype)
     return numbers.view(1, -1, *(1,) * (like.ndim - 2))
+
+
+def encode(vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Mean and log-variance of pictures (B, C, H, W), or clips (B, C, T, H, W), in [-1, 1].
+
+    The log-variance is None where an autoencoder has no posterior. What `decode` takes is
+    (draw - shift) * scale, with the numbers of `scale_and_shift`.
+    """
+    of_pictures = has_time(vae) and pictures.ndim == 4  # Qwen-Image's is of clips
+    encoded = vae.encode(pictures[:, :, None] if of_pictures else pictures)
+    posterior = getattr(encoded, "latent_dist", None)
+    if posterior is not None:
+        mean, logvar = posterior.mean, posterior.logvar
+    else:
+        mean, logvar = encoded[0], None
+    if of_pictures:
+        mean, logvar = mean[:, :, 0], None if logvar is None else logvar[:, :, 0]
+    return mean, logvar
+
+
+def scale_and_shift(vae: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Numbers, one or one for each channel, that make latents of draws: (draw - shift) * scale."""
+    factor = getattr(vae.config, "scaling_factor", None) or 1.0
+    like = torch.empty(1, 1, 1)
+    mean, std = (_of_channels(vae, name, like) for name in ("latents_mean", "latents_std"))
+    if mean is not None and std is not None:
+        return tuple((factor / std).flatten().tolist()), tuple(mean.flatten().tolist())
+    return (factor,), (getattr(vae.config, "shift_factor", None) or 0.0,)

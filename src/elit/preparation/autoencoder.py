@@ -1,0 +1,179 @@
+"""The autoencoder that encodes pictures: any of diffusers', by the class that its config names."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elit._choices import nearest
+from elit.data.manifest import LATENTS, MOMENTS, PIXELS, Autoencoder
+from elit.pipelines.autoencoder import (
+    encode,
+    has_time,
+    latent_frames,
+    scale_and_shift,
+    spatial_scale,
+    temporal_scale,
+)
+from elit.pipelines.folder import read_config
+from elit.preparation.reading import Sizes
+from elit.preparation.settings import DTYPES
+
+
+@dataclass
+class Encoder:
+    """Makes what is stored of pictures; without a VAE these are the pictures.
+
+    Attributes:
+        kind: of what is stored: "moments", "latents" or "images".
+        about: of the autoencoder, for the manifest.
+        vae: the autoencoder.
+        device: that it computes on.
+        dtype: that it computes in.
+        store: that its numbers are stored in.
+    """
+
+    kind: str
+    about: Autoencoder | None
+    vae: Any
+    device: torch.device
+    dtype: torch.dtype
+    store: torch.dtype
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """(B, H, W, 3) or (B, T, H, W, 3) uint8 -> (B, C, ...) float32 or, of pixels, uint8."""
+        pictures = pictures.movedim(-1, 1)  # (B, 3, ...)
+        if self.vae is None:
+            return pictures
+        pictures = (pictures.to(self.device).float() / 127.5 - 1).to(self.dtype)
+        with torch.inference_mode():
+            mean, logvar = encode(self.vae, pictures)
+        return (mean if logvar is None else torch.cat((mean, logvar), dim=1)).float().cpu()
+
+    def stored(self, encoded: Tensor) -> Tensor:
+        """What is stored of it."""
+        return encoded if self.vae is None else encoded.to(self.store)
+
+    def sums(self, encoded: Tensor) -> tuple[float, float, int]:
+        """Sum, sum of squares and count of the latents that training will draw."""
+        if self.about is None:
+            return 0.0, 0.0, 0
+        channels = encoded.shape[1] // (2 if self.kind == MOMENTS else 1)
+        shape = (1, -1, *(1,) * (encoded.ndim - 2))
+        scale, shift = (torch.tensor(n).view(shape) for n in (self.about.scale, self.about.shift))
+        mean = (encoded[:, :channels] - shift) * scale
+        squares = mean**2
+        if self.kind == MOMENTS:
+            squares = squares + encoded[:, channels:].exp() * scale**2
+        total, total_squares = (float(x.sum(dtype=torch.float64)) for x in (mean, squares))
+        return total, total_squares, mean.numel()
+
+
+def load_encoder(
+    name: str | None, sizes: Sizes, device: torch.device, dtype: str, store: str
+) -> Encoder:
+    """The autoencoder of that name, tried on a black picture of the smallest size."""
+    types = [getattr(torch, DTYPES[word]) for word in (dtype, store)]
+    if name is None:
+        return Encoder(PIXELS, None, None, device, *types)
+    vae, name = load_vae(name)
+    _check_sizes(vae, name, sizes)
+    sha256 = weights_sha256(vae)  # before the cast: the same of any dtype
+    scale, shift = scale_and_shift(vae)
+    about = Autoencoder(name, type(vae).__name__, sha256, scale, shift)
+    vae = vae.to(device, types[0]).eval().requires_grad_(False)
+    smallest = min((size for sizes in sizes.choices for size in sizes), key=lambda s: s[0] * s[1])
+    black = torch.zeros(1, 3, *([sizes.frames] if sizes.frames else []), *smallest)
+    with torch.inference_mode():
+        _, logvar = encode(vae, black.to(device, types[0]) - 1)
+    return Encoder(LATENTS if logvar is None else MOMENTS, about, vae, device, *types)
+
+
+def load_vae(name: str) -> tuple[Any, str]:
+    """An autoencoder in float32 by name on the hub or folder, and the name to store.
+
+    The folder, on the hub or here, is its own or that of a pipeline, which has it in `vae`.
+    """
+    import diffusers
+
+    path, subfolder = Path(name), None
+    if path.is_dir():
+        if not (path / "config.json").exists() and (path / "vae").is_dir():
+            path = path / "vae"
+        config, name = read_config(path / "config.json"), str(path.absolute())
+    elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(f"there is no folder {name} of an autoencoder; give one, or a hub name")
+    else:
+        config, subfolder = _hub_config(diffusers, name)
+    kind = str(config.get("_class_name"))
+    found = getattr(diffusers, kind, None)
+    if found is None or not hasattr(found, "encode"):
+        near = nearest(kind, (n for n in dir(diffusers) if n.startswith("Autoencoder")))
+        hint = f"; did you mean {near}?" if near else ""
+        raise ValueError(
+            f"{name} holds a {kind}, which is no autoencoder of diffusers{hint}; give the folder "
+            f"of one, or of a pipeline"
+        )
+    try:
+        vae, report = found.from_pretrained(
+            str(path) if path.is_dir() else name, subfolder=subfolder,
+            torch_dtype=torch.float32, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the autoencoder {name} cannot be loaded: {reason}") from error
+    absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])})
+    if absent:  # diffusers leaves what is missing random
+        raise ValueError(f"{name} lacks {len(absent)} of its weights, such as {absent[0]}")
+    return vae, name
+
+
+def _hub_config(diffusers: Any, name: str) -> tuple[dict[str, Any], str | None]:
+    """Config of an autoencoder on the hub, and the subfolder that it is in."""
+    for subfolder in (None, "vae"):
+        try:
+            config = diffusers.AutoencoderKL.load_config(name, subfolder=subfolder)
+        except (OSError, ValueError) as caught:
+            error: Exception = caught
+            continue
+        if "_class_name" in config:
+            return config, subfolder
+    reason = " ".join(str(error).split())[:200]
+    raise ValueError(
+        f"the autoencoder {name} is neither a folder nor can it be fetched from the Hugging Face "
+        f"hub ({reason}); check its spelling and the network"
+    ) from error
+
+
+def weights_sha256(model: Any) -> str:
+    """Checksum of a model's weights and their names, however they were stored."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_sizes(vae: Any, name: str, sizes: Sizes) -> None:
+    """Raise a ValueError for pictures or clips that an autoencoder can't take."""
+    channels = getattr(vae.config, "in_channels", 3)
+    if channels != 3:
+        raise ValueError(f"{name} takes pictures of {channels} channels; give one of 3, of colours")
+    scale = spatial_scale(vae)
+    for height, width in (size for choice in sizes.choices for size in choice):
+        if height % scale or width % scale:
+            raise ValueError(
+                f"pictures of {height}x{width} do not fit {name}, whose latents stand for {scale} "
+                f"pixels a side; choose multiples of {scale}"
+            )
+    if sizes.frames is None:
+        return
+    if not has_time(vae):
+        raise ValueError(
+            f"{name} is of pictures, not of clips; give an autoencoder of clips, such as "
+            f"Wan-AI/Wan2.1-T2V-1.3B-Diffusers, leave frames out, or store pixels"
+        )
+    latent_frames(sizes.frames, temporal_scale(vae), "frames")

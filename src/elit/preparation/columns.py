@@ -1,0 +1,93 @@
+"""Which columns of a source hold pictures, labels and texts, and what its classes are."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from elit._choices import check_choice, nearest
+from elit.preparation.settings import NONE
+
+IMAGE_NAMES = (
+    "image", "images", "img", "jpg", "jpeg", "png", "webp", "video", "mp4", "gif", "clip"
+)  # fmt: skip
+LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label", "category")
+CAPTION_NAMES = ("caption", "text", "captions", "txt", "prompt", "description")
+MOST_CLASSES = 100_000
+
+
+def find_image(features: Any, name: str | None) -> str:
+    """The column of pictures, by its type or name."""
+    if name is not None:
+        check_choice(name, features, "image_column")
+        return name
+    typed = [n for n, f in features.items() if type(f).__name__ in ("Image", "Video")]
+    named = [n for n in features if n.lower() in IMAGE_NAMES]
+    if len(typed) == 1:
+        return typed[0]
+    found = typed or named
+    if len(found) != 1:
+        what = f"several columns of pictures: {', '.join(found)}" if found else (
+            f"no column of pictures among {', '.join(features)}"
+        )  # fmt: skip
+        raise ValueError(f"the source has {what}; name it with --image-column")
+    return found[0]
+
+
+def _is_label(feature: Any) -> bool:
+    dtype = str(getattr(feature, "dtype", ""))
+    return "int" in dtype or "string" in dtype
+
+
+def _is_caption(feature: Any) -> bool:
+    inner = getattr(feature, "feature", None)  # several texts of one picture
+    inner = feature[0] if isinstance(feature, list) else inner or feature
+    return "string" in str(getattr(inner, "dtype", ""))
+
+
+def find_labels(features: Any, name: str | None) -> str | None:
+    """The column of labels, or None."""
+    return _find(features, name, LABEL_NAMES, "label_column", _is_label)
+
+
+def find_captions(features: Any, name: str | None) -> str | None:
+    """The column of texts, or None."""
+    return _find(features, name, CAPTION_NAMES, "caption_column", _is_caption)
+
+
+def _find(
+    features: Any, name: str | None, names: Sequence[str], what: str, fits: Callable[[Any], bool]
+) -> str | None:
+    """The column that is named, or the first of the usual names that is there."""
+    if name == NONE:
+        return None
+    if name is None:
+        lower = {column.lower(): column for column in features}
+        found = (lower[usual] for usual in names if usual in lower)
+        return next((column for column in found if fits(features[column])), None)
+    if name not in features:
+        near = nearest(name, features)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise ValueError(f"{what} {name!r} is none of {', '.join(features)}{hint}")
+    if not fits(features[name]):
+        raise ValueError(f"{what} {name!r} holds {features[name]}; give one of a fitting type")
+    return name
+
+
+def find_classes(tables: list[Any], label: str | None) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Names of the classes and, where the column has names and not numbers, their numbers."""
+    if label is None:
+        return (), {}
+    feature = tables[0].features[label]
+    if hasattr(feature, "names"):
+        return tuple(feature.names), {}
+    values = {value for table in tables for value in table.unique(label) if value is not None}
+    if "string" in feature.dtype:
+        names = tuple(sorted(values))
+        numbers = {name: number for number, name in enumerate(names)}
+    else:
+        names, numbers = tuple(str(n) for n in range(max(values, default=-1) + 1)), {}
+    if len(names) > MOST_CLASSES:
+        raise ValueError(
+            f"the column {label!r} makes {len(names)} classes; name another with --label-column, "
+            f"or leave labels out with --label-column {NONE}"
+        )
+    return names, numbers

@@ -1,0 +1,300 @@
+"""The work of `elit prepare`: a source to a folder of shards, by any number of processes."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from elit.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    MOMENTS,
+    NULL,
+    SETTINGS,
+    VERSION,
+    Autoencoder,
+    Manifest,
+    Shard,
+    Split,
+    read_manifest,
+    size_name,
+)
+from elit.preparation.autoencoder import Encoder, load_encoder
+from elit.preparation.folder import check_same, json_types
+from elit.preparation.parts import (
+    Part,
+    Record,
+    parts_of,
+    read_record,
+    write_synced,
+    write_tensors,
+)
+from elit.preparation.process import Process, ends_on_sigterm, pick_device, this_process
+from elit.preparation.reading import Sizes, default_workers, read
+from elit.preparation.settings import PrepareSettings
+from elit.preparation.source import Source, open_source
+from elit.preparation.texts import TextEncoder, load_texts
+from elit.preparation.verify import remove_damaged
+
+logger = logging.getLogger(__name__)
+
+_MOST_ROWS, _MOST_BYTES = 4096, 2**30  # of a part
+USUAL_STD = (0.3, 3.0)  # of latents that are scaled right
+
+
+@dataclass(frozen=True)
+class PrepareResult:
+    """What a run of `prepare` did.
+
+    Attributes:
+        folder: that was written.
+        finished: whether all parts are done, and the manifest is written.
+        missing: parts that other processes have not done yet.
+        samples: in the folder, by split, mirrored ones not counted.
+        skipped: split, row and reason of all that could not be read.
+        bytes: of all shards.
+        done: rows that this run read.
+        seconds: that it took for them.
+        mean: of the latents as training draws them; None for pixels.
+        std: likewise.
+    """
+
+    folder: Path
+    finished: bool
+    missing: int
+    samples: dict[str, int]
+    skipped: list[tuple[str, int, str]]
+    bytes: int
+    done: int
+    seconds: float
+    mean: float | None = None
+    std: float | None = None
+
+
+@dataclass(frozen=True)
+class _Task:
+    """All that the parts have in common."""
+
+    folder: Path
+    source: Source
+    sizes: Sizes
+    encoder: Encoder
+    texts: TextEncoder | None
+    parts: Sequence[tuple[str, int, range]]
+    settings: PrepareSettings
+
+
+def prepare(settings: PrepareSettings) -> PrepareResult:
+    """Make what is not there yet of a prepared folder, as far as it falls to this process.
+
+    Raises:
+        ValueError: for what is wrong with the settings, the source or what lies in the folder.
+        OSError: where the disk is full; what was finished stays, and the same call goes on.
+        KeyboardInterrupt: on Ctrl-C and SIGTERM; likewise.
+    """
+    settings.check()
+    process = this_process()
+    with ends_on_sigterm():
+        task = _open(settings, process)
+        mine = [p for i, p in enumerate(task.parts) if i % process.world == process.rank]
+        if settings.verify:
+            remove_damaged(task.folder, mine)
+        start = time.perf_counter()
+        done = _make([p for p in mine if not read_record(task.folder, *p)], task, mine, process)
+        seconds = time.perf_counter() - start
+        return _finish(task, done, seconds)
+
+
+def _open(settings: PrepareSettings, process: Process) -> _Task:
+    """The source and the models, and a folder whose settings are theirs."""
+    sizes, folder = Sizes.of(settings), Path(settings.out)
+    source = open_source(settings)
+    if settings.text_encoder is not None and not source.captions:
+        raise ValueError("a text encoder needs captions; name their column with --caption-column")
+    device = pick_device(settings.device, process)
+    encoder = load_encoder(settings.vae, sizes, device, settings.dtype, settings.store_dtype)
+    texts = None
+    if settings.text_encoder is not None:
+        texts = load_texts(
+            settings.text_encoder, settings.max_text_length, device, settings.dtype,
+            settings.store_dtype,
+        )  # fmt: skip
+    size = settings.part_size or _part_size(sizes, encoder, settings.flips)
+    parts = [p for name, rows in source.splits.items() for p in parts_of(name, len(rows), size)]
+    made_of = {
+        "source": source.describe(),
+        "classes": source.classes,
+        "kind": encoder.kind,
+        "autoencoder": encoder.about and asdict(encoder.about),
+        "text_encoder": texts and {"name": texts.name, "sha256": texts.sha256},
+        "max_text_length": texts and texts.max_length,
+        "resolution": settings.resolution,
+        "aspect_ratios": settings.aspect_ratios,
+        "multiple": settings.multiple if settings.aspect_ratios else None,
+        "flips": settings.flips,
+        "frames": settings.frames,
+        "fps": settings.fps,
+        "part_size": size,
+        "dtype": settings.dtype if encoder.about or texts else None,
+        "store_dtype": settings.store_dtype if encoder.about or texts else None,
+    }
+    content = json_types({"format": FORMAT, "version": VERSION, **made_of})
+    folder.mkdir(parents=True, exist_ok=True)
+    if not check_same(folder, content):
+        write_synced(folder / SETTINGS, content)
+    if texts is not None and not (folder / NULL).exists():
+        write_tensors(folder / NULL, texts([""]))
+    return _Task(folder, source, sizes, encoder, texts, parts, settings)
+
+
+def _part_size(sizes: Sizes, encoder: Encoder, flips: bool) -> int:
+    """Rows of a part: a power of two, few enough to be held in memory."""
+    if encoder.vae is None:
+        length = sizes.pixels
+    else:
+        smallest = min(size for choice in sizes.choices for size in choice)
+        shape = (1, *((sizes.frames,) if sizes.frames else ()), *smallest, 3)
+        share = sizes.pixels / math.prod(shape)
+        encoded = encoder(torch.zeros(shape, dtype=torch.uint8))
+        length = round(encoded.numel() * share * encoder.store.itemsize)
+    rows = _MOST_BYTES // (length * (2 if flips else 1))
+    return min(_MOST_ROWS, 2 ** max(0, rows.bit_length() - 1))
+
+
+def _make(
+    parts: Sequence[tuple[str, int, range]],
+    task: _Task,
+    mine: Sequence[tuple[str, int, range]],
+    process: Process,
+) -> int:
+    """Make those of this process's parts that are not done; rows that were read."""
+    todo, settings = sum(len(rows) for _, _, rows in parts), task.settings
+    if not parts:
+        return 0
+    workers = settings.workers
+    if workers is None:
+        workers = default_workers(process.local_world)
+    total = sum(len(rows) for _, _, rows in mine)
+    spans = [(split, rows) for split, _, rows in parts]
+    bar = tqdm(
+        total=total, initial=total - todo, unit="clip" if settings.frames else "image",
+        desc=f"prepare {process.rank + 1}/{process.world}" if process.world > 1 else "prepare",
+        smoothing=0.05, dynamic_ncols=True,
+    )  # fmt: skip
+    # One part is written while the next is encoded.
+    with bar, ThreadPoolExecutor(1) as writer:
+        writing: Future[Record] | None = None
+        part: Part | None = None
+        for number, chunk in read(task.source.splits, task.sizes, spans, workers):
+            split, index, rows = parts[number]
+            if part is None:
+                part = Part(
+                    split, index, rows, task.encoder, task.texts, settings.batch_size,
+                    settings.flips,
+                )  # fmt: skip
+            part.add(chunk)
+            read_now = len(chunk.rows) + len(chunk.skipped)
+            if len(part.rows) + len(part.skipped) == len(rows):
+                tensors = part.finish()
+                if writing is not None:
+                    writing.result()
+                writing, part = writer.submit(part.write, task.folder, tensors), None
+            bar.update(read_now)
+        if writing is not None:
+            writing.result()
+    return todo
+
+
+def _finish(task: _Task, done: int, seconds: float) -> PrepareResult:
+    """Write the manifest if all parts are done, and tell what there is."""
+    found = {
+        (split, number): read_record(task.folder, split, number, rows)
+        for split, number, rows in task.parts
+    }
+    records = {key: record for key, record in found.items() if record is not None}
+    missing = len(found) - len(records)
+    splits = {name: _split(name, records) for name in task.source.splits}
+    skipped = [(name, *what) for name, split in splits.items() for what in split.skipped]
+    if not missing:
+        if not any(split.count for split in splits.values()):
+            raise ValueError(
+                f"nothing of {task.source.name} could be read: row {skipped[0][1]}: {skipped[0][2]}"
+            )
+        _write_manifest(task, splits)
+    mean, std = _statistics(list(records.values()))
+    if std is not None and not USUAL_STD[0] < std < USUAL_STD[1]:
+        logger.warning(
+            "the scaled latents have a standard deviation of %.3g, but training wants about 1; "
+            "look at scaling_factor and shift_factor in the autoencoder's config.json", std
+        )  # fmt: skip
+    return PrepareResult(
+        folder=task.folder,
+        finished=not missing,
+        missing=missing,
+        samples={name: split.count for name, split in splits.items()},
+        skipped=skipped,
+        bytes=sum(shard.bytes for split in splits.values() for shard in split.shards),
+        done=done,
+        seconds=seconds,
+        mean=mean,
+        std=std,
+    )
+
+
+def _split(name: str, records: dict[tuple[str, int], Record]) -> Split:
+    of_split = [record for (split, _), record in records.items() if split == name]
+    shards = tuple(shard for record in of_split for shard in record.shards)
+    return Split(shards, tuple(what for record in of_split for what in record.skipped))
+
+
+def _statistics(records: Sequence[Record]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation of the latents of all records."""
+    total, squares, count = (sum(record.sums[i] for record in records) for i in range(3))
+    if not count:
+        return None, None
+    mean = total / count
+    return mean, math.sqrt(max(0.0, squares / count - mean**2))
+
+
+def _write_manifest(task: _Task, splits: dict[str, Split]) -> None:
+    """Write it unless it is there: all processes would write the same."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for split in splits.values():
+        for shard in split.shards:
+            if size_name(shard.size) not in shapes:
+                shapes[size_name(shard.size)] = _shape(task, shard)
+    made_of = json.loads((task.folder / SETTINGS).read_text(encoding="utf-8"))
+    about, texts = made_of["autoencoder"], made_of["text_encoder"]
+    manifest = Manifest(
+        kind=task.encoder.kind,
+        shapes=dict(sorted(shapes.items())),
+        splits=splits,
+        classes=task.source.classes,
+        captions=task.source.captions,
+        flips=task.settings.flips,
+        autoencoder=about and Autoencoder(**about),
+        text_encoder=texts and texts["name"],
+        max_text_length=made_of["max_text_length"],
+        source=made_of["source"],
+    )
+    content = json_types({"format": FORMAT, "version": VERSION, **asdict(manifest)})
+    path = task.folder / MANIFEST
+    if not path.exists() or json.loads(path.read_text(encoding="utf-8")) != content:
+        write_synced(path, content)
+    read_manifest(task.folder)
+
+
+def _shape(task: _Task, shard: Shard) -> tuple[int, ...]:
+    """Shape of a sample as the model sees it, of a shard's header."""
+    kind = task.encoder.kind
+    with safe_open(task.folder / shard.file, framework="pt") as file:
+        _, channels, *size = file.get_slice(kind).get_shape()
+    return (channels // 2 if kind == MOMENTS else channels, *size)

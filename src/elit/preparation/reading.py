@@ -1,0 +1,189 @@
+"""Worker processes that read, scale and cut pictures while the autoencoder is busy."""
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from elit.preparation.clips import MissingPackageError, read_clip
+from elit.preparation.images import buckets, fit, nearest_bucket, read_image
+from elit.preparation.settings import PrepareSettings
+from elit.preparation.source import Rows
+
+Size = tuple[int, ...]  # (H, W), of clips (T, H, W)
+_CHUNK_BYTES = 2**22  # of pictures that go from a worker to us at once
+_MOST_WORKERS = 16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Which sizes a picture is cut to: one for each resolution.
+
+    Attributes:
+        choices: for each resolution, the sizes (H, W) to choose from.
+        frames: of a clip, or None.
+        fps: that clips are resampled to, or None.
+    """
+
+    choices: tuple[tuple[tuple[int, int], ...], ...]
+    frames: int | None = None
+    fps: float | None = None
+
+    @classmethod
+    def of(cls, settings: PrepareSettings) -> "Sizes":
+        """Squares, or buckets of aspect ratios."""
+        choices = tuple(
+            tuple(buckets(n, settings.multiple)) if settings.aspect_ratios else ((n, n),)
+            for n in settings.resolution
+        )
+        return cls(choices, settings.frames, settings.fps)
+
+    @property
+    def pixels(self) -> int:
+        """Numbers of one row's pictures, at most about."""
+        return sum(3 * h * w for h, w in (c[0] for c in self.choices)) * (self.frames or 1)
+
+    def cut(self, content: bytes | str) -> dict[Size, Tensor]:
+        """Pictures (H, W, 3), or clips (T, H, W, 3), uint8, of a file, by size."""
+        if self.frames is None:
+            shown = [read_image(content)]
+        else:
+            shown = read_clip(content, self.frames, self.fps)
+        found: dict[Size, Tensor] = {}
+        for sizes in self.choices:
+            size = nearest_bucket(shown[0].width, shown[0].height, list(sizes))
+            cut = np.stack([np.asarray(fit(image, size)) for image in shown])
+            if self.frames is None:
+                found[size] = torch.from_numpy(cut[0])
+            else:
+                found[(self.frames, *size)] = torch.from_numpy(cut)
+        return found
+
+
+@dataclass
+class Chunk:
+    """Some rows of a part, read.
+
+    Attributes:
+        rows: numbers of those that could be read.
+        labels: of each, or None.
+        captions: likewise.
+        pictures: by size, positions in `rows` and pictures (n, H, W, 3) uint8.
+        skipped: number and reason of the others.
+    """
+
+    rows: list[int] = field(default_factory=list)
+    labels: list[int | None] = field(default_factory=list)
+    captions: list[str | None] = field(default_factory=list)
+    pictures: dict[Size, tuple[list[int], Any]] = field(default_factory=dict)
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+
+
+class Reader(Dataset[Chunk]):
+    """Reads rows of some splits; an index is (split, row)."""
+
+    def __init__(self, splits: dict[str, Rows], sizes: Sizes):
+        self.splits, self.sizes = splits, sizes
+
+    def __getitems__(self, indices: Sequence[tuple[str, int]]) -> Chunk:
+        chunk = Chunk()
+        for split, number in indices:
+            rows = self.splits[split]
+            try:
+                row = rows[number]
+                cut = self.sizes.cut(row.content)
+            except MissingPackageError:
+                raise
+            except Exception as error:  # a file can be broken in any way
+                chunk.skipped.append((number, reason_of(error, rows, number)))
+                continue
+            for size, picture in cut.items():
+                positions, pictures = chunk.pictures.setdefault(size, ([], []))
+                positions.append(len(chunk.rows))
+                pictures.append(picture)
+            chunk.rows.append(number)
+            chunk.labels.append(row.label)
+            chunk.captions.append(row.caption)
+        chunk.pictures = {size: (at, torch.stack(p)) for size, (at, p) in chunk.pictures.items()}
+        return chunk
+
+    def __getitem__(self, index: tuple[str, int]) -> Chunk:
+        return self.__getitems__([index])
+
+
+def reason_of(error: Exception, rows: Rows, number: int) -> str:
+    """Why a row was skipped, and its file where that is known."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if "<_io.BytesIO object" in reason:  # says where it lay in memory
+        reason = "cannot identify image file"
+    try:
+        name = rows.name(number)
+    except Exception:  # the row itself cannot be read
+        name = None
+    if name is None:
+        return reason
+    reason = reason.replace(str(rows.folder / name), "it")
+    return f"{name}: {reason}"
+
+
+def default_workers(local_processes: int = 1) -> int:
+    """One for each processor that this process may use but one, which feeds the device."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(_MOST_WORKERS, (count or 2) // local_processes - 1))
+
+
+def read(
+    splits: dict[str, Rows],
+    sizes: Sizes,
+    parts: Sequence[tuple[str, range]],
+    workers: int,
+) -> Iterator[tuple[int, Chunk]]:
+    """Chunks of parts in their order, each with the number of its part in `parts`."""
+    chunks = _Chunks(parts, max(1, min(64, _CHUNK_BYTES // sizes.pixels)))
+    loader: Any = DataLoader(
+        Reader(splits, sizes),
+        batch_sampler=chunks,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        prefetch_factor=3 if workers else None,
+        worker_init_fn=_leave_signals_to_parent,
+    )
+    yield from zip(chunks.numbers(), loader, strict=True)
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """A batch sampler that cuts parts into pieces of at most `at_once` rows."""
+
+    parts: Sequence[tuple[str, range]]
+    at_once: int
+
+    def __len__(self) -> int:
+        return sum(-(-len(rows) // self.at_once) for _, rows in self.parts)
+
+    def __iter__(self) -> Iterator[list[tuple[str, int]]]:
+        for split, rows in self.parts:
+            for start in range(0, len(rows), self.at_once):
+                yield [(split, row) for row in rows[start : start + self.at_once]]
+
+    def numbers(self) -> Iterator[int]:
+        """Number of each piece's part."""
+        for number, (_, rows) in enumerate(self.parts):
+            yield from [number] * -(-len(rows) // self.at_once)
+
+
+def _as_it_is(chunk: Any) -> Any:
+    return chunk
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal: only the parent is to end the run."""
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

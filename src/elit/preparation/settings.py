@@ -1,0 +1,107 @@
+"""What to prepare, from what and how: the settings of `prepare`, and which of them are allowed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from elit._choices import check_choice
+from elit._numbers import is_real, is_whole
+
+DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of torch
+NONE = "none"  # as a column: leave it out
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """Settings of `prepare`.
+
+    Attributes:
+        source: a folder, a file, a pattern such as "shards/*.tar", or a data set on the hub.
+        out: folder to write.
+        source_config: of a data set on the hub that has several.
+        splits: NAME of the source, or "train=NAME" and "validation=NAME" with any NAME, a part of
+            it as in "train[1000:]" or "train[:5%]"; none: "train", and "validation" if it is there.
+        vae: autoencoder: name on the hub or folder, of it or of a pipeline; None: store pixels.
+        resolution: one or several: side of a square picture, pixels.
+        aspect_ratios: pictures of about resolution x resolution pixels whose sides fit the
+            source's, instead of squares.
+        multiple: that such sides are multiples of.
+        flips: store each picture mirrored too.
+        frames: length of a clip; None: pictures.
+        fps: frames a second that clips are resampled to; None: as they are.
+        image_column: of the source; None: found by type and name, as are the two others.
+        label_column: "none" leaves labels out.
+        caption_column: likewise.
+        text_encoder: CLIP, T5 or Qwen of transformers, or a pipeline of diffusers: name or folder.
+        max_text_length: tokens that encoded texts are padded to, and cut at; None: what the
+            encoder takes, or 256.
+        part_size: rows of the source that are done or undone together; None: 4096, or fewer where
+            those would take more than 1 GiB.
+        batch_size: pictures, or clips, that are encoded at a time.
+        dtype: that the autoencoder and the text encoder compute in.
+        store_dtype: of what they make.
+        device: "auto", "cpu", "cuda" or "mps".
+        workers: processes that read pictures; None: by the number of processors.
+        verify: compare the checksums of what is there already; what is damaged is made again.
+    """
+
+    source: str
+    out: str
+    source_config: str | None = None
+    splits: Sequence[str] = ()
+    vae: str | None = DEFAULT_VAE
+    resolution: Sequence[int] = (256,)
+    aspect_ratios: bool = False
+    multiple: int = 64
+    flips: bool = False
+    frames: int | None = None
+    fps: float | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    caption_column: str | None = None
+    text_encoder: str | None = None
+    max_text_length: int | None = None
+    part_size: int | None = None
+    batch_size: int = 32
+    dtype: str = "fp32"
+    store_dtype: str = "fp16"
+    device: str = "auto"
+    workers: int | None = None
+    verify: bool = False
+
+    def check(self) -> None:
+        """Raise a ValueError for what is not allowed."""
+        if not self.resolution:
+            raise ValueError("resolution is empty; give one or more, such as 256")
+        whole = {f"resolution[{i}]": n for i, n in enumerate(self.resolution)}
+        whole |= {
+            "multiple": self.multiple,
+            "batch_size": self.batch_size,
+        }  # fmt: skip
+        optional = {
+            "frames": self.frames, "part_size": self.part_size,
+            "max_text_length": self.max_text_length,
+        }  # fmt: skip
+        whole |= {name: n for name, n in optional.items() if n is not None}
+        for name, number in whole.items():
+            if not is_whole(number):
+                raise ValueError(
+                    f"{name}={number!r} is not allowed; give a whole number, 1 or more"
+                )
+        if self.workers is not None and not is_whole(self.workers, 0):
+            raise ValueError(f"workers={self.workers!r} is not allowed; give 0 or more")
+        if len(set(self.resolution)) < len(self.resolution):
+            raise ValueError(f"resolution {list(self.resolution)} names one twice")
+        if self.aspect_ratios and any(n % self.multiple for n in self.resolution):
+            raise ValueError(
+                f"resolution {list(self.resolution)} with aspect_ratios: each must be a multiple "
+                f"of {self.multiple}, as all sides are; choose others, or another multiple"
+            )
+        if self.fps is not None and (not is_real(self.fps) or self.fps <= 0):
+            raise ValueError(f"fps={self.fps!r} is not allowed; give a number above 0")
+        if self.fps is not None and self.frames is None:
+            raise ValueError("fps is of clips; give frames too")
+        check_choice(self.dtype, DTYPES, "dtype")
+        check_choice(self.store_dtype, DTYPES, "store_dtype")
+        if self.text_encoder is not None and self.caption_column == NONE:
+            raise ValueError("text_encoder needs captions; remove it or caption_column=none")

@@ -1,0 +1,263 @@
+"""Where pictures come from: whatever Hugging Face datasets reads, addressed by row."""
+
+import hashlib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elit._choices import check_choice
+from elit.data import SPLITS
+from elit.preparation.columns import find_captions, find_classes, find_image, find_labels
+from elit.preparation.settings import PrepareSettings
+
+_BUILDERS = {
+    ".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow", ".json": "json",
+    ".jsonl": "json", ".csv": "csv",
+}  # fmt: skip
+_SPLIT = re.compile(r"(?:(\w+)=)?(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
+_HASHED_AT_A_TIME = 10_000  # rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the source holds of one picture: its bytes or path, its label and its text."""
+
+    content: bytes | str
+    label: int | None
+    caption: str | None
+
+
+@dataclass
+class Rows:
+    """The rows of one split, in their order.
+
+    Attributes:
+        table: a map-style data set of datasets, whose pictures are not decoded.
+        image: name of its column of pictures.
+        label: of labels, or None.
+        caption: of texts, or None.
+        numbers: label of each class that the column names; empty where it has numbers.
+        of: the split of the source that this is, as given.
+        folder: that paths are taken relative to.
+    """
+
+    table: Any
+    image: str
+    label: str | None = None
+    caption: str | None = None
+    numbers: dict[str, int] = field(default_factory=dict)
+    of: str = ""
+    folder: Path = field(default_factory=Path)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, row: int) -> Row:
+        """A row, or a ValueError that says what it lacks."""
+        found = self.table[row]
+        label = caption = None
+        if self.label is not None:
+            value = found[self.label]
+            if value is None or (not self.numbers and value < 0):
+                raise ValueError(f"its {self.label} is {value}")
+            label = self.numbers[value] if self.numbers else int(value)
+        if self.caption is not None:
+            caption = found[self.caption] or ""
+            if not isinstance(caption, str):  # several texts of one picture
+                caption = str(caption[0]) if caption else ""
+        return Row(self._content(found[self.image]), label, caption)
+
+    def _content(self, value: Any) -> bytes | str:
+        """Bytes, or a path, of what stands in the column."""
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if not value:
+            raise ValueError(f"it has no {self.image}")
+        if isinstance(value, str) and not Path(value).is_absolute():
+            return str(self.folder / value)
+        return value
+
+    def name(self, row: int) -> str | None:
+        """File that a row's picture came from, where the source says so."""
+        value = self.table[row][self.image]
+        path = value.get("path") if isinstance(value, dict) else value
+        if not isinstance(path, str):
+            return None
+        return str(Path(path).relative_to(self.folder) if self._inside(path) else path)
+
+    def _inside(self, path: str) -> bool:
+        return Path(path).is_relative_to(self.folder)
+
+    def fingerprint(self) -> str:
+        """Checksum of names and lengths of the pictures, labels and texts; not of the pixels."""
+        digest = hashlib.sha256()
+        columns = [c for c in (self.image, self.label, self.caption) if c is not None]
+        table = self.table.with_format("arrow").select_columns(columns)
+        for start in range(0, len(table), _HASHED_AT_A_TIME):
+            part = table[start : start + _HASHED_AT_A_TIME]
+            digest.update(repr(_summary(part[self.image], str(self.folder))).encode())
+            for name in columns[1:]:
+                digest.update(repr(part[name].to_pylist()).encode())
+        return digest.hexdigest()
+
+
+def _summary(column: Any, folder: str) -> list[list[Any]]:
+    """Lengths and names that a column of pictures holds, without reading the pictures."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    if pa.types.is_struct(column.type):
+        lengths, paths = (compute.struct_field(column, [name]) for name in ("bytes", "path"))
+        names = [p and p.removeprefix(folder) for p in paths.to_pylist()]
+        return [compute.binary_length(lengths).to_pylist(), names]
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return [[p and p.removeprefix(folder) for p in column.to_pylist()]]
+    return [compute.binary_length(column).to_pylist()]
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that is to be prepared.
+
+    Attributes:
+        name: as given; a folder by its full path.
+        config: of a data set on the hub that has several.
+        splits: rows of "train" and, perhaps, "validation".
+        classes: names of the labels; empty without labels.
+    """
+
+    name: str
+    config: str | None
+    splits: dict[str, Rows]
+    classes: tuple[str, ...]
+
+    @property
+    def captions(self) -> bool:
+        return next(iter(self.splits.values())).caption is not None
+
+    def describe(self) -> dict[str, Any]:
+        """Plain types that tell it from another source."""
+        rows = next(iter(self.splits.values()))
+        return {
+            "name": self.name,
+            "config": self.config,
+            "columns": {"image": rows.image, "label": rows.label, "caption": rows.caption},
+            "splits": {
+                name: {"of": rows.of, "rows": len(rows), "fingerprint": rows.fingerprint()}
+                for name, rows in self.splits.items()
+            },
+        }
+
+
+def open_source(settings: PrepareSettings) -> Source:
+    """The rows of a source, their columns found, or a ValueError that says what is wrong."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            "preparing data needs Hugging Face datasets; pip install 'elit-diffusion[prepare]'"
+        ) from error
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    given = _load(datasets, settings)
+    chosen = _choose_splits(given, settings.splits)
+    tables = {ours: _cut(given[theirs], part) for ours, (theirs, part, _) in chosen.items()}
+    first = next(iter(tables.values()))
+    image = find_image(first.features, settings.image_column)
+    label = find_labels(first.features, settings.label_column)
+    caption = find_captions(first.features, settings.caption_column)
+    for name, table in tables.items():
+        wanted = [column for column in (image, label, caption) if column is not None]
+        lacks = [column for column in wanted if column not in table.column_names]
+        if lacks:
+            raise ValueError(f"{name} has no column {lacks[0]!r}, which the other split has")
+        kind = type(table.features[image])
+        if kind in (datasets.Image, datasets.Video):
+            table = table.cast_column(image, kind(decode=False))
+        tables[name] = table.select_columns(wanted)
+    classes, numbers = find_classes(list(tables.values()), label)
+    path = Path(settings.source)
+    folder = (path if path.is_dir() else path.parent).absolute()
+    splits = {
+        ours: Rows(table, image, label, caption, numbers, chosen[ours][2], folder)
+        for ours, table in tables.items()
+    }
+    if not any(map(len, splits.values())):
+        raise ValueError(f"{settings.source} has no rows; give one with pictures in it")
+    name = str(path.absolute()) if path.exists() else settings.source
+    return Source(name, settings.source_config, splits, classes)
+
+
+def _load(datasets: Any, settings: PrepareSettings) -> dict[str, Any]:
+    """All splits that the source has, by name."""
+    name, path = settings.source, Path(settings.source)
+    if Path(settings.out).absolute() == path.absolute():
+        raise ValueError(f"{name} is the source and the folder to write; give another one")
+    if path.is_dir() and not any(path.iterdir()):
+        raise ValueError(f"{name} is an empty folder; give one with pictures in it")
+    local = name.startswith((".", "/", "~")) or path.suffix in _BUILDERS or "*" in name
+    if local and not path.exists() and "*" not in name:
+        raise ValueError(f"there is no {name}; give a folder, a file, or a name on the hub")
+    try:
+        if path.is_dir() and any((path / f).exists() for f in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(name)
+        elif path.is_file() or "*" in name:
+            if path.suffix not in _BUILDERS:
+                raise ValueError(f"files of {path.suffix!r} are none of {', '.join(_BUILDERS)}")
+            loaded = datasets.load_dataset(_BUILDERS[path.suffix], data_files=name)
+        else:
+            loaded = datasets.load_dataset(name, settings.source_config)
+    except Exception as error:  # of many kinds, and all of what was given
+        if isinstance(error, OSError) and error.errno:  # a full disk has its own message
+            raise
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+        raise ValueError(
+            f"{name} cannot be read by datasets ({reason}); give a folder of pictures, of parquet "
+            f"or of tar files, such a file, or a name on the hub"
+        ) from error
+    return {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
+
+
+Chosen = dict[str, tuple[str, tuple[str | None, str | None], str]]
+
+
+def _choose_splits(given: dict[str, Any], wanted: Sequence[str]) -> Chosen:
+    """Our name: their name, from where to where, and how it was given."""
+    if not wanted:
+        wanted = [name for name in SPLITS if name in given]
+        wanted = wanted or [f"train={next(iter(given))}"]
+    chosen: Chosen = {}
+    for text in wanted:
+        match = _SPLIT.fullmatch(text)
+        if not match:
+            raise ValueError(
+                f"split {text!r} is not understood; give a name, such as train, or which is to "
+                f"become which, such as 'validation=train[-1000:]'"
+            )
+        ours, theirs, start, end = match.groups()
+        ours = ours or theirs
+        check_choice(theirs, given, "split", " of the source")
+        if ours not in SPLITS:
+            raise ValueError(f"a split becomes train or validation; give train={text} or the like")
+        if ours in chosen:
+            raise ValueError(f"two splits become {ours}; give one")
+        chosen[ours] = (theirs, (start, end), text)
+    return chosen
+
+
+def _cut(table: Any, part: tuple[str | None, str | None]) -> Any:
+    """Rows from and up to; 5% is of all."""
+    if part == (None, None):
+        return table
+
+    def position(text: str | None) -> int | None:
+        if text is None:
+            return None
+        return int(text[:-1]) * len(table) // 100 if text.endswith("%") else int(text)
+
+    rows = range(len(table))[position(part[0]) : position(part[1])]
+    return table.select(range(rows.start, rows.stop))

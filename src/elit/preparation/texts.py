@@ -1,0 +1,158 @@
+"""Texts encoded once: what a transformer's forward takes of them, all of one length."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from elit._choices import check_choice
+from elit.data.manifest import RESERVED
+from elit.pipelines.folder import loading_error, read_config
+from elit.pipelines.text_encoder import encode, encoder_settings, load_text_encoder
+from elit.preparation.autoencoder import weights_sha256
+from elit.preparation.settings import DTYPES
+
+Encoding = dict[str, Tensor]
+INDEX = "model_index.json"
+_LONGEST = 256  # tokens, of an encoder that knows no limit
+_STATES, _MASK, _POOLED = "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"
+_QWEN_MASK = "encoder_hidden_states_mask"
+# Pipeline: arguments of its transformer, in the order in which its encode_prompt gives them; None
+# is left out. They are those of training.foreign.FLOW_TRANSFORMERS.
+PIPELINES: dict[str, tuple[str | None, ...]] = {
+    "StableDiffusion3Pipeline": (_STATES, None, _POOLED, None),
+    "FluxPipeline": (_STATES, _POOLED, None),
+    "QwenImagePipeline": (_STATES, _QWEN_MASK),
+    "WanPipeline": (_STATES, None),
+    "CogView4Pipeline": (_STATES, None),
+}
+
+
+# Of an encode_prompt that has them.
+_OPTIONS = {"do_classifier_free_guidance": False, "prompt_2": None, "prompt_3": None}
+
+
+class TextEncoder:
+    """Encodes texts, alike whatever else is in the batch.
+
+    Attributes:
+        name: that it was loaded by; a folder's full path.
+        max_length: tokens that texts are padded to, and cut at.
+        sha256: of its weights.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        max_length: int,
+        sha256: str,
+        make: Callable[[Sequence[str]], Encoding],
+        store: torch.dtype,
+    ):
+        self.name, self.max_length, self.sha256 = name, max_length, sha256
+        self._make, self._store = make, store
+
+    def __call__(self, texts: Sequence[str]) -> Encoding:
+        """Tensors (B, ...) on the processor, by the argument of the model that takes them."""
+        with torch.inference_mode():
+            encoding = self._make(texts)
+        return {
+            name: (x.to(self._store) if x.is_floating_point() else x).cpu().contiguous()
+            for name, x in encoding.items()
+        }
+
+
+def load_texts(
+    name: str, max_length: int | None, device: torch.device, dtype: str, store: str
+) -> TextEncoder:
+    """A text encoder of transformers, or the ones of a diffusers pipeline, by name or folder."""
+    computes, stores = (getattr(torch, DTYPES[word]) for word in (dtype, store))
+    full = str(Path(name).absolute()) if Path(name).is_dir() else name
+    kind = _pipeline_kind(name)
+    if kind is None:
+        settings = encoder_settings(name)
+        tokenizer, model = load_text_encoder(name)
+        sha256 = weights_sha256(model)
+        model = model.to(device, computes)
+        most = getattr(model.config, "max_position_embeddings", None) or _LONGEST
+        length = min(most, max_length or _LONGEST)
+        if max_length is not None and max_length > most:
+            raise ValueError(f"max_text_length={max_length} is beyond the {most} of {name}")
+        config = {**settings, "max_text_length": length}
+
+        def make(texts: Sequence[str]) -> Encoding:
+            found = encode(texts, config, tokenizer, model, truncate=True, device=device)
+            return _padded(found, length, _MASK)
+
+        return TextEncoder(full, length, sha256, make, stores)
+    check_choice(kind, PIPELINES, "kind of pipeline", f" in {name}")
+    pipe = _load_pipeline(name, kind)
+    given = PIPELINES[kind]
+    assert not set(filter(None, given)) & set(RESERVED)
+    signature = inspect.signature(pipe.encode_prompt).parameters
+    length = max_length or int(signature["max_sequence_length"].default)
+    models = [m for n, m in pipe.components.items() if n.startswith("text_encoder") and m]
+    sha256 = " ".join(weights_sha256(model) for model in models)
+    for model in models:
+        model.to(device, computes).eval().requires_grad_(False)
+
+    options: dict[str, Any] = {"device": device, "max_sequence_length": length}
+    options |= {n: v for n, v in _OPTIONS.items() if n in signature and n not in options}
+
+    def make_by_pipeline(texts: Sequence[str]) -> Encoding:
+        # CogView4 pads to the longest text, and its transformer reads the padding: one that is
+        # too long makes that length one and the same.
+        filler = ["word " * 2 * length] if kind == "CogView4Pipeline" else []
+        out = pipe.encode_prompt(prompt=[*texts, *filler], **options)
+        found = {n: x[: len(texts)] for n, x in zip(given, out, strict=True) if n and x is not None}
+        if kind != "QwenImagePipeline":
+            return found
+        mask = found.get(_QWEN_MASK)  # None where all texts are of one length
+        states = found[_STATES]
+        found[_QWEN_MASK] = states.new_ones(states.shape[:2]) if mask is None else mask
+        return _padded(found, length, _QWEN_MASK)
+
+    return TextEncoder(full, length, sha256, make_by_pipeline, stores)
+
+
+def _padded(encoding: Encoding, length: int, mask: str) -> Encoding:
+    """States and mask at that length; where the mask is False, the states are 0."""
+    more = length - encoding[mask].shape[1]
+    kept = encoding[mask].bool()
+    states = torch.where(kept[..., None], encoding[_STATES], 0)
+    return {**encoding, _STATES: pad(states, (0, 0, 0, more)), mask: pad(kept, (0, more))}
+
+
+def _pipeline_kind(name: str) -> str | None:
+    """Class of the pipeline of that name, None if it is none of a pipeline."""
+    if Path(name).is_dir():
+        index = Path(name, INDEX)
+        return str(read_config(index).get("_class_name")) if index.exists() else None
+    from diffusers import DiffusionPipeline
+
+    try:
+        return str(DiffusionPipeline.load_config(name).get("_class_name"))
+    except (OSError, ValueError):
+        return None  # what loads the encoder says what is wrong with its name
+
+
+def _load_pipeline(name: str, kind: str) -> Any:
+    import diffusers
+
+    try:
+        pipe = getattr(diffusers, kind).from_pretrained(
+            name, transformer=None, vae=None, torch_dtype=torch.float32
+        )
+        if kind == "StableDiffusion3Pipeline" and pipe.text_encoder_3 is None:
+            # Without T5 its place is zeros, as wide as the transformer wants
+            config = diffusers.SD3Transformer2DModel.load_config(name, subfolder="transformer")
+            stand_in = SimpleNamespace(config=SimpleNamespace(**config))
+            object.__setattr__(pipe, "transformer", stand_in)
+    except (OSError, ValueError, ImportError) as error:
+        raise loading_error(name, error) from error
+    return pipe
