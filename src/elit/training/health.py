@@ -210,6 +210,7 @@ class InterfaceWatch:
         uniform: share of the largest entropy that says Read takes the mean of all tokens.
         growth: times that latents may grow from one validation to the next.
         largest: root mean square of the latents that half precision still serves.
+        alike: share of the loss within which all budgets are the same.
     """
 
     def __init__(
@@ -218,18 +219,31 @@ class InterfaceWatch:
         uniform: float = 0.995,
         growth: float = 4.0,
         largest: float = 1000.0,
+        alike: float = 1e-4,
     ):
         self.narrow, self.uniform, self.growth, self.largest = narrow, uniform, growth, largest
+        self.alike = alike
         self._norms: dict[int, float] = {}
-        self._uniform_before = False
+        self._uniform_before = self._alike_before = False
 
-    def update(self, seen: Mapping[int, Mapping[str, float]]) -> dict[str, str]:
+    def update(
+        self, seen: Mapping[int, Mapping[str, float]], losses: Sequence[float] = ()
+    ) -> dict[str, str]:
         """Messages by kind.
 
         Args:
             seen: what `InterfaceProbe.values` gives, for each number of latents.
+            losses: of the validation, at several budgets.
         """
         messages = {}
+        are_alike = len(losses) > 1 and max(losses) - min(losses) < self.alike * min(losses)
+        if are_alike and self._alike_before:
+            messages["alike"] = (
+                f"the validation loss is the same at all budgets ({losses[0]:.5g}): the latents "
+                f"tell the tokens nothing, and head and tail do all the work; begin again with a "
+                f"lower optimizer.lr or a longer optimizer.warmup_steps"
+            )
+        self._alike_before = are_alike
         narrow = [n for n, of in seen.items() if of.get("read_coverage", 1) < self.narrow]
         if narrow:
             messages["narrow"] = (

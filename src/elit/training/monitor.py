@@ -173,9 +173,11 @@ class Monitor:
             self._warn(kind, step, message)
         return values
 
-    def after_validation(self, step: int, seen: dict[int, dict[str, float]]) -> dict[str, float]:
+    def after_validation(
+        self, step: int, seen: dict[int, dict[str, float]], losses: Sequence[float]
+    ) -> dict[str, float]:
         """The values of what `watch_interface` saw, and warnings of what looks wrong there."""
-        for kind, message in self.interface.update(seen).items():
+        for kind, message in self.interface.update(seen, losses).items():
             self._warn(kind, step, message)
         return {
             f"validation/{name}_{format_budget(self.model.budget_of(num_latents))}": value

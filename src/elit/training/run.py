@@ -136,8 +136,8 @@ class Run:
 
     def rows_of(self, step: int) -> list[int]:
         """Rows of the training data that this process sees in a step."""
-        batches = self.loader(range(step, step + 1)).batch_sampler
-        return [row for rows in batches or () for row in rows]
+        batches = self.loader(range(step, step + 1)).sampler
+        return [row for rows in batches for row in rows]
 
     def draw_latents(self, step: int) -> tuple[Sequence[int | None], Tensor | None]:
         """Latents per group of a step, the same on all processes, without a word between them.
@@ -227,7 +227,8 @@ class Run:
             for n, loss in losses.items()
         }
         seen = probe.values(self.world)
-        self.log.write(self.step, **means, **self.monitor.after_validation(self.step, seen))
+        inside = self.monitor.after_validation(self.step, seen, list(means.values()))
+        self.log.write(self.step, **means, **inside)
         if self.world.is_main:
             draw_curves(self.folder)
         for message in budgets_out_of_order(losses):

@@ -90,7 +90,7 @@ class _Chart:
             ((_, y),) = self.place(np.array([[0.0, value]]))
             self.pen.line(_scaled([(left, y), (right, y)]), _GRID, _SCALE)
             self.text((left - 8, y), f"{value:.3g}", _FAINT, "rm")
-        for value in _even_values(self.x[1]):
+        for value in _even_values(self.x[1], self.x[1] / 6):
             ((x, _),) = self.place(np.array([[value, math.exp(self.y[0])]]))
             self.pen.line(_scaled([(x, top), (x, bottom)]), _GRID, _SCALE)
             self.text((x, bottom + 14), _short(value), _FAINT, "mm")
@@ -107,7 +107,7 @@ class _Chart:
     def legend(self, names: list[tuple[float, str, str]]) -> None:
         """Names at the ends of their lines, pushed apart where those lie close."""
         _, top, right, bottom = self.box
-        names = sorted(names)
+        names = sorted(names, key=lambda name: round(name[0] / 4))  # alike: in the order given
         heights = [max(y, top + 7 + 15 * i) for i, (y, _, _) in enumerate(names)]
         for i in range(1, len(heights)):
             heights[i] = max(heights[i], heights[i - 1] + 15)
@@ -149,15 +149,13 @@ def _round_values(low: float, high: float) -> list[float]:
         values = [s * 10.0**d for d in decades for s in steps if low <= s * 10.0**d <= high]
         if len(values) >= 3:
             return values
-    return [v for v in _even_values(high, high - low) if v >= low]
+    return [v for v in _even_values(high, (high - low) / 6) if v >= low]
 
 
-def _even_values(high: float, spread: float | None = None) -> list[float]:
-    """Multiples of a round number up to `high`, about five of them in the spread."""
-    spread = high if spread is None else spread
-    if spread <= 0:
+def _even_values(high: float, rough: float) -> list[float]:
+    """Multiples of a round number, at least `rough`, up to `high`."""
+    if rough <= 0:
         return [high]
-    rough = spread / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough)
     return [i * step for i in range(math.floor(high / step + 1e-9) + 1)]
