@@ -33,9 +33,11 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fine-tune, or with --dry-run only check and print the config."""
+    from elit.pipelines.folder import may_be_on_hub
+
     own = ("base", "config", "dry_run", "json")
     overrides = {key: value for key, value in vars(args).items() if key not in own}
-    if not Path(args.base).is_dir():
+    if not (Path(args.base).is_dir() or may_be_on_hub(args.base)):
         raise ValueError(
             f"there is no folder {args.base}; give the output_dir of `elit train`, or a folder "
             f"that save_pretrained wrote; `hf download NAME --local-dir FOLDER` fetches one"

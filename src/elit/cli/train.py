@@ -88,18 +88,20 @@ def check_config(config: TrainConfig) -> None:
     from elit.evaluation.flops import forward_flops
     from elit.flow.objective import SigmaDensity
     from elit.models.elastic import ElasticMixin
-    from elit.pipelines.text_encoder import encoder_settings
     from elit.training.build import (
         build_model,
+        check_buckets,
         check_condition,
         check_draws,
         tail_dropping,
     )
-    from elit.training.config import WORDS
+    from elit.training.conditioning import text_settings
     from elit.training.distributed import pick_device
+    from elit.training.foreign import is_foreign
     from elit.training.metrics import summary_writer_class
     from elit.training.randomness import StepBatches
     from elit.training.retrofit import build_retrofit
+    from elit.training.vae import load_run_vae
     from elit.training.validation import latents_to_show
 
     output_folder(config.output_dir, "--output_dir")
@@ -109,15 +111,18 @@ def check_config(config: TrainConfig) -> None:
     objective, data = config.objective, config.data
     SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
     dataset = load_dataset(data.name, "train", **data.options)
-    encoder = config.text.encoder
-    text_settings = None if encoder == WORDS else encoder_settings(encoder)
+    load_dataset(data.name, "validation", **data.options)
     if config.retrofit.base is not None:
         model, _ = build_retrofit(config, dataset)
         check_condition(config, dataset, model)
     else:
         _check_overrides(config.model.preset, config.model.overrides)
+        of_texts = text_settings(config.text, dataset)
         with torch.device("meta"):
-            model = build_model(config, dataset, text_settings).requires_grad_(False)
+            model = build_model(config, dataset, of_texts).requires_grad_(False)
+    check_buckets(model, dataset)
+    if not is_foreign(model):
+        load_run_vae(config, dataset)
     if isinstance(model, ElasticMixin):
         forward_flops(model)  # runs it: do the groups divide the grid?
     tail_dropping(config, model)
@@ -163,7 +168,7 @@ def train_config(config: TrainConfig, as_json: bool) -> int:
     takes_text = not is_retrofit and preset_model(preset).takes_text
     prompts = ' --prompts "a red disc"' if takes_text else ""
     sample = f"elit sample {shlex.quote(str(result.folder))}{prompts}{budgets}"
-    if config.data.name == "tensors":
+    if is_retrofit and not (result.folder / "model_index.json").exists():  # of diffusers
         interface = str(result.folder / "interface.safetensors")
         sample = f"elit.load_interface(pipe, {interface!r})"
         if config.retrofit.train not in ("adapters", "interface"):  # the base has changed too

@@ -39,6 +39,7 @@ __all__ = [
     "Prepared",
     "Shapes",
     "Tensors",
+    "WholeBatches",
     "load_dataset",
 ]
 
@@ -74,6 +75,7 @@ class ImageDataset(_TorchDataset):
     has_posterior: bool = False  # whether each time another draw of its posterior is seen
     encodings: tuple[str, ...] = ()  # in batches: texts, by the model's argument that takes them
     null: Mapping[str, torch.Tensor] = MappingProxyType({})  # the same of the empty text, (1, ...)
+    text_encoder: str | None = None  # name of what encoded them
     for_diffusers: bool = False  # made for diffusers' transformers alone
     left_out: frozenset[str] = frozenset()  # what batches need not hold
 
@@ -135,6 +137,19 @@ class ImageDataset(_TorchDataset):
                     f"of {size} images; use 0 to {size - 1}"
                 )
         return [position % size for position in positions]
+
+
+class WholeBatches(_TorchDataset):
+    """A data set for torch's DataLoader whose items are batches, by their lists of indices.
+
+    No batch is cut into samples and stacked again.
+    """
+
+    def __init__(self, dataset: ImageDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, Any]:
+        return self.dataset.batch(indices)
 
 
 def load_dataset(name: str, split: str = "train", **options: Any) -> ImageDataset:

@@ -19,12 +19,14 @@ class Bucket:
             ones.
         window: samples, copies included, that are shuffled among each other: less mixing means
             that fewer places are read at a time. An epoch of at most so many is shuffled whole.
+        name: size of its pictures in pixels.
     """
 
     shape: tuple[int, ...]
     runs: Array
     offsets: tuple[int, ...] = (0,)
     window: int = 2**22
+    name: str = ""
 
     def __len__(self) -> int:
         return int(self.runs[:, 1].sum()) * len(self.offsets)

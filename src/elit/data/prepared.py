@@ -99,6 +99,7 @@ class Prepared(ImageDataset):
             )
         self.buckets = self._make_buckets(window)
         self.encodings, self.null = self._encoded_texts()
+        self.text_encoder = manifest.text_encoder
 
     def _is_whole(self, shard: Shard, verify: bool) -> bool:
         """Whether a shard can be read: else it is refused, or skipped with a warning."""
@@ -121,7 +122,7 @@ class Prepared(ImageDataset):
             which = [n for n, s in enumerate(table.shards) if size_name(s.size) == size]
             runs = np.stack([table.ends[which] - table.counts[which], table.counts[which]], axis=1)
             offsets = tuple(range(0, total, once))
-            buckets.append(Bucket(self.manifest.shapes[size], runs, offsets, window))
+            buckets.append(Bucket(self.manifest.shapes[size], runs, offsets, window, size))
         # The model's own shape comes first: what is shown is taken from there.
         return tuple(sorted(buckets, key=lambda bucket: bucket.shape != self.image_shape))
 

@@ -45,10 +45,14 @@ def check_pipeline_folder(name: str) -> Path | None:
         return folder
     if folder.exists():
         raise ValueError(f"{name} is a file, not a pipeline's folder; {_ADVICE}")
-    # A hub name looks like `user/model`; where there is a folder `user`, a path was meant.
-    if not _HUB_NAME.fullmatch(name) or folder.parent.is_dir():
+    if not may_be_on_hub(name):
         raise ValueError(f"there is no folder {name}; {_ADVICE}")
     return None
+
+
+def may_be_on_hub(name: str) -> bool:
+    """Whether it looks like `user/model`; where there is a folder `user`, a path was meant."""
+    return bool(_HUB_NAME.fullmatch(name)) and not Path(name).parent.is_dir()
 
 
 def loading_error(name: str, error: Exception) -> ValueError:

@@ -6,22 +6,24 @@ from typing import Any
 import torch
 
 from elit.data import ImageDataset
-from elit.data.tensors import Tensors
 from elit.interface.budget import TailDropping
 from elit.models.elastic import ElasticMixin
 from elit.models.presets import DEFAULT_VOCAB_SIZE, nearest_resolution, preset_config, preset_model
 from elit.training.conditioning import (
     Conditioning,
     LabelConditioning,
+    StoredTextConditioning,
     TextConditioning,
     TextEncoding,
+    text_settings,
 )
-from elit.training.config import WORDS, LatentsConfig, TextConfig, TrainConfig
+from elit.training.config import PREPARED, WORDS, LatentsConfig, TextConfig, TrainConfig
 from elit.training.distributed import World
-from elit.training.foreign import TensorConditioning
+from elit.training.foreign import TensorConditioning, is_foreign
 from elit.training.parallel import place
 from elit.training.randomness import generator
 from elit.training.retrofit import Distillation, build_retrofit
+from elit.training.vae import load_run_vae
 
 
 def build_parts(
@@ -29,34 +31,38 @@ def build_parts(
 ) -> tuple[Any, Conditioning, Distillation | None]:
     """A run's model on the CPU, what turns batches into conditions, what it is compared with."""
     device = world.device
-    is_retrofit = config.retrofit.base is not None
-    teacher, settings = None, {}
-    if is_retrofit:
+    teacher = None
+    if config.retrofit.base is not None:
         model, teacher = build_retrofit(config, dataset)
         check_condition(config, dataset, model)
-        takes_text = getattr(model, "takes_text", False)
     else:
-        takes_text = preset_model(config.model.preset).takes_text
-    if takes_text:
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        encoding = TextEncoding(config.text, device, dtype)
-        settings = encoding.settings
-    if not is_retrofit:
-        model = build_model(config, dataset, settings)
-    conditioning: Conditioning
-    if isinstance(dataset, Tensors):
-        keeps_base = config.retrofit.train in ("adapters", "interface")
-        conditioning = TensorConditioning(model, dataset, device, keeps_base)
-    elif takes_text:
-        conditioning = TextConditioning(model, device, encoding)
-    else:
-        conditioning = LabelConditioning(model, device)
+        model = build_model(config, dataset, text_settings(config.text, dataset))
+    check_buckets(model, dataset)
+    conditioning = make_conditioning(config, dataset, model, device)
+    told = {"class_labels", "captions", *dataset.encodings}
+    dataset.left_out = frozenset(told.difference(conditioning.reads))
     distillation = None
     if teacher is not None:
         if teacher is not model:
             place(teacher, config.train, world)
         distillation = Distillation(model, teacher, config.retrofit, conditioning)
     return model, conditioning, distillation
+
+
+def make_conditioning(
+    config: TrainConfig, dataset: ImageDataset, model: Any, device: torch.device
+) -> Conditioning:
+    """What turns batches into what the model is told."""
+    if is_foreign(model):
+        keeps_base = config.retrofit.train in ("adapters", "interface")
+        return TensorConditioning(model, dataset, device, keeps_base)
+    vae = load_run_vae(config, dataset)
+    if not model.takes_text:
+        return LabelConditioning(model, device, vae)
+    if config.text.encoder == PREPARED:
+        return StoredTextConditioning(model, device, dataset, vae)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return TextConditioning(model, device, TextEncoding(config.text, device, dtype), vae)
 
 
 def check_draws(config: TrainConfig, chunks: int) -> None:
@@ -71,8 +77,11 @@ def check_draws(config: TrainConfig, chunks: int) -> None:
 
 def check_condition(config: TrainConfig, dataset: ImageDataset, model: ElasticMixin) -> None:
     """Raise a ValueError if the data can't tell a pretrained model what to draw."""
-    if isinstance(dataset, Tensors):
+    if is_foreign(model):
         check_tensors(config, dataset, model)
+        return
+    if model.takes_text and config.text.encoder == PREPARED:
+        check_stored_texts(config, dataset, text_settings(config.text, dataset), model.config)
         return
     if model.takes_text and not dataset.has_captions:
         raise ValueError(
@@ -85,47 +94,86 @@ def check_condition(config: TrainConfig, dataset: ImageDataset, model: ElasticMi
         )
 
 
-def check_tensors(config: TrainConfig, dataset: Tensors, model: Any) -> None:
-    """Raise a ValueError if a diffusers transformer doesn't take a data set's tensors."""
-    if config.text != TextConfig():
-        raise ValueError("text.* have no effect on data.name=tensors, which are encoded already")
-    missing = sorted(dataset.conditions.keys() - dataset.null.keys())
+def check_stored_texts(
+    config: TrainConfig, dataset: ImageDataset, found: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+    """Raise a ValueError if a data set's encoded texts are not what a model reads."""
+    check_null(config, dataset)
+    keys = ("vocab_size", "text_dim", "pooled_dim")
+    short = wanted["max_text_length"] < found["max_text_length"]
+    if short or any(found[key] != wanted[key] for key in keys):
+        here, there = ({k: d[k] for k in (*keys, "max_text_length")} for d in (found, wanted))
+        raise ValueError(
+            f"the data's encoded texts are of {here}, the model reads {there}; encode them as for "
+            f"the data that it was trained on"
+        )
+
+
+def check_null(config: TrainConfig, dataset: ImageDataset) -> None:
+    """Raise a ValueError if texts are to be dropped, but the empty one is not in the data."""
+    missing = sorted({*dataset.encodings} - {*dataset.null})
     if config.objective.label_dropout and missing:
         raise ValueError(
             f"objective.label_dropout={config.objective.label_dropout} needs the tensors of the "
             f"empty text in the data, null.{missing[0]}; add them, or set it to 0"
         )
-    conditioning = TensorConditioning(model, dataset, torch.device("cpu"))
-    batch = dataset.batch([0])
-    try:
-        with torch.no_grad():
-            x, sigma = batch["images"].to(model.dtype), torch.ones(1)
-            conditioning.velocity(model, x, sigma, conditioning(batch), {"num_latents": 1})
-    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+
+
+def check_tensors(config: TrainConfig, dataset: ImageDataset, model: Any) -> None:
+    """Raise a ValueError if a diffusers transformer doesn't take a data set's tensors."""
+    if config.text != TextConfig():
         raise ValueError(
-            f"{config.data.options.get('path')} doesn't fit {config.retrofit.base}: {reason}; it "
-            f"has {', '.join(['latents', *sorted(dataset.conditions)])}, which are to be arguments "
-            f"of the transformer's forward"
-        ) from error
+            f"text.* have no effect on data.name={config.data.name}, which are encoded already"
+        )
+    check_null(config, dataset)
+    conditioning = TensorConditioning(model, dataset, torch.device("cpu"))
+    firsts = [int(bucket.runs[0, 0]) for bucket in dataset.buckets or ()] or [0]
+    for first in firsts:
+        batch = dataset.batch([first])
+        try:
+            with torch.no_grad():
+                x, sigma = dataset.on_device(batch["images"]).to(model.dtype), torch.ones(1)
+                conditioning.velocity(model, x, sigma, conditioning(batch), {"num_latents": 1})
+        except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{config.data.options.get('path')} doesn't fit {config.retrofit.base}: {reason}; "
+                f"it has {', '.join(['latents', *sorted(dataset.encodings)])}, which are to be "
+                f"arguments of the transformer's forward"
+            ) from error
+
+
+def check_buckets(model: Any, dataset: ImageDataset) -> None:
+    """Raise a ValueError if one of a data set's sizes doesn't fit a model's patches and groups."""
+    for bucket in (dataset.buckets or ()) if isinstance(model, ElasticMixin) else ():
+        x = torch.empty(1, model.in_channels, *bucket.shape[1:], device="meta")
+        try:
+            model.token_grid(x)
+        except ValueError as error:
+            pixels, group = bucket.name.split("x"), model.group or (1,) * len(model.patch_size)
+            multiple = int(pixels[-1]) // bucket.shape[-1] * model.patch_size[-1] * group[-1]
+            raise ValueError(
+                f"pictures of {bucket.name}, {'x'.join(map(str, bucket.shape))} to the model: "
+                f"{error}. Prepare the data with sides that are multiples of {multiple} pixels"
+            ) from error
 
 
 def build_model(
-    config: TrainConfig, dataset: ImageDataset, text_settings: Mapping[str, Any] | None = None
+    config: TrainConfig, dataset: ImageDataset, of_texts: Mapping[str, Any] | None = None
 ) -> Any:
     """Model of a config, made for the images of a data set, with weights from the run's seed.
 
     Args:
         config: of the run.
         dataset: that it trains on.
-        text_settings: arguments of the model that follow from its text encoder.
+        of_texts: arguments of the model that follow from its text encoder.
     """
     channels, *size = dataset.image_shape
     arguments: dict[str, Any] = {
         "sample_size": size[0] if len(size) == 2 and size[0] == size[1] else size,
         "in_channels": channels,
     }
-    arguments |= condition_arguments(config, dataset, text_settings or {})
+    arguments |= condition_arguments(config, dataset, of_texts or {})
     resolution = nearest_resolution(config.model.preset, size)
     preset = preset_config(config.model.preset, resolution, config.model.overrides)
     patch = preset["patch_size"]
@@ -155,7 +203,7 @@ def build_model(
 
 
 def condition_arguments(
-    config: TrainConfig, dataset: ImageDataset, text_settings: Mapping[str, Any]
+    config: TrainConfig, dataset: ImageDataset, of_texts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Arguments of the model that say what it is told: classes, or texts."""
     if not preset_model(config.model.preset).takes_text:
@@ -164,13 +212,26 @@ def condition_arguments(
                 f"text.* have no effect on {config.model.preset!r}, which draws classes; leave "
                 f"them out, or use an mmdit preset"
             )
+        if not dataset.num_classes:
+            raise ValueError(
+                f"{config.model.preset!r} draws classes, but the data set {config.data.name!r} has "
+                f"none; use an mmdit preset for captions, or prepare the data with labels"
+            )
         return {"num_classes": dataset.num_classes}
-    if not dataset.has_captions:
+    is_stored = config.text.encoder == PREPARED
+    if is_stored:
+        check_null(config, dataset)
+    if is_stored and config.text.max_length is not None:
+        raise ValueError(
+            f"text.max_length={config.text.max_length} has no effect on text.encoder={PREPARED}, "
+            f"whose texts are encoded already; leave it out"
+        )
+    if not dataset.has_captions and not is_stored:
         raise ValueError(
             f"{config.model.preset!r} draws texts, but the data set {config.data.name!r} has no "
             f"captions; use data.name=captioned-shapes, or a preset that draws classes"
         )
-    arguments = dict(text_settings)
+    arguments = dict(of_texts)
     preset = preset_config(config.model.preset)
     if config.text.encoder == WORDS:  # which have no vector for a whole text
         arguments["pooled_dim"] = None

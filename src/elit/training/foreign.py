@@ -4,7 +4,7 @@ All predict the velocity, noise - data, as ours do; they differ in the scale of 
 VAE latents are packed into tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from einops import rearrange
 from torch import Tensor
 
 from elit._choices import nearest
-from elit.data.tensors import Tensors
-from elit.pipelines.folder import read_config
+from elit.data import ImageDataset
+from elit.pipelines.folder import may_be_on_hub, read_config
 from elit.retrofit.files import save_interface
 
 Arguments = dict[str, Any]
@@ -29,6 +29,29 @@ FLOW_TRANSFORMERS = {
     "QwenImageTransformer2DModel": (1.0, "qwen"),
 }
 GUIDANCE = 3.5  # that guidance-distilled models are told
+
+
+def is_foreign(model: Any) -> bool:
+    """Whether a model is one of diffusers', also after it was made elastic."""
+    return any(kind.__name__ in FLOW_TRANSFORMERS for kind in type(model).__mro__)
+
+
+def fetch_base(base: str) -> str:
+    """The folder of a base; of a name on the hub, what is fetched of its transformer alone."""
+    if Path(base).exists() or not may_be_on_hub(base):
+        return base
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = ["model_index.json", "config.json", "transformer/*", "scheduler/*"]
+    try:
+        return snapshot_download(base, allow_patterns=wanted)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"retrofit.base={base} is neither a folder nor can it be fetched from the Hugging Face "
+            f"hub ({reason}); check its spelling and the network, or give a folder"
+        ) from error
 
 
 def load_transformer(base: str) -> Any:
@@ -46,13 +69,35 @@ def load_transformer(base: str) -> Any:
     return getattr(diffusers, name).from_pretrained(folder)
 
 
+def stored_texts(
+    batch: Mapping[str, Any],
+    names: Sequence[str],
+    null: Mapping[str, Tensor],
+    device: torch.device,
+    dropped: Tensor | None,
+) -> dict[str, Tensor]:
+    """Encoded texts of a batch on a device, in float32; of dropped samples those of the null."""
+    condition = {name: batch[name].to(device, non_blocking=True) for name in names}
+    for name, value in condition.items():
+        if value.is_floating_point():
+            value = value.float()
+        if dropped is not None and name in null:
+            keep = (~dropped).view(-1, *(1,) * (value.ndim - 1))
+            value = torch.where(keep, value, null[name].to(device, value.dtype))
+        condition[name] = value
+    return condition
+
+
 class TensorConditioning:
     """Conditions that come with the data, and the calls of a diffusers transformer."""
 
     draws = False  # the stock pipeline does
 
-    def __init__(self, model: Any, dataset: Tensors, device: torch.device, keeps_base: bool = True):
-        self.model, self.device, self.null = model, device, dataset.null
+    def __init__(
+        self, model: Any, dataset: ImageDataset, device: torch.device, keeps_base: bool = True
+    ):
+        self.model, self.device = model, device
+        self.reads, self.null = dataset.encodings, dataset.null
         self.keeps_base = keeps_base
         self._ids: dict[tuple[int, int], Tensor] = {}
         base = next(k.__name__ for k in type(model).__mro__ if k.__name__ in FLOW_TRANSFORMERS)
@@ -62,17 +107,7 @@ class TensorConditioning:
         self, batch: Mapping[str, Any], dropped: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The model's arguments of a batch; of a dropped sample those of the empty text."""
-        condition = {
-            name: value.to(self.device, non_blocking=True)
-            for name, value in batch.items()
-            if name not in ("images", "class_labels")
-        }
-        if dropped is not None:
-            for name, null in self.null.items():
-                keep = (~dropped).view(-1, *(1,) * (null.ndim - 1))
-                empty = null.to(self.device, condition[name].dtype)
-                condition[name] = torch.where(keep, condition[name], empty)
-        return condition
+        return stored_texts(batch, self.reads, self.null, self.device, dropped)
 
     def velocity(
         self,

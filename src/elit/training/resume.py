@@ -31,6 +31,13 @@ def check_same_run(
     if not state:
         return  # loading says what is wrong with it
     saved, wanted = state.get("config", {}), fixed_settings(config, dataset.fingerprint)
+    digests = [settings.get("data", {}).get("fingerprint") for settings in (saved, wanted)]
+    if None not in digests and digests[0] != digests[1]:
+        raise ValueError(
+            f"{config.output_dir} holds a run on other data than {config.data.options.get('path')} "
+            f"(fingerprint {digests[0][:12]} there, {digests[1][:12]} now); put that data back, or "
+            f"choose another output_dir"
+        )
     different = [
         f"{key}: {saved.get(key)} there, {wanted[key]} now"
         for key in wanted

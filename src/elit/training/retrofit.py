@@ -8,14 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from elit.data import ImageDataset
-from elit.data.tensors import Tensors
-from elit.models.elastic import ElasticMixin
 from elit.pipelines.folder import OURS, read_config
 from elit.pipelines.load import load_pipeline
 from elit.retrofit.elastic import PREFIX
 from elit.retrofit.elasticize import elasticize
 from elit.training.config import RetrofitConfig, TrainConfig
-from elit.training.foreign import load_transformer
+from elit.training.foreign import fetch_base, is_foreign, load_transformer
 from elit.training.randomness import generator
 
 LORA = "retrofit"  # name of peft's adapter
@@ -46,25 +44,29 @@ def build_retrofit(config: TrainConfig, dataset: ImageDataset) -> tuple[Any, Any
 
 
 def load_base(base: str) -> Any:
-    """The transformer of a pipeline of ours, or of diffusers'."""
+    """The transformer of a pipeline of ours, or of diffusers', in a folder or on the hub."""
+    base = fetch_base(base)
     index = Path(base, "model_index.json")
     if index.exists():
-        is_foreign = read_config(index).get("_class_name") not in OURS
+        theirs = read_config(index).get("_class_name") not in OURS
     else:
-        is_foreign = Path(base, "config.json").exists()
-    return load_transformer(base) if is_foreign else load_pipeline(base).transformer
+        theirs = Path(base, "config.json").exists()
+    return load_transformer(base) if theirs else load_pipeline(base).transformer
 
 
 def check_data(model: Any, dataset: ImageDataset, config: TrainConfig) -> None:
     """Raise a ValueError if the base draws other things than the data set has."""
     channels, *size = dataset.image_shape
     name, base = config.data.name, config.retrofit.base
-    if isinstance(dataset, Tensors) == isinstance(model, ElasticMixin):
+    theirs = is_foreign(model)
+    fits = dataset.for_diffusers or bool(dataset.encodings) if theirs else not dataset.for_diffusers
+    if not fits:
         raise ValueError(
             f"{base} holds a {type(model).__name__}, which the data set {name!r} doesn't suit: "
-            f"diffusers' transformers take data.name=tensors, ours the others"
+            f"diffusers' transformers take data.name=tensors, or prepared with encoded texts, ours "
+            f"the others"
         )
-    if isinstance(dataset, Tensors):
+    if theirs:
         return
     if (model.in_channels, list(model.sample_size)) != (channels, size):
         raise ValueError(
