@@ -52,9 +52,8 @@ def test_a_batch_is_what_was_written(kind: str, tmp_path: Path) -> None:
     indices = torch.randperm(80)[:50].tolist()
     batch = dataset.batch(indices)
     assert torch.equal(batch["images"], wanted[indices])
-    assert torch.equal(
-        batch["class_labels"], torch.cat([t["class_labels"] for t in stored])[indices]
-    )
+    labels = torch.cat([tensors["class_labels"] for tensors in stored])
+    assert torch.equal(batch["class_labels"], labels[indices])
     assert torch.equal(dataset.labels[indices], batch["class_labels"])
     assert (len(dataset), dataset.num_classes, dataset.has_captions) == (80, 3, False)
     side = 32 if kind == "images" else 8
@@ -208,7 +207,7 @@ def test_processes_share_a_step_and_a_resume_goes_on(processes: int) -> None:
         list(StepBatches(400, 8, range(rank, rank + 1), processes, range(60), **given))
         for rank in range(processes)
     ]
-    assert [sum(step, []) for step in zip(*parts, strict=True)] == whole
+    assert [[i for part in step for i in part] for step in zip(*parts, strict=True)] == whole
     for start in (1, 17, 59):
         assert list(StepBatches(400, 8, range(1), 1, range(start, 60), **given)) == whole[start:]
     late = range(5000, 5010)  # beyond the buckets that are drawn at once
@@ -259,7 +258,7 @@ def test_numbers_that_are_not_finite(tmp_path: Path, caplog: pytest.LogCaptureFi
     save_file({name: x.clone() for name, x in tensors.items()}, path)
     dataset = load_dataset("prepared", path=tmp_path)
     dataset.batch(range(14))
-    with pytest.raises(ValueError, match="train-00001.*not finite in row 4; prepare"):
+    with pytest.raises(ValueError, match=r"train-00001.*not finite in row 4; prepare"):
         dataset.batch(range(20))
     skipping = load_dataset("prepared", path=tmp_path, damaged="skip")
     for _ in range(2):
@@ -392,7 +391,7 @@ def test_texts(encoder: str, vae: Any, tmp_path: Path) -> None:
     if encoder == "prepared":
         assert (model.config.text_dim, model.config.max_text_length) == (12, 5)
         config.text.max_length = 3
-        with pytest.raises(ValueError, match="text.max_length=3 has no effect"):
+        with pytest.raises(ValueError, match=r"text.max_length=3 has no effect"):
             train(config, progress=False)
 
 
@@ -418,10 +417,8 @@ def test_a_foreign_transformer_is_fine_tuned(tmp_path: Path) -> None:
     train(config, progress=False)
     model = load_elastic(tmp_path / "out" / "transformer")
     given = {name: torch.randn(1, *shape) for name, shape in TEXTS.items()}
-    out = model(
-        hidden_states=torch.randn(1, 4, 12, 20), timestep=torch.ones(1), **given, num_latents=1
-    )
-    assert out.sample.isfinite().all()
+    given |= {"hidden_states": torch.randn(1, 4, 12, 20), "timestep": torch.ones(1)}
+    assert model(**given, num_latents=1).sample.shape == (1, 4, 12, 20)
 
     bare = tmp_path / "bare"
     write_prepared(bare, sizes=((64, 64),))
