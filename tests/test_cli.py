@@ -119,8 +119,8 @@ CONFIG_FLAGS = """
     --data.options --data.batch_size --data.num_workers --text.encoder --text.max_length
     --objective.density --objective.logit_mean
     --objective.logit_std --objective.label_dropout --latents.min --latents.max --latents.order
-    --latents.draws --retrofit.base --retrofit.head --retrofit.tail --retrofit.group --retrofit.init
-    --retrofit.train --retrofit.rank --retrofit.distill --retrofit.features --retrofit.base_lr
+    --latents.draws --retrofit.base --retrofit.start --retrofit.head --retrofit.tail --retrofit.group
+    --retrofit.init --retrofit.train --retrofit.rank --retrofit.distill --retrofit.features --retrofit.base_lr
     --optimizer.lr --optimizer.betas --optimizer.weight_decay --optimizer.warmup_steps
     --optimizer.schedule --optimizer.final_lr --optimizer.clip --optimizer.ema --train.steps
     --train.accumulation --train.precision --train.device --train.threads
@@ -137,6 +137,7 @@ SURFACE = {
     "--max-text-length --dtype --store-dtype --batch-size --part-size --workers --device --verify "
     "--dry-run --json",
     "train": f"[config] --dry-run --json {CONFIG_FLAGS}",
+    "plan": f"[config] --gpus --gpu --mfu --json {CONFIG_FLAGS}",
     "finetune": "base [config] --dry-run --json "
     + CONFIG_FLAGS.replace("--model.preset --model.overrides ", "").replace("--retrofit.base ", ""),
     "sample": "run --labels --prompts --negative-prompt --count --budget --steps --guidance "

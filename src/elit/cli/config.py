@@ -1,4 +1,7 @@
-"""The config of a training run: defaults < YAML file < command line, checked by jsonargparse."""
+"""The config of a run: defaults < base of the YAML file < the file < the command line.
+
+Types are checked by jsonargparse.
+"""
 
 import dataclasses
 import inspect
@@ -12,6 +15,8 @@ from typing import Any, Literal
 import elit
 from elit._choices import check_choice, nearest
 from elit.training.config import TrainConfig
+
+BASE = "base"  # key of a YAML file: another one, whose values hold where this one has none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,26 +56,53 @@ def find_config(name: str) -> Path:
         return built_in[name]
     if path.is_dir():
         raise ValueError(f"config {name} is a folder; give the YAML file in it")
-    near = nearest(path.stem, built_in)
-    hint = f"; did you mean {near}?" if near else ""
     raise ValueError(
-        f"config {name} is neither a file nor one of the built-in {', '.join(built_in)}{hint}"
+        f"config {name} is neither a file nor one of the built-in {built_in_names()}"
+        f"{_near_built_in(name)}"
     )
 
 
 def built_in_configs() -> dict[str, Path]:
-    """The configs that come with the package, or lie beside it in a checkout, by name."""
+    """The configs that come with the package, or lie beside it in a checkout, by name.
+
+    The name is the path without `.yaml`. What begins with `_` only serves others as their base.
+    """
     package = Path(elit.__file__).parent
     for folder in (package / "configs", package.parents[1] / "configs"):
-        if found := sorted(folder.glob("*.yaml")):
-            return {path.stem: path for path in found}
+        found = [path for path in folder.rglob("*.yaml") if not path.name.startswith("_")]
+        names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
+        if names:
+            return dict(sorted(names.items(), key=lambda item: ("/" in item[0], item[0])))
     return {}
+
+
+def built_in_names() -> str:
+    """The names of the built-in configs, those of a folder in braces."""
+    folders: dict[str, list[str]] = {}
+    for name in built_in_configs():
+        folder, slash, stem = name.rpartition("/")
+        folders.setdefault(folder + slash, []).append(stem)
+    parts = [
+        f"{folder}{{{','.join(stems)}}}" if folder and len(stems) > 1 else folder + ", ".join(stems)
+        for folder, stems in folders.items()
+    ]
+    return ", ".join(parts)
+
+
+def _near_built_in(name: str) -> str:
+    """A hint at the built-in config that is meant by a name or a path, or nothing."""
+    named: dict[str, list[str]] = {}
+    for known in built_in_configs():
+        named.setdefault(known.rpartition("/")[2], []).append(known)
+    meant = named.get(nearest(Path(name).stem, named) or "", [])
+    near = (nearest(name, meant) if "/" in name else None) or next(iter(meant), None)
+    return f"; did you mean {near}?" if near else ""
 
 
 def load_config(
     config: str | None, overrides: Mapping[str, str], under: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """The config of a file or a built-in name, with values of the command line over it.
+    """The config of a file or a built-in name over its base, and the command line over it.
 
     Args:
         config: as for `find_config`; None starts from the defaults.
@@ -81,13 +113,12 @@ def load_config(
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig)
-    values = {}
-    if config is not None:
-        path = find_config(config)
-        values = read_yaml(path)
-        _check_tree(values, TrainConfig, str(path))
-    values = _merge(under or {}, values)
-    base = _parse(parser.parse_object, values, config and str(find_config(config)), values)
+    values = dict(under or {})
+    for path, own in read_chain(find_config(config)) if config is not None else []:
+        _check_tree(own, TrainConfig, str(path))
+        _parse(parser.parse_object, own, str(path), own)  # a wrong type is told with its file
+        values = _merge(values, own)
+    base = _parse(parser.parse_object, values, config, values)
     words = [f"--{key}={value}" for key, value in overrides.items()]
     parsed = _parse(lambda w: parser.parse_args(w, namespace=base), words, None, overrides)
     return _build(TrainConfig, parsed.as_dict())
@@ -163,6 +194,37 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return both
 
 
+def read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A file and those that it stands on by `base`, the lowest first, each with its own values."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    while True:
+        if any(path.resolve() == known.resolve() for known, _ in chain):
+            around = " -> ".join(str(known) for known in (*(p for p, _ in reversed(chain)), path))
+            raise ValueError(f"a config can't be its own base: {around}; remove one `{BASE}`")
+        values = read_yaml(path)
+        chain.insert(0, (path, values))
+        if BASE not in values:
+            return chain
+        path = _find_base(path, values.pop(BASE))
+
+
+def _find_base(path: Path, base: Any) -> Path:
+    """The file that a config names as its base: relative to its own folder, or built in."""
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{path}: {BASE} is {base!r}; give one file, relative to this one, or leave it out"
+        )
+    built_in = built_in_configs()
+    if (path.parent / base).is_file():
+        return path.parent / base
+    if base in built_in:
+        return built_in[base]
+    raise ValueError(
+        f"{path}: {BASE} {base} is neither a file in {path.parent} nor a built-in config"
+        f"{_near_built_in(base)}"
+    )
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a file, or a ValueError that says why there are none."""
     import yaml
@@ -205,7 +267,8 @@ def _check_tree(values: dict[str, Any], config_class: type, path: str, prefix: s
     for name, value in list(values.items()):
         key = f"{prefix}{name}"
         if name not in hints:
-            raise ValueError(f"{path}: unknown key {key}: {_meant(key, hints, prefix)}")
+            known = hints if prefix else {BASE: str, **hints}
+            raise ValueError(f"{path}: unknown key {key}: {_meant(key, known, prefix)}")
         if dataclasses.is_dataclass(hints[name]):
             if value is None:  # a section with nothing under it
                 del values[name]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from elit.cli.common import Parser, quiet_diffusers
-from elit.cli.config import built_in_configs, load_config, read_yaml
+from elit.cli.config import built_in_names, load_config, read_yaml
 from elit.cli.train import add_config_flags, check_config, print_config, train_config
 
 DEFAULTS = "finetune"  # the built-in config
@@ -26,7 +26,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="CONFIG",
         nargs="?",
         default=DEFAULTS,
-        help=f"YAML file, or one of the built-in {', '.join(built_in_configs())}",
+        help=f"YAML file, or one of the built-in {built_in_names()}",
     )
     add_config_flags(parser, without=("retrofit.base", "model.preset", "model.overrides"))
 

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from elit._choices import check_choice
 from elit.cli.common import Parser, add_json_flag, output_folder, print_json
 from elit.cli.config import (
-    built_in_configs,
+    built_in_names,
     config_fields,
     describe_type,
     fits_type,
@@ -32,16 +32,17 @@ def add_arguments(parser: Parser) -> None:
         "config",
         metavar="CONFIG",
         nargs="?",
-        help=f"YAML file, or one of the built-in {', '.join(built_in_configs())}",
+        help=f"YAML file, or one of the built-in {built_in_names()}",
     )
     add_config_flags(parser)
 
 
-def add_config_flags(parser: Parser, without: Collection[str] = ()) -> None:
+def add_config_flags(parser: Parser, without: Collection[str] = (), dry_run: bool = True) -> None:
     """`--dry-run`, `--json`, and a flag for each key of the config but some."""
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check the config, print it in full, and stop"
-    )
+    if dry_run:
+        parser.add_argument(
+            "--dry-run", action="store_true", help="check the config, print it in full, and stop"
+        )
     add_json_flag(parser)
     groups: dict[str, Any] = {"": parser.add_argument_group("the run")}
     for field in config_fields():
@@ -98,7 +99,7 @@ def check_config(config: TrainConfig) -> None:
     from elit.training.conditioning import text_settings
     from elit.training.distributed import pick_device
     from elit.training.foreign import is_foreign
-    from elit.training.metrics import summary_writer_class
+    from elit.training.metrics import summary_writer_class, wandb_module
     from elit.training.randomness import StepBatches
     from elit.training.retrofit import build_retrofit
     from elit.training.vae import load_run_vae
@@ -108,6 +109,8 @@ def check_config(config: TrainConfig) -> None:
     pick_device(config.train.device, int(os.environ.get("LOCAL_RANK", 0)))
     if config.train.tensorboard:
         summary_writer_class()
+    if config.train.wandb is not None:
+        wandb_module()
     objective, data = config.objective, config.data
     SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
     dataset = load_dataset(data.name, "train", **data.options)

@@ -12,6 +12,7 @@ from elit.pipelines.folder import OURS, read_config
 from elit.pipelines.load import load_pipeline
 from elit.retrofit.elastic import PREFIX
 from elit.retrofit.elasticize import elasticize
+from elit.retrofit.files import load_elastic
 from elit.training.config import RetrofitConfig, TrainConfig
 from elit.training.foreign import fetch_base, is_foreign, load_transformer
 from elit.training.randomness import generator
@@ -37,10 +38,35 @@ def build_retrofit(config: TrainConfig, dataset: ImageDataset) -> tuple[Any, Any
         if is_taught and not (lossless and options.train in ("adapters", "interface")):
             teacher = elasticize(copy.deepcopy(model), *split).requires_grad_(False)
         elasticize(model, *split, init=options.init, rank=rank)
+        if options.start is not None:
+            load_start(model, options)
         choose_parameters(model, options)
     if config.latents.min is not None:
         model.set_min_latents(config.latents.min)
     return model, (teacher or model) if is_taught else None
+
+
+def load_start(model: Any, options: RetrofitConfig) -> None:
+    """Give an elastic model the weights that an earlier fine-tuning of its base has left."""
+    folder = Path(str(options.start))
+    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    begun = load_elastic(folder)
+    there, here = (dict(m.elastic_settings.to_config(), min_latents=None) for m in (begun, model))
+    state = model.state_dict()
+    differing = [f"{key} {there[key]}" for key in here if there[key] != here[key]]
+    if differing or begun.state_dict().keys() != state.keys():
+        raise ValueError(
+            f"retrofit.start={options.start} is of another retrofit"
+            f" ({', '.join(differing) or 'of another model'}); give its settings and its base"
+        )
+    is_trained = options.train not in ("adapters", "interface")
+    for name, value in begun.state_dict().items():
+        if not is_trained and not name.startswith(f"{PREFIX}.") and not value.equal(state[name]):
+            raise ValueError(
+                f"retrofit.start={options.start} has changed its base, which retrofit.train="
+                f"{options.train} leaves alone; use all or lora, or give it as retrofit.base"
+            )
+    model.load_state_dict(begun.state_dict())
 
 
 def load_base(base: str) -> Any:
