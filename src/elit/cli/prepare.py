@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     settings.check()
     if args.dry_run:
         return _tell(settings, args.json)
-    from elit.preparation.prepare import prepare
+    from elit.preparation.run import prepare
 
     with quiet_diffusers():
         result = prepare(settings)
@@ -173,7 +173,7 @@ def _tell(settings: PrepareSettings, as_json: bool) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from elit.preparation.verify import verify
+    from elit.preparation.checksums import verify
 
     damaged = verify(args.source)
     if args.json:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elit.preparation.prepare import PrepareResult, prepare
+    from elit.preparation.checksums import verify
+    from elit.preparation.run import PrepareResult, prepare
     from elit.preparation.settings import PrepareSettings
-    from elit.preparation.verify import verify
 
 __all__ = ["PrepareResult", "PrepareSettings", "prepare", "verify"]
 
+_LAZY = {
+    "PrepareResult": "elit.preparation.run",
+    "PrepareSettings": "elit.preparation.settings",
+    "prepare": "elit.preparation.run",
+    "verify": "elit.preparation.checksums",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: the settings alone need no torch."""
-    if name == "PrepareSettings":
-        from elit.preparation.settings import PrepareSettings
-
-        return PrepareSettings
-    if name == "verify":
-        from elit.preparation.verify import verify
-
-        return verify
-    if name in __all__:
-        import elit.preparation.prepare as module
-
-        return getattr(module, name)
+    """Import what is asked for when it is: the settings alone need no torch."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

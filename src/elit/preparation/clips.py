@@ -51,10 +51,8 @@ def _shown(content: bytes | str) -> Iterator[tuple[Image.Image, float]]:
     with animation:
         for picture in ImageSequence.Iterator(animation):
             duration = picture.info.get("duration") or _DURATION
-            yield (
-                to_rgb(picture.convert("RGBA") if picture.mode == "P" else picture),
-                (duration / 1000),
-            )
+            # PIL goes on with the same object
+            yield to_rgb(picture.convert("RGBA")), duration / 1000
 
 
 def _shown_by_ffmpeg(content: bytes | str) -> Iterator[tuple[Image.Image, float]]:

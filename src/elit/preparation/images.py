@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 Array = np.ndarray[Any, np.dtype[Any]]
 WIDEST = 2.0  # ratio of the sides of a bucket, at most
+SPARE = 1 / 8  # of the pixels, by which a bucket may have more or fewer
 _WHITE = (255, 255, 255, 255)
 
 
@@ -71,10 +72,12 @@ def buckets(resolution: int, multiple: int) -> list[tuple[int, int]]:
     Sides are multiples of `multiple`, the longer one at most WIDEST times the shorter.
     """
     found = {(resolution, resolution)}
-    for short in range(multiple, resolution, multiple):
-        long = round(resolution**2 / short / multiple) * multiple
-        if long <= WIDEST * short:
-            found |= {(short, long), (long, short)}
+    for short in range(multiple, resolution + 1, multiple):
+        below = resolution**2 // short // multiple * multiple
+        for long in (below, below + multiple):
+            area = short * long / resolution**2
+            if short < long <= WIDEST * short and abs(area - 1) <= SPARE:
+                found |= {(short, long), (long, short)}
     return sorted(found, reverse=True)
 
 

@@ -260,4 +260,4 @@ def _cut(table: Any, part: tuple[str | None, str | None]) -> Any:
         return int(text[:-1]) * len(table) // 100 if text.endswith("%") else int(text)
 
     rows = range(len(table))[position(part[0]) : position(part[1])]
-    return table.select(range(rows.start, rows.stop))
+    return table.select(range(rows.start, rows.stop) if len(rows) else [])

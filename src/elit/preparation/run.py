@@ -28,6 +28,7 @@ from elit.data.manifest import (
     size_name,
 )
 from elit.preparation.autoencoder import Encoder, load_encoder
+from elit.preparation.checksums import remove_damaged
 from elit.preparation.folder import check_same, json_types
 from elit.preparation.parts import (
     Part,
@@ -42,7 +43,6 @@ from elit.preparation.reading import Sizes, default_workers, read
 from elit.preparation.settings import PrepareSettings
 from elit.preparation.source import Source, open_source
 from elit.preparation.texts import TextEncoder, load_texts
-from elit.preparation.verify import remove_damaged
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,521 @@
+"""`elit prepare`: what it reads, what it makes of pictures, and what it writes."""
+
+import io
+import json
+import tarfile
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from prepare_sources import class_folder, clip_vae, picture, png, run, shard, tiny_vae
+from safetensors.torch import load_file
+from torch.nn.functional import interpolate
+
+from elit.cli.main import main
+from elit.data.manifest import read_manifest
+from elit.pipelines.autoencoder import decode, encode, scale_and_shift
+from elit.preparation import PrepareSettings
+from elit.preparation.clips import read_clip
+from elit.preparation.images import buckets, fit, nearest_bucket, read_image, to_rgb
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("vae")
+    tiny_vae().save_pretrained(folder)
+    return folder
+
+
+def as_saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def as_input(*pictures: Image.Image) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(p) for p in pictures]))
+    return pixels.movedim(-1, 1).float() / 127.5 - 1
+
+
+# ---- pictures ----
+
+
+def test_resize_is_adm_s() -> None:
+    """Box filters of two, then bicubic, then the middle; against numpy and torch."""
+    image = picture(1, 96, 128)
+    found = np.asarray(fit(image, (16, 16))).astype(float)
+    # 96 -> 48: still twice 16 and more -> 24: no longer
+    pixels = np.asarray(image).astype(float)
+    for _ in range(2):
+        pixels = np.floor((pixels[:, ::2] + pixels[:, 1::2] + 1) / 2)  # PIL rounds both ways
+        pixels = np.floor((pixels[::2] + pixels[1::2] + 1) / 2)
+    assert pixels.shape == (24, 32, 3)
+    scaled = interpolate(
+        torch.from_numpy(pixels).movedim(-1, 0)[None], (16, 21), mode="bicubic", antialias=True
+    )
+    wanted = scaled[0, :, :, 2:18].movedim(0, -1).clamp(0, 255).numpy()  # (21 - 16) // 2 = 2
+    difference = np.abs(found - wanted)
+    assert difference.max() < 1.6  # and here
+    assert np.abs(np.asarray(fit(image, (16, 16))) - np.asarray(image.resize((16, 16)))).max() > 20
+
+
+def test_a_small_picture_is_enlarged_and_a_fitting_one_stays() -> None:
+    assert fit(picture(0, 5, 9), (16, 16)).size == (16, 16)
+    exact = picture(0, 16, 16)
+    assert np.array_equal(np.asarray(fit(exact, (16, 16))), np.asarray(exact))
+    for height, width in ((17, 1000), (1000, 17), (31, 33), (1, 1)):
+        assert fit(picture(0, height, width), (24, 16)).size == (16, 24)
+
+
+def test_photographs_keep_their_middle() -> None:
+    from sklearn.datasets import load_sample_image
+
+    photo = Image.fromarray(load_sample_image("china.jpg"))  # 640x427
+    cut = fit(photo, (64, 64))
+    middle = photo.crop((106, 0, 533, 427)).resize((64, 64), Image.Resampling.LANCZOS)
+    assert np.abs(np.asarray(cut).astype(float) - np.asarray(middle)).mean() < 6
+
+
+def test_colours_of_every_mode() -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    palette.putpixel((1, 0), 1)
+    half = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    half.putpixel((1, 0), (0, 0, 255, 128))
+    wide = Image.fromarray(np.array([[0, 65535]], dtype=np.uint16))
+    wanted = {
+        "palette": (as_saved(palette), (255, 0, 0), (0, 255, 0)),
+        "transparent palette": (
+            as_saved(palette, transparency=0), (255, 255, 255), (0, 255, 0)
+        ),
+        "alpha": (as_saved(half), (255, 255, 255), (127, 127, 255)),
+        "grey and alpha": (
+            as_saved(Image.new("LA", (2, 1), (0, 0))), (255, 255, 255), (255, 255, 255)
+        ),
+        "16 bits": (as_saved(wide), (0, 0, 0), (255, 255, 255)),
+        "one bit": (as_saved(Image.new("1", (2, 1), 1)), (255, 255, 255), (255, 255, 255)),
+        "CMYK": (
+            as_saved(Image.new("CMYK", (2, 1), (255, 0, 0, 0)), "TIFF"),
+            (0, 255, 255), (0, 255, 255),
+        ),
+    }  # fmt: skip
+    for name, (content, left, right) in wanted.items():
+        image = read_image(content)
+        assert image.mode == "RGB", name
+        assert (image.getpixel((0, 0)), image.getpixel((1, 0))) == (left, right), name
+    with pytest.raises(ValueError, match="floating-point"):
+        to_rgb(Image.new("F", (2, 1)))
+
+
+def test_exif_turns_a_picture() -> None:
+    image = Image.new("RGB", (8, 4), "white")
+    image.putpixel((0, 0), (0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter to the right
+    turned = read_image(as_saved(image, exif=exif))
+    assert turned.size == (4, 8)
+    assert turned.getpixel((3, 0)) == (0, 0, 0)
+
+
+def test_buckets_are_of_one_area_and_fit_the_shape() -> None:
+    for resolution, multiple in ((256, 64), (512, 64), (512, 32), (1024, 64)):
+        sizes = buckets(resolution, multiple)
+        assert (resolution, resolution) in sizes
+        assert len(sizes) == len(set(sizes)) > 2
+        for height, width in sizes:
+            assert height % multiple == width % multiple == 0
+            assert max(height, width) <= 2 * min(height, width)
+            assert 0.87 < height * width / resolution**2 < 1.13
+            assert (width, height) in sizes
+    assert nearest_bucket(640, 400, buckets(256, 64)) == (192, 320)
+    assert nearest_bucket(100, 900, buckets(256, 64)) == (384, 192)
+    assert nearest_bucket(300, 300, buckets(256, 64)) == (256, 256)
+
+
+# ---- what is written ----
+
+
+def test_moments_are_those_of_encoding_directly(tmp_path, vae_folder) -> None:
+    class_folder(tmp_path / "images", 6)
+    result = run(tmp_path / "images", tmp_path / "out", vae_folder, flips=True, store_dtype="fp32")
+    assert (result.samples, result.finished) == ({"train": 6}, True)
+    tensors, manifest = shard(tmp_path / "out"), read_manifest(tmp_path / "out")
+    cut = [fit(picture(seed), (16, 16)) for seed in (0, 2, 4, 1, 3, 5)]  # cats, then dogs
+    vae = tiny_vae()
+    mirrored = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in cut]
+    for name, pictures in (("moments", cut), ("moments_flipped", mirrored)):
+        with torch.no_grad():
+            posterior = vae.encode(as_input(*pictures)).latent_dist
+        wanted = torch.cat((posterior.mean, posterior.logvar), dim=1)
+        torch.testing.assert_close(tensors[name], wanted, rtol=1e-5, atol=1e-5)
+    assert tensors["class_labels"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert tensors["rows"].tolist() == list(range(6))
+    assert (manifest.classes, manifest.flips, manifest.captions) == (("cat", "dog"), True, False)
+    assert manifest.shapes == {"16x16": (2, 8, 8)}
+    assert manifest.autoencoder.class_name == "AutoencoderKL"
+    assert (manifest.autoencoder.scale, manifest.autoencoder.shift) == ((0.5,), (0.25,))
+    # The reported spread is that of draws, scaled
+    both = torch.cat((tensors["moments"], tensors["moments_flipped"]))
+    mean, logvar = both.double().chunk(2, dim=1)
+    mean = (mean - 0.25) * 0.5
+    variance = mean.var(correction=0) + (logvar.exp() * 0.25).mean()
+    assert result.mean == pytest.approx(float(mean.mean()), rel=1e-5)
+    assert result.std == pytest.approx(float(variance.sqrt()), rel=1e-5)
+
+
+def test_scale_and_shift_are_what_decode_takes_back() -> None:
+    vaes = [
+        (tiny_vae(), torch.rand(1, 3, 16, 16)), (clip_vae(), torch.rand(1, 3, 5, 16, 16)),
+        (clip_vae(), torch.rand(1, 3, 16, 16)),
+    ]  # fmt: skip
+    for vae, pictures in vaes:
+        with torch.no_grad():
+            mean, logvar = encode(vae, pictures)
+            assert mean.shape == logvar.shape
+            assert mean.ndim == pictures.ndim
+            scale, shift = (
+                torch.tensor(n).view(1, -1, *(1,) * (mean.ndim - 2)) for n in scale_and_shift(vae)
+            )
+            latents = (mean - shift) * scale
+            clip = mean.ndim == 4 and vae.__class__.__name__ == "AutoencoderKLWan"
+            plain = vae.decode(mean[:, :, None] if clip else mean).sample
+            back = decode(vae, latents[:, :, None] if clip else latents)
+        torch.testing.assert_close(back, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_an_autoencoder_without_a_posterior_gives_latents(tmp_path) -> None:
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    small = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), latent_channels=2,
+        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
+    ).eval()  # fmt: skip
+    pipeline = tmp_path / "pipeline"
+    small.save_pretrained(pipeline / "vae")  # a pipeline's folder
+    class_folder(tmp_path / "images", 2)
+    run(tmp_path / "images", tmp_path / "out", pipeline, store_dtype="fp32")
+    cut = [fit(picture(seed), (16, 16)) for seed in (0, 1)]
+    with torch.no_grad():
+        wanted = small.encode(as_input(*cut)).latents
+    torch.testing.assert_close(shard(tmp_path / "out")["latents"], wanted)
+    assert read_manifest(tmp_path / "out").shapes["16x16"] == tuple(wanted.shape[1:])
+
+
+def test_pixels_of_several_sizes_and_what_cannot_be_read(tmp_path, capsys) -> None:
+    source, out = class_folder(tmp_path / "images", 6, broken=(1, 4)), tmp_path / "out"
+    (source / "cat" / "0000.png").write_bytes(png(0)[:300])  # cut off
+    words = f"{source} {out} --pixels --resolution 16 8 --workers 1 --flips".split()
+    assert main(["prepare", *words]) == 0
+    printed = capsys.readouterr().out
+    manifest = read_manifest(out)
+    (split,) = manifest.splits.values()
+    assert [row for row, _ in split.skipped] == [0, 2, 3]
+    assert [reason.partition(":")[0] for _, reason in split.skipped] == [
+        "cat/0000.png", "cat/0004.png", "dog/0001.png",
+    ]  # fmt: skip
+    assert "skipped 3" in printed
+    assert "cat/0004.png: cannot identify image file" in printed
+    assert manifest.kind == "images"
+    assert manifest.autoencoder is None
+    assert manifest.shapes == {"16x16": (3, 16, 16), "8x8": (3, 8, 8)}
+    for size in (16, 8):
+        tensors = shard(out, f"train-00000-{size}x{size}")
+        wanted = np.stack([np.asarray(fit(picture(s), (size, size))) for s in (2, 3, 5)])
+        assert np.array_equal(tensors["images"].movedim(1, -1), wanted)
+        assert np.array_equal(tensors["images_flipped"].movedim(1, -1), wanted[:, :, ::-1])
+        assert tensors["rows"].tolist() == [1, 4, 5]
+
+
+def test_aspect_ratios(tmp_path) -> None:
+    source = tmp_path / "images"
+    source.mkdir()
+    for number, size in enumerate([(20, 40), (20, 20), (40, 20), (21, 41)]):
+        picture(number, *size).save(source / f"{number}.png")
+    run(source, tmp_path / "out", resolution=[16], aspect_ratios=True, multiple=4)
+    manifest = read_manifest(tmp_path / "out")
+    assert {s.size: s.count for s in manifest.splits["train"].shards} == {
+        (12, 24): 2, (16, 16): 1, (24, 12): 1,
+    }  # fmt: skip
+    assert shard(tmp_path / "out", "train-00000-12x24")["rows"].tolist() == [0, 3]
+    assert manifest.classes == ()
+
+
+def test_numbers_beyond_float16_do_not_pass_silently(tmp_path, caplog) -> None:
+    vae = tiny_vae()
+    with torch.no_grad():
+        vae.quant_conv.weight[:2] *= 1e7
+    vae.save_pretrained(tmp_path / "vae")
+    class_folder(tmp_path / "images", 2)
+    with pytest.raises(ValueError, match="row 0: the autoencoder's numbers are not finite in floa"):
+        run(tmp_path / "images", tmp_path / "out", tmp_path / "vae")
+    run(tmp_path / "images", tmp_path / "out2", tmp_path / "vae", store_dtype="fp32")
+    assert "standard deviation" in caplog.text
+
+
+# ---- sources ----
+
+
+def test_captions_of_a_metadata_file_and_held_out_rows(tmp_path) -> None:
+    source = tmp_path / "images"
+    source.mkdir()
+    lines = ["file_name,text"]
+    for number in range(4):
+        (source / f"{number}.png").write_bytes(png(number))
+        lines.append(f"{number}.png,{['a cat', '', 'größer', 'two dogs'][number]}")
+    (source / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
+    splits = ["train[:75%]", "validation=train[-1:]"]
+    result = run(source, tmp_path / "out", splits=splits)
+    assert result.samples == {"train": 3, "validation": 1}
+    tensors = shard(tmp_path / "out")
+    text, ends = bytes(tensors["captions"].tolist()), [0, *tensors["caption_ends"].tolist()]
+    assert [text[a:b].decode() for a, b in pairwise(ends)] == [
+        "a cat", "", "größer"
+    ]  # fmt: skip
+    held = shard(tmp_path / "out", "validation-00000-16x16")
+    assert bytes(held["captions"].tolist()) == b"two dogs"
+    assert read_manifest(tmp_path / "out").captions
+    assert "class_labels" not in tensors
+
+
+def test_parquet_with_names_and_numbers_as_labels(tmp_path) -> None:
+    table = datasets.Dataset.from_dict({
+        "image": [{"bytes": png(i), "path": None} for i in range(4)],
+        "animal": ["dog", "cat", None, "dog"],
+        "number": [2, 0, 1, -1],
+        "captions": [["one", "more"], ["two"], [], ["four"]],
+    })  # fmt: skip
+    table.to_parquet(tmp_path / "data.parquet")
+    source = tmp_path / "data.parquet"
+    run(source, tmp_path / "names", label_column="animal")
+    manifest = read_manifest(tmp_path / "names")
+    assert manifest.classes == ("cat", "dog")
+    assert manifest.splits["train"].skipped == ((2, "its animal is None"),)
+    tensors = shard(tmp_path / "names")
+    assert tensors["class_labels"].tolist() == [1, 0, 1]
+    assert bytes(tensors["captions"].tolist()) == b"onetwofour"
+    run(source, tmp_path / "numbers", label_column="number", caption_column="none")
+    manifest = read_manifest(tmp_path / "numbers")
+    assert (manifest.classes, manifest.captions) == (("0", "1", "2"), False)
+    assert manifest.splits["train"].skipped == ((3, "its number is -1"),)
+
+
+def test_webdataset_tar(tmp_path) -> None:
+    with tarfile.open(tmp_path / "data-0.tar", "w") as tar:
+        for number in range(3):
+            files = {
+                "png": png(number),
+                "cls": str(number % 2).encode(),
+                "txt": b"text %d" % number,
+            }
+            for kind, content in files.items():
+                entry = tarfile.TarInfo(f"{number:03d}.{kind}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    run(tmp_path / "data-*.tar", tmp_path / "out")
+    tensors = shard(tmp_path / "out")
+    assert tensors["class_labels"].tolist() == [0, 1, 0]
+    assert bytes(tensors["captions"].tolist()) == b"text 0text 1text 2"
+    wanted = np.asarray(fit(picture(2), (16, 16)))
+    assert np.array_equal(tensors["images"][2].movedim(0, -1), wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"splits": ["test"]}, r"unknown split 'test' of the source: use one of 'train'"),
+        ({"splits": ["train", "train=train"]}, "two splits become train"),
+        ({"splits": ["train[1]"]}, "is not understood"),
+        ({"label_column": "lable"}, "did you mean 'label'"),
+        ({"image_column": "picture"}, "unknown image_column 'picture'"),
+        ({"text_encoder": "x"}, "needs captions"),
+        ({"resolution": []}, "resolution is empty"),
+        ({"resolution": [250], "aspect_ratios": True}, "must be a multiple of 64"),
+        ({"fps": 8.0}, "give frames too"),
+        ({"dtype": "fp8"}, "unknown dtype 'fp8'"),
+        ({"resolution": [15], "vae": True}, "pictures of 15x15 do not fit"),
+        ({"frames": 5, "vae": True}, "is of pictures, not of clips"),
+        ({"splits": ["train[6:]"]}, "has no rows"),
+    ],
+)
+def test_mistakes_are_named(settings, message, tmp_path, vae_folder) -> None:
+    class_folder(tmp_path / "images", 4)
+    settings["vae"] = vae_folder if settings.pop("vae", False) else None
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "images", tmp_path / "out", **settings)
+
+
+def test_an_empty_or_absent_source_and_a_strange_vae(tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="is an empty folder"):
+        run(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(ValueError, match="there is no"):
+        run(tmp_path / "absent", tmp_path / "out")
+    class_folder(tmp_path / "images", 2)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKLL"}')
+    with pytest.raises(ValueError, match="did you mean AutoencoderKL"):
+        run(tmp_path / "images", tmp_path / "out", tmp_path / "vae")
+    with pytest.raises(ValueError, match=r"there is no folder \./nowhere"):
+        run(tmp_path / "images", tmp_path / "out", "./nowhere")
+    class_folder(tmp_path / "broken", 2, broken=(0, 1))
+    with pytest.raises(ValueError, match=r"nothing of .* could be read: row 0: cat/0000\.png"):
+        run(tmp_path / "broken", tmp_path / "out2")
+    assert not (tmp_path / "out2" / "manifest.json").exists()
+
+
+def test_dry_run_tells_and_writes_nothing(tmp_path, capsys) -> None:
+    source = class_folder(tmp_path / "images", 4)
+    words = ["prepare", str(source), str(tmp_path / "out"), "--dry-run"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "4 rows in train" in printed
+    assert "image image, label label, caption -" in printed
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["classes"] == ["cat", "dog"]
+    assert not (tmp_path / "out").exists()
+
+
+# ---- clips ----
+
+
+def test_clips_in_time(tmp_path) -> None:
+    frames = [Image.new("RGB", (16, 16), (40 * i, 0, 0)) for i in range(6)]
+    # 200 ms each, the last but one 400
+    content = as_saved(
+        frames[0], "GIF", save_all=True, append_images=frames[1:],
+        duration=[200, 200, 200, 200, 400, 200],
+    )  # fmt: skip
+
+    def reds(count: int, fps: float | None) -> list[int]:
+        found = [image.getpixel((8, 8))[0] for image in read_clip(content, count, fps)]
+        return [round(red / 40) for red in found]
+
+    assert reds(6, None) == [0, 1, 2, 3, 4, 5]
+    assert reds(7, 5) == [0, 1, 2, 3, 4, 4, 5]
+    assert reds(14, 10) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 5, 5]
+    assert reds(3, 2.5) == [0, 2, 4]
+    with pytest.raises(ValueError, match="it has 7 frames at 5 a second, 8 are wanted"):
+        read_clip(content, 8, 5)
+
+
+def test_videos_through_a_video_autoencoder(tmp_path) -> None:
+    imageio = pytest.importorskip("imageio")
+    clip_vae().save_pretrained(tmp_path / "vae")
+    source = tmp_path / "videos"
+    for name, length in (("a", 12), ("b", 3)):
+        (source / name).mkdir(parents=True)
+        frames = [np.full((32, 48, 3), 20 * i, dtype=np.uint8) for i in range(length)]
+        imageio.mimwrite(source / name / "clip.mp4", frames, fps=10, macro_block_size=16)
+    run(source, tmp_path / "out", tmp_path / "vae", frames=5, fps=5, resolution=[16])
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.shapes == {"5x16x16": (2, 2, 2, 2)}
+    assert manifest.classes == ("a", "b")
+    ((row, reason),) = manifest.splits["train"].skipped
+    assert (row, reason) == (1, "b/clip.mp4: it has 2 frames at 5 a second, 5 are wanted")
+    assert manifest.autoencoder.scale == pytest.approx((2.0, 0.5))
+    assert manifest.autoencoder.shift == pytest.approx((0.1, -0.2))
+    shown = read_clip(str(source / "a" / "clip.mp4"), 5, 5.0)
+    assert [round(np.asarray(f).mean() / 20) for f in shown] == [0, 2, 4, 6, 8]
+    clip = as_input(*(fit(f, (16, 16)) for f in shown)).movedim(0, 1)[None]  # (1, 3, 5, 16, 16)
+    with torch.no_grad():
+        posterior = clip_vae().encode(clip).latent_dist
+    moments = shard(tmp_path / "out", "train-00000-5x16x16")["moments"].float()
+    wanted = torch.cat((posterior.mean, posterior.logvar), dim=1)
+    torch.testing.assert_close(moments, wanted, rtol=2e-3, atol=2e-3)
+    with pytest.raises(ValueError, match="frames=6 is not a multiple of 4"):
+        run(source, tmp_path / "out2", tmp_path / "vae", frames=6)
+
+
+# ---- texts ----
+
+
+def captioned(folder: Path) -> Path:
+    folder.mkdir()
+    texts = ["a red disc", "blue square on a red disc", "a"]
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(png(number))
+    rows = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(texts)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_a_text_encoder_of_transformers(tmp_path) -> None:
+    pytest.importorskip("transformers")
+    from test_text import save_encoder
+
+    from elit.pipelines.text_encoder import encode as encode_texts
+    from elit.pipelines.text_encoder import load_text_encoder
+
+    save_encoder("clip", tmp_path / "clip")
+    out, name = tmp_path / "out", str(tmp_path / "clip")
+    options = {"text_encoder": name, "max_text_length": 8, "store_dtype": "fp32"}
+    run(captioned(tmp_path / "images"), out, batch_size=2, **options)
+    tensors, null = shard(out), load_file(out / "null.safetensors")
+    tokenizer, encoder = load_text_encoder(name)
+    config = {"max_text_length": 8, "vocab_size": None, "text_dim": 16, "pooled_dim": 16}
+    wanted = encode_texts(["blue square on a red disc"], config, tokenizer, encoder)
+    mask = tensors["encoder_attention_mask"]
+    assert mask.sum(1).tolist() == [3, 6, 1]
+    assert tensors["encoder_hidden_states"].shape == (3, 8, 16)
+    torch.testing.assert_close(
+        tensors["encoder_hidden_states"][1, :6], wanted["encoder_hidden_states"][0]
+    )
+    torch.testing.assert_close(tensors["pooled_projections"][1:2], wanted["pooled_projections"])
+    assert not tensors["encoder_hidden_states"][~mask].any()
+    assert {n: (1, *x.shape[1:]) for n, x in tensors.items() if n in null} == {
+        n: tuple(x.shape) for n, x in null.items()
+    }
+    assert set(null) == {"encoder_hidden_states", "encoder_attention_mask", "pooled_projections"}
+    manifest = read_manifest(out)
+    assert (manifest.text_encoder, manifest.max_text_length) == (name, 8)
+
+
+def test_texts_as_a_pipeline_of_diffusers_encodes_them(tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    import diffusers
+    from test_text import save_tokenizer
+
+    save_tokenizer("t5", tmp_path / "tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    config = transformers.UMT5Config(
+        vocab_size=8, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+    )
+    pipe = diffusers.WanPipeline(
+        tokenizer=tokenizer, text_encoder=transformers.UMT5EncoderModel(config).eval(), vae=None,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), transformer=None,
+    )  # fmt: skip
+    pipe.save_pretrained(tmp_path / "wan")
+    options = {"text_encoder": str(tmp_path / "wan"), "max_text_length": 8, "store_dtype": "fp32"}
+    run(captioned(tmp_path / "images"), tmp_path / "out", **options)
+    texts = ["a red disc", "blue square on a red disc", "a"]
+    with torch.no_grad():
+        wanted, _ = pipe.encode_prompt(texts, None, False, max_sequence_length=8)
+    tensors = shard(tmp_path / "out")
+    torch.testing.assert_close(tensors["encoder_hidden_states"], wanted, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        empty, _ = pipe.encode_prompt("", None, False, max_sequence_length=8)
+    null = load_file(tmp_path / "out" / "null.safetensors")
+    torch.testing.assert_close(null["encoder_hidden_states"], empty, rtol=1e-4, atol=1e-5)
+
+
+def test_texts_take_the_arguments_that_finetuning_feeds() -> None:
+    from elit.preparation.texts import PIPELINES
+    from elit.training.foreign import FLOW_TRANSFORMERS
+
+    assert len(PIPELINES) == len(FLOW_TRANSFORMERS)
+
+
+def test_settings_are_plain() -> None:
+    PrepareSettings("images", "out").check()

@@ -1,0 +1,265 @@
+"""`elit prepare` when it is stopped, killed, shared between processes, or has a full disk."""
+
+import errno
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from prepare_sources import class_folder, command, contents, run, shard, tiny_vae
+
+from elit.cli.main import main
+from elit.data.manifest import read_manifest
+from elit.preparation import verify
+
+datasets = pytest.importorskip("datasets")
+
+COUNT, PART = 14, 4
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return class_folder(tmp_path / "images", COUNT, broken=(3,))
+
+
+@pytest.fixture
+def whole(source, tmp_path) -> dict[str, str]:
+    """What an undisturbed run of one process writes."""
+    run(source, tmp_path / "whole", part_size=PART)
+    return contents(tmp_path / "whole")
+
+
+def test_processes_share_the_work_without_talking(source, tmp_path, monkeypatch) -> None:
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    run(source, tmp_path / "one", tmp_path / "vae", part_size=PART, flips=True)
+    done = []
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in (2, 0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        done.append(run(source, tmp_path / "three", tmp_path / "vae", part_size=PART, flips=True))
+    assert [result.done for result in done] == [4, 6, 4]  # parts 2, 0 and 3, 1
+    assert [result.missing for result in done] == [3, 1, 0]
+    assert [result.finished for result in done] == [False, False, True]
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+    assert done[-1].std == pytest.approx(run(source, tmp_path / "one", tmp_path / "vae",
+                                             part_size=PART, flips=True).std)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_at_once(source, tmp_path, whole) -> None:
+    out, cache = tmp_path / "two", tmp_path / "cache"
+    both = [
+        command(source, out, cache, "--part-size", str(PART), RANK=str(rank), WORLD_SIZE="2")
+        for rank in range(2)
+    ]
+    for process in both:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert "prepare" in err
+    assert contents(out) == whole
+
+
+def test_slurm_counts_only_within_a_step(monkeypatch) -> None:
+    from elit.preparation.process import this_process
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_PROCID", "5")
+    assert this_process().world == 1  # a batch script runs once
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    assert (this_process().rank, this_process().world) == (5, 8)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 'two'"):
+        this_process()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(ValueError, match="RANK=2 of WORLD_SIZE=2"):
+        this_process()
+
+
+def test_what_is_there_is_not_made_again(source, tmp_path, whole) -> None:
+    out = tmp_path / "whole"
+    times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    again = run(source, out, part_size=PART)
+    assert (again.done, again.finished) == (0, True)
+    (out / "train-00001.json").unlink()
+    (out / "manifest.json").unlink()
+    (out / ".train-00002-16x16.part.safetensors").write_bytes(b"left behind")
+    resumed = run(source, out, part_size=PART)
+    assert resumed.done == PART
+    assert resumed.samples == {"train": COUNT - 1}
+    (out / ".train-00002-16x16.part.safetensors").unlink(missing_ok=True)
+    assert contents(out) == whole
+    changed = {p.name for p in out.iterdir() if p.stat().st_mtime_ns != times[p.name]}
+    assert changed == {"train-00001-16x16.safetensors", "train-00001.json", "manifest.json"}
+
+
+def test_damage_is_named_and_mended(source, tmp_path, whole, capsys) -> None:
+    out = tmp_path / "whole"
+    assert verify(out) == {}
+    shards = [out / f"train-0000{n}-16x16.safetensors" for n in range(3)]
+    content = bytearray(shards[0].read_bytes())
+    content[-1] ^= 1
+    shards[0].write_bytes(content)
+    shards[1].write_bytes(shards[1].read_bytes()[:-5])
+    shards[2].unlink()
+    assert main(["prepare", str(out), "--verify"]) == 1
+    printed = capsys.readouterr().out
+    assert "train-00000-16x16.safetensors: its checksum is wrong" in printed
+    assert "train-00001-16x16.safetensors: it has" in printed
+    assert "train-00002-16x16.safetensors: it is missing" in printed
+    run(source, out, part_size=PART, verify=True)
+    assert contents(out) == whole
+    assert main(["prepare", str(out), "--verify"]) == 0
+
+
+def test_other_settings_are_refused(source, tmp_path) -> None:
+    out = tmp_path / "out"
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    run(source, out, tmp_path / "vae", part_size=PART)
+    before = contents(out)
+    other = tiny_vae()
+    with torch.no_grad():
+        other.encoder.conv_in.bias[0] += 1
+    other.save_pretrained(tmp_path / "other")
+    shutil.copytree(tmp_path / "vae", tmp_path / "moved")
+    cases = [
+        ({"resolution": [32]}, r"resolution=\[16\], not \[32\]"),
+        ({"flips": True}, "flips=false, not true"),
+        ({"part_size": 8}, "part_size=4, not 8"),
+        ({"vae": tmp_path / "other"}, "autoencoder.sha256="),
+        ({"vae": None}, r"autoencoder=\{"),
+        ({"splits": ["train[:9]"]}, "source.splits.train.fingerprint="),
+        ({"store_dtype": "bf16"}, 'store_dtype="fp16", not "bf16"'),
+    ]
+    for changes, message in cases:
+        settings = {"vae": tmp_path / "vae", "part_size": PART} | changes
+        with pytest.raises(ValueError, match=f"was begun with {message}"):
+            run(source, out, **settings)
+    class_folder(tmp_path / "more", COUNT + 1, broken=(3,))
+    with pytest.raises(ValueError, match=r"source\.splits\.train"):
+        run(tmp_path / "more", out, tmp_path / "vae", part_size=PART)
+    # The same files elsewhere are the same
+    run(class_folder(tmp_path / "same", COUNT, broken=(3,)), out, tmp_path / "moved",
+        part_size=PART)  # fmt: skip
+    assert contents(out) == before
+
+
+def test_a_folder_with_other_things_is_left_alone(source, tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"holds other things, such as thesis\.tex"):
+        run(source, tmp_path / "out")
+    with pytest.raises(ValueError, match="is the source and the folder to write"):
+        run(source, source)
+
+
+def test_a_full_disk(source, tmp_path, whole) -> None:
+    """A part whose shard does not fit: the limit is on a file's length, the error of one kind."""
+    out = tmp_path / "out"
+    run(source, out, part_size=PART, splits=["train"])
+    for name in ("train-00002-16x16.safetensors", "train-00002.json", "manifest.json"):
+        (out / name).unlink()
+    before, limits = contents(out), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            run(source, out, part_size=PART)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.errno == errno.EFBIG
+    assert contents(out) == before
+    assert run(source, out, part_size=PART).done == PART
+    assert contents(out) == whole
+
+
+def test_a_disk_that_is_really_full(source, tmp_path, whole, capsys) -> None:
+    out = tmp_path / "disk"
+    out.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(out)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        words = ["prepare", str(source), str(out), "--pixels", "--resolution", "16",
+                 "--part-size", str(PART), "--workers", "0"]  # fmt: skip
+        assert main(words) == 2
+        assert "no space left on device; make room, then run the same" in capsys.readouterr().err
+        kept = {path.name for path in out.iterdir()}
+        assert "train-00000.json" in kept
+        assert not any(name.startswith(".") for name in kept)
+        assert {n: s for n, s in contents(out).items() if n != "manifest.json"}.items() <= (
+            whole.items()
+        )
+        subprocess.run(["mount", "-o", "remount,size=1m", str(out)], check=True)
+        assert main(words) == 0
+        assert contents(out) == whole
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_cleanly(number, tmp_path, capsys) -> None:
+    source, out = class_folder(tmp_path / "images", 120), tmp_path / "out"
+
+    def end_soon() -> None:
+        while not (out / "train-00001.json").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=end_soon, daemon=True).start()
+    words = f"prepare {source} {out} --pixels --resolution 16 --workers 1 --part-size 4"
+    assert main(words.split()) == 130
+    assert "elit: interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert not list(out.glob(".*"))
+    result = run(source, out, part_size=4)
+    assert 0 < result.done < 120
+    assert verify(out) == {}
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment(tmp_path) -> None:
+    """Killed 24 times, by turns alone and one of two: nothing is lost, nothing is there twice."""
+    source = class_folder(tmp_path / "images", 1500, broken=(7, 700))
+    cache, out, flags = tmp_path / "cache", tmp_path / "out", ("--part-size", "16", "--flips")
+    draw = random.Random(0)
+    parts = -(-1500 // 16)
+    for attempt in range(24):
+        before = len(list(out.glob("train-*.json")))
+        variables = {"WORLD_SIZE": "2", "RANK": str(attempt % 2)} if attempt % 3 else {}
+        process = command(source, out, cache, *flags, **variables)
+        moment = draw.randrange(5)  # parts more than before
+        while process.poll() is None and len(list(out.glob("train-*.json"))) < before + moment:
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode in (-signal.SIGKILL, 0)
+    assert len(list(out.glob("train-*.json"))) <= parts
+    resumed = command(source, out, cache, *flags)
+    _, err = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, err
+    run(source, tmp_path / "whole", part_size=16, flips=True)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert verify(out) == {}
+    split = read_manifest(out).splits["train"]
+    rows = [
+        row
+        for s in split.shards
+        for row in shard(out, s.file.removesuffix(".safetensors"))["rows"].tolist()
+    ]
+    assert sorted(rows + [row for row, _ in split.skipped]) == list(range(1500))
