@@ -85,7 +85,8 @@ def place(model: Any, config: LoopConfig, world: World) -> Any:
     for module in list(model.modules()):
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
+    # The root too: what it kept whole after a forward would be stale once the weights change.
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     return model
 
 
