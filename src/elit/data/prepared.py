@@ -147,6 +147,9 @@ class Prepared(ImageDataset):
     def __len__(self) -> int:
         return len(self.table) * self.copies
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in self.__dict__.items() if name != "labels"}  # can be large
+
     @cached_property
     def labels(self) -> Tensor:  # type: ignore[override]
         parts = [
