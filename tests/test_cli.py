@@ -126,7 +126,8 @@ CONFIG_FLAGS = """
     --train.accumulation --train.precision --train.device --train.threads
     --train.gradient_checkpointing
     --train.compile --train.log_every --train.validate_every --train.sample_every
-    --train.checkpoint_every --train.keep_checkpoints --train.tensorboard --sample.budgets
+    --train.checkpoint_every --train.keep_checkpoints --train.tensorboard --train.wandb
+    --train.peak_tflops --sample.budgets
     --sample.steps --sample.guidance_scale --sample.columns
 """
 # Frozen: whoever removes or renames a flag breaks somebody's script, and says so in CHANGELOG.md.

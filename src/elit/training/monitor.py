@@ -1,10 +1,12 @@
 """What a run says of itself as it goes: speed, cost, memory, and warnings of what looks wrong."""
 
+import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
@@ -209,8 +211,8 @@ class StepCost:
     """
 
     def __init__(self, model: ElasticMixin):
-        self.model = on_meta(type(model), dict(model.config))
-        self._of_size: dict[torch.Size, ElasticFlops | int] = {}
+        self.kind: tuple[type, str] = type(model), model.to_json_string()
+        self.max_latents = model.max_latents
         self._known: dict[tuple[torch.Size, int | None], int] = {}
 
     def knows(self, shapes: Sequence[torch.Size], kept: Kept) -> bool:
@@ -220,13 +222,10 @@ class StepCost:
     def learn(self, shapes: Sequence[torch.Size], kept: Kept) -> None:
         """Count what is not known."""
         for size in {shape[2:] for shape in shapes}:
-            if size not in self._of_size:
-                count = ElasticFlops if self.model.is_elastic else _plain_flops
-                self._of_size[size] = count(self.model, size)
-            of_size = self._of_size[size]
+            flops = _flops(*self.kind, size)
             for n in kept:
-                full = self.model.max_latents if n is None else n
-                self._known[size, n] = of_size if isinstance(of_size, int) else of_size(full)
+                full = self.max_latents if n is None else n
+                self._known[size, n] = flops if isinstance(flops, int) else flops(full)
 
     def __call__(self, shape: torch.Size, kept: Kept) -> int:
         """FLOPs of a batch of this shape, whose parts keep these latents."""
@@ -236,8 +235,11 @@ class StepCost:
         return 3 * sum(c * self._known[size, n] for c, n in zip(counts, kept, strict=True))
 
 
-def _plain_flops(model: ElasticMixin, size: torch.Size) -> int:
-    return forward_flops(model, None, size)
+@lru_cache(maxsize=64)  # runs of one process are often of one model
+def _flops(model_class: type, config: str, size: torch.Size) -> ElasticFlops | int:
+    """FLOPs of a forward of one sample, by its latents per group where it has any."""
+    model = on_meta(model_class, json.loads(config))
+    return ElasticFlops(model, size) if model.is_elastic else forward_flops(model, None, size)
 
 
 def peak_memory(device: torch.device) -> int | None:
