@@ -27,6 +27,7 @@ from elit.training.config import RetrofitConfig, TextConfig, TrainConfig
 from elit.training.foreign import fetch_base
 from elit.training.loop import train
 from elit.training.randomness import StepBatches
+from elit.training.retrofit import load_base
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 ASPECTS = ((32, 32), (24, 40), (40, 24))
@@ -429,9 +430,16 @@ def test_a_foreign_transformer_is_fine_tuned(tmp_path: Path) -> None:
         train(config, progress=False)
 
 
-def test_a_base_on_the_hub_is_fetched(tmp_path: Path) -> None:
-    """Offline, as the tests are, what is not in the cache is an error that says so."""
+def test_a_base_on_the_hub_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, as the tests are, it comes from the cache, or an error says that it is not there."""
     assert fetch_base(str(tmp_path)) == str(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--some--sd3"
+    make("sd3").save_pretrained(cached / "snapshots" / "0123" / "transformer")
+    (cached / "snapshots" / "0123" / "model_index.json").write_text('{"_class_name": "Other"}')
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    assert type(load_base("some/sd3")) is type(make("sd3"))
     with pytest.raises(ValueError, match="neither a folder nor can it be fetched"):
         fetch_base("nobody/has-this-model")
 

@@ -20,7 +20,7 @@ def add_arguments(parser: Parser) -> None:
     """Flags of `elit finetune`: those of `elit train`, and the base."""
     parser.usage = "elit finetune BASE [CONFIG] [--dry-run] [--json] [--key.sub VALUE ...]"
     parser.epilog = _EPILOG
-    parser.add_argument("base", metavar="BASE", help="folder of the pretrained pipeline")
+    parser.add_argument("base", metavar="BASE", help="pretrained pipeline: folder or hub name")
     parser.add_argument(
         "config",
         metavar="CONFIG",

@@ -43,7 +43,7 @@ def fetch_base(base: str) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    wanted = ["model_index.json", "config.json", "transformer/*", "scheduler/*"]
+    wanted = ["model_index.json", "config.json", "transformer/*"]
     try:
         return snapshot_download(base, allow_patterns=wanted)
     except (OSError, ValueError, HfHubHTTPError) as error:

@@ -71,13 +71,13 @@ def load_start(model: Any, options: RetrofitConfig) -> None:
 
 def load_base(base: str) -> Any:
     """The transformer of a pipeline of ours, or of diffusers', in a folder or on the hub."""
-    base = fetch_base(base)
-    index = Path(base, "model_index.json")
+    folder = fetch_base(base)
+    index = Path(folder, "model_index.json")
     if index.exists():
         theirs = read_config(index).get("_class_name") not in OURS
     else:
-        theirs = Path(base, "config.json").exists()
-    return load_transformer(base) if theirs else load_pipeline(base).transformer
+        theirs = Path(folder, "config.json").exists()
+    return load_transformer(folder) if theirs else load_pipeline(base).transformer
 
 
 def check_data(model: Any, dataset: ImageDataset, config: TrainConfig) -> None:

@@ -75,7 +75,9 @@ def validation_losses(
     shapes = [bucket.shape for bucket in dataset.buckets or ()] or [dataset.image_shape]
     noise = torch.randn((count, max(map(math.prod, shapes))), generator=draw)
     sigma = density.sample(count, draw)
-    posterior = torch.randn(noise.shape, generator=generator(seed, "validation", 1))
+    posterior = noise  # not looked at
+    if dataset.has_posterior:
+        posterior = torch.randn(noise.shape, generator=generator(seed, "validation", 1))
     losses = {num_latents: torch.empty(count) for num_latents in kept}
     for members in _alike(dataset, chosen):
         share = -(-len(members) // world.size)  # the last begin again: shards are called together
