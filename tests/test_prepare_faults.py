@@ -1,6 +1,7 @@
 """`elit prepare` when it is stopped, killed, shared between processes, or has a full disk."""
 
 import errno
+import multiprocessing
 import os
 import random
 import resource
@@ -232,28 +233,38 @@ def test_a_signal_ends_it_cleanly(number, tmp_path, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_sigkill_at_any_moment(tmp_path) -> None:
-    """Killed 24 times, by turns alone and one of two: nothing is lost, nothing is there twice."""
+def test_sigkill_at_any_moment(tmp_path, monkeypatch) -> None:
+    """Killed 40 times, by turns alone and one of two: nothing is lost, nothing is there twice."""
     source = class_folder(tmp_path / "images", 1500, broken=(7, 700))
-    cache, out, flags = tmp_path / "cache", tmp_path / "out", ("--part-size", "16", "--flips")
-    draw = random.Random(0)
-    parts = -(-1500 // 16)
-    for attempt in range(24):
+    out, settings = tmp_path / "out", {"part_size": 16, "flips": True}
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    draw, kills, moments = random.Random(0), 0, []
+    forked = multiprocessing.get_context("fork")  # with all that is imported
+    while kills < 40:
+        monkeypatch.setenv("WORLD_SIZE", "2" if kills % 3 else "1")
+        monkeypatch.setenv("RANK", str(kills // 3 % 2) if kills % 3 else "0")
+        arguments = (source, out, tmp_path / "vae")
+        process = forked.Process(target=run, args=arguments, kwargs=settings)
         before = len(list(out.glob("train-*.json")))
-        variables = {"WORLD_SIZE": "2", "RANK": str(attempt % 2)} if attempt % 3 else {}
-        process = command(source, out, cache, *flags, **variables)
-        moment = draw.randrange(5)  # parts more than before
-        while process.poll() is None and len(list(out.glob("train-*.json"))) < before + moment:
-            time.sleep(0.002)
-        time.sleep(draw.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
-        assert process.returncode in (-signal.SIGKILL, 0)
-    assert len(list(out.glob("train-*.json"))) <= parts
-    resumed = command(source, out, cache, *flags)
-    _, err = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, err
-    run(source, tmp_path / "whole", part_size=16, flips=True)
+        process.start()
+        wanted = before + draw.randrange(4)  # done parts, when it is killed, and a while later
+        while process.is_alive() and len(list(out.glob("train-*.json"))) < wanted:
+            time.sleep(0.001)
+        time.sleep(draw.random() * 0.1)
+        killed = process.is_alive()
+        process.kill()
+        process.join(60)
+        assert process.exitcode == (-signal.SIGKILL if killed else 0)
+        if not killed:  # this process's share was done
+            break
+        kills += 1
+        moments.append(sorted(p.name.partition(".part")[0] for p in out.glob(".*")))
+    assert kills >= 20
+    assert any(moments), "not once was it killed while it wrote"
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert run(source, out, tmp_path / "vae", **settings).finished
+    run(source, tmp_path / "whole", tmp_path / "vae", **settings)
     assert contents(out) == contents(tmp_path / "whole")
     assert verify(out) == {}
     split = read_manifest(out).splits["train"]

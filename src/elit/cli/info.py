@@ -15,7 +15,15 @@ from elit.cli.common import (
     print_json,
 )
 
-_PACKAGES = ("torch", "diffusers", "safetensors", "jsonargparse", "scikit-learn", "tensorboard")
+_PACKAGES = (
+    "torch",
+    "diffusers",
+    "safetensors",
+    "jsonargparse",
+    "scikit-learn",
+    "tensorboard",
+    "datasets",
+)
 
 
 def add_arguments(parser: Parser) -> None:
