@@ -117,8 +117,8 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path) -> None:
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     validation = [line for line in lines if "validation/loss_1" in line]
     assert [line["step"] for line in validation] == [20, 40]
-    assert set(validation[0]) == {"step", *(f"validation/loss_{b}" for b in
-                                            ("1", "1/2", "1/4", "1/8", "1/16"))}  # fmt: skip
+    losses = {name for name in validation[0] if name.startswith("validation/loss_")}
+    assert losses == {f"validation/loss_{b}" for b in ("1", "1/2", "1/4", "1/8", "1/16")}
     assert (tmp_path / "samples" / "step-00000040.png").stat().st_size > 100
     assert list((tmp_path / "tensorboard").iterdir())
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == config.to_dict()
