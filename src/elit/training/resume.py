@@ -5,6 +5,7 @@ from pathlib import Path
 from elit.data import ImageDataset
 from elit.training.checkpoint import read_state
 from elit.training.config import TrainConfig, fixed_settings
+from elit.training.distributed import World
 
 
 def check_not_taken(folder: Path) -> None:
@@ -13,6 +14,16 @@ def check_not_taken(folder: Path) -> None:
         raise ValueError(
             f"{folder} holds a pipeline, but no checkpoint to go on from: training would "
             f"overwrite it; choose another output_dir, or remove that folder"
+        )
+
+
+def check_same_data(dataset: ImageDataset, world: World) -> None:
+    """Raise a ValueError if processes have left out other shards: each would shuffle its own."""
+    found = world.gather(len(dataset))
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"the processes see {found} samples of {dataset}: the data must be one folder that all "
+            f"of them can read whole"
         )
 
 

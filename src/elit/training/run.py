@@ -36,7 +36,7 @@ from elit.training.optimizer import Optimizer
 from elit.training.parallel import Parallel, half_dtype, whole
 from elit.training.probe import watch_interface
 from elit.training.randomness import StepBatches, generator
-from elit.training.resume import check_not_taken, check_same_run
+from elit.training.resume import check_not_taken, check_same_data, check_same_run
 from elit.training.retrofit import without_lora
 from elit.training.signals import ignore_signals
 from elit.training.validation import (
@@ -63,6 +63,7 @@ class Run:
         self.folder = Path(config.output_dir)
         self.dataset = load_dataset(config.data.name, "train", **config.data.options)
         self.held_out = load_dataset(config.data.name, "validation", **config.data.options)
+        check_same_data(self.dataset, world)
         objective = config.objective
         self.density = SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
 
