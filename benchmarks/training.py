@@ -70,7 +70,7 @@ def paper_rows(names: list[str] | None = None) -> Iterator[list[str]]:
     for name in names or [name for name in known if "/" in name]:
         gpus = MANY_GPUS if name.startswith("qwen") else 8
         found = estimate(load_config(name, {}), gpus)
-        figures = re.search(r"FID ([\d.]+), FDD ([\d.]+), (?:IS|FVD) ([\d.]+)", top_of(name))
+        figures = re.search(r"FID (\d+\.\d), FDD (\d+\.\d), (?:IS|FVD) (\d+\.\d)", top_of(name))
         yield [
             f"`{name}`",
             f"{found.parameters / 1e6:.0f} M",
