@@ -166,8 +166,11 @@ class Run:
         """The model with its moving average in place, ready to sample."""
         self._swap_average()
         self.model.eval()
+        # Shards are gathered in the precision of training, a copy is called in its own.
+        precision = self.autocast() if self.parallel.is_sharded else contextlib.nullcontext()
         try:
-            yield
+            with precision:
+                yield
         finally:
             self._swap_average()
             self.model.train()
