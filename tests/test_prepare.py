@@ -2,6 +2,7 @@
 
 import io
 import json
+import runpy
 import tarfile
 from itertools import pairwise
 from pathlib import Path
@@ -510,11 +511,101 @@ def test_texts_as_a_pipeline_of_diffusers_encodes_them(tmp_path) -> None:
     torch.testing.assert_close(null["encoder_hidden_states"], empty, rtol=1e-4, atol=1e-5)
 
 
+def diffusers_pipeline(kind: str, home: Path):
+    """A pipeline of tiny random text encoders, and without the rest."""
+    import diffusers
+    import transformers
+    from test_text import save_encoder
+
+    part = {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(), "vae": None}
+    tokenizers = {}
+    for name in ("t5", "clip", "qwen2"):
+        save_encoder(name, home / name)
+        tokenizers[name] = transformers.AutoTokenizer.from_pretrained(home / name)
+    tokenizers["clip"].model_max_length = 16
+    t5 = transformers.T5EncoderModel.from_pretrained(home / "t5").eval()
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+             "num_attention_heads": 2}  # fmt: skip
+    if kind == "flux":
+        return diffusers.FluxPipeline(
+            text_encoder=transformers.CLIPTextModel.from_pretrained(home / "clip").eval(),
+            tokenizer=tokenizers["clip"], text_encoder_2=t5, tokenizer_2=tokenizers["t5"],
+            transformer=None, **part,
+        )  # fmt: skip
+    if kind == "sd3":
+        config = transformers.CLIPTextConfig(
+            vocab_size=8, **small, eos_token_id=7, bos_token_id=6, max_position_embeddings=77,
+            projection_dim=16,
+        )  # fmt: skip
+        clips = [transformers.CLIPTextModelWithProjection(config).eval() for _ in range(2)]
+        return diffusers.StableDiffusion3Pipeline(
+            text_encoder=clips[0], tokenizer=tokenizers["clip"], text_encoder_2=clips[1],
+            tokenizer_2=tokenizers["clip"], text_encoder_3=t5, tokenizer_3=tokenizers["t5"],
+            transformer=None, **part,
+        )  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=small | {"vocab_size": 300, "num_key_value_heads": 1, "rope_scaling": rope},
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+                       "out_hidden_size": 16, "patch_size": 2},
+    )  # fmt: skip
+    return diffusers.QwenImagePipeline(
+        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config).eval(),
+        tokenizer=tokenizers["qwen2"], transformer=None, **part,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("flux", {"encoder_hidden_states", "pooled_projections"}),
+        ("sd3", {"encoder_hidden_states", "pooled_projections"}),
+        ("qwen", {"encoder_hidden_states", "encoder_hidden_states_mask"}),
+    ],
+)
+def test_a_text_is_encoded_alike_whatever_else_is_there(kind, arguments, tmp_path) -> None:
+    pytest.importorskip("transformers")
+    from elit.preparation.texts import load_texts
+
+    pipe = diffusers_pipeline(kind, tmp_path)
+    pipe.save_pretrained(tmp_path / "pipe")
+    encoder = load_texts(str(tmp_path / "pipe"), 64, torch.device("cpu"), "fp32", "fp32")
+    texts = ["a red disc", "on", ""]
+    found = encoder(texts)
+    assert set(found) == arguments
+    for row, text in enumerate(texts):
+        for name, x in encoder([text]).items():
+            torch.testing.assert_close(x[0], found[name][row], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        options = {} if kind == "qwen" else {"prompt_2": None}
+        options |= {"prompt_3": None, "do_classifier_free_guidance": False} if kind == "sd3" else {}
+        states = pipe.encode_prompt(prompt=["a red disc"], max_sequence_length=64, **options)[0]
+    length = states.shape[1]
+    torch.testing.assert_close(
+        found["encoder_hidden_states"][:1, :length], states, rtol=1e-4, atol=1e-4
+    )
+    assert not found["encoder_hidden_states"][0, length:].any()
+
+
 def test_texts_take_the_arguments_that_finetuning_feeds() -> None:
     from elit.preparation.texts import PIPELINES
     from elit.training.foreign import FLOW_TRANSFORMERS
 
     assert len(PIPELINES) == len(FLOW_TRANSFORMERS)
+
+
+def test_the_example_makes_what_prepare_takes(tmp_path, monkeypatch) -> None:
+    script = Path(__file__).parents[1] / "examples" / "own_images.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["own_images.py", "--count", "20", "--steps", "2"])
+    runpy.run_path(str(script), run_name="__main__")
+    words = "prepare images prepared --vae tiny-vae --resolution 32 --workers 0 --device cpu"
+    assert main(words.split()) == 0
+    manifest = read_manifest(tmp_path / "prepared")
+    assert {name: split.count for name, split in manifest.splits.items()} == {
+        "train": 20, "validation": 10,
+    }  # fmt: skip
+    assert len(manifest.classes) == 10
 
 
 def test_settings_are_plain() -> None:

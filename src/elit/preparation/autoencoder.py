@@ -120,7 +120,7 @@ def load_vae(name: str) -> tuple[Any, str]:
     try:
         vae, report = found.from_pretrained(
             str(path) if path.is_dir() else name, subfolder=subfolder,
-            torch_dtype=torch.float32, output_loading_info=True,
+            dtype=torch.float32, output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]

@@ -145,9 +145,10 @@ def _load_pipeline(name: str, kind: str) -> Any:
     import diffusers
 
     try:
-        pipe = getattr(diffusers, kind).from_pretrained(
-            name, transformer=None, vae=None, torch_dtype=torch.float32
-        )
+        index = diffusers.DiffusionPipeline.load_config(name)
+        absent = {n: None for n, value in index.items() if value == [None, None]}
+        absent |= {"transformer": None, "vae": None}
+        pipe = getattr(diffusers, kind).from_pretrained(name, **absent, dtype=torch.float32)
         if kind == "StableDiffusion3Pipeline" and pipe.text_encoder_3 is None:
             # Without T5 its place is zeros, as wide as the transformer wants
             config = diffusers.SD3Transformer2DModel.load_config(name, subfolder="transformer")
