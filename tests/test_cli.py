@@ -123,7 +123,8 @@ CONFIG_FLAGS = """
     --retrofit.init --retrofit.train --retrofit.rank --retrofit.distill --retrofit.features --retrofit.base_lr
     --optimizer.lr --optimizer.betas --optimizer.weight_decay --optimizer.warmup_steps
     --optimizer.schedule --optimizer.final_lr --optimizer.clip --optimizer.ema --train.steps
-    --train.accumulation --train.precision --train.device --train.threads
+    --train.accumulation --train.precision --train.tf32 --train.parallel --train.shard_size
+    --train.device --train.threads
     --train.gradient_checkpointing
     --train.compile --train.log_every --train.validate_every --train.sample_every
     --train.checkpoint_every --train.keep_checkpoints --train.tensorboard --train.wandb
