@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import assert_same_run, tiny_config
+from runs import assert_same_run, tiny_config
 
 from elit import ElitPipeline, TailDropping, elasticize
 from elit.cli.main import main

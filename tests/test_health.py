@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import make_inputs, randomise, tiny_dit, tiny_elastic
 from PIL import Image
-from test_training import CPU, metrics, tiny_config
+from runs import CPU, metrics, tiny_config
 
 from elit import elasticize
 from elit.cli.main import main

@@ -13,8 +13,8 @@ from prepare_sources import class_folder, tiny_vae
 from prepare_sources import run as prepare
 from prepared_data import write_prepared
 from retrofit_models import make
+from runs import assert_same_run, tiny_config
 from safetensors.torch import load_file, save_file
-from test_training import assert_same_run, tiny_config
 from torch.utils.data import DataLoader
 
 from elit import load_elastic, load_pipeline

@@ -1,10 +1,14 @@
 """The files of a run's folder: written aside, then renamed, so that none is ever half there."""
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+
+from safetensors import SafetensorError
 
 
 def replace_folder_files(target: Path, write: Callable[[Path], Any]) -> None:
@@ -23,6 +27,10 @@ def replace_folder_files(target: Path, write: Callable[[Path], Any]) -> None:
             place = target / file.relative_to(aside)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, place)
+    except SafetensorError as error:  # which names the system's error by its number alone
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(target)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -1,0 +1,86 @@
+"""Tiny training runs, for the tests of what trains."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from elit.training.config import (
+    DataConfig,
+    LatentsConfig,
+    LoopConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from elit.training.distributed import World
+
+CPU = World(0, 1, torch.device("cpu"))
+TINY = {"hidden_size": 32, "num_heads": 2, "depth": 3}
+
+
+def tiny_config(folder: Path, steps: int = 6, **changes) -> TrainConfig:
+    """A run of seconds; `changes` are keywords of its sections, as `train_log_every=1`."""
+    values = {
+        "model": {"preset": "elit-dit-tiny/2", "overrides": dict(TINY)},
+        "data": {"batch_size": 4},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 3, "ema": 0.9},
+        "train": {"steps": steps, "log_every": 1, "validate_every": 0, "sample_every": 0,
+                  "checkpoint_every": 2, "device": "cpu"},
+        "sample": {"steps": 2, "columns": 2},
+        "objective": {}, "latents": {},
+    }  # fmt: skip
+    for key, value in changes.items():
+        section, _, name = key.partition("_")
+        values[section][name] = value
+    classes = {
+        "model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig, "train": LoopConfig,
+        "sample": SampleConfig, "objective": ObjectiveConfig, "latents": LatentsConfig,
+    }  # fmt: skip
+    sections = {name: classes[name](**value) for name, value in values.items()}
+    return TrainConfig(output_dir=str(folder), seed=3, **sections)
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def launch(config: TrainConfig, file: Path, *prefix: str) -> subprocess.Popen:
+    """Start `elit train` on a config in a process of its own."""
+    file.write_text(yaml.safe_dump(config.to_dict()))
+    command = [sys.executable, *prefix, "-m", "elit", "train", str(file)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def files_of(folder: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:
+    """What a checkpoint holds that was not sharded; copies are written by one process each."""
+    kinds: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+    for file in (folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            kind, _, rest = name.partition(".")
+            assert rest not in kinds[kind]
+            kinds[kind][rest] = tensor
+    return kinds
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    for kind, tensors in files_of(one, step).items():
+        others = files_of(other, step)[kind]
+        assert tensors.keys() == others.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, others[name]), f"{kind} {name}"

@@ -1,0 +1,332 @@
+"""One run over several processes: copies or shards, in any number, are the same run."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from runs import CPU, metrics, tiny_config
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+from elit import ElitPipeline
+from elit.training.checkpoint import checkpoint_steps
+from elit.training.config import LoopConfig, TrainConfig
+from elit.training.loop import train
+from elit.training.noise import BLOCK, draw_rows
+from elit.training.optimizer import LEAST_SCALE
+from elit.training.parallel import check_parallel, shard_size
+from elit.training.run import Run
+
+STEPS, BATCH = 8, 8
+
+
+def scaled_config(folder: Path, steps: int = STEPS, **changes) -> TrainConfig:
+    changes = {"data_batch_size": BATCH, "train_checkpoint_every": 4} | changes
+    return tiny_config(folder, steps, **changes)
+
+
+def torchrun(config: TrainConfig, processes: int) -> subprocess.Popen:
+    """Start `elit train` in several processes, in a group that can be killed as one."""
+    file = Path(f"{config.output_dir}.yaml")
+    file.write_text(yaml.safe_dump(config.to_dict()))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(processes), "-m", "elit", "train", str(file),
+    ]  # fmt: skip
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen, seconds: float = 300) -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def run_processes(config: TrainConfig, processes: int) -> None:
+    process = torchrun(config, processes)
+    _, err = finish(process)
+    assert process.returncode == 0, err[-3000:]
+
+
+def exported(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in metrics(folder) if "loss" in line]
+
+
+def assert_same_results(one: Path, other: Path, atol: float = 2e-6) -> None:
+    """Losses, averaged weights and validation are equal to float tolerance."""
+    assert losses(other) == pytest.approx(losses(one), rel=1e-5)
+    weights, others = exported(one), exported(other)
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, others[name], rtol=1e-4, atol=atol, msg=name)
+    for line, same in zip(metrics(one), metrics(other), strict=True):
+        for key in line:
+            if key.startswith("validation/loss"):
+                assert same[key] == pytest.approx(line[key], rel=1e-4)
+
+
+def forget_last(folder: Path) -> None:
+    """Leave a run where it was one checkpoint before."""
+    shutil.rmtree(
+        folder / "checkpoints" / f"step-{checkpoint_steps(folder / 'checkpoints')[-1]:08d}"
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """A run of one process, with two micro-batches a step."""
+    folder = tmp_path_factory.mktemp("scale") / "alone"
+    train(scaled_config(folder, train_accumulation=2, train_validate_every=4), progress=False)
+    return folder
+
+
+# ---- shards ----
+
+
+def test_shards_train_as_a_copy_does_and_resume_on_one_process(alone, tmp_path) -> None:
+    config = scaled_config(tmp_path / "shards", train_parallel="fsdp", train_validate_every=4)
+    run_processes(config, 2)
+    assert_same_results(alone, tmp_path / "shards")
+    ElitPipeline.from_pretrained(tmp_path / "shards")
+    assert len(list((tmp_path / "shards/checkpoints/step-00000008").glob("shard-*"))) == 2
+
+    forget_last(tmp_path / "shards")
+    train(scaled_config(tmp_path / "shards", train_validate_every=4), progress=False)
+    assert_same_results(alone, tmp_path / "shards")
+
+
+def test_a_sharded_checkpoint_holds_what_a_whole_one_does(alone, tmp_path) -> None:
+    """Names and shapes of the files, whatever wrote them."""
+    config = scaled_config(tmp_path / "one")
+    train(config, progress=False)
+    reader = HuggingFaceStorageReader(str(tmp_path / "one/checkpoints/step-00000008"))
+    sizes = {k: v.size for k, v in reader.read_metadata().state_dict_metadata.items()}
+    found = {name: torch.full(size, torch.nan) for name, size in sizes.items()}
+    dcp.load(found, storage_reader=reader, no_dist=True)
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert {name.partition(".")[0] for name in found} == {"model", "ema", "optimizer"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "changes"),
+    [
+        (4, {"train_parallel": "fsdp"}),
+        (4, {"train_parallel": "hsdp", "train_shard_size": 2}),
+        (4, {}),
+        (2, {"train_parallel": "fsdp", "train_accumulation": 2}),
+        (2, {"train_parallel": "fsdp", "train_gradient_checkpointing": True}),
+    ],
+)
+def test_any_number_of_processes_is_the_same_run(alone, tmp_path, processes, changes) -> None:
+    run_processes(scaled_config(tmp_path / "run", train_validate_every=4, **changes), processes)
+    assert_same_results(alone, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", ["ddp", "fsdp"])
+@pytest.mark.parametrize("after", ["ddp", "fsdp"])
+def test_two_processes_resume_on_four(alone, tmp_path, before, after) -> None:
+    run_processes(scaled_config(tmp_path / "run", train_parallel=before, train_validate_every=4), 2)
+    forget_last(tmp_path / "run")
+    run_processes(scaled_config(tmp_path / "run", train_parallel=after, train_validate_every=4), 4)
+    assert_same_results(alone, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_shards_in_16_bits_stay_close(alone, tmp_path, precision) -> None:
+    config = scaled_config(
+        tmp_path / "run", train_parallel="fsdp", train_precision=precision, train_sample_every=8
+    )
+    run_processes(config, 2)
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=5e-3)
+    assert all(tensor.dtype == torch.float32 for tensor in exported(tmp_path / "run").values())
+    assert (tmp_path / "run/samples/step-00000008.png").exists()
+
+
+def test_a_copy_cannot_be_shared_by_a_number_that_does_not_divide() -> None:
+    loop = LoopConfig(parallel="hsdp", shard_size=3)
+    with pytest.raises(ValueError, match=r"shard_size=3 does not divide 4 processes.*divisor of 4"):
+        check_parallel(loop, 4)
+    assert shard_size(LoopConfig(parallel="hsdp", shard_size=2), 4) == 2
+
+
+def test_the_number_that_shares_a_copy_means_hsdp(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"shard_size=2 has no effect on train\.parallel=fsdp"):
+        tiny_config(tmp_path, train_parallel="fsdp", train_shard_size=2)
+
+
+# ---- noise ----
+
+
+def test_a_row_draws_the_same_whoever_draws_it(tmp_path) -> None:
+    run = Run(tiny_config(tmp_path), CPU)
+    args = ((1, 4, 4), run.density, 3, 7, CPU.device, True)
+    together = draw_rows(range(40), *args)
+    for rows in (range(3), range(BLOCK - 1, BLOCK + 2), range(39, 40)):
+        for part, all_rows in zip(draw_rows(rows, *args), together, strict=True):
+            assert torch.equal(part, all_rows[rows.start : rows.stop])
+    assert not torch.equal(together.noise[:BLOCK], together.noise[BLOCK : 2 * BLOCK])
+    assert not torch.equal(together.noise, together.posterior)
+    run.close()
+
+
+def test_other_micro_batches_are_the_same_run(tmp_path) -> None:
+    for accumulation in (1, 4):
+        folder = tmp_path / str(accumulation)
+        train(scaled_config(folder, 4, train_accumulation=accumulation), progress=False)
+    assert_same_results(tmp_path / "1", tmp_path / "4")
+
+
+# ---- fp16 ----
+
+
+def test_fp16_skips_steps_that_overflow_and_goes_on(tmp_path) -> None:
+    run = Run(tiny_config(tmp_path, train_precision="fp16"), CPU)
+    before = [p.detach().clone() for p in run.trained]
+    scale = run.optimizer.scaler.get_scale()
+    run.optimizer.backward(sum((p * torch.inf).sum() for p in run.trained))
+    assert not run.optimizer.clip().isfinite()
+    assert run.optimizer.may_skip()
+    run.optimizer.step(skip=True)
+    assert all(torch.equal(p, old) for p, old in zip(run.trained, before, strict=True))
+    assert run.optimizer.scaler.get_scale() == scale / 2
+    run.optimizer.scaler.update(LEAST_SCALE)
+    assert not run.optimizer.may_skip()  # the run has diverged
+    run.close()
+
+
+def test_fp16_resumes_with_its_scale(tmp_path) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(tiny_config(whole, 6, train_precision="fp16"), progress=False)
+    for steps in (4, 6):
+        train(tiny_config(halves, steps, train_precision="fp16"), progress=False)
+    assert [line["loss_scale"] for line in metrics(halves)] == [65536.0] * 6
+    state = json.loads((halves / "checkpoints/step-00000006/state.json").read_text())
+    assert state["scaler"]["_growth_tracker"] == 6
+    for name, tensor in exported(whole).items():
+        assert torch.equal(tensor, exported(halves)[name])
+
+
+# ---- faults ----
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """Training processes of a torchrun, by rank as they were started."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return sorted(int(line) for line in found.stdout.split())
+
+
+def kill_one_rank(folder: Path, moment: float, steps: int = 400) -> tuple[float, str]:
+    """Kill a random process of two some time after the first step; seconds to the end, stderr."""
+    config = scaled_config(folder, steps, train_checkpoint_every=3)
+    process = torchrun(config, 2)
+    deadline = time.monotonic() + 240
+    while not (folder / "metrics.jsonl").exists() or not metrics_written(folder):
+        assert process.poll() is None, finish(process)[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(moment)
+    os.kill(random.Random(moment).choice(children(process)), signal.SIGKILL)
+    killed = time.monotonic()
+    _, err = finish(process, 120)
+    assert process.returncode not in (0, None)
+    return time.monotonic() - killed, err
+
+
+def metrics_written(folder: Path) -> bool:
+    return bool((folder / "metrics.jsonl").read_text().strip())
+
+
+def assert_resumes_right(folder: Path, reference: Path) -> None:
+    """Losses of the steps after a resume are those of a run that was never killed."""
+    steps = max(checkpoint_steps(folder / "checkpoints"), default=0) + 2
+    if steps > len(losses(reference)):
+        return
+    train(scaled_config(folder, steps, train_checkpoint_every=3), progress=False)
+    assert losses(folder) == pytest.approx(losses(reference)[:steps], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("long") / "run"
+    train(scaled_config(folder, 60), progress=False)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", range(20))
+def test_when_one_process_is_killed_the_others_end_and_the_run_goes_on(
+    long_run, tmp_path, attempt
+) -> None:
+    seconds, err = kill_one_rank(tmp_path / "run", random.Random(attempt).uniform(0, 2))
+    assert seconds < 60
+    assert re.search(r"lost another one|SIGKILL", err), err[-2000:]
+    assert_resumes_right(tmp_path / "run", long_run)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path) -> None:
+    """No file may grow beyond a limit: to the writer, that is a disk that is full."""
+    train(tiny_config(tmp_path / "run", 2), progress=False)
+    config = tiny_config(tmp_path / "run", 6)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config.to_dict()))
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    process = subprocess.run(
+        [sys.executable, "-m", "elit", "train", str(file)],
+        capture_output=True, text=True, preexec_fn=limit,
+    )  # fmt: skip
+    assert process.returncode == 2, process.stderr
+    assert "file too large" in process.stderr.lower()
+    assert "make room, then run the same command again" in process.stderr
+    assert checkpoint_steps(tmp_path / "run/checkpoints") == [2]
+    train(config, progress=False)
+    train(tiny_config(tmp_path / "whole", 6), progress=False)
+    for name, tensor in exported(tmp_path / "whole").items():
+        assert torch.equal(tensor, exported(tmp_path / "run")[name])
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path) -> None:
+    run = Run(tiny_config(tmp_path), CPU)
+    (tmp_path / "checkpoints").write_text("in the way")
+    run.checkpoints.save(1, {"model.weight": torch.zeros(3)}, {})
+    while not run.checkpoints.has_failed:
+        time.sleep(0.01)
+    with pytest.raises(OSError, match=r"step-00000001|in the way|checkpoints before it") as caught:
+        run.checkpoints.poll()
+    assert "the checkpoints before it are as they were" in str(caught.value)
+    assert run.checkpoints.wait() is None
+    run.close()
+
+
+def test_a_missing_shard_is_named(tmp_path) -> None:
+    train(tiny_config(tmp_path, 2), progress=False)
+    (file,) = (tmp_path / "checkpoints" / "step-00000002").glob("*.safetensors")
+    file.unlink()
+    with pytest.raises(ValueError, match=rf"cannot be read.*{file.name}"):
+        train(tiny_config(tmp_path, 4), progress=False)
