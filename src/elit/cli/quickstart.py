@@ -44,7 +44,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--lr",
         metavar="RATE",
-        help="learning rate (default: that of the config, which suits a DiT)",
+        help="learning rate (default: that of the config)",
     )
     add_json_flag(parser)
 
