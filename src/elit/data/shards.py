@@ -54,8 +54,8 @@ def _sha256(path: Path, size: int, modified: int) -> str:
 def damage_error(path: Path, reason: str) -> ValueError:
     """The error for a shard that can't be read."""
     return ValueError(
-        f"{path} is damaged: {reason}; run its `elit prepare` again, which writes it anew, or go "
-        f"on without it: data.options.damaged=skip"
+        f"{path} is damaged: {reason}; run its `elit prepare` again with --verify, which writes it "
+        f"anew, or go on without it: data.options.damaged=skip"
     )
 
 

@@ -84,7 +84,9 @@ def load_encoder(
     sha256 = weights_sha256(vae)  # before the cast: the same of any dtype
     scale, shift = scale_and_shift(vae)
     about = Autoencoder(name, type(vae).__name__, sha256, scale, shift)
-    vae = vae.to(device, types[0]).eval().requires_grad_(False)
+    vae = vae.to(device).eval().requires_grad_(False)
+    if types[0] != torch.float32:
+        vae = vae.to(types[0])
     smallest = min((size for sizes in sizes.choices for size in sizes), key=lambda s: s[0] * s[1])
     black = torch.zeros(1, 3, *([sizes.frames] if sizes.frames else []), *smallest)
     with torch.inference_mode():
