@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_run, tiny_config
+from runs import CPU, assert_same_run, tiny_config
 
 from elit import ElitPipeline, TailDropping, elasticize
 from elit.cli.main import main
+from elit.data import load_dataset
 from elit.training.build import build_parts
 from elit.training.config import RetrofitConfig, TrainConfig
 from elit.training.loop import train
-from elit.training.run import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -123,8 +122,7 @@ def test_the_teacher_is_the_original(base: Path, tmp_path: Path) -> None:
     shared = {}
     for init, kind in (("identity", "adapters"), ("identity", "all"), ("learned", "all")):
         config = finetune_config(base, tmp_path, init=init, train=kind)
-        dataset = Run(finetune_config(base, tmp_path / "x"), _World()).dataset
-        model, _, distillation = build_parts(config, dataset, CPU)
+        model, _, distillation = build_parts(config, load_dataset("digits"), CPU)
         velocity, tokens = distillation.targets(x, sigma, labels)
         torch.testing.assert_close(velocity, wanted, rtol=1e-4, atol=1e-5)
         assert tokens.shape == (2, 64, 32)
@@ -132,21 +130,10 @@ def test_the_teacher_is_the_original(base: Path, tmp_path: Path) -> None:
     assert list(shared.values()) == [True, False, False]
 
 
-class _World:
-    rank, size, device, is_main = 0, 1, CPU, False
-
-    def wrap(self, model: torch.nn.Module, some_unused: bool = False) -> torch.nn.Module:
-        return model
-
-    def gather(self, value: int) -> list[int]:
-        return [value]
-
-
 def test_loss_is_what_it_says(base: Path, tmp_path: Path) -> None:
     """At full budget the student is its teacher: only the data's share of the loss is left."""
     config = finetune_config(base, tmp_path, distill=0.25, features=2.0)
-    dataset = Run(config, _World()).dataset
-    model, _, distillation = build_parts(config, dataset, CPU)
+    model, _, distillation = build_parts(config, load_dataset("digits"), CPU)
     x, sigma = torch.randn(3, 1, 16, 16), torch.rand(3)
     labels = {"class_labels": torch.tensor([1, 2, 3])}
     error = torch.tensor([1.0, 2.0, 3.0])

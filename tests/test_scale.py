@@ -23,17 +23,18 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from elit import ElitPipeline
 from elit.training.checkpoint import checkpoint_steps
 from elit.training.config import LoopConfig, TrainConfig
+from elit.training.distributed import matrix_products
 from elit.training.loop import train
 from elit.training.noise import BLOCK, draw_rows
 from elit.training.optimizer import LEAST_SCALE
 from elit.training.parallel import check_parallel, shard_size
 from elit.training.run import Run
 
-STEPS, BATCH = 8, 8
+STEPS, BATCH = 20, 8
 
 
 def scaled_config(folder: Path, steps: int = STEPS, **changes) -> TrainConfig:
-    changes = {"data_batch_size": BATCH, "train_checkpoint_every": 4} | changes
+    changes = {"data_batch_size": BATCH, "train_checkpoint_every": 10} | changes
     return tiny_config(folder, steps, **changes)
 
 
@@ -96,7 +97,7 @@ def forget_last(folder: Path) -> None:
 def alone(tmp_path_factory) -> Path:
     """A run of one process, with two micro-batches a step."""
     folder = tmp_path_factory.mktemp("scale") / "alone"
-    train(scaled_config(folder, train_accumulation=2, train_validate_every=4), progress=False)
+    train(scaled_config(folder, train_accumulation=2, train_validate_every=10), progress=False)
     return folder
 
 
@@ -104,14 +105,14 @@ def alone(tmp_path_factory) -> Path:
 
 
 def test_shards_train_as_a_copy_does_and_resume_on_one_process(alone, tmp_path) -> None:
-    config = scaled_config(tmp_path / "shards", train_parallel="fsdp", train_validate_every=4)
+    config = scaled_config(tmp_path / "shards", train_parallel="fsdp", train_validate_every=10)
     run_processes(config, 2)
     assert_same_results(alone, tmp_path / "shards")
     ElitPipeline.from_pretrained(tmp_path / "shards")
-    assert len(list((tmp_path / "shards/checkpoints/step-00000008").glob("shard-*"))) == 2
+    assert len(list((tmp_path / "shards/checkpoints/step-00000020").glob("shard-*"))) == 2
 
     forget_last(tmp_path / "shards")
-    train(scaled_config(tmp_path / "shards", train_validate_every=4), progress=False)
+    train(scaled_config(tmp_path / "shards", train_validate_every=10), progress=False)
     assert_same_results(alone, tmp_path / "shards")
 
 
@@ -119,7 +120,7 @@ def test_a_sharded_checkpoint_holds_what_a_whole_one_does(alone, tmp_path) -> No
     """Names and shapes of the files, whatever wrote them."""
     config = scaled_config(tmp_path / "one")
     train(config, progress=False)
-    reader = HuggingFaceStorageReader(str(tmp_path / "one/checkpoints/step-00000008"))
+    reader = HuggingFaceStorageReader(str(tmp_path / "one/checkpoints/step-00000020"))
     sizes = {k: v.size for k, v in reader.read_metadata().state_dict_metadata.items()}
     found = {name: torch.full(size, torch.nan) for name, size in sizes.items()}
     dcp.load(found, storage_reader=reader, no_dist=True)
@@ -136,10 +137,11 @@ def test_a_sharded_checkpoint_holds_what_a_whole_one_does(alone, tmp_path) -> No
         (4, {}),
         (2, {"train_parallel": "fsdp", "train_accumulation": 2}),
         (2, {"train_parallel": "fsdp", "train_gradient_checkpointing": True}),
+        (2, {"train_parallel": "fsdp", "train_compile": True}),
     ],
 )
 def test_any_number_of_processes_is_the_same_run(alone, tmp_path, processes, changes) -> None:
-    run_processes(scaled_config(tmp_path / "run", train_validate_every=4, **changes), processes)
+    run_processes(scaled_config(tmp_path / "run", train_validate_every=10, **changes), processes)
     assert_same_results(alone, tmp_path / "run")
 
 
@@ -147,9 +149,11 @@ def test_any_number_of_processes_is_the_same_run(alone, tmp_path, processes, cha
 @pytest.mark.parametrize("before", ["ddp", "fsdp"])
 @pytest.mark.parametrize("after", ["ddp", "fsdp"])
 def test_two_processes_resume_on_four(alone, tmp_path, before, after) -> None:
-    run_processes(scaled_config(tmp_path / "run", train_parallel=before, train_validate_every=4), 2)
+    run_processes(
+        scaled_config(tmp_path / "run", train_parallel=before, train_validate_every=10), 2
+    )
     forget_last(tmp_path / "run")
-    run_processes(scaled_config(tmp_path / "run", train_parallel=after, train_validate_every=4), 4)
+    run_processes(scaled_config(tmp_path / "run", train_parallel=after, train_validate_every=10), 4)
     assert_same_results(alone, tmp_path / "run")
 
 
@@ -157,12 +161,12 @@ def test_two_processes_resume_on_four(alone, tmp_path, before, after) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_shards_in_16_bits_stay_close(alone, tmp_path, precision) -> None:
     config = scaled_config(
-        tmp_path / "run", train_parallel="fsdp", train_precision=precision, train_sample_every=8
+        tmp_path / "run", train_parallel="fsdp", train_precision=precision, train_sample_every=20
     )
     run_processes(config, 2)
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=5e-3)
     assert all(tensor.dtype == torch.float32 for tensor in exported(tmp_path / "run").values())
-    assert (tmp_path / "run/samples/step-00000008.png").exists()
+    assert (tmp_path / "run/samples/step-00000020.png").exists()
 
 
 def test_a_copy_cannot_be_shared_by_a_number_that_does_not_divide() -> None:
@@ -206,12 +210,16 @@ def test_fp16_skips_steps_that_overflow_and_goes_on(tmp_path) -> None:
     run = Run(tiny_config(tmp_path, train_precision="fp16"), CPU)
     before = [p.detach().clone() for p in run.trained]
     scale = run.optimizer.scaler.get_scale()
+    run.optimizer.scaler.load_state_dict(
+        {**run.optimizer.scaler.state_dict(), "_growth_tracker": 7}
+    )
     run.optimizer.backward(sum((p * torch.inf).sum() for p in run.trained))
     assert not run.optimizer.clip().isfinite()
     assert run.optimizer.may_skip()
     run.optimizer.step(skip=True)
     assert all(torch.equal(p, old) for p, old in zip(run.trained, before, strict=True))
     assert run.optimizer.scaler.get_scale() == scale / 2
+    assert run.optimizer.scaler.state_dict()["_growth_tracker"] == 0  # or it would grow at once
     run.optimizer.scaler.update(LEAST_SCALE)
     assert not run.optimizer.may_skip()  # the run has diverged
     run.close()
@@ -262,8 +270,7 @@ def metrics_written(folder: Path) -> bool:
 def assert_resumes_right(folder: Path, reference: Path) -> None:
     """Losses of the steps after a resume are those of a run that was never killed."""
     steps = max(checkpoint_steps(folder / "checkpoints"), default=0) + 2
-    if steps > len(losses(reference)):
-        return
+    assert steps <= len(losses(reference)), "the reference is too short"
     train(scaled_config(folder, steps, train_checkpoint_every=3), progress=False)
     assert losses(folder) == pytest.approx(losses(reference)[:steps], rel=1e-4)
 
@@ -271,7 +278,7 @@ def assert_resumes_right(folder: Path, reference: Path) -> None:
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("long") / "run"
-    train(scaled_config(folder, 60), progress=False)
+    train(scaled_config(folder, 400), progress=False)
     return folder
 
 
@@ -317,11 +324,68 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path) -> None:
     run.checkpoints.save(1, {"model.weight": torch.zeros(3)}, {})
     while not run.checkpoints.has_failed:
         time.sleep(0.01)
-    with pytest.raises(OSError, match=r"step-00000001|in the way|checkpoints before it") as caught:
-        run.checkpoints.poll()
-    assert "the checkpoints before it are as they were" in str(caught.value)
-    assert run.checkpoints.wait() is None
+    assert run.checkpoints.poll() is None  # so that all processes leave in the same step
+    error = run.unsaved()
+    assert "step-00000001" in str(error)
+    assert "the checkpoints before it are as they were" in str(error)
+
+
+def test_a_checkpoint_that_was_written_counts_when_the_next_step_diverges(tmp_path) -> None:
+    run = Run(tiny_config(tmp_path), CPU)
+    run.step = 4
+    run.save()
+    assert "last checkpoint: step 4" in str(run.diverged("loss"))
+    assert checkpoint_steps(tmp_path / "checkpoints") == [4]
+
+
+def test_a_disk_that_fills_up_at_any_moment_spoils_nothing(tmp_path) -> None:
+    """The limit on a file's length is drawn anew for each of 20 checkpoints."""
+    run = Run(tiny_config(tmp_path), CPU)
+    run.checkpoints.save(1, run._tensors(), run._state())
+    assert run.checkpoints.wait() == 1
+    (file,) = (tmp_path / "checkpoints/step-00000001").glob("*.safetensors")
+    before, draw = file.read_bytes(), random.Random(0)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for step in range(2, 22):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (draw.randrange(len(before)), most))
+            run.checkpoints.save(step, run._tensors(), run._state())
+            with pytest.raises(OSError, match="before it are as they were"):
+                run.checkpoints.wait()
+            assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert file.read_bytes() == before
+    run.checkpoints.save(22, run._tensors(), run._state())
+    assert run.checkpoints.wait() == 22
     run.close()
+
+
+def test_a_checkpoint_cut_off_anywhere_is_named(tmp_path) -> None:
+    run = Run(tiny_config(tmp_path), CPU)
+    run.checkpoints.save(1, run._tensors(), run._state())
+    run.checkpoints.wait()
+    (file,) = (tmp_path / "checkpoints/step-00000001").glob("*.safetensors")
+    whole, draw = file.read_bytes(), random.Random(1)
+    for _ in range(20):
+        file.write_bytes(whole[: draw.randrange(len(whole))])
+        with pytest.raises(ValueError, match=r"step-00000001 cannot be read.*remove that folder"):
+            run.checkpoints.load(1, run._tensors(), ["step"])
+    file.write_bytes(whole)
+    assert run.checkpoints.load(1, run._tensors(), ["step"]) == {"step": 1}
+    run.close()
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_for_gpus_and_for_the_run(tf32) -> None:
+    before = torch.get_float32_matmul_precision()
+    with matrix_products(torch.device("cuda"), tf32):
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    with matrix_products(torch.device("cpu"), True):
+        assert torch.get_float32_matmul_precision() == before
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_a_missing_shard_is_named(tmp_path) -> None:

@@ -1,21 +1,116 @@
 """Files that are never half there."""
 
+import errno
+import functools
+import hashlib
 import json
 import os
+import re
+import secrets
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_ASIDE = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part(\.\w+)?")
+_NO_LONGER_WRITTEN = 24 * 3600  # seconds after the last change
+
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file aside, then rename it: a reader sees the old one or the new one."""
+    """Let `write` make a file aside, then rename it: a reader sees the old one or the new one.
+
+    The disk holds it when this returns. Any number of processes may write the same file at once.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.part{path.suffix}")
-    write(aside)
-    os.replace(aside, path)
+    mark = f"{_place()}-{os.getpid()}-{secrets.token_hex(4)}"
+    aside = path.with_name(f".{path.stem}.{mark}.part{path.suffix}")
+    try:
+        write(aside)
+        sync(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)  # makes room on a full disk
+        raise
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8."""
+    write_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write plain types as JSON."""
-    text = json.dumps(value, indent=2) + "\n"
-    write_file(path, lambda aside: aside.write_text(text))
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Plain types as we write them into files."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file or, except on Windows, the names in a folder."""
+    if os.name == "nt":
+        return  # which syncs no file that is open for reading, and no folder
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half written.
+
+    Safe beside processes that write: a file goes if its process was of this machine and is gone,
+    or if nobody has changed it for a day.
+    """
+    for path in folder.glob(".*.part*"):
+        match = _ASIDE.fullmatch(path.name)
+        if match is None:
+            continue
+        ours = match[1] == _place()
+        try:
+            old = time.time() - path.stat().st_mtime > _NO_LONGER_WRITTEN
+            if old or (ours and not _is_alive(int(match[2]))):
+                path.unlink()
+        except FileNotFoundError:
+            pass  # it got its name, or another process removed it
+
+
+@functools.cache
+def _place() -> str:
+    """Where process numbers are unique: a machine or, within it, a container."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux
+        space = ""
+    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":
+        return True  # there, asking would end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def as_os_error(error: Exception, path: Path) -> OSError:
+    """The system's error behind one of safetensors, which names it by its number alone."""
+    found = re.search(r"os error (\d+)", str(error))
+    if found is None:
+        return OSError(errno.EIO, str(error), str(path))
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path))

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         )
     config = load_config(args.config, overrides, _settings_of(Path(args.base)))
     with quiet_diffusers():
-        check_config(config)
+        check_config(config, thorough=args.dry_run)
     if args.dry_run:
         print_config(config, args.json)
         return 0

@@ -74,17 +74,23 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"elit: {config.model.preset} with the config's overrides: {changes}", file=sys.stderr
         )
-    check_config(config)
+    check_config(config, thorough=args.dry_run)
     if args.dry_run:
         print_config(config, args.json)
         return 0
     return train_config(config, args.json)
 
 
-def check_config(config: TrainConfig) -> None:
-    """Raise a ValueError for what would stop the run, before anything is made or written."""
+def check_config(config: TrainConfig, thorough: bool = False) -> None:
+    """Raise a ValueError for what would stop the run, before anything is made or written.
+
+    Args:
+        config: of the run.
+        thorough: whether to load pretrained models too, which the run does by itself.
+    """
     import torch
 
+    from elit._devices import pick_device
     from elit.data import load_dataset
     from elit.evaluation.flops import forward_flops
     from elit.flow.objective import SigmaDensity
@@ -97,9 +103,9 @@ def check_config(config: TrainConfig) -> None:
         tail_dropping,
     )
     from elit.training.conditioning import text_settings
-    from elit.training.distributed import pick_device
     from elit.training.foreign import is_foreign
     from elit.training.metrics import summary_writer_class, wandb_module
+    from elit.training.parallel import check_parallel
     from elit.training.randomness import StepBatches
     from elit.training.retrofit import build_retrofit
     from elit.training.vae import load_run_vae
@@ -115,7 +121,14 @@ def check_config(config: TrainConfig) -> None:
     SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
     dataset = load_dataset(data.name, "train", **data.options)
     load_dataset(data.name, "validation", **data.options)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    chunks = processes * config.train.accumulation
+    check_draws(config, chunks)
+    check_parallel(config.train, processes)
+    StepBatches(len(dataset), data.batch_size, range(chunks), chunks, range(1), config.seed)
     if config.retrofit.base is not None:
+        if not thorough:
+            return
         model, _ = build_retrofit(config, dataset)
         check_condition(config, dataset, model)
     else:
@@ -124,16 +137,12 @@ def check_config(config: TrainConfig) -> None:
         with torch.device("meta"):
             model = build_model(config, dataset, of_texts).requires_grad_(False)
     check_buckets(model, dataset)
-    if not is_foreign(model):
+    if thorough and not is_foreign(model):
         load_run_vae(config, dataset)
     if isinstance(model, ElasticMixin):
         forward_flops(model)  # runs it: do the groups divide the grid?
     tail_dropping(config, model)
     latents_to_show(model, config.sample.budgets)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    chunks = processes * config.train.accumulation
-    check_draws(config, chunks)
-    StepBatches(len(dataset), data.batch_size, range(chunks), chunks, range(1), config.seed)
 
 
 def _check_overrides(preset: str, overrides: dict[str, Any]) -> None:

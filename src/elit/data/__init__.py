@@ -71,6 +71,7 @@ class ImageDataset(_TorchDataset):
     aligned: bool = False  # every object stands in the same place at the same size
     buckets: tuple[Bucket, ...] | None = None  # None: one shape, and any order reads well
     fingerprint: str | None = None  # of data that may change between two runs
+    in_use: str = ""  # digest of the files that are read, where damaged ones may be left out
     autoencoder: Autoencoder | None = None  # whose latents the images are
     has_posterior: bool = False  # whether each time another draw of its posterior is seen
     encodings: tuple[str, ...] = ()  # in batches: texts, by the model's argument that takes them

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from elit.data import ImageDataset
+from elit.evaluation.flops import forward_flops
 from elit.interface.budget import TailDropping
 from elit.models.elastic import ElasticMixin
 from elit.models.presets import DEFAULT_VOCAB_SIZE, nearest_resolution, preset_config, preset_model
@@ -35,6 +36,8 @@ def build_parts(
     if config.retrofit.base is not None:
         model, teacher = build_retrofit(config, dataset)
         check_condition(config, dataset, model)
+        if isinstance(model, ElasticMixin):
+            forward_flops(model)  # runs it: do the groups divide the grid?
     else:
         model = build_model(config, dataset, text_settings(config.text, dataset))
     check_buckets(model, dataset)

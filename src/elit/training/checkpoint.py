@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -27,8 +28,9 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.tensor import DTensor
 
-from elit.training.distributed import World
+from elit.training.distributed import World, is_of_connection
 from elit.training.folder import remove_folder, rename_folder
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -57,8 +59,6 @@ class Checkpoints:
         # Of its own: the background thread's messages must not mix with those of training.
         self.group = world.new_cpu_group()
         self._writing: Future | None = None
-        self._step = 0
-        self._state: dict[str, Any] = {}
 
     def save(self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
         """Begin to write a checkpoint; the tensors may change as soon as this returns.
@@ -69,14 +69,46 @@ class Checkpoints:
             state: plain types.
         """
         self.wait()
-        self._step, self._state = step, {"step": step, **state}
+        writing = self._writing = Future()
         writer = HuggingFaceStorageWriter(str(self._aside(step)), save_distributed=True)
-        alone = self.world.size == 1
         written = dcp.async_save(
-            tensors, storage_writer=writer, process_group=self.group, no_dist=alone
+            self._share(tensors),
+            storage_writer=writer,
+            process_group=self.group,
+            no_dist=self.world.size == 1,
         )
         assert isinstance(written, Future)  # staged already, as no other stager was asked for
-        self._writing = written
+
+        def complete(written: Future) -> None:
+            """In the thread that wrote: what is complete has its name, whatever training does."""
+            try:
+                written.result()
+                if self.world.is_main:
+                    self._name(step, state)
+                writing.set_result(step)
+            except BaseException as error:
+                if self.world.is_main:
+                    shutil.rmtree(
+                        self._aside(step), ignore_errors=True
+                    )  # makes room on a full disk
+                writing.set_exception(_write_error(self.folder / f"step-{step:08d}", error))
+
+        written.add_done_callback(complete)
+
+    def _share(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this process writes: its shards, and its part of what all hold whole."""
+        copies = [name for name, tensor in tensors.items() if not isinstance(tensor, DTensor)]
+        others = {name for i, name in enumerate(copies) if i % self.world.size != self.world.rank}
+        return {name: tensor for name, tensor in tensors.items() if name not in others}
+
+    def _name(self, step: int, state: Mapping[str, Any]) -> None:
+        """Give a checkpoint that all have written its name, and remove the oldest."""
+        aside = self._aside(step)
+        files = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
+        (aside / STATE).write_text(json.dumps({"step": step, **state, "files": files}, indent=2))
+        rename_folder(aside, self.folder / f"step-{step:08d}")
+        for old in checkpoint_steps(self.folder)[: -self.keep]:
+            remove_folder(self.folder / f"step-{old:08d}")
 
     @property
     def has_failed(self) -> bool:
@@ -85,28 +117,18 @@ class Checkpoints:
         return writing is not None and writing.done() and writing.exception() is not None
 
     def poll(self) -> int | None:
-        """Give what has been written its name; its step, or None while there is nothing new."""
-        return self.wait() if self._writing is not None and self._writing.done() else None
+        """The step of a checkpoint that has been written since; None if there is nothing new."""
+        is_done = self._writing is not None and self._writing.done() and not self.has_failed
+        return self.wait() if is_done else None
 
     def wait(self) -> int | None:
-        """Wait for what is being written; its step, or None if there was nothing."""
-        if self._writing is None:
-            return None
+        """Wait for what is being written; its step, or None if there was nothing.
+
+        Raises:
+            OSError: if it could not be written.
+        """
         writing, self._writing = self._writing, None
-        target = self.folder / f"step-{self._step:08d}"
-        try:
-            writing.result()
-            if self.world.is_main:
-                aside = self._aside(self._step)
-                files = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
-                state = {**self._state, "files": files}
-                (aside / STATE).write_text(json.dumps(state, indent=2))
-                rename_folder(aside, target)
-                for old in checkpoint_steps(self.folder)[: -self.keep]:
-                    remove_folder(self.folder / f"step-{old:08d}")
-        except (CheckpointException, OSError) as error:
-            raise _write_error(target, error) from error
-        return self._step
+        return None if writing is None else writing.result()
 
     def _aside(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}.part"
@@ -120,23 +142,34 @@ class Checkpoints:
             keys: of the state.
         """
         path = self.folder / f"step-{step:08d}"
+        reader = HuggingFaceStorageReader(str(path))
+        state, problem = {}, None
         try:
             state = json.loads((path / STATE).read_text())
             _check_files(path, state["files"])
-            _check_names(path, tensors)
+            _check_names(reader, tensors)
+            state = {key: state[key] for key in keys}
+        except Exception as error:  # of many kinds: the files may hold anything
+            problem = error
+        (any_problem,) = self.world.any(problem is not None)
+        if problem is not None:
+            raise _read_error(path, problem) from problem
+        if any_problem:
+            raise ValueError(f"checkpoint {path} cannot be read by another process, which says why")
+        try:
             dcp.load(
                 tensors,
-                storage_reader=HuggingFaceStorageReader(str(path)),
+                storage_reader=reader,
                 process_group=self.group,
                 no_dist=self.world.size == 1,
             )
-            return {key: state[key] for key in keys}
-        except Exception as error:  # of many kinds: the files may hold anything
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise ValueError(
-                f"checkpoint {path} cannot be read: {reason}; remove that folder to resume from "
-                f"the checkpoint before it, or choose another output_dir"
-            ) from error
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if isinstance(error, RuntimeError) and is_of_connection(error):
+                raise
+            raise _read_error(path, error) from error
+        return state
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -156,13 +189,20 @@ def _check_files(path: Path, files: Mapping[str, int]) -> None:
             raise OSError(f"{name} has {found} bytes, but {size} were written")
 
 
-def _check_names(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _check_names(reader: HuggingFaceStorageReader, tensors: Mapping[str, Tensor]) -> None:
     """Raise a KeyError for tensors that only one side has."""
-    metadata = HuggingFaceStorageReader(str(path)).read_metadata()
-    different = sorted(tensors.keys() ^ metadata.state_dict_metadata.keys())
+    different = sorted(tensors.keys() ^ reader.read_metadata().state_dict_metadata.keys())
     if different:
         others = f" and {len(different) - 1} others" if len(different) > 1 else ""
         raise KeyError(f"{different[0]}{others}: in only one of checkpoint and model")
+
+
+def _read_error(path: Path, error: BaseException) -> ValueError:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ValueError(
+        f"checkpoint {path} cannot be read: {reason}; remove that folder to resume from the "
+        f"checkpoint before it, or choose another output_dir"
+    )
 
 
 def _write_error(target: Path, error: BaseException) -> OSError:

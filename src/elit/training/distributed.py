@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from elit._devices import pick_device
+
 # A process that waits longer for another one gives up: something hangs. Writing a checkpoint may
 # take longer, on a slow disk.
 PATIENCE, WRITING_PATIENCE = timedelta(minutes=10), timedelta(hours=1)
@@ -66,28 +68,14 @@ class World:
         dist.all_gather(parts, mine)
         return torch.cat(parts).to(rows.device)
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
+    def barrier(self, group: dist.ProcessGroup | None = None) -> None:
+        """Wait for all processes, for as long as a group's patience lasts."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group)
 
     def new_cpu_group(self) -> dist.ProcessGroup | None:
         """A group of all processes for tensors on the CPU, with an order of messages of its own."""
         return dist.new_group(backend="gloo", timeout=WRITING_PATIENCE) if self.size > 1 else None
-
-
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """Device of a config's name; "auto" is the accelerator if there is one."""
-    if name == "auto":
-        accelerators = {"cuda": torch.cuda, "mps": torch.backends.mps}
-        name = next((n for n, module in accelerators.items() if module.is_available()), "cpu")
-    try:
-        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" holds no numbers
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} is not usable ({reason}); use auto or cpu") from error
-    return device
 
 
 @contextmanager
@@ -100,6 +88,18 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def matrix_products(device: torch.device, tf32: bool) -> Iterator[None]:
+    """Let products of fp32 matrices round to TF32 on a GPU, or not; elsewhere leave them alone."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def distributed_world(device: str) -> Iterator[World]:
     try:
         yield World(rank, size, picked)
     except RuntimeError as error:
-        if not _is_of_connection(error):
+        if not is_of_connection(error):
             raise
         raise ProcessLostError(
             f"process {rank} of {size} lost another one, which was killed, failed (it says why) or "
@@ -132,6 +132,6 @@ def distributed_world(device: str) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _is_of_connection(error: RuntimeError) -> bool:
+def is_of_connection(error: RuntimeError) -> bool:
     """Whether an error is of messages between processes; gloo's are plain RuntimeErrors."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)

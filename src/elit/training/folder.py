@@ -1,14 +1,14 @@
 """The files of a run's folder: written aside, then renamed, so that none is ever half there."""
 
-import errno
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from safetensors import SafetensorError
+
+from elit._files import as_os_error, sync
 
 
 def replace_folder_files(target: Path, write: Callable[[Path], Any]) -> None:
@@ -27,10 +27,8 @@ def replace_folder_files(target: Path, write: Callable[[Path], Any]) -> None:
             place = target / file.relative_to(aside)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, place)
-    except SafetensorError as error:  # which names the system's error by its number alone
-        found = re.search(r"os error (\d+)", str(error))
-        number = int(found[1]) if found else errno.EIO
-        raise OSError(number, os.strerror(number), str(target)) from error
+    except SafetensorError as error:
+        raise as_os_error(error, target) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -43,15 +41,6 @@ def rename_folder(aside: Path, target: Path) -> None:
     sync(aside)
     aside.rename(target)
     sync(target.parent)
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold what was written."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def lock_folder(folder: Path) -> IO[str]:

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from elit.flow.objective import flow_matching_loss
 from elit.training.config import TrainConfig
-from elit.training.distributed import ProcessLostError, cpu_threads, distributed_world
+from elit.training.distributed import (
+    ProcessLostError,
+    cpu_threads,
+    distributed_world,
+    matrix_products,
+)
 from elit.training.noise import draw_rows
 from elit.training.run import Run, TrainingDivergedError
 from elit.training.signals import stop_on_signals
@@ -49,6 +54,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     with (
         cpu_threads(loop.threads),
         distributed_world(loop.device) as world,
+        matrix_products(world.device, loop.tf32),
         stop_on_signals() as stop_requested,
     ):
         run = Run(config, world)
@@ -77,7 +83,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
                     run.checkpoints.has_failed,
                 )
                 if unsaved:
-                    run.checkpoints.wait()
+                    raise run.unsaved()
                 if broken:
                     raise run.diverged(
                         f"loss {loss.item():g} and gradient norm {grad_norm.item():g} "
@@ -85,7 +91,8 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
                         f"{run.monitor.blamed_rows(step + 1, run.dataset)})"
                     )
                 run.optimizer.step(skip)
-                run.ema.step(run.trained)
+                if not skip:
+                    run.average.step()
 
                 bar.update()
                 run.after_step(step + 1, kept, loss, grad_norm, bar)

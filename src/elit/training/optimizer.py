@@ -75,10 +75,14 @@ class Optimizer:
         if not skip:
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        if self.scaler.is_enabled():
-            # Told, not asked: each process has looked at its own shards only.
-            scale = self.scaler.get_scale() * self.scaler.get_backoff_factor()
-            self.scaler.update(scale if skip else None)
+        if not self.scaler.is_enabled():
+            return
+        if not skip:
+            self.scaler.update()
+            return
+        # Told, not asked: each process has looked at its own shards only.
+        self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
+        self.scaler.load_state_dict({**self.scaler.state_dict(), "_growth_tracker": 0})
 
     def state(self) -> dict[str, Any]:
         """What is no tensor."""

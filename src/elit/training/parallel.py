@@ -60,9 +60,10 @@ class Parallel:
             full = whole(tensor)
             if self.world.is_main:
                 weights[name] = full.cpu()
-        if self._whole is not None:
-            self._whole.load_state_dict(weights, assign=True)
-        return self._whole
+        model = copy.deepcopy(self._whole)  # of the caller: its memory goes back after the export
+        if model is not None:
+            model.load_state_dict(weights, assign=True)
+        return model
 
     def close(self) -> None:
         """Let go of what the process group must outlive."""

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from elit._devices import pick_device
 from elit._files import write_json
 from elit.data import load_dataset
 from elit.evaluation.classifier import fit_classifier
@@ -16,7 +17,6 @@ from elit.evaluation.flops import ElasticFlops
 from elit.flow.guidance import CheapCFG
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.training.config import TrainConfig
-from elit.training.distributed import pick_device
 from elit.training.loop import train
 from elit.training.randomness import generator
 from elit.viz.sheet import contact_sheet, format_budget, save_image

@@ -1,11 +1,15 @@
 """Whether a run may go on in a folder, said before anything there is touched."""
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from elit.data import ImageDataset
 from elit.training.checkpoint import read_state
 from elit.training.config import TrainConfig, fixed_settings
 from elit.training.distributed import World
+
+logger = logging.getLogger(__name__)
 
 
 def check_not_taken(folder: Path) -> None:
@@ -17,14 +21,16 @@ def check_not_taken(folder: Path) -> None:
         )
 
 
-def check_same_data(dataset: ImageDataset, world: World) -> None:
-    """Raise a ValueError if processes have left out other shards: each would shuffle its own."""
-    found = world.gather(len(dataset))
-    if len(set(found)) > 1:
-        raise ValueError(
-            f"the processes see {found} samples of {dataset}: the data must be one folder that all "
-            f"of them can read whole"
-        )
+def check_same_data(datasets: Sequence[ImageDataset], world: World) -> None:
+    """Raise a ValueError if processes have left out other files: each would shuffle its own."""
+    for dataset in datasets:
+        found = world.gather(len(dataset))
+        files = world.gather(int(dataset.in_use[:15] or "0", 16))
+        if len(set(found)) > 1 or len(set(files)) > 1:
+            raise ValueError(
+                f"the processes see {found} samples of {dataset}, or of other files: the data must "
+                f"be one folder that all of them can read whole"
+            )
 
 
 def check_same_run(
@@ -64,3 +70,9 @@ def check_same_run(
             f"checkpoint {path} was trained on another base: retrofit.base has changed since; "
             f"put that one back, or choose another output_dir"
         )
+    if state.get("in_use", dataset.in_use) != dataset.in_use:
+        logger.warning(
+            "%s: other shards can be read now than when %s was written; from here on the samples "
+            "come in another order, and some may come twice or late in this epoch",
+            config.data.options.get("path"), path,
+        )  # fmt: skip

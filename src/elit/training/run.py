@@ -1,6 +1,7 @@
 """The state of a training run: what the loop acts on, how it is made, saved and resumed."""
 
 import contextlib
+import errno
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -11,14 +12,15 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from elit._files import write_file
+from elit._signals import ignore_signals
 from elit.data import WholeBatches, load_dataset
 from elit.flow.objective import SigmaDensity
+from elit.training.average import Average
 from elit.training.build import build_parts, check_draws, tail_dropping
 from elit.training.checkpoint import (
     Checkpoints,
@@ -38,7 +40,6 @@ from elit.training.probe import watch_interface
 from elit.training.randomness import StepBatches, generator
 from elit.training.resume import check_not_taken, check_same_data, check_same_run
 from elit.training.retrofit import without_lora
-from elit.training.signals import ignore_signals
 from elit.training.validation import (
     budgets_out_of_order,
     latents_to_show,
@@ -63,7 +64,7 @@ class Run:
         self.folder = Path(config.output_dir)
         self.dataset = load_dataset(config.data.name, "train", **config.data.options)
         self.held_out = load_dataset(config.data.name, "validation", **config.data.options)
-        check_same_data(self.dataset, world)
+        check_same_data((self.dataset, self.held_out), world)
         objective = config.objective
         self.density = SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
 
@@ -82,13 +83,14 @@ class Run:
         self.parallel = Parallel(self.model, config.train, world, some_unused=is_retrofit)
         self.optimizer = Optimizer(self.model, config, world.device)
         self.trained = self.optimizer.trained
-        self.ema = EMAModel(self.trained, decay=config.optimizer.ema, foreach=True)
+        self.average = Average(self.trained, config.optimizer.ema)
         # Micro-batches are numbered over all processes, so that P processes draw what one
         # process with P-fold accumulation draws.
         accumulation = config.train.accumulation
         self.chunks = range(world.rank * accumulation, (world.rank + 1) * accumulation)
         check_draws(config, world.size * accumulation)
 
+        self._patient_group = world.new_cpu_group()  # to wait in for what takes long
         keep = config.train.keep_checkpoints
         self.checkpoints = Checkpoints(self.folder / "checkpoints", world, keep)
         self.step = self.saved_step = self._resume()
@@ -164,24 +166,14 @@ class Run:
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """The model with its moving average in place, ready to sample."""
-        self._swap_average()
-        self.model.eval()
         # Shards are gathered in the precision of training, a copy is called in its own.
         precision = self.autocast() if self.parallel.is_sharded else contextlib.nullcontext()
+        self.model.eval()
         try:
-            with precision:
+            with self.average.in_place(), precision:
                 yield
         finally:
-            self._swap_average()
             self.model.train()
-
-    @torch.no_grad()
-    def _swap_average(self) -> None:
-        """Exchange weights and averages, a tensor at a time: a whole copy may not fit."""
-        for weight, average in zip(self.trained, self.ema.shadow_params, strict=True):
-            kept = weight.detach().clone()
-            weight.copy_(average)
-            average.copy_(kept)
 
     def progress_bar(self, shown: bool) -> tqdm:
         """Bar over the steps, on the main process."""
@@ -235,21 +227,22 @@ class Run:
         self.log.write(self.step, **means, **inside)
         if self.world.is_main:
             draw_curves(self.folder)
-        for message in budgets_out_of_order(losses):
+        for message in budgets_out_of_order(losses) if self.world.is_main else ():
             logger.warning("step %d: %s", self.step, message)
 
     def draw_sheet(self) -> None:
         """Draw samples at every budget with the averaged weights."""
-        if not (self.world.is_main or self.parallel.is_sharded):
-            return  # shards are called together, a copy by the main process alone
         config = self.config
-        with self.averaged_weights():
-            assert isinstance(self.conditioning, OwnConditioning)
-            sheet = sample_sheet(
-                self.conditioning, self.held_out, config.sample, self.kept, config.seed
-            )
-        if self.world.is_main:
-            save_image(sheet, self.folder / "samples" / f"step-{self.step:08d}.png")
+        # Shards are called together, a copy by the main process alone.
+        if self.world.is_main or self.parallel.is_sharded:
+            with self.averaged_weights():
+                assert isinstance(self.conditioning, OwnConditioning)
+                sheet = sample_sheet(
+                    self.conditioning, self.held_out, config.sample, self.kept, config.seed
+                )
+            if self.world.is_main:
+                save_image(sheet, self.folder / "samples" / f"step-{self.step:08d}.png")
+        self.world.barrier(self._patient_group)
 
     def save(self) -> None:
         """Begin a checkpoint, and write the averaged weights as a pipeline in the run's folder."""
@@ -266,6 +259,7 @@ class Run:
                 if self.world.is_main:
                     export = partial(self.conditioning.export, without_lora(model))
                     replace_folder_files(self.folder, export)
+            self.world.barrier(self._patient_group)
         self._exported_step = self.step
 
     def finish(self) -> None:
@@ -278,13 +272,14 @@ class Run:
         self.saved_step = step or self.saved_step
 
     def _tensors(self) -> dict[str, Tensor]:
-        return run_tensors(self.model, self.ema.shadow_params, self.optimizer.adamw)
+        return run_tensors(self.model, self.average.weights, self.optimizer.adamw)
 
     def _state(self) -> dict[str, Any]:
         return {
-            "ema_steps": self.ema.optimization_step,
+            "ema_steps": self.average.steps,
             "seconds": self.seconds,
             "frozen": self.frozen,
+            "in_use": self.dataset.in_use,
             "config": fixed_settings(self.config, self.dataset.fingerprint),
             **self.optimizer.state(),
         }
@@ -309,7 +304,7 @@ class Run:
             return 0
         check_same_run(folder / f"step-{step:08d}", self.config, self.frozen, self.dataset)
         state = self.checkpoints.load(step, self._tensors(), tuple(self._state()))
-        self.ema.optimization_step = state["ema_steps"]
+        self.average.steps = state["ema_steps"]
         self._seconds_before = state["seconds"]
         self.optimizer.load_state(state)
         if self.world.is_main and step < self.config.train.steps:
@@ -318,6 +313,8 @@ class Run:
 
     def diverged(self, what: str) -> TrainingDivergedError:
         """Close the files; the error that tells a user whose run went wrong what to do."""
+        with contextlib.suppress(OSError):  # that is of the step before, and less bad
+            self._note_saved(self.checkpoints.wait())
         self.close()
         saved = f"step {self.saved_step}" if self.saved_step else "none yet"
         return TrainingDivergedError(
@@ -325,6 +322,18 @@ class Run:
             f"{self.log.path} for where it began; a lower optimizer.lr, a longer "
             f"optimizer.warmup_steps or train.precision=fp32 usually help; also check the data"
         )
+
+    def unsaved(self) -> OSError:
+        """Close the files; the error of a checkpoint that some process could not write."""
+        try:
+            self.checkpoints.wait()
+            error = OSError(
+                errno.EIO, "another process could not write it, and says why", str(self.folder)
+            )
+        except OSError as own:
+            error = own
+        self.close()
+        return error
 
     def close(self) -> None:
         """Close the files, and let go of what the process group must outlive."""

@@ -7,12 +7,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-def ignore_signals(_: int = 0) -> None:
-    """For loader workers: a signal to the process group is the main process's to answer."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
     """Catch SIGINT and SIGTERM; gives a function that says whether one has come."""
