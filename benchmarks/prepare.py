@@ -24,10 +24,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from elit._devices import pick_device
 from elit.preparation import PrepareSettings, prepare
 from elit.preparation.autoencoder import load_encoder
 from elit.preparation.images import fit, read_image
-from elit.preparation.process import Process, pick_device
 from elit.preparation.reading import Sizes
 
 SMALL, LARGE = (32, 64, 64), (128, 256, 512, 512)  # channels; LARGE is Stable Diffusion's
@@ -62,7 +62,7 @@ def processor_seconds() -> float:
 
 def bare(settings: PrepareSettings, pictures: torch.Tensor) -> tuple[float, float]:
     """Pictures a second of the autoencoder alone, and processor seconds a picture."""
-    device = pick_device(settings.device, Process())
+    device = pick_device(settings.device)
     encoder = load_encoder(
         settings.vae, Sizes.of(settings), device, settings.dtype, settings.store_dtype
     )

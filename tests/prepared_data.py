@@ -106,8 +106,13 @@ def write_prepared(
             null[name] = mask if "mask" in name else torch.zeros(1, *of_text).half()
         save_file(null, folder / NULL)
     vae = Autoencoder("no-such/vae", "AutoencoderKL", "0" * 64, (0.5,), (0.25,))
+    squares = [size[-1] for size in sizes if size[-1] == size[-2]] or [sizes[0][-1]]
     given = {
         "kind": kind,
+        "resolutions": {
+            size_name(size): min(squares, key=lambda side: abs(side**2 - size[-1] * size[-2]))
+            for size in sizes
+        },
         "shapes": shapes,
         "splits": splits,
         "classes": tuple(classes),

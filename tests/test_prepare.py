@@ -1,5 +1,6 @@
 """`elit prepare`: what it reads, what it makes of pictures, and what it writes."""
 
+import errno
 import io
 import json
 import runpy
@@ -11,16 +12,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from prepare_sources import class_folder, clip_vae, picture, png, run, shard, tiny_vae
+from prepare_sources import class_folder, clip_vae, contents, picture, png, run, shard, tiny_vae
 from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 
 from elit.cli.main import main
+from elit.data import load_dataset
 from elit.data.manifest import read_manifest
 from elit.pipelines.autoencoder import decode, encode, scale_and_shift
-from elit.preparation import PrepareSettings
-from elit.preparation.clips import read_clip
+from elit.preparation import PrepareSettings, verify
+from elit.preparation.clips import read_clips
 from elit.preparation.images import buckets, fit, nearest_bucket, read_image, to_rgb
+from elit.preparation.reading import Sizes, is_of_file, read
+from elit.preparation.source import open_source
 
 datasets = pytest.importorskip("datasets")
 
@@ -139,6 +143,7 @@ def test_buckets_are_of_one_area_and_fit_the_shape() -> None:
             assert max(height, width) <= 2 * min(height, width)
             assert 0.87 < height * width / resolution**2 < 1.13
             assert (width, height) in sizes
+        assert not {*sizes} & {*buckets(resolution + multiple, multiple)}
     assert nearest_bucket(640, 400, buckets(256, 64)) == (192, 320)
     assert nearest_bucket(100, 900, buckets(256, 64)) == (384, 192)
     assert nearest_bucket(300, 300, buckets(256, 64)) == (256, 256)
@@ -244,25 +249,65 @@ def test_aspect_ratios(tmp_path) -> None:
     source.mkdir()
     for number, size in enumerate([(20, 40), (20, 20), (40, 20), (21, 41)]):
         picture(number, *size).save(source / f"{number}.png")
-    run(source, tmp_path / "out", resolution=[16], aspect_ratios=True, multiple=4)
+    run(source, tmp_path / "out", resolution=[16, 18], aspect_ratios=True, multiple=2)
     manifest = read_manifest(tmp_path / "out")
-    assert {s.size: s.count for s in manifest.splits["train"].shards} == {
-        (12, 24): 2, (16, 16): 1, (24, 12): 1,
-    }  # fmt: skip
-    assert shard(tmp_path / "out", "train-00000-12x24")["rows"].tolist() == [0, 3]
+    counts = {s.size: s.count for s in manifest.splits["train"].shards}
+    assert counts == {(12, 22): 2, (16, 16): 1, (22, 12): 1, (14, 24): 2, (18, 18): 1, (24, 14): 1}
+    assert shard(tmp_path / "out", "train-00000-12x22")["rows"].tolist() == [0, 3]
     assert manifest.classes == ()
+    assert {name for name, n in manifest.resolutions.items() if n == 16} == {
+        "12x22", "16x16", "22x12"
+    }  # fmt: skip
+    for resolution in (16, 18):
+        found = load_dataset("prepared", path=tmp_path / "out", resolution=resolution)
+        held = load_dataset("prepared", "validation", path=tmp_path / "out", resolution=resolution)
+        assert len(found) + len(held) == 4
 
 
-def test_numbers_beyond_float16_do_not_pass_silently(tmp_path, caplog) -> None:
-    vae = tiny_vae()
+def test_numbers_that_are_not_finite_do_not_pass_silently(tmp_path, caplog) -> None:
+    vae, few, many = tiny_vae(), tmp_path / "few", tmp_path / "many"
     with torch.no_grad():
-        vae.quant_conv.weight[:2] *= 1e7
+        vae.quant_conv.weight[:2] *= 1e6
     vae.save_pretrained(tmp_path / "vae")
-    class_folder(tmp_path / "images", 2)
-    with pytest.raises(ValueError, match="row 0: the autoencoder's numbers are not finite in floa"):
-        run(tmp_path / "images", tmp_path / "out", tmp_path / "vae")
-    run(tmp_path / "images", tmp_path / "out2", tmp_path / "vae", store_dtype="fp32")
+    class_folder(few, 2)
+    class_folder(many, 9)
+    with pytest.raises(ValueError, match=r"row 0: the autoencoder's .* beyond fp16.*--store"):
+        run(few, tmp_path / "1", tmp_path / "vae")
+    run(few, tmp_path / "2", tmp_path / "vae", store_dtype="bf16")
     assert "standard deviation" in caplog.text
+    # Many of them end the run at once, and leave no record of the part
+    message = "no row of the part train-00000 .* not finite in fp16; give --dtype bf16 or fp32"
+    with pytest.raises(ValueError, match=message):
+        run(many, tmp_path / "3", tmp_path / "vae", dtype="fp16")
+    assert {path.name for path in (tmp_path / "3").iterdir()} == {"settings.json"}
+
+
+def test_many_pictures_that_cannot_be_read_are_told_at_once(tmp_path, caplog) -> None:
+    class_folder(tmp_path / "images", 20, broken=tuple(range(8)))
+    run(tmp_path / "images", tmp_path / "out")
+    assert "train-00000 skips 8 of its 20 rows, such as row 0: cat/0000.png: cannot" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_the_disk_says_is_no_broken_picture(workers, tmp_path) -> None:
+    """A file that is gone is skipped; an error that is not of the file stops, with its number."""
+    class_folder(tmp_path / "images", 4)
+    settings = PrepareSettings(str(tmp_path / "images"), str(tmp_path / "out"))
+    source, sizes = open_source(settings), Sizes.of(settings)
+    path = tmp_path / "images" / "cat" / "0002.png"
+    path.unlink()
+    ((_, chunk),) = read(source.splits, sizes, [("train", range(4))], workers)
+    assert [row for row, _ in chunk.skipped] == [1]
+    path.symlink_to(path)  # round and round
+    with pytest.raises(OSError, match=r"0002\.png") as caught:
+        list(read(source.splits, sizes, [("train", range(4))], workers))
+    assert caught.value.errno == errno.ELOOP
+
+
+def test_which_errors_are_of_a_file() -> None:
+    assert all(map(is_of_file, (OSError("truncated"), FileNotFoundError(errno.ENOENT, "gone"))))
+    for error in (MemoryError(), OSError(errno.EIO, "x"), OSError(errno.EMFILE, "x")):
+        assert not is_of_file(error)
 
 
 # ---- sources ----
@@ -344,6 +389,7 @@ def test_webdataset_tar(tmp_path) -> None:
         ({"resolution": []}, "resolution is empty"),
         ({"resolution": [250], "aspect_ratios": True}, "must be a multiple of 64"),
         ({"fps": 8.0}, "give frames too"),
+        ({"clips_per_video": 2}, "give frames too"),
         ({"dtype": "fp8"}, "unknown dtype 'fp8'"),
         ({"resolution": [15], "vae": True}, "pictures of 15x15 do not fit"),
         ({"frames": 5, "vae": True}, "is of pictures, not of clips"),
@@ -399,16 +445,23 @@ def test_clips_in_time(tmp_path) -> None:
         duration=[200, 200, 200, 200, 400, 200],
     )  # fmt: skip
 
-    def reds(count: int, fps: float | None) -> list[int]:
-        found = [image.getpixel((8, 8))[0] for image in read_clip(content, count, fps)]
-        return [round(red / 40) for red in found]
+    def reds(frames: int, fps: float | None, count: int = 1) -> list[list[int]]:
+        clips = read_clips(content, frames, fps, count)
+        return [[round(image.getpixel((8, 8))[0] / 40) for image in clip] for clip in clips]
 
-    assert reds(6, None) == [0, 1, 2, 3, 4, 5]
-    assert reds(7, 5) == [0, 1, 2, 3, 4, 4, 5]
-    assert reds(14, 10) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 5, 5]
-    assert reds(3, 2.5) == [0, 2, 4]
+    assert reds(6, None) == [[0, 1, 2, 3, 4, 5]]
+    assert reds(7, 5) == [[0, 1, 2, 3, 4, 4, 5]]
+    assert reds(14, 10) == [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 5, 5]]
+    assert reds(3, 2.5) == [[0, 2, 4]]
     with pytest.raises(ValueError, match="it has 7 frames at 5 a second, 8 are wanted"):
-        read_clip(content, 8, 5)
+        read_clips(content, 8, 5)
+    # Of its middle, or evenly spread
+    assert reds(2, None) == [[2, 3]]
+    assert reds(1, 5) == [[3]]
+    assert reds(2, None, 3) == reds(2, None, 9) == [[0, 1], [2, 3], [4, 5]]
+    assert reds(2, None, 2) == [[0, 1], [3, 4]]
+    assert reds(1, 5, 7) == [[0], [1], [2], [3], [4], [4], [5]]
+    assert reds(5, 5, 2) == [[1, 2, 3, 4, 4]]
 
 
 def test_videos_through_a_video_autoencoder(tmp_path) -> None:
@@ -425,9 +478,10 @@ def test_videos_through_a_video_autoencoder(tmp_path) -> None:
     assert manifest.classes == ("a", "b")
     ((row, reason),) = manifest.splits["train"].skipped
     assert (row, reason) == (1, "b/clip.mp4: it has 2 frames at 5 a second, 5 are wanted")
+    assert manifest.resolutions == {"5x16x16": 16}
     assert manifest.autoencoder.scale == pytest.approx((2.0, 0.5))
     assert manifest.autoencoder.shift == pytest.approx((0.1, -0.2))
-    shown = read_clip(str(source / "a" / "clip.mp4"), 5, 5.0)
+    (shown,) = read_clips(str(source / "a" / "clip.mp4"), 5, 5.0)
     assert [round(np.asarray(f).mean() / 20) for f in shown] == [0, 2, 4, 6, 8]
     clip = as_input(*(fit(f, (16, 16)) for f in shown)).movedim(0, 1)[None]  # (1, 3, 5, 16, 16)
     with torch.no_grad():
@@ -435,6 +489,14 @@ def test_videos_through_a_video_autoencoder(tmp_path) -> None:
     moments = shard(tmp_path / "out", "train-00000-5x16x16")["moments"].float()
     wanted = torch.cat((posterior.mean, posterior.logvar), dim=1)
     torch.testing.assert_close(moments, wanted, rtol=2e-3, atol=2e-3)
+    content = (source / "a" / "clip.mp4").read_bytes()
+    means = [[np.asarray(f).mean() / 20 for f in clip] for clip in read_clips(content, 4, None, 3)]
+    assert np.round(means).tolist() == np.arange(12).reshape(3, 4).tolist()
+    result = run(source, tmp_path / "pixels", frames=3, clips_per_video=4)
+    assert result.samples == {"train": 5}
+    tensors = shard(tmp_path / "pixels", "train-00000-3x16x16")
+    assert tensors["rows"].tolist() == [0, 0, 0, 0, 1]
+    assert tensors["class_labels"].tolist() == [0, 0, 0, 0, 1]
     with pytest.raises(ValueError, match="frames=6 is not a multiple of 4"):
         run(source, tmp_path / "out2", tmp_path / "vae", frames=6)
 
@@ -481,6 +543,24 @@ def test_a_text_encoder_of_transformers(tmp_path) -> None:
     assert set(null) == {"encoder_hidden_states", "encoder_attention_mask", "pooled_projections"}
     manifest = read_manifest(out)
     assert (manifest.text_encoder, manifest.max_text_length) == (name, 8)
+
+    # The empty text is checked, and mended, as shards are
+    file, before = out / "null.safetensors", contents(out)
+    assert verify(out) == {}
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert verify(out) == {"null.safetensors": "its checksum is wrong"}
+    with pytest.raises(ValueError, match=r"null\.safetensors is damaged: its checksum is wrong; "):
+        load_dataset("prepared", path=out, verify=True)
+    again = {"source": tmp_path / "images", "out": out, "batch_size": 2} | options
+    run(**again)
+    assert verify(out)  # without --verify damage is neither seen nor taken for what was written
+    assert run(**again, verify=True).done == 0
+    assert contents(out) == before
+    file.unlink()
+    assert run(**again).finished
+    assert contents(out) == before
 
 
 def test_texts_as_a_pipeline_of_diffusers_encodes_them(tmp_path) -> None:

@@ -1,6 +1,7 @@
 """`elit prepare` when it is stopped, killed, shared between processes, or has a full disk."""
 
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -16,6 +17,7 @@ import pytest
 import torch
 from prepare_sources import class_folder, command, contents, run, shard, tiny_vae
 
+from elit._files import remove_leftovers, write_file, write_json
 from elit.cli.main import main
 from elit.data.manifest import read_manifest
 from elit.preparation import verify
@@ -72,6 +74,76 @@ def test_two_processes_at_once(source, tmp_path, whole) -> None:
     assert contents(out) == whole
 
 
+def test_processes_that_start_at_one_moment(source, tmp_path, whole) -> None:
+    """All write the settings, the first of the folder, and one of them the manifest."""
+    tries, processes = 2, 4
+    forked = multiprocessing.get_context("fork")  # with all that is imported
+    barrier = forked.Barrier(processes)
+
+    def start(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
+        for number in range(tries):
+            barrier.wait(60)
+            run(source, tmp_path / f"out{number}", part_size=PART)
+
+    running = [forked.Process(target=start, args=(rank,)) for rank in range(processes)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(120)
+    assert [process.exitcode for process in running] == [0] * processes
+    for number in range(tries):
+        assert contents(tmp_path / f"out{number}") == whole
+
+
+def test_one_file_written_by_several_at_once(tmp_path) -> None:
+    forked = multiprocessing.get_context("fork")
+    barrier = forked.Barrier(4)
+
+    def start(rank: int) -> None:
+        barrier.wait(60)
+        for _ in range(40):
+            write_json(tmp_path / "file.json", [rank] * 1000)
+
+    running = [forked.Process(target=start, args=(rank,)) for rank in range(4)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(60)
+    assert [process.exitcode for process in running] == [0] * 4
+    found = json.loads((tmp_path / "file.json").read_text())
+    assert found in [[rank] * 1000 for rank in range(4)]
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_leftovers_go_where_nobody_writes_them(tmp_path) -> None:
+    kept = [".hidden", ".x.part.json", "x.part"]
+    for name in kept:
+        (tmp_path / name).touch()
+    forked = multiprocessing.get_context("fork")
+
+    def write_and_wait(aside: Path) -> None:
+        aside.touch()
+        time.sleep(60)
+
+    place = tmp_path / "file.json"
+    process = forked.Process(target=write_file, args=(place, write_and_wait))
+    process.start()
+    while not (found := list(tmp_path.glob(".file.*"))):
+        time.sleep(0.01)
+    elsewhere = tmp_path / ".y.01234567-1-89abcdef.part.json"  # of another machine
+    elsewhere.touch()
+    remove_leftovers(tmp_path)
+    assert found[0].exists()
+    process.kill()
+    process.join(60)
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, elsewhere.name}
+    os.utime(elsewhere, (0, 0))
+    remove_leftovers(tmp_path)
+    assert not elsewhere.exists()
+
+
 def test_slurm_counts_only_within_a_step(monkeypatch) -> None:
     from elit.preparation.process import this_process
 
@@ -81,6 +153,15 @@ def test_slurm_counts_only_within_a_step(monkeypatch) -> None:
     assert this_process().world == 1  # a batch script runs once
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     assert (this_process().rank, this_process().world) == (5, 8)
+    assert this_process().local_world == 8
+    cases = [("4(x2)", "1", 4), ("3,5", "0", 3), ("2(x2),4", "2", 4), ("8", "0", 8)]
+    for counts, node, wanted in cases:
+        monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", counts)
+        monkeypatch.setenv("SLURM_NODEID", node)
+        assert this_process().local_world == wanted
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "four")
+    with pytest.raises(ValueError, match="SLURM_STEP_TASKS_PER_NODE is 'four'"):
+        this_process()
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ValueError, match="WORLD_SIZE is 'two'"):
         this_process()
@@ -97,11 +178,9 @@ def test_what_is_there_is_not_made_again(source, tmp_path, whole) -> None:
     assert (again.done, again.finished) == (0, True)
     (out / "train-00001.json").unlink()
     (out / "manifest.json").unlink()
-    (out / ".train-00002-16x16.part.safetensors").write_bytes(b"left behind")
     resumed = run(source, out, part_size=PART)
     assert resumed.done == PART
     assert resumed.samples == {"train": COUNT - 1}
-    (out / ".train-00002-16x16.part.safetensors").unlink(missing_ok=True)
     assert contents(out) == whole
     changed = {p.name for p in out.iterdir() if p.stat().st_mtime_ns != times[p.name]}
     assert changed == {"train-00001-16x16.safetensors", "train-00001.json", "manifest.json"}

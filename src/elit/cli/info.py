@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 def installed() -> dict[str, str | None]:
     """Versions of what matters, None where it is missing, and the device that "auto" picks."""
-    from elit.training.distributed import pick_device
+    from elit._devices import pick_device
 
     found: dict[str, str | None] = {"elit": __version__, "python": platform.python_version()}
     for package in _PACKAGES:

@@ -48,6 +48,9 @@ def add_arguments(parser: Parser) -> None:
     add("--frames", type=whole_number(1), metavar="N", help="make clips of so many frames")
     add("--fps", type=number, metavar="F",
         help="frames a second of clips (default: as they are)")  # fmt: skip
+    add("--clips-per-video", type=whole_number(1), default=1, metavar="N",
+        help="at most: as many as fit without overlap, evenly spread "
+        "(default: 1, of its middle)")  # fmt: skip
     add("--vae", default=DEFAULT_VAE, metavar="NAME",
         help=f"autoencoder of diffusers, hub or folder (default: {DEFAULT_VAE})")  # fmt: skip
     add("--pixels", action="store_true", help="store the pictures themselves, without a VAE")
@@ -90,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
             name: getattr(args, name)
             for name in (
                 "resolution", "aspect_ratios", "multiple", "flips", "frames", "fps",
+                "clips_per_video",
                 "image_column", "label_column", "caption_column", "text_encoder",
                 "max_text_length", "part_size", "batch_size", "dtype", "store_dtype", "device",
                 "workers", "verify",
@@ -119,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
     else:
-        _print(report, "clips" if args.frames else "images")
+        _print(report, "videos" if args.frames else "images")
     return 0
 
 

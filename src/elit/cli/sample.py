@@ -227,9 +227,9 @@ def open_pipeline(args: argparse.Namespace) -> "ElasticPipeline":
     """The pipeline on its device, with the sampler asked for."""
     import torch
 
+    from elit._devices import pick_device
     from elit.flow.schedulers import make_scheduler
     from elit.pipelines.load import load_pipeline
-    from elit.training.distributed import pick_device
 
     device = pick_device(args.device)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32

@@ -5,6 +5,7 @@ settings.json                    what it is made of; written first, by `elit pre
 train-00000-256x256.safetensors  a shard: the samples of one size from one part of the source
 train-00000.json                 record of a part, written after its shards: the part is done
 null.safetensors                 the empty text, encoded; of captioned sets with a text encoder
+null.json                        its record, with the checksum
 manifest.json                    written when all parts are done
 """
 
@@ -13,9 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elit._files import write_json
+from elit._files import json_text, write_text
 
-MANIFEST, SETTINGS, NULL = "manifest.json", "settings.json", "null.safetensors"
+MANIFEST, SETTINGS = "manifest.json", "settings.json"
+NULL, NULL_RECORD = "null.safetensors", "null.json"
 FORMAT, VERSION = "elit-prepared", 1
 
 # What a shard holds, n samples: one of these three, (n, ...), and NAME_flipped with mirrored ones.
@@ -103,6 +105,9 @@ class Manifest:
         text_encoder: name of what encoded the texts, or None.
         max_text_length: tokens that encoded texts are padded to.
         source: where it came from: name, split, rows, fingerprint and what else is known.
+        resolutions: which one each size belongs to, by the size, such as "192x320": 256; a size
+            that is not named is one of its own.
+        null: file of the empty text, encoded, or None.
     """
 
     kind: str
@@ -115,10 +120,15 @@ class Manifest:
     text_encoder: str | None = None
     max_text_length: int | None = None
     source: dict[str, Any] = field(default_factory=dict)
+    resolutions: dict[str, int] = field(default_factory=dict)
+    null: Shard | None = None
 
     def write(self, folder: Path) -> None:
-        """Write it into a prepared folder."""
-        write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **asdict(self)})
+        """Write it into a prepared folder, unless the same is there."""
+        path = folder / MANIFEST
+        text = json_text({"format": FORMAT, "version": VERSION, **asdict(self)})
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -149,7 +159,7 @@ def _manifest(content: dict[str, Any]) -> Manifest:
         raise ValueError(f"kind {content['kind']!r} is none of {', '.join(KINDS)}")
     splits = {
         name: Split(
-            tuple(Shard(**{**shard, "size": tuple(shard["size"])}) for shard in split["shards"]),
+            tuple(map(_shard, split["shards"])),
             tuple((int(row), str(reason)) for row, reason in split["skipped"]),
         )
         for name, split in content.pop("splits").items()
@@ -158,11 +168,17 @@ def _manifest(content: dict[str, Any]) -> Manifest:
         for name in ("scale", "shift"):
             autoencoder[name] = tuple(autoencoder[name])
         autoencoder = Autoencoder(**autoencoder)
+    null = content.pop("null", None)
     shapes = {size: tuple(shape) for size, shape in content.pop("shapes").items()}
     classes = tuple(content.pop("classes"))
     return Manifest(
-        shapes=shapes, splits=splits, classes=classes, autoencoder=autoencoder, **content
-    )
+        shapes=shapes, splits=splits, classes=classes, autoencoder=autoencoder,
+        null=_shard(null) if null else None, **content,
+    )  # fmt: skip
+
+
+def _shard(content: dict[str, Any]) -> Shard:
+    return Shard(**{**content, "size": tuple(content["size"])})
 
 
 def size_name(size: tuple[int, ...]) -> str:

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from elit._choices import check_choice
+from elit._files import sha256_of
 from elit._numbers import is_whole
 from elit.data import SPLITS, ImageDataset
 from elit.data.buckets import Bucket
@@ -34,12 +35,16 @@ from elit.data.manifest import (
     read_manifest,
     size_name,
 )
-from elit.data.shards import ShardReader, damage_error, encodings_of, what_is_wrong
+from elit.data.shards import MEND, ShardReader, damage_error, encodings_of, what_is_wrong
 from elit.data.table import Table, main_size, shards_of, sizes_of
 
 logger = logging.getLogger(__name__)
 
 DAMAGED = ("refuse", "skip")
+_MAKE_FINITE = (
+    "`elit prepare FOLDER --verify` tells whether the file is as it was written; if so, prepare "
+    "the data into a new folder with --dtype fp32 --store-dtype fp32"
+)
 _WHOLE, _WINDOW = 2**22, 2**20  # samples that are shuffled at once: all, and of more than those
 
 
@@ -89,6 +94,8 @@ class Prepared(ImageDataset):
         shards, self.hold_out = shards_of(manifest, split, self.sizes, self.folder)
         whole = [self._is_whole(shard, verify) for shard in shards]
         self.table = Table(shards, whole, self.hold_out, split)
+        names = [shard.file for shard, is_whole in zip(shards, whole, strict=True) if is_whole]
+        self.in_use = hashlib.sha256("\n".join(names).encode()).hexdigest()
         self.reader = ShardReader(self.folder, self.table.shards, manifest.kind)
         self.image_shape = manifest.shapes[main_size(self.sizes, shards)]
         self.copies = 2 if manifest.flips and split == "train" else 1
@@ -98,12 +105,12 @@ class Prepared(ImageDataset):
                 f"{self.folder} has no {split} sample of {', '.join(self.sizes)}; prepare more data"
             )
         self.buckets = self._make_buckets(window)
-        self.encodings, self.null = self._encoded_texts()
+        self.encodings, self.null = self._encoded_texts(verify)
         self.text_encoder = manifest.text_encoder
 
     def _is_whole(self, shard: Shard, verify: bool) -> bool:
         """Whether a shard can be read: else it is refused, or skipped with a warning."""
-        reason = what_is_wrong(self.folder, shard, verify)
+        reason = what_is_wrong(self.folder, shard, _checksum if verify else None)
         if reason is None:
             return True
         if not self.skips:
@@ -126,16 +133,19 @@ class Prepared(ImageDataset):
         # The model's own shape comes first: what is shown is taken from there.
         return tuple(sorted(buckets, key=lambda bucket: bucket.shape != self.image_shape))
 
-    def _encoded_texts(self) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    def _encoded_texts(self, verify: bool) -> tuple[tuple[str, ...], dict[str, Tensor]]:
         """Names of the encoded texts, and what they are of the empty text."""
         shapes = encodings_of(self.folder / self.table.shards[0].file)
         path = self.folder / NULL
-        if not shapes or not path.exists():
+        if about := self.manifest.null:
+            if reason := what_is_wrong(self.folder, about, _checksum if verify else None):
+                raise ValueError(f"{path} is damaged: {reason}; {MEND}")
+        elif not shapes or not path.exists():
             return tuple(shapes), {}
         try:
             null = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} can't be read ({error}); prepare the data again") from error
+            raise ValueError(f"{path} can't be read ({error}); {MEND}") from error
         found = {name: tuple(tensor.shape) for name, tensor in null.items()}
         wanted = {name: (1, *shape) for name, shape in shapes.items()}
         if found != wanted:
@@ -211,14 +221,14 @@ class Prepared(ImageDataset):
         path = self.folder / self.table.shards[number].file
         if not self.skips:
             raise ValueError(
-                f"{path} has numbers that are not finite in row {row}; prepare the data again, or "
-                f"go on without such rows: data.options.damaged=skip"
+                f"{path} has numbers that are not finite in row {row}; {_MAKE_FINITE}, or go on "
+                f"without such rows: data.options.damaged=skip"
             )
         good = _all_finite({name: self.reader[number][name] for name in names}).numpy()
         usable = self.table.all_rows(number)
         usable = usable[good[usable]]
         if not len(usable):
-            raise ValueError(f"{path} has no row whose numbers are finite; prepare the data again")
+            raise ValueError(f"{path} has no row whose numbers are finite; {_MAKE_FINITE}")
         if number not in self._warned:
             self._warned.add(number)
             logger.warning(
@@ -250,6 +260,18 @@ class Prepared(ImageDataset):
     def seen_shape(self, images: Tensor) -> tuple[int, ...]:
         channels, *space = images.shape[1:]
         return (channels // 2 if self.has_posterior else channels, *space)
+
+
+def _checksum(path: Path) -> str:
+    """Checksum of a file, once: both splits of a run may ask for it."""
+    found = path.stat()
+    return _checksum_of(path, found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _checksum_of(path: Path, size: int, modified: int) -> str:
+    del size, modified
+    return sha256_of(path)
 
 
 def _autoencoder(manifest: Manifest, vae: str | None) -> Autoencoder | None:

@@ -1,10 +1,8 @@
 """Reading a prepared folder: which shards are whole, and the tensors that they hold, mapped."""
 
-import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,47 +13,43 @@ from torch import Tensor
 from elit.data.manifest import CAPTION_ENDS, CAPTIONS, LABELS, RESERVED, Shard
 
 _MOST_OPEN = 512  # mapped at a time by one process
+MEND = "run its `elit prepare SOURCE OUT` again with --verify, which makes it anew"
 Tensors = dict[str, Tensor]
 
 
-def what_is_wrong(folder: Path, shard: Shard, verify: bool) -> str | None:
+def what_is_wrong(
+    folder: Path, shard: Shard, checksum: Callable[[Path], str] | None = None
+) -> str | None:
     """Why a shard can't be read, or None.
 
     Args:
         folder: that it is in.
-        shard: as the manifest has it.
-        verify: whether to read it whole and compare its checksum.
+        shard: as the manifest or a record has it.
+        checksum: makes the SHA-256 of a file, which is read whole for it; None doesn't compare it.
     """
     path = folder / shard.file
     try:
         found = path.stat()
-    except OSError:
+    except FileNotFoundError:
         return "it is missing"
+    except OSError as error:
+        return f"it can't be read ({error.strerror})"
     if found.st_size != shard.bytes:
-        return f"it has {found.st_size} bytes, the manifest says {shard.bytes}"
+        return f"it has {found.st_size} bytes instead of {shard.bytes}"
     try:
         with safe_open(path, framework="pt"):
             pass  # reads the header and compares the file's length with it
     except (SafetensorError, OSError) as error:
         return f"its header is broken ({error})"
-    if verify and _sha256(path, found.st_size, found.st_mtime_ns) != shard.sha256:
+    if checksum is not None and checksum(path) != shard.sha256:
         return "its checksum is wrong"
     return None
-
-
-@cache  # both splits of a run may ask for it
-def _sha256(path: Path, size: int, modified: int) -> str:
-    """Checksum of a file of that size and time."""
-    del size, modified
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damage_error(path: Path, reason: str) -> ValueError:
     """The error for a shard that can't be read."""
     return ValueError(
-        f"{path} is damaged: {reason}; run its `elit prepare` again with --verify, which writes it "
-        f"anew, or go on without it: data.options.damaged=skip"
+        f"{path} is damaged: {reason}; {MEND}, or go on without it: data.options.damaged=skip"
     )
 
 

@@ -10,7 +10,6 @@ from elit.data.buckets import Array
 from elit.data.manifest import Manifest, Shard, size_name
 
 _HOLD_OUT, _MOST_HELD_OUT = 20, 2048  # one sample in twenty, and about so many at most
-_ALIKE = 1.15  # sides of buckets of one resolution, as the root of their area
 
 
 class Table:
@@ -87,24 +86,22 @@ def shards_of(
 
 def sizes_of(manifest: Manifest, resolution: int | None, folder: Path) -> list[str]:
     """Names of the sizes of one resolution."""
-    sides = {name: _side(tuple(map(int, name.split("x")))) for name in manifest.shapes}
-    if resolution is None:
-        chosen = list(sides)
-        several = not sides or max(sides.values()) > _ALIKE**2 * min(sides.values())
-    else:
-        chosen = [n for n, side in sides.items() if 1 / _ALIKE < side / resolution < _ALIKE]
-        several = not chosen
-    if several:
+    belongs = {name: manifest.resolutions.get(name, _side(name)) for name in manifest.shapes}
+    there = sorted(set(belongs.values()))
+    if resolution is None and len(there) == 1:
+        resolution = there[0]
+    if resolution not in there:
         raise ValueError(
-            f"data.options.resolution={resolution} is none that {folder} has alone; it has "
-            f"{', '.join(manifest.shapes)}: give the side of one, such as "
-            f"{round(next(iter(sides.values()), 256))}"
+            f"data.options.resolution={resolution} is none that {folder} has alone; it has sizes "
+            f"{', '.join(manifest.shapes)}: give one of {', '.join(map(str, there))}"
         )
-    return chosen
+    return [name for name, side in belongs.items() if side == resolution]
 
 
-def _side(size: tuple[int, ...]) -> float:
-    return math.sqrt(size[-1] * size[-2])
+def _side(name: str) -> int:
+    """Side of a square of as many pixels."""
+    *_, height, width = map(int, name.split("x"))
+    return round(math.sqrt(height * width))
 
 
 def main_size(sizes: list[str], shards: Iterable[Shard]) -> str:

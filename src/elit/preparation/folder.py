@@ -22,8 +22,9 @@ def check_same(folder: Path, content: dict[str, Any]) -> bool:
         ValueError: if it was begun with others, or holds something else.
     """
     path = folder / SETTINGS
+    # Looked for first: the settings of a process that starts just now come before all else
+    other = next((p.name for p in sorted(folder.iterdir()) if not p.name.startswith(".")), None)
     if not path.exists():
-        other = next((p.name for p in sorted(folder.iterdir()) if not p.name.startswith(".")), None)
         if other is not None:
             raise ValueError(
                 f"{folder} holds other things, such as {other}; give a new folder, or an empty one"

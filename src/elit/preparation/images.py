@@ -3,6 +3,7 @@
 import io
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,11 @@ def read_image(content: bytes | str) -> Image.Image:
     What is transparent is laid on white; of 16 bits the upper 8 are kept; of an animation the
     first picture. Raises whatever PIL does with a file that it can't read, and ValueError.
     """
+    if isinstance(content, str):  # read whole: what the disk says is not taken for a broken file
+        content = Path(content).read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of broken EXIF data, and of large but allowed pictures
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+        with Image.open(io.BytesIO(content)) as image:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
 

@@ -1,19 +1,17 @@
 """One part of the source, from pictures to shards on the disk and the record that says so."""
 
-import errno
-import hashlib
 import json
-import os
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from elit._files import as_os_error, sha256_of, write_file, write_json
 from elit.data.manifest import (
     CAPTION_ENDS,
     CAPTIONS,
@@ -24,8 +22,13 @@ from elit.data.manifest import (
     size_name,
 )
 from elit.preparation.autoencoder import Encoder
+from elit.preparation.finite import faults, reason_of_fault
 from elit.preparation.reading import Chunk, Size
 from elit.preparation.texts import TextEncoder
+
+logger = logging.getLogger(__name__)
+
+_MANY, _SHARE = 8, 0.05  # rows of a part that are skipped: from here on it is told at once
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class _Samples:
     waiting: list[Tensor] = field(default_factory=list)  # pictures that are not encoded yet
     encoded: list[Tensor] = field(default_factory=list)
     flipped: list[Tensor] = field(default_factory=list)
-    finite: list[Tensor] = field(default_factory=list)
+    faults: list[Tensor] = field(default_factory=list)
     at: list[int] = field(default_factory=list)  # positions in the part's rows
 
 
@@ -101,12 +104,14 @@ class Part:
         self.labels: list[int | None] = []
         self.captions: list[str | None] = []
         self.skipped: list[tuple[int, str]] = []
+        self.taken = 0  # rows of the source
         self._sizes: dict[Size, _Samples] = {}
         self._sums = [0.0, 0.0, 0]
 
     def add(self, chunk: Chunk) -> None:
         """Take the next rows."""
         offset = len(self.rows)
+        self.taken += chunk.count
         self.rows += chunk.rows
         self.labels += chunk.labels
         self.captions += chunk.captions
@@ -123,65 +128,78 @@ class Part:
         waiting = torch.cat(samples.waiting)
         pictures, rest = waiting[: self.batch_size], waiting[self.batch_size :]
         samples.waiting = [rest] if len(rest) else []
-        finite = torch.ones(len(pictures), dtype=torch.bool)
+        fault = torch.zeros(len(pictures), dtype=torch.int64)
         for wanted, out in ((True, samples.encoded), (self.flips, samples.flipped)):
             if wanted:
                 encoded = self.encoder(pictures)
                 stored = self.encoder.stored(encoded)
-                if stored.is_floating_point():
-                    finite &= stored.isfinite().flatten(1).all(1)
-                for i, value in enumerate(self.encoder.sums(encoded[finite])):
+                fault = torch.where(fault == 0, faults(encoded, stored), fault)
+                for i, value in enumerate(self.encoder.sums(encoded[fault == 0])):
                     self._sums[i] += value
                 out.append(stored)
                 pictures = pictures.flip(-2)
-        samples.finite.append(finite)
+        samples.faults.append(fault)
 
     def finish(self) -> dict[Size, dict[str, Tensor]]:
         """Encode what is left and the texts; what to write, by size."""
         for samples in self._sizes.values():
             while samples.waiting:
                 self._encode(samples)
-        encoding = self._encode_texts()
-        good = self._good(encoding)
+        encoding, of_texts, which = self._encode_texts()
+        good = self._good(of_texts[which])
         return {
-            size: self._tensors(samples, encoding, good)
+            size: self._tensors(samples, encoding, which, good)
             for size, samples in sorted(self._sizes.items())
             if any(good[at] for at in samples.at)
         }
 
-    def _encode_texts(self) -> dict[str, Tensor]:
-        """Encodings (rows, ...) of all texts, by name."""
+    def _encode_texts(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Encodings (texts, ...) by name, the fault (texts,) of each, and the text of each row."""
         if self.texts is None or not self.rows:
-            return {}
-        captions = [caption or "" for caption in self.captions]
-        batches = [
-            self.texts(captions[start : start + self.batch_size])
-            for start in range(0, len(captions), self.batch_size)
-        ]
-        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+            return {}, torch.zeros(1, dtype=torch.int64), torch.zeros(len(self.rows)).long()
+        texts = list(dict.fromkeys(caption or "" for caption in self.captions))
+        number = {text: i for i, text in enumerate(texts)}
+        batches, fault = [], []
+        for start in range(0, len(texts), self.batch_size):
+            computed = self.texts(texts[start : start + self.batch_size])
+            batches.append(self.texts.stored(computed))
+            each = [faults(x, batches[-1][name]) for name, x in computed.items()]
+            fault.append(torch.stack(each).amax(0))
+        encoding = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        which = torch.tensor([number[caption or ""] for caption in self.captions])
+        return encoding, torch.cat(fault), which
 
-    def _good(self, encoding: dict[str, Tensor]) -> list[bool]:
-        """Whether all of a row is finite; the others are skipped."""
-        good = [True] * len(self.rows)
-        dtype = str(self.encoder.store).removeprefix("torch.")
+    def _good(self, of_texts: Tensor) -> list[bool]:
+        """Whether all of a row is finite; the others are skipped.
+
+        Raises:
+            ValueError: if no row of many is.
+        """
+        found = {"text encoder": of_texts, "autoencoder": torch.zeros_like(of_texts)}
         for samples in self._sizes.values():
-            for at, finite in zip(samples.at, torch.cat(samples.finite).tolist(), strict=True):
-                good[at] &= finite
-        reasons = dict.fromkeys(
-            (at for at, fine in enumerate(good) if not fine),
-            f"the autoencoder's numbers are not finite in {dtype}",
-        )
-        for x in encoding.values():
-            if x.is_floating_point():
-                for at in (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
-                    good[at] = False
-                    reasons.setdefault(at, f"the text encoder's numbers are not finite in {dtype}")
-        self.skipped += [(self.rows[at], reason) for at, reason in reasons.items()]
-        self.skipped.sort()
-        return good
+            fault = torch.cat(samples.faults)
+            found["autoencoder"][samples.at] = found["autoencoder"][samples.at].maximum(fault)
+        dtypes = self.encoder.dtype, self.encoder.store
+        reasons = {
+            at: reason_of_fault(whose, int(fault[at]), *dtypes)
+            for whose, fault in found.items()
+            for at in fault.nonzero().flatten().tolist()
+        }
+        name = stem(self.split, self.number)
+        if len(reasons) == len(self.rows) >= _MANY:
+            raise ValueError(f"no row of the part {name} can be stored: {reasons[0]}")
+        unreadable = dict(self.skipped)
+        skipped = {self.rows[at]: reason for at, reason in reasons.items()} | unreadable
+        self.skipped = sorted(skipped.items())
+        if len(self.skipped) >= max(_MANY, _SHARE * len(self.span)):
+            logger.warning(
+                "%s skips %d of its %d rows, such as row %d: %s",
+                name, len(self.skipped), len(self.span), *self.skipped[0],
+            )  # fmt: skip
+        return [at not in reasons for at in range(len(self.rows))]
 
     def _tensors(
-        self, samples: _Samples, encoding: dict[str, Tensor], good: list[bool]
+        self, samples: _Samples, encoding: dict[str, Tensor], which: Tensor, good: list[bool]
     ) -> dict[str, Tensor]:
         """What a shard holds."""
         keep = torch.tensor([good[at] for at in samples.at])
@@ -198,83 +216,38 @@ class Part:
             joined = bytearray(b"".join(texts) or b" ")  # no tensor is made of nothing
             tensors[CAPTIONS] = torch.frombuffer(joined, dtype=torch.uint8)
             tensors[CAPTION_ENDS] = torch.tensor(list(map(len, texts))).cumsum(0)
-        return tensors | {name: x[at] for name, x in encoding.items()}
+        return tensors | {name: x[which[at]] for name, x in encoding.items()}
 
     def write(self, folder: Path, tensors: dict[Size, dict[str, Tensor]]) -> Record:
         """Write the shards, then the record."""
-        shards = []
-        for size, content in tensors.items():
-            name = f"{stem(self.split, self.number)}-{size_name(size)}.safetensors"
-            length, sha256 = write_tensors(folder / name, content)
-            shards.append(Shard(name, size, len(content[ROWS]), length, sha256))
+        name = stem(self.split, self.number)
+        shards = tuple(
+            write_shard(folder, f"{name}-{size_name(size)}.safetensors", size, content)
+            for size, content in tensors.items()
+        )
         total, squares, count = self._sums
         record = Record(
-            self.span.start, self.span.stop, tuple(shards), tuple(self.skipped),
+            self.span.start, self.span.stop, shards, tuple(self.skipped),
             (float(total), float(squares), int(count)),
         )  # fmt: skip
-        write_synced(folder / f"{stem(self.split, self.number)}.json", asdict(record))
+        write_json(folder / f"{name}.json", asdict(record))
         return record
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
-    """Write a safetensors file that is whole or not there; its length and checksum."""
-    aside = _aside(path)
-    try:
+def write_shard(folder: Path, name: str, size: Size, tensors: dict[str, Tensor]) -> Shard:
+    """Write tensors (n, ...) into a file that is whole or not there."""
+    about = []
+
+    def write(aside: Path) -> None:
         try:
             save_file({name: x.contiguous() for name, x in tensors.items()}, aside)
         except SafetensorError as error:
-            raise _as_os_error(error, path) from error
-        with aside.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            length = os.fstat(file.fileno()).st_size
-            os.fsync(file.fileno())
-        _settle(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)  # makes room on a full disk
-        raise
-    return length, sha256
+            raise as_os_error(error, folder / name) from error
+        about.append((aside.stat().st_size, sha256_of(aside)))
 
-
-def write_synced(path: Path, value: Any) -> None:
-    """Write plain types as JSON, so that they are on the disk when this returns."""
-    aside = _aside(path)
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        _settle(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.part{path.suffix}")
-
-
-def _settle(aside: Path, path: Path) -> None:
-    """Give a file its name, on the disk too."""
-    os.replace(aside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _as_os_error(error: SafetensorError, path: Path) -> Exception:
-    """A full disk as Python has it; safetensors tells it in words alone."""
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        if f"os error {number}" in str(error):
-            return OSError(number, os.strerror(number), str(path))
-    return OSError(f"{path} cannot be written: {error}")
-
-
-def sha256_of(path: Path) -> str:
-    """Checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    write_file(folder / name, write)
+    count = next(len(x) for name, x in tensors.items() if name != CAPTIONS)
+    return Shard(name, size, count, *about[0])
 
 
 def parts_of(split: str, rows: int, part_size: int) -> Sequence[tuple[str, int, range]]:

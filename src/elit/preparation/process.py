@@ -1,14 +1,13 @@
-"""Which process of how many this is, its device, and how it ends when told to."""
+"""Which process of how many this is, and how it ends when told to."""
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,31 @@ class Process:
 
 def this_process() -> Process:
     """As torchrun's variables say, or Slurm's within a step that srun started."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     # SLURM_NTASKS alone is set in a batch script too, which runs once.
-    if "WORLD_SIZE" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+    by_slurm = "WORLD_SIZE" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ
+    if by_slurm:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     rank, world = (_number(name, default) for name, default in zip(names[:2], (0, 1), strict=True))
-    local, local_world = _number(names[2], rank), _number(names[3], world)
     if not 0 <= rank < world:
         raise ValueError(f"{names[0]}={rank} of {names[1]}={world} processes; count them from 0")
-    return Process(rank, world, local, max(1, local_world))
+    here = _tasks_on_this_node(world) if by_slurm else _number("LOCAL_WORLD_SIZE", world)
+    return Process(rank, world, _number(names[2], rank), max(1, here))
+
+
+def _tasks_on_this_node(world: int) -> int:
+    """How many processes of a Slurm step run here, of "4(x2),3": four on two nodes, then three."""
+    name = next(
+        (n for n in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE") if os.environ.get(n)),
+        "SLURM_NTASKS_PER_NODE",
+    )
+    text = os.environ.get(name) or str(world)
+    found = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
+    counts = [int(m[1]) for m in found if m for _ in range(int(m[2] or 1))]
+    if not all(found):
+        raise ValueError(f"the variable {name} is {text!r}; it must be as Slurm's, such as 4(x2),3")
+    node = _number("SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else max(counts)
 
 
 def _number(name: str, default: int) -> int:
@@ -47,23 +62,6 @@ def _number(name: str, default: int) -> int:
         return int(text) if text else default
     except ValueError:
         raise ValueError(f"the variable {name} is {text!r}; it must be a whole number") from None
-
-
-def pick_device(name: str, process: Process) -> torch.device:
-    """Device of that name; of several GPUs each process of a machine has its own."""
-    if name == "auto":
-        accelerators = {"cuda": torch.cuda, "mps": torch.backends.mps}
-        name = next((n for n, module in accelerators.items() if module.is_available()), "cpu")
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            count = max(1, torch.cuda.device_count())  # 1 where each process is shown its own
-            device = torch.device("cuda", process.local_rank % count)
-        torch.zeros(1, device=device).item()  # "meta" holds no numbers
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} is not usable ({reason}); use auto or cpu") from error
-    return device
 
 
 @contextmanager

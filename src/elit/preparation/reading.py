@@ -1,17 +1,19 @@
 """Worker processes that read, scale and cut pictures while the autoencoder is busy."""
 
+import errno
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from elit.preparation.clips import MissingPackageError, read_clip
+from elit._signals import ignore_signals
+from elit.preparation.clips import MissingPackageError, read_clips
 from elit.preparation.images import buckets, fit, nearest_bucket, read_image
 from elit.preparation.settings import PrepareSettings
 from elit.preparation.source import Rows
@@ -29,32 +31,47 @@ class Sizes:
         choices: for each resolution, the sizes (H, W) to choose from.
         frames: of a clip, or None.
         fps: that clips are resampled to, or None.
+        clips: of a video, at most.
     """
 
     choices: tuple[tuple[tuple[int, int], ...], ...]
     frames: int | None = None
     fps: float | None = None
+    clips: int = 1
 
     @classmethod
     def of(cls, settings: PrepareSettings) -> "Sizes":
-        """Squares, or buckets of aspect ratios."""
+        """Squares, or buckets of aspect ratios.
+
+        No two resolutions share a bucket: they lie `multiple` or more apart.
+        """
         choices = tuple(
             tuple(buckets(n, settings.multiple)) if settings.aspect_ratios else ((n, n),)
             for n in settings.resolution
         )
-        return cls(choices, settings.frames, settings.fps)
+        return cls(choices, settings.frames, settings.fps, settings.clips_per_video)
 
     @property
     def pixels(self) -> int:
         """Numbers of one row's pictures, at most about."""
-        return sum(3 * h * w for h, w in (c[0] for c in self.choices)) * (self.frames or 1)
+        numbers = sum(3 * h * w for h, w in (c[0] for c in self.choices))
+        return numbers * (self.frames or 1) * self.clips
 
-    def cut(self, content: bytes | str) -> dict[Size, Tensor]:
-        """Pictures (H, W, 3), or clips (T, H, W, 3), uint8, of a file, by size."""
+    def resolution_of(self, size: Size) -> int:
+        """Which resolution a size belongs to; each has its square."""
+        for sizes in self.choices:
+            if size[-2:] in sizes:
+                return next(height for height, width in sizes if height == width)
+        raise ValueError(f"{size} is none of {self.choices}")
+
+    def cut(self, content: bytes | str) -> list[dict[Size, Tensor]]:
+        """A picture (H, W, 3), or clips (T, H, W, 3), uint8, of a file, each by size."""
         if self.frames is None:
-            shown = [read_image(content)]
-        else:
-            shown = read_clip(content, self.frames, self.fps)
+            return [self._cut([read_image(content)])]
+        clips = read_clips(content, self.frames, self.fps, self.clips)
+        return [self._cut(shown) for shown in clips]
+
+    def _cut(self, shown: list[Image.Image]) -> dict[Size, Tensor]:
         found: dict[Size, Tensor] = {}
         for sizes in self.choices:
             size = nearest_bucket(shown[0].width, shown[0].height, list(sizes))
@@ -71,11 +88,13 @@ class Chunk:
     """Some rows of a part, read.
 
     Attributes:
-        rows: numbers of those that could be read.
+        rows: numbers of those that could be read; of a video one for each clip.
         labels: of each, or None.
         captions: likewise.
         pictures: by size, positions in `rows` and pictures (n, H, W, 3) uint8.
         skipped: number and reason of the others.
+        count: rows that it is made of.
+        fault: what stops the run.
     """
 
     rows: list[int] = field(default_factory=list)
@@ -83,6 +102,8 @@ class Chunk:
     captions: list[str | None] = field(default_factory=list)
     pictures: dict[Size, tuple[list[int], Any]] = field(default_factory=dict)
     skipped: list[tuple[int, str]] = field(default_factory=list)
+    count: int = 0
+    fault: Exception | None = None
 
 
 class Reader(Dataset[Chunk]):
@@ -92,29 +113,41 @@ class Reader(Dataset[Chunk]):
         self.splits, self.sizes = splits, sizes
 
     def __getitems__(self, indices: Sequence[tuple[str, int]]) -> Chunk:
-        chunk = Chunk()
+        chunk = Chunk(count=len(indices))
         for split, number in indices:
             rows = self.splits[split]
             try:
                 row = rows[number]
                 cut = self.sizes.cut(row.content)
-            except MissingPackageError:
-                raise
             except Exception as error:  # a file can be broken in any way
+                if not is_of_file(error):
+                    # Workers hand it over: what they raise loses its number
+                    return Chunk(fault=error)
                 chunk.skipped.append((number, reason_of(error, rows, number)))
                 continue
-            for size, picture in cut.items():
-                positions, pictures = chunk.pictures.setdefault(size, ([], []))
-                positions.append(len(chunk.rows))
-                pictures.append(picture)
-            chunk.rows.append(number)
-            chunk.labels.append(row.label)
-            chunk.captions.append(row.caption)
+            for by_size in cut:
+                for size, picture in by_size.items():
+                    positions, pictures = chunk.pictures.setdefault(size, ([], []))
+                    positions.append(len(chunk.rows))
+                    pictures.append(picture)
+                chunk.rows.append(number)
+                chunk.labels.append(row.label)
+                chunk.captions.append(row.caption)
         chunk.pictures = {size: (at, torch.stack(p)) for size, (at, p) in chunk.pictures.items()}
         return chunk
 
     def __getitem__(self, index: tuple[str, int]) -> Chunk:
         return self.__getitems__([index])
+
+
+def is_of_file(error: Exception) -> bool:
+    """Whether a file is to blame, not the disk, the network or this machine.
+
+    PIL's errors of broken files are OSErrors without a number.
+    """
+    if isinstance(error, OSError):
+        return error.errno in (None, errno.ENOENT)
+    return not isinstance(error, (MissingPackageError, MemoryError))
 
 
 def reason_of(error: Exception, rows: Rows, number: int) -> str:
@@ -152,9 +185,12 @@ def read(
         collate_fn=_as_it_is,
         num_workers=workers,
         prefetch_factor=3 if workers else None,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=ignore_signals,
     )
-    yield from zip(chunks.numbers(), loader, strict=True)
+    for number, chunk in zip(chunks.numbers(), loader, strict=True):
+        if chunk.fault is not None:
+            raise chunk.fault
+        yield number, chunk
 
 
 @dataclass(frozen=True)
@@ -180,10 +216,3 @@ class _Chunks:
 
 def _as_it_is(chunk: Any) -> Any:
     return chunk
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal: only the parent is to end the run."""
-    del worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
+from elit._devices import pick_device
+from elit._files import remove_leftovers, write_json
 from elit.data.manifest import (
     FORMAT,
-    MANIFEST,
     MOMENTS,
-    NULL,
     SETTINGS,
     VERSION,
     Autoencoder,
@@ -28,17 +29,11 @@ from elit.data.manifest import (
     size_name,
 )
 from elit.preparation.autoencoder import Encoder, load_encoder
-from elit.preparation.checksums import remove_damaged
+from elit.preparation.checksums import forget_damaged
 from elit.preparation.folder import check_same, json_types
-from elit.preparation.parts import (
-    Part,
-    Record,
-    parts_of,
-    read_record,
-    write_synced,
-    write_tensors,
-)
-from elit.preparation.process import Process, ends_on_sigterm, pick_device, this_process
+from elit.preparation.null import make_null, read_null
+from elit.preparation.parts import Part, Record, parts_of, read_record
+from elit.preparation.process import Process, ends_on_sigterm, this_process
 from elit.preparation.reading import Sizes, default_workers, read
 from elit.preparation.settings import PrepareSettings
 from elit.preparation.source import Source, open_source
@@ -57,7 +52,7 @@ class PrepareResult:
     Attributes:
         folder: that was written.
         finished: whether all parts are done, and the manifest is written.
-        missing: parts that other processes have not done yet.
+        missing: parts, the empty text counted as one, that other processes have not done yet.
         samples: in the folder, by split, mirrored ones not counted.
         skipped: split, row and reason of all that could not be read.
         bytes: of all shards.
@@ -90,6 +85,7 @@ class _Task:
     texts: TextEncoder | None
     parts: Sequence[tuple[str, int, range]]
     settings: PrepareSettings
+    made_of: dict[str, Any]
 
 
 def prepare(settings: PrepareSettings) -> PrepareResult:
@@ -106,7 +102,9 @@ def prepare(settings: PrepareSettings) -> PrepareResult:
         task = _open(settings, process)
         mine = [p for i, p in enumerate(task.parts) if i % process.world == process.rank]
         if settings.verify:
-            remove_damaged(task.folder, mine)
+            forget_damaged(task.folder, mine)
+        if task.texts is not None and process.rank == 0:  # which makes the first part too
+            make_null(task.folder, task.texts, task.encoder.dtype, settings.verify)
         start = time.perf_counter()
         done = _make([p for p in mine if not read_record(task.folder, *p)], task, mine, process)
         seconds = time.perf_counter() - start
@@ -119,7 +117,7 @@ def _open(settings: PrepareSettings, process: Process) -> _Task:
     source = open_source(settings)
     if settings.text_encoder is not None and not source.captions:
         raise ValueError("a text encoder needs captions; name their column with --caption-column")
-    device = pick_device(settings.device, process)
+    device = pick_device(settings.device, process.local_rank, share=True)
     encoder = load_encoder(settings.vae, sizes, device, settings.dtype, settings.store_dtype)
     texts = None
     if settings.text_encoder is not None:
@@ -127,7 +125,7 @@ def _open(settings: PrepareSettings, process: Process) -> _Task:
             settings.text_encoder, settings.max_text_length, device, settings.dtype,
             settings.store_dtype,
         )  # fmt: skip
-    size = settings.part_size or _part_size(sizes, encoder, settings.flips)
+    size = settings.part_size or _part_size(sizes, encoder, texts, settings.flips)
     parts = [p for name, rows in source.splits.items() for p in parts_of(name, len(rows), size)]
     made_of = {
         "source": source.describe(),
@@ -142,20 +140,20 @@ def _open(settings: PrepareSettings, process: Process) -> _Task:
         "flips": settings.flips,
         "frames": settings.frames,
         "fps": settings.fps,
+        "clips_per_video": settings.clips_per_video if settings.frames else None,
         "part_size": size,
         "dtype": settings.dtype if encoder.about or texts else None,
         "store_dtype": settings.store_dtype if encoder.about or texts else None,
     }
     content = json_types({"format": FORMAT, "version": VERSION, **made_of})
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     if not check_same(folder, content):
-        write_synced(folder / SETTINGS, content)
-    if texts is not None and not (folder / NULL).exists():
-        write_tensors(folder / NULL, texts([""]))
-    return _Task(folder, source, sizes, encoder, texts, parts, settings)
+        write_json(folder / SETTINGS, content)
+    return _Task(folder, source, sizes, encoder, texts, parts, settings, content)
 
 
-def _part_size(sizes: Sizes, encoder: Encoder, flips: bool) -> int:
+def _part_size(sizes: Sizes, encoder: Encoder, texts: TextEncoder | None, flips: bool) -> int:
     """Rows of a part: a power of two, few enough to be held in memory."""
     if encoder.vae is None:
         length = sizes.pixels
@@ -165,7 +163,12 @@ def _part_size(sizes: Sizes, encoder: Encoder, flips: bool) -> int:
         share = sizes.pixels / math.prod(shape)
         encoded = encoder(torch.zeros(shape, dtype=torch.uint8))
         length = round(encoded.numel() * share * encoder.store.itemsize)
-    rows = _MOST_BYTES // (length * (2 if flips else 1))
+    length *= 2 if flips else 1
+    if texts is not None:
+        of_text = texts.stored(texts([""])).values()
+        copies = len(sizes.choices) * sizes.clips
+        length += copies * sum(x.numel() * x.element_size() for x in of_text)
+    rows = max(1, _MOST_BYTES // length)
     return min(_MOST_ROWS, 2 ** max(0, rows.bit_length() - 1))
 
 
@@ -185,7 +188,7 @@ def _make(
     total = sum(len(rows) for _, _, rows in mine)
     spans = [(split, rows) for split, _, rows in parts]
     bar = tqdm(
-        total=total, initial=total - todo, unit="clip" if settings.frames else "image",
+        total=total, initial=total - todo, unit="video" if settings.frames else "image",
         desc=f"prepare {process.rank + 1}/{process.world}" if process.world > 1 else "prepare",
         smoothing=0.05, dynamic_ncols=True,
     )  # fmt: skip
@@ -201,13 +204,12 @@ def _make(
                     settings.flips,
                 )  # fmt: skip
             part.add(chunk)
-            read_now = len(chunk.rows) + len(chunk.skipped)
-            if len(part.rows) + len(part.skipped) == len(rows):
+            if part.taken == len(rows):
                 tensors = part.finish()
                 if writing is not None:
                     writing.result()
                 writing, part = writer.submit(part.write, task.folder, tensors), None
-            bar.update(read_now)
+            bar.update(chunk.count)
         if writing is not None:
             writing.result()
     return todo
@@ -221,6 +223,8 @@ def _finish(task: _Task, done: int, seconds: float) -> PrepareResult:
     }
     records = {key: record for key, record in found.items() if record is not None}
     missing = len(found) - len(records)
+    if task.texts is not None and read_null(task.folder) is None:
+        missing += 1
     splits = {name: _split(name, records) for name in task.source.splits}
     skipped = [(name, *what) for name, split in splits.items() for what in split.skipped]
     if not missing:
@@ -228,6 +232,7 @@ def _finish(task: _Task, done: int, seconds: float) -> PrepareResult:
             raise ValueError(
                 f"nothing of {task.source.name} could be read: row {skipped[0][1]}: {skipped[0][2]}"
             )
+        check_same(task.folder, task.made_of)  # another run may have begun at the same moment
         _write_manifest(task, splits)
     mean, std = _statistics(list(records.values()))
     if std is not None and not USUAL_STD[0] < std < USUAL_STD[1]:
@@ -265,17 +270,14 @@ def _statistics(records: Sequence[Record]) -> tuple[float | None, float | None]:
 
 
 def _write_manifest(task: _Task, splits: dict[str, Split]) -> None:
-    """Write it unless it is there: all processes would write the same."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for split in splits.values():
-        for shard in split.shards:
-            if size_name(shard.size) not in shapes:
-                shapes[size_name(shard.size)] = _shape(task, shard)
+    """Write it: all processes would write the same."""
+    of_size = {shard.size: shard for split in splits.values() for shard in split.shards}
+    sizes = {size_name(size): size for size in of_size}
     made_of = json.loads((task.folder / SETTINGS).read_text(encoding="utf-8"))
     about, texts = made_of["autoencoder"], made_of["text_encoder"]
     manifest = Manifest(
         kind=task.encoder.kind,
-        shapes=dict(sorted(shapes.items())),
+        shapes={name: _shape(task, of_size[size]) for name, size in sorted(sizes.items())},
         splits=splits,
         classes=task.source.classes,
         captions=task.source.captions,
@@ -284,11 +286,10 @@ def _write_manifest(task: _Task, splits: dict[str, Split]) -> None:
         text_encoder=texts and texts["name"],
         max_text_length=made_of["max_text_length"],
         source=made_of["source"],
+        resolutions={name: task.sizes.resolution_of(size) for name, size in sorted(sizes.items())},
+        null=read_null(task.folder) if texts else None,
     )
-    content = json_types({"format": FORMAT, "version": VERSION, **asdict(manifest)})
-    path = task.folder / MANIFEST
-    if not path.exists() or json.loads(path.read_text(encoding="utf-8")) != content:
-        write_synced(path, content)
+    manifest.write(task.folder)
     read_manifest(task.folder)
 
 

@@ -29,6 +29,7 @@ class PrepareSettings:
         flips: store each picture mirrored too.
         frames: length of a clip; None: pictures.
         fps: frames a second that clips are resampled to; None: as they are.
+        clips_per_video: at most; as many as fit without overlap, evenly spread.
         image_column: of the source; None: found by type and name, as are the two others.
         label_column: "none" leaves labels out.
         caption_column: likewise.
@@ -56,6 +57,7 @@ class PrepareSettings:
     flips: bool = False
     frames: int | None = None
     fps: float | None = None
+    clips_per_video: int = 1
     image_column: str | None = None
     label_column: str | None = None
     caption_column: str | None = None
@@ -77,7 +79,8 @@ class PrepareSettings:
         whole |= {
             "multiple": self.multiple,
             "batch_size": self.batch_size,
-        }  # fmt: skip
+            "clips_per_video": self.clips_per_video,
+        }
         optional = {
             "frames": self.frames, "part_size": self.part_size,
             "max_text_length": self.max_text_length,
@@ -101,6 +104,8 @@ class PrepareSettings:
             raise ValueError(f"fps={self.fps!r} is not allowed; give a number above 0")
         if self.fps is not None and self.frames is None:
             raise ValueError("fps is of clips; give frames too")
+        if self.clips_per_video > 1 and self.frames is None:
+            raise ValueError("clips_per_video is of clips; give frames too")
         check_choice(self.dtype, DTYPES, "dtype")
         check_choice(self.store_dtype, DTYPES, "store_dtype")
         if self.text_encoder is not None and self.caption_column == NONE:

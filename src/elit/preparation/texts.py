@@ -44,6 +44,7 @@ class TextEncoder:
         name: that it was loaded by; a folder's full path.
         max_length: tokens that texts are padded to, and cut at.
         sha256: of its weights.
+        store: type that its numbers are stored in.
     """
 
     def __init__(
@@ -55,14 +56,17 @@ class TextEncoder:
         store: torch.dtype,
     ):
         self.name, self.max_length, self.sha256 = name, max_length, sha256
-        self._make, self._store = make, store
+        self._make, self.store = make, store
 
     def __call__(self, texts: Sequence[str]) -> Encoding:
         """Tensors (B, ...) on the processor, by the argument of the model that takes them."""
         with torch.inference_mode():
-            encoding = self._make(texts)
+            return {name: x.cpu() for name, x in self._make(texts).items()}
+
+    def stored(self, encoding: Encoding) -> Encoding:
+        """What is stored of them."""
         return {
-            name: (x.to(self._store) if x.is_floating_point() else x).cpu().contiguous()
+            name: (x.to(self.store) if x.is_floating_point() else x).contiguous()
             for name, x in encoding.items()
         }
 
