@@ -135,9 +135,9 @@ CONFIG_FLAGS = """
 SURFACE = {
     "quickstart": "--out --seed --preset --steps --lr --json",
     "prepare": "source [out] --source-config --split --image-column --label-column --caption-column "
-    "--resolution --aspect-ratios --multiple --flips --frames --fps --clips-per-video --vae --pixels "
-    "--text-encoder --max-text-length --dtype --store-dtype --batch-size --part-size --workers --device --verify "
-    "--dry-run --json",
+    "--resolution --aspect-ratios --multiple --flips --frames --fps --clips-per-video --vae "
+    "--pixels --text-encoder --max-text-length --dtype --store-dtype --batch-size --part-size "
+    "--workers --device --verify --dry-run --json",
     "train": f"[config] --dry-run --json {CONFIG_FLAGS}",
     "plan": f"[config] --gpus --gpu --mfu --json {CONFIG_FLAGS}",
     "finetune": "base [config] --dry-run --json "

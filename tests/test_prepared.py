@@ -375,7 +375,10 @@ def test_a_dry_run_checks_the_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "train.sample_every=0" in capsys.readouterr().err
     (tmp_path / "data" / "train-00000-32x32.safetensors").unlink()
     assert main(["train", "--dry-run", *words, str(tmp_path / "data")]) == 2
-    assert "it is missing; run its `elit prepare SOURCE OUT` again with --verify" in capsys.readouterr().err
+    assert (
+        "it is missing; run its `elit prepare SOURCE OUT` again with --verify"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("encoder", ["words", "prepared"])
