@@ -1,9 +1,13 @@
 """Tiny training runs, for the tests of what trains."""
 
 import json
+import multiprocessing
+import os
+import socket
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -21,6 +25,7 @@ from elit.training.config import (
     TrainConfig,
 )
 from elit.training.distributed import World
+from elit.training.loop import train
 
 CPU = World(0, 1, torch.device("cpu"))
 TINY = {"hidden_size": 32, "num_heads": 2, "depth": 3}
@@ -84,3 +89,56 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
         assert tensors.keys() == others.keys()
         for name, tensor in tensors.items():
             assert torch.equal(tensor, others[name]), f"{kind} {name}"
+
+
+# Ranks are forked from a process that has imported everything: torchrun would import it anew in
+# each of them, which takes far longer than these runs do.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["elit.training.loop", "elit.pipelines.elit_pipeline", __name__])
+
+
+def _train_as_rank(rank: int, size: int, port: int, config: TrainConfig) -> None:
+    """What torchrun sets, then the run; what it raises goes into a file."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        train(config, progress=False)
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        Path(f"{config.output_dir}.error{rank}").write_text(message)
+        os._exit(1)
+
+
+def start_ranks(config: TrainConfig, size: int) -> list[BaseProcess]:
+    """Start a run in several processes, without anything that watches over them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        _FORKS.Process(target=_train_as_rank, args=(rank, size, port, config), daemon=True)
+        for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def errors_of(config: TrainConfig) -> dict[int, str]:
+    """What each rank raised."""
+    folder = Path(config.output_dir)
+    files = folder.parent.glob(f"{folder.name}.error*")
+    return {int(file.suffix.removeprefix(".error")): file.read_text() for file in files}
+
+
+def run_ranks(config: TrainConfig, size: int, seconds: float = 300) -> None:
+    """Train in several processes, to the end."""
+    ranks = start_ranks(config, size)
+    for process in ranks:
+        process.join(seconds)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert codes == [0] * size, (codes, errors_of(config))

@@ -119,8 +119,10 @@ CONFIG_FLAGS = """
     --data.options --data.batch_size --data.num_workers --text.encoder --text.max_length
     --objective.density --objective.logit_mean
     --objective.logit_std --objective.label_dropout --latents.min --latents.max --latents.order
-    --latents.draws --retrofit.base --retrofit.start --retrofit.head --retrofit.tail --retrofit.group
-    --retrofit.init --retrofit.train --retrofit.rank --retrofit.distill --retrofit.features --retrofit.base_lr
+    --latents.draws --retrofit.base --retrofit.start --retrofit.head --retrofit.tail
+    --retrofit.group
+    --retrofit.init --retrofit.train --retrofit.rank --retrofit.distill --retrofit.features
+    --retrofit.base_lr
     --optimizer.lr --optimizer.betas --optimizer.weight_decay --optimizer.warmup_steps
     --optimizer.schedule --optimizer.final_lr --optimizer.clip --optimizer.ema --train.steps
     --train.accumulation --train.precision --train.tf32 --train.parallel --train.shard_size
@@ -134,7 +136,8 @@ CONFIG_FLAGS = """
 # Frozen: whoever removes or renames a flag breaks somebody's script, and says so in CHANGELOG.md.
 SURFACE = {
     "quickstart": "--out --seed --preset --steps --lr --json",
-    "prepare": "source [out] --source-config --split --image-column --label-column --caption-column "
+    "prepare": "source [out] --source-config --split --image-column --label-column "
+    "--caption-column "
     "--resolution --aspect-ratios --multiple --flips --frames --fps --clips-per-video --vae "
     "--pixels --text-encoder --max-text-length --dtype --store-dtype --batch-size --part-size "
     "--workers --device --verify --dry-run --json",

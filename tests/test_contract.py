@@ -127,12 +127,26 @@ CASES = {
         PROSE_MORE | {"sample_size": (2, 4, 4), "group": (1, 2, 2), "depth": 5},
     ),
 }  # fmt: skip
-ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-ELASTIC = pytest.mark.parametrize(
-    "case",
-    [case for case in CASES.values() if case.is_elastic],
-    ids=[name for name, case in CASES.items() if case.is_elastic],
-)
+# Of these, another row shows nearly as much in less time: `pytest -m slow` runs them.
+SLOW = {
+    "uvit-3d", "elit-uvit-wide", "elit-uvit-3d", "hdit-3d", "elit-hdit-3d",
+    "mmdit-words", "elit-mmdit-words", "elit-mmdit-3d",
+}  # fmt: skip
+
+
+def rows(*, elastic: bool) -> pytest.MarkDecorator:
+    """The cases, or only the elastic ones."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+            for name, case in CASES.items()
+            if case.is_elastic or not elastic
+        ],
+    )
+
+
+ALL, ELASTIC = rows(elastic=False), rows(elastic=True)
 
 
 def budgets(model: nn.Module) -> list[dict]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from runs import CPU, metrics, tiny_config
+from runs import CPU, errors_of, metrics, run_ranks, start_ranks, tiny_config, wait_for
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
@@ -36,33 +36,6 @@ STEPS, BATCH = 20, 8
 def scaled_config(folder: Path, steps: int = STEPS, **changes) -> TrainConfig:
     changes = {"data_batch_size": BATCH, "train_checkpoint_every": 10} | changes
     return tiny_config(folder, steps, **changes)
-
-
-def torchrun(config: TrainConfig, processes: int) -> subprocess.Popen:
-    """Start `elit train` in several processes, in a group that can be killed as one."""
-    file = Path(f"{config.output_dir}.yaml")
-    file.write_text(yaml.safe_dump(config.to_dict()))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(processes), "-m", "elit", "train", str(file),
-    ]  # fmt: skip
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def finish(process: subprocess.Popen, seconds: float = 300) -> tuple[str, str]:
-    try:
-        return process.communicate(timeout=seconds)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def run_processes(config: TrainConfig, processes: int) -> None:
-    process = torchrun(config, processes)
-    _, err = finish(process)
-    assert process.returncode == 0, err[-3000:]
 
 
 def exported(folder: Path) -> dict[str, torch.Tensor]:
@@ -106,7 +79,7 @@ def alone(tmp_path_factory) -> Path:
 
 def test_shards_train_as_a_copy_does_and_resume_on_one_process(alone, tmp_path) -> None:
     config = scaled_config(tmp_path / "shards", train_parallel="fsdp", train_validate_every=10)
-    run_processes(config, 2)
+    run_ranks(config, 2)
     assert_same_results(alone, tmp_path / "shards")
     ElitPipeline.from_pretrained(tmp_path / "shards")
     assert len(list((tmp_path / "shards/checkpoints/step-00000020").glob("shard-*"))) == 2
@@ -141,7 +114,7 @@ def test_a_sharded_checkpoint_holds_what_a_whole_one_does(alone, tmp_path) -> No
     ],
 )
 def test_any_number_of_processes_is_the_same_run(alone, tmp_path, processes, changes) -> None:
-    run_processes(scaled_config(tmp_path / "run", train_validate_every=10, **changes), processes)
+    run_ranks(scaled_config(tmp_path / "run", train_validate_every=10, **changes), processes)
     assert_same_results(alone, tmp_path / "run")
 
 
@@ -149,11 +122,9 @@ def test_any_number_of_processes_is_the_same_run(alone, tmp_path, processes, cha
 @pytest.mark.parametrize("before", ["ddp", "fsdp"])
 @pytest.mark.parametrize("after", ["ddp", "fsdp"])
 def test_two_processes_resume_on_four(alone, tmp_path, before, after) -> None:
-    run_processes(
-        scaled_config(tmp_path / "run", train_parallel=before, train_validate_every=10), 2
-    )
+    run_ranks(scaled_config(tmp_path / "run", train_parallel=before, train_validate_every=10), 2)
     forget_last(tmp_path / "run")
-    run_processes(scaled_config(tmp_path / "run", train_parallel=after, train_validate_every=10), 4)
+    run_ranks(scaled_config(tmp_path / "run", train_parallel=after, train_validate_every=10), 4)
     assert_same_results(alone, tmp_path / "run")
 
 
@@ -163,7 +134,7 @@ def test_shards_in_16_bits_stay_close(alone, tmp_path, precision) -> None:
     config = scaled_config(
         tmp_path / "run", train_parallel="fsdp", train_precision=precision, train_sample_every=20
     )
-    run_processes(config, 2)
+    run_ranks(config, 2)
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=5e-3)
     assert all(tensor.dtype == torch.float32 for tensor in exported(tmp_path / "run").values())
     assert (tmp_path / "run/samples/step-00000020.png").exists()
@@ -240,31 +211,23 @@ def test_fp16_resumes_with_its_scale(tmp_path) -> None:
 # ---- faults ----
 
 
-def children(process: subprocess.Popen) -> list[int]:
-    """Training processes of a torchrun, by rank as they were started."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    return sorted(int(line) for line in found.stdout.split())
-
-
-def kill_one_rank(folder: Path, moment: float, steps: int = 400) -> tuple[float, str]:
-    """Kill a random process of two some time after the first step; seconds to the end, stderr."""
-    config = scaled_config(folder, steps, train_checkpoint_every=3)
-    process = torchrun(config, 2)
-    deadline = time.monotonic() + 240
-    while not (folder / "metrics.jsonl").exists() or not metrics_written(folder):
-        assert process.poll() is None, finish(process)[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def kill_one_rank(folder: Path, moment: float) -> None:
+    """Kill one of two ranks some time after the first step; the other has to end and say why."""
+    config = scaled_config(folder, 400, train_checkpoint_every=3)
+    ranks = start_ranks(config, 2)
+    log = folder / "metrics.jsonl"
+    wait_for(lambda: (log.exists() and log.stat().st_size) or not ranks[0].is_alive(), 240)
     time.sleep(moment)
-    os.kill(random.Random(moment).choice(children(process)), signal.SIGKILL)
+    victim = random.Random(moment).randrange(2)
+    assert all(rank.is_alive() for rank in ranks), errors_of(config)
+    os.kill(ranks[victim].pid, signal.SIGKILL)
     killed = time.monotonic()
-    _, err = finish(process, 120)
-    assert process.returncode not in (0, None)
-    return time.monotonic() - killed, err
-
-
-def metrics_written(folder: Path) -> bool:
-    return bool((folder / "metrics.jsonl").read_text().strip())
+    ranks[1 - victim].join(60)
+    assert time.monotonic() - killed < 60
+    assert not ranks[1 - victim].is_alive()
+    assert ranks[1 - victim].exitcode == 1
+    (message,) = errors_of(config).values()
+    assert re.match(r"ProcessLostError: process \d of 2 lost another one.*last checkpoint", message)
 
 
 def assert_resumes_right(folder: Path, reference: Path) -> None:
@@ -284,12 +247,10 @@ def long_run(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(20))
-def test_when_one_process_is_killed_the_others_end_and_the_run_goes_on(
+def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on(
     long_run, tmp_path, attempt
 ) -> None:
-    seconds, err = kill_one_rank(tmp_path / "run", random.Random(attempt).uniform(0, 2))
-    assert seconds < 60
-    assert re.search(r"lost another one|SIGKILL", err), err[-2000:]
+    kill_one_rank(tmp_path / "run", random.Random(attempt).uniform(0, 1.5))
     assert_resumes_right(tmp_path / "run", long_run)
 
 

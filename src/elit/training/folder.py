@@ -8,6 +8,7 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
+from elit import _files
 from elit._files import as_os_error, sync
 
 
@@ -60,11 +61,12 @@ def lock_folder(folder: Path) -> IO[str]:
     return file
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run left half written or half removed."""
+def remove_leftovers(run: Path) -> None:
+    """Remove what a killed run left half written or half removed in its folder."""
     for pattern in (".step-*.part", ".step-*.removed"):
-        for path in folder.glob(pattern):
+        for path in (run / "checkpoints").glob(pattern):
             shutil.rmtree(path)
+    _files.remove_leftovers(run)
 
 
 def remove_folder(path: Path) -> None:

@@ -99,7 +99,7 @@ class Run:
         if world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(self.folder)
-            remove_leftovers(self.folder / "checkpoints")
+            remove_leftovers(self.folder)
             text = yaml.safe_dump(config.to_dict(), sort_keys=False)
             write_file(self.folder / "config.yaml", lambda aside: aside.write_text(text))
         loop = config.train
@@ -253,6 +253,8 @@ class Run:
             self._note_saved(self.checkpoints.wait())
             self._saving = self.step
             self.checkpoints.save(self.step, self._tensors(), self._state())
+            if not self.saved_step:  # a pipeline without any checkpoint could not be gone on with
+                self._note_saved(self.checkpoints.wait())
         if self.step != self._exported_step:
             with self.averaged_weights():
                 model = self.parallel.whole_model()
