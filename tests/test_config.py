@@ -243,14 +243,14 @@ def test_bytes_are_not_yaml(tmp_path) -> None:
     [
         (
             "digist",
-            r"one of the built-in captioned-shapes, digits, finetune, moving-shapes, shapes, "
-            r".*imagenet-256/{dit,elit-dit,.*; did you mean digits\?",
+            r"one of the built-in captioned-shapes, digits, finetune, moving-shapes, own-images, "
+            r"shapes, .*imagenet-256/{dit,elit-dit,.*; did you mean digits\?",
         ),
         ("configs/shape.yaml", r"configs/shape.yaml is neither .* did you mean shapes\?"),
         (
             "qqqqqqqqqq",
             r"is neither a file nor one of the built-in captioned-shapes, digits, finetune, "
-            r"moving-shapes, shapes, [^;]*$",
+            r"moving-shapes, own-images, shapes, [^;]*$",
         ),
         ("imagenet256/elit-dit-mb", r"did you mean imagenet-256/elit-dit-mb\?"),
         ("elit-dit-mb", r"did you mean imagenet-256/elit-dit-mb\?"),
@@ -284,7 +284,7 @@ def test_a_key_given_twice_is_an_error(yaml_file) -> None:
         (["--train.steps", "many"], r"--train.steps is 'many'; give a whole number"),
         (["--train.steps"], r"--train.steps: expected one argument"),
         (["--train.steps", "0"], r"train.steps=0 is not allowed; give a number of at least 1"),
-        (["--train.precision", "fp16"], r"unknown value 'fp16' of --train.precision: use one of"),
+        (["--train.precision", "fp8"], r"unknown value 'fp8' of --train.precision: use one of"),
         (["--train.threads", "x"], r"--train.threads is 'x'; give a whole number, or null"),
         (["--model.preset", "elit-dit-tny/2"], r"unknown preset.*did you mean 'elit-dit-tiny/2'"),
         (["--model.overrides.depth", "0"], r"depth=0 is not allowed; give a positive integer"),

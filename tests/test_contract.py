@@ -129,7 +129,7 @@ CASES = {
 }  # fmt: skip
 # Of these, another row shows nearly as much in less time: `pytest -m slow` runs them.
 SLOW = {
-    "uvit-3d", "elit-uvit-wide", "elit-uvit-3d", "hdit-3d", "elit-hdit-3d",
+    "dit-3d", "elit-dit-wide", "uvit", "mmdit", "uvit-3d", "elit-uvit-wide", "elit-uvit-3d", "hdit-3d", "elit-hdit-3d",
     "mmdit-words", "elit-mmdit-words", "elit-mmdit-3d",
 }  # fmt: skip
 

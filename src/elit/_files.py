@@ -27,12 +27,25 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     aside = path.with_name(f".{path.stem}.{mark}.part{path.suffix}")
     try:
         write(aside)
+        open_to_others(aside)
         sync(aside)
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)  # makes room on a full disk
         raise
     sync(path.parent)
+
+
+def open_to_others(path: Path) -> None:
+    """Give a file the rights that new files have here: safetensors lets its owner alone read it."""
+    path.chmod(0o666 & ~_umask())
+
+
+@functools.cache
+def _umask() -> int:
+    mask = os.umask(0)  # there is no way to look at it alone
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: Path, text: str) -> None:

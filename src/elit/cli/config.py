@@ -293,10 +293,12 @@ def _check_tree(values: dict[str, Any], config_class: type, path: str, prefix: s
 
 def _meant(key: str, siblings: Mapping[str, Any], prefix: str) -> str:
     """The nearest of the keys beside it, else of all keys, else what there is."""
+    everywhere = {field.key.rpartition(".")[2]: field.key for field in config_fields()}
+    if key in everywhere:  # at the top, what belongs into a section
+        return f"did you mean {everywhere[key]}?"
     near = nearest(key.removeprefix(prefix), siblings)
     if near:
         return f"did you mean {prefix}{near}?"
-    everywhere = {field.key.rpartition(".")[2]: field.key for field in config_fields()}
     near = nearest(key.rpartition(".")[2], everywhere)
     if near:
         return f"did you mean {everywhere[near]}?"

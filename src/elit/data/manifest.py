@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from elit._files import json_text, write_text
+from elit._numbers import is_whole
 
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 NULL, NULL_RECORD = "null.safetensors", "null.json"
@@ -178,7 +179,11 @@ def _manifest(content: dict[str, Any]) -> Manifest:
 
 
 def _shard(content: dict[str, Any]) -> Shard:
-    return Shard(**{**content, "size": tuple(content["size"])})
+    shard = Shard(**{**content, "size": tuple(content["size"])})
+    for name in ("count", "bytes"):
+        if not is_whole(getattr(shard, name), most=2**62):
+            raise ValueError(f"{name} of {shard.file} is {getattr(shard, name)!r}")
+    return shard
 
 
 def size_name(size: tuple[int, ...]) -> str:

@@ -79,7 +79,9 @@ class Prepared(ImageDataset):
         check_choice(damaged, DAMAGED, "data.options.damaged")
         if window is not None and not is_whole(window):
             raise ValueError(f"data.options.window={window!r}: give a whole number of samples")
-        if not path or not Path(path).is_dir():
+        if not isinstance(verify, bool):
+            raise ValueError(f"data.options.verify={verify!r}: give true or false")
+        if not isinstance(path, (str, os.PathLike)) or not path or not Path(path).is_dir():
             raise ValueError(
                 f"data.options.path={str(path)!r} is no folder; give the output of `elit prepare`"
             )

@@ -18,6 +18,10 @@ def find_image(features: Any, name: str | None) -> str:
     """The column of pictures, by its type or name."""
     if name is not None:
         check_choice(name, features, "image_column")
+        if not _is_picture(features[name]):
+            raise ValueError(
+                f"image_column {name!r} holds {features[name]}; give a column of pictures"
+            )
         return name
     typed = [n for n, f in features.items() if type(f).__name__ in ("Image", "Video")]
     named = [n for n in features if n.lower() in IMAGE_NAMES]
@@ -30,6 +34,11 @@ def find_image(features: Any, name: str | None) -> str:
         )  # fmt: skip
         raise ValueError(f"the source has {what}; name it with --image-column")
     return found[0]
+
+
+def _is_picture(feature: Any) -> bool:
+    kind = type(feature).__name__
+    return kind in ("Image", "Video") or str(getattr(feature, "dtype", "")) in ("binary", "string")
 
 
 def _is_label(feature: Any) -> bool:

@@ -205,11 +205,14 @@ def _read_error(path: Path, error: BaseException) -> ValueError:
     )
 
 
-def _write_error(target: Path, error: BaseException) -> OSError:
+def _write_error(target: Path, error: BaseException) -> Exception:
     """What kept a checkpoint from being written, of whichever process."""
     causes: list[BaseException] = [error]
     if isinstance(error, CheckpointException):
         causes = [failure[0] for failure in error.failures.values()]
+    for cause in causes:
+        if isinstance(cause, RuntimeError) and is_of_connection(cause):
+            return cause  # another process has ended: that is what to tell
     reason = next((c for c in causes if isinstance(c, OSError) and c.strerror), causes[0])
     number = getattr(reason, "errno", None) or errno.EIO
     text = getattr(reason, "strerror", None) or " ".join(str(reason).split())[:200]

@@ -24,6 +24,7 @@ def replace_folder_files(target: Path, write: Callable[[Path], Any]) -> None:
         files = [file for file in aside.rglob("*") if file.is_file()]
         # Weights first and the index last: what the index names is there.
         for file in sorted(files, key=lambda f: (f.suffix == ".json", -len(f.parts), f)):
+            _files.open_to_others(file)
             sync(file)
             place = target / file.relative_to(aside)
             place.parent.mkdir(parents=True, exist_ok=True)

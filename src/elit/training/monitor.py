@@ -180,7 +180,8 @@ class Monitor:
     ) -> dict[str, float]:
         """The values of what `watch_interface` saw, and warnings of what looks wrong there."""
         for kind, message in self.interface.update(seen, losses).items():
-            self._warn(kind, step, message)
+            if step > self.config.optimizer.warmup_steps:  # before, nothing has been learned yet
+                self._warn(kind, step, message)
         return {
             f"validation/{name}_{format_budget(self.model.budget_of(num_latents))}": value
             for num_latents, values in seen.items()
