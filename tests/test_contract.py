@@ -129,8 +129,8 @@ CASES = {
 }  # fmt: skip
 # Of these, another row shows nearly as much in less time: `pytest -m slow` runs them.
 SLOW = {
-    "dit-3d", "elit-dit-wide", "uvit", "mmdit", "uvit-3d", "elit-uvit-wide", "elit-uvit-3d", "hdit-3d", "elit-hdit-3d",
-    "mmdit-words", "elit-mmdit-words", "elit-mmdit-3d",
+    "dit-3d", "elit-dit-wide", "uvit", "uvit-3d", "elit-uvit-wide", "elit-uvit-3d", "hdit-3d",
+    "elit-hdit-3d", "mmdit", "mmdit-words", "elit-mmdit-words", "elit-mmdit-3d",
 }  # fmt: skip
 
 
