@@ -163,7 +163,10 @@ def test_state_is_shared_out() -> None:
         ({}, {"gpus": 5}, r"data.batch_size=64 cannot be cut into 5 GPUs x 1 micro-batches"),
         ({"train__accumulation": "3"}, {"gpus": 2}, r"into 2 GPUs x 3 micro-batches"),
         ({}, {"mfu": 0.0}, r"mfu=0.0 is not allowed; give a share above 0"),
-        ({"retrofit__base": "runs/x"}, {}, r"the size of retrofit.base=runs/x is not known here"),
+        (
+            {"retrofit__base": "runs/x", "model__overrides": "{}"}, {},
+            r"the size of retrofit.base=runs/x is not known here",
+        ),
         (
             {"data__name": "prepared", "data__options.path": "no/folder",
              "data__options.resolution": "64"},
