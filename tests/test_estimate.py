@@ -126,6 +126,7 @@ def test_flops_and_hours() -> None:
     assert found.samples == 32
 
 
+@pytest.mark.slow
 def test_the_mean_is_over_what_training_draws() -> None:
     model = on_meta(DiT, preset_config("elit-dit-tiny/2"))
     dropping, flops = TailDropping(2, 9, 16), ElasticFlops(model)
@@ -139,6 +140,7 @@ def test_the_mean_is_over_what_training_draws() -> None:
     assert mean_flops(model, None) == forward_flops(model)
 
 
+@pytest.mark.slow
 def test_state_is_shared_out() -> None:
     found = {
         kind: estimate(config(**changes), gpus=4)

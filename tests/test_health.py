@@ -102,6 +102,7 @@ def test_the_probe_sees_the_latents_at_each_budget() -> None:
     assert probe.values(CPU) == {}
 
 
+@pytest.mark.slow
 def test_the_probe_sees_through_compiled_blocks_and_accumulates_means() -> None:
     model = tiny_elastic()
     samples, levels, labels = make_inputs(model)

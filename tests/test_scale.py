@@ -254,6 +254,7 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on(
     assert_resumes_right(tmp_path / "run", long_run)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path) -> None:
     """No file may grow beyond a limit: to the writer, that is a disk that is full."""
     train(tiny_config(tmp_path / "run", 2), progress=False)

@@ -416,6 +416,7 @@ def test_labels_are_dropped_as_often_as_asked(tmp_path) -> None:
 # ---- accumulation and processes ----
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twofold_accumulation(tmp_path) -> None:
     one = tiny_config(tmp_path / "one", steps=5, train_accumulation=2, data_batch_size=8)
     train(one, progress=False)
