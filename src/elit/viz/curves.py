@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from elit.viz.axes import cycle, even_values, pale, round_values, short
+
 # Sizes in pixels, drawn twice as large and shrunk, which smooths the lines.
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 300, 64, 96, 34, 34
 _SCALE = 2
 _INK, _GRID, _FAINT = "#202124", "#e4e6ea", "#6b7078"
-_COLOURS = ("#1f5fbf", "#d9662b", "#2a9d6f", "#a63d8f", "#b8901d", "#5b6475", "#c23b3b", "#3aa6b9")
 
 Points = Sequence[tuple[float, float]]
 
@@ -66,9 +67,9 @@ class _Chart:
         self.y = low - margin, high + margin
         self.axes()
         names = []
-        for (curve, points), colour in zip(lines, _cycle(len(lines)), strict=True):
+        for (curve, points), colour in zip(lines, cycle(len(lines)), strict=True):
             if curve.smooth:
-                self.line(_thinned(points), _pale(colour), 1)
+                self.line(_thinned(points), pale(colour), 1)
                 points = _smoothed(points)
             self.line(_thinned(points), colour, 2)
             names.append((self.place(points[-1:])[0][1], curve.name, colour))
@@ -86,14 +87,14 @@ class _Chart:
     def axes(self) -> None:
         """Grid lines with their numbers: round ones."""
         left, top, right, bottom = self.box
-        for value in _round_values(math.exp(self.y[0]), math.exp(self.y[1])):
+        for value in round_values(math.exp(self.y[0]), math.exp(self.y[1])):
             ((_, y),) = self.place(np.array([[0.0, value]]))
             self.pen.line(_scaled([(left, y), (right, y)]), _GRID, _SCALE)
             self.text((left - 8, y), f"{value:.3g}", _FAINT, "rm")
-        for value in _even_values(self.x[1], self.x[1] / 6):
+        for value in even_values(self.x[1], self.x[1] / 6):
             ((x, _),) = self.place(np.array([[value, math.exp(self.y[0])]]))
             self.pen.line(_scaled([(x, top), (x, bottom)]), _GRID, _SCALE)
-            self.text((x, bottom + 14), _short(value), _FAINT, "mm")
+            self.text((x, bottom + 14), short(value), _FAINT, "mm")
 
     def line(self, points: np.ndarray, colour: str, width: int) -> None:
         """A line through the points; a dot where there is only one."""
@@ -140,40 +141,3 @@ def _smoothed(points: np.ndarray) -> np.ndarray:
 def _thinned(points: np.ndarray, most: int = 2000) -> np.ndarray:
     """At most so many points, evenly chosen, the last one among them."""
     return points[np.unique(np.linspace(0, len(points) - 1, most).round().astype(int))]
-
-
-def _round_values(low: float, high: float) -> list[float]:
-    """Round numbers between two, a few of them: of a log axis, or evenly of a short range."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
-        values = [s * 10.0**d for d in decades for s in steps if low <= s * 10.0**d <= high]
-        if len(values) >= 3:
-            return values
-    return [v for v in _even_values(high, (high - low) / 6) if v >= low]
-
-
-def _even_values(high: float, rough: float) -> list[float]:
-    """Multiples of a round number, at least `rough`, up to `high`."""
-    if rough <= 0:
-        return [high]
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough)
-    return [i * step for i in range(math.floor(high / step + 1e-9) + 1)]
-
-
-def _short(value: float) -> str:
-    """1500 -> '1.5k'."""
-    for size, unit in ((1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.4g}{unit}"
-    return f"{value:.4g}"
-
-
-def _pale(colour: str) -> str:
-    """A colour mixed with white."""
-    parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return "#" + "".join(f"{round(255 - (255 - part) * 0.35):02x}" for part in parts)
-
-
-def _cycle(count: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
