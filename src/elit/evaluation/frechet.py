@@ -1,0 +1,261 @@
+"""Mean and covariance of features as they come, and the Frechet distance of two such pairs.
+
+Everything is counted in float64, on the CPU where a device has none (Apple's MPS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from elit._numbers import is_whole
+
+_ROWS = 1024  # of features that are widened at a time: 16 MiB at 2048
+_ASYMMETRY = 1e-6  # of a covariance, of its largest entry: float32 rounds ten times finer
+_NEGATIVE = 1e-5  # eigenvalue of a covariance, of its largest: what float32 leaves of a zero
+_EPSILON = torch.finfo(torch.float64).eps
+
+
+class Moments:
+    """Count, mean and covariance of features, which needn't be there all at once.
+
+    The order of updates and merges changes the result by rounding alone.
+
+    Args:
+        width: of a feature; the first update tells it if it is left out.
+    """
+
+    def __init__(self, width: int | None = None) -> None:
+        if width is not None and not is_whole(width):
+            raise ValueError(f"width={width!r}: use a whole number from 1 up, or leave it out")
+        self._count = 0
+        self._mean = torch.zeros(width or 0, dtype=torch.float64)
+        self._scatter = torch.zeros(width or 0, width or 0, dtype=torch.float64)
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return self._count
+
+    @property
+    def width(self) -> int | None:
+        """Numbers in a feature; None before the first."""
+        return len(self._mean) or None
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean (d,) in float64; needs one sample."""
+        if self._count == 0:
+            raise ValueError("the mean of no samples: update these moments with features first")
+        return self._mean.clone()
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased covariance (d, d) in float64, over count - 1; needs two samples."""
+        if self._count < 2:
+            raise ValueError(
+                f"a covariance needs at least 2 samples and there are {self._count}: "
+                "update these moments with more features"
+            )
+        return (self._scatter + self._scatter.T) / (2 * (self._count - 1))
+
+    @torch.no_grad()
+    def update(self, features: Tensor) -> None:
+        """Take in features (n, d) of any floating type and device; n may be 0."""
+        check_features(features, "features", self.width)
+        if self.width is None:
+            device = wide_device(features)
+            self._mean = torch.zeros(features.shape[1], dtype=torch.float64, device=device)
+            self._scatter = torch.zeros_like(self._mean).diag()
+        for part in features.split(_ROWS):
+            if len(part):
+                wide = part.to(self._mean.device).double()  # the device first: MPS has no float64
+                mean = wide.mean(dim=0)
+                self._add(len(part), mean, wide - mean)
+
+    @torch.no_grad()
+    def merge(self, other: Moments) -> None:
+        """Take in the samples of others, such as those of another process."""
+        if other.count == 0:
+            return
+        if self.width not in (None, other.width):
+            raise ValueError(
+                f"moments of width {other.width} beside ones of width {self.width}: "
+                "merge statistics of one network and one of its outputs"
+            )
+        if self.width is None:
+            self._mean, self._scatter = other._mean.clone(), other._scatter.clone()
+            self._count = other.count
+            return
+        self._scatter += other._scatter.to(self._scatter.device)
+        mean = other._mean.to(self._mean.device)
+        self._add(other.count, mean, mean.new_empty(0, len(mean)))
+
+    def _add(self, count: int, mean: Tensor, deviations: Tensor) -> None:
+        """Chan, Golub and LeVeque (1979): the means' difference is one more row of deviations."""
+        total = self._count + count
+        shift = mean - self._mean
+        row = shift * (self._count * count / total) ** 0.5
+        rows = torch.cat([deviations, row[None]])  # (n + 1, d)
+        self._scatter.addmm_(rows.T, rows)
+        self._mean += shift * (count / total)
+        self._count = total
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that give it back exactly, for safetensors."""
+        count = torch.tensor(self._count)
+        return {"count": count, "mean": self._mean.clone(), "scatter": self._scatter.clone()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Moments:
+        """What `state` gave."""
+        if set(state) != {"count", "mean", "scatter"}:
+            raise ValueError(
+                f"a state of {', '.join(sorted(state)) or 'nothing'}: "
+                "count, mean and scatter are needed; take what Moments.state() gives"
+            )
+        count, mean, scatter = state["count"], state["mean"], state["scatter"]
+        shapes = (tuple(count.shape), tuple(mean.shape), tuple(scatter.shape))
+        if mean.ndim != 1 or shapes != ((), mean.shape, mean.shape * 2) or count < 0:
+            raise ValueError(
+                f"a state of count {shapes[0]}, mean {shapes[1]} and scatter {shapes[2]}: "
+                "(), (d,) and (d, d) are needed, the count from 0 up; make the statistics again"
+            )
+        if not (mean.isfinite().all() and scatter.isfinite().all()):
+            raise ValueError("a state with NaN or infinity: make the statistics again")
+        moments = cls()
+        moments._count = int(count)
+        device = wide_device(mean)
+        moments._mean = mean.to(device).double().clone()
+        moments._scatter = scatter.to(device).double().clone()
+        return moments
+
+
+@torch.no_grad()
+def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """Squared Frechet distance of two normal distributions: what FID, sFID, FDD and FVD are.
+
+    |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2), Heusel et al. (2017), equation 6. With
+    A = K K^T and B = L L^T the last trace is the sum of the singular values of K^T L. Roots of the
+    eigenvalues of A B would lose half of the digits; so the error stays near 1e-15 (tr A + tr B),
+    also for singular covariances. It takes seconds at 2048.
+
+    Args:
+        mean_a: (d,), as all of any floating type.
+        cov_a: (d, d), symmetric and without negative eigenvalues; may be singular.
+        mean_b: (d,).
+        cov_b: (d, d).
+    """
+    device = wide_device(mean_a)
+    means = [_checked_mean(mean, of, device) for mean, of in ((mean_a, "a"), (mean_b, "b"))]
+    covs = [
+        _checked_covariance(cov, mean, of)
+        for cov, mean, of in ((cov_a, means[0], "a"), (cov_b, means[1], "b"))
+    ]
+    if len(means[0]) != len(means[1]):
+        raise ValueError(
+            f"means of {len(means[0])} and {len(means[1])} numbers: compare statistics of one "
+            "network and one of its outputs"
+        )
+    left, right = (_factor(cov, of) for cov, of in zip(covs, "ab", strict=True))
+    overlap = torch.linalg.svdvals(left.T @ right).sum()
+    distance = (means[0] - means[1]).square().sum() - 2 * overlap
+    distance += covs[0].trace() + covs[1].trace()
+    return max(0.0, distance.item())
+
+
+def _checked_mean(mean: Tensor, of: str, device: torch.device) -> Tensor:
+    if mean.ndim != 1 or len(mean) == 0:
+        raise ValueError(f"mean_{of} of shape {tuple(mean.shape)}: a mean is (d,)")
+    if not mean.isfinite().all():
+        raise ValueError(f"mean_{of} holds NaN or infinity: make these statistics again")
+    return mean.to(device).double()
+
+
+def _checked_covariance(cov: Tensor, mean: Tensor, of: str) -> Tensor:
+    if tuple(cov.shape) != (len(mean), len(mean)):
+        raise ValueError(
+            f"cov_{of} of shape {tuple(cov.shape)} beside a mean of {len(mean)}: "
+            f"a covariance is (d, d), here ({len(mean)}, {len(mean)})"
+        )
+    if not cov.isfinite().all():
+        raise ValueError(f"cov_{of} holds NaN or infinity: make these statistics again")
+    cov = cov.to(mean.device).double()
+    if (cov - cov.T).abs().max() > _ASYMMETRY * cov.abs().max():
+        raise ValueError(f"cov_{of} is not symmetric: it is no covariance; was it read right?")
+    return (cov + cov.T) / 2
+
+
+def _factor(cov: Tensor, of: str) -> Tensor:
+    """K (d, r) with K K^T = cov, where r is the rank."""
+    rounding = len(cov) * _EPSILON
+    factor, failed = torch.linalg.cholesky_ex(cov)  # a tenth of the time, for full rank alone
+    pivots = factor.diagonal().square()
+    if not failed and pivots.min() > rounding * pivots.max():
+        return factor
+    values, vectors = torch.linalg.eigh(cov)
+    largest = values.abs().max()
+    if values[0] < -_NEGATIVE * largest:
+        raise ValueError(
+            f"cov_{of} has the eigenvalue {values[0].item():.3g} beside {largest.item():.3g}: "
+            "a covariance has none below 0; make these statistics again, in float64"
+        )
+    # The root of a zero that was rounded is not small: in the trace it would be 1e-8, not 1e-16.
+    kept = values > rounding * largest
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+def needed_samples(width: int) -> int:
+    """How many samples the covariance of features needs to be of full rank."""
+    return width + 1
+
+
+def bias_warning(count: int, width: int, what: str = "samples") -> str | None:
+    """What to tell whose Frechet distance is of too few samples; None if they are enough.
+
+    Args:
+        count: of the samples.
+        width: of their features.
+        what: the samples are, such as "generated images".
+    """
+    if count >= needed_samples(width):
+        return None
+    return (
+        f"{count} {what} for features of {width} numbers: the covariance is singular and the "
+        f"Frechet distance comes out too high; use at least {needed_samples(width)} "
+        "(published scores use 50000)"
+    )
+
+
+# ---- shared with `scores` ----
+
+
+def check_features(features: Tensor, what: str, width: int | None = None) -> None:
+    """Raise a ValueError unless they are finite, (n, d) and, if a width is given, so wide."""
+    if features.ndim != 2 or features.shape[1] == 0:
+        raise ValueError(
+            f"{what} of shape {tuple(features.shape)}: (n, d) is needed, a row for each sample; "
+            "flatten the rest or average over it"
+        )
+    if not features.is_floating_point():
+        raise ValueError(f"{what} of {features.dtype}: use floating point values")
+    if width is not None and features.shape[1] != width:
+        raise ValueError(
+            f"{what} are {features.shape[1]} wide and those beside them {width}: "
+            "use one network and one of its outputs for both"
+        )
+    for start, part in zip(range(0, len(features), _ROWS), features.split(_ROWS), strict=False):
+        bad = ~part.isfinite().all(dim=1)
+        if bad.any():
+            row = start + int(bad.nonzero()[0])
+            raise ValueError(
+                f"{what} hold NaN or infinity, first in row {row}: the model that made the sample "
+                "diverged, or the network that looked at it overflowed; use float32 for it"
+            )
+
+
+def wide_device(features: Tensor) -> torch.device:
+    """Where their float64 arithmetic runs: where they are, or on the CPU for MPS."""
+    return torch.device("cpu") if features.device.type == "mps" else features.device

@@ -1,0 +1,665 @@
+"""Statistics and scores: closed forms, brute force, constructed answers, and what they refuse.
+
+`tests/test_scores_elsewhere.py` compares them with other people's libraries.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from elit.evaluation import scores
+from elit.evaluation.frechet import Moments, bias_warning, frechet_distance, needed_samples
+from elit.evaluation.scores import (
+    clip_score,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+
+F64 = torch.float64
+
+
+def normal(count, width, seed=0, dtype=F64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, width, generator=generator, dtype=F64).to(dtype)
+
+
+def moments_of(*batches):
+    moments = Moments()
+    for batch in batches:
+        moments.update(batch)
+    return moments
+
+
+def rotation(width, seed=5):
+    return torch.linalg.qr(normal(width, width, seed))[0]
+
+
+def distance_of(a, b):
+    a, b = moments_of(a), moments_of(b)
+    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+
+
+def distance_by_scipy(a, b):
+    """The formula as it stands, with scipy's square root of a matrix."""
+    root = scipy.linalg.sqrtm((np.cov(a.T) @ np.cov(b.T)).astype(np.complex128)).real
+    gap = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    return gap + np.trace(np.cov(a.T)) + np.trace(np.cov(b.T)) - 2 * np.trace(root)
+
+
+# ---- moments ----
+
+
+class TestMoments:
+    @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 7))
+    def test_any_batches_give_what_numpy_gives_of_all_at_once(self, sizes, width):
+        features = normal(sum(sizes) + 2, width)
+        moments = moments_of(*features.split([*sizes, 2]))
+        assert moments.count == len(features)
+        np.testing.assert_allclose(moments.mean, features.mean(0), rtol=1e-12, atol=1e-14)
+        expected = np.cov(features.T.numpy()).reshape(width, width)
+        np.testing.assert_allclose(moments.covariance, expected, rtol=1e-11, atol=1e-13)
+
+    @given(st.lists(st.integers(0, 30), min_size=1, max_size=5), st.randoms())
+    def test_processes_in_any_order_give_the_same(self, sizes, random):
+        features = normal(sum(sizes) + 2, 5) + 3
+        parts = [moments_of(part) for part in features.split([*sizes, 2])]
+        random.shuffle(parts)
+        merged = Moments()
+        for part in parts:
+            merged.merge(part)
+        whole = moments_of(features)
+        assert merged.count == whole.count
+        torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(merged.covariance, whole.covariance, rtol=1e-11, atol=1e-13)
+
+    def test_a_merge_leaves_the_other_as_it_was(self):
+        other, merged = moments_of(normal(4, 3)), Moments()
+        before = other.state()
+        merged.merge(other)
+        merged.update(normal(9, 3, seed=1))
+        assert all(torch.equal(before[key], value) for key, value in other.state().items())
+
+    @pytest.mark.parametrize("offset", [1e6, -1e8])
+    def test_a_big_offset_costs_no_digits_of_the_covariance(self, offset):
+        features = normal(5000, 6)
+        shifted = features + offset
+        exact = torch.from_numpy(np.cov((shifted - offset).T.numpy()))  # the shift rounds, once
+        found = moments_of(*shifted.split(37))
+        assert (found.covariance - exact).abs().max() < 1e-15 * abs(offset)
+        halves = moments_of(*shifted[:2000].split(37))
+        halves.merge(moments_of(*shifted[2000:].split(700)))
+        assert (halves.covariance - exact).abs().max() < 1e-15 * abs(offset)
+
+    def test_more_rows_than_are_widened_at_once(self):
+        features = normal(2500, 4)
+        expected = torch.from_numpy(np.cov(features.T.numpy()))
+        torch.testing.assert_close(moments_of(features).covariance, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_narrow_features_are_widened_before_any_sum(self, dtype):
+        features = (normal(300, 4) + 100).to(dtype)
+        wide = moments_of(features.double())
+        assert torch.equal(moments_of(features).covariance, wide.covariance)
+        assert wide.covariance.dtype == F64
+
+    def test_a_state_goes_through_a_file_and_on(self, tmp_path):
+        features = normal(50, 4)
+        half = moments_of(features[:20])
+        save_file(half.state(), tmp_path / "half.safetensors")
+        resumed = Moments.from_state(load_file(tmp_path / "half.safetensors"))
+        resumed.update(features[20:])
+        straight = moments_of(features[:20], features[20:])
+        assert torch.equal(resumed.mean, straight.mean)
+        assert torch.equal(resumed.covariance, straight.covariance)
+        assert resumed.count == 50
+
+    @pytest.mark.parametrize("width", [None, 4])
+    def test_an_empty_state_can_be_resumed_too(self, width):
+        resumed = Moments.from_state(Moments(width).state())
+        assert resumed.width == width
+        resumed.update(normal(3, 4))
+        assert torch.equal(resumed.covariance, moments_of(normal(3, 4)).covariance)
+
+    def test_features_stay_as_they_are(self):
+        features = normal(5, 3)
+        moments_of(features)
+        assert torch.equal(features, normal(5, 3))
+
+    def test_the_state_is_a_copy(self):
+        moments = moments_of(normal(3, 2))
+        for value in (moments.mean, moments.covariance, *moments.state().values()):
+            value.zero_()
+        assert torch.equal(moments.covariance, moments_of(normal(3, 2)).covariance)
+        assert torch.equal(moments.mean, moments_of(normal(3, 2)).mean)
+
+    def test_features_with_a_gradient_leave_no_graph(self):
+        features = normal(3, 2).requires_grad_()
+        assert not moments_of(features).covariance.requires_grad
+
+    def test_none_and_one_sample_have_no_covariance(self):
+        with pytest.raises(ValueError, match="the mean of no samples: update"):
+            _ = Moments(3).mean
+        for count in (0, 1):
+            with pytest.raises(ValueError, match=f"at least 2 samples and there are {count}: "):
+                _ = moments_of(normal(count, 3)).covariance
+
+    def test_two_samples_have_one(self):
+        features = torch.tensor([[0.0, 2.0], [2.0, 6.0]])
+        expected = torch.tensor([[2.0, 4.0], [4.0, 8.0]], dtype=F64)
+        assert torch.equal(moments_of(features).covariance, expected)
+
+    @pytest.mark.parametrize(
+        ("features", "message"),
+        [
+            (torch.ones(3), r"shape \(3,\): \(n, d\) is needed"),
+            (torch.ones(3, 2, 1), "flatten the rest"),
+            (torch.ones(3, 0), r"shape \(3, 0\)"),
+            (torch.ones(3, 4, dtype=torch.uint8), "torch.uint8: use floating point values"),
+            (torch.ones(3, 5), "5 wide and those beside them 4: use one network"),
+        ],
+    )
+    def test_what_is_no_feature_is_refused(self, features, message):
+        with pytest.raises(ValueError, match=message):
+            Moments(4).update(features)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("row", [0, 1500])
+    def test_a_diverged_sample_is_named_and_nothing_is_taken_in(self, value, row):
+        features = normal(1600, 3)
+        moments = moments_of(features)
+        before = moments.state()
+        features[row:, 1] = value
+        with pytest.raises(ValueError, match=f"NaN or infinity, first in row {row}: the model"):
+            moments.update(features)
+        assert all(torch.equal(before[key], value) for key, value in moments.state().items())
+
+    def test_moments_of_another_network_are_refused(self):
+        with pytest.raises(ValueError, match="width 2 beside ones of width 3: merge statistics of"):
+            moments_of(normal(3, 3)).merge(moments_of(normal(3, 2)))
+
+    @pytest.mark.parametrize("width", [0, -1, 2.5, True])
+    def test_a_wrong_width_is_refused(self, width):
+        with pytest.raises(ValueError, match="use a whole number from 1 up, or leave it out"):
+            Moments(width)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"count": None}, "a state of mean, scatter: count, mean and scatter are needed"),
+            ({"other": torch.ones(1)}, "take what Moments.state"),
+            ({"mean": torch.ones(2)}, r"\(d, d\) are needed"),
+            ({"scatter": torch.ones(3)}, r"scatter \(3,\)"),
+            ({"count": torch.tensor(-1)}, "the count from 0 up"),
+            ({"mean": torch.full((3,), math.nan)}, "with NaN or infinity"),
+        ],
+    )
+    def test_a_broken_state_is_refused(self, change, message):
+        state = moments_of(normal(5, 3)).state() | change
+        state = {key: value for key, value in state.items() if value is not None}
+        with pytest.raises(ValueError, match=message):
+            Moments.from_state(state)
+
+
+# ---- Frechet distance ----
+
+
+class TestFrechetDistance:
+    @given(*[st.floats(-100, 100)] * 2, *[st.floats(0, 100)] * 2)
+    def test_in_one_dimension(self, mean_a, mean_b, std_a, std_b):
+        means = [torch.tensor([m], dtype=F64) for m in (mean_a, mean_b)]
+        covs = [torch.tensor([[s * s]], dtype=F64) for s in (std_a, std_b)]
+        found = frechet_distance(means[0], covs[0], means[1], covs[1])
+        expected = (mean_a - mean_b) ** 2 + (std_a - std_b) ** 2
+        assert found == pytest.approx(expected, rel=1e-12, abs=1e-14 * (std_a + std_b) ** 2)
+
+    @pytest.mark.parametrize("width", [3, 64, pytest.param(2048, marks=pytest.mark.slow)])
+    def test_commuting_covariances(self, width):
+        a = torch.logspace(1, -6, width, dtype=F64)
+        b = torch.logspace(-4, 0.5, width, dtype=F64)
+        turn, means = rotation(width), normal(2, width) / 10
+        covs = [(turn * values) @ turn.T for values in (a, b)]
+        covs = [(cov + cov.T) / 2 for cov in covs]
+        expected = (means[0] - means[1]).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+        found = frechet_distance(means[0], covs[0], means[1], covs[1])
+        assert found == pytest.approx(float(expected), rel=1e-10)
+
+    def test_two_covariances_of_rank_one(self):
+        x, y = normal(2, 400)  # the root of x x' y y' has the trace |x . y|
+        zero = torch.zeros(400)
+        found = frechet_distance(zero, torch.outer(x, x), zero, torch.outer(y, y))
+        assert found == pytest.approx(float(x @ x + y @ y - 2 * (x @ y).abs()), rel=1e-12)
+
+    def test_diagonal_covariances_with_zeros(self):
+        a = torch.tensor([4.0, 0.0, 0.0, 9.0], dtype=F64)
+        b = torch.tensor([1.0, 0.0, 16.0, 0.0], dtype=F64)
+        zero = torch.zeros(4)
+        assert frechet_distance(zero, a.diag(), zero, b.diag()) == pytest.approx(1 + 16 + 9, 1e-14)
+
+    @pytest.mark.parametrize("width", [2, 60])
+    def test_it_is_what_scipy_computes(self, width):
+        a = normal(500, width) @ normal(width, width, 1)
+        b = normal(400, width, 2) @ normal(width, width, 3) + 0.3
+        expected = distance_by_scipy(a.numpy(), b.numpy())
+        assert distance_of(a, b) == pytest.approx(expected, rel=1e-10)
+
+    @pytest.mark.slow
+    def test_it_is_what_scipy_computes_at_2048(self):
+        width = 2048
+        scale = torch.logspace(0.5, -2, width, dtype=F64)
+        a, b = normal(4000, width) * scale, normal(4000, width, 1) * scale * 1.1 + 0.01
+        a, b = a @ rotation(width), b @ rotation(width)
+        expected = distance_by_scipy(a.numpy(), b.numpy())
+        assert distance_of(a, b) == pytest.approx(expected, rel=1e-6)
+
+    @pytest.mark.parametrize("counts", [(20, 30), (20, 200), (30, 30)])
+    def test_fewer_samples_than_features(self, counts):
+        """Of rank r in r of the dimensions: the others are left out and nothing changes."""
+        width, inner = 100, 8
+        low = [normal(n, inner, seed) @ normal(inner, inner, 7) for seed, n in enumerate(counts)]
+        into = normal(width, width)[:inner]  # (8, 100)
+        into = torch.linalg.qr(into.T)[0].T
+        expected = distance_by_scipy(*(x.numpy() for x in low))
+        assert distance_of(*(x @ into for x in low)) == pytest.approx(expected, rel=1e-10)
+
+    def test_singular_ones_by_their_singular_values(self):
+        """Samples with n < d: the trace is |K' L|, a nuclear norm that numpy knows."""
+        a, b = normal(40, 90), normal(60, 90, 1) * 1.5
+        k, left = (x - x.mean(0) for x in (a, b))
+        nuclear = np.linalg.norm((k @ left.T).numpy(), "nuc") / math.sqrt(39 * 59)
+        expected = (a.mean(0) - b.mean(0)).square().sum() + k.square().sum() / 39
+        expected += left.square().sum() / 59 - 2 * nuclear
+        assert distance_of(a, b) == pytest.approx(float(expected), rel=1e-12)
+
+    @pytest.mark.parametrize("count", [2, 100, 255, 256, 257, 3000])
+    def test_equal_ones_are_at_zero(self, count):
+        """Around full rank, over eight decades of variance, where roots lose half the digits."""
+        features = normal(count, 256) * torch.logspace(0.5, -3.5, 256, dtype=F64) @ rotation(256)
+        moments = moments_of(features)
+        mean, cov = moments.mean, moments.covariance
+        assert 0 <= frechet_distance(mean, cov, mean, cov) < 1e-13 * cov.trace()
+
+    @pytest.mark.parametrize("count", [100, 256, 257, 3000])
+    def test_nearly_equal_ones_are_told_apart(self, count):
+        """Scaling samples by 1 + e moves them by e^2 of the trace: here 1e-10 of it."""
+        features = normal(count, 256) * torch.logspace(0.5, -3.5, 256, dtype=F64) @ rotation(256)
+        features -= features.mean(0)
+        expected = 1e-10 * moments_of(features).covariance.trace()
+        found = distance_of(features, features * (1 + 1e-5))
+        assert found == pytest.approx(float(expected), rel=1e-3)
+
+    @given(st.integers(2, 12), st.integers(2, 30), st.integers(2, 30))
+    def test_symmetric_and_never_negative(self, width, count_a, count_b):
+        a, b = normal(count_a, width), normal(count_b, width, 1) * 2
+        assert distance_of(a, b) == pytest.approx(distance_of(b, a), rel=1e-10)
+        assert distance_of(a, b) >= 0
+
+    def test_rotations_and_shifts_leave_it_and_scales_square_it(self):
+        a, b, turn = normal(90, 20), normal(80, 20, 1) * 2, rotation(20)
+        distance = distance_of(a, b)
+        assert distance_of(a @ turn, b @ turn) == pytest.approx(distance, rel=1e-10)
+        assert distance_of(a + 50, b + 50) == pytest.approx(distance, rel=1e-10)
+        assert distance_of(a * 100, b * 100) == pytest.approx(distance * 1e4, rel=1e-10)
+
+    def test_all_zero_covariances_leave_the_means(self):
+        zero = torch.zeros(2, 2)
+        found = frechet_distance(torch.tensor([0.0, 3.0]), zero, torch.tensor([4.0, 0.0]), zero)
+        assert found == 25
+
+    def test_float32_statistics_will_do(self):
+        a, b = (moments_of(normal(50, 200, seed)) for seed in range(2))  # singular
+        exact = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+        rounded = [x.float() for x in (a.mean, a.covariance, b.mean, b.covariance)]
+        assert frechet_distance(*rounded) == pytest.approx(exact, rel=1e-2)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({0: torch.zeros(2, 1)}, r"mean_a of shape \(2, 1\): a mean is \(d,\)"),
+            ({3: torch.eye(3)}, r"cov_b of shape \(3, 3\) beside a mean of 2: .* here \(2, 2\)"),
+            ({1: torch.ones(2)}, r"cov_a of shape \(2,\)"),
+            ({2: torch.tensor([0.0, math.nan])}, "mean_b holds NaN or infinity"),
+            ({1: torch.eye(2) * math.inf}, "cov_a holds NaN or infinity"),
+            ({3: torch.tensor([[1.0, 0.1], [0.0, 1.0]])}, "cov_b is not symmetric"),
+            ({1: torch.tensor([[1.0, 0.0], [0.0, -0.5]])}, "cov_a has the eigenvalue -0.5 beside"),
+            ({3: -torch.eye(2)}, "a covariance has none below 0"),
+            ({2: torch.zeros(3), 3: torch.eye(3)}, "means of 2 and 3 numbers: compare statistics"),
+        ],
+    )
+    def test_what_is_no_statistic_is_refused(self, change, message):
+        given_ = [torch.zeros(2), torch.eye(2), torch.zeros(2), torch.eye(2)]
+        for place, value in change.items():
+            given_[place] = value
+        with pytest.raises(ValueError, match=message):
+            frechet_distance(*given_)
+
+
+def test_too_few_samples_are_told_with_the_number_needed():
+    assert needed_samples(2048) == 2049
+    assert bias_warning(2049, 2048) is None
+    message = bias_warning(2048, 2048, "generated images")
+    assert message.startswith("2048 generated images for features of 2048 numbers: ")
+    assert "use at least 2049 " in message
+    # And it is true: one sample more than features is what full rank takes.
+    assert torch.linalg.matrix_rank(moments_of(normal(13, 12)).covariance) == 12
+    assert torch.linalg.matrix_rank(moments_of(normal(12, 12)).covariance) == 11
+
+
+# ---- Inception Score ----
+
+
+class TestInceptionScore:
+    def test_no_opinion_scores_1(self):
+        assert inception_score(torch.full((60, 10), 3.0)) == (pytest.approx(1, abs=1e-12), 0)
+
+    def test_sure_and_balanced_scores_the_number_of_classes(self):
+        logits = 1e4 * torch.eye(10).repeat(6, 1)  # so sure that the others' share is 0
+        assert inception_score(logits) == (pytest.approx(10, rel=1e-12), 0)
+
+    def test_sure_of_one_class_scores_1(self):
+        assert inception_score(1e4 * torch.eye(10)[:1].repeat(50, 1)).mean == pytest.approx(1)
+
+    def test_some_of_the_classes_count_by_their_entropy(self):
+        logits = 1e4 * torch.eye(5)[[0, 0, 0, 1]]
+        expected = math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+        assert inception_score(logits).mean == pytest.approx(expected)
+
+    def test_a_loop_by_hand_says_the_same(self):
+        logits = normal(40, 6) * 2
+        p = np.exp(logits.numpy())
+        p /= p.sum(1, keepdims=True)
+        m = p.mean(0)
+        divergences = [sum(row[c] * math.log(row[c] / m[c]) for c in range(6)) for row in p]
+        expected = math.exp(np.mean(divergences))
+        assert inception_score(logits).mean == pytest.approx(expected, rel=1e-12)
+
+    def test_splits_are_consecutive_and_their_spread_is_the_population_s(self):
+        logits = normal(12, 4) * 3
+        parts = [inception_score(part).mean for part in logits.split(4)]
+        assert inception_score(logits, split_size=4) == pytest.approx(
+            (np.mean(parts), np.std(parts)), rel=1e-12
+        )
+
+    @pytest.mark.parametrize(("count", "splits"), [(3, 1), (4, 1), (7, 1), (8, 2), (11, 2)])
+    def test_a_remainder_is_no_split_of_its_own(self, count, splits):
+        logits = normal(count, 4) * 3
+        parts = [inception_score(part).mean for part in logits.tensor_split(splits)]
+        assert inception_score(logits, split_size=4).mean == pytest.approx(np.mean(parts))
+
+    def test_a_shift_of_the_logits_of_a_sample_says_nothing(self):
+        logits = normal(30, 5)
+        shifted = logits + 1e3 * normal(30, 1, seed=1)
+        assert inception_score(shifted).mean == pytest.approx(inception_score(logits).mean)
+
+    @pytest.mark.parametrize(
+        ("logits", "options", "message"),
+        [
+            (torch.ones(0, 4), {}, "0 logits: at least 1 are needed"),
+            (torch.ones(4), {}, r"logits of shape \(4,\)"),
+            (torch.tensor([[0.0, math.nan]]), {}, "logits hold NaN or infinity"),
+            (torch.ones(2, 4, dtype=torch.int64), {}, "use floating point"),
+            (normal(9, 4).softmax(1), {}, "probabilities already: give what came before"),
+            (torch.ones(2, 4), {"split_size": 0}, "split_size=0: use a whole number from 1 up"),
+        ],
+    )
+    def test_mistakes(self, logits, options, message):
+        with pytest.raises(ValueError, match=message):
+            inception_score(logits, **options)
+
+
+# ---- precision and recall ----
+
+
+def by_brute_force(real, generated, k):
+    """Every pair by its difference in float64, every ball of every sample."""
+
+    def squared(a, b):
+        return ((a.double()[:, None] - b.double()[None]) ** 2).sum(-1)
+
+    def radii(x):
+        distances = squared(x, x)
+        distances[range(len(x)), range(len(x))] = math.inf
+        return distances.sort(dim=1).values[:, k - 1]
+
+    pairs = squared(generated, real)  # (N, M)
+    in_real, in_generated = pairs <= radii(real), pairs <= radii(generated)[:, None]
+    return (
+        in_real.any(1).double().mean().item(),
+        in_generated.any(0).double().mean().item(),
+        in_real.double().sum(1).mean().item() / k,
+        in_real.any(0).double().mean().item(),
+    )
+
+
+CLOUDS = {
+    "overlapping": lambda: (normal(70, 5), normal(90, 5, 1) * 1.2 + 0.4),
+    "apart": lambda: (normal(40, 3), normal(50, 3, 1) + 100),
+    "float32, far off": lambda: (
+        normal(60, 8, 0, torch.float32) + 1000,
+        normal(80, 8, 1, torch.float32) + 1000.5,
+    ),
+    "copies": lambda: (normal(60, 4), normal(60, 4)),
+    "half copies": lambda: (normal(60, 4), torch.cat([normal(60, 4)[:30], normal(30, 4, 1)])),
+    "a grid full of ties": lambda: (
+        torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0)),
+        torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0)) + torch.tensor([1.0, 0.0]),
+    ),
+    "duplicates": lambda: (
+        normal(8, 3).repeat_interleave(6, 0),
+        torch.cat([normal(8, 3)[:4].repeat_interleave(7, 0), normal(9, 3, 1)]),
+    ),
+    "one picture over and over": lambda: (normal(50, 6), normal(1, 6, 2).repeat(40, 1)),
+    "all the same": lambda: (normal(1, 6).repeat(20, 1), normal(1, 6).repeat(30, 1)),
+    "tight clusters": lambda: (
+        torch.cat([normal(30, 4) * 1e-3, normal(30, 4) * 1e-3 + 10]),
+        torch.cat([normal(30, 4, 1) * 1e-3, normal(30, 4, 2) * 1e-3 - 10]),
+    ),
+}
+
+
+class TestPrecisionRecall:
+    @pytest.mark.parametrize("k", [1, 3, 5])
+    @pytest.mark.parametrize("name", CLOUDS)
+    @pytest.mark.parametrize("tile", [2048, 7])
+    def test_it_is_what_brute_force_says(self, name, k, tile, monkeypatch):
+        monkeypatch.setattr(scores, "_TILE", tile)
+        real, generated = CLOUDS[name]()
+        expected = by_brute_force(real, generated, k)
+        assert precision_recall(real, generated, k) == pytest.approx(expected, rel=1e-12)
+
+    @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(5, 30), st.integers(5, 30))
+    def test_and_on_random_whole_numbers_where_most_distances_are_ties(self, seed, k, m, n):
+        generator = torch.Generator().manual_seed(seed)
+        real, generated = (
+            torch.randint(0, 4, (count, 3), generator=generator).double() / 3 for count in (m, n)
+        )
+        expected = by_brute_force(torch.round(real * 3), torch.round(generated * 3), k)
+        assert precision_recall(real, generated, k) == pytest.approx(expected, rel=1e-12)
+
+    def test_any_ball_counts_not_only_the_nearest_sample_s(self):
+        # The generated 1.5 is nearest to the real 1, whose ball reaches 0.1; that of 4 reaches 3.
+        real = torch.tensor([[1.0], [1.1], [4.0], [7.0]])
+        generated = torch.tensor([[1.5], [1.5]])
+        assert precision_recall(real, generated, k=1).precision == 1
+        assert precision_recall(real[:2], generated, k=1).precision == 0
+
+    def test_a_line_whose_answer_is_known(self):
+        real = torch.tensor([[0.0], [1.0], [2.0], [10.0]])  # radii 1, 1, 1, 8
+        generated = torch.tensor([[-1.0], [-1.5], [2.5], [19.0]])  # radii 0.5, 0.5, 3.5, 16.5
+        # -1 is on the edge of 0's ball, and 19 lies 9 from 10. Of the real ones all are within the
+        # balls of 2.5 or 19.
+        found = precision_recall(real, generated, k=1)
+        assert found.precision == 0.5
+        assert found.recall == 1
+        assert found.density == 3 / 4  # -1 in one ball, 2.5 in those of 2 and, on 8 of reach, 10
+        assert found.coverage == 3 / 4  # all but 1
+
+    def test_the_same_sets_cover_each_other(self):
+        samples = normal(100, 10)
+        found = precision_recall(samples, samples.flip(0), k=4)
+        assert (found.precision, found.recall, found.coverage) == (1, 1, 1)
+        assert found.density >= 5 / 4  # itself and, of each ball, k others
+
+    def test_a_mode_left_out_costs_recall_and_a_mode_made_up_costs_precision(self):
+        near, far = normal(100, 3), normal(100, 3, 1) + 50
+        both = torch.cat([near, far])
+        dropped = precision_recall(both, normal(100, 3, 2))
+        assert dropped.precision > 0.9
+        assert dropped.recall <= 0.5
+        invented = precision_recall(near, torch.cat([normal(100, 3, 2), far]))
+        assert invented.precision <= 0.5
+        assert invented.recall > 0.9
+
+    def test_precision_is_the_other_way_round_s_recall(self):
+        a, b = normal(80, 4), normal(60, 4, 1) + 0.5
+        assert precision_recall(a, b).precision == precision_recall(b, a).recall
+
+    def test_neighbours_are_those_of_scikit_learn(self):
+        from sklearn.neighbors import NearestNeighbors
+
+        features = normal(300, 24)
+        expected, _ = NearestNeighbors(n_neighbors=3).fit(features).kneighbors()
+        found = scores._radii(features, 3, torch.device("cpu")).sqrt()
+        np.testing.assert_allclose(found, expected[:, 2], rtol=1e-12)
+
+    @pytest.mark.parametrize(
+        ("real", "generated", "k", "message"),
+        [
+            (normal(3, 2), normal(9, 2), 3, "3 real samples: at least 4 are needed for k=3; make"),
+            (normal(9, 2), normal(5, 2), 5, "5 generated samples: at least 6 are needed for k=5"),
+            (normal(9, 2), normal(9, 3), 3, "generated features are 3 wide and those .* 2: use"),
+            (normal(9, 2), normal(9, 2) / 0, 3, "generated features hold NaN or infinity, first"),
+            (normal(9, 2), normal(9, 2), 0, "k=0: use a whole number from 1 up"),
+            (normal(9, 2), normal(9, 2), 2.5, r"k=2\.5: use a whole number"),
+        ],
+    )
+    def test_mistakes(self, real, generated, k, message):
+        with pytest.raises(ValueError, match=message):
+            precision_recall(real, generated, k)
+
+
+# ---- kernel distance ----
+
+
+def by_double_loop(real, generated):
+    def kernel(x, y):
+        return (float(np.dot(x, y)) / len(x) + 1) ** 3
+
+    def within(xs):
+        pairs = [kernel(x, y) for i, x in enumerate(xs) for j, y in enumerate(xs) if i != j]
+        return np.mean(pairs)
+
+    real, generated = real.double().numpy(), generated.double().numpy()
+    between = np.mean([kernel(x, y) for x in real for y in generated])
+    return within(real) + within(generated) - 2 * between
+
+
+class TestKernelDistance:
+    @pytest.mark.parametrize("tile", [2048, 7])
+    @pytest.mark.parametrize("dtype", [F64, torch.float32])
+    def test_it_is_what_a_double_loop_says(self, tile, dtype, monkeypatch):
+        monkeypatch.setattr(scores, "_TILE", tile)
+        real, generated = normal(30, 5, 0, dtype), normal(24, 5, 1, dtype) * 1.5 + 0.3
+        found = kernel_distance(real, generated)
+        assert found == (pytest.approx(by_double_loop(real, generated), rel=1e-10), None)
+
+    def test_the_kernel_is_scikit_learn_s(self):
+        from sklearn.metrics.pairwise import polynomial_kernel
+
+        x, y = normal(9, 12), normal(7, 12, 1)
+        np.testing.assert_allclose(scores._kernel(x, y), polynomial_kernel(x, y, degree=3))
+
+    def test_two_samples_of_one_distribution_are_at_zero_on_average(self):
+        values = [kernel_distance(normal(20, 2, s), normal(30, 2, -s - 1)).value for s in range(99)]
+        spread = np.std(values) / math.sqrt(len(values))
+        assert abs(np.mean(values)) < 3 * spread
+        assert min(values) < 0  # unbiased, and not cut off
+
+    def test_the_closed_form_of_shifted_points(self):
+        # All real samples at 0, all others at c: 1 + (c^2 + 1)^3 - 2.
+        found = kernel_distance(torch.zeros(5, 1), torch.full((4, 1), 2.0))
+        assert found.value == pytest.approx(1 + 125 - 2, rel=1e-14)
+
+    def test_subsets_as_large_as_the_sets_are_the_sets(self):
+        real, generated = normal(40, 5), normal(40, 5, 1) + 0.2
+        whole = kernel_distance(real, generated, subsets=0)
+        found = kernel_distance(real, generated, subsets=3, subset_size=40)
+        assert found == pytest.approx((whole.value, 0), rel=1e-12, abs=1e-14)
+
+    def test_subsets_are_around_all_pairs(self):
+        real, generated = normal(300, 5), normal(250, 5, 1) + 0.2
+        whole = kernel_distance(real, generated, subsets=0).value
+        value, std = kernel_distance(real, generated, subsets=50, subset_size=100)
+        assert abs(value - whole) < 4 * std / math.sqrt(50)
+        assert std > 0
+
+    def test_the_seed_alone_decides(self):
+        real, generated = normal(60, 5), normal(60, 5, 1)
+        first = kernel_distance(real, generated, 5, 20, seed=1)
+        torch.manual_seed(99)
+        before = torch.get_rng_state()
+        assert kernel_distance(real, generated, 5, 20, seed=1) == first
+        assert kernel_distance(real, generated, 5, 20, seed=2) != first
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_the_usual_protocol_comes_with_enough_samples(self):
+        real, generated = normal(50, 3), normal(40, 3, 1)
+        assert kernel_distance(real, generated, subset_size=41).std is None
+        usual = kernel_distance(real, generated, subset_size=40)
+        assert usual == kernel_distance(real, generated, subsets=100, subset_size=40)
+
+    @pytest.mark.parametrize(
+        ("sizes", "options", "message"),
+        [
+            ((1, 9), {}, "1 real samples: at least 2 are needed"),
+            ((9, 1), {}, "1 generated samples: at least 2 are needed"),
+            ((9, 9), {"subsets": 5}, "subsets of 1000 from 9 samples: use a smaller subset_size"),
+            ((9, 9), {"subset_size": 1}, "subset_size=1: use a whole number from 2 up"),
+            ((9, 9), {"subsets": -1}, "subsets=-1: use a whole number from 1 up, or 0 for all"),
+        ],
+    )
+    def test_mistakes(self, sizes, options, message):
+        with pytest.raises(ValueError, match=message):
+            kernel_distance(normal(sizes[0], 3), normal(sizes[1], 3), **options)
+
+    def test_another_width_and_nan_are_refused(self):
+        with pytest.raises(ValueError, match="generated features are 4 wide"):
+            kernel_distance(normal(5, 3), normal(5, 4))
+        with pytest.raises(ValueError, match="real features hold NaN or infinity"):
+            kernel_distance(normal(5, 3) * math.nan, normal(5, 3))
+
+
+# ---- CLIP score ----
+
+
+class TestClipScore:
+    def test_angles_that_are_known(self):
+        images = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0], [1.0, 0.0]])
+        texts = torch.tensor([[5.0, 0.0], [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+        expected = 100 * (1 + 0 + math.sqrt(0.5) + 0) / 4  # an opposite counts 0, not -1
+        assert clip_score(images, texts) == pytest.approx(expected, rel=1e-12)
+
+    def test_lengths_say_nothing(self):
+        images, texts = normal(9, 5), normal(9, 5, 1)
+        found = clip_score(images * 1e3, texts * 1e-3)
+        assert found == pytest.approx(clip_score(images, texts), rel=1e-12)
+
+    @pytest.mark.parametrize(
+        ("images", "texts", "message"),
+        [
+            (normal(3, 4), normal(2, 4), "3 images and 2 texts: give each image the text"),
+            (normal(3, 4), normal(3, 5), "text_embeddings are 5 wide and those beside them 4"),
+            (normal(0, 4), normal(0, 4), "0 image_embeddings: at least 1 are needed"),
+            (normal(3, 4), torch.zeros(3, 4), "row 0 has an embedding of zeros"),
+            (normal(3, 4) * math.inf, normal(3, 4), "image_embeddings hold NaN or infinity"),
+        ],
+    )
+    def test_mistakes(self, images, texts, message):
+        with pytest.raises(ValueError, match=message):
+            clip_score(images, texts)
