@@ -12,7 +12,7 @@ def round_values(low: float, high: float) -> list[float]:
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
         values = [s * 10.0**d for d in decades for s in steps if low <= s * 10.0**d <= high]
         if len(values) >= 3:
-            return values
+            return values[:: -(-len(values) // 10)]  # of very many decades, each second or third
     return even_values(high, (high - low) / 6, low)
 
 
