@@ -1,0 +1,147 @@
+"""Do two maps of the same images go together, and would they on other images too?
+
+A map that is the same on every image, such as a pattern of position, may correlate with any other
+map. So a correlation is told beside its control: map of image i against the other map of an image
+j != i.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NUM_SHUFFLES = 999
+_NOISE = 1e-5  # float32 maps that vary less than this, over their largest value, are constant
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """A mean of correlations over images, and its control; None where there is none.
+
+    A map without variation correlates with nothing: its image is left out.
+
+    Attributes:
+        value: mean over images of the correlation of one map with the other.
+        shuffled: the same of all pairs of different images.
+        shuffled_std: spread of the mean over shuffles that leave no image in its place.
+        p: share of such shuffles, the true order counted among them, that are at least as far from
+            `shuffled` as `value` is.
+        images: that the mean is of.
+    """
+
+    value: float | None
+    shuffled: float | None
+    shuffled_std: float | None
+    p: float | None
+    images: int
+
+
+def correlate(
+    one: Tensor, other: Tensor, *, rank: bool = False, within_groups: bool = False, seed: int = 0
+) -> Correlation:
+    """Correlate maps (N, G, P) of N images, image by image and, as a control, across images.
+
+    Args:
+        one: values of P tokens in each of G groups.
+        other: likewise.
+        rank: Spearman's, of ranks, instead of Pearson's.
+        within_groups: whether values (or their ranks in their group) count from their group's mean
+            on, so that differences between groups don't count.
+        seed: of the shuffles.
+    """
+    if one.shape != other.shape or one.ndim != 3 or not len(one):
+        raise ValueError(
+            f"maps of shapes {tuple(one.shape)} and {tuple(other.shape)}; give two of the same "
+            f"(images, groups, tokens), of one image or more"
+        )
+    matrix = correlation_matrix(one, other, rank=rank, within_groups=within_groups)
+    defined = matrix.diagonal().isfinite()
+    matrix = matrix[defined][:, defined]
+    count = len(matrix)
+    if count == 0:
+        return Correlation(None, None, None, None, 0)
+    own = matrix.diagonal().mean()
+    if count == 1:
+        return Correlation(float(own), None, None, None, 1)
+    mean = (matrix.sum() - matrix.diagonal().sum()) / (count * (count - 1))
+    orders = derangements(count, NUM_SHUFFLES, seed)
+    shuffled = matrix[torch.arange(count), orders].mean(1)  # (shuffles,)
+    # Sums in another order differ in their last digits: those count as equal.
+    further = (shuffled - mean).abs() >= (own - mean).abs() - 1e-9
+    p = (1 + int(further.sum())) / (1 + len(orders))
+    spread = float(shuffled.std(correction=0))
+    return Correlation(float(own), float(mean), spread, p, count)
+
+
+def correlation_matrix(
+    one: Tensor, other: Tensor, *, rank: bool = False, within_groups: bool = False
+) -> Tensor:
+    """Correlation of each of the maps `one` (N, G, P) with each of `other`: (N, N) float64.
+
+    Rows and columns of maps without variation are NaN.
+    """
+    rows = [_unit(maps, rank, within_groups) for maps in (one, other)]
+    return rows[0] @ rows[1].T
+
+
+def _unit(maps: Tensor, rank: bool, within_groups: bool) -> Tensor:
+    """Centred rows (N, G * P) of length 1; NaN where nothing varies."""
+    values = maps.detach().to("cpu", torch.float64)
+    if not within_groups:
+        values = values.flatten(1)[:, None]  # (N, 1, G * P)
+    values = _centred(values)
+    if rank:
+        ranks = average_ranks(values)
+        values = ranks - ranks.mean(-1, keepdim=True)
+    values = values.flatten(1)
+    return values / values.norm(dim=1, keepdim=True)  # 0 / 0 is NaN
+
+
+def _centred(values: Tensor) -> Tensor:
+    """Values less their mean over the last axis; zero where that is rounding alone."""
+    centred = values - values.mean(-1, keepdim=True)
+    largest = values.abs().amax(-1, keepdim=True)
+    return centred.where(centred.abs().amax(-1, keepdim=True) > _NOISE * largest, 0.0)
+
+
+def average_ranks(values: Tensor) -> Tensor:
+    """Ranks from 1 along the last axis, float64; equal values share the mean of theirs."""
+    values = values.contiguous()
+    ordered = values.sort(dim=-1).values
+    first = torch.searchsorted(ordered, values)
+    last = torch.searchsorted(ordered, values, right=True)
+    return (first + last + 1).to(torch.float64) / 2
+
+
+def derangements(count: int, number: int, seed: int) -> Tensor:
+    """Random orders (number, count) that leave nothing in its place, for `count` of 2 or more."""
+    if count < 2:
+        raise ValueError(f"{count} images can't be shuffled; give two or more")
+    draw = torch.Generator().manual_seed(seed)
+    places, found = torch.arange(count), torch.empty(0, count, dtype=torch.long)
+    while len(found) < number:
+        orders = torch.rand(number, count, generator=draw).argsort(dim=1)
+        moved = (orders != places).all(1)  # true of more than a third
+        found = torch.cat((found, orders[moved]))
+    return found[:number]
+
+
+def position_share(maps: Tensor) -> float | None:
+    """Share of the variance over tokens that position alone explains, in [0, 1].
+
+    The variance of the mean map over that of all maps. What the mean map of few images has by
+    chance is taken off, so that maps without a common pattern have about 0. None where nothing
+    varies.
+
+    Args:
+        maps: (N, T) of two images or more.
+    """
+    values = maps.detach().to("cpu", torch.float64)
+    if values.ndim != 2 or len(values) < 2:
+        raise ValueError(f"maps of shape {tuple(maps.shape)}; give (images, tokens) of two or more")
+    values = _centred(values)  # an image whose map is larger everywhere says nothing of places
+    rest = values.var(0).mean() * values.shape[1] / max(1, values.shape[1] - 1)
+    mean = values.mean(0).var()
+    common = (mean - rest / len(values)).clamp_min(0)
+    total = common + rest
+    return float(common / total) if total > 0 else None  # of a single token both are NaN

@@ -1,0 +1,104 @@
+"""What an inspection says in numbers: correlations with their controls, and what latents cost."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elit.evaluation.correlation import correlate, correlation_matrix, position_share
+from elit.evaluation.inspection import Maps, Worth
+
+# name: arguments of `correlate`
+KINDS: dict[str, dict[str, bool]] = {
+    "pearson": {},
+    "spearman": {"rank": True},
+    "pearson_in_groups": {"within_groups": True},
+    "spearman_in_groups": {"rank": True, "within_groups": True},
+}
+
+
+def numbers_of_maps(maps: Maps, budget: float, seed: int = 0) -> dict[str, Any]:
+    """Plain types for JSON of the maps at one noise level and budget; null is undefined.
+
+    Args:
+        maps: of two images or more.
+        budget: that their number of latents is.
+        seed: of the shuffles.
+    """
+    loss, attention, difference = (maps.mean(n) for n in ("loss", "attention", "difference"))
+    assert loss is not None
+    result: dict[str, Any] = {
+        "sigma": maps.sigma,
+        "budget": budget,
+        "num_latents": maps.num_latents,
+        "loss": float(loss.mean()),
+        "position_share": {
+            "loss": position_share(loss.flatten(1)),
+            "attention": None if attention is None else position_share(attention.flatten(1)),
+            # Of a place within its group, whichever group it is.
+            "attention_in_groups": None
+            if attention is None
+            else position_share(attention.flatten(0, 1)),
+        },
+        "attention_loss": correlations(maps.attention, maps.loss, seed),
+        "latent_entropy": None if maps.entropy is None else maps.entropy.tolist(),
+        "difference": None,
+        "difference_loss": correlations(maps.difference, maps.loss, seed),
+    }
+    if difference is not None:
+        result["difference"] = float(difference.mean())
+    return result
+
+
+def correlations(one: Tensor | None, other: Tensor | None, seed: int) -> dict[str, Any] | None:
+    """Correlations of maps (2, N, G, P), whose first axis are halves of the noise draws.
+
+    `other_noise` is the correlation of one map's half with the other map's other half: what is
+    left of it where the two maps have seen different noise.
+    """
+    if one is None or other is None:
+        return None
+    result = {}
+    for name, options in KINDS.items():
+        found = correlate(one.mean(0), other.mean(0), seed=seed, **options)
+        halves = [correlation_matrix(one[i], other[1 - i], **options).diagonal() for i in (0, 1)]
+        each = torch.cat(halves)
+        each = each[each.isfinite()]
+        mean = float(each.mean()) if len(each) else None
+        result[name] = {**asdict(found), "other_noise": mean}
+    return result
+
+
+def numbers_of_worth(worths: Sequence[Worth]) -> dict[str, Any]:
+    """What latents cost: losses with the first ones only, and what leaving one out adds.
+
+    Costs are differences on the same images and noise, with their standard error over images.
+    """
+    first: list[dict[str, Any]] = []
+    without: list[dict[str, Any]] = []
+    for worth in worths:
+        full = worth.first[max(worth.first)]
+        for n, losses in worth.first.items():
+            line = {"sigma": worth.sigma, "num_latents": n, "loss": float(losses.mean())}
+            first.append({**line, **_cost(losses - full)})
+        for i, losses in worth.without.items():
+            line = {"sigma": worth.sigma, "latent": i, "loss": float(losses.mean())}
+            without.append({**line, **_cost(losses - full)})
+    return {"first": first, "without": without}
+
+
+def mean_over_levels(worths: Sequence[Worth]) -> Worth:
+    """The mean over noise levels, each counting as much as any other; its sigma is their mean."""
+    return Worth(
+        sum(worth.sigma for worth in worths) / len(worths),
+        {n: torch.stack([w.first[n] for w in worths]).mean(0) for n in worths[0].first},
+        {i: torch.stack([w.without[i] for w in worths]).mean(0) for i in worths[0].without},
+    )
+
+
+def _cost(differences: Tensor) -> dict[str, float | None]:
+    count = len(differences)
+    error = float(differences.std() / count**0.5) if count > 1 else None
+    return {"cost": float(differences.mean()), "cost_error": error}
