@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -60,14 +61,61 @@ def fit_classifier(train_dataset: ImageDataset, seed: int = 0) -> Classifier:
     and best; objects in free places need a convolutional network. Both also learn mildly blurred
     and noisy copies, since a generated image may be either and still be right.
     """
+    if train_dataset.aligned:
+        images, labels = _images_of(train_dataset)
+        with _seeded(seed):
+            predict = _fit_kernel_machine(images, labels)
+    else:
+        network = fit_network(train_dataset, seed)
+        predict = torch.no_grad()(lambda part: network(_shrink(part)).argmax(dim=1))
+    return Classifier(train_dataset.image_shape, predict)
+
+
+def fit_network(train_dataset: ImageDataset, seed: int = 0) -> nn.Sequential:
+    """Fit a convolutional network on a training split, within seconds on a CPU.
+
+    Its last layer gives logits of images (B, C, H, W) in [-1, 1], which `ClassifierFeatures` makes
+    small. All processes of a machine get the same weights.
+    """
+    images, labels = _images_of(train_dataset)
+    with _seeded(seed):
+        return _fit_network(images, labels, train_dataset.aligned)
+
+
+class ClassifierFeatures(nn.Module):
+    """What a network of `fit_network` sees before its last layer, and its logits."""
+
+    outputs = ("pool", "logits")
+
+    def __init__(self, network: nn.Sequential):
+        super().__init__()
+        self.body, self.head = network[:-1], network[-1]
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Look at images (B, C, H, W) in [-1, 1]; pool (B, d), logits (B, classes)."""
+        pool = self.body(_shrink(images))
+        return {"pool": pool, "logits": self.head(pool)}
+
+
+def _images_of(train_dataset: ImageDataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images to fit on, (N, C, H, W), and their labels (N,)."""
     if len(train_dataset.image_shape) != 3:
         raise ValueError(f"a classifier takes images; {train_dataset!r} has clips")
     batch = train_dataset.batch(range(min(len(train_dataset), _MAX_IMAGES)))
-    fit = _fit_kernel_machine if train_dataset.aligned else _fit_network
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
-        predict = fit(batch["images"], batch["class_labels"])
-    return Classifier(train_dataset.image_shape, predict)
+    return batch["images"], batch["class_labels"]
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Gradients and random numbers of a fit, in one thread: more of them would sum otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _fit_kernel_machine(images: torch.Tensor, labels: torch.Tensor) -> Predict:
@@ -78,9 +126,9 @@ def _fit_kernel_machine(images: torch.Tensor, labels: torch.Tensor) -> Predict:
     return lambda part: torch.from_numpy(machine.predict(part.flatten(1).numpy())).long()
 
 
-def _fit_network(images: torch.Tensor, labels: torch.Tensor) -> Predict:
+def _fit_network(images: torch.Tensor, labels: torch.Tensor, aligned: bool) -> nn.Sequential:
     images = _shrink(images)
-    network = _network(images.shape[1], int(labels.max()) + 1)
+    network = _network(images.shape[1], int(labels.max()) + 1, aligned)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=_STEPS)
     for _ in range(_STEPS):
@@ -92,27 +140,31 @@ def _fit_network(images: torch.Tensor, labels: torch.Tensor) -> Predict:
         loss.backward()
         optimizer.step()
         schedule.step()
-    network.eval()
-
-    @torch.no_grad()
-    def predict(part: torch.Tensor) -> torch.Tensor:
-        return network(_shrink(part)).argmax(dim=1)
-
-    return predict
+    return network.eval().requires_grad_(False)
 
 
-def _network(channels: int, num_classes: int, width: int = 12) -> nn.Sequential:
+def _network(channels: int, num_classes: int, aligned: bool, width: int = 12) -> nn.Sequential:
     def stage(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
         convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
         return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
+    pool: list[nn.Module]
+    if aligned:  # it counts where a stroke is
+        pool = [
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(4 * 4 * width, 4 * width),
+            nn.BatchNorm1d(4 * width),
+            nn.ReLU(),
+        ]
+    else:  # wherever the object is
+        pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(
         *stage(channels, width, 5, 2),
         *stage(width, 2 * width, 3, 1),
         *stage(2 * width, 4 * width, 3, 2),
         *stage(4 * width, 4 * width, 3, 1),
-        nn.AdaptiveAvgPool2d(1),  # wherever the object is
-        nn.Flatten(),
+        *pool,
         nn.Linear(4 * width, num_classes),
     )
 

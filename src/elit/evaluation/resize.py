@@ -1,0 +1,96 @@
+"""Resizing as the reference implementations of the scores do it, in plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elit._choices import check_choice
+
+_MODES = ("bicubic", "bilinear")
+
+
+def resize_tf_bilinear(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images (B, C, H, W) as TensorFlow 1's ResizeBilinear, as the classic FID does.
+
+    A pixel's corner, not its centre, keeps its place, and nothing is averaged where the image
+    becomes smaller.
+
+    Args:
+        images: floating point, in any range.
+        size: height and width of the result.
+    """
+    _check(images, size)
+    for axis, wanted in zip((-2, -1), size, strict=True):
+        images = _interpolate(images, axis, wanted)
+    return images
+
+
+def _interpolate(images: Tensor, axis: int, size: int) -> Tensor:
+    """One axis of `resize_tf_bilinear`."""
+    given = images.shape[axis]
+    if given == size:
+        return images
+    # float32, as TensorFlow counts: its rounding decides which pixel is below.
+    place = torch.arange(size, dtype=torch.float32) * (torch.tensor(given) / size)
+    below = place.long()
+    above = (below + 1).clamp(max=given - 1)
+    weight = (place - below).to(images)
+    weight = weight if axis == -1 else weight[:, None]
+    low = images.index_select(axis, below.to(images.device))
+    return torch.lerp(low, images.index_select(axis, above.to(images.device)), weight)
+
+
+def resize_pil(
+    images: Tensor, size: tuple[int, int], mode: str = "bicubic", *, eight_bit: bool = False
+) -> Tensor:
+    """Resize images (B, C, H, W) as Pillow, which averages where the image becomes smaller.
+
+    Equal to its resize of floating point channels (mode "F") to 0.02 of 255; bicubic overshoots
+    at edges, and that stays.
+
+    Args:
+        images: floating point, in any range.
+        size: height and width of the result.
+        mode: "bicubic" or "bilinear".
+        eight_bit: whether to round to whole numbers in 0..255, after each axis, as Pillow's resize
+            of 8-bit images does; equal to it but for a few pixels, which are one level off.
+    """
+    _check(images, size)
+    check_choice(mode, _MODES, "mode")
+    height, width = size
+    steps = [(images.shape[-2], width), (height, width)] if eight_bit else [(height, width)]
+    for step in steps:
+        if tuple(images.shape[-2:]) != step:
+            images = F.interpolate(images, size=step, mode=mode, antialias=True)
+            images = (images + 0.5).floor().clamp(0, 255) if eight_bit else images
+    return images
+
+
+def shorter_side(images: Tensor, size: int) -> tuple[int, int]:
+    """Height and width at which the shorter side of images (..., H, W) is `size`."""
+    height, width = images.shape[-2:]
+    shorter = min(height, width)
+    # Rounded down, as CLIP's reference does
+    return height * size // shorter, width * size // shorter
+
+
+def centre_crop(images: Tensor, size: int) -> Tensor:
+    """Square of `size` pixels from the middle of images (..., H, W), none smaller than that."""
+    height, width = images.shape[-2:]
+    if min(height, width) < size:
+        raise ValueError(
+            f"images of {height}x{width} are smaller than the square of {size}x{size} to cut "
+            f"from them; resize them first"
+        )
+    top, left = (height - size) // 2, (width - size) // 2
+    return images[..., top : top + size, left : left + size]
+
+
+def _check(images: Tensor, size: tuple[int, int]) -> None:
+    if images.ndim != 4 or not images.is_floating_point() or images.numel() == 0:
+        raise ValueError(
+            f"images of shape {tuple(images.shape)} and {images.dtype}: use floating point "
+            f"(B, C, H, W), none of them 0"
+        )
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size {size}: use a height and a width of at least 1 pixel")

@@ -1,0 +1,165 @@
+"""Weights of feature networks: files here, on the hub or on the web, and their checksums."""
+
+import hashlib
+import os
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from elit._files import sha256_of
+
+INCEPTION_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
+INCEPTION_FILES = (
+    "pt_inception-2015-12-05-6726825d.pth",  # of pytorch-fid
+    "weights-inception-2015-12-05-6726825d.pth",  # of torch-fidelity
+)
+INCEPTION_VARIABLE = "ELIT_INCEPTION_WEIGHTS"
+I3D_FILE = "i3d_torchscript.pt"
+I3D_VARIABLE = "ELIT_I3D_WEIGHTS"
+
+
+def find_inception(weights: str | Path | None = None) -> Path:
+    """The weights of FID's Inception: given, named by the environment, here already, or fetched."""
+    weights = weights or os.environ.get(INCEPTION_VARIABLE)
+    if weights:
+        return find_file(weights, "inception")
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for name in INCEPTION_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    try:
+        torch.hub.load_state_dict_from_url(
+            INCEPTION_URL, str(folder), "cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except (URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"the weights of inception cannot be fetched ({_reason(error)}); get "
+            f"{INCEPTION_URL} and give its path as the weights or in {INCEPTION_VARIABLE}, or put "
+            f"it into {folder}"
+        ) from error
+    return folder / INCEPTION_URL.rpartition("/")[2]
+
+
+def find_i3d(weights: str | Path | None = None) -> Path:
+    """The TorchScript file of I3D, given or named by the environment."""
+    weights = weights or os.environ.get(I3D_VARIABLE)
+    if not weights:
+        raise ValueError(
+            f"i3d needs the file {I3D_FILE}, which public code of FVD comes with: give its path "
+            f"as the weights, or in {I3D_VARIABLE}"
+        )
+    return find_file(weights, "i3d")
+
+
+def find_file(weights: str | Path, network: str) -> Path:
+    """A file here, or one of the hub: "user/repository/file", also with "hf://" before it."""
+    text = str(weights)
+    path = Path(weights).expanduser()
+    if not text.startswith("hf://"):
+        if path.is_file():
+            return path
+        if path.is_dir():
+            raise ValueError(f"the weights of {network} are a file, but {text} is a folder")
+    parts = text.removeprefix("hf://").split("/")
+    on_hub = text.startswith("hf://") or (path.suffix and not path.is_absolute())
+    if not on_hub or len(parts) < 3 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise ValueError(
+            f"no file {text} with the weights of {network}; give the path of a file, or "
+            f"user/repository/file of one on the hub"
+        )
+    return _from_hub("/".join(parts[:2]), "/".join(parts[2:]), network)
+
+
+def _from_hub(repository: str, name: str, network: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(repository, name))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(
+            f"no file {repository}/{name} with the weights of {network}, neither here nor on the "
+            f"hub ({_reason(error)}); give the path of a file"
+        ) from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors by their names, of a .safetensors file or one of PyTorch; runs no code of theirs."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} holds no weights that can be read ({_reason(error)}); give a .safetensors "
+            f"file or a .pth with a plain dictionary of tensors"
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise ValueError(
+            f"{path} holds a {type(loaded).__name__} that is no plain dictionary of tensors; give "
+            f"a file with a network's state dict alone"
+        )
+    return loaded
+
+
+def read_scripted(path: Path, device: torch.device) -> Any:
+    """The network of a TorchScript file."""
+    try:
+        with warnings.catch_warnings():  # such files are what FVD comes as
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return torch.jit.load(path, map_location=device).eval()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no TorchScript file ({_reason(error)}); save a network by "
+            f"torch.jit.script(network).save, or an exported program as .pt2"
+        ) from error
+
+
+def read_exported(path: Path) -> nn.Module:
+    """The network of an exported program."""
+    try:
+        return torch.export.load(path).module()
+    except Exception as error:  # it raises whatever a broken archive leads to
+        raise ValueError(
+            f"{path} is no exported program ({_reason(error)}); save one by torch.export.save"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def checksum_of(module: nn.Module) -> str:
+    """SHA-256 of a module's state dict: names, types, shapes and numbers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(numbers.numpy().data)
+    return digest.hexdigest()
+
+
+def folder_checksum(name: str, module: nn.Module) -> str:
+    """SHA-256 of a transformers model's weights: of its file, if it is one, as the hub shows it.
+
+    Args:
+        name: on the hub, or a folder.
+        module: what was loaded from there.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(name, "model.safetensors")
+    except OSError:  # several files, or an older format
+        found = None
+    return checksum_of(module) if found is None else sha256_of(Path(found))
