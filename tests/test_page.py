@@ -224,8 +224,8 @@ def test_a_score_never_stands_without_its_settings(pages) -> None:
     report = sweep_report()
     text = Page(pages["usual"]).all("main")[0]["text"]
     stamped = text[: text.index("Score against cost")]
-    for word in ("1000 samples", "seed 0", "balanced", "digits train (1500 samples, c0ffee)",
-                 "classifier", "16x16 px", "8 bit", "euler", "fp32", "cpu"):  # fmt: skip
+    for word in ("1000 samples", "seed 0", "balanced", "digits train (1500 images, c0ffee)",
+                 "classifier", "16x16 px", "8 bit", "Euler", "float32", "cpu"):  # fmt: skip
         assert word in stamped
     facts = dict(Page(pages["usual"]).table("settings"))
     assert facts["images rounded to 8 bit"] == "yes"
@@ -241,10 +241,10 @@ def test_a_score_never_stands_without_its_settings(pages) -> None:
 
 def test_models_side_by_side_show_where_their_settings_differ(pages) -> None:
     other = sweep_report(seed=1)
-    other["settings"]["dtype"] = "bf16"
+    other["settings"]["dtype"] = "bfloat16"
     page = Page(compare_page({"a": sweep_report(), "b": other}, INFOS))
     differing = [e["text"] for e in page.all("tr", **{"class": "differs"})]
-    assert any("fp32bf16" in text for text in differing)
+    assert any("float32bfloat16" in text for text in differing)
     assert len(differing) == 2  # and the weights
     assert page.all("p", **{"class": "warning"}) == []
     assert Page(pages["two"]).all("p", **{"class": "warning"})[0]["text"] == "<no>"

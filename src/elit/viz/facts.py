@@ -32,7 +32,7 @@ def stamp(report: Mapping[str, Any]) -> str:
     parts = [
         f"{settings.get('samples', '?')} samples",
         f"seed {settings.get('seed', '?')}",
-        f"{settings.get('labels')} labels" if settings.get("labels") else "",
+        str(settings.get("drawn") or ""),
         f"against {_in_words(reference, 'reference')}" if reference else "no reference",
         f"networks: {', '.join(networks)}" if networks else "",
         _in_words(settings.get("size"), "size") + " px" if settings.get("size") else "",
@@ -60,7 +60,7 @@ def _in_words(value: Any, key: str = "") -> str:
     if key == "size" and isinstance(value, list | tuple):
         return "x".join(map(str, value))
     if key == "reference" and isinstance(value, Mapping):
-        count = f"{value['samples']} samples" if "samples" in value else ""
+        count = f"{value['images']} images" if value.get("images") else ""
         details = ", ".join(filter(None, [count, str(value.get("digest") or "")]))
         return str(value.get("name", "?")) + (f" ({details})" if details else "")
     if isinstance(value, Mapping):
