@@ -148,6 +148,7 @@ SURFACE = {
     "sample": "run --labels --prompts --negative-prompt --count --budget --steps --guidance "
     "--scale --guide-budget --interval --sampler --teacache --seed --size --frames --video "
     "--batch-size --device --dtype --out --json",
+    "compare": "a b --out --json",
     "calibrate": "run --labels --prompts --budget --steps --guidance --scale --guide-budget "
     "--degree --seed --device --out --json",
     "flops": "model --resolution --frames --budgets --text-tokens --json",

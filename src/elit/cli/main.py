@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "count what a run will take: operations, hours, memory",
     "finetune": "make a pretrained model elastic, and train it at all budgets",
     "sample": "draw images of given classes at one or more budgets",
+    "compare": "put two sweeps side by side, such as a plain and an elastic model",
     "calibrate": "fit TeaCache, which skips steps at which little changes, to a pipeline",
     "flops": "count the operations of a preset or a checkpoint at each budget",
     "info": "show the presets, one preset or checkpoint, and what is installed",

@@ -1,0 +1,206 @@
+"""Two sweeps side by side: whether they may be compared, and what both measured."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from elit._pareto import is_number
+from elit.evaluation.score_names import SCORES
+from elit.pipelines.operating_points import FORMAT, SWEEP_FILE
+
+Report = dict[str, Any]
+
+# Scores that differ in one of these are not of the same thing.
+_SAME = ("samples", "seed", "drawn", "size", "eight_bit")
+_SAME_TIMES = ("device", "device_name", "dtype", "batch_size")
+_POINT = ("budget", "steps", "sampler", "guidance", "scale", "guide_budget", "interval")
+_PARTS: dict[str, Any] = {"model": dict, "settings": dict, "ranked_by": str, "rows": list}
+_PARTS_OF_A_ROW: dict[str, Any] = {
+    "budget": int | float,
+    "steps": int,
+    "guidance": str,
+    "gflops_per_image": int | float,
+    "scores": dict,
+}
+_EQUAL_TRAINING = 0.05  # share by which training FLOPs may differ and still be called equal
+
+
+def read_sweeps(first: str, second: str) -> dict[str, Report]:
+    """The reports of two sweeps by the names of their runs.
+
+    Args:
+        first: a run's folder with a sweep in it, or a sweep's folder or file.
+        second: likewise.
+    """
+    files = [_file_of(Path(path)) for path in (first, second)]
+    if files[0].resolve() == files[1].resolve():
+        raise ValueError(f"{first} and {second} are the same sweep; give two different ones")
+    names = [_name_of(file) for file in files]
+    if names[0] == names[1]:
+        names = [str(file.parent) for file in files]
+    if names[0] == names[1]:
+        names = [str(file) for file in files]
+    return {name: read_sweep(file) for name, file in zip(names, files, strict=True)}
+
+
+def read_sweep(file: Path) -> Report:
+    """A report as `elit sweep` writes it, or a ValueError that says what is wrong with the file."""
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is not JSON ({error}), perhaps cut off; run `elit sweep` again"
+        ) from error
+    if not isinstance(report, dict):
+        raise ValueError(f"{file} holds {report!r:.60} and no result of `elit sweep`")
+    if report.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{file} is of another version of elit; run `elit sweep` again")
+    rows = report.get("rows")
+    lacking = [key for key in _PARTS if not isinstance(report.get(key), _PARTS[key])]
+    lacking += [
+        key
+        for row in (rows if isinstance(rows, list) else ())
+        for key in _PARTS_OF_A_ROW
+        if not (isinstance(row, dict) and isinstance(row.get(key), _PARTS_OF_A_ROW[key]))
+    ]
+    if lacking:
+        raise ValueError(f"{file} is no result of `elit sweep`: it has no fitting {lacking[0]!r}")
+    if not rows:
+        raise ValueError(f"{file} has no rows; run `elit sweep` to its end")
+    unknown = sorted({name for row in report["rows"] for name in row["scores"]} - set(SCORES))
+    if unknown:
+        raise ValueError(f"{file} has a score {unknown[0]!r} that this version of elit lacks")
+    return report
+
+
+def check_comparable(reports: Mapping[str, Report]) -> None:
+    """Raise a ValueError that names what differs, of all that scores of two sweeps must share."""
+    (one, a), (two, b) = reports.items()
+    differing = [
+        f"{what} ({_brief(value)} and {_brief(other)})"
+        for what, value, other in zip(
+            ("reference", "networks", *_SAME), _compared(a), _compared(b), strict=True
+        )
+        if value != other
+    ]
+    if differing:
+        raise ValueError(
+            f"{one} and {two} cannot be compared, for they differ in {', '.join(differing)}; "
+            f"run `elit sweep` on both with the same settings"
+        )
+
+
+def notes_on(reports: Mapping[str, Report]) -> list[str]:
+    """What a reader must know of a comparison that is allowed."""
+    (one, a), (two, b) = reports.items()
+    notes = []
+    trained = [(report["model"].get("training") or {}).get("eflops") for report in (a, b)]
+    for name, eflops in zip(reports, trained, strict=True):
+        if not is_number(eflops):
+            notes.append(f"the training FLOPs of {name} are not known")
+    known = [eflops for eflops in trained if is_number(eflops)]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    if len(known) == len(reports) and high - low > _EQUAL_TRAINING * high:
+        more = f"{100 * (high / low - 1):.0f} % more" if low > 0 else "against none"
+        notes.append(
+            f"not at equal training FLOPs: {one} {known[0]:.4g} EFLOPs, "
+            f"{two} {known[1]:.4g} EFLOPs ({more})"
+        )
+    others = [k for k in _SAME_TIMES if a["settings"].get(k) != b["settings"].get(k)]
+    if others and any(is_number(row.get("ms_per_image")) for row in a["rows"] + b["rows"]):
+        notes.append(f"times are not comparable: {', '.join(_words(key) for key in others)} differ")
+    return notes
+
+
+def ranking_of(reports: Mapping[str, Report]) -> str:
+    """The score that both have and the first ranks by, or else the first that both have."""
+    names = [
+        {name for row in report["rows"] for name, v in row["scores"].items() if is_number(v)}
+        for report in reports.values()
+    ]
+    common = set.intersection(*names)
+    if not common:
+        raise ValueError(
+            f"{' and '.join(reports)} have no score in common: "
+            + "; ".join(f"{', '.join(sorted(own)) or 'none'}" for own in names)
+            + "; run `elit sweep` on both with the same networks"
+        )
+    wanted = next(iter(reports.values()))["ranked_by"]
+    return str(wanted) if wanted in common else next(name for name in SCORES if name in common)
+
+
+def shared_points(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
+    """Operating points that all have, with each model's costs and scores by its name."""
+    by_point = [{_point(row): row for row in report["rows"]} for report in reports.values()]
+    found = []
+    for point, row in by_point[0].items():
+        if all(point in own for own in by_point):
+            rows = {name: own[point] for name, own in zip(reports, by_point, strict=True)}
+            found.append({key: row.get(key) for key in _POINT} | {
+                "gflops_per_image": {name: r["gflops_per_image"] for name, r in rows.items()},
+                "ms_per_image": {name: r.get("ms_per_image") for name, r in rows.items()},
+                "scores": {
+                    score: {name: r["scores"].get(score) for name, r in rows.items()}
+                    for score in row["scores"]
+                },
+            })  # fmt: skip
+    return found
+
+
+def differences(reports: Mapping[str, Report]) -> dict[str, dict[str, Any]]:
+    """Settings in which they differ, each model's by its name."""
+    keys = dict.fromkeys(key for report in reports.values() for key in report["settings"])
+    values = {key: {n: r["settings"].get(key) for n, r in reports.items()} for key in keys}
+    first = next(iter(reports))
+    return {key: own for key, own in values.items() if any(v != own[first] for v in own.values())}
+
+
+def _file_of(path: Path) -> Path:
+    """The file of a sweep that a user named by it or by a folder."""
+    if path.is_file():
+        return path
+    tried = [path / SWEEP_FILE, path / SWEEP_FILE.name]
+    for file in tried:
+        if file.is_file():
+            return file
+    if path.is_dir():
+        raise ValueError(f"there is no {tried[0]}; `elit sweep {path}` measures and writes it")
+    raise ValueError(f"there is no {path}; give a run's folder, or a sweep.json")
+
+
+def _name_of(file: Path) -> str:
+    """Of the run that a sweep lies in; of a file elsewhere its own."""
+    file = file.absolute()
+    if file.parts[-2:] == SWEEP_FILE.parts:
+        return file.parts[-3]
+    return file.parent.name if file.name == SWEEP_FILE.name else file.stem
+
+
+def _compared(report: Report) -> list[Any]:
+    settings = report["settings"]
+    reference = settings.get("reference") or {}
+    return [
+        reference.get("digest") or reference.get("name"),
+        settings.get("networks"),
+        *(settings.get(key) for key in _SAME),
+    ]
+
+
+def _point(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    values = (row.get(key) for key in _POINT)
+    return tuple(tuple(value) if isinstance(value, list) else value for value in values)
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _brief(value: Any) -> str:
+    """A setting, short enough for a message."""
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        names = [f"{item.get('name')} {str(item.get('weights'))[:14]}" for item in value]
+        return ", ".join(names) or "none"
+    if isinstance(value, list):
+        return "x".join(map(str, value))
+    return f"{value!s:.40}"

@@ -1,0 +1,301 @@
+"""`elit compare`: which sweeps may stand side by side, and what is said of them."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+from sweeps import GUIDES, sweep_report
+
+from elit.cli.main import main
+from elit.evaluation.comparison import (
+    check_comparable,
+    differences,
+    notes_on,
+    ranking_of,
+    read_sweep,
+    read_sweeps,
+    shared_points,
+)
+from elit.evaluation.score_names import SCORES
+
+NETWORK = sweep_report()["settings"]["networks"][0]
+
+
+def elastic(**kwargs) -> dict:
+    return sweep_report("runs/elit", **kwargs)
+
+
+def plain(**kwargs) -> dict:
+    return sweep_report("runs/dit", budgets=(1,), guides=GUIDES[:3], seed=1, **kwargs)
+
+
+def swept(folder: Path, report: dict) -> Path:
+    file = folder / "swept" / "sweep.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(report))
+    return folder
+
+
+@pytest.fixture
+def compare(capsys, monkeypatch, tmp_path):
+    """Runs `elit compare` in a folder with the runs elit and dit; gives code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    swept(tmp_path / "elit", elastic())
+    swept(tmp_path / "dit", plain())
+
+    def call(*words: str) -> tuple[int, str, str]:
+        code = main(["compare", *words])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+# ---- the command ----
+
+
+def test_a_plain_and_an_elastic_model(compare, tmp_path) -> None:
+    code, out, err = compare("elit", "dit")
+    assert (code, err) == (0, "")
+    assert "elit: DiT, elastic, trained with 0.0012 EFLOPs in 1600 steps" in out
+    assert "dit: DiT, plain, trained with 0.0012 EFLOPs" in out
+    assert "FID, lower is better: 1000 samples, seed 0" in out
+    assert "both at" not in out
+    rows = {"elit": elastic()["rows"], "dit": plain()["rows"]}
+    lines = [re.split(r"\s{2,}", line) for line in out.splitlines() if re.match(r"[\d.]+  ", line)]
+    assert len(lines) > 3
+    for cost, *cells in lines:
+        for name, shown in zip(rows, cells[::2], strict=True):
+            # Costs are printed with four digits: a row may cost that much more.
+            within = [
+                row["scores"]["fid"]
+                for row in rows[name]
+                if row["gflops_per_image"] <= float(cost) * (1 + 5e-4)
+            ]
+            assert shown == (f"{min(within):.4g}" if within else "-")
+    assert out.splitlines()[-1] == "compare.html"
+    page = (tmp_path / "compare.html").read_text()
+    assert page.count("<tr data-row") == len(rows["elit"]) + len(rows["dit"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "compare.html", "compare.json", "dit", "elit",
+    ]  # fmt: skip
+
+
+def test_two_elastic_models_meet_at_their_points(compare, tmp_path) -> None:
+    other = elastic(seed=3)
+    other["rows"] = other["rows"][10:]
+    swept(tmp_path / "other", other)
+    code, out, _ = compare("elit", "other", "--out", "new/both.html")
+    assert code == 0
+    table = out[out.index("both at") :].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == len(other["rows"])
+    for line, mine, theirs in zip(table, elastic()["rows"][10:], other["rows"], strict=True):
+        cells = re.split(r"\s{2,}", line)
+        wanted = [mine["gflops_per_image"], theirs["gflops_per_image"]]
+        wanted += [mine["scores"]["fid"], theirs["scores"]["fid"]]
+        assert cells[1:] == [f"{value:.4g}" for value in wanted]
+    assert (tmp_path / "new" / "both.html").is_file()
+    assert (tmp_path / "new" / "both.json").is_file()
+
+
+def test_json_is_what_the_file_holds(compare, tmp_path) -> None:
+    code, out, _ = compare("elit", "dit/swept/sweep.json", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found == json.loads((tmp_path / "compare.json").read_text())
+    assert list(found["models"]) == ["elit", "dit"]
+    assert found["settings"] == elastic()["settings"]
+    assert (found["differences"], found["notes"]) == ({}, [])
+    assert (found["ranked_by"], found["lower_is_better"]) == ("fid", True)
+    assert len(found["shared"]) == 4 * 3  # steps and guides, at the full budget
+    for line in found["best"]:
+        for row in filter(None, line["best"].values()):
+            assert row["gflops_per_image"] <= line["gflops_per_image"]
+
+
+def test_training_and_times_that_differ_are_told(compare, tmp_path) -> None:
+    other = plain(eflops=0.001)
+    other["settings"] |= {"device_name": "another", "dtype": "bfloat16"}
+    swept(tmp_path / "less", other)
+    code, _, err = compare("elit", "less")
+    assert code == 0
+    for words in (
+        "not at equal training FLOPs: elit 0.0012 EFLOPs, less 0.001 EFLOPs (20 % more)",
+        "times are not comparable: device name, dtype differ",
+    ):
+        assert f"elit: warning: {words}" in err
+        assert words in (tmp_path / "compare.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("elit", r"required: B; see `elit compare --help`"),
+        ("elit elit", "elit and elit are the same sweep; give two different ones"),
+        ("elit elit/swept", "the same sweep"),
+        ("elit nowhere", "there is no nowhere; give a run's folder, or a sweep.json"),
+        ("elit empty", r"there is no empty/swept/sweep.json; `elit sweep empty` measures"),
+        ("elit torn.json", "torn.json is not JSON .* run `elit sweep` again"),
+        ("elit list.json", r"list.json holds \[1\] and no result of `elit sweep`"),
+        (
+            "elit dit --out page.txt",
+            "--out page.txt is not a page; give a name that .*html",
+        ),
+        ("elit dit --out torn.json/x.html", "cannot write into torn.json: .*--out"),
+        ("elit few.json", r"differ in samples \(1000 and 100\); run `elit sweep` on both"),
+    ],
+)
+def test_mistakes_are_told(compare, tmp_path, words, message) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "torn.json").write_text('{"format": 1, ')
+    (tmp_path / "list.json").write_text("[1]")
+    few = plain()
+    few["settings"]["samples"] = 100
+    (tmp_path / "few.json").write_text(json.dumps(few))
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = compare(*words.split())
+    assert (code, out) == (2, "")
+    assert err.startswith("elit: error: ")
+    assert re.search(message, err)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---- what may be compared ----
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"samples": 100}, r"samples \(1000 and 100\)"),
+        ({"seed": 7}, r"seed \(0 and 7\)"),
+        ({"size": [32, 32]}, r"size \(16x16 and 32x32\)"),
+        ({"eight_bit": False}, r"eight_bit \(True and False\)"),
+        ({"drawn": "texts 1a2b"}, r"drawn \(classes, balanced and texts 1a2b\)"),
+        ({"reference": {"name": "other", "digest": "beef"}}, r"reference \(c0ffee and beef\)"),
+        ({"reference": None}, r"reference \(c0ffee and None\)"),
+        ({"networks": []}, r"networks \(classifier sha256:77aa and none\)"),
+        (
+            {
+                "networks": [
+                    {"name": "classifier", "weights": "sha256:77aa", "preprocessing": "8 px"}
+                ]
+            },
+            "networks",
+        ),
+        ({"samples": 9, "seed": 7}, r"samples \(1000 and 9\), seed \(0 and 7\); run"),
+    ],
+)
+def test_scores_of_other_things_are_not_compared(change, words) -> None:
+    other = plain()
+    other["settings"] |= change
+    with pytest.raises(ValueError, match=f"a and b cannot be compared, for they differ in {words}"):
+        check_comparable({"a": elastic(), "b": other})
+
+
+@pytest.mark.parametrize("key", ["sampler", "dtype", "batch_size", "device", "vae", "versions"])
+def test_what_may_differ_is_listed(key) -> None:
+    other = plain()
+    other["settings"][key] = "another"
+    reports = {"a": elastic(), "b": other}
+    check_comparable(reports)
+    assert differences(reports) == {key: {"a": elastic()["settings"][key], "b": "another"}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "note"),
+    [
+        (1.0, 1.0, None),
+        (1.0, 0.951, None),
+        (1.0, 0.949, r"not at equal training FLOPs: a 1 EFLOPs, b 0.949 EFLOPs \(5 % more\)"),
+        (0.5, 1.0, r"a 0.5 EFLOPs, b 1 EFLOPs \(100 % more\)"),
+        (0.0, 1.0, "not at equal training FLOPs"),
+        (0.0, 0.0, None),
+        (None, 1.0, "the training FLOPs of a are not known"),
+        (1.0, None, "the training FLOPs of b are not known"),
+    ],
+)
+def test_training_is_compared(first, second, note) -> None:
+    notes = notes_on({"a": elastic(eflops=first), "b": plain(eflops=second)})
+    assert len(notes) == (note is not None)
+    assert note is None or re.search(note, notes[0])
+
+
+def test_times_that_were_not_measured_need_no_note() -> None:
+    other = plain(timed=False)
+    other["settings"]["device"] = "cuda"
+    assert notes_on({"a": elastic(timed=False), "b": other}) == []
+    assert notes_on({"a": elastic(), "b": other}) == ["times are not comparable: device differ"]
+
+
+def test_points_are_shared_where_everything_is_the_same() -> None:
+    one, two = elastic(), elastic(seed=4)
+    two["rows"][0]["interval"] = [0.1, 0.9]
+    two["rows"][1]["scale"] = 9.0
+    two["rows"][2]["guide_budget"] = 0.5
+    two["rows"][3]["sampler"] = "another"
+    two["rows"][4]["steps"] = 6
+    two["rows"].reverse()
+    shared = shared_points({"a": one, "b": two})
+    assert len(shared) == len(one["rows"]) - 5
+    theirs = {json.dumps(row["scores"]): row for row in two["rows"]}
+    for point in shared:
+        scores = {score: own["b"] for score, own in point["scores"].items()}
+        row = theirs[json.dumps(scores)]
+        for key in ("budget", "steps", "guidance", "scale", "guide_budget", "interval"):
+            assert row[key] == point[key]
+        assert point["gflops_per_image"]["b"] == row["gflops_per_image"]
+
+
+def test_the_score_that_ranks() -> None:
+    a, b = elastic(scores=("is", "fid", "accuracy")), plain(scores=("fid", "accuracy"))
+    assert ranking_of({"a": b, "b": a}) == "fid"
+    assert ranking_of({"a": a, "b": b}) == "fid"  # `is` is not in both
+    for row in b["rows"]:
+        row["scores"]["fid"] = None
+    assert ranking_of({"a": a, "b": b}) == "accuracy"
+    with pytest.raises(ValueError, match=r"a and b have no score in common: accuracy.*; kid; run"):
+        ranking_of({"a": a, "b": plain(scores=("kid",))})
+
+
+def test_names_are_those_of_the_runs(tmp_path) -> None:
+    one, two = swept(tmp_path / "x" / "run", elastic()), swept(tmp_path / "y" / "run", plain())
+    lone = tmp_path / "lone.json"
+    lone.write_text(json.dumps(plain()))
+    assert list(read_sweeps(str(one), str(lone))) == ["run", "lone"]
+    assert list(read_sweeps(str(one), str(two))) == [f"{one}/swept", f"{two}/swept"]
+    moved = tmp_path / "moved" / "sweep.json"
+    moved.parent.mkdir()
+    moved.write_text(json.dumps(plain()))
+    assert list(read_sweeps(str(moved), str(one))) == ["moved", "run"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(format=2), "is of another version of elit; run `elit sweep` again"),
+        (lambda r: r.pop("settings"), "is no result of `elit sweep`: it has no fitting 'settings'"),
+        (lambda r: r.update(rows=5), "no fitting 'rows'"),
+        (lambda r: r.update(rows=[]), "has no rows; run `elit sweep` to its end"),
+        (lambda r: r["rows"].append(3), "no fitting 'budget'"),
+        (lambda r: r["rows"][5].pop("scores"), "no fitting 'scores'"),
+        (lambda r: r["rows"][5].update(gflops_per_image=None), "no fitting 'gflops_per_image'"),
+        (lambda r: r["rows"][5]["scores"].update(beauty=1.0), "has a score 'beauty' that this"),
+    ],
+)
+def test_files_that_are_no_sweep(tmp_path, change, message) -> None:
+    report = copy.deepcopy(elastic())
+    change(report)
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=message) as raised:
+        read_sweep(file)
+    assert str(file) in str(raised.value)
+
+
+def test_every_score_has_a_title_and_a_direction() -> None:
+    higher = {"is", "precision", "recall", "density", "coverage", "clip", "accuracy"}
+    assert {name for name, (_, lower) in SCORES.items() if not lower} == higher
+    assert set(SCORES) - higher == {"fid", "sfid", "fdd", "fd", "kid", "fvd"}
+    assert len({title for title, _ in SCORES.values()}) == len(SCORES)
