@@ -142,7 +142,7 @@ def _shown_scores(rows: Rows, scores: Mapping[str, ScoreInfo], first: Any) -> di
 def _table_section(rows: Rows, scores: Mapping[str, ScoreInfo], note: str) -> str:
     note = f"{note} Click a heading to sort. GFLOPs and ms are for one image, all calls together."
     return (
-        f'<section id="table"><h2>All {len(rows.rows)} rows</h2><p class="note">{escape(note)}</p>'
+        f'<section id="table"><h2>All rows: {len(rows.rows)}</h2><p class="note">{escape(note)}</p>'
         f'<div class="wide">{rows_table(rows, scores)}</div></section>'
     )
 
