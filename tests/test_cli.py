@@ -134,6 +134,10 @@ CONFIG_FLAGS = """
     --sample.steps --sample.guidance_scale --sample.columns
 """
 # Frozen: whoever removes or renames a flag breaks somebody's script, and says so in CHANGELOG.md.
+EVALUATION = (
+    "run --reference --split --fit --network --weights --samples --prompts --sampler --interval "
+    "--seed --size --frames --batch-size --device --dtype"
+)
 SURFACE = {
     "quickstart": "--out --seed --preset --steps --lr --json",
     "prepare": "source [out] --source-config --split --image-column --label-column "
@@ -145,12 +149,19 @@ SURFACE = {
     "plan": f"[config] --gpus --gpu --mfu --json {CONFIG_FLAGS}",
     "finetune": "base [config] --dry-run --json "
     + CONFIG_FLAGS.replace("--model.preset --model.overrides ", "").replace("--retrofit.base ", ""),
-    "sample": "run --labels --prompts --negative-prompt --count --budget --steps --guidance "
+    "sample": "run --labels --prompts --negative-prompt --count --budget --max-gflops --max-ms "
+    "--steps --guidance "
     "--scale --guide-budget --interval --sampler --teacache --seed --size --frames --video "
     "--batch-size --device --dtype --out --json",
+    "eval": f"{EVALUATION} --budget --steps --guidance --scale --guide-budget --save-npz --out "
+    "--json",
+    "sweep": f"{EVALUATION} --budgets --steps --guidance --scale --guide-budget --rank-by --out "
+    "--json",
     "compare": "a b --out --json",
     "calibrate": "run --labels --prompts --budget --steps --guidance --scale --guide-budget "
     "--degree --seed --device --out --json",
+    "inspect": "run --images --draws --sigma --budget --steps --data --split --batch-size --seed "
+    "--device --out --json",
     "flops": "model --resolution --frames --budgets --text-tokens --json",
     "info": "[model] --json",
 }

@@ -74,6 +74,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ELIT_CACHE, or elit in the user's cache."""
+    given = os.environ.get("ELIT_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elit"
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left half written.
 
@@ -113,6 +121,11 @@ def _is_alive(process: int) -> bool:
     except OSError:  # it is somebody else's
         return True
     return True
+
+
+def digest_of(value: Any) -> str:
+    """Short checksum of plain types."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sha256_of(path: Path) -> str:

@@ -15,7 +15,8 @@ from elit.cli.common import (
     print_json,
     whole_number,
 )
-from elit.cli.sample import DEFAULT_SCALE, GUIDANCES, make_guidance, open_pipeline, what_to_draw
+from elit.cli.points import DEFAULT_SCALE, GUIDANCES, make_guidance, open_pipeline
+from elit.cli.sample import what_to_draw
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.8)
 

@@ -19,8 +19,11 @@ COMMANDS = {
     "plan": "count what a run will take: operations, hours, memory",
     "finetune": "make a pretrained model elastic, and train it at all budgets",
     "sample": "draw images of given classes at one or more budgets",
+    "eval": "score samples against real images: FID, FDD, IS, precision, recall, KID",
+    "sweep": "quality against cost over budgets, steps and guides, as a table and a page",
     "compare": "put two sweeps side by side, such as a plain and an elastic model",
     "calibrate": "fit TeaCache, which skips steps at which little changes, to a pipeline",
+    "inspect": "show where Read looks, where the loss is, and what each latent is worth",
     "flops": "count the operations of a preset or a checkpoint at each budget",
     "info": "show the presets, one preset or checkpoint, and what is installed",
 }

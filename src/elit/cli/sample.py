@@ -18,20 +18,26 @@ from elit.cli.common import (
     number,
     one_of,
     print_json,
-    quiet_diffusers,
     whole_number,
 )
-from elit.cli.sample_folder import choose_folder, save_picture, save_sheet, weights_digest
+from elit.cli.points import (
+    AUTO,
+    DEFAULT_SCALE,
+    DEFAULT_STEPS,
+    GUIDANCES,
+    SAMPLERS,
+    budget_or_auto,
+    check_auto,
+    choose_point,
+    make_guidance,
+    open_pipeline,
+)
+from elit.cli.sample_folder import choose_folder, save_picture, save_sheet
 
 if TYPE_CHECKING:
     from elit.caching.configs import TeaCacheConfig
-    from elit.flow.guidance import Guidance
     from elit.pipelines.base import ElasticPipeline
 
-# A test compares them with flow.schedulers.SAMPLERS, whose import would bring torch.
-SAMPLERS = ("euler", "heun", "euler-maruyama", "unipc", "dpm-solver")
-GUIDANCES = ("none", "cfg", "ag", "ccfg")
-DEFAULT_SCALE = 2.0
 MAX_DEFAULT_LABELS = 10
 
 _EPILOG = """\
@@ -59,15 +65,13 @@ def add_arguments(parser: Parser) -> None:
     add("--negative-prompt", metavar="TEXT",
         help="what the guide of cfg or ccfg is told (default: nothing)")  # fmt: skip
     add("--count", type=whole_number(1), default=1, metavar="N", help="images per label or text")
-    add(
-        "--budget",
-        type=budget,
-        nargs="+",
-        default=[1.0],
-        metavar="B",
-        help="fractions of the latents to keep, such as 1 0.5 1/4 (default: 1)",
-    )
-    add("--steps", type=whole_number(1), default=40, metavar="N", help="steps (default: 40)")
+    add("--budget", type=budget_or_auto, nargs="+", default=[1.0], metavar="B",
+        help="fractions of the latents to keep, such as 1 0.5 1/4, or auto: what `elit sweep` "
+        "found best within a cap (default: 1)")  # fmt: skip
+    add("--max-gflops", type=number, metavar="G", help="cap of budget auto for an image")
+    add("--max-ms", type=number, metavar="MS",
+        help="cap of budget auto for an image, on this device, --batch-size at a time")  # fmt: skip
+    add("--steps", type=whole_number(1), metavar="N", help="steps (default: 40)")
     add("--guidance", type=one_of(GUIDANCES, "guidance"), default="none", metavar="NAME",
         help=f"{', '.join(GUIDANCES)} (default: none)")  # fmt: skip
     add("--scale", type=number, metavar="S", help=f"of guidance (default: {DEFAULT_SCALE:g})")
@@ -99,12 +103,17 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw, write and tell."""
     guidance = make_guidance(args)  # before the imports: a mistake in a flag is told at once
+    check_auto(args)
     pipeline = open_pipeline(args)
+    from elit.pipelines.folder import weights_digest
     from elit.pipelines.text_pipeline import ElitTextPipeline
 
     model = pipeline.transformer
     wanted = what_to_draw(args, model)
     check_video(args, pipeline)
+    if AUTO in args.budget:
+        guidance = choose_point(args, pipeline, len(wanted) * args.count)
+    args.steps = args.steps or DEFAULT_STEPS
     # Two budgets may round to one number of latents: it is drawn once.
     kept = list(dict.fromkeys(model.resolve_budget(b) for b in args.budget))
     settings = {
@@ -193,52 +202,6 @@ def check_video(args: argparse.Namespace, pipeline: "ElasticPipeline") -> None:
         from elit.viz.sheet import check_mp4
 
         check_mp4()
-
-
-def make_guidance(args: argparse.Namespace) -> "Guidance | None":
-    """Guidance of the flags; a flag without effect is an error."""
-    if args.guidance == "none":
-        for flag in ("scale", "guide_budget", "interval"):
-            if getattr(args, flag) is not None:
-                name = flag.replace("_", "-")
-                raise ValueError(f"--{name} has no effect without guidance; add --guidance ccfg")
-        return None
-    if args.guidance == "cfg" and args.guide_budget is not None:
-        raise ValueError(
-            "--guide-budget has no effect with --guidance cfg, whose guide has the same budget as "
-            "the sample; use --guidance ccfg"
-        )
-    from elit.flow.guidance import CFG, AutoGuidance, CheapCFG
-
-    scale = DEFAULT_SCALE if args.scale is None else args.scale
-    if scale == 1:
-        raise ValueError(
-            f"--guidance {args.guidance} has no effect at --scale 1; choose another scale, such as "
-            f"{DEFAULT_SCALE:g}, or leave --guidance out"
-        )
-    interval = (0.0, 1.0) if args.interval is None else tuple(args.interval)
-    if args.guidance == "cfg":
-        return CFG(scale, interval)
-    low_budget = AutoGuidance if args.guidance == "ag" else CheapCFG
-    return low_budget(scale, args.guide_budget or "lowest", interval)
-
-
-def open_pipeline(args: argparse.Namespace) -> "ElasticPipeline":
-    """The pipeline on its device, with the sampler asked for."""
-    import torch
-
-    from elit._devices import pick_device
-    from elit.flow.schedulers import make_scheduler
-    from elit.pipelines.load import load_pipeline
-
-    device = pick_device(args.device)
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    with quiet_diffusers():
-        pipeline = load_pipeline(args.run, dtype=dtype)
-        pipeline.to(device)
-    if args.sampler is not None:
-        pipeline.scheduler = make_scheduler(args.sampler)
-    return pipeline
 
 
 def load_teacache(args: argparse.Namespace) -> "TeaCacheConfig | None":

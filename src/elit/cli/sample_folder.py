@@ -1,7 +1,6 @@
 """Where `elit sample` writes, a folder of its own for each setting, and what."""
 
 import argparse
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,16 +41,6 @@ def _holds_others(folder: Path, settings: dict[str, Any]) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return True
     return earlier != settings
-
-
-def weights_digest(run: Path) -> str | None:
-    """What tells the weights of a folder from those of an earlier time: further training."""
-    digest = hashlib.sha256()
-    files = sorted((run / "transformer").glob("*.safetensors"))
-    for file in files:
-        with file.open("rb") as weights:
-            digest.update(hashlib.file_digest(weights, "sha256").digest())
-    return digest.hexdigest()[:16] if files else None
 
 
 def save_picture(picture: Any, path: Path, args: argparse.Namespace) -> str:

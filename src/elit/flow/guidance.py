@@ -16,10 +16,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from elit._choices import check_choice
+
 Condition = Mapping[str, Tensor]
 """What tells a model what to draw: its arguments by name, (B, ...) each: labels, or a text."""
 Velocity = Callable[[Tensor, float, Condition, int | None], Tensor]
 """(samples (B, ...), sigma, condition, num_latents) -> velocities (B, ...)"""
+Forwards = tuple[tuple[int | None, int], ...]
+"""Forwards that make one velocity: latents per group, and how many batches in one, of each."""
+
+GUIDANCES = ("none", "cfg", "ag", "ccfg")
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,17 @@ class Guidance:
         # Levels come in float32: 0.1 there is 0.10000000149, and still an end of (0, 0.1).
         return self.scale != 1 and low - 1e-6 <= sigma <= high + 1e-6
 
+    def forwards(
+        self, sigma: float, num_latents: int | None, guide_latents: int | None
+    ) -> Forwards:
+        """Forwards of the model that `velocity` makes at a noise level."""
+        same_budget = guide_latents == num_latents
+        if not self.is_active(sigma) or (same_budget and not self.drop_label):
+            return ((num_latents, 1),)
+        if same_budget:  # one doubled batch keeps a device busier than two calls
+            return ((num_latents, 2),)
+        return (num_latents, 1), (guide_latents, 1)
+
     def velocity(
         self,
         predict: Velocity,
@@ -87,11 +104,11 @@ class Guidance:
             num_latents: latents per group of the guided prediction.
             guide_latents: latents per group of the guide.
         """
-        same_budget = guide_latents == num_latents
-        if not self.is_active(sigma) or (same_budget and not self.drop_label):
+        forwards = self.forwards(sigma, num_latents, guide_latents)
+        if forwards == ((num_latents, 1),):
             return predict(sample, sigma, condition, num_latents).float()
         guide_condition = null_condition if self.drop_label else condition
-        if same_budget:  # one doubled batch keeps a device busier than two calls
+        if forwards == ((num_latents, 2),):
             both_conditions = {
                 name: torch.cat((value, guide_condition[name])) for name, value in condition.items()
             }
@@ -124,3 +141,26 @@ def CheapCFG(
 ) -> Guidance:
     """Cheap classifier-free guidance: the guide has no label and a lower budget."""
     return Guidance(scale, drop_label=True, budget=budget, interval=interval)
+
+
+def make_guidance(
+    name: str,
+    scale: float = 2.0,
+    budget: float | Literal["lowest"] = "lowest",
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Guidance | None:
+    """Guidance by its short name, one of GUIDANCES; None for "none".
+
+    Args:
+        name: the kind of guide.
+        scale: strength.
+        budget: the guide's, of "ag" and "ccfg".
+        interval: noise levels in which guidance acts.
+    """
+    check_choice(name, GUIDANCES, "guidance")
+    if name == "none":
+        return None
+    if name == "cfg":
+        return CFG(scale, interval)
+    low_budget = AutoGuidance if name == "ag" else CheapCFG
+    return low_budget(scale, budget, interval)

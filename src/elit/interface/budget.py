@@ -24,6 +24,14 @@ def resolve_budget(budget: float, max_latents: int) -> int:
     return max(1, round(float(budget) * max_latents))
 
 
+def format_budget(budget: float) -> str:
+    """0.25 -> '1/4'; what is no simple fraction stays a number: 0.3 -> '0.3'."""
+    if budget == 1:
+        return "1"
+    inverse = round(1 / budget)
+    return f"1/{inverse}" if abs(budget * inverse - 1) < 1e-9 else f"{budget:.3g}"
+
+
 def check_num_latents(num_latents: int, max_latents: int, name: str = "num_latents") -> int:
     """`num_latents`, or the error that says what is allowed."""
     # torch.export passes a SymInt

@@ -25,6 +25,7 @@ from elit.pipelines.autoencoder import (
     spatial_scale,
     temporal_scale,
 )
+from elit.pipelines.budgets import RunBudgets
 from elit.pipelines.folder import check_pipeline_source, loading_error
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[[Any, int, Tensor, dict], dict]
 
 
-class ElasticPipeline(DiffusionPipeline):
+class ElasticPipeline(RunBudgets, DiffusionPipeline):
     """A pipeline whose transformer is one of ours.
 
     A subclass registers the modules, turns what a user wants drawn into conditions of the model,
@@ -111,9 +112,9 @@ class ElasticPipeline(DiffusionPipeline):
         self._check_options(generator, count, output_type, guidance)
         self._check_callback_names(callback_on_step_end_tensor_inputs)
         device = self._execution_device
-        samples = self._start(noise, generator, count, self._input_size(*size), device)
+        samples = self._start(noise, generator, count, self.input_size(*size), device)
         levels = start_sampling(self.scheduler, num_inference_steps, device, sigmas)
-        step_latents = self._latents_of_steps(budget, len(levels), guidance)
+        step_latents = self.latents_of_steps(budget, len(levels), guidance)
         if guidance and guidance.scale != 1 and not any(map(guidance.is_active, levels)):
             logger.warning("guidance has no effect: %s is active at none of the levels", guidance)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -140,7 +141,7 @@ class ElasticPipeline(DiffusionPipeline):
                 f"the samples are no longer finite; a smaller guidance scale than "
                 f"{guidance.scale if guidance else 1:g}, more steps or dtype float32 may help"
             )
-        images = self._decode(samples, output_type)
+        images = self.decode(samples, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -232,49 +233,7 @@ class ElasticPipeline(DiffusionPipeline):
                 allowed = ", ".join(map(repr, self._callback_tensor_inputs))
                 raise ValueError(f"the step callback knows no {name!r}; it is given {allowed}")
 
-    def _latents_of_steps(
-        self, budget: float | Sequence[float], num_calls: int, guidance: Guidance | None
-    ) -> list[tuple[int | None, int | None]]:
-        """Latents per group of the prediction and of its guide, for each call of the model."""
-        model = self.transformer
-        if isinstance(budget, Sequence) and not isinstance(budget, str):
-            budgets = list(budget)
-        else:
-            budgets = [budget] * num_calls
-        if len(budgets) != num_calls:
-            raise ValueError(
-                f"{len(budgets)} budgets for {num_calls} calls of the model in this run; "
-                f"give one number, or one for each call"
-            )
-        kept = [model.resolve_budget(b) for b in budgets]
-        self._warn_if_untrained("budget", min(budgets))
-        if guidance is None or guidance.budget is None:
-            return [(n, n) for n in kept]
-        if guidance.budget == "lowest":
-            guide = model.min_latents or None
-        else:
-            guide = model.resolve_budget(guidance.budget)
-            self._warn_if_untrained("guide budget", guidance.budget)
-        if guide is not None and guide > min(n or guide for n in kept):
-            logger.warning(
-                "the guide keeps %d latents per group, more than the %d that it guides",
-                guide,
-                min(n or guide for n in kept),
-            )
-        if not guidance.drop_label and guide in kept:
-            logger.warning("autoguidance has no effect where its guide has the same budget")
-        return [(n, guide) for n in kept]
-
-    def _warn_if_untrained(self, what: str, budget: float) -> None:
-        """Warn of a budget below all that the model was trained with."""
-        kept, least = self.transformer.resolve_budget(budget), self.transformer.min_latents
-        if kept is not None and kept < least:
-            logger.warning(
-                "%s %g keeps %d latents per group, but this model was trained with %d or more",
-                what, budget, kept, least,
-            )  # fmt: skip
-
-    def _input_size(
+    def input_size(
         self, num_frames: int | None, height: int | None, width: int | None
     ) -> tuple[int, ...]:
         """Size of the transformer's input, (h, w) or (t, h, w), for pixels and frames asked for."""
@@ -300,6 +259,12 @@ class ElasticPipeline(DiffusionPipeline):
             sizes.append(default if pixels is None else pixels // scale)
         return tuple(sizes)
 
+    def pixel_size(self) -> tuple[int, ...]:
+        """Height and width, or frames, height and width, that the model was made for."""
+        *frames, height, width = self.transformer.sample_size
+        frames = [(length - 1) * temporal_scale(self.vae) + 1 for length in frames]
+        return (*frames, height * self.vae_scale, width * self.vae_scale)
+
     def latent_frames(self, frames: int) -> int:
         """Length of the transformer's input for a number of frames."""
         return latent_frames(frames, temporal_scale(self.vae))
@@ -321,8 +286,9 @@ class ElasticPipeline(DiffusionPipeline):
             raise ValueError(f"noise {found} does not fit; give a tensor of shape {shape}")
         return noise.to(device, torch.float32)
 
-    def _decode(self, samples: Tensor, output_type: str) -> Any:
-        """What `output_type` asks for, of samples (B, C, h, w)."""
+    @torch.no_grad()
+    def decode(self, samples: Tensor, output_type: str) -> Any:
+        """What `output_type` asks for, of samples (B, C, h, w) as "latent" gives them."""
         if output_type == "latent":
             return samples
         if self.vae is not None:

@@ -1,6 +1,7 @@
 """Class labels to images or clips, at any compute budget."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from diffusers import ImagePipelineOutput
@@ -37,8 +38,8 @@ class ElitPipeline(ElasticPipeline):
     def __call__(
         self,
         class_labels: int | Sequence[int] | Tensor,
-        budget: float | Sequence[float] = 1.0,
-        num_inference_steps: int = 40,
+        budget: float | Sequence[float] | Literal["auto"] = 1.0,
+        num_inference_steps: int | None = None,
         guidance: Guidance | None = None,
         generator: Generators = None,
         height: int | None = None,
@@ -50,13 +51,17 @@ class ElitPipeline(ElasticPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("samples",),
+        max_flops: float | None = None,
+        max_ms: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draw one image for each label.
 
         Args:
             class_labels: labels in [0, num_classes).
-            budget: fraction of the latents to keep, in (0, 1], or one for each call of the model.
-            num_inference_steps: steps of the scheduler.
+            budget: fraction of the latents to keep, in (0, 1], or one for each call of the model,
+                or "auto": budget, steps and guidance are the best that `elit sweep` measured
+                within `max_flops` or `max_ms`.
+            num_inference_steps: steps of the scheduler; None is 40 or, of "auto", free.
             guidance: `CFG(3.0)`, `AutoGuidance(2.0)`, `CheapCFG(3.0)`; None is no guidance.
             generator: one for each image: an image then depends on its own generator alone,
                 not on the batch that it is drawn in. A single one draws for the whole batch.
@@ -73,17 +78,23 @@ class ElitPipeline(ElasticPipeline):
                 each of `num_inference_steps`) with (pipeline, step, timestep, {name: tensor});
                 may return {"samples": tensor} to go on from.
             callback_on_step_end_tensor_inputs: names that the callback is given.
+            max_flops: cap for "auto" on the operations for an image, a multiply-add as 2.
+            max_ms: cap for "auto" on the milliseconds for an image; both are without the VAE.
         """
         labels = self._check_labels(class_labels).to(self._execution_device)
+        size = num_frames, height, width
+        budget, steps, guidance = self.resolve_run(
+            len(labels), budget, num_inference_steps, guidance, max_flops, max_ms, size
+        )
         return self.sample(
             {"class_labels": labels},
             {"class_labels": torch.full_like(labels, self.null_label)},
             len(labels),
             budget,
-            num_inference_steps,
+            steps,
             guidance,
             generator,
-            (num_frames, height, width),
+            size,
             sigmas,
             noise,
             output_type,
@@ -91,6 +102,9 @@ class ElitPipeline(ElasticPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
+
+    def example_of(self, count: int) -> list[int]:
+        return [0] * count
 
     @property
     def null_label(self) -> int:

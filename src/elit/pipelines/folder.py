@@ -4,6 +4,7 @@ diffusers warns of weights that don't fit and leaves the rest random, and loads 
 class; here each is an error that says what to do.
 """
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -77,6 +78,16 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {content!r:.60} instead of a JSON object; {_ADVICE}")
     return content
+
+
+def weights_digest(run: Path, part: str = "transformer") -> str | None:
+    """What tells the weights of a part from those of an earlier time; None without a folder."""
+    digest = hashlib.sha256()
+    files = sorted((run / part).glob("*.safetensors"))
+    for file in files:
+        with file.open("rb") as weights:
+            digest.update(hashlib.file_digest(weights, "sha256").digest())
+    return digest.hexdigest()[:16] if files else None
 
 
 def check_model_config(path: Path, config: dict[str, Any], model_class: type) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import ImagePipelineOutput
@@ -73,8 +73,8 @@ class ElitTextPipeline(ElasticPipeline):
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        budget: float | Sequence[float] = 1.0,
-        num_inference_steps: int = 40,
+        budget: float | Sequence[float] | Literal["auto"] = 1.0,
+        num_inference_steps: int | None = None,
         guidance: Guidance | None = None,
         generator: Generators = None,
         height: int | None = None,
@@ -88,6 +88,8 @@ class ElitTextPipeline(ElasticPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("samples",),
+        max_flops: float | None = None,
+        max_ms: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draw one image for each text; the other arguments are those of `ElitPipeline`.
 
@@ -99,6 +101,15 @@ class ElitTextPipeline(ElasticPipeline):
         """
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds")
+        size = num_frames, height, width
+        if prompt_embeds is None:
+            count = len(_texts(prompt, "prompt"))
+        else:
+            condition, _ = _check_embeds(prompt_embeds, self.transformer.config)
+            count = len(condition["encoder_hidden_states"])
+        budget, steps, guidance = self.resolve_run(
+            count, budget, num_inference_steps, guidance, max_flops, max_ms, size
+        )
         if negative_prompt != "" and prompt_embeds is not None:
             raise ValueError(
                 "negative_prompt has no effect beside prompt_embeds, which hold it already; "
@@ -120,10 +131,10 @@ class ElitTextPipeline(ElasticPipeline):
             null_condition,
             len(condition["encoder_hidden_states"]),
             budget,
-            num_inference_steps,
+            steps,
             guidance,
             generator,
-            (num_frames, height, width),
+            size,
             sigmas,
             noise,
             output_type,
@@ -131,6 +142,9 @@ class ElitTextPipeline(ElasticPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
+
+    def example_of(self, count: int) -> list[str]:
+        return [""] * count
 
     @torch.no_grad()
     def encode_prompt(

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from elit._files import write_file
+from elit.interface.budget import format_budget as format_budget
 
 _MARGIN = 6
 
@@ -117,11 +118,3 @@ def check_mp4() -> None:
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG aside and rename it, so that a viewer never sees half of one."""
     write_file(path, lambda aside: image.save(aside, format="PNG"))
-
-
-def format_budget(budget: float) -> str:
-    """0.25 -> '1/4'; what is no simple fraction stays a number: 0.3 -> '0.3'."""
-    if budget == 1:
-        return "1"
-    inverse = round(1 / budget)
-    return f"1/{inverse}" if abs(budget * inverse - 1) < 1e-9 else f"{budget:.3g}"

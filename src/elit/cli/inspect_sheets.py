@@ -1,0 +1,203 @@
+"""The sheets of `elit inspect`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from elit.cli.inspect_data import to_pictures
+from elit.evaluation.inspection import (
+    Inspector,
+    Maps,
+    Worth,
+    difference_map,
+    in_raster_order,
+    token_grid,
+)
+from elit.evaluation.inspection_numbers import mean_over_levels
+from elit.interface.grid import TokenGrid
+from elit.pipelines.base import ElasticPipeline
+from elit.viz.bars import bar_chart
+from elit.viz.curves import Curve, line_charts
+from elit.viz.heatmaps import Column, map_sheet, overlay, stack
+from elit.viz.sheet import film_strip, format_budget, save_image
+
+_FRAMES = 4  # of a clip
+_LATENTS = 8  # columns of the sheet of latents: the first half of them and the last half
+_LONGEST = 14  # letters of a row's caption
+
+
+def save_sheets(
+    folder: Path,
+    pipeline: ElasticPipeline,
+    inspector: Inspector,
+    maps: Sequence[Maps],
+    worths: Sequence[Worth],
+    samples: dict[int, Tensor],
+    names: Sequence[str],
+) -> list[Path]:
+    """Write inspect.png, latents.png, budgets.png and worth.png; give their paths."""
+    sheets = Sheets(pipeline, inspector, len(next(iter(samples.values()))), names)
+    pictures = {
+        "inspect.png": sheets.of_maps(maps),
+        "latents.png": sheets.of_latents(maps),
+        "budgets.png": sheets.of_samples(samples),
+        "worth.png": sheets.of_worths(worths),
+    }
+    written = []
+    for name, picture in pictures.items():
+        if picture is not None:
+            save_image(picture, folder / name)
+            written.append(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)  # of an earlier call
+    return written
+
+
+class Sheets:
+    """Draws the first images of an inspection; the last row is a mean over all of them."""
+
+    def __init__(
+        self,
+        pipeline: ElasticPipeline,
+        inspector: Inspector,
+        shown: int,
+        names: Sequence[str],
+    ):
+        self.pipeline, self.inspector, self.shown = pipeline, inspector, shown
+        self.model, self.grid = inspector.model, inspector.grid
+        self.cell = 256 if pipeline.draws_clips else 112  # pixels; a strip of frames is wide
+        self.captions = [name[:_LONGEST] for name in names[:shown]]
+        images = inspector.subject.images
+        chosen = self.pictures(images[:shown])
+        mean = np.mean([np.asarray(self.picture(images[i : i + 1])) for i in range(len(images))], 0)
+        self.images = [*chosen, Image.fromarray(mean.round().astype(np.uint8))]
+
+    def pictures(self, samples: Tensor) -> list[Image.Image]:
+        """Of samples (B, C, *space); clips become strips."""
+        drawn = to_pictures(self.pipeline, samples)
+        if self.pipeline.draws_clips:
+            drawn = [film_strip(frames, _FRAMES) for frames in drawn]
+        return [image.convert("RGB") for image in drawn]
+
+    def picture(self, sample: Tensor) -> Image.Image:
+        """Of one sample (1, C, *space)."""
+        return self.pictures(sample)[0]
+
+    def flat(self, maps: Tensor, grid: TokenGrid) -> np.ndarray:
+        """Maps (..., G, P) as pictures (..., h, w); those of a clip's frames side by side."""
+        values = in_raster_order(maps, grid).numpy()
+        if len(grid.size) == 3:
+            frames = values.shape[-3]
+            count = min(_FRAMES, frames)
+            at = [round(i * (frames - 1) / max(1, count - 1)) for i in range(count)]
+            values = np.concatenate([values[..., t, :, :] for t in at], axis=-1)
+        return values
+
+    def with_mean(self, maps: Tensor) -> np.ndarray:
+        """The shown maps of (N, G, P), and the mean of all."""
+        return self.flat(torch.cat((maps[: self.shown], maps.mean(0, keepdim=True))), self.grid)
+
+    def of_maps(self, maps: Sequence[Maps]) -> Image.Image:
+        """Image, loss, attention and difference, a block for each noise level."""
+        rows = [*self.captions, f"mean of {len(self.inspector.subject.images)}"]
+        blocks = []
+        for sigma in dict.fromkeys(one.sigma for one in maps):
+            here = [one for one in maps if one.sigma == sigma]
+            loss = here[0].mean("loss")
+            assert loss is not None
+            columns = [
+                Column("image", self.images),
+                Column(f"loss at {self.budget(here[0])}", maps=self.with_mean(loss)),
+            ]
+            for one in here:
+                if (attention := one.mean("attention")) is None:
+                    continue
+                column = Column(f"attention at {self.budget(one)}", maps=self.with_mean(attention))
+                columns.append(column)
+                if one is here[0] and column.maps is not None:
+                    pairs = zip(self.large_images(), column.maps, strict=True)
+                    over = [overlay(image, values, column.scale) for image, values in pairs]
+                    columns.append(Column("the same over the image", over))
+            for one in here:
+                if (difference := one.mean("difference")) is not None:
+                    title = f"velocity at {self.budget(one)} less that at 1, squared"
+                    columns.append(Column(title, maps=self.with_mean(difference)))
+            blocks.append(map_sheet(columns, rows, self.cell, f"noise level {sigma:g}"))
+        return stack(blocks)
+
+    def of_latents(self, maps: Sequence[Maps]) -> Image.Image | None:
+        """What the first and the last latents read at the middle noise level and most latents."""
+        looked = [one for one in maps if one.latents is not None]
+        if not looked:
+            return None
+        most = max(one.num_latents for one in looked)
+        alike = [one for one in looked if one.num_latents == most]
+        one = alike[len(alike) // 2]
+        assert one.latents is not None
+        assert one.shown is not None
+        half = _LATENTS // 2
+        chosen = [i for i in range(most) if i < half or i >= most - half]
+        values = [
+            self.flat(torch.cat((one.shown[:, i], one.latents[i][None])), self.grid) for i in chosen
+        ]
+        high = max(float(v.max()) for v in values)
+        columns = [Column("image", self.images)]
+        columns += [
+            Column(f"latent {i}", maps=v, low=0.0, high=high)
+            for i, v in zip(chosen, values, strict=True)
+        ]
+        rows = [*self.captions, f"mean of {len(self.inspector.subject.images)}"]
+        title = f"what each latent reads at {self.budget(one)}, noise level {one.sigma:g}"
+        return map_sheet(columns, rows, self.cell, title)
+
+    def of_samples(self, samples: dict[int, Tensor]) -> Image.Image:
+        """Samples of the same noise, and where they depart from those at full budget."""
+        full = samples[self.model.max_latents]
+        columns = [Column("data", self.images[:-1])]
+        for n, drawn in samples.items():
+            title = f"sample at {format_budget(self.model.budget_of(n))}"
+            columns.append(Column(title, self.pictures(drawn)))
+        for n, drawn in samples.items():
+            if n < self.model.max_latents:
+                grid = token_grid(self.model, drawn)
+                values = self.flat(difference_map(drawn, full, grid, self.model), grid)
+                budget = format_budget(self.model.budget_of(n))
+                columns.append(Column(f"sample at {budget} less that at 1, squared", maps=values))
+        return map_sheet(columns, self.captions, self.cell)
+
+    def of_worths(self, worths: Sequence[Worth]) -> Image.Image:
+        """Loss over the number of first latents, and what leaving out each one costs."""
+        curves = [
+            Curve(f"sigma {w.sigma:g}", [(n, float(x.mean())) for n, x in w.first.items()])
+            for w in worths
+        ]
+        charts = [line_charts([("loss with the first latents of each group alone", curves)])]
+        without = mean_over_levels(worths).without
+        if without:
+            full = mean_over_levels(worths).first[self.model.max_latents]
+            costs = [losses - full for losses in without.values()]
+            charts.append(
+                bar_chart(
+                    "rise of the loss without one latent, mean over the noise levels",
+                    [float(c.mean()) for c in costs],
+                    [float(c.std() / len(c) ** 0.5) for c in costs],
+                    [str(i) for i in without],
+                    "latent that is left out; lines: one standard error over images",
+                )
+            )
+        return stack(charts)
+
+    def budget(self, one: Maps) -> str:
+        """Budget of maps in words."""
+        return format_budget(self.model.budget_of(one.num_latents))
+
+    def large_images(self) -> list[Image.Image]:
+        """The images enlarged, for what is laid over them."""
+        height, width = self.images[0].height, self.images[0].width
+        factor = max(1, -(-self.cell // max(height, width)))
+        size = (width * factor, height * factor)
+        return [image.resize(size, Image.Resampling.NEAREST) for image in self.images]

@@ -1,0 +1,97 @@
+"""How to draw, as flags say it: guidance, a budget that is chosen, the pipeline."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from elit.cli.common import budget, quiet_diffusers
+
+if TYPE_CHECKING:
+    from elit.flow.guidance import Guidance
+    from elit.pipelines.base import ElasticPipeline
+
+# A test compares them with those of the library, whose import would bring torch.
+SAMPLERS = ("euler", "heun", "euler-maruyama", "unipc", "dpm-solver")
+GUIDANCES = ("none", "cfg", "ag", "ccfg")
+DEFAULT_SCALE, DEFAULT_STEPS = 2.0, 40
+AUTO = "auto"
+
+
+def make_guidance(args: argparse.Namespace) -> "Guidance | None":
+    """Guidance of the flags; a flag without effect is an error."""
+    if args.guidance == "none":
+        for flag in ("scale", "guide_budget", "interval"):
+            if getattr(args, flag) is not None:
+                name = flag.replace("_", "-")
+                raise ValueError(f"--{name} has no effect without guidance; add --guidance ccfg")
+        return None
+    if args.guidance == "cfg" and args.guide_budget is not None:
+        raise ValueError(
+            "--guide-budget has no effect with --guidance cfg, whose guide has the same budget as "
+            "the sample; use --guidance ccfg"
+        )
+    from elit.flow.guidance import make_guidance as guidance_of
+
+    scale = DEFAULT_SCALE if args.scale is None else args.scale
+    if scale == 1:
+        raise ValueError(
+            f"--guidance {args.guidance} has no effect at --scale 1; choose another scale, such as "
+            f"{DEFAULT_SCALE:g}, or leave --guidance out"
+        )
+    interval = (0.0, 1.0) if args.interval is None else tuple(args.interval)
+    return guidance_of(args.guidance, scale, args.guide_budget or "lowest", interval)
+
+
+def budget_or_auto(text: str) -> float | str:
+    """A budget, or the word that has it chosen."""
+    return AUTO if text == AUTO else budget(text)
+
+
+def check_auto(args: argparse.Namespace) -> None:
+    """Caps are of --budget auto, which stands alone and chooses the guidance too."""
+    caps = [f"--{f}" for f in ("max-gflops", "max-ms") if getattr(args, f.replace("-", "_"))]
+    if AUTO not in args.budget:
+        if caps:
+            raise ValueError(f"{caps[0]} has no effect without --budget auto; add it")
+        return
+    if len(args.budget) > 1:
+        raise ValueError("--budget auto stands alone; leave the other budgets out")
+    if not caps:
+        raise ValueError("--budget auto needs a cap; add --max-gflops or --max-ms")
+    if args.guidance != "none":
+        raise ValueError("--budget auto chooses the guidance too; leave --guidance out")
+
+
+def choose_point(
+    args: argparse.Namespace, pipeline: "ElasticPipeline", count: int
+) -> "Guidance | None":
+    """Set budget, steps and guidance of the flags to what a sweep found best within the caps."""
+    height, width = args.size or (None, None)
+    point = pipeline.choose_operating_point(
+        min(count, args.batch_size),
+        args.max_gflops and args.max_gflops * 1e9,
+        args.max_ms,
+        args.steps,
+        (args.frames, height, width),
+    )
+    args.budget, args.steps = [point.budget], point.steps
+    args.guidance, args.scale, args.guide_budget = point.guidance, point.scale, point.guide_budget
+    args.interval = None if point.interval is None else list(point.interval)
+    return point.make_guidance()
+
+
+def open_pipeline(args: argparse.Namespace, local_rank: int = 0) -> "ElasticPipeline":
+    """The pipeline on its device, of a machine's several processes each on its own."""
+    import torch
+
+    from elit._devices import pick_device
+    from elit.flow.schedulers import make_scheduler
+    from elit.pipelines.load import load_pipeline
+
+    device = pick_device(args.device, local_rank, share=True)
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    with quiet_diffusers():
+        pipeline = load_pipeline(args.run, dtype=dtype)
+        pipeline.to(device)
+    if args.sampler is not None:
+        pipeline.scheduler = make_scheduler(args.sampler)
+    return pipeline

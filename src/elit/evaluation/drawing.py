@@ -1,0 +1,164 @@
+"""Draw the samples of an evaluation: sample i is the same on any number of devices."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elit.evaluation.flops import ElasticFlops, forward_flops, on_meta
+from elit.evaluation.images import to_bytes
+from elit.evaluation.networks import FeatureNetwork
+from elit.evaluation.parts import batches
+from elit.evaluation.reference import image_features
+from elit.flow.guidance import Forwards
+from elit.pipelines.base import ElasticPipeline
+from elit.pipelines.operating_points import OperatingPoint
+
+SHOWN = 16  # samples that are kept as images, for sheets
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn, and by whose eyes it is seen, whatever the operating point.
+
+    Sample i has a generator of its own, seeded by seed + i, and the label i modulo the number of
+    classes (of fewer samples than classes, evenly chosen classes), or a text in the same way.
+
+    Attributes:
+        pipeline: on its device.
+        networks: that see each sample.
+        count: samples.
+        seed: of the first.
+        batch_size: samples drawn at once.
+        texts: of a model that draws texts.
+        size: height and width in pixels; None is what the model was made for.
+        frames: of clips; likewise.
+        keep_images: whether to keep all samples as images; else the first SHOWN.
+    """
+
+    pipeline: ElasticPipeline
+    networks: Sequence[FeatureNetwork]
+    count: int
+    seed: int = 0
+    batch_size: int = 32
+    texts: Sequence[str] = ()
+    size: tuple[int, int] | None = None
+    frames: int | None = None
+    keep_images: bool = False
+
+    def __post_init__(self) -> None:
+        takes_text = self.pipeline.transformer.takes_text
+        if takes_text and not self.texts:
+            raise ValueError("this model draws texts; give prompts, or a reference with captions")
+        if self.texts and not takes_text:
+            raise ValueError("this model draws classes; leave prompts out")
+
+    def wanted(self, number: int) -> Any:
+        """Label or text of a sample."""
+        if self.texts:
+            return self.texts[number % len(self.texts)]
+        classes = self.pipeline.transformer.config.num_classes
+        return number % classes if self.count >= classes else number * classes // self.count
+
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape (3, H, W) of the pictures, of clips (3, T, H, W)."""
+        *frames, height, width = self.pipeline.pixel_size()
+        height, width = self.size or (height, width)
+        return (3, *([self.frames or frames[0]] if frames else []), height, width)
+
+    def draw(self, point: OperatingPoint, samples: Sequence[int]) -> dict[str, Tensor]:
+        """Features of some samples, their labels, pictures and the seconds that each took.
+
+        Returns:
+            "network.output": (n, d), "labels": (n,), "seconds" and "decode_seconds": (n,),
+            "images": (n or fewer, C, H, W) uint8.
+        """
+        found: dict[str, list[Tensor]] = {}
+        for batch in batches(samples, self.batch_size):
+            drawn = self._batch(point, batch)
+            pictures = drawn["images"]
+            for network in self.networks:
+                drawn |= image_features(network, pictures)
+                if network.takes == "texts":
+                    texts = [self.wanted(i) for i in batch]
+                    drawn[f"{network.name}.text"] = network.text_features(texts).float().cpu()
+            kept = len(batch) if self.keep_images else max(0, min(SHOWN - batch[0], len(batch)))
+            drawn["images"] = pictures[:kept]
+            for name, tensor in drawn.items():
+                found.setdefault(name, []).append(tensor)
+        return {name: torch.cat(tensors) for name, tensors in found.items()}
+
+    def warm_up(self, point: OperatingPoint) -> None:
+        """Draw a batch in one step: the first call of a process is slow."""
+        self._batch(
+            OperatingPoint(**point.to_dict() | {"steps": 1}),
+            range(min(self.count, self.batch_size)),
+        )
+
+    def _batch(self, point: OperatingPoint, numbers: Sequence[int]) -> dict[str, Tensor]:
+        pipeline = self.pipeline
+        height, width = self.size or (None, None)
+        options = {} if self.frames is None else {"num_frames": self.frames}
+        wanted = [self.wanted(number) for number in numbers]
+        generators = [torch.Generator().manual_seed(self.seed + number) for number in numbers]
+        started = time.perf_counter()
+        latents = pipeline(
+            wanted, budget=point.budget, num_inference_steps=point.steps,
+            guidance=point.make_guidance(), generator=generators, height=height, width=width,
+            output_type="latent", return_dict=False, **options,
+        )[0]  # fmt: skip
+        _wait(latents)
+        drawn = time.perf_counter()
+        pictures = pipeline.decode(latents, "pt")
+        _wait(pictures)
+        decoded = time.perf_counter()
+        if pictures.ndim == 5:  # (n, T, C, H, W)
+            pictures = pictures.transpose(1, 2)
+        share = torch.ones(len(numbers), dtype=torch.float64) / len(numbers)
+        labels = torch.tensor(wanted) if not self.texts else torch.full((len(numbers),), -1)
+        return {
+            "images": to_bytes(pictures).cpu(),
+            "labels": labels,
+            "seconds": share * (drawn - started),
+            "decode_seconds": share * (decoded - drawn),
+        }
+
+
+class SamplingCost:
+    """Operations of all calls of the model for one image, guides included, the VAE's apart.
+
+    Args:
+        drawing: what is drawn: its size, frames and the longest of its texts count.
+    """
+
+    def __init__(self, drawing: Drawing):
+        self.pipeline = pipeline = drawing.pipeline
+        model = pipeline.transformer
+        config = dict(model.config)
+        if drawing.texts:
+            self.text_tokens = pipeline.check_prompt(list(drawing.texts))
+            config["max_text_length"] = self.text_tokens
+        input_size = pipeline.input_size(drawing.frames, *(drawing.size or (None, None)))
+        shape = on_meta(type(model), config)
+        if model.is_elastic:
+            flops = ElasticFlops(shape, input_size)
+            self._flops = lambda kept: flops(kept or model.max_latents)
+        else:
+            full = forward_flops(shape, None, input_size)
+            self._flops = lambda _: full
+
+    def calls(self, point: OperatingPoint) -> list[Forwards]:
+        """Forwards of each call of a run."""
+        return self.pipeline.calls(point.budget, point.steps, point.make_guidance())
+
+    def flops(self, point: OperatingPoint) -> int:
+        """Of one image; a multiply-add counts as 2."""
+        return sum(self._flops(n) * times for call in self.calls(point) for n, times in call)
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.device.type != "cpu":
+        torch.accelerator.synchronize(tensor.device)

@@ -1,0 +1,250 @@
+"""An evaluation: draw, look, score, and say with each score what it depends on."""
+
+import json
+import logging
+import platform
+import statistics
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from elit._files import digest_of, write_file, write_json
+from elit.evaluation.drawing import Drawing, SamplingCost
+from elit.evaluation.images import Images
+from elit.evaluation.measure import measure
+from elit.evaluation.parts import Parts, part_size
+from elit.evaluation.reference import Reference, check_shapes, make_reference
+from elit.evaluation.score_names import SCORES
+from elit.flow.schedulers import start_sampling
+from elit.pipelines.folder import weights_digest
+from elit.pipelines.operating_points import FORMAT, OperatingPoint
+from elit.pipelines.timing import CallTimes, device_name
+from elit.preparation.process import Process
+
+logger = logging.getLogger(__name__)
+
+_LIBRARIES = ("elit-diffusion", "torch", "diffusers", "transformers", "numpy", "pillow")
+_NOT_OF_THE_SAMPLES = ("device", "device_name", "versions", "host")  # which may change on the way
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is drawn, compared with what, by which processes.
+
+    Attributes:
+        run: folder or hub name of the pipeline.
+        drawing: of its samples.
+        images: the real ones.
+        process: this one.
+        home: folder of the samples' features; each operating point has one of its own in it.
+        training: what is known of the model's training: steps and EFLOPs.
+        progress: whether to show bars.
+    """
+
+    run: str
+    drawing: Drawing
+    images: Images
+    process: Process
+    home: Path
+    training: dict[str, Any] | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_shapes(self.images, self.drawing.image_shape(), self.run)
+
+    def model(self) -> dict[str, Any]:
+        """What the report says of the model."""
+        model, run = self.drawing.pipeline.transformer, Path(self.run)
+        return {
+            "path": self.run,
+            "class": type(model).__name__,
+            "weights": weights_digest(run),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "elastic": model.is_elastic,
+            "max_latents": model.max_latents,
+            "training": self.training,
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that all scores depend on but the operating point."""
+        drawing = self.drawing
+        pipeline = drawing.pipeline
+        model, vae = pipeline.transformer, pipeline.vae
+        shape = drawing.image_shape()
+        return {
+            "samples": drawing.count,
+            "seed": drawing.seed,
+            "drawn": _texts_digest(drawing.texts) if drawing.texts else "classes, balanced",
+            "sampler": type(pipeline.scheduler).__name__,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "batch_size": drawing.batch_size,
+            "size": list(shape[1:]),
+            "eight_bit": True,
+            "vae": None if vae is None else {
+                "class": type(vae).__name__, "weights": weights_digest(Path(self.run), "vae"),
+            },
+            "networks": [
+                {"name": n.name, "weights": n.checksum, "preprocessing": n.preprocessing}
+                for n in drawing.networks
+            ],
+            "reference": {
+                "name": self.images.name, "digest": self.images.digest,
+                "images": self.images.count or None,
+            },
+            "device": model.device.type,
+            "device_name": device_name(model.device),
+            "versions": versions(),
+        }  # fmt: skip
+
+    def parts(self, point: OperatingPoint) -> Parts:
+        """Where the samples of a point are kept."""
+        drawing = self.drawing
+        settings = {k: v for k, v in self.settings().items() if k not in _NOT_OF_THE_SAMPLES}
+        del settings["reference"]  # the same samples serve another one
+        key = digest_of([self.model()["weights"], settings, point.to_dict(), drawing.keep_images])
+        size = part_size(drawing.count, drawing.batch_size)
+        return Parts(self.home / "samples" / key, drawing.count, size)
+
+    def make_reference(self) -> Reference | None:
+        """Statistics of the real images; in the first process alone."""
+        return make_reference(
+            self.images, self.drawing.networks, self.process, progress=self.progress
+        )
+
+    def draw(self, point: OperatingPoint, bar: tqdm, offset: int = 0) -> Parts:
+        """Draw this process's share of a point's samples."""
+        parts = self.parts(point)
+        if parts.missing():
+            self.drawing.warm_up(point)
+        parts.make(lambda samples: self.drawing.draw(point, samples), self.process, bar, offset)
+        return parts
+
+    def row(
+        self, point: OperatingPoint, parts: Parts, reference: Reference, cost: SamplingCost
+    ) -> dict[str, Any]:
+        """Scores of a point whose parts are all there, with its settings and its FLOPs."""
+        scores = self._scores(parts, reference)
+        calls = cost.calls(point)
+        pipeline = self.drawing.pipeline
+        levels = start_sampling(pipeline.scheduler, point.steps, "cpu")
+        return {
+            **point.to_dict(),
+            "num_latents": pipeline.transformer.resolve_budget(point.budget),
+            "sampler": type(pipeline.scheduler).__name__,
+            "calls": len(calls),
+            "grid": [round(level, 6) for level in levels],
+            "gflops_per_image": cost.flops(point) / 1e9,
+            "scores": scores["values"],
+            "scores_of": scores["of"],
+            "deviations": scores["deviations"],
+        }
+
+    def add_times(self, rows: Sequence[dict[str, Any]], cost: SamplingCost) -> None:
+        """Measure what an image of each row takes, now that nothing else runs here."""
+        drawing = self.drawing
+        size = drawing.frames, *(drawing.size or (None, None))
+        times = CallTimes(drawing.pipeline, min(drawing.batch_size, drawing.count), size)
+        runs = [cost.calls(OperatingPoint.from_dict(row)) for row in rows]
+        times.measure(call for run in runs for call in run)
+        for row, run in zip(rows, runs, strict=True):
+            row["ms_per_image"] = times.ms_per_image(run)
+            row["decode_ms_per_image"] = times.decode_ms_per_image()
+
+    def _scores(self, parts: Parts, reference: Reference) -> dict[str, Any]:
+        """Scores of the parts, kept beside them for this reference."""
+        file = parts.folder / "scores.json"
+        key = digest_of([self.settings()["reference"], self.settings()["networks"]])
+        try:
+            kept = json.loads(file.read_text())
+            if kept["key"] == key:
+                return kept["scores"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # none yet, or of another reference
+        labelled = not self.drawing.texts
+        scores = vars(measure(parts, self.drawing.networks, reference, labelled))
+        write_json(file, {"key": key, "scores": scores})
+        return scores
+
+
+def report(
+    evaluation: Evaluation, rows: Sequence[dict[str, Any]], ranked_by: str
+) -> dict[str, Any]:
+    """What the files hold: rows and all that they depend on."""
+    return {
+        "format": FORMAT,
+        "model": evaluation.model(),
+        "settings": evaluation.settings(),
+        "ranked_by": ranked_by,
+        "lower_is_better": SCORES[ranked_by][1],
+        "rows": list(rows),
+    }
+
+
+def ranking_score(scores: dict[str, float]) -> str:
+    """The score that points are ranked by: the Frechet distance that is most usual."""
+    for name in ("fid", "fdd", "fvd", "fd", "is", "accuracy", "clip"):
+        if name in scores:
+            return name
+    raise ValueError("the networks give no score; add inception, dinov2 or classifier")
+
+
+def evaluate(evaluation: Evaluation, point: OperatingPoint) -> dict[str, Any] | None:
+    """Draw, look and score at one operating point; all processes call this.
+
+    Returns:
+        The report, in the first process.
+    """
+    reference = evaluation.make_reference()
+    cost = SamplingCost(evaluation.drawing)
+    todo = evaluation.parts(point).todo()
+    hidden = not evaluation.progress or evaluation.process.rank > 0
+    with tqdm(total=todo, desc="drawing", unit="image", disable=hidden) as bar:
+        parts = evaluation.draw(point, bar)
+        if evaluation.process.rank > 0:
+            return None
+        parts.wait(bar)
+    assert reference is not None
+    row = evaluation.row(point, parts, reference, cost)
+    evaluation.add_times([row], cost)
+    drawn = statistics.median(parts.whole("seconds").tolist())  # a check of what was timed
+    row["drawn_ms_per_image"] = 1000 * drawn
+    return report(evaluation, [row], ranking_score(row["scores"]))
+
+
+def save_npz(parts: Parts, path: Path) -> None:
+    """Write all samples as `arr_0` (N, H, W, C) uint8, as other evaluation tools read them."""
+    first = next(parts.read("images"))
+    shape = (parts.count, *first.shape[2:], first.shape[1])
+
+    def write(aside: Path) -> None:
+        with (
+            zipfile.ZipFile(aside, "w", allowZip64=True) as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as member,
+        ):
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)
+            for images in parts.read("images"):
+                member.write(images.movedim(1, -1).contiguous().numpy().tobytes())
+
+    write_file(path, write)
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that scores depend on."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _texts_digest(texts: Sequence[str]) -> str:
+    return f"{len(texts)} texts, {digest_of(list(texts))}"

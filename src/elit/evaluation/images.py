@@ -1,0 +1,249 @@
+"""Real images to compare with: a folder, a data set, what `elit prepare` wrote, an ADM .npz."""
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from elit._choices import nearest
+from elit._files import digest_of
+from elit.data import DATASETS, ImageDataset, load_dataset
+from elit.data.manifest import MANIFEST
+from elit.interface.grid import format_size
+from elit.pipelines.autoencoder import decode
+from elit.preparation.images import fit, read_image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images or clips of one shape, by number.
+
+    Attributes:
+        name: what they are, in words.
+        digest: of the data, without reading all of it.
+        count: how many.
+        shape: (C, H, W), of clips (C, T, H, W).
+        read: uint8 (n, *shape) of some numbers.
+        captions: texts of some numbers, where there are any.
+        statistics: mean and covariance by "network.output", where the file holds them.
+    """
+
+    name: str
+    digest: str
+    count: int
+    shape: tuple[int, ...]
+    read: Callable[[Sequence[int]], Tensor]
+    captions: Callable[[Sequence[int]], list[str]] | None = None
+    statistics: dict[str, tuple[Tensor, Tensor]] | None = None
+
+
+def to_bytes(pictures: Tensor) -> Tensor:
+    """Eight bits of pictures in [0, 1], rounded as image files are."""
+    return (pictures.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def open_images(
+    name: str,
+    split: str = "train",
+    fit_to: tuple[int, int] | None = None,
+    vae: Any = None,
+    options: Mapping[str, Any] | None = None,
+) -> Images:
+    """Images by the name of a data set, or the path of a folder or an .npz file.
+
+    Args:
+        name: of a built-in data set, or a path.
+        split: "train" or "validation", of a data set.
+        fit_to: (H, W) that pictures of a folder are scaled and cut to; None takes them as they are.
+        vae: autoencoder that decodes what is stored as latents.
+        options: of a built-in data set.
+    """
+    path = Path(name)
+    if name in DATASETS and not path.exists():
+        return of_dataset(load_dataset(name, split, **options or {}), f"{name}, {split}", vae)
+    if options:
+        raise ValueError(f"{', '.join(options)} have no effect on {name}; leave them out")
+    if path.suffix == ".npz":
+        return _of_npz(path)
+    if (path / MANIFEST).exists():
+        dataset = load_dataset("prepared", split, path=name)
+        return of_dataset(dataset, f"{name}, {split}", vae)
+    if path.is_dir():
+        return _of_folder(path, fit_to)
+    near = nearest(name, DATASETS)
+    hint = f"; did you mean {near}?" if near else ""
+    raise ValueError(
+        f"{name} is no folder, no .npz file and no data set of {', '.join(DATASETS)}{hint}"
+    )
+
+
+def of_dataset(dataset: ImageDataset, name: str, vae: Any = None) -> Images:
+    """Images of a data set; of VAE latents those that the autoencoder makes of them."""
+    if dataset.buckets is not None and len({b.shape for b in dataset.buckets}) > 1:
+        shapes = ", ".join(sorted(format_size(b.shape) for b in dataset.buckets))
+        raise ValueError(
+            f"{name} has samples of several sizes ({shapes}): scores need one; prepare the data "
+            f"without aspect buckets"
+        )
+    is_pixels = dataset.autoencoder is None
+    if not is_pixels and vae is None:
+        raise ValueError(f"{name} holds VAE latents, and the model has no VAE to decode them")
+    device = torch.device("cpu") if is_pixels else next(vae.parameters()).device
+
+    @torch.no_grad()
+    def read(numbers: Sequence[int]) -> Tensor:
+        stored = dataset.batch(numbers)["images"]
+        if stored.dtype == torch.uint8:
+            return stored
+        pictures = dataset.on_device(stored.to(device))
+        if not is_pixels:
+            pictures = decode(vae, pictures).float()
+        return to_bytes(pictures.cpu() / 2 + 0.5)
+
+    first = read([0])
+    digest = dataset.fingerprint
+    if digest is None:  # built in: made by this code
+        some = read(range(0, len(dataset), max(1, len(dataset) // 64)))
+        digest = hashlib.sha256(repr(dataset).encode() + some.numpy().tobytes()).hexdigest()[:16]
+    return Images(
+        name + ("" if is_pixels else ", decoded"),
+        digest_of([digest, name.rpartition(", ")[2], is_pixels]),
+        len(dataset),
+        tuple(first.shape[1:]),
+        read,
+        (lambda numbers: dataset.batch(numbers)["captions"]) if dataset.has_captions else None,
+    )
+
+
+def _of_folder(folder: Path, size: tuple[int, int] | None) -> Images:
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
+    if not files:
+        raise ValueError(f"{folder} has no pictures in it ({', '.join(SUFFIXES)})")
+
+    def picture(path: Path) -> Image.Image:
+        try:
+            image = read_image(str(path))
+        except (OSError, UnidentifiedImageError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+        return image if size is None else fit(image, size)
+
+    width, height = picture(files[0]).size
+
+    def read(numbers: Sequence[int]) -> Tensor:
+        pictures = [picture(files[number]) for number in numbers]
+        for number, image in zip(numbers, pictures, strict=True):
+            if image.size != (width, height):
+                raise ValueError(
+                    f"{files[number]} has {image.height}x{image.width} pixels, {files[0]} has "
+                    f"{height}x{width}: all must have one size; --fit scales and cuts them to the "
+                    f"model's"
+                )
+        stacked = np.stack([np.asarray(image) for image in pictures])
+        return torch.from_numpy(stacked).movedim(-1, 1).contiguous()
+
+    entries = [[str(p.relative_to(folder)), *_stamp(p)] for p in files]
+    words = f"{folder}" if size is None else f"{folder}, fitted to {format_size(size)}"
+    return Images(words, digest_of([entries, size]), len(files), (3, height, width), read)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
+_KEYS = {"inception.pool": ("mu", "sigma"), "inception.spatial": ("mu_s", "sigma_s")}
+
+
+def _of_npz(path: Path) -> Images:
+    """ADM's batches: images `arr_0` (N, H, W, 3) uint8, statistics of Inception, or both."""
+    if not path.exists():
+        raise ValueError(f"there is no {path}; give an .npz file, a folder or a data set")
+    statistics: dict[str, tuple[Tensor, Tensor]] = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = set(file.files)
+            for output, keys in _KEYS.items():
+                if names.issuperset(keys):
+                    mean, covariance = (torch.from_numpy(file[k]).double() for k in keys)
+                    statistics[output] = mean, covariance
+        rows = _NpzRows(path) if "arr_0" in names else None
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read as .npz ({error}); copy it again") from error
+    if rows is None and not statistics:
+        raise ValueError(
+            f"{path} holds {', '.join(sorted(names)) or 'nothing'}: give a file with images "
+            f"(arr_0), or with Inception's statistics (mu, sigma)"
+        )
+    for mean, covariance in statistics.values():
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"{path} holds a mean {tuple(mean.shape)} and a covariance "
+                f"{tuple(covariance.shape)}, which don't fit each other"
+            )
+
+    def read(numbers: Sequence[int]) -> Tensor:
+        assert rows is not None
+        return rows.read(numbers)
+
+    digest = digest_of([path.name, *_stamp(path)])
+    shape, count = (rows.shape, rows.count) if rows is not None else ((), 0)
+    return Images(str(path), digest, count, shape, read, statistics=statistics or None)
+
+
+class _NpzRows:
+    """Rows of an .npz file's `arr_0`, read one after the other without holding all."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+            version = np.lib.format.read_magic(member)
+            reader = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            (self.count, *rest), fortran, dtype = reader(member)
+            self.start = member.tell()
+        if len(rest) != 3 or rest[2] != 3 or dtype != np.uint8 or fortran or not self.count:
+            raise ValueError(f"arr_0 is {dtype} {(self.count, *rest)}, not uint8 (N, H, W, 3)")
+        self.row = tuple(rest)
+        self.shape = (3, rest[0], rest[1])
+        self._member: Any = None
+        self._next = 0
+
+    def read(self, numbers: Sequence[int]) -> Tensor:
+        """uint8 (n, 3, H, W) of consecutive rows; quick where they follow those read before."""
+        first, size = numbers[0], int(np.prod(self.row))
+        if list(numbers) != list(range(first, first + len(numbers))):
+            return torch.cat([self.read([number]) for number in numbers])
+        if self._member is None or first < self._next:
+            self._archive = zipfile.ZipFile(self.path)
+            self._member, self._next = self._archive.open("arr_0.npy"), 0
+            self._member.read(self.start)
+        self._skip((first - self._next) * size)
+        try:
+            content = self._member.read(len(numbers) * size)
+        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            raise ValueError(f"{self.path} is damaged ({error}); copy it again") from error
+        if len(content) != len(numbers) * size:
+            raise ValueError(f"{self.path} is cut off; copy it again")
+        self._next = first + len(numbers)
+        array = np.frombuffer(content, np.uint8).reshape(len(numbers), *self.row)
+        return torch.from_numpy(array.copy()).movedim(-1, 1).contiguous()
+
+    def _skip(self, length: int) -> None:
+        while length > 0:
+            length -= len(self._member.read(min(length, 2**24)) or b"x" * length)

@@ -1,0 +1,138 @@
+"""Work that any number of processes share without talking: part by part, each in a file.
+
+A part's content depends on its number alone, never on which process made it: the whole is the
+same on one process or eight, and a killed run goes on with what is missing.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from elit._files import as_os_error, remove_leftovers, write_file
+from elit.preparation.process import Process
+
+PATIENCE = 600.0  # seconds without a new part, after which another process is given up
+_GLANCE = 0.5  # seconds between two looks for the parts of others
+
+
+class Parts:
+    """Tensors of samples 0..count-1, in files of `size` samples each.
+
+    Args:
+        folder: of the files; made when the first is written.
+        count: samples in all.
+        size: samples of a part; the last may have fewer.
+    """
+
+    def __init__(self, folder: Path, count: int, size: int):
+        self.folder, self.count, self.size = folder, count, size
+
+    def __len__(self) -> int:
+        return -(-self.count // self.size)
+
+    def path(self, number: int) -> Path:
+        """File of a part."""
+        return self.folder / f"part-{number:05d}.safetensors"
+
+    def samples(self, number: int) -> range:
+        """Samples of a part."""
+        return range(number * self.size, min((number + 1) * self.size, self.count))
+
+    def missing(self) -> list[int]:
+        """Numbers of the parts that are not there."""
+        return [number for number in range(len(self)) if not self.path(number).exists()]
+
+    def todo(self) -> int:
+        """Samples of the parts that are not there."""
+        return sum(len(self.samples(number)) for number in self.missing())
+
+    def make(
+        self,
+        make: Callable[[range], dict[str, Tensor]],
+        process: Process,
+        bar: tqdm,
+        offset: int = 0,
+    ) -> None:
+        """Make this process's share of what is missing.
+
+        Args:
+            make: the tensors of some samples, (n, ...) each.
+            process: this one.
+            bar: counts the samples that it made.
+            offset: shifts the shares, so that many short runs keep all processes busy.
+        """
+        remove_leftovers(self.folder)
+        for number in self.missing():
+            if (number + offset) % process.world == process.rank:
+                tensors = make(self.samples(number))
+                contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+                self._write(number, contiguous)
+                bar.update(len(self.samples(number)))
+
+    def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
+        path = self.path(number)
+        try:
+            write_file(path, lambda aside: save_file(tensors, aside))
+        except SafetensorError as error:
+            raise as_os_error(error, path) from error
+
+    def wait(self, bar: tqdm) -> None:
+        """Wait for the parts of other processes."""
+        known, since = self.todo(), time.monotonic()
+        while missing := self.missing():
+            if (todo := self.todo()) < known:
+                bar.update(known - todo)
+                known, since = todo, time.monotonic()
+            elif time.monotonic() - since > PATIENCE:
+                raise ValueError(
+                    f"no part came into {self.folder} for {PATIENCE / 60:.0f} minutes, but "
+                    f"{len(missing)} are missing: another process was killed or hangs; the same "
+                    f"command goes on where it was"
+                )
+            time.sleep(_GLANCE)
+        bar.update(known)
+
+    def read(self, name: str) -> Iterator[Tensor]:
+        """One tensor of each part, in order."""
+        for number in range(len(self)):
+            path = self.path(number)
+            try:
+                with safe_open(path, framework="pt") as file:
+                    tensor = file.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{path} is damaged ({error}); remove it, and the same command makes it anew"
+                ) from error
+            yield tensor
+
+    def whole(self, name: str) -> Tensor:
+        """One tensor of all samples, (count, ...)."""
+        return torch.cat(list(self.read(name)))
+
+    def names(self) -> list[str]:
+        """Names of the tensors of a part, in alphabetical order."""
+        with safe_open(self.path(0), framework="pt") as file:
+            return sorted(file.keys())
+
+    def remove(self) -> None:
+        """Remove all parts."""
+        for number in range(len(self)):
+            self.path(number).unlink(missing_ok=True)
+
+
+def part_size(count: int, batch_size: int, most: int = 512) -> int:
+    """Samples of a part: whole batches, at most about `most`, and several parts of a small set."""
+    batches = max(1, min(most // batch_size, count // (8 * batch_size)))
+    return batches * batch_size
+
+
+def batches(samples: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
+    """Consecutive batches of some samples."""
+    for first in range(0, len(samples), batch_size):
+        yield samples[first : first + batch_size]

@@ -1,0 +1,210 @@
+"""Statistics of real images by each network: made once, kept, and shared by all evaluations."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from elit._files import cache_folder, digest_of, write_file, write_json
+from elit.evaluation.frechet import Moments
+from elit.evaluation.images import Images
+from elit.evaluation.networks import FeatureNetwork
+from elit.evaluation.parts import Parts, batches, part_size
+from elit.interface.grid import format_size
+from elit.preparation.process import Process
+
+MANIFOLD = 10_000  # images whose features are kept for precision, recall and KID, as ADM's batch
+_UNRANKED = ("spatial",)  # outputs that no score needs beyond mean and covariance
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of one output of one network.
+
+    Attributes:
+        mean: (d,) float64.
+        covariance: (d, d) float64.
+        features: (m, d) of at most MANIFOLD images, evenly chosen; None where only the others
+            are known.
+        count: images behind mean and covariance; None if the file doesn't say.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    features: Tensor | None
+    count: int | None
+
+
+Reference = Mapping[str, Statistics]
+"""By "network.output"."""
+
+
+def image_features(network: FeatureNetwork, images: Tensor) -> dict[str, Tensor]:
+    """What a network sees in pictures (n, C, H, W) or clips (n, C, T, H, W), uint8.
+
+    A network of images sees each frame of a clip: rows are then n * T, clip by clip.
+    """
+    if network.takes == "clips":
+        if images.ndim != 5:
+            raise ValueError(f"{network.name} takes clips, but these are images")
+    elif images.ndim == 5:
+        images = images.transpose(1, 2).flatten(0, 1)  # (n * T, C, H, W)
+    found = network.features(images)
+    return {f"{network.name}.{name}": x.float().cpu() for name, x in found.items()}
+
+
+def evenly(count: int, most: int) -> Tensor:
+    """At most so many of `count` numbers, evenly chosen."""
+    return torch.linspace(0, count - 1, min(count, most)).round().long()
+
+
+def make_reference(
+    images: Images,
+    networks: Sequence[FeatureNetwork],
+    process: Process,
+    batch_size: int = 32,
+    progress: bool = True,
+    home: Path | None = None,
+) -> Reference | None:
+    """Statistics of real images by all networks; all processes call this.
+
+    Args:
+        images: the real ones.
+        networks: by whose eyes.
+        process: this one.
+        batch_size: images seen at once.
+        progress: whether to show a bar.
+        home: where to keep what was made; by default in the cache.
+
+    Returns:
+        In the first process, the statistics; elsewhere None.
+    """
+    found: dict[str, Statistics] = {}
+    for network in networks:
+        given = _given(images, network)
+        if images.count:
+            found |= _of_network(images, network, process, batch_size, progress, home) or {}
+        elif not given:
+            raise ValueError(
+                f"{images.name} holds statistics of {', '.join(images.statistics or {})} and no "
+                f"images: {network.name} needs images; give a folder, a data set or an .npz with "
+                f"arr_0"
+            )
+        for output, (mean, covariance) in given.items():
+            features = found[output].features if output in found else None
+            found[output] = Statistics(mean, covariance, features, None)
+    return found if process.rank == 0 else None
+
+
+def _given(images: Images, network: FeatureNetwork) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and covariance that the file of images brings of a network, checked against it."""
+    mine = {
+        output: pair
+        for output, pair in (images.statistics or {}).items()
+        if output.startswith(f"{network.name}.")
+    }
+    for output, (mean, _) in mine.items():
+        wanted = {"inception.pool": 2048, "inception.spatial": 2023}[output]
+        if len(mean) != wanted:
+            raise ValueError(
+                f"{images.name} holds statistics of {len(mean)} features, but {output} has "
+                f"{wanted}: they are of another network"
+            )
+    return mine
+
+
+def _of_network(
+    images: Images,
+    network: FeatureNetwork,
+    process: Process,
+    batch_size: int,
+    progress: bool,
+    home: Path | None,
+) -> dict[str, Statistics] | None:
+    about = {
+        "images": images.name,
+        "digest": images.digest,
+        "count": images.count,
+        "shape": list(images.shape),
+        "network": network.name,
+        "weights": network.checksum,
+        "preprocessing": network.preprocessing,
+    }
+    key = digest_of({name: value for name, value in about.items() if name != "images"})
+    folder = (home or cache_folder() / "references") / key
+    file = folder / "statistics.safetensors"
+    if not file.exists():
+        parts = Parts(folder / "parts", images.count, part_size(images.count, batch_size))
+
+        def make(samples: range) -> dict[str, Tensor]:
+            seen = [
+                image_features(network, images.read(batch))
+                for batch in batches(samples, batch_size)
+            ]
+            return {name: torch.cat([one[name] for one in seen]) for name in seen[0]}
+
+        with tqdm(
+            total=parts.todo(), desc=f"reference by {network.name}", unit="image",
+            disable=not progress or process.rank > 0,
+        ) as bar:  # fmt: skip
+            parts.make(make, process, bar)
+            if process.rank > 0:
+                return None
+            parts.wait(bar)
+        tensors = _reduce(parts)
+        write_json(folder / "about.json", about)
+        write_file(file, lambda aside: save_file(tensors, aside))
+        parts.remove()
+    return None if process.rank > 0 else _read(file)
+
+
+def _reduce(parts: Parts) -> dict[str, Tensor]:
+    """Mean, covariance, count and chosen features of each output of a network."""
+    tensors: dict[str, Tensor] = {}
+    for name in parts.names():
+        moments, kept, first = Moments(), [], 0
+        rows = sum(len(x) for x in parts.read(name))
+        chosen = evenly(rows, MANIFOLD)
+        for features in parts.read(name):
+            moments.update(features)
+            inside = chosen[(chosen >= first) & (chosen < first + len(features))]
+            kept.append(features[inside - first])
+            first += len(features)
+        tensors[f"{name}/mean"], tensors[f"{name}/covariance"] = moments.mean, moments.covariance
+        tensors[f"{name}/count"] = torch.tensor(moments.count)
+        if name.rpartition(".")[2] not in _UNRANKED:
+            tensors[f"{name}/features"] = torch.cat(kept)
+    return tensors
+
+
+def _read(file: Path) -> dict[str, Statistics]:
+    tensors: dict[str, Any] = load_file(file)
+    names = sorted({name.partition("/")[0] for name in tensors})
+    return {
+        name: Statistics(
+            tensors[f"{name}/mean"], tensors[f"{name}/covariance"],
+            tensors.get(f"{name}/features"), int(tensors[f"{name}/count"]),
+        )
+        for name in names
+    }  # fmt: skip
+
+
+def check_shapes(images: Images, shape: Sequence[int], name: str) -> None:
+    """Raise a ValueError unless real images and drawn ones have one size.
+
+    Args:
+        images: the real ones; without images, statistics alone say nothing of their size.
+        shape: (C, H, W) of the drawn ones, of clips (C, T, H, W).
+        name: of what draws.
+    """
+    if images.count and tuple(images.shape[1:]) != tuple(shape[1:]):
+        raise ValueError(
+            f"{images.name} has {format_size(images.shape[1:])}, but {name} draws "
+            f"{format_size(shape[1:])}: scores of different sizes mean nothing; give images of "
+            f"that size, or a folder with --fit, which scales and cuts them"
+        )

@@ -1,0 +1,188 @@
+"""A sweep: every budget, step count and guide of a grid, scored, with what each costs."""
+
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from elit._choices import check_choice
+from elit._files import write_json
+from elit._pareto import pareto_front
+from elit.evaluation.drawing import SHOWN, SamplingCost
+from elit.evaluation.evaluation import Evaluation, ranking_score, report
+from elit.evaluation.parts import Parts
+from elit.models.elastic import ElasticMixin
+from elit.pipelines.operating_points import OperatingPoint
+
+logger = logging.getLogger(__name__)
+
+_MAY_DIFFER = ("device", "device_name", "versions")  # between two calls that fill one sweep
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a sweep goes through: all combinations that differ.
+
+    Attributes:
+        budgets: of the samples.
+        steps: of the sampler.
+        guides: of "none", "cfg", "ag" and "ccfg".
+        scales: of guidance.
+        guide_budgets: of "ag" and "ccfg"; empty is the lowest trained.
+        interval: noise levels in which guidance acts.
+    """
+
+    budgets: Sequence[float]
+    steps: Sequence[int]
+    guides: Sequence[str]
+    scales: Sequence[float] = (2.0,)
+    guide_budgets: Sequence[float] = ()
+    interval: tuple[float, float] | None = None
+
+    def points(self, model: ElasticMixin) -> list[OperatingPoint]:
+        """All operating points, each once, at the budgets that really run.
+
+        A guide with a budget as high as what it guides is left out: of ag it has no effect, of
+        ccfg it is cfg, and more would cost more than it guides.
+        """
+        kept = sorted({model.resolve_budget(b) or 0 for b in self.budgets}, reverse=True)
+        guide_kept = {model.resolve_budget(b) or 0 for b in self.guide_budgets}
+        lowest = model.min_latents
+        found = []
+        guides = list(itertools.product(dict.fromkeys(self.guides), dict.fromkeys(self.scales)))
+        for n, steps in itertools.product(kept, dict.fromkeys(self.steps)):
+            budget = model.budget_of(n or None)
+            for guide, scale in guides:
+                if guide == "none":
+                    found.append(OperatingPoint(budget, steps))
+                    continue
+                low = guide in ("ag", "ccfg")
+                for g in sorted(guide_kept or {lowest}) if low else [None]:
+                    if g is not None and g >= n:
+                        continue
+                    guide_budget = None if g is None else model.budget_of(g)
+                    found.append(
+                        OperatingPoint(budget, steps, guide, scale, guide_budget, self.interval)
+                    )
+        return list(dict.fromkeys(found))
+
+
+def sweep(
+    evaluation: Evaluation, grid: Grid, out: Path, ranked_by: str | None = None
+) -> dict[str, Any] | None:
+    """Score all points of a grid; all processes call this, and each may be stopped at any time.
+
+    Rows of an earlier sweep into the same folder with the same settings stay.
+
+    Args:
+        evaluation: what is drawn and compared.
+        grid: the points.
+        out: folder of `sweep.json`.
+        ranked_by: score of the fronts; by default the first network's Frechet distance.
+
+    Returns:
+        The report, in the first process; it is in `out` / sweep.json too.
+    """
+    points = grid.points(evaluation.drawing.pipeline.transformer)
+    file = out / "sweep.json"
+    earlier = _earlier(file, evaluation) if evaluation.process.rank == 0 else []
+    reference = evaluation.make_reference()
+    cost = SamplingCost(evaluation.drawing)
+    is_main = evaluation.process.rank == 0
+    todo = sum(evaluation.parts(point).todo() for point in points)
+    rows: list[dict[str, Any]] = []
+    with tqdm(
+        total=todo, desc="sweep", unit="image", disable=not (is_main and evaluation.progress)
+    ) as bar:
+        for i, point in enumerate(points):
+            bar.set_postfix_str(str(point), refresh=False)
+            evaluation.draw(point, bar, offset=i)
+        if not is_main:
+            return None
+        for point in points:
+            evaluation.parts(point).wait(bar)
+    assert reference is not None
+    for point in tqdm(points, desc="scoring", unit="point", disable=not evaluation.progress):
+        rows.append(evaluation.row(point, evaluation.parts(point), reference, cost))
+    evaluation.add_times(rows, cost)
+    rows = merged(earlier, rows)
+    if ranked_by is None:
+        ranked_by = ranking_score(rows[0]["scores"])
+    else:
+        check_choice(ranked_by, rows[0]["scores"], "score")
+    found = report(evaluation, rows, ranked_by)
+    mark_fronts(found)
+    write_json(file, found)
+    return found
+
+
+def _earlier(file: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Rows of an earlier sweep with the same settings, or an error if they differ."""
+    try:
+        content = json.loads(file.read_text())
+        settings, weights, rows = content["settings"], content["model"]["weights"], content["rows"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no result of a sweep; choose another --out") from error
+    mine = evaluation.settings()
+    differing = [
+        name
+        for name in mine
+        if name not in _MAY_DIFFER and json.loads(json.dumps(mine[name])) != settings.get(name)
+    ]
+    if weights != evaluation.model()["weights"]:
+        differing.insert(0, "weights")
+    if differing:
+        raise ValueError(
+            f"{file} is a sweep with other {', '.join(differing)}; choose another folder with "
+            f"--out, or remove it"
+        )
+    return list(rows)
+
+
+def merged(
+    earlier: Iterable[dict[str, Any]], rows: Iterable[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Rows of both, the later ones instead of earlier ones of the same point, in one order."""
+    by_point = {OperatingPoint.from_dict(row): row for row in (*earlier, *rows)}
+
+    def order(point: OperatingPoint) -> tuple[Any, ...]:
+        guide = ("none", "cfg", "ag", "ccfg").index(point.guidance)
+        more = (point.scale or 0, point.guide_budget or 0, point.interval or ())
+        return -point.budget, point.steps, guide, *more
+
+    return [by_point[point] for point in sorted(by_point, key=order)]
+
+
+def mark_fronts(found: dict[str, Any]) -> None:
+    """Set `front_flops` and `front_ms` in the rows of a report, by the score that it ranks by."""
+    rows, lower = found["rows"], found["lower_is_better"]
+    scores = [row["scores"].get(found["ranked_by"]) for row in rows]
+    for mark, cost in (("front_flops", "gflops_per_image"), ("front_ms", "ms_per_image")):
+        front = pareto_front([row[cost] for row in rows], scores, lower)
+        for i, row in enumerate(rows):
+            row[mark] = i in front
+
+
+def shown_images(parts: Parts, most: int = SHOWN) -> list[Image.Image]:
+    """The first samples as pictures; of clips, their middle frames."""
+    images: list[Tensor] = []
+    for tensor in parts.read("images"):
+        images += tensor[: most - len(images)]
+        if len(images) >= most:
+            break
+    pictures = []
+    for image in images:
+        still = image if image.ndim == 3 else image[:, image.shape[1] // 2]
+        still = still.expand(3, -1, -1) if len(still) == 1 else still
+        pictures.append(Image.fromarray(still.movedim(0, -1).to(torch.uint8).contiguous().numpy()))
+    return pictures

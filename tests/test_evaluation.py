@@ -1,0 +1,452 @@
+"""Evaluation as a whole: the same on any number of processes, after any kill, and honest."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_dit, tiny_elastic
+from PIL import Image
+from torch import nn
+
+from elit import ElitPipeline, load_pipeline, make_scheduler
+from elit.evaluation.drawing import Drawing, SamplingCost
+from elit.evaluation.evaluation import Evaluation, evaluate, save_npz
+from elit.evaluation.flops import forward_flops
+from elit.evaluation.frechet import Moments, frechet_distance
+from elit.evaluation.images import open_images
+from elit.evaluation.networks import load_network
+from elit.evaluation.parts import Parts, part_size
+from elit.evaluation.reference import make_reference
+from elit.evaluation.scores import precision_recall
+from elit.evaluation.sweep import Grid, merged, sweep
+from elit.pipelines.operating_points import OperatingPoint
+from elit.preparation.process import Process
+
+ONE = Process()
+
+
+class Corners(nn.Module):
+    """Sixteen numbers of a picture that any change of it changes."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), 4).flatten(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("ELIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A pipeline of random weights that draws grey images of 8x8."""
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    ElitPipeline(tiny_elastic(in_channels=1), make_scheduler("euler")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Path:
+    """A folder of 60 noise pictures of 8x8."""
+    folder = tmp_path_factory.mktemp("real")
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def make_evaluation(run: Path, real: Path, home: Path, count: int = 40, **changes) -> Evaluation:
+    options = {"batch_size": 4, "seed": 3, "keep_images": False} | changes
+    process = options.pop("process", ONE)
+    pipeline = load_pipeline(run)
+    pipeline.set_progress_bar_config(disable=True)
+    network = load_network(Corners(), device="cpu")
+    drawing = Drawing(pipeline, [network], count, **options)
+    return Evaluation(str(run), drawing, open_images(str(real)), process, home, progress=False)
+
+
+def without_times(report: dict) -> dict:
+    report = json.loads(json.dumps(report))
+    for row in report["rows"]:
+        for name in ("ms_per_image", "decode_ms_per_image", "drawn_ms_per_image", "front_ms"):
+            row.pop(name, None)
+    return report
+
+
+POINT = OperatingPoint(0.5, 3, "ccfg", 2.0, 1 / 16)
+
+
+# ---- the same on any number of processes ----
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_processes_gives_the_same(run, real, tmp_path, world) -> None:
+    alone = make_evaluation(run, real, tmp_path / "alone")
+    report = evaluate(alone, POINT)
+    for rank in reversed(range(world)):
+        shared = make_evaluation(run, real, tmp_path / "shared", process=Process(rank, world))
+        together = evaluate(shared, POINT)
+        assert (together is None) == (rank > 0)
+    assert without_times(together) == without_times(report)
+    mine, theirs = alone.parts(POINT), shared.parts(POINT)
+    assert len(mine) > world
+    for name in ("images", "labels", "Corners.pool"):
+        assert torch.equal(mine.whole(name), theirs.whole(name))
+
+
+def test_each_process_makes_a_share(run, real, tmp_path) -> None:
+    evaluation = make_evaluation(run, real, tmp_path, process=Process(1, 2))
+    assert evaluate(evaluation, POINT) is None
+    parts = evaluation.parts(POINT)
+    assert parts.missing() == list(range(0, len(parts), 2))
+
+
+def test_a_sample_is_what_the_pipeline_draws_from_its_seed(run, real, tmp_path) -> None:
+    evaluation = make_evaluation(run, real, tmp_path, count=7, keep_images=True)
+    evaluate(evaluation, POINT)
+    images = evaluation.parts(POINT).whole("images")
+    assert evaluation.parts(POINT).whole("labels").tolist() == [0, 1, 2, 0, 1, 2, 0]
+    alone = evaluation.drawing.pipeline(
+        [5 % 3], budget=0.5, num_inference_steps=3, guidance=POINT.make_guidance(),
+        generator=torch.Generator().manual_seed(3 + 5), output_type="pt",
+    ).images  # fmt: skip
+    assert ((alone * 255).round() - images[5].float()).abs().max() <= 1  # of another batch
+
+
+# ---- scores are of what they say ----
+
+
+def test_scores_are_those_of_the_images_that_were_drawn(run, real, tmp_path) -> None:
+    evaluation = make_evaluation(run, real, tmp_path, keep_images=True)
+    row = evaluate(evaluation, POINT)["rows"][0]
+    network = evaluation.drawing.networks[0]
+    drawn = network.features(evaluation.parts(POINT).whole("images"))["pool"]
+    wanted = network.features(evaluation.images.read(range(60)))["pool"]
+    sides = []
+    for features in (drawn, wanted):
+        moments = Moments()
+        moments.update(features)
+        sides += [moments.mean, moments.covariance]
+    assert row["scores"]["fd"] == pytest.approx(frechet_distance(*sides), rel=1e-9)
+    assert row["scores"]["recall"] == precision_recall(wanted, drawn).recall
+    assert row["scores_of"]["fd"] == "Corners"
+
+
+def test_real_images_against_themselves_are_at_distance_zero(run, real, tmp_path) -> None:
+    evaluation = make_evaluation(run, real, tmp_path)
+    reference = evaluation.make_reference()["Corners.pool"]
+    again = make_reference(evaluation.images, evaluation.drawing.networks, ONE, progress=False)
+    mean, covariance = reference.mean, reference.covariance
+    other = again["Corners.pool"]
+    assert frechet_distance(mean, covariance, other.mean, other.covariance) < 1e-9
+    assert reference.count == len(reference.features) == 60
+
+
+def test_fewer_samples_than_features_is_warned_of(run, real, tmp_path, caplog) -> None:
+    evaluate(make_evaluation(run, real, tmp_path, count=12), POINT)
+    assert "use at least 17" in caplog.text
+
+
+def test_a_report_names_all_that_its_scores_depend_on(run, real, tmp_path) -> None:
+    evaluation = make_evaluation(run, real, tmp_path)
+    report = evaluate(evaluation, POINT)
+    settings, model = report["settings"], report["model"]
+    assert len(model["weights"]) == 16
+    assert settings["samples"] == 40
+    assert settings["seed"] == 3
+    assert settings["sampler"] == "FlowMatchEulerDiscreteScheduler"
+    assert settings["networks"][0]["weights"] == evaluation.drawing.networks[0].checksum
+    assert settings["reference"] == {
+        "name": str(real), "digest": evaluation.images.digest, "images": 60,
+    }  # fmt: skip
+    assert settings["versions"]["torch"] == torch.__version__
+    row = report["rows"][0]
+    assert row["grid"] == pytest.approx([1, 2 / 3, 1 / 3], abs=1e-6)
+    assert (row["budget"], row["guide_budget"], row["scale"]) == (0.5, 1 / 16, 2.0)
+    assert row["ms_per_image"] > 0
+    assert json.loads(json.dumps(report)) == report
+
+
+# ---- cost ----
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm-solver"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        OperatingPoint(1.0, 3),
+        OperatingPoint(0.5, 4, "cfg", 2.0),
+        OperatingPoint(0.5, 4, "cfg", 2.0, None, (0.3, 0.8)),
+        OperatingPoint(1.0, 4, "ag", 2.0, 0.25),
+        OperatingPoint(0.25, 4, "ccfg", 2.0, 1 / 16, (0.5, 1.0)),
+    ],
+)
+def test_the_cost_is_that_of_the_forwards_that_run(sampler, point) -> None:
+    pipeline = ElitPipeline(tiny_elastic(in_channels=1), make_scheduler(sampler))
+    pipeline.set_progress_bar_config(disable=True)
+    model, seen = pipeline.transformer, []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((kwargs["num_latents"], len(args[0]))),
+        with_kwargs=True,
+    )
+    pipeline(
+        [0, 1], budget=point.budget, num_inference_steps=point.steps,
+        guidance=point.make_guidance(), output_type="latent",
+    )  # fmt: skip
+    cost = SamplingCost(Drawing(pipeline, [], 1))
+    told = [(n, 2 * times) for call in cost.calls(point) for n, times in call]
+    assert told == seen
+    assert cost.flops(point) == sum(forward_flops(model, n) * rows // 2 for n, rows in seen)
+
+
+def test_a_plain_model_costs_its_forwards() -> None:
+    pipeline = ElitPipeline(tiny_dit(in_channels=1), make_scheduler("euler"))
+    cost = SamplingCost(Drawing(pipeline, [], 1))
+    full = forward_flops(pipeline.transformer)
+    assert cost.flops(OperatingPoint(1.0, 5)) == 5 * full
+    assert cost.flops(OperatingPoint(1.0, 5, "cfg", 2.0)) == 10 * full
+
+
+# ---- sweeps ----
+
+GRID = Grid([1.0, 0.25], [2, 3], ["none", "ccfg"], [1.5, 2.0], [1 / 16])
+
+
+def test_a_grid_has_each_point_once() -> None:
+    model = tiny_elastic()
+    points = Grid([1, 0.99, 0.5, 1 / 16], [4, 4], ["none", "cfg", "ag", "ccfg"], [2.0]).points(
+        model
+    )
+    assert len(points) == len(set(points))
+    # 1 and 0.99 are both 16 latents; at 1/16 the guides ag and ccfg have nothing lower.
+    assert len(points) == 4 + 4 + 2
+    assert {p.guide_budget for p in points if p.guidance == "ag"} == {1 / 16}
+    plain = Grid([1.0], [2, 3], ["none", "cfg"], [2.0, 3.0]).points(tiny_dit())
+    assert len(plain) == 2 * 3
+
+
+def test_a_sweep_marks_what_nothing_beats(run, real, tmp_path) -> None:
+    report = sweep(make_evaluation(run, real, tmp_path), GRID, tmp_path / "out")
+    rows = report["rows"]
+    assert len(rows) == 2 * 2 * 3
+    assert report["ranked_by"] == "fd"
+    for row in rows:
+        beaten = any(
+            o["gflops_per_image"] <= row["gflops_per_image"]
+            and o["scores"]["fd"] < row["scores"]["fd"]
+            for o in rows
+        )
+        assert row["front_flops"] != beaten
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == report
+
+
+def test_a_sweep_that_was_stopped_gives_the_same_file(run, real, tmp_path) -> None:
+    whole = make_evaluation(run, real, tmp_path / "a")
+    sweep(whole, GRID, tmp_path / "a")
+    broken = make_evaluation(run, real, tmp_path / "b")
+    points = GRID.points(broken.drawing.pipeline.transformer)
+    draws = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_) -> None:
+        draws.append(1)
+        if len(draws) == 70:
+            raise Stop
+
+    handle = broken.drawing.pipeline.transformer.register_forward_pre_hook(stop)
+    with pytest.raises(Stop):
+        sweep(broken, GRID, tmp_path / "b")
+    handle.remove()
+    made = sum(len(broken.parts(p)) - len(broken.parts(p).missing()) for p in points)
+    assert 0 < made < sum(len(broken.parts(p)) for p in points)
+    sweep(broken, GRID, tmp_path / "b")
+    files = [(tmp_path / x / "sweep.json").read_bytes() for x in "ab"]
+    assert files[0] == files[1]  # times too: they are measured once for a device
+
+
+def test_a_sweep_grows_by_another_grid(run, real, tmp_path) -> None:
+    evaluation = make_evaluation(run, real, tmp_path)
+    first = sweep(evaluation, Grid([1.0], [2], ["none"]), tmp_path)
+    both = sweep(evaluation, Grid([0.5], [2], ["none"]), tmp_path)
+    assert [row["budget"] for row in both["rows"]] == [1.0, 0.5]
+    assert both["rows"][0] | {"front_flops": 0, "front_ms": 0} == first["rows"][0] | {
+        "front_flops": 0, "front_ms": 0,
+    }  # fmt: skip
+
+
+def test_a_sweep_of_other_settings_is_not_mixed_in(run, real, tmp_path) -> None:
+    grid = Grid([1.0], [2], ["none"])
+    sweep(make_evaluation(run, real, tmp_path), grid, tmp_path)
+    before = (tmp_path / "sweep.json").read_bytes()
+    for changes, word in (({"count": 20}, "samples"), ({"seed": 4}, "seed")):
+        with pytest.raises(ValueError, match=f"other {word}"):
+            sweep(make_evaluation(run, real, tmp_path, **changes), grid, tmp_path)
+    assert (tmp_path / "sweep.json").read_bytes() == before
+    (tmp_path / "sweep.json").write_text('{"rows": ')
+    with pytest.raises(ValueError, match="no result of a sweep"):
+        sweep(make_evaluation(run, real, tmp_path), grid, tmp_path)
+
+
+def test_rows_of_one_point_are_one() -> None:
+    def row(value: float, **point) -> dict:
+        return {**OperatingPoint(**point).to_dict(), "scores": {"fd": value}}
+
+    rows = merged([row(1, steps=3), row(2, steps=4)], [row(5, steps=3), row(6, budget=0.5)])
+    assert [r["scores"]["fd"] for r in rows] == [5, 2, 6]
+
+
+def test_other_weights_draw_anew(run, real, tmp_path) -> None:
+    copy = tmp_path / "trained"
+    shutil.copytree(run, copy)
+    before = make_evaluation(copy, real, tmp_path).parts(POINT).folder
+    pipeline = load_pipeline(copy)
+    with torch.no_grad():
+        next(pipeline.transformer.parameters()).add_(1)
+    pipeline.save_pretrained(copy)
+    assert make_evaluation(copy, real, tmp_path).parts(POINT).folder != before
+
+
+# ---- real images ----
+
+
+def test_a_reference_is_made_once(run, real, tmp_path) -> None:
+    read = []
+    images = open_images(str(real))
+    counted = replace(images, read=lambda numbers: read.append(numbers) or images.read(numbers))
+    networks = [load_network(Corners(), device="cpu")]
+    first = make_reference(counted, networks, ONE, progress=False)["Corners.pool"]
+    assert read
+    read.clear()
+    second = make_reference(counted, networks, ONE, progress=False)["Corners.pool"]
+    assert not read
+    assert torch.equal(first.covariance, second.covariance)
+    other = replace(networks[0], checksum="another")
+    make_reference(counted, [other], ONE, progress=False)
+    assert read, "weights of another network must not share the statistics"
+
+
+def test_a_reference_from_an_npz_of_images(real, tmp_path) -> None:
+    folder = open_images(str(real))
+    pixels = folder.read(range(60)).movedim(1, -1).numpy()
+    np.savez(tmp_path / "plain.npz", arr_0=pixels)
+    np.savez_compressed(tmp_path / "packed.npz", pixels)
+    for name in ("plain", "packed"):
+        images = open_images(str(tmp_path / f"{name}.npz"))
+        assert (images.count, images.shape) == (60, (3, 8, 8))
+        for numbers in ([0, 1, 2], [3, 4], [50, 51], [7], [59, 3]):
+            assert torch.equal(images.read(numbers), folder.read(numbers))
+
+
+def test_statistics_alone_serve_the_network_that_they_are_of(tmp_path) -> None:
+    inception = replace(load_network(Corners(), device="cpu"), name="inception")
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    images = open_images(str(tmp_path / "adm.npz"))
+    found = make_reference(images, [inception], ONE, progress=False)["inception.pool"]
+    assert found.features is None
+    assert torch.equal(found.covariance, torch.eye(2048, dtype=torch.float64))
+    with pytest.raises(ValueError, match="Corners needs images"):
+        make_reference(images, [load_network(Corners(), device="cpu")], ONE, progress=False)
+    np.savez(tmp_path / "dino.npz", mu=np.zeros(1024), sigma=np.eye(1024))
+    images = open_images(str(tmp_path / "dino.npz"))
+    with pytest.raises(ValueError, match=r"1024 features, but inception.pool has 2048"):
+        make_reference(images, [inception], ONE, progress=False)
+
+
+def broken_npz(folder: Path) -> Path:
+    np.savez(folder / "x.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
+    content = (folder / "x.npz").read_bytes()
+    (folder / "x.npz").write_bytes(content[: len(content) // 2])
+    return folder / "x.npz"
+
+
+def odd_npz(folder: Path, **arrays) -> Path:
+    np.savez(folder / "x.npz", **arrays)
+    return folder / "x.npz"
+
+
+def folder_of(folder: Path, *sizes: tuple[int, int]) -> Path:
+    home = folder / "pictures"
+    home.mkdir()
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size).save(home / f"{i}.png")
+    return home
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: folder_of(f), "no pictures"),
+        (lambda f: f / "nowhere", "no folder, no .npz file and no data set"),
+        (lambda f: "digitz", "did you mean digits"),
+        (lambda f: f / "nowhere.npz", "there is no"),
+        (broken_npz, "cannot be read as .npz"),
+        (lambda f: odd_npz(f, labels=np.zeros(3)), "holds labels: give a file with images"),
+        (lambda f: odd_npz(f, arr_0=np.zeros((9, 8, 8, 3))), "not uint8"),
+        (lambda f: odd_npz(f, mu=np.zeros(3), sigma=np.eye(4)), "don't fit each other"),
+    ],
+)
+def test_what_is_no_reference_is_refused(make, message, tmp_path) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_images(str(make(tmp_path)))
+
+
+def test_pictures_of_several_sizes_are_refused_or_fitted(tmp_path) -> None:
+    home = folder_of(tmp_path, (8, 8), (8, 8), (12, 8))
+    with pytest.raises(ValueError, match=r"2.png has 8x12 pixels"):
+        open_images(str(home)).read([1, 2])
+    assert open_images(str(home), fit_to=(4, 4)).read([0, 1, 2]).shape == (3, 3, 4, 4)
+    (home / "3.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"3.png cannot be read"):
+        open_images(str(home)).read([3])
+
+
+def test_another_resolution_is_refused(run, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"has 8x16, but .* draws 8x8"):
+        make_evaluation(run, folder_of(tmp_path, (16, 8)), tmp_path)
+
+
+def test_built_in_data_is_read_as_bytes() -> None:
+    images = open_images("digits", "validation")
+    assert (images.count, images.shape) == (364, (1, 16, 16))
+    assert images.read([0, 5]).dtype == torch.uint8
+    assert images.digest != open_images("digits").digest
+
+
+# ---- parts ----
+
+
+def test_a_damaged_part_is_named(run, real, tmp_path) -> None:
+    evaluation = make_evaluation(run, real, tmp_path)
+    evaluate(evaluation, POINT)
+    parts = evaluation.parts(POINT)
+    (parts.folder / "scores.json").unlink()
+    parts.path(2).write_bytes(parts.path(2).read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"part-00002.safetensors is damaged"):
+        evaluate(evaluation, POINT)
+    parts.path(2).unlink()
+    assert evaluate(evaluation, POINT) is not None
+
+
+@pytest.mark.parametrize("count", [1, 7, 40, 1000, 50_000])
+@pytest.mark.parametrize("batch_size", [1, 32, 100, 5000])
+def test_parts_hold_each_sample_once(tmp_path, count, batch_size) -> None:
+    parts = Parts(tmp_path, count, part_size(count, batch_size))
+    samples = [i for number in range(len(parts)) for i in parts.samples(number)]
+    assert samples == list(range(count))
+    assert parts.size % batch_size == 0
+    assert parts.todo() == count
+
+
+def test_samples_as_other_tools_read_them(run, real, tmp_path) -> None:
+    evaluation = make_evaluation(run, real, tmp_path, keep_images=True)
+    evaluate(evaluation, POINT)
+    parts = evaluation.parts(POINT)
+    save_npz(parts, tmp_path / "samples.npz")
+    with np.load(tmp_path / "samples.npz") as file:
+        assert np.array_equal(file["arr_0"], parts.whole("images").movedim(1, -1).numpy())
