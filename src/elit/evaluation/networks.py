@@ -158,6 +158,7 @@ def load_network(
     if isinstance(network, nn.Module):
         # A name of NETWORKS would make its scores look like theirs.
         name = f"own-{name}" if name in NETWORKS else name
+        network.eval()
         return _own(name, network, checksum_of(network), device)
     if network not in NETWORKS and Path(network).suffix in _OF_FILES:
         return _own_file(Path(network), device)

@@ -52,8 +52,9 @@ def resize_pil(
         images: floating point, in any range.
         size: height and width of the result.
         mode: "bicubic" or "bilinear".
-        eight_bit: whether to round to whole numbers in 0..255, after each axis, as Pillow's resize
-            of 8-bit images does; equal to it but for a few pixels, which are one level off.
+        eight_bit: whether to round to whole numbers in 0..255, after the width and after the
+            height, as Pillow's resize of 8-bit images does; equal to it but for a few pixels one
+            level off. (New versions take a height that shrinks first where the width grows.)
     """
     _check(images, size)
     check_choice(mode, _MODES, "mode")
