@@ -505,6 +505,8 @@ def test_long_texts_are_cut_off_with_one_warning(clip_folder, caplog) -> None:
     assert [r.message for r in caplog.records if "cut off" in r.message] == [
         "CLIP reads no more than 12 tokens of a text: longer ones are cut off"
     ]
+    with pytest.raises(ValueError, match=r"images of shape \(3, 8, 8\) for clip"):
+        network.features(torch.zeros(3, 8, 8, dtype=torch.uint8))
     for none in ([], "a text"):
         with pytest.raises(ValueError, match="use a list of at least one text"):
             network.text_features(none)
@@ -631,9 +633,9 @@ class Wrong(nn.Module):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (Wrong(torch.ones(2, 3, 4)), r"pool \(2, 3, 4\) for 2 images: features are \(B, d\)"),
-        (Wrong(torch.ones(3, 4)), r"pool \(3, 4\) for 2 images"),
-        (Wrong({"pool": 3.0}), r"returned pool float for 2 images"),
+        (Wrong(torch.ones(2, 3, 4)), r"pool \(2, 3, 4\) for 2 samples: features are \(B, d\)"),
+        (Wrong(torch.ones(3, 4)), r"pool \(3, 4\) for 2 samples"),
+        (Wrong({"pool": 3.0}), r"returned pool float for 2 samples"),
         (Wrong((torch.ones(2, 3),)), r"Wrong returned tuple, not pool; a module returns a tensor"),
         (Wrong({"mine": torch.ones(2, 3)}), r"returned \['mine'\], not pool"),
         (Wrong(torch.ones(2, 3), ("a", "b")), r"returned one tensor, not a, b; .*`outputs`"),

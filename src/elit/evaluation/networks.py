@@ -67,17 +67,18 @@ class FeatureNetwork:
                 channels, on any device.
         """
         axes = "(B, C, T, H, W)" if self.takes == "clips" else "(B, C, H, W)"
+        what = "clips" if self.takes == "clips" else "images"
         if (
             images.ndim != axes.count(",") + 1
             or images.numel() == 0
             or images.shape[1] not in (1, 3)
         ):
             raise ValueError(
-                f"{self.takes} of shape {tuple(images.shape)} for {self.name}: use {axes} with "
+                f"{what} of shape {tuple(images.shape)} for {self.name}: use {axes} with "
                 f"1 or 3 channels, none of them 0"
             )
         if images.dtype != torch.uint8:
-            raise ValueError(f"images of {images.dtype} for {self.name}: use uint8, 0 to 255")
+            raise ValueError(f"{what} of {images.dtype} for {self.name}: use uint8, 0 to 255")
         with _full_precision(self.device):
             found = self.module(self.prepare(images.to(self.device).float()))
         if isinstance(found, Tensor):
@@ -106,7 +107,7 @@ class FeatureNetwork:
             if not isinstance(tensor, Tensor) or tensor.ndim != 2 or len(tensor) != count:
                 shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise ValueError(
-                    f"{self.name} returned {name} {shape} for {count} {self.takes}: features are "
+                    f"{self.name} returned {name} {shape} for {count} samples: features are "
                     f"(B, d); pool or flatten them in the module"
                 )
         return {name: found[name].float() for name in self.outputs}
