@@ -12,8 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from elit.evaluation import scores
+from elit.evaluation import frechet, scores
 from elit.evaluation.frechet import Moments, bias_warning, frechet_distance, needed_samples
 from elit.evaluation.scores import (
     clip_score,
@@ -51,6 +53,35 @@ def distance_by_scipy(a, b):
     root = scipy.linalg.sqrtm((np.cov(a.T) @ np.cov(b.T)).astype(np.complex128)).real
     gap = ((a.mean(0) - b.mean(0)) ** 2).sum()
     return gap + np.trace(np.cov(a.T)) + np.trace(np.cov(b.T)) - 2 * np.trace(root)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor holds that any operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        made = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.numbers = max(self.numbers, *made, 0)
+        return result
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda real, generated: moments_of(real, generated),
+        precision_recall,
+        lambda real, generated: kernel_distance(real, generated, subsets=0),
+    ],
+)
+def test_memory_is_that_of_a_tile_whatever_the_number_of_samples(score, monkeypatch):
+    monkeypatch.setattr(scores, "_TILE", 64)
+    monkeypatch.setattr(frechet, "_ROWS", 64)
+    real, generated = normal(1000, 20), normal(1100, 20)  # five tiles, and a million pairs
+    with Largest() as largest:
+        score(real, generated)
+    assert largest.numbers <= 64 * 64
 
 
 # ---- moments ----
@@ -268,13 +299,16 @@ class TestFrechetDistance:
         expected = distance_by_scipy(*(x.numpy() for x in low))
         assert distance_of(*(x @ into for x in low)) == pytest.approx(expected, rel=1e-10)
 
-    def test_singular_ones_by_their_singular_values(self):
-        """Samples with n < d: the trace is |K' L|, a nuclear norm that numpy knows."""
-        a, b = normal(40, 90), normal(60, 90, 1) * 1.5
-        k, left = (x - x.mean(0) for x in (a, b))
-        nuclear = np.linalg.norm((k @ left.T).numpy(), "nuc") / math.sqrt(39 * 59)
-        expected = (a.mean(0) - b.mean(0)).square().sum() + k.square().sum() / 39
-        expected += left.square().sum() / 59 - 2 * nuclear
+    # As many samples as features: short of full rank by one, which a few pass for by rounding.
+    @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize("counts", [(40, 60, 90), (6, 18, 6), (12, 36, 12), (48, 144, 48)])
+    def test_singular_ones_by_their_singular_values(self, counts, seed):
+        """The trace is a nuclear norm of samples, which numpy knows."""
+        m, n, width = counts
+        a, b = normal(m, width, seed), normal(n, width, seed + 100) * 1.5
+        k, left = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
+        expected = (a.mean(0) - b.mean(0)).square().sum() + k.square().sum() + left.square().sum()
+        expected -= 2 * np.linalg.norm((k @ left.T).numpy(), "nuc")
         assert distance_of(a, b) == pytest.approx(float(expected), rel=1e-12)
 
     @pytest.mark.parametrize("count", [2, 100, 255, 256, 257, 3000])
@@ -456,6 +490,8 @@ CLOUDS = {
     ),
     "one picture over and over": lambda: (normal(50, 6), normal(1, 6, 2).repeat(40, 1)),
     "all the same": lambda: (normal(1, 6).repeat(20, 1), normal(1, 6).repeat(30, 1)),
+    "far off": lambda: (normal(60, 4) + 1e6, normal(70, 4, 1) + 1e6),
+    "far off and apart": lambda: (normal(60, 4) + 1e6, normal(70, 4, 1) - 1e6),
     "tight clusters": lambda: (
         torch.cat([normal(30, 4) * 1e-3, normal(30, 4) * 1e-3 + 10]),
         torch.cat([normal(30, 4, 1) * 1e-3, normal(30, 4, 2) * 1e-3 - 10]),

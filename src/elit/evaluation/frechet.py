@@ -193,7 +193,7 @@ def _factor(cov: Tensor, of: str) -> Tensor:
     rounding = len(cov) * _EPSILON
     factor, failed = torch.linalg.cholesky_ex(cov)  # a tenth of the time, for full rank alone
     pivots = factor.diagonal().square()
-    if not failed and pivots.min() > rounding * pivots.max():
+    if not failed and pivots.min() > 1000 * rounding * pivots.max():  # else rounding may be in it
         return factor
     values, vectors = torch.linalg.eigh(cov)
     largest = values.abs().max()
