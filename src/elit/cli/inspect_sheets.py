@@ -139,7 +139,7 @@ class Sheets:
         one = alike[len(alike) // 2]
         assert one.latents is not None
         assert one.shown is not None
-        half = _LATENTS // 2
+        half = _LATENTS // (4 if self.pipeline.draws_clips else 2)
         chosen = [i for i in range(most) if i < half or i >= most - half]
         values = [
             self.flat(torch.cat((one.shown[:, i], one.latents[i][None])), self.grid) for i in chosen

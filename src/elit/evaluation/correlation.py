@@ -54,7 +54,16 @@ def correlate(
             f"maps of shapes {tuple(one.shape)} and {tuple(other.shape)}; give two of the same "
             f"(images, groups, tokens), of one image or more"
         )
-    matrix = correlation_matrix(one, other, rank=rank, within_groups=within_groups)
+    return controlled(correlation_matrix(one, other, rank=rank, within_groups=within_groups), seed)
+
+
+def controlled(matrix: Tensor, seed: int = 0) -> Correlation:
+    """The mean of the diagonal of correlations (N, N), with that of the rest as its control.
+
+    Args:
+        matrix: of each image's map with each image's other map; NaN where it is undefined.
+        seed: of the shuffles.
+    """
     defined = matrix.diagonal().isfinite()
     matrix = matrix[defined][:, defined]
     count = len(matrix)

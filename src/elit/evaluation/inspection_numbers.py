@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elit.evaluation.correlation import correlate, correlation_matrix, position_share
+from elit.evaluation.correlation import (
+    controlled,
+    correlate,
+    correlation_matrix,
+    position_share,
+)
 from elit.evaluation.inspection import Maps, Worth
 
 # name: arguments of `correlate`
@@ -55,19 +60,18 @@ def numbers_of_maps(maps: Maps, budget: float, seed: int = 0) -> dict[str, Any]:
 def correlations(one: Tensor | None, other: Tensor | None, seed: int) -> dict[str, Any] | None:
     """Correlations of maps (2, N, G, P), whose first axis are halves of the noise draws.
 
-    `other_noise` is the correlation of one map's half with the other map's other half: what is
-    left of it where the two maps have seen different noise.
+    Two maps of one image may agree on its noise alone, which a shuffle takes from them together
+    with the image. So there is `other_noise`, the same with its own control of one map's half with
+    the other map's other half: what they agree on where they have seen different noise.
     """
     if one is None or other is None:
         return None
     result = {}
     for name, options in KINDS.items():
         found = correlate(one.mean(0), other.mean(0), seed=seed, **options)
-        halves = [correlation_matrix(one[i], other[1 - i], **options).diagonal() for i in (0, 1)]
-        each = torch.cat(halves)
-        each = each[each.isfinite()]
-        mean = float(each.mean()) if len(each) else None
-        result[name] = {**asdict(found), "other_noise": mean}
+        crossed = [correlation_matrix(one[i], other[1 - i], **options) for i in (0, 1)]
+        other_noise = controlled(torch.stack(crossed).mean(0), seed)
+        result[name] = {**asdict(found), "other_noise": asdict(other_noise)}
     return result
 
 
