@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from elit._files import cache_folder, digest_of, write_file
 from elit.data import ImageDataset
 
 Predict = Callable[[torch.Tensor], torch.Tensor]  # images (B, C, H, W) -> labels (B,)
@@ -16,6 +19,7 @@ Predict = Callable[[torch.Tensor], torch.Tensor]  # images (B, C, H, W) -> label
 _MAX_IMAGES = 6000  # of the data set: more cost time and add nothing
 _MAX_SIDE = 32  # the network looks at larger images at this size
 _STEPS = 160  # of the network's training
+_RECIPE = 1  # of the network and its training: a change of either makes another one
 
 
 class Classifier:
@@ -71,15 +75,33 @@ def fit_classifier(train_dataset: ImageDataset, seed: int = 0) -> Classifier:
     return Classifier(train_dataset.image_shape, predict)
 
 
-def fit_network(train_dataset: ImageDataset, seed: int = 0) -> nn.Sequential:
+def fit_network(train_dataset: ImageDataset, seed: int = 0, keep: bool = False) -> nn.Sequential:
     """Fit a convolutional network on a training split, within seconds on a CPU.
 
     Its last layer gives logits of images (B, C, H, W) in [-1, 1], which `ClassifierFeatures` makes
     small. All processes of a machine get the same weights.
+
+    Args:
+        train_dataset: images to fit on.
+        seed: of its weights and of what it sees when.
+        keep: whether to keep the weights in the cache and take them from there: other machines
+            would round otherwise.
     """
     images, labels = _images_of(train_dataset)
+    aligned = train_dataset.aligned
     with _seeded(seed):
-        return _fit_network(images, labels, train_dataset.aligned)
+        network = _network(images.shape[1], int(labels.max()) + 1, aligned)
+        if not keep:
+            return _fit_network(network, images, labels)
+        seen = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+        key = digest_of([_RECIPE, seen, seed, aligned, sorted(network.state_dict())])
+        file = cache_folder() / "classifiers" / f"{key}.safetensors"
+        if not file.exists():
+            weights = _fit_network(network, images, labels).state_dict()
+            whole = {name: tensor.contiguous() for name, tensor in weights.items()}
+            write_file(file, lambda aside: save_file(whole, aside))
+        network.load_state_dict(load_file(file))
+        return network.eval().requires_grad_(False)
 
 
 class ClassifierFeatures(nn.Module):
@@ -101,8 +123,11 @@ def _images_of(train_dataset: ImageDataset) -> tuple[torch.Tensor, torch.Tensor]
     """Images to fit on, (N, C, H, W), and their labels (N,)."""
     if len(train_dataset.image_shape) != 3:
         raise ValueError(f"a classifier takes images; {train_dataset!r} has clips")
-    batch = train_dataset.batch(range(min(len(train_dataset), _MAX_IMAGES)))
-    return batch["images"], batch["class_labels"]
+    # Spread over the set: it may be sorted by class.
+    count = min(len(train_dataset), _MAX_IMAGES)
+    chosen = torch.linspace(0, len(train_dataset) - 1, count).round().long()
+    batch = train_dataset.batch(chosen.tolist())
+    return train_dataset.on_device(batch["images"]), batch["class_labels"]
 
 
 @contextmanager
@@ -126,9 +151,10 @@ def _fit_kernel_machine(images: torch.Tensor, labels: torch.Tensor) -> Predict:
     return lambda part: torch.from_numpy(machine.predict(part.flatten(1).numpy())).long()
 
 
-def _fit_network(images: torch.Tensor, labels: torch.Tensor, aligned: bool) -> nn.Sequential:
+def _fit_network(
+    network: nn.Sequential, images: torch.Tensor, labels: torch.Tensor
+) -> nn.Sequential:
     images = _shrink(images)
-    network = _network(images.shape[1], int(labels.max()) + 1, aligned)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=_STEPS)
     for _ in range(_STEPS):

@@ -264,7 +264,7 @@ def _classifier(_: Any, device: torch.device, dataset: ImageDataset | None) -> F
             f"the classifier tells two classes or more of images apart, not those of {dataset!r}"
             f"{', which are VAE latents' if dataset.autoencoder else ''}; use another network"
         )
-    module = ClassifierFeatures(fit_network(dataset))
+    module = ClassifierFeatures(fit_network(dataset, keep=True))
     channels, *size = dataset.image_shape
 
     def prepare(images: Tensor) -> Tensor:

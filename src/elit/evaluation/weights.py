@@ -3,7 +3,9 @@
 import hashlib
 import os
 import pickle
+import sys
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -38,9 +40,11 @@ def find_inception(weights: str | Path | None = None) -> Path:
         if (folder / name).is_file():
             return folder / name
     try:
-        torch.hub.load_state_dict_from_url(
-            INCEPTION_URL, str(folder), "cpu", progress=False, check_hash=True, weights_only=True
-        )
+        with redirect_stdout(sys.stderr):  # torch.hub tells what it does
+            torch.hub.load_state_dict_from_url(
+                INCEPTION_URL, str(folder), "cpu", progress=False, check_hash=True,
+                weights_only=True,
+            )  # fmt: skip
     except (URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"the weights of inception cannot be fetched ({_reason(error)}); get "
