@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import randomise
+from sweeps import sweep_report
 from transformers import CLIPTextConfig
 
 from elit import ElitPipeline, ElitTextPipeline, create_model, make_scheduler
@@ -80,6 +81,10 @@ def place(tmp_path_factory) -> Path:
     texts.save_pretrained(folder / "runs" / "captioned-shapes")
     # No network: transformers finds a folder of the hub's name first.
     CLIPTextConfig().save_pretrained(folder / "openai" / "clip-vit-large-patch14")
+    report = sweep_report()
+    report["model"]["weights"] = None  # of whatever the run holds
+    (folder / "runs" / "quickstart" / "swept").mkdir()
+    (folder / "runs" / "quickstart" / "swept" / "sweep.json").write_text(json.dumps(report))
     (folder / "my.yaml").write_text("optimizer: {ema: 0.99}\n")
     return folder
 

@@ -149,7 +149,8 @@ class Evaluation:
         """Measure what an image of each row takes, now that nothing else runs here."""
         drawing = self.drawing
         size = drawing.frames, *(drawing.size or (None, None))
-        times = CallTimes(drawing.pipeline, min(drawing.batch_size, drawing.count), size)
+        together = min(drawing.batch_size, drawing.count)
+        times = CallTimes(drawing.pipeline, together, size, progress=self.progress)
         runs = [cost.calls(OperatingPoint.from_dict(row)) for row in rows]
         times.measure(call for run in runs for call in run)
         for row, run in zip(rows, runs, strict=True):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from elit._files import cache_folder, digest_of, write_json
 from elit.flow.guidance import CFG, CheapCFG, Forwards, Guidance
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SHORT, _LONG = 2, 6  # steps of the two runs whose difference is timed
-_ROUNDS = 5  # their median counts: other programs disturb single ones
+_SHORT, _LONG = 1, 4  # steps of the two runs whose difference is timed
+_ROUNDS = 3  # their median counts: other programs disturb single ones
 
 
 def device_name(device: torch.device) -> str:
@@ -41,6 +42,7 @@ class CallTimes:
         batch_size: images drawn at once.
         size: frames, height and width in pixels, None where the model was made for it.
         keep: whether to read and write the file.
+        progress: whether to show a bar while measuring.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class CallTimes:
         batch_size: int,
         size: tuple[int | None, int | None, int | None] = (None, None, None),
         keep: bool = True,
+        progress: bool = False,
     ):
         self.pipeline, self.batch_size, self.size = pipeline, batch_size, size
+        self.progress = progress
         model = pipeline.transformer
         key = {
             "model": {k: str(v) for k, v in model.config.items() if not k.startswith("_")},
@@ -95,20 +99,22 @@ class CallTimes:
             "timing %d kinds of calls, %d images at a time, on %s",
             len(missing), self.batch_size, self.key["device"],
         )  # fmt: skip
-        bar = getattr(self.pipeline, "_progress_bar_config", {})
+        config = getattr(self.pipeline, "_progress_bar_config", {})
         self.pipeline.set_progress_bar_config(disable=True)
         starts, slopes = [], {name: list[float]() for name in missing}
-        for call in missing.values():
-            self._run(call, _SHORT)  # the first call of a kind is slow
-        for _ in range(_ROUNDS):  # one after the other, so that a disturbance hits all alike
-            for name, call in missing.items():
+        try:
+            for call in missing.values():
+                self._run(call, _SHORT)  # the first call of a kind is slow
+            rounds = [*missing.items()] * _ROUNDS  # a disturbance then hits all kinds alike
+            for name, call in tqdm(rounds, desc="timing", disable=not self.progress):
                 (short, few), (long, many) = self._run(call, _SHORT), self._run(call, _LONG)
                 slopes[name].append((long - short) / (many - few))
                 starts.append(short - slopes[name][-1] * few)
+        finally:
+            self.pipeline.set_progress_bar_config(**config)
         found = {name: max(0.0, statistics.median(times)) for name, times in slopes.items()}
         if "start" not in self._seconds:
             found["start"] = max(0.0, statistics.median(starts))
-        self.pipeline.set_progress_bar_config(**bar)
         self._keep(found)
 
     def _keep(self, found: dict[str, float]) -> None:
