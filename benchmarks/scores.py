@@ -1,6 +1,6 @@
 """Scores: seconds and memory of the statistics, on random features of the usual size.
 
-python benchmarks/scores.py                        # some ten minutes on two cores
+python benchmarks/scores.py                        # a quarter of an hour on two cores
 python benchmarks/scores.py --samples 5000 --real 2000 --width 512
 
 No network is run: features are drawn, and those of the moments in batches, as a network gives them.

@@ -490,7 +490,7 @@ CLOUDS = {
     ),
     "one picture over and over": lambda: (normal(50, 6), normal(1, 6, 2).repeat(40, 1)),
     "all the same": lambda: (normal(1, 6).repeat(20, 1), normal(1, 6).repeat(30, 1)),
-    "far off": lambda: (normal(60, 4) + 1e6, normal(70, 4, 1) + 1e6),
+    "far off": lambda: (normal(60, 4) + 1e7, normal(70, 4, 1) + 1e7),
     "far off and apart": lambda: (normal(60, 4) + 1e6, normal(70, 4, 1) - 1e6),
     "tight clusters": lambda: (
         torch.cat([normal(30, 4) * 1e-3, normal(30, 4) * 1e-3 + 10]),
