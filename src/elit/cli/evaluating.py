@@ -30,7 +30,7 @@ def add_evaluation_flags(parser: Parser, samples: int) -> None:
     parser.add_argument("run", metavar="RUN", help="a pipeline's folder, or its name on the hub")
     add = parser.add_argument
     add("--reference", metavar="DATA",
-        help="real images: folder, .npz or data set (default: those of RUN's training)")  # fmt: skip
+        help="real images: folder, .npz or data set (default: RUN's training data)")  # fmt: skip
     add("--split", type=one_of(SPLITS, "split"), metavar="NAME",
         help="of a data set: train or validation (default: train)")  # fmt: skip
     add("--fit", action="store_true",

@@ -83,8 +83,9 @@ class Drawing:
             for network in self.networks:
                 drawn |= image_features(network, pictures)
                 if network.takes == "texts":
-                    texts = [self.wanted(i) for i in batch]
-                    drawn[f"{network.name}.text"] = network.text_features(texts).float().cpu()
+                    texts = network.text_features([self.wanted(i) for i in batch]).float().cpu()
+                    frames = len(drawn[f"{network.name}.pool"]) // len(batch)
+                    drawn[f"{network.name}.text"] = texts.repeat_interleave(frames, dim=0)
             kept = len(batch) if self.keep_images else max(0, min(SHOWN - batch[0], len(batch)))
             drawn["images"] = pictures[:kept]
             for name, tensor in drawn.items():

@@ -74,6 +74,10 @@ def measure(
     """
     scores = Scores(count=parts.count)
     for network in networks:
+        if network.takes == "texts":
+            images, texts = (parts.whole(f"{network.name}.{x}") for x in ("pool", "text"))
+            scores.add("clip", clip_score(images, texts), network)
+            continue
         for output in network.outputs:
             key = f"{network.name}.{output}"
             if output == "logits":
@@ -91,9 +95,6 @@ def measure(
             scores.add(FRECHET.get(key, "fd"), _frechet(parts, key, real), network)
             if output != "spatial" and network.takes == "images" and real.features is not None:
                 _compare(parts.whole(key), real.features, network, scores)
-        if network.takes == "texts":
-            images, texts = (parts.whole(f"{network.name}.{x}") for x in ("pool", "text"))
-            scores.add("clip", clip_score(images, texts), network)
     return scores
 
 
