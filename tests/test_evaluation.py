@@ -8,20 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_dit, tiny_elastic
+from helpers import randomise, tiny_dit, tiny_elastic
 from PIL import Image
+from tiny_clip import save_tiny_clip
 from torch import nn
 
-from elit import ElitPipeline, load_pipeline, make_scheduler
+from elit import ElitPipeline, ElitTextPipeline, create_model, load_pipeline, make_scheduler
 from elit.evaluation.drawing import Drawing, SamplingCost
 from elit.evaluation.evaluation import Evaluation, evaluate, save_npz
 from elit.evaluation.flops import forward_flops
 from elit.evaluation.frechet import Moments, frechet_distance
-from elit.evaluation.images import open_images
+from elit.evaluation.images import Images, open_images
 from elit.evaluation.networks import load_network
 from elit.evaluation.parts import Parts, part_size
 from elit.evaluation.reference import make_reference
-from elit.evaluation.scores import precision_recall
+from elit.evaluation.scores import clip_score, precision_recall
 from elit.evaluation.sweep import Grid, merged, sweep
 from elit.pipelines.operating_points import OperatingPoint
 from elit.preparation.process import Process
@@ -169,6 +170,60 @@ def test_a_report_names_all_that_its_scores_depend_on(run, real, tmp_path) -> No
     assert (row["budget"], row["guide_budget"], row["scale"]) == (0.5, 1 / 16, 2.0)
     assert row["ms_per_image"] > 0
     assert json.loads(json.dumps(report)) == report
+
+
+# ---- texts and clips ----
+
+
+def noise_images(*shape: int, count: int = 24) -> Images:
+    """Real images, or clips, of noise."""
+    pixels = torch.randint(0, 256, (count, *shape), generator=torch.Generator().manual_seed(1))
+    pixels = pixels.to(torch.uint8)
+    return Images("noise", "n", count, shape, lambda numbers: pixels[list(numbers)])
+
+
+def test_texts_are_compared_with_what_was_drawn_of_them(tmp_path) -> None:
+    save_tiny_clip(tmp_path / "clip")
+    network = load_network("clip", weights=tmp_path / "clip")
+    model = randomise(create_model("elit-mmdit-tiny/2", 16, in_channels=3), std=0.05)
+    pipeline = ElitTextPipeline(model, make_scheduler("euler"))
+    pipeline.set_progress_bar_config(disable=True)
+    texts = ("a red disc", "a blue disc", "blue")
+    drawing = Drawing(pipeline, [network], 7, batch_size=4, texts=texts, keep_images=True)
+    evaluation = Evaluation(
+        "texts", drawing, noise_images(3, 16, 16), ONE, tmp_path, progress=False
+    )
+    report = evaluate(evaluation, OperatingPoint(0.5, 2))
+    images = evaluation.parts(OperatingPoint(0.5, 2)).whole("images")
+    wanted = clip_score(
+        network.features(images)["pool"], network.text_features([texts[i % 3] for i in range(7)])
+    )
+    assert report["rows"][0]["scores"] == {"clip": pytest.approx(wanted, rel=1e-5)}
+    assert report["settings"]["drawn"].startswith("3 texts, ")
+    with pytest.raises(ValueError, match="give prompts"):
+        Drawing(pipeline, [network], 7)
+    classes = ElitPipeline(tiny_elastic(in_channels=1), make_scheduler("euler"))
+    with pytest.raises(ValueError, match="clip compares images with texts"):
+        Drawing(classes, [network], 7)
+
+
+def test_a_network_of_images_sees_each_frame_of_a_clip(tmp_path) -> None:
+    model = tiny_elastic(sample_size=(2, 4, 4), group=(1, 2, 2), in_channels=3)
+    pipeline = ElitPipeline(model, make_scheduler("euler"))
+    pipeline.set_progress_bar_config(disable=True)
+    network, point = load_network(Corners(), device="cpu"), OperatingPoint(0.5, 2)
+    drawing = Drawing(pipeline, [network], 10, batch_size=4)
+    assert drawing.image_shape() == (3, 2, 4, 4)
+    real = noise_images(3, 2, 4, 4)
+    evaluation = Evaluation("clips", drawing, real, ONE, tmp_path, progress=False)
+    report = evaluate(evaluation, point)
+    parts = evaluation.parts(point)
+    assert parts.whole("images").shape == (10, 3, 2, 4, 4)
+    frames = parts.whole("images").transpose(1, 2).flatten(0, 1)
+    assert torch.equal(parts.whole("Corners.pool"), network.features(frames)["pool"])
+    assert report["rows"][0]["scores"]["fd"] > 0
+    with pytest.raises(ValueError, match="has 4x4, but clips draws 2x4x4"):
+        Evaluation("clips", drawing, noise_images(3, 4, 4), ONE, tmp_path)
 
 
 # ---- cost ----

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_image
+from tiny_clip import save_tiny_clip
 from torch import Tensor, nn
 
 from elit.data import load_dataset
@@ -441,27 +442,8 @@ def test_folders_that_hold_no_network(dinov2_folder, clip_folder, tmp_path) -> N
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory) -> Path:
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp("clip")
-    words = ["[pad]", "[unk]", "a", "red", "blue", "disc", "[begin]", "[end]"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[unk]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[pad]", unk_token="[unk]"
-    ).save_pretrained(folder)
-    small = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    torch.manual_seed(0)
-    config = transformers.CLIPConfig(
-        text_config=small | {
-            "vocab_size": 8, "hidden_size": 16, "eos_token_id": 7, "bos_token_id": 6,
-            "max_position_embeddings": 12,
-        },
-        vision_config=small | {"hidden_size": 24, "image_size": 32, "patch_size": 8},
-        projection_dim=10,
-    )  # fmt: skip
-    transformers.CLIPModel(config).save_pretrained(folder)
+    save_tiny_clip(folder)
     return folder
 
 

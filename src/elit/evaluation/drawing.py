@@ -55,6 +55,8 @@ class Drawing:
             raise ValueError("this model draws texts; give prompts, or a reference with captions")
         if self.texts and not takes_text:
             raise ValueError("this model draws classes; leave prompts out")
+        if not takes_text and (names := [n.name for n in self.networks if n.takes == "texts"]):
+            raise ValueError(f"{names[0]} compares images with texts; this model draws classes")
 
     def wanted(self, number: int) -> Any:
         """Label or text of a sample."""
