@@ -9,11 +9,13 @@ import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from elit.cli.main import main
 from elit.training.config import (
     DataConfig,
     LatentsConfig,
@@ -58,11 +60,13 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def launch(config: TrainConfig, file: Path, *prefix: str) -> subprocess.Popen:
-    """Start `elit train` on a config in a process of its own."""
+def launch(config: TrainConfig, file: Path, *prefix: str, **options: Any) -> subprocess.Popen:
+    """Start `elit train` on a config in a process of its own, that imports everything anew."""
     file.write_text(yaml.safe_dump(config.to_dict()))
     command = [sys.executable, *prefix, "-m", "elit", "train", str(file)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -94,31 +98,55 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
 # Ranks are forked from a process that has imported everything: torchrun would import it anew in
 # each of them, which takes far longer than these runs do.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["elit.training.loop", "elit.pipelines.elit_pipeline", __name__])
+_FORKS.set_forkserver_preload(
+    ["elit.training.loop", "elit.cli.train", "elit.pipelines.elit_pipeline", __name__]
+)
 
 
-def _train_as_rank(rank: int, size: int, port: int, config: TrainConfig) -> None:
+def _command(file: Path) -> None:
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{file}.{name}", os.O_CREAT | os.O_WRONLY), stream)
+    torch.set_num_threads(1)
+    code = main(["train", str(file)])
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def fork_command(config: TrainConfig, file: Path) -> BaseProcess:
+    """Start `elit train` in a fork: out and err go to `file`.out and `file`.err."""
+    file.write_text(yaml.safe_dump(config.to_dict()))
+    process = _FORKS.Process(target=_command, args=(file,))
+    process.start()
+    return process
+
+
+def _train_as_rank(rank: int, size: int, port: int, config: TrainConfig, apart: bool) -> None:
     """What torchrun sets, then the run; what it raises goes into a file."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     torch.set_num_threads(1)
+    errors = f"{config.output_dir}.error{rank}"
+    if apart:
+        config.output_dir = f"{config.output_dir}/{rank}"
     try:
         train(config, progress=False)
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        Path(f"{config.output_dir}.error{rank}").write_text(message)
+        Path(errors).write_text(f"{type(error).__name__}: {error}")
         os._exit(1)
 
 
-def start_ranks(config: TrainConfig, size: int) -> list[BaseProcess]:
-    """Start a run in several processes, without anything that watches over them."""
+def start_ranks(config: TrainConfig, size: int, apart: bool = False) -> list[BaseProcess]:
+    """Start a run in several processes, without anything that watches over them.
+
+    Apart: each has an output folder of its own, output_dir/rank.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [
-        _FORKS.Process(target=_train_as_rank, args=(rank, size, port, config), daemon=True)
+        _FORKS.Process(target=_train_as_rank, args=(rank, size, port, config, apart), daemon=True)
         for rank in range(size)
     ]
     for process in ranks:

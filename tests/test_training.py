@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import CPU, assert_same_run, files_of, launch, metrics, tiny_config, wait_for
+from runs import (
+    CPU,
+    assert_same_run,
+    errors_of,
+    files_of,
+    fork_command,
+    launch,
+    metrics,
+    start_ranks,
+    tiny_config,
+    wait_for,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -93,12 +103,12 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_weights(tmp_path) -
     train(tiny_config(whole, steps, train_validate_every=4), progress=False)
     config = tiny_config(killed, steps, train_validate_every=4)
     config.train.keep_checkpoints = 100
-    process = launch(config, tmp_path / "killed.yaml")
-    wait_for(lambda: checkpoint_steps(killed / "checkpoints") or process.poll() is not None)
+    process = fork_command(config, tmp_path / "killed.yaml")
+    wait_for(lambda: checkpoint_steps(killed / "checkpoints") or not process.is_alive())
     time.sleep(random.Random().uniform(0, 0.3))
     process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "finished before the kill: give it more steps"
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "finished before the kill: give it more steps"
     done = checkpoint_steps(killed / "checkpoints")[-1]
     assert done < steps
     result = train(tiny_config(killed, steps, train_validate_every=4), progress=False)
@@ -117,13 +127,13 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_weights(tmp_path) -
 def test_a_signal_saves_first(tmp_path, number) -> None:
     folder = tmp_path / "run"
     config = tiny_config(folder, steps=100_000, train_checkpoint_every=0)
-    process = launch(config, tmp_path / "run.yaml")
-    log = folder / "metrics.jsonl"
-    wait_for(lambda: (log.exists() and log.stat().st_size) or process.poll() is not None)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "the same command again goes on" in out
+    file, log = tmp_path / "run.yaml", folder / "metrics.jsonl"
+    process = fork_command(config, file)
+    wait_for(lambda: (log.exists() and log.stat().st_size) or not process.is_alive())
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 130, Path(f"{file}.err").read_text()
+    assert "the same command again goes on" in Path(f"{file}.out").read_text()
     (step,) = checkpoint_steps(folder / "checkpoints")
     assert metrics(folder)[-1]["step"] == step
     ElitPipeline.from_pretrained(folder)
@@ -168,12 +178,7 @@ def test_threads_are_those_asked_for_and_given_back(tmp_path, monkeypatch) -> No
 def test_a_signal_to_the_whole_group_saves_first(tmp_path) -> None:
     """As service managers send it: the loader's workers get it too."""
     config = tiny_config(tmp_path / "run", steps=100_000, data_num_workers=1)
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(config.to_dict()))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "elit", "train", str(file)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    process = launch(config, tmp_path / "run.yaml", start_new_session=True)
     log = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: (log.exists() and log.stat().st_size) or process.poll() is not None)
     os.killpg(process.pid, signal.SIGTERM)
@@ -217,19 +222,20 @@ def test_a_run_that_is_further_already_is_refused(tmp_path) -> None:
 
 def test_processes_that_find_different_checkpoints_are_told(tmp_path) -> None:
     train(tiny_config(tmp_path / "0", steps=2), progress=False)
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(tiny_config(tmp_path / "RANK", steps=4).to_dict()))
-    script = tmp_path / "own_folders.py"  # as with a folder on each node's own disk
-    script.write_text(
-        "import os, sys\nfrom elit.cli.main import main\n"
-        f"sys.exit(main(['train', {str(file)!r}, '--output_dir', "
-        f"os.path.join({str(tmp_path)!r}, os.environ['RANK'])]))\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert "different last checkpoints" in done.stderr
-    assert "of the steps [2, 0]: output_dir must be one folder" in done.stderr
+    config = tiny_config(tmp_path, steps=4)
+    ranks = start_ranks(config, 2, apart=True)  # as with a folder on each node's own disk
+    try:
+        for rank in ranks:
+            rank.join(120)
+        assert [rank.exitcode for rank in ranks] == [1, 1]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    told = errors_of(config)
+    assert told.keys() == {0, 1}
+    for message in told.values():
+        assert "different last checkpoints" in message
+        assert "of the steps [2, 0]: output_dir must be one folder" in message
 
 
 def test_several_processes_cannot_share_a_device(tmp_path, monkeypatch) -> None:
