@@ -502,7 +502,14 @@ def test_a_plain_model_has_one_budget() -> None:
 
 # Seconds each: one per backbone, and one in three dimensions.
 @pytest.mark.parametrize(
-    "name", ["elit-dit", "elit-dit-3d", "elit-uvit", "elit-hdit", "elit-mmdit"]
+    "name",
+    [
+        "elit-dit",
+        "elit-mmdit",
+        pytest.param("elit-dit-3d", marks=pytest.mark.slow),
+        pytest.param("elit-uvit", marks=pytest.mark.slow),
+        pytest.param("elit-hdit", marks=pytest.mark.slow),
+    ],
 )
 def test_at_most_three_graphs_serve_all_budgets(name: str) -> None:
     case = CASES[name]

@@ -181,6 +181,7 @@ def test_the_readme_shows_what_flops_prints(capsys) -> None:
     assert capsys.readouterr().out in [block.text for block in blocks("text")]
 
 
+@pytest.mark.slow  # the README's table below is counted by default
 def test_docs_flops_is_what_its_command_prints(capsys, monkeypatch) -> None:
     run_script(ROOT / "benchmarks" / "flops.py", monkeypatch)
     text = (ROOT / "docs" / "flops.md").read_text()

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +231,19 @@ def test_a_network_of_images_sees_each_frame_of_a_clip(tmp_path) -> None:
 # ---- cost ----
 
 
+@pytest.fixture(scope="module")
+def costs() -> SamplingCost:
+    pipeline = ElitPipeline(tiny_elastic(in_channels=1), make_scheduler("euler"))
+    pipeline.set_progress_bar_config(disable=True)
+    return SamplingCost(Drawing(pipeline, [], 1))
+
+
+@pytest.fixture(scope="module")
+def counted(costs) -> Callable[[int], int]:
+    """Flops of a forward at a number of latents, each counted once."""
+    return cache(partial(forward_flops, costs.pipeline.transformer))
+
+
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm-solver"])
 @pytest.mark.parametrize(
     "point",
@@ -240,11 +255,10 @@ def test_a_network_of_images_sees_each_frame_of_a_clip(tmp_path) -> None:
         OperatingPoint(0.25, 4, "ccfg", 2.0, 1 / 16, (0.5, 1.0)),
     ],
 )
-def test_the_cost_is_that_of_the_forwards_that_run(sampler, point) -> None:
-    pipeline = ElitPipeline(tiny_elastic(in_channels=1), make_scheduler(sampler))
-    pipeline.set_progress_bar_config(disable=True)
-    model, seen = pipeline.transformer, []
-    model.register_forward_pre_hook(
+def test_the_cost_is_that_of_the_forwards_that_run(sampler, point, costs, counted) -> None:
+    pipeline, seen = costs.pipeline, []
+    pipeline.scheduler = make_scheduler(sampler)
+    hook = pipeline.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append((kwargs["num_latents"], len(args[0]))),
         with_kwargs=True,
     )
@@ -252,10 +266,10 @@ def test_the_cost_is_that_of_the_forwards_that_run(sampler, point) -> None:
         [0, 1], budget=point.budget, num_inference_steps=point.steps,
         guidance=point.make_guidance(), output_type="latent",
     )  # fmt: skip
-    cost = SamplingCost(Drawing(pipeline, [], 1))
-    told = [(n, 2 * times) for call in cost.calls(point) for n, times in call]
+    hook.remove()
+    told = [(n, 2 * times) for call in costs.calls(point) for n, times in call]
     assert told == seen
-    assert cost.flops(point) == sum(forward_flops(model, n) * rows // 2 for n, rows in seen)
+    assert costs.flops(point) == sum(counted(n) * rows // 2 for n, rows in seen)
 
 
 def test_a_plain_model_costs_its_forwards() -> None:

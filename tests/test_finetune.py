@@ -96,7 +96,7 @@ def test_a_base_that_has_changed_is_noticed(base: Path, tmp_path: Path) -> None:
         train(finetune_config(copied, tmp_path / "run", 2), progress=False)
 
 
-@pytest.mark.parametrize("kind", ["adapters", "lora", "all"])
+@pytest.mark.parametrize("kind", ["adapters", "lora", pytest.param("all", marks=pytest.mark.slow)])
 def test_resume_is_bit_equal(kind: str, base: Path, tmp_path: Path) -> None:
     for name, stops in (("whole", (4,)), ("parts", (2, 4))):
         for steps in stops:

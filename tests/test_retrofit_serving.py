@@ -214,7 +214,7 @@ def test_group_offloading(kind: str) -> None:
 # ---- exported ----
 
 
-@pytest.mark.parametrize("name", ["sd3", "dit"])
+@pytest.mark.parametrize("name", ["sd3", pytest.param("dit", marks=pytest.mark.slow)])
 def test_export_at_a_budget(name: str) -> None:
     model, given = filled(name), inputs(name)
     with torch.no_grad():
