@@ -38,7 +38,7 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     wanted = pipe.example_of(args.batch_size)
     found = pipe.load_operating_points()
-    times = CallTimes(pipe, args.batch_size)
+    times = CallTimes(pipe, wanted)
     all_ms = [
         times.ms_per_image(pipe.calls(m.point.budget, m.point.steps, m.point.make_guidance()))
         for m in found.points
@@ -49,7 +49,7 @@ def main() -> None:
     draw, ratios = random.Random(args.seed), []
     for _ in range(args.caps):
         cap = draw.uniform(min(all_ms), max(all_ms))
-        point = pipe.choose_operating_point(args.batch_size, max_ms=cap)
+        point = pipe.choose_operating_point(wanted, max_ms=cap)
         seconds = []
         for _ in range(args.repeats):
             started = time.perf_counter()

@@ -149,10 +149,9 @@ SURFACE = {
     "plan": f"[config] --gpus --gpu --mfu --json {CONFIG_FLAGS}",
     "finetune": "base [config] --dry-run --json "
     + CONFIG_FLAGS.replace("--model.preset --model.overrides ", "").replace("--retrofit.base ", ""),
-    "sample": "run --labels --prompts --negative-prompt --count --budget --max-gflops --max-ms "
-    "--steps --guidance "
-    "--scale --guide-budget --interval --sampler --teacache --seed --size --frames --video "
-    "--batch-size --device --dtype --out --json",
+    "sample": "run --labels --prompts --negative-prompt --count --budget --sweep --max-gflops "
+    "--max-ms --steps --guidance --scale --guide-budget --interval --sampler --teacache --seed "
+    "--size --frames --video --batch-size --device --dtype --out --json",
     "eval": f"{EVALUATION} --budget --steps --guidance --scale --guide-budget --save-npz --out "
     "--json",
     "sweep": f"{EVALUATION} --budgets --steps --guidance --scale --guide-budget --rank-by --out "

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -10,12 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from helpers import randomise, tiny_dit, tiny_elastic
 from PIL import Image
+from prepared_data import write_prepared
 from tiny_clip import save_tiny_clip
 from torch import nn
 
 from elit import ElitPipeline, ElitTextPipeline, create_model, load_pipeline, make_scheduler
+from elit.data import load_dataset
+from elit.evaluation import parts as parts_module
 from elit.evaluation.drawing import Drawing, SamplingCost
 from elit.evaluation.evaluation import Evaluation, evaluate, save_npz
 from elit.evaluation.flops import forward_flops
@@ -400,6 +406,55 @@ def test_a_reference_is_made_once(run, real, tmp_path) -> None:
     assert read, "weights of another network must not share the statistics"
 
 
+def test_mirrored_samples_are_no_more_images(tmp_path) -> None:
+    write_prepared(tmp_path / "p", kind="images", parts=(30, 12), channels=3, flips=True)
+    images = open_images(str(tmp_path / "p"))
+    both = load_dataset("prepared", path=tmp_path / "p")  # some are held out
+    assert (2 * images.count, images.shape) == (len(both), (3, 32, 32))
+
+
+def tiny_vae(seed: int) -> AutoencoderKL:
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
+    )  # fmt: skip
+
+
+def test_two_jobs_make_one_reference(real, monkeypatch) -> None:
+    """The second is through with its parts when the first one removes all."""
+    monkeypatch.setattr(parts_module, "PATIENCE", 2.0)
+    networks, images = [load_network(Corners(), device="cpu")], open_images(str(real))
+    first_read, both = threading.Event(), []
+
+    def slowly(numbers):
+        first_read.set()
+        time.sleep(0.05)
+        return images.read(numbers)
+
+    def job(read) -> None:
+        source = replace(images, read=read)
+        both.append(make_reference(source, networks, ONE, batch_size=4, progress=False))
+
+    jobs = [threading.Thread(target=job, args=(read,)) for read in (slowly, slowly)]
+    jobs[0].start()
+    first_read.wait()
+    jobs[1].start()
+    for thread in jobs:
+        thread.join(60)
+    assert len(both) == 2
+    assert torch.equal(both[0]["Corners.pool"].mean, both[1]["Corners.pool"].mean)
+
+
+def test_the_decoder_is_part_of_a_reference_s_digest(tmp_path) -> None:
+    write_prepared(tmp_path / "p", kind="latents", parts=(8,), sizes=((8, 8),), scale=2)
+    vaes = [tiny_vae(seed) for seed in (0, 1)]
+    digests = {open_images(str(tmp_path / "p"), vae=vae).digest for vae in vaes}
+    assert len(digests) == 2
+    with pytest.raises(ValueError, match="no VAE to decode"):
+        open_images(str(tmp_path / "p"))
+
+
 def test_a_reference_from_an_npz_of_images(real, tmp_path) -> None:
     folder = open_images(str(real))
     pixels = folder.read(range(60)).movedim(1, -1).numpy()
@@ -456,7 +511,7 @@ def folder_of(folder: Path, *sizes: tuple[int, int]) -> Path:
         (lambda f: f / "nowhere.npz", "there is no"),
         (broken_npz, "cannot be read as .npz"),
         (lambda f: odd_npz(f, labels=np.zeros(3)), "holds labels: give a file with images"),
-        (lambda f: odd_npz(f, arr_0=np.zeros((9, 8, 8, 3))), "not uint8"),
+        (lambda f: odd_npz(f, arr_0=np.zeros((9, 8, 8, 3))), "give uint8"),
         (lambda f: odd_npz(f, mu=np.zeros(3), sigma=np.eye(4)), "don't fit each other"),
     ],
 )
@@ -485,6 +540,54 @@ def test_built_in_data_is_read_as_bytes() -> None:
     assert (images.count, images.shape) == (364, (1, 16, 16))
     assert images.read([0, 5]).dtype == torch.uint8
     assert images.digest != open_images("digits").digest
+
+
+# ---- what goes wrong on the way ----
+
+
+def test_a_point_that_diverges_is_told_and_the_others_go_on(run, real, tmp_path) -> None:
+    evaluation = make_evaluation(run, real, tmp_path)
+    grid = Grid([1.0], [2], ["none", "cfg"], [2.0, 1e38])
+    report = sweep(evaluation, grid, tmp_path)
+    by_scale = {row["scale"]: row for row in report["rows"]}
+    assert by_scale[1e38]["scores"] == {}
+    assert "no longer finite" in by_scale[1e38]["warnings"][0]
+    assert not by_scale[1e38]["front_flops"]
+    assert by_scale[2.0]["scores"]["fd"] > 0
+    assert without_times(sweep(evaluation, grid, tmp_path)) == without_times(report)
+    with pytest.raises(ValueError, match="no longer finite"):
+        evaluate(evaluation, OperatingPoint(1.0, 2, "cfg", 1e38))
+
+
+def test_weights_without_a_folder_are_told_apart_too(run, real, tmp_path) -> None:
+    first = replace(make_evaluation(run, real, tmp_path), run="user/repo")
+    second = replace(make_evaluation(run, real, tmp_path), run="user/repo")
+    assert first.model == second.model
+    assert len(first.model["weights"]) == 16
+    other = make_evaluation(run, real, tmp_path)
+    with torch.no_grad():
+        next(other.drawing.pipeline.transformer.parameters()).add_(1)
+    assert replace(other, run="user/repo").parts(POINT).folder != first.parts(POINT).folder
+
+
+def test_another_grid_of_levels_is_another_sample(run, real, tmp_path) -> None:
+    plain, shifted = (make_evaluation(run, real, tmp_path) for _ in range(2))
+    pipeline = shifted.drawing.pipeline
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, shift=3.0)
+    assert plain.parts(POINT).folder != shifted.parts(POINT).folder
+
+
+def test_grey_samples_are_written_in_colour(run, real, tmp_path) -> None:
+    evaluation = make_evaluation(run, real, tmp_path, keep_images=True)
+    evaluate(evaluation, POINT)
+    save_npz(evaluation.parts(POINT), tmp_path / "x.npz")
+    assert open_images(str(tmp_path / "x.npz")).shape == (3, 8, 8)
+
+
+def test_parts_tell_what_made_them(run, real, tmp_path) -> None:
+    (row,) = evaluate(make_evaluation(run, real, tmp_path), POINT)["rows"]
+    assert len(row["drawn_on"]) == 1
+    assert torch.__version__ in row["drawn_on"][0]
 
 
 # ---- parts ----
@@ -518,4 +621,5 @@ def test_samples_as_other_tools_read_them(run, real, tmp_path) -> None:
     parts = evaluation.parts(POINT)
     save_npz(parts, tmp_path / "samples.npz")
     with np.load(tmp_path / "samples.npz") as file:
-        assert np.array_equal(file["arr_0"], parts.whole("images").movedim(1, -1).numpy())
+        wanted = parts.whole("images").movedim(1, -1).expand(-1, -1, -1, 3)
+        assert np.array_equal(file["arr_0"], wanted.numpy())

@@ -8,6 +8,14 @@ if TYPE_CHECKING:
     import torch
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for what was asked of an accelerator."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def pick_device(name: str, local_rank: int = 0, *, share: bool = False) -> torch.device:
     """Device of that name; "auto" is the accelerator if there is one.
 

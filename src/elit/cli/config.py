@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,10 +110,7 @@ def load_config(
         overrides: dotted key: value as typed.
         under: sections and keys that the file may change.
     """
-    from jsonargparse import ArgumentParser  # 0.2 s
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TrainConfig)
+    parser = _parser()
     values = dict(under or {})
     for path, own in read_chain(find_config(config)) if config is not None else []:
         _check_tree(own, TrainConfig, str(path))
@@ -122,6 +120,15 @@ def load_config(
     words = [f"--{key}={value}" for key, value in overrides.items()]
     parsed = _parse(lambda w: parser.parse_args(w, namespace=base), words, None, overrides)
     return _build(TrainConfig, parsed.as_dict())
+
+
+@cache
+def _parser() -> Any:
+    from jsonargparse import ArgumentParser  # 0.2 s
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig)
+    return parser
 
 
 def _parse(parse: Any, given: Any, origin: str | None, values: Mapping[str, Any]) -> Any:

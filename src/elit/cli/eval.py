@@ -18,7 +18,7 @@ from elit.cli.common import (
 from elit.cli.evaluating import (
     EPILOG,
     add_evaluation_flags,
-    default_home,
+    home_of,
     interval_of,
     open_evaluation,
 )
@@ -50,7 +50,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw, score, write and tell."""
     make_guidance(args)  # before the imports: a mistake in a flag is told at once
-    home = default_home(args, "evaluated")
+    home = home_of(args, "evaluated")
     evaluation = open_evaluation(args, home, keep_images=args.save_npz)
     from elit.evaluation.evaluation import evaluate, save_npz
 
@@ -101,6 +101,8 @@ def print_report(report: dict[str, Any]) -> None:
         better = "lower is better" if SCORES[name][1] else "higher is better"
         table.append((SCORES[name][0], value, row["scores_of"][name], better))
     print(format_table(("score", "value", "network", ""), table))
+    for warning in row["warnings"]:
+        print(f"! {warning}")
     print(f"\n{settings_text(report)}")
     point = describe_point(row)
     print(f"point      {point}, {row['calls']} calls of the model, {row['sampler']}")

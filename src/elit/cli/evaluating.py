@@ -89,12 +89,13 @@ def open_evaluation(args: argparse.Namespace, home: Path, keep_images: bool) -> 
     )  # fmt: skip
 
 
-def default_home(args: argparse.Namespace, name: str) -> Path:
+def home_of(args: argparse.Namespace, name: str) -> Path:
     """Folder of the results: --out, or one of that name in RUN."""
     if args.out is not None:
         return Path(args.out)
-    run = Path(args.run)
-    return (run if run.is_dir() else Path("runs") / run.name) / name  # of a pipeline on the hub
+    from elit.pipelines.operating_points import default_home
+
+    return default_home(args.run) / name
 
 
 def interval_of(args: argparse.Namespace) -> tuple[float, float] | None:
@@ -131,7 +132,7 @@ def _training(run: str, config: Any) -> dict[str, Any] | None:
 
 
 def _reference(args: argparse.Namespace, pipeline: "ElasticPipeline", config: Any) -> "Images":
-    from elit.evaluation.images import open_images
+    from elit.evaluation.images import has_splits, open_images
 
     name, options = args.reference, {}
     if name is None:
@@ -147,8 +148,10 @@ def _reference(args: argparse.Namespace, pipeline: "ElasticPipeline", config: An
     size = None
     if args.fit:
         size = tuple(args.size or pipeline.pixel_size()[-2:])
-        if not Path(name).is_dir():
+        if not Path(name).is_dir() or (Path(name) / "manifest.json").exists():
             raise ValueError(f"--fit is of a folder of pictures; {name} is none")
+    if args.split is not None and not has_splits(name):
+        raise ValueError(f"--split is of a data set; {name} has none, leave it out")
     return open_images(name, args.split or "train", size, pipeline.vae, options)
 
 
@@ -163,8 +166,6 @@ def _weights(args: argparse.Namespace) -> dict[str, str]:
                 f"{', '.join(NETWORKS)}"
             )
         found[name] = path
-    if args.networks is not None and (unused := found.keys() - set(args.networks)):
-        raise ValueError(f"--weights of {', '.join(unused)} have no effect; add it to --network")
     return found
 
 
@@ -181,6 +182,8 @@ def _networks(
         names = ["classifier"] if small else ["inception", "dinov2"]
         if pipeline.draws_clips and not small:
             names.append("i3d")
+    if unused := weights.keys() - set(names):
+        raise ValueError(f"--weights of {', '.join(unused)} have no effect; add it to --network")
     networks = []
     for name in dict.fromkeys(names):
         if name in NETWORKS or not Path(name).exists():
@@ -221,4 +224,6 @@ def _texts(
         return ()
     if images.captions is None:
         raise ValueError("this model draws texts, and the reference has none; give --prompts FILE")
-    return tuple(images.captions(range(min(images.count, args.samples))))
+    from elit.evaluation.reference import evenly
+
+    return tuple(images.captions(evenly(images.count, args.samples).tolist()))

@@ -19,11 +19,11 @@ from elit.cli.common import (
     quiet_diffusers,
     whole_number,
 )
+from elit.data import SPLITS
 
 if TYPE_CHECKING:
     from elit.evaluation.inspection import Inspector, Maps, Worth
 
-SPLITS = ("train", "validation")
 _EPILOG = """\
 Writes inspect.json (all numbers), maps.safetensors (all maps) and the sheets inspect.png,
 latents.png, budgets.png and worth.png. Options of --data are given as --data.options.count 500.
@@ -127,8 +127,9 @@ def run(args: argparse.Namespace) -> int:
 
 def default_folder(run: str) -> Path:
     """Beside the pipeline; of one on the hub, in runs/."""
-    home = Path(run) if Path(run).is_dir() else Path("runs") / Path(run).name
-    return home / "inspected"
+    from elit.pipelines.operating_points import default_home
+
+    return default_home(run) / "inspected"
 
 
 def look(

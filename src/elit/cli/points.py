@@ -1,7 +1,8 @@
 """How to draw, as flags say it: guidance, a budget that is chosen, the pipeline."""
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from elit.cli.common import budget, quiet_diffusers
 
@@ -50,6 +51,7 @@ def check_auto(args: argparse.Namespace) -> None:
     """Caps are of --budget auto, which stands alone and chooses the guidance too."""
     caps = [f"--{f}" for f in ("max-gflops", "max-ms") if getattr(args, f.replace("-", "_"))]
     if AUTO not in args.budget:
+        caps += ["--sweep"] if args.sweep is not None else []
         if caps:
             raise ValueError(f"{caps[0]} has no effect without --budget auto; add it")
         return
@@ -62,12 +64,14 @@ def check_auto(args: argparse.Namespace) -> None:
 
 
 def choose_point(
-    args: argparse.Namespace, pipeline: "ElasticPipeline", count: int
+    args: argparse.Namespace, pipeline: "ElasticPipeline", wanted: Sequence[Any]
 ) -> "Guidance | None":
     """Set budget, steps and guidance of the flags to what a sweep found best within the caps."""
     height, width = args.size or (None, None)
+    if args.sweep is not None:
+        pipeline.load_operating_points(args.sweep)
     point = pipeline.choose_operating_point(
-        min(count, args.batch_size),
+        wanted[: args.batch_size],
         args.max_gflops and args.max_gflops * 1e9,
         args.max_ms,
         args.steps,

@@ -68,6 +68,8 @@ def add_arguments(parser: Parser) -> None:
     add("--budget", type=budget_or_auto, nargs="+", default=[1.0], metavar="B",
         help="fractions of the latents to keep, such as 1 0.5 1/4, or auto: what `elit sweep` "
         "found best within a cap (default: 1)")  # fmt: skip
+    add("--sweep", metavar="FILE",
+        help="of budget auto (default: RUN/swept/sweep.json)")  # fmt: skip
     add("--max-gflops", type=number, metavar="G", help="cap of budget auto for an image")
     add("--max-ms", type=number, metavar="MS",
         help="cap of budget auto for an image, on this device, --batch-size at a time")  # fmt: skip
@@ -112,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = what_to_draw(args, model)
     check_video(args, pipeline)
     if AUTO in args.budget:
-        guidance = choose_point(args, pipeline, len(wanted) * args.count)
+        guidance = choose_point(args, pipeline, wanted * args.count)
     args.steps = args.steps or DEFAULT_STEPS
     # Two budgets may round to one number of latents: it is drawn once.
     kept = list(dict.fromkeys(model.resolve_budget(b) for b in args.budget))

@@ -21,7 +21,7 @@ from elit.cli.eval import settings_text
 from elit.cli.evaluating import (
     EPILOG,
     add_evaluation_flags,
-    default_home,
+    home_of,
     interval_of,
     open_evaluation,
 )
@@ -48,9 +48,9 @@ def add_arguments(parser: Parser) -> None:
         help=f"steps (default: {' '.join(map(str, STEPS))})")  # fmt: skip
     add("--guidance", type=one_of(GUIDANCES, "guidance"), nargs="+", metavar="NAME",
         help="none, cfg, ag, ccfg (default: all that the model can)")  # fmt: skip
-    add("--scale", type=number, nargs="+", default=[DEFAULT_SCALE], metavar="S",
+    add("--scale", type=number, nargs="+", metavar="S",
         help=f"of guidance (default: {DEFAULT_SCALE:g})")  # fmt: skip
-    add("--guide-budget", type=budget, nargs="+", default=[], metavar="B",
+    add("--guide-budget", type=budget, nargs="+", metavar="B",
         help="the guide's budgets, for ag and ccfg (default: the lowest trained)")  # fmt: skip
     add("--rank-by", metavar="SCORE", help="score of the fronts and of budget auto (default: "
         "the Frechet distance of the first network)")  # fmt: skip
@@ -60,7 +60,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw and score all points, write the files, tell what is on the front."""
-    home = default_home(args, "swept")
+    check_guidance(args)
+    home = home_of(args, "swept")
     evaluation = open_evaluation(args, home, keep_images=False)
     from elit.evaluation.flops import default_budgets
     from elit.evaluation.sweep import Grid, sweep
@@ -74,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
         if {"ag", "ccfg"} & set(guides):
             raise ValueError("--guidance ag and ccfg need a lower budget; this model has none")
     grid = Grid(
-        budgets, args.steps, guides, [s for s in args.scale if s != 1] or [DEFAULT_SCALE],
-        args.guide_budget, interval_of(args),
+        budgets, args.steps, guides, args.scale or [DEFAULT_SCALE], args.guide_budget or [],
+        interval_of(args),
     )  # fmt: skip
     report = sweep(evaluation, grid, home, args.rank_by)
     if report is None:  # the first process tells
@@ -87,6 +88,23 @@ def run(args: argparse.Namespace) -> int:
         print_front(report)
         print(f"\n{settings_text(report)}\n\n{home / 'sweep.html'}")
     return 0
+
+
+def check_guidance(args: argparse.Namespace) -> None:
+    """Raise a ValueError for a flag of guidance without effect."""
+    guides = set(args.guidance or GUIDANCES)
+    if 1 in (args.scale or ()):
+        raise ValueError("--scale 1 is no guidance, which `--guidance none` is; leave it out")
+    for flag, needs in (
+        ("scale", {"cfg", "ag", "ccfg"}),
+        ("interval", {"cfg", "ag", "ccfg"}),
+        ("guide_budget", {"ag", "ccfg"}),
+    ):
+        if getattr(args, flag) is not None and not guides & needs:
+            raise ValueError(
+                f"--{flag.replace('_', '-')} has no effect with --guidance {' '.join(guides)}; "
+                f"add one of {', '.join(sorted(needs))}"
+            )
 
 
 def write_files(report: dict[str, Any], evaluation: "Evaluation", home: Path) -> None:

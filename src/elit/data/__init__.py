@@ -79,6 +79,7 @@ class ImageDataset(_TorchDataset):
     text_encoder: str | None = None  # name of what encoded them
     for_diffusers: bool = False  # made for diffusers' transformers alone
     left_out: frozenset[str] = frozenset()  # what batches need not hold
+    copies: int = 1  # of each sample; the later ones are mirrored
 
     @property
     def num_classes(self) -> int:

@@ -65,6 +65,8 @@ def fit_classifier(train_dataset: ImageDataset, seed: int = 0) -> Classifier:
     and best; objects in free places need a convolutional network. Both also learn mildly blurred
     and noisy copies, since a generated image may be either and still be right.
     """
+    if len(train_dataset.image_shape) != 3:
+        raise ValueError(f"a classifier takes images; {train_dataset!r} has clips")
     if train_dataset.aligned:
         images, labels = _images_of(train_dataset)
         with _seeded(seed):
@@ -88,6 +90,8 @@ def fit_network(train_dataset: ImageDataset, seed: int = 0, keep: bool = False) 
             would round otherwise.
     """
     images, labels = _images_of(train_dataset)
+    if images.ndim == 5:  # of clips, the middle frames
+        images = images[:, :, images.shape[2] // 2]
     aligned = train_dataset.aligned
     with _seeded(seed):
         network = _network(images.shape[1], int(labels.max()) + 1, aligned)
@@ -121,8 +125,6 @@ class ClassifierFeatures(nn.Module):
 
 def _images_of(train_dataset: ImageDataset) -> tuple[torch.Tensor, torch.Tensor]:
     """Images to fit on, (N, C, H, W), and their labels (N,)."""
-    if len(train_dataset.image_shape) != 3:
-        raise ValueError(f"a classifier takes images; {train_dataset!r} has clips")
     # Spread over the set: it may be sorted by class.
     count = min(len(train_dataset), _MAX_IMAGES)
     chosen = torch.linspace(0, len(train_dataset) - 1, count).round().long()

@@ -2,19 +2,20 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from elit._devices import synchronize
 from elit.evaluation.flops import ElasticFlops, forward_flops, on_meta
 from elit.evaluation.images import to_bytes
 from elit.evaluation.networks import FeatureNetwork
 from elit.evaluation.parts import batches
 from elit.evaluation.reference import image_features
 from elit.flow.guidance import Forwards
-from elit.pipelines.base import ElasticPipeline
+from elit.pipelines.base import ElasticPipeline, SamplesDivergedError
 from elit.pipelines.operating_points import OperatingPoint
 
 SHOWN = 16  # samples that are kept as images, for sheets
@@ -95,11 +96,9 @@ class Drawing:
         return {name: torch.cat(tensors) for name, tensors in found.items()}
 
     def warm_up(self, point: OperatingPoint) -> None:
-        """Draw a batch in one step: the first call of a process is slow."""
-        self._batch(
-            OperatingPoint(**point.to_dict() | {"steps": 1}),
-            range(min(self.count, self.batch_size)),
-        )
+        """Draw a batch in one step, guide and all: the first call of a process is slow."""
+        first = replace(point, steps=1, interval=None)
+        self._batch(first, range(min(self.count, self.batch_size)))
 
     def _batch(self, point: OperatingPoint, numbers: Sequence[int]) -> dict[str, Tensor]:
         pipeline = self.pipeline
@@ -113,11 +112,13 @@ class Drawing:
             guidance=point.make_guidance(), generator=generators, height=height, width=width,
             output_type="latent", return_dict=False, **options,
         )[0]  # fmt: skip
-        _wait(latents)
+        synchronize(latents.device)
         drawn = time.perf_counter()
         pictures = pipeline.decode(latents, "pt")
-        _wait(pictures)
+        synchronize(pictures.device)
         decoded = time.perf_counter()
+        if not pictures.isfinite().all():
+            raise SamplesDivergedError("the autoencoder makes pictures that are not finite")
         if pictures.ndim == 5:  # (n, T, C, H, W)
             pictures = pictures.transpose(1, 2)
         share = torch.ones(len(numbers), dtype=torch.float64) / len(numbers)
@@ -160,8 +161,3 @@ class SamplingCost:
     def flops(self, point: OperatingPoint) -> int:
         """Of one image; a multiply-add counts as 2."""
         return sum(self._flops(n) * times for call in self.calls(point) for n, times in call)
-
-
-def _wait(tensor: Tensor) -> None:
-    if tensor.device.type != "cpu":
-        torch.accelerator.synchronize(tensor.device)

@@ -7,6 +7,7 @@ import statistics
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,23 @@ from tqdm import tqdm
 from elit._files import digest_of, write_file, write_json
 from elit.evaluation.drawing import Drawing, SamplingCost
 from elit.evaluation.images import Images
-from elit.evaluation.measure import measure
+from elit.evaluation.measure import Scores, measure
 from elit.evaluation.parts import Parts, part_size
 from elit.evaluation.reference import Reference, check_shapes, make_reference
 from elit.evaluation.score_names import SCORES
+from elit.evaluation.weights import checksum_of
 from elit.flow.schedulers import start_sampling
+from elit.pipelines.base import SamplesDivergedError
 from elit.pipelines.folder import weights_digest
 from elit.pipelines.operating_points import FORMAT, OperatingPoint
-from elit.pipelines.timing import CallTimes, device_name
+from elit.pipelines.timing import CallTimes, describe, device_name
 from elit.preparation.process import Process
 
 logger = logging.getLogger(__name__)
 
+FAILED = "failed.json"  # in a point's folder, instead of parts that can't be drawn
 _LIBRARIES = ("elit-diffusion", "torch", "diffusers", "transformers", "numpy", "pillow")
-_NOT_OF_THE_SAMPLES = ("device", "device_name", "versions", "host")  # which may change on the way
+_NOT_OF_THE_SAMPLES = ("device", "device_name", "versions", "reference")  # may change on the way
 
 
 @dataclass(frozen=True)
@@ -58,19 +62,29 @@ class Evaluation:
     def __post_init__(self) -> None:
         check_shapes(self.images, self.drawing.image_shape(), self.run)
 
+    @cached_property
     def model(self) -> dict[str, Any]:
         """What the report says of the model."""
-        model, run = self.drawing.pipeline.transformer, Path(self.run)
+        model = self.drawing.pipeline.transformer
         return {
             "path": self.run,
             "class": type(model).__name__,
-            "weights": weights_digest(run),
+            "config": digest_of(describe(model)),
+            "weights": self._weights("transformer"),
             "parameters": sum(p.numel() for p in model.parameters()),
             "elastic": model.is_elastic,
             "max_latents": model.max_latents,
             "training": self.training,
         }
 
+    def _weights(self, part: str) -> str | None:
+        """Digest of a part's weights: of its files or, of a name on the hub, of what was loaded."""
+        module = getattr(self.drawing.pipeline, part, None)
+        if module is None:
+            return None
+        return weights_digest(Path(self.run), part) or checksum_of(module)[:16]
+
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """Everything that all scores depend on but the operating point."""
         drawing = self.drawing
@@ -81,13 +95,15 @@ class Evaluation:
             "samples": drawing.count,
             "seed": drawing.seed,
             "drawn": _texts_digest(drawing.texts) if drawing.texts else "classes, balanced",
+            "text_encoder": self._weights("text_encoder"),
             "sampler": type(pipeline.scheduler).__name__,
+            "sampler_settings": digest_of(describe(pipeline.scheduler)),
             "dtype": str(model.dtype).removeprefix("torch."),
             "batch_size": drawing.batch_size,
             "size": list(shape[1:]),
             "eight_bit": True,
             "vae": None if vae is None else {
-                "class": type(vae).__name__, "weights": weights_digest(Path(self.run), "vae"),
+                "class": type(vae).__name__, "weights": self._weights("vae"),
             },
             "networks": [
                 {"name": n.name, "weights": n.checksum, "preprocessing": n.preprocessing}
@@ -105,9 +121,9 @@ class Evaluation:
     def parts(self, point: OperatingPoint) -> Parts:
         """Where the samples of a point are kept."""
         drawing = self.drawing
-        settings = {k: v for k, v in self.settings().items() if k not in _NOT_OF_THE_SAMPLES}
-        del settings["reference"]  # the same samples serve another one
-        key = digest_of([self.model()["weights"], settings, point.to_dict(), drawing.keep_images])
+        settings = {k: v for k, v in self.settings.items() if k not in _NOT_OF_THE_SAMPLES}
+        of = self.model["weights"], self.model["config"]
+        key = digest_of([of, settings, point.to_dict(), drawing.keep_images])
         size = part_size(drawing.count, drawing.batch_size)
         return Parts(self.home / "samples" / key, drawing.count, size)
 
@@ -120,16 +136,33 @@ class Evaluation:
     def draw(self, point: OperatingPoint, bar: tqdm, offset: int = 0) -> Parts:
         """Draw this process's share of a point's samples."""
         parts = self.parts(point)
-        if parts.missing():
-            self.drawing.warm_up(point)
-        parts.make(lambda samples: self.drawing.draw(point, samples), self.process, bar, offset)
+        settings, failed = self.settings, parts.folder / FAILED
+        used = (f"{name} {settings['versions'][name]}" for name in ("torch", "elit-diffusion"))
+        origin = ", ".join((settings["device_name"], *used))
+        if failed.exists():
+            return parts
+        try:
+            if parts.missing():
+                self.drawing.warm_up(point)
+            parts.make(
+                lambda samples: self.drawing.draw(point, samples), self.process, bar, offset,
+                origin, failed.exists,
+            )  # fmt: skip
+        except SamplesDivergedError as error:
+            write_json(failed, {"reason": str(error)})
         return parts
+
+    def failure(self, parts: Parts) -> str | None:
+        """Why a point could not be drawn, if it was tried and could not."""
+        failed = parts.folder / FAILED
+        return json.loads(failed.read_text())["reason"] if failed.exists() else None
 
     def row(
         self, point: OperatingPoint, parts: Parts, reference: Reference, cost: SamplingCost
     ) -> dict[str, Any]:
         """Scores of a point whose parts are all there, with its settings and its FLOPs."""
-        scores = self._scores(parts, reference)
+        failure = self.failure(parts)
+        scores = vars(Scores()) if failure else self._scores(parts, reference)
         calls = cost.calls(point)
         pipeline = self.drawing.pipeline
         levels = start_sampling(pipeline.scheduler, point.steps, "cpu")
@@ -143,14 +176,16 @@ class Evaluation:
             "scores": scores["values"],
             "scores_of": scores["of"],
             "deviations": scores["deviations"],
+            "warnings": [failure] if failure else scores["warnings"],
+            "drawn_on": [] if failure else parts.origins(),
         }
 
     def add_times(self, rows: Sequence[dict[str, Any]], cost: SamplingCost) -> None:
         """Measure what an image of each row takes, now that nothing else runs here."""
         drawing = self.drawing
         size = drawing.frames, *(drawing.size or (None, None))
-        together = min(drawing.batch_size, drawing.count)
-        times = CallTimes(drawing.pipeline, together, size, progress=self.progress)
+        wanted = [drawing.wanted(i) for i in range(min(drawing.batch_size, drawing.count))]
+        times = CallTimes(drawing.pipeline, wanted, size, progress=self.progress)
         runs = [cost.calls(OperatingPoint.from_dict(row)) for row in rows]
         times.measure(call for run in runs for call in run)
         for row, run in zip(rows, runs, strict=True):
@@ -160,7 +195,8 @@ class Evaluation:
     def _scores(self, parts: Parts, reference: Reference) -> dict[str, Any]:
         """Scores of the parts, kept beside them for this reference."""
         file = parts.folder / "scores.json"
-        key = digest_of([self.settings()["reference"], self.settings()["networks"]])
+        settings = self.settings
+        key = digest_of([settings["reference"], settings["networks"], settings["versions"]])
         try:
             kept = json.loads(file.read_text())
             if kept["key"] == key:
@@ -168,7 +204,8 @@ class Evaluation:
         except (OSError, ValueError, KeyError, TypeError):
             pass  # none yet, or of another reference
         labelled = not self.drawing.texts
-        scores = vars(measure(parts, self.drawing.networks, reference, labelled))
+        networks = self.drawing.networks
+        scores = vars(measure(parts, networks, reference, labelled, self.progress))
         write_json(file, {"key": key, "scores": scores})
         return scores
 
@@ -179,8 +216,8 @@ def report(
     """What the files hold: rows and all that they depend on."""
     return {
         "format": FORMAT,
-        "model": evaluation.model(),
-        "settings": evaluation.settings(),
+        "model": evaluation.model,
+        "settings": evaluation.settings,
         "ranked_by": ranked_by,
         "lower_is_better": SCORES[ranked_by][1],
         "rows": list(rows),
@@ -188,10 +225,11 @@ def report(
 
 
 def ranking_score(scores: dict[str, float]) -> str:
-    """The score that points are ranked by: the Frechet distance that is most usual."""
-    for name in ("fid", "fdd", "fvd", "fd", "is", "accuracy", "clip"):
-        if name in scores:
-            return name
+    """The score that points are ranked by: the first network's Frechet distance, if it has one."""
+    for group in (("fid", "fdd", "fvd", "fd"), ("clip", "is", "accuracy")):
+        for name in scores:  # by network
+            if name in group:
+                return name
     raise ValueError("the networks give no score; add inception, dinov2 or classifier")
 
 
@@ -209,8 +247,10 @@ def evaluate(evaluation: Evaluation, point: OperatingPoint) -> dict[str, Any] | 
         parts = evaluation.draw(point, bar)
         if evaluation.process.rank > 0:
             return None
-        parts.wait(bar)
+        parts.wait(bar, lambda: evaluation.failure(parts) is not None)
     assert reference is not None
+    if failure := evaluation.failure(parts):
+        raise ValueError(f"{point}: {failure}")
     row = evaluation.row(point, parts, reference, cost)
     evaluation.add_times([row], cost)
     drawn = statistics.median(parts.whole("seconds").tolist())  # a check of what was timed
@@ -221,7 +261,9 @@ def evaluate(evaluation: Evaluation, point: OperatingPoint) -> dict[str, Any] | 
 def save_npz(parts: Parts, path: Path) -> None:
     """Write all samples as `arr_0` (N, H, W, C) uint8, as other evaluation tools read them."""
     first = next(parts.read("images"))
-    shape = (parts.count, *first.shape[2:], first.shape[1])
+    if first.ndim != 4:
+        raise ValueError("clips have no form that evaluation tools read; leave --save-npz out")
+    shape = (parts.count, *first.shape[2:], 3)
 
     def write(aside: Path) -> None:
         with (
@@ -231,7 +273,8 @@ def save_npz(parts: Parts, path: Path) -> None:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
             for images in parts.read("images"):
-                member.write(images.movedim(1, -1).contiguous().numpy().tobytes())
+                colour = images.expand(-1, 3, -1, -1)  # grey too
+                member.write(colour.movedim(1, -1).contiguous().numpy().tobytes())
 
     write_file(path, write)
 

@@ -14,13 +14,16 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from elit._choices import nearest
-from elit._files import digest_of
+from elit._files import digest_of, sha256_of
 from elit.data import DATASETS, ImageDataset, load_dataset
 from elit.data.manifest import MANIFEST
+from elit.evaluation.parts import batches
+from elit.evaluation.weights import checksum_of
 from elit.interface.grid import format_size
 from elit.pipelines.autoencoder import decode
 from elit.preparation.images import fit, read_image
 
+_HASHED = 1000  # pictures of a folder whose contents are in its digest
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -52,6 +55,11 @@ def to_bytes(pictures: Tensor) -> Tensor:
     return (pictures.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+def has_splits(name: str) -> bool:
+    """Whether it is a data set of several splits."""
+    return (Path(name) / MANIFEST).exists() or (name in DATASETS and not Path(name).exists())
+
+
 def open_images(
     name: str,
     split: str = "train",
@@ -69,7 +77,7 @@ def open_images(
         options: of a built-in data set.
     """
     path = Path(name)
-    if name in DATASETS and not path.exists():
+    if has_splits(name) and not path.exists():
         return of_dataset(load_dataset(name, split, **options or {}), f"{name}, {split}", vae)
     if options:
         raise ValueError(f"{', '.join(options)} have no effect on {name}; leave them out")
@@ -111,18 +119,27 @@ def of_dataset(dataset: ImageDataset, name: str, vae: Any = None) -> Images:
         return to_bytes(pictures.cpu() / 2 + 0.5)
 
     first = read([0])
+    count = len(dataset) // dataset.copies  # mirrored ones are no more images
     digest = dataset.fingerprint
     if digest is None:  # built in: made by this code
-        some = read(range(0, len(dataset), max(1, len(dataset) // 64)))
+        some = read(range(0, count, max(1, count // 64)))
         digest = hashlib.sha256(repr(dataset).encode() + some.numpy().tobytes()).hexdigest()[:16]
     return Images(
         name + ("" if is_pixels else ", decoded"),
-        digest_of([digest, name.rpartition(", ")[2], is_pixels]),
-        len(dataset),
+        digest_of([digest, dataset.split, count, None if is_pixels else checksum_of(vae)]),
+        count,
         tuple(first.shape[1:]),
         read,
-        (lambda numbers: dataset.batch(numbers)["captions"]) if dataset.has_captions else None,
+        (lambda numbers: _captions(dataset, numbers)) if dataset.has_captions else None,
     )
+
+
+def _captions(dataset: ImageDataset, numbers: Sequence[int]) -> list[str]:
+    """Texts of some samples, without holding all their images."""
+    texts: list[str] = []
+    for batch in batches(numbers, 256):
+        texts += dataset.batch(batch)["captions"]
+    return texts
 
 
 def _of_folder(folder: Path, size: tuple[int, int] | None) -> Images:
@@ -155,14 +172,12 @@ def _of_folder(folder: Path, size: tuple[int, int] | None) -> Images:
         stacked = np.stack([np.asarray(image) for image in pictures])
         return torch.from_numpy(stacked).movedim(-1, 1).contiguous()
 
-    entries = [[str(p.relative_to(folder)), *_stamp(p)] for p in files]
+    # Names and lengths of all, contents of some: a copy elsewhere has the same digest.
+    entries: list[list[Any]] = [[str(p.relative_to(folder)), os.stat(p).st_size] for p in files]
+    for at in range(0, len(files), max(1, len(files) // _HASHED)):
+        entries[at].append(sha256_of(files[at]))
     words = f"{folder}" if size is None else f"{folder}, fitted to {format_size(size)}"
     return Images(words, digest_of([entries, size]), len(files), (3, height, width), read)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns
 
 
 _KEYS = {"inception.pool": ("mu", "sigma"), "inception.spatial": ("mu_s", "sigma_s")}
@@ -180,9 +195,11 @@ def _of_npz(path: Path) -> Images:
                 if names.issuperset(keys):
                     mean, covariance = (torch.from_numpy(file[k]).double() for k in keys)
                     statistics[output] = mean, covariance
-        rows = _NpzRows(path) if "arr_0" in names else None
+        with zipfile.ZipFile(path) as archive:  # the checksums that it holds
+            digest = digest_of([[i.filename, i.file_size, i.CRC] for i in archive.infolist()])
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
         raise ValueError(f"{path} cannot be read as .npz ({error}); copy it again") from error
+    rows = _NpzRows(path) if "arr_0" in names else None
     if rows is None and not statistics:
         raise ValueError(
             f"{path} holds {', '.join(sorted(names)) or 'nothing'}: give a file with images "
@@ -194,12 +211,13 @@ def _of_npz(path: Path) -> Images:
                 f"{path} holds a mean {tuple(mean.shape)} and a covariance "
                 f"{tuple(covariance.shape)}, which don't fit each other"
             )
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError(f"{path} holds statistics that are not finite; make them again")
 
     def read(numbers: Sequence[int]) -> Tensor:
         assert rows is not None
         return rows.read(numbers)
 
-    digest = digest_of([path.name, *_stamp(path)])
     shape, count = (rows.shape, rows.count) if rows is not None else ((), 0)
     return Images(str(path), digest, count, shape, read, statistics=statistics or None)
 
@@ -209,16 +227,22 @@ class _NpzRows:
 
     def __init__(self, path: Path):
         self.path = path
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-            version = np.lib.format.read_magic(member)
-            reader = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            (self.count, *rest), fortran, dtype = reader(member)
-            self.start = member.tell()
-        if len(rest) != 3 or rest[2] != 3 or dtype != np.uint8 or fortran or not self.count:
-            raise ValueError(f"arr_0 is {dtype} {(self.count, *rest)}, not uint8 (N, H, W, 3)")
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+                version = np.lib.format.read_magic(member)
+                reader = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }[version]
+                whole, fortran, dtype = reader(member)
+                self.start = member.tell()
+        except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+            raise ValueError(f"{path} cannot be read as .npz ({error}); copy it again") from error
+        if len(whole) != 4 or whole[3] != 3 or dtype != np.uint8 or fortran or not min(whole):
+            raise ValueError(
+                f"{path} has arr_0 of {dtype} {whole}; give uint8 (N, H, W, 3), in the order of C"
+            )
+        self.count, rest = whole[0], whole[1:]
         self.row = tuple(rest)
         self.shape = (3, rest[0], rest[1])
         self._member: Any = None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from tqdm import tqdm
 
 from elit.evaluation.frechet import Moments, bias_warning, frechet_distance
 from elit.evaluation.networks import FeatureNetwork
@@ -20,6 +21,7 @@ from elit.evaluation.scores import (
 
 logger = logging.getLogger(__name__)
 
+SLOW = 5000  # samples from which scoring takes long enough for a bar
 MOST_COMPARED = 50_000  # samples of which precision and recall are taken
 # What a Frechet distance on a network's output is called; of any other network, "fd".
 FRECHET = {
@@ -30,6 +32,9 @@ FRECHET = {
 }
 
 
+COMPARED = ("precision", "recall", "density", "coverage", "kid")
+
+
 @dataclass
 class Scores:
     """Scores of one operating point.
@@ -38,12 +43,14 @@ class Scores:
         values: by name.
         of: the network behind each.
         deviations: standard deviations, where a score is a mean over parts of the samples.
+        warnings: what makes them less than they seem.
         count: samples.
     """
 
     values: dict[str, float] = field(default_factory=dict)
     of: dict[str, str] = field(default_factory=dict)
     deviations: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     count: int = 0
 
     def add(
@@ -58,9 +65,36 @@ class Scores:
         if deviation is not None:
             self.deviations[name] = deviation
 
+    def warn(self, message: str | None) -> None:
+        """Take note of a warning, and tell it."""
+        if message and message not in self.warnings:
+            self.warnings.append(message)
+            logger.warning("%s", message)
+
+
+def scores_of(network: FeatureNetwork, output: str) -> tuple[str, ...]:
+    """Names of the scores that an output of a network may give."""
+    if network.takes == "texts":
+        return ("clip",)
+    if output == "logits":
+        return ("is", "accuracy") if network.name == "classifier" else ("is",)
+    frechet = FRECHET.get(f"{network.name}.{output}", "fd")
+    compared = output != "spatial" and network.takes == "images"
+    return (frechet, *COMPARED) if compared else (frechet,)
+
+
+def possible_scores(networks: Sequence[FeatureNetwork]) -> list[str]:
+    """Names of the scores that networks may give, each once."""
+    pairs = ((network, output) for network in networks for output in network.outputs)
+    return list(dict.fromkeys(name for pair in pairs for name in scores_of(*pair)))
+
 
 def measure(
-    parts: Parts, networks: Sequence[FeatureNetwork], reference: Reference, labelled: bool = True
+    parts: Parts,
+    networks: Sequence[FeatureNetwork],
+    reference: Reference,
+    labelled: bool = True,
+    progress: bool = False,
 ) -> Scores:
     """All scores that the networks' outputs allow.
 
@@ -71,45 +105,55 @@ def measure(
         networks: that saw them.
         reference: statistics of real images by the same networks.
         labelled: whether samples were drawn of classes, which the built-in classifier can tell.
+        progress: whether to show a bar.
     """
     scores = Scores(count=parts.count)
-    for network in networks:
+    pairs = [(network, output) for network in networks for output in network.outputs]
+    hidden = not progress or parts.count < SLOW
+    for network, output in tqdm(pairs, desc="scoring", unit="output", disable=hidden, leave=False):
+        key = f"{network.name}.{output}"
         if network.takes == "texts":
-            images, texts = (parts.whole(f"{network.name}.{x}") for x in ("pool", "text"))
-            scores.add("clip", clip_score(images, texts), network)
-            continue
-        for output in network.outputs:
-            key = f"{network.name}.{output}"
-            if output == "logits":
-                logits = parts.whole(key)
-                score, deviation = inception_score(logits)
-                scores.add("is", score, network, deviation)
-                if network.name == "classifier" and labelled:
-                    right = logits.argmax(1) == parts.whole("labels")
-                    scores.add("accuracy", right.float().mean().item(), network)
-                continue
-            if key not in reference:
-                logger.warning("no statistics of %s in the reference: no score of it", key)
-                continue
+            texts = parts.whole(f"{network.name}.text")
+            scores.add("clip", clip_score(parts.whole(key), texts), network)
+        elif output == "logits":
+            _classes(parts, parts.whole(key), network, labelled, scores)
+        elif key in reference:
             real = reference[key]
-            scores.add(FRECHET.get(key, "fd"), _frechet(parts, key, real), network)
-            if output != "spatial" and network.takes == "images" and real.features is not None:
+            name = FRECHET.get(key, "fd")
+            scores.add(name, _frechet(parts, key, real, scores), network)
+            if set(COMPARED) & set(scores_of(network, output)) and real.features is not None:
                 _compare(parts.whole(key), real.features, network, scores)
+        else:
+            scores.warn(f"the reference has no statistics of {key}: no score of it")
     return scores
 
 
-def _frechet(parts: Parts, key: str, real: Statistics) -> float:
+def _classes(
+    parts: Parts, logits: Tensor, network: FeatureNetwork, labelled: bool, scores: Scores
+) -> None:
+    """Inception Score and, of the built-in classifier, the share of samples that it tells."""
+    score, deviation = inception_score(logits)
+    scores.add("is", score, network, deviation)
+    if network.name == "classifier" and labelled:
+        labels = parts.whole("labels")
+        labels = labels.repeat_interleave(len(logits) // len(labels))  # each frame of a clip
+        right = logits.argmax(1) == labels
+        scores.add("accuracy", right.float().mean().item(), network)
+
+
+def _frechet(parts: Parts, key: str, real: Statistics, scores: Scores) -> float:
     moments = Moments()
     for features in parts.read(key):
         moments.update(features)
-    if len(real.mean) != len(moments.mean):
+    width = len(moments.mean)
+    if len(real.mean) != width:
         raise ValueError(
-            f"{key} has {len(moments.mean)} features, the reference {len(real.mean)}: they are of "
-            f"different networks"
+            f"{key} has {width} features, the reference {len(real.mean)}: they are of different "
+            f"networks"
         )
-    message = bias_warning(moments.count, len(moments.mean), key)
-    if message:
-        logger.warning("%s", message)
+    scores.warn(bias_warning(moments.count, width, f"generated samples ({key})"))
+    if real.count is not None:
+        scores.warn(bias_warning(real.count, width, f"real samples ({key})"))
     return frechet_distance(moments.mean, moments.covariance, real.mean, real.covariance)
 
 
@@ -117,8 +161,10 @@ def _compare(features: Tensor, real: Tensor, network: FeatureNetwork, scores: Sc
     """Precision, recall, density, coverage and KID, where there are enough samples."""
     drawn = features[evenly(len(features), MOST_COMPARED)]
     if min(len(drawn), len(real)) <= 3:
-        logger.warning("precision, recall and KID need more than 3 samples; left out")
+        scores.warn("precision, recall and KID need more than 3 samples; left out")
         return
+    if network.device.type == "cuda":  # which has float64 too
+        drawn, real = drawn.to(network.device), real.to(network.device)
     found = precision_recall(real, drawn)
     for name in ("precision", "recall", "density", "coverage"):
         scores.add(name, getattr(found, name), network)

@@ -265,7 +265,7 @@ def _classifier(_: Any, device: torch.device, dataset: ImageDataset | None) -> F
             f"{', which are VAE latents' if dataset.autoencoder else ''}; use another network"
         )
     module = ClassifierFeatures(fit_network(dataset, keep=True))
-    channels, *size = dataset.image_shape
+    channels, *size = dataset.image_shape[0], *dataset.image_shape[-2:]
 
     def prepare(images: Tensor) -> Tensor:
         if list(images.shape[2:]) != size:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from elit._files import as_os_error, remove_leftovers, write_file
 from elit.preparation.process import Process
 
-PATIENCE = 600.0  # seconds without a new part, after which another process is given up
+PATIENCE = 600.0  # seconds without a new part, or five times what one takes: then it is given up
 _GLANCE = 0.5  # seconds between two looks for the parts of others
 
 
@@ -32,6 +32,7 @@ class Parts:
 
     def __init__(self, folder: Path, count: int, size: int):
         self.folder, self.count, self.size = folder, count, size
+        self._longest = 0.0  # seconds that a part took here
 
     def __len__(self) -> int:
         return -(-self.count // self.size)
@@ -58,6 +59,8 @@ class Parts:
         process: Process,
         bar: tqdm,
         offset: int = 0,
+        origin: str = "",
+        done: Callable[[], bool] = lambda: False,
     ) -> None:
         """Make this process's share of what is missing.
 
@@ -66,32 +69,40 @@ class Parts:
             process: this one.
             bar: counts the samples that it made.
             offset: shifts the shares, so that many short runs keep all processes busy.
+            origin: what made them, to be told with them.
+            done: whether all of it is no longer needed.
         """
         remove_leftovers(self.folder)
         for number in self.missing():
-            if (number + offset) % process.world == process.rank:
-                tensors = make(self.samples(number))
-                contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-                self._write(number, contiguous)
-                bar.update(len(self.samples(number)))
+            if done():
+                return
+            if (number + offset) % process.world != process.rank or self.path(number).exists():
+                continue
+            started = time.monotonic()
+            tensors = make(self.samples(number))
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            self._write(number, contiguous, {"origin": origin})
+            self._longest = max(self._longest, time.monotonic() - started)
+            bar.update(len(self.samples(number)))
 
-    def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
+    def _write(self, number: int, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
         path = self.path(number)
         try:
-            write_file(path, lambda aside: save_file(tensors, aside))
+            write_file(path, lambda aside: save_file(tensors, aside, about))
         except SafetensorError as error:
             raise as_os_error(error, path) from error
 
-    def wait(self, bar: tqdm) -> None:
-        """Wait for the parts of other processes."""
+    def wait(self, bar: tqdm, done: Callable[[], bool] = lambda: False) -> None:
+        """Wait for the parts of other processes, or until `done`."""
         known, since = self.todo(), time.monotonic()
-        while missing := self.missing():
+        patience = max(PATIENCE, 5 * self._longest)
+        while (missing := self.missing()) and not done():
             if (todo := self.todo()) < known:
                 bar.update(known - todo)
                 known, since = todo, time.monotonic()
-            elif time.monotonic() - since > PATIENCE:
+            elif time.monotonic() - since > patience:
                 raise ValueError(
-                    f"no part came into {self.folder} for {PATIENCE / 60:.0f} minutes, but "
+                    f"no part came into {self.folder} for {patience / 60:.0f} minutes, but "
                     f"{len(missing)} are missing: another process was killed or hangs; the same "
                     f"command goes on where it was"
                 )
@@ -119,6 +130,14 @@ class Parts:
         """Names of the tensors of a part, in alphabetical order."""
         with safe_open(self.path(0), framework="pt") as file:
             return sorted(file.keys())
+
+    def origins(self) -> list[str]:
+        """What made the parts, each once."""
+        found = set()
+        for number in range(len(self)):
+            with safe_open(self.path(number), framework="pt") as file:
+                found.add((file.metadata() or {}).get("origin", ""))
+        return sorted(found)
 
     def remove(self) -> None:
         """Remove all parts."""

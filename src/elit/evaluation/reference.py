@@ -154,13 +154,20 @@ def _of_network(
             total=parts.todo(), desc=f"reference by {network.name}", unit="image",
             disable=not progress or process.rank > 0,
         ) as bar:  # fmt: skip
-            parts.make(make, process, bar)
+            parts.make(make, process, bar, done=file.exists)
             if process.rank > 0:
                 return None
-            parts.wait(bar)
-        tensors = _reduce(parts)
-        write_json(folder / "about.json", about)
-        write_file(file, lambda aside: save_file(tensors, aside))
+            parts.wait(bar, done=file.exists)
+        # Another job may have been quicker, and then its parts go while these are read.
+        try:
+            tensors = None if file.exists() else _reduce(parts)
+        except ValueError:
+            if not file.exists():
+                raise
+            tensors = None
+        if tensors is not None:
+            write_json(folder / "about.json", about)
+            write_file(file, lambda aside: save_file(tensors, aside))
         parts.remove()
     return None if process.rank > 0 else _read(file)
 

@@ -17,7 +17,8 @@ from elit._choices import check_choice
 from elit._files import write_json
 from elit._pareto import pareto_front
 from elit.evaluation.drawing import SHOWN, SamplingCost
-from elit.evaluation.evaluation import Evaluation, ranking_score, report
+from elit.evaluation.evaluation import FAILED, Evaluation, ranking_score, report
+from elit.evaluation.measure import possible_scores
 from elit.evaluation.parts import Parts
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.operating_points import OperatingPoint
@@ -92,6 +93,12 @@ def sweep(
         The report, in the first process; it is in `out` / sweep.json too.
     """
     points = grid.points(evaluation.drawing.pipeline.transformer)
+    if not points:
+        raise ValueError("no point is left: guides need a lower budget than what they guide")
+    if ranked_by is not None:
+        check_choice(
+            ranked_by, possible_scores(evaluation.drawing.networks), "score", " of these networks"
+        )
     file = out / "sweep.json"
     earlier = _earlier(file, evaluation) if evaluation.process.rank == 0 else []
     reference = evaluation.make_reference()
@@ -108,16 +115,17 @@ def sweep(
         if not is_main:
             return None
         for point in points:
-            evaluation.parts(point).wait(bar)
+            parts = evaluation.parts(point)
+            parts.wait(bar, (parts.folder / FAILED).exists)
     assert reference is not None
     for point in tqdm(points, desc="scoring", unit="point", disable=not evaluation.progress):
         rows.append(evaluation.row(point, evaluation.parts(point), reference, cost))
-    evaluation.add_times(rows, cost)
     rows = merged(earlier, rows)
-    if ranked_by is None:
-        ranked_by = ranking_score(rows[0]["scores"])
-    else:
-        check_choice(ranked_by, rows[0]["scores"], "score")
+    evaluation.add_times(rows, cost)  # all on one device
+    scored = [row["scores"] for row in rows if row["scores"]]
+    if not scored:
+        raise ValueError(f"no point could be drawn: {rows[0]['warnings'][0]}")
+    ranked_by = ranked_by or ranking_score(scored[0])
     found = report(evaluation, rows, ranked_by)
     mark_fronts(found)
     write_json(file, found)
@@ -133,13 +141,13 @@ def _earlier(file: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no result of a sweep; choose another --out") from error
-    mine = evaluation.settings()
+    mine = evaluation.settings
     differing = [
         name
         for name in mine
         if name not in _MAY_DIFFER and json.loads(json.dumps(mine[name])) != settings.get(name)
     ]
-    if weights != evaluation.model()["weights"]:
+    if weights != evaluation.model["weights"]:
         differing.insert(0, "weights")
     if differing:
         raise ValueError(

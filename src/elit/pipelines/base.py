@@ -35,6 +35,10 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[[Any, int, Tensor, dict], dict]
 
 
+class SamplesDivergedError(ValueError):
+    """Samples are no longer finite: these settings don't work with this model."""
+
+
 class ElasticPipeline(RunBudgets, DiffusionPipeline):
     """A pipeline whose transformer is one of ours.
 
@@ -137,7 +141,7 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
                 progress_bar.update()
 
         if not samples.isfinite().all():
-            raise ValueError(
+            raise SamplesDivergedError(
                 f"the samples are no longer finite; a smaller guidance scale than "
                 f"{guidance.scale if guidance else 1:g}, more steps or dtype float32 may help"
             )

@@ -8,7 +8,13 @@ from typing import Any
 from elit.flow.guidance import Forwards, Guidance
 from elit.flow.schedulers import start_sampling
 from elit.pipelines.folder import weights_digest
-from elit.pipelines.operating_points import SWEEP_FILE, OperatingPoint, OperatingPoints, check_cap
+from elit.pipelines.operating_points import (
+    SWEEP_FILE,
+    OperatingPoint,
+    OperatingPoints,
+    check_cap,
+    default_home,
+)
 from elit.pipelines.timing import CallTimes
 
 logger = logging.getLogger(__name__)
@@ -63,27 +69,26 @@ class RunBudgets:
             file: `sweep.json` or its folder; by default where the command writes it, in the
                 folder that the pipeline was loaded from.
         """
-        home = Path(str(self.config.get("_name_or_path") or ""))
+        name = str(self.config.get("_name_or_path") or "")
         if file is None:
-            if not home.is_dir() or not (home / SWEEP_FILE).exists():
+            file = default_home(name) / SWEEP_FILE
+            if not name or not file.exists():
                 raise ValueError(
-                    f"budget='auto' needs what `elit sweep` measured, but there is no "
-                    f"{home / SWEEP_FILE}; run `elit sweep {home}`, or name its file with "
-                    f"load_operating_points"
+                    f"budget='auto' needs what `elit sweep` measured, but there is no {file}; run "
+                    f"`elit sweep {name or 'RUN'}`, or name its file with load_operating_points"
                 )
-            file = home / SWEEP_FILE
         found = OperatingPoints.load(file)
-        weights = weights_digest(home) if home.is_dir() else None
+        weights = weights_digest(Path(name)) if name else None
         if found.weights and weights and found.weights != weights:
             raise ValueError(
-                f"{found.file} is of other weights than {home} holds now; run `elit sweep` again"
+                f"{found.file} is of other weights than {name} holds now; run `elit sweep` again"
             )
         self._operating_points = found
         return found
 
     def choose_operating_point(
         self,
-        count: int = 1,
+        wanted: int | Sequence[Any] = 1,
         max_flops: float | None = None,
         max_ms: float | None = None,
         num_inference_steps: int | None = None,
@@ -92,7 +97,7 @@ class RunBudgets:
         """The best point of a sweep whose cost for an image keeps within the caps.
 
         Args:
-            count: images in a batch, on which the time for each depends.
+            wanted: labels or texts of a batch, or their number: the time for each depends on it.
             max_flops: operations for an image, all calls, a multiply-add as 2; VAE apart.
             max_ms: milliseconds for an image, measured on this device at the first call; VAE apart.
             num_inference_steps: only points of so many steps.
@@ -120,7 +125,7 @@ class RunBudgets:
             )
         costs = [[m.flops] if "max_flops" in caps else [] for m in allowed]
         if "max_ms" in caps:
-            for cost, ms in zip(costs, self._times(allowed, count, size), strict=True):
+            for cost, ms in zip(costs, self._times(allowed, wanted, size), strict=True):
                 cost.append(ms)
         chosen = found.choose(allowed, costs, list(caps.values()))
         if chosen is None:
@@ -135,7 +140,7 @@ class RunBudgets:
 
     def resolve_run(
         self,
-        count: int,
+        wanted: Sequence[Any],
         budget: float | str | Sequence[float],
         num_inference_steps: int | None,
         guidance: Guidance | None,
@@ -152,7 +157,7 @@ class RunBudgets:
             return budget, steps, guidance  # type: ignore[return-value]
         if guidance is not None:
             raise ValueError("budget='auto' chooses the guidance too; leave guidance out")
-        point = self.choose_operating_point(count, max_flops, max_ms, num_inference_steps, size)
+        point = self.choose_operating_point(wanted, max_flops, max_ms, num_inference_steps, size)
         self.operating_point = point
         return point.budget, point.steps, point.make_guidance()
 
@@ -171,9 +176,13 @@ class RunBudgets:
                 f"{'x'.join(map(str, asked))}; sweep at that size, or give a budget"
             )
 
-    def _times(self, allowed: Sequence[Any], count: int, size: Size) -> list[float]:
+    def _times(
+        self, allowed: Sequence[Any], wanted: int | Sequence[Any], size: Size
+    ) -> list[float]:
         """Milliseconds for an image of each point."""
-        times = CallTimes(self, count, size)  # type: ignore[arg-type]
+        wanted = self.example_of(wanted) if isinstance(wanted, int) else wanted
+        hidden = getattr(self, "_progress_bar_config", {}).get("disable", False)
+        times = CallTimes(self, wanted, size, progress=not hidden)  # type: ignore[arg-type]
         runs = [self.calls(m.point.budget, m.point.steps, m.point.make_guidance()) for m in allowed]
         times.measure(call for run in runs for call in run)
         return [times.ms_per_image(run) for run in runs]

@@ -84,7 +84,7 @@ class ElitPipeline(ElasticPipeline):
         labels = self._check_labels(class_labels).to(self._execution_device)
         size = num_frames, height, width
         budget, steps, guidance = self.resolve_run(
-            len(labels), budget, num_inference_steps, guidance, max_flops, max_ms, size
+            labels.tolist(), budget, num_inference_steps, guidance, max_flops, max_ms, size
         )
         return self.sample(
             {"class_labels": labels},

@@ -158,6 +158,11 @@ class OperatingPoints:
         return int(min(within)[-1]) if within else None
 
 
+def default_home(name: str) -> Path:
+    """Folder that results of a pipeline go to: its own, or of one on the hub one under runs/."""
+    return Path(name) if Path(name).is_dir() else Path("runs") / Path(name).name
+
+
 def check_cap(value: Any, name: str) -> float:
     """A cap on cost, or a ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:

@@ -103,12 +103,12 @@ class ElitTextPipeline(ElasticPipeline):
             raise ValueError("give either prompt or prompt_embeds")
         size = num_frames, height, width
         if prompt_embeds is None:
-            count = len(_texts(prompt, "prompt"))
+            wanted = _texts(prompt, "prompt")
         else:
             condition, _ = _check_embeds(prompt_embeds, self.transformer.config)
-            count = len(condition["encoder_hidden_states"])
+            wanted = self.example_of(len(condition["encoder_hidden_states"]))
         budget, steps, guidance = self.resolve_run(
-            count, budget, num_inference_steps, guidance, max_flops, max_ms, size
+            wanted, budget, num_inference_steps, guidance, max_flops, max_ms, size
         )
         if negative_prompt != "" and prompt_embeds is not None:
             raise ValueError(

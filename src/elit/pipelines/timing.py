@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from elit._devices import synchronize
 from elit._files import cache_folder, digest_of, write_json
 from elit.flow.guidance import CFG, CheapCFG, Forwards, Guidance
 
@@ -27,7 +28,16 @@ def device_name(device: torch.device) -> str:
     """What tells this device from another one."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    here = platform.processor() or platform.machine()
+    if device.type == "cpu":
+        return f"{here}, {torch.get_num_threads()} threads"
+    return f"{device.type} of {here}"
+
+
+def describe(part: Any) -> dict[str, str]:
+    """Class and settings of a part of a pipeline."""
+    settings = {name: str(x) for name, x in part.config.items() if not name.startswith("_")}
+    return {"class": type(part).__name__, **settings}
 
 
 class CallTimes:
@@ -38,8 +48,8 @@ class CallTimes:
     They are kept in a file for this model, device, dtype, size and batch.
 
     Args:
-        pipeline: on its device.
-        batch_size: images drawn at once.
+        pipeline: on its device, without a step cache.
+        wanted: labels or texts of a batch: the longest text counts.
         size: frames, height and width in pixels, None where the model was made for it.
         keep: whether to read and write the file.
         progress: whether to show a bar while measuring.
@@ -48,21 +58,30 @@ class CallTimes:
     def __init__(
         self,
         pipeline: "ElasticPipeline",
-        batch_size: int,
+        wanted: Sequence[Any],
         size: tuple[int | None, int | None, int | None] = (None, None, None),
         keep: bool = True,
         progress: bool = False,
     ):
-        self.pipeline, self.batch_size, self.size = pipeline, batch_size, size
+        self.pipeline, self.wanted, self.size = pipeline, list(wanted), size
+        self.batch_size = len(wanted)
         self.progress = progress
         model = pipeline.transformer
+        if model.is_cache_enabled:
+            raise ValueError("times are of a pipeline without a step cache; disable it first")
         key = {
-            "model": {k: str(v) for k, v in model.config.items() if not k.startswith("_")},
-            "class": type(model).__name__,
+            "model": describe(model),
+            "vae": pipeline.vae and describe(pipeline.vae),
+            "scheduler": describe(pipeline.scheduler),
+            "compiled": any(
+                hasattr(m, "_compiled_call_impl") and m._compiled_call_impl is not None
+                for m in model.modules()
+            ),
+            "text_tokens": pipeline.check_prompt(self.wanted) if model.takes_text else None,
             "device": device_name(model.device),
             "dtype": str(model.dtype),
             "size": list(size),
-            "batch_size": batch_size,
+            "batch_size": self.batch_size,
             "torch": torch.__version__,
         }
         self.file = cache_folder() / "times" / f"{digest_of(key)}.json" if keep else None
@@ -137,7 +156,7 @@ class CallTimes:
 
         def run() -> None:
             pipeline(
-                pipeline.example_of(self.batch_size), budget=model.budget_of(latents),
+                self.wanted, budget=model.budget_of(latents),
                 num_inference_steps=steps, guidance=guidance, generator=generator, height=height,
                 width=width, output_type="latent", **options,
             )  # fmt: skip
@@ -147,19 +166,13 @@ class CallTimes:
     def _timed(self, run: Callable[[], Any]) -> float:
         """Seconds that something takes on the pipeline's device."""
         device = self.pipeline.transformer.device
-        _synchronize(device)
+        synchronize(device)
         started = time.perf_counter()
         run()
-        _synchronize(device)
+        synchronize(device)
         return time.perf_counter() - started
 
 
 def _name(call: Forwards) -> str:
     """((16, 1), (4, 1)) -> '16x1+4x1'."""
     return "+".join(f"{latents}x{doubled}" for latents, doubled in call)
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait for what was asked of an accelerator."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
