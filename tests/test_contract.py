@@ -5,6 +5,7 @@ constructor another value that must show in what the model computes.
 """
 
 import inspect
+from collections.abc import Container
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -134,12 +135,12 @@ SLOW = {
 }  # fmt: skip
 
 
-def rows(*, elastic: bool) -> pytest.MarkDecorator:
+def rows(*, elastic: bool, slow: Container[str] = SLOW) -> pytest.MarkDecorator:
     """The cases, or only the elastic ones."""
     return pytest.mark.parametrize(
         "case",
         [
-            pytest.param(case, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+            pytest.param(case, id=name, marks=[pytest.mark.slow] if name in slow else [])
             for name, case in CASES.items()
             if case.is_elastic or not elastic
         ],
@@ -447,7 +448,7 @@ def count_flops(model: nn.Module, inputs: tuple, **budget) -> int:
     return counter.get_total_flops()
 
 
-@ELASTIC
+@rows(elastic=True, slow={*SLOW, "elit-dit-3d", "elit-uvit"})  # counted at each budget
 def test_flops_fall_strictly_with_the_budget(case: Case) -> None:
     with torch.device("meta"):  # on a CPU the counter misses attention
         model = case.cls(**case.config).requires_grad_(False)

@@ -300,9 +300,14 @@ def test_a_signal_ends_it_cleanly(number, tmp_path, capsys) -> None:
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 
-    threading.Thread(target=end_soon, daemon=True).start()
-    words = f"prepare {source} {out} --pixels --resolution 16 --workers 1 --part-size 4"
-    assert main(words.split()) == 130
+    # What a shell starts in the background ignores Ctrl-C, and so would this process.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=end_soon, daemon=True).start()
+        words = f"prepare {source} {out} --pixels --resolution 16 --workers 1 --part-size 4"
+        assert main(words.split()) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "elit: interrupted" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert not list(out.glob(".*"))
