@@ -14,7 +14,6 @@ from elit.evaluation.comparison import (
     differences,
     notes_on,
     ranking_of,
-    read_sweep,
     read_sweeps,
     shared_points,
 )
@@ -271,17 +270,42 @@ def test_names_are_those_of_the_runs(tmp_path) -> None:
     assert list(read_sweeps(str(moved), str(one))) == ["moved", "run"]
 
 
+def row(**values):
+    return lambda r: r["rows"][5].update(values)
+
+
+HUGE = 10**400
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.update(format=2), "is of another version of elit; run `elit sweep` again"),
-        (lambda r: r.pop("settings"), "is no result of `elit sweep`: it has no fitting 'settings'"),
-        (lambda r: r.update(rows=5), "no fitting 'rows'"),
+        (lambda r: r.update(format=2), "another version of elit; run `elit sweep`"),
+        (lambda r: r.pop("settings"), "no settings"),
+        (lambda r: r.update(rows=5), "rows 5"),
         (lambda r: r.update(rows=[]), "has no rows; run `elit sweep` to its end"),
-        (lambda r: r["rows"].append(3), "no fitting 'budget'"),
-        (lambda r: r["rows"][5].pop("scores"), "no fitting 'scores'"),
-        (lambda r: r["rows"][5].update(gflops_per_image=None), "no fitting 'gflops_per_image'"),
-        (lambda r: r["rows"][5]["scores"].update(beauty=1.0), "has a score 'beauty' that this"),
+        (lambda r: r["rows"].append(3), "rows "),
+        (lambda r: r["rows"][5].pop("scores"), "row 5: no scores"),
+        (row(gflops_per_image=None), "row 5: gflops_per_image None"),
+        (row(gflops_per_image=-1), "row 5: gflops_per_image -1"),
+        (row(gflops_per_image=HUGE), "row 5: gflops_per_image 1000"),
+        (row(scores={"fid": float("nan")}), "row 5: scores"),
+        (row(scores={"fid": "x"}), "row 5: scores"),
+        (row(scores=[1]), "row 5: scores"),
+        (row(scores={"fid": HUGE}), "row 5: scores"),
+        (row(scores={"beauty": 1.0}), "has a score 'beauty' that this"),
+        (row(budget=9), "row 5: budget 9"),
+        (row(budget=0), "row 5: budget 0"),
+        (row(steps=0), "row 5: steps 0"),
+        (row(guidance="zz"), "row 5: guidance 'zz'"),
+        (row(guidance=[]), "row 5: guidance"),
+        (row(scale="zz"), "row 5: scale 'zz'"),
+        (row(interval=[0.5]), "row 5: interval"),
+        (row(interval={}), "row 5: interval"),
+        (row(interval=[0.9, 0.1]), "row 5: interval"),
+        (lambda r: r.update(lower_is_better="no"), "lower_is_better 'no'"),
+        (lambda r: r["settings"].update(reference=3), "settings: reference 3"),
+        (lambda r: r["model"].update(training=3), "model: training 3"),
     ],
 )
 def test_files_that_are_no_sweep(tmp_path, change, message) -> None:
@@ -290,8 +314,19 @@ def test_files_that_are_no_sweep(tmp_path, change, message) -> None:
     file = tmp_path / "sweep.json"
     file.write_text(json.dumps(report))
     with pytest.raises(ValueError, match=message) as raised:
-        read_sweep(file)
+        read_sweeps(str(file), str(swept(tmp_path / "run", plain())))
     assert str(file) in str(raised.value)
+
+
+def test_a_sweep_is_never_overwritten(tmp_path, capsys) -> None:
+    one, two = swept(tmp_path / "one", elastic()), swept(tmp_path / "two", plain())
+    before = (one / "swept" / "sweep.json").read_bytes()
+    out = one / "swept" / "sweep.html"
+    assert main(["compare", str(one), str(two), "--out", str(out)]) == 2
+    assert "is there and no comparison" in capsys.readouterr().err
+    assert (one / "swept" / "sweep.json").read_bytes() == before
+    out = tmp_path / "compare.html"
+    assert [main(["compare", str(one), str(two), "--out", str(out)]) for _ in "ab"] == [0, 0]
 
 
 def test_every_score_has_a_title_and_a_direction() -> None:

@@ -421,6 +421,22 @@ def tiny_vae(seed: int) -> AutoencoderKL:
     )  # fmt: skip
 
 
+def test_a_damaged_reference_is_made_anew(real, tmp_path, caplog) -> None:
+    networks, images = [load_network(Corners(), device="cpu")], open_images(str(real))
+    first = make_reference(images, networks, ONE, progress=False)["Corners.pool"]
+    (file,) = tmp_path.glob("cache/references/*/statistics.safetensors")
+    file.write_bytes(file.read_bytes()[:-20])
+    again = make_reference(images, networks, ONE, progress=False)["Corners.pool"]
+    assert torch.equal(first.covariance, again.covariance)
+    assert "is made anew" in caplog.text
+
+
+def test_one_image_is_no_reference(tmp_path) -> None:
+    images = open_images(str(folder_of(tmp_path, (8, 8))))
+    with pytest.raises(ValueError, match="holds one image"):
+        make_reference(images, [load_network(Corners(), device="cpu")], ONE, progress=False)
+
+
 def test_two_jobs_make_one_reference(real, monkeypatch) -> None:
     """The second is through with its parts when the first one removes all."""
     monkeypatch.setattr(parts_module, "PATIENCE", 2.0)
@@ -494,6 +510,12 @@ def odd_npz(folder: Path, **arrays) -> Path:
     return folder / "x.npz"
 
 
+def npy_of_another_name(folder: Path) -> Path:
+    with (folder / "x.npz").open("wb") as file:
+        np.save(file, np.zeros((9, 8, 8, 3), np.uint8))
+    return folder / "x.npz"
+
+
 def folder_of(folder: Path, *sizes: tuple[int, int]) -> Path:
     home = folder / "pictures"
     home.mkdir()
@@ -513,6 +535,11 @@ def folder_of(folder: Path, *sizes: tuple[int, int]) -> Path:
         (lambda f: odd_npz(f, labels=np.zeros(3)), "holds labels: give a file with images"),
         (lambda f: odd_npz(f, arr_0=np.zeros((9, 8, 8, 3))), "give uint8"),
         (lambda f: odd_npz(f, mu=np.zeros(3), sigma=np.eye(4)), "don't fit each other"),
+        (lambda f: odd_npz(f, mu=np.array(["a"]), sigma=np.eye(1)), "no floating-point numbers"),
+        (lambda f: odd_npz(f, mu=np.full(3, np.nan), sigma=np.eye(3)), "not finite"),
+        (lambda f: odd_npz(f, arr_0=np.asfortranarray(np.zeros((9, 8, 8, 3), np.uint8))), "of C"),
+        (lambda f: odd_npz(f, arr_0=np.uint8(3)), "give uint8"),
+        (npy_of_another_name, "cannot be read as .npz"),
     ],
 )
 def test_what_is_no_reference_is_refused(make, message, tmp_path) -> None:

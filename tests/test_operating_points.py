@@ -5,11 +5,19 @@ import logging
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_elastic
 
-from elit import CheapCFG, ElitPipeline, load_pipeline, make_scheduler
+from elit import (
+    CheapCFG,
+    ElitPipeline,
+    ElitTextPipeline,
+    create_model,
+    load_pipeline,
+    make_scheduler,
+)
 from elit.cli.main import main
 from elit.pipelines.operating_points import OperatingPoint, OperatingPoints
 from elit.pipelines.timing import CallTimes
@@ -177,6 +185,7 @@ def test_two_caps_hold_at_once(run) -> None:
         ({"max_flops": -1}, "max_flops=-1 is not allowed"),
         ({"max_ms": float("nan")}, "max_ms=nan is not allowed"),
         ({"max_ms": True}, "max_ms=True is not allowed"),
+        ({"max_flops": 10**400}, "max_flops=1000"),
         ({"max_flops": 9e9, "guidance": CheapCFG(2.0)}, "leave guidance out"),
         ({"max_flops": 9e9, "height": 16, "width": 16}, "measured at 8x8, not at 16x16"),
         ({"max_flops": 9e9, "budget": 0.5}, "max_flops has no effect at budget=0.5"),
@@ -185,6 +194,27 @@ def test_two_caps_hold_at_once(run) -> None:
 def test_what_cannot_be_met_is_refused(run, arguments, message) -> None:
     with pytest.raises(ValueError, match=message):
         open_quietly(run)([0], **{"budget": "auto"} | arguments)
+
+
+def test_a_numpy_number_is_a_cap(run) -> None:
+    found = open_quietly(run).choose_operating_point(max_flops=np.float32(9e9))
+    assert cost_of(found) <= 9
+
+
+def test_longer_texts_than_the_sweep_s_are_not_capped_by_its_flops(tmp_path) -> None:
+    from sweeps import sweep_report
+
+    model = create_model("elit-mmdit-tiny/2", 16, in_channels=3)
+    pipeline = ElitTextPipeline(model, make_scheduler("euler"))
+    pipeline.set_progress_bar_config(disable=True)
+    report = sweep_report()
+    report["model"]["weights"] = None
+    report["settings"]["text_tokens"] = 4
+    (tmp_path / "sweep.json").write_text(json.dumps(report))
+    pipeline.load_operating_points(tmp_path)
+    pipeline(["a red disc"], budget="auto", max_flops=1e9)
+    with pytest.raises(ValueError, match="texts of up to 4 tokens, but these have 6"):
+        pipeline(["a large red disc there"], budget="auto", max_flops=1e9)
 
 
 def test_a_sweep_of_something_else_is_refused(run, tmp_path) -> None:
@@ -217,6 +247,8 @@ def test_on_the_command_line(run, capsys) -> None:
         (["--max-gflops", "1"], "the cheapest is budget 1/4"),
         ([], "needs a cap; add --max-gflops or --max-ms"),
         (["--max-gflops", "8", "--guidance", "cfg"], "leave --guidance out"),
+        (["--max-gflops", "0"], "--max-gflops 0 is not allowed"),
+        (["--max-gflops", "8", "--sweep", "nowhere.json"], "there is no nowhere.json"),
     ):
         assert main([*words, *more]) == 2
         assert message in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """`elit compare`: two swept models side by side, such as a plain and an elastic one."""
 
 import argparse
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from elit.viz.figures import Rows
     from elit.viz.page import compare_page
 
+    check_out(page)
     reports = read_sweeps(args.a, args.b)
     check_comparable(reports)
     score = ranking_of(reports)
@@ -63,6 +65,22 @@ def run(args: argparse.Namespace) -> int:
         _print(found, reports, infos[score])
         print(f"\n{page}")
     return 0
+
+
+def check_out(page: Path) -> None:
+    """Raise a ValueError where the JSON file beside the page is no comparison: a sweep, perhaps."""
+    file = page.with_suffix(".json")
+    if not file.exists():
+        return
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        ours = isinstance(kept, dict) and "models" in kept
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise ValueError(
+            f"--out {page} would write {file}, which is there and no comparison; give another name"
+        )
 
 
 def report_of(

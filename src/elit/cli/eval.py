@@ -17,6 +17,7 @@ from elit.cli.common import (
 )
 from elit.cli.evaluating import (
     EPILOG,
+    MOST_STEPS,
     add_evaluation_flags,
     home_of,
     interval_of,
@@ -35,7 +36,13 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--budget", type=budget, default=1.0, metavar="B",
         help="fraction of the latents to keep (default: 1)")  # fmt: skip
-    add("--steps", type=whole_number(1), default=40, metavar="N", help="steps (default: 40)")
+    add(
+        "--steps",
+        type=whole_number(1, MOST_STEPS),
+        default=40,
+        metavar="N",
+        help="steps (default: 40)",
+    )
     add("--guidance", type=one_of(GUIDANCES, "guidance"), default="none", metavar="NAME",
         help=f"{', '.join(GUIDANCES)} (default: none)")  # fmt: skip
     add("--scale", type=number, metavar="S", help=f"of guidance (default: {DEFAULT_SCALE:g})")
@@ -59,11 +66,12 @@ def run(args: argparse.Namespace) -> int:
     if report is None:  # the first process tells
         return 0
     folder = evaluation.parts(point).folder
-    report["out"] = str(folder / "eval.json")
+    reference = report["settings"]["reference"]["digest"]  # others keep their results
+    report["out"] = str(folder / f"eval-{reference}.json")
     if args.save_npz:
         report["npz"] = str(folder / "samples.npz")
         save_npz(evaluation.parts(point), Path(report["npz"]))
-    write_json(folder / "eval.json", report)
+    write_json(Path(report["out"]), report)
     if args.json:
         print_json(report)
     else:
@@ -80,6 +88,10 @@ def operating_point(args: argparse.Namespace, model: Any) -> Any:
         return OperatingPoint(ran, args.steps)
     guide = None
     if args.guidance in ("ag", "ccfg"):
+        if not model.is_elastic:
+            raise ValueError(
+                f"--guidance {args.guidance} needs a lower budget; this model has none"
+            )
         kept = model.min_latents
         if args.guide_budget is not None:
             kept = model.resolve_budget(args.guide_budget)

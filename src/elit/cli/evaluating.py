@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # A test compares them with those of the library, whose import would bring torch.
 NETWORKS = ("inception", "dinov2", "clip", "i3d", "classifier")
+MOST_SAMPLES, MOST_STEPS = 10_000_000, 10_000
 LARGE = 64  # pixels of a side from which the usual networks see something
 
 EPILOG = """\
@@ -40,7 +41,7 @@ def add_evaluation_flags(parser: Parser, samples: int) -> None:
         f"below {LARGE} px classifier)")  # fmt: skip
     add("--weights", nargs="+", metavar="NAME=PATH", default=[],
         help="weights of a network: a file, a folder or a name on the hub")  # fmt: skip
-    add("--samples", type=whole_number(2), default=samples, metavar="N",
+    add("--samples", type=whole_number(2, MOST_SAMPLES), default=samples, metavar="N",
         help="of each operating point (default: %(default)s)")  # fmt: skip
     add("--prompts", metavar="FILE",
         help="file of texts, one a line (default: the reference's)")  # fmt: skip
@@ -184,6 +185,9 @@ def _networks(
             names.append("i3d")
     if unused := weights.keys() - set(names):
         raise ValueError(f"--weights of {', '.join(unused)} have no effect; add it to --network")
+    files = [Path(name).name for name in dict.fromkeys(names)]
+    if twice := {name for name in files if files.count(name) > 1}:
+        raise ValueError(f"--network: two files are named {twice.pop()}; rename one")
     networks = []
     for name in dict.fromkeys(names):
         if name in NETWORKS or not Path(name).exists():
@@ -215,7 +219,10 @@ def _texts(
 ) -> tuple[str, ...]:
     """Texts of --prompts, or of the reference."""
     if args.prompts is not None:
-        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        try:
+            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompts: {args.prompts} is no text in UTF-8 ({error})") from error
         texts = tuple(line.strip() for line in lines if line.strip())
         if not texts:
             raise ValueError(f"--prompts: {args.prompts} has no line with a text")

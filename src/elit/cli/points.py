@@ -49,7 +49,11 @@ def budget_or_auto(text: str) -> float | str:
 
 def check_auto(args: argparse.Namespace) -> None:
     """Caps are of --budget auto, which stands alone and chooses the guidance too."""
-    caps = [f"--{f}" for f in ("max-gflops", "max-ms") if getattr(args, f.replace("-", "_"))]
+    given = {"--max-gflops": args.max_gflops, "--max-ms": args.max_ms}
+    caps = [flag for flag, value in given.items() if value is not None]
+    for flag in caps:
+        if not 0 < given[flag] <= 1e18:
+            raise ValueError(f"{flag} {given[flag]:g} is not allowed; give a positive number")
     if AUTO not in args.budget:
         caps += ["--sweep"] if args.sweep is not None else []
         if caps:
@@ -72,7 +76,7 @@ def choose_point(
         pipeline.load_operating_points(args.sweep)
     point = pipeline.choose_operating_point(
         wanted[: args.batch_size],
-        args.max_gflops and args.max_gflops * 1e9,
+        None if args.max_gflops is None else args.max_gflops * 1e9,
         args.max_ms,
         args.steps,
         (args.frames, height, width),

@@ -20,6 +20,7 @@ from elit.cli.common import (
 from elit.cli.eval import settings_text
 from elit.cli.evaluating import (
     EPILOG,
+    MOST_STEPS,
     add_evaluation_flags,
     home_of,
     interval_of,
@@ -44,7 +45,7 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--budgets", type=budget, nargs="+", metavar="B",
         help="budgets in (0, 1] (default: 1 and halves of it)")  # fmt: skip
-    add("--steps", type=whole_number(1), nargs="+", default=list(STEPS), metavar="N",
+    add("--steps", type=whole_number(1, MOST_STEPS), nargs="+", default=list(STEPS), metavar="N",
         help=f"steps (default: {' '.join(map(str, STEPS))})")  # fmt: skip
     add("--guidance", type=one_of(GUIDANCES, "guidance"), nargs="+", metavar="NAME",
         help="none, cfg, ag, ccfg (default: all that the model can)")  # fmt: skip

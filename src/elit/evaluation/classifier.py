@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -100,12 +102,22 @@ def fit_network(train_dataset: ImageDataset, seed: int = 0, keep: bool = False) 
         seen = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
         key = digest_of([_RECIPE, seen, seed, aligned, sorted(network.state_dict())])
         file = cache_folder() / "classifiers" / f"{key}.safetensors"
-        if not file.exists():
+        kept = _kept_weights(file)
+        if kept is None:
             weights = _fit_network(network, images, labels).state_dict()
             whole = {name: tensor.contiguous() for name, tensor in weights.items()}
             write_file(file, lambda aside: save_file(whole, aside))
-        network.load_state_dict(load_file(file))
+            kept = whole
+        network.load_state_dict(kept)
         return network.eval().requires_grad_(False)
+
+
+def _kept_weights(file: Path) -> dict[str, torch.Tensor] | None:
+    """Weights of an earlier fit; None where there are none, or they are damaged."""
+    try:
+        return load_file(file)
+    except (FileNotFoundError, SafetensorError):
+        return None
 
 
 class ClassifierFeatures(nn.Module):

@@ -1,13 +1,12 @@
 """Two sweeps side by side: whether they may be compared, and what both measured."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from elit._pareto import is_number
 from elit.evaluation.score_names import SCORES
-from elit.pipelines.operating_points import FORMAT, SWEEP_FILE
+from elit.pipelines.sweep_file import SWEEP_FILE, read_sweep
 
 Report = dict[str, Any]
 
@@ -15,14 +14,6 @@ Report = dict[str, Any]
 _SAME = ("samples", "seed", "drawn", "size", "eight_bit")
 _SAME_TIMES = ("device", "device_name", "dtype", "batch_size")
 _POINT = ("budget", "steps", "sampler", "guidance", "scale", "guide_budget", "interval")
-_PARTS: dict[str, Any] = {"model": dict, "settings": dict, "ranked_by": str, "rows": list}
-_PARTS_OF_A_ROW: dict[str, Any] = {
-    "budget": int | float,
-    "steps": int,
-    "guidance": str,
-    "gflops_per_image": int | float,
-    "scores": dict,
-}
 _EQUAL_TRAINING = 0.05  # share by which training FLOPs may differ and still be called equal
 
 
@@ -41,37 +32,12 @@ def read_sweeps(first: str, second: str) -> dict[str, Report]:
         names = [str(file.parent) for file in files]
     if names[0] == names[1]:
         names = [str(file) for file in files]
-    return {name: read_sweep(file) for name, file in zip(names, files, strict=True)}
-
-
-def read_sweep(file: Path) -> Report:
-    """A report as `elit sweep` writes it, or a ValueError that says what is wrong with the file."""
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{file} is not JSON ({error}), perhaps cut off; run `elit sweep` again"
-        ) from error
-    if not isinstance(report, dict):
-        raise ValueError(f"{file} holds {report!r:.60} and no result of `elit sweep`")
-    if report.get("format", FORMAT) != FORMAT:
-        raise ValueError(f"{file} is of another version of elit; run `elit sweep` again")
-    rows = report.get("rows")
-    lacking = [key for key in _PARTS if not isinstance(report.get(key), _PARTS[key])]
-    lacking += [
-        key
-        for row in (rows if isinstance(rows, list) else ())
-        for key in _PARTS_OF_A_ROW
-        if not (isinstance(row, dict) and isinstance(row.get(key), _PARTS_OF_A_ROW[key]))
-    ]
-    if lacking:
-        raise ValueError(f"{file} is no result of `elit sweep`: it has no fitting {lacking[0]!r}")
-    if not rows:
-        raise ValueError(f"{file} has no rows; run `elit sweep` to its end")
-    unknown = sorted({name for row in report["rows"] for name in row["scores"]} - set(SCORES))
-    if unknown:
-        raise ValueError(f"{file} has a score {unknown[0]!r} that this version of elit lacks")
-    return report
+    reports = {name: read_sweep(file) for name, file in zip(names, files, strict=True)}
+    for file, report in zip(files, reports.values(), strict=True):
+        unknown = sorted({name for row in report["rows"] for name in row["scores"]} - set(SCORES))
+        if unknown:
+            raise ValueError(f"{file} has a score {unknown[0]!r} that this version of elit lacks")
+    return reports
 
 
 def check_comparable(reports: Mapping[str, Report]) -> None:

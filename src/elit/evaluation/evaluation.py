@@ -26,7 +26,8 @@ from elit.evaluation.weights import checksum_of
 from elit.flow.schedulers import start_sampling
 from elit.pipelines.base import SamplesDivergedError
 from elit.pipelines.folder import weights_digest
-from elit.pipelines.operating_points import FORMAT, OperatingPoint
+from elit.pipelines.operating_points import OperatingPoint
+from elit.pipelines.sweep_file import FORMAT
 from elit.pipelines.timing import CallTimes, describe, device_name
 from elit.preparation.process import Process
 
@@ -96,6 +97,7 @@ class Evaluation:
             "seed": drawing.seed,
             "drawn": _texts_digest(drawing.texts) if drawing.texts else "classes, balanced",
             "text_encoder": self._weights("text_encoder"),
+            "text_tokens": pipeline.check_prompt(list(drawing.texts)) if drawing.texts else None,
             "sampler": type(pipeline.scheduler).__name__,
             "sampler_settings": digest_of(describe(pipeline.scheduler)),
             "dtype": str(model.dtype).removeprefix("torch."),

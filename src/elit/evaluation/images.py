@@ -3,6 +3,7 @@
 import hashlib
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from elit.interface.grid import format_size
 from elit.pipelines.autoencoder import decode
 from elit.preparation.images import fit, read_image
 
+_UNREADABLE = (
+    OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _HASHED = 1000  # pictures of a folder whose contents are in its digest
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -193,11 +197,13 @@ def _of_npz(path: Path) -> Images:
             names = set(file.files)
             for output, keys in _KEYS.items():
                 if names.issuperset(keys):
+                    if any(file[k].dtype.kind != "f" for k in keys):
+                        raise TypeError(f"{keys[0]} and {keys[1]} are no floating-point numbers")
                     mean, covariance = (torch.from_numpy(file[k]).double() for k in keys)
                     statistics[output] = mean, covariance
         with zipfile.ZipFile(path) as archive:  # the checksums that it holds
             digest = digest_of([[i.filename, i.file_size, i.CRC] for i in archive.infolist()])
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as .npz ({error}); copy it again") from error
     rows = _NpzRows(path) if "arr_0" in names else None
     if rows is None and not statistics:
@@ -236,7 +242,7 @@ class _NpzRows:
                 }[version]
                 whole, fortran, dtype = reader(member)
                 self.start = member.tell()
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        except _UNREADABLE as error:
             raise ValueError(f"{path} cannot be read as .npz ({error}); copy it again") from error
         if len(whole) != 4 or whole[3] != 3 or dtype != np.uint8 or fortran or not min(whole):
             raise ValueError(
@@ -260,7 +266,7 @@ class _NpzRows:
         self._skip((first - self._next) * size)
         try:
             content = self._member.read(len(numbers) * size)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
+        except _UNREADABLE as error:
             raise ValueError(f"{self.path} is damaged ({error}); copy it again") from error
         if len(content) != len(numbers) * size:
             raise ValueError(f"{self.path} is cut off; copy it again")

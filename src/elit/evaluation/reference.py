@@ -1,11 +1,13 @@
 """Statistics of real images by each network: made once, kept, and shared by all evaluations."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -17,6 +19,8 @@ from elit.evaluation.networks import FeatureNetwork
 from elit.evaluation.parts import Parts, batches, part_size
 from elit.interface.grid import format_size
 from elit.preparation.process import Process
+
+logger = logging.getLogger(__name__)
 
 MANIFOLD = 10_000  # images whose features are kept for precision, recall and KID, as ADM's batch
 _UNRANKED = ("spatial",)  # outputs that no score needs beyond mean and covariance
@@ -85,6 +89,8 @@ def make_reference(
         In the first process, the statistics; elsewhere None.
     """
     found: dict[str, Statistics] = {}
+    if images.count == 1:
+        raise ValueError(f"{images.name} holds one image; a reference needs two or more")
     for network in networks:
         if network.takes == "texts":
             continue  # it compares samples with their texts
@@ -140,6 +146,9 @@ def _of_network(
     key = digest_of({name: value for name, value in about.items() if name != "images"})
     folder = (home or cache_folder() / "references") / key
     file = folder / "statistics.safetensors"
+    if file.exists() and process.rank == 0 and not _is_whole(file):
+        logger.warning("%s is damaged; it is made anew", file)
+        file.unlink()
     if not file.exists():
         parts = Parts(folder / "parts", images.count, part_size(images.count, batch_size))
 
@@ -189,6 +198,14 @@ def _reduce(parts: Parts) -> dict[str, Tensor]:
         if name.rpartition(".")[2] not in _UNRANKED:
             tensors[f"{name}/features"] = torch.cat(kept)
     return tensors
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt"):  # compares the length with the header
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def _read(file: Path) -> dict[str, Statistics]:

@@ -141,9 +141,10 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
                 progress_bar.update()
 
         if not samples.isfinite().all():
+            guided = f"a smaller guidance scale than {guidance.scale:g}, " if guidance else ""
             raise SamplesDivergedError(
-                f"the samples are no longer finite; a smaller guidance scale than "
-                f"{guidance.scale if guidance else 1:g}, more steps or dtype float32 may help"
+                f"the samples are no longer finite; {guided}more steps or dtype float32 may help, "
+                f"if the weights themselves are sound"
             )
         images = self.decode(samples, output_type)
         self.maybe_free_model_hooks()

@@ -5,17 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from elit._files import digest_of
 from elit.flow.guidance import Forwards, Guidance
 from elit.flow.schedulers import start_sampling
 from elit.pipelines.folder import weights_digest
 from elit.pipelines.operating_points import (
-    SWEEP_FILE,
     OperatingPoint,
     OperatingPoints,
     check_cap,
     default_home,
 )
-from elit.pipelines.timing import CallTimes
+from elit.pipelines.sweep_file import SWEEP_FILE
+from elit.pipelines.timing import CallTimes, describe
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,10 @@ class RunBudgets:
 
     def example_of(self, count: int) -> list[Any]:
         """Something to draw, `count` times, for measuring."""
+        raise NotImplementedError
+
+    def check_prompt(self, prompt: Any) -> int:
+        """Tokens of the longest text."""
         raise NotImplementedError
 
     def pixel_size(self) -> tuple[int, ...]:
@@ -112,6 +117,13 @@ class RunBudgets:
             raise ValueError("budget='auto' needs a cap; give max_flops=, max_ms=, or both")
         found = self._operating_points or self.load_operating_points()
         self._check_sweep(found, size)
+        if "max_flops" in caps and found.text_tokens is not None and not isinstance(wanted, int):
+            tokens = self.check_prompt(wanted)
+            if tokens > found.text_tokens:
+                raise ValueError(
+                    f"the FLOPs of {found.file} are of texts of up to {found.text_tokens} tokens, "
+                    f"but these have {tokens}; sweep with such texts, or cap by max_ms"
+                )
         allowed = [
             measured
             for measured in found.points
@@ -167,6 +179,10 @@ class RunBudgets:
             raise ValueError(
                 f"{found.file} was measured with {found.sampler}, but this pipeline has a "
                 f"{sampler}; set that scheduler, or sweep with this one"
+            )
+        if found.sampler_settings not in (None, digest_of(describe(self.scheduler))):
+            raise ValueError(
+                f"{found.file} was measured with other settings of the {sampler}; sweep again"
             )
         default = self.pixel_size()
         asked = tuple(a or d for a, d in zip(size[-len(default) :], default, strict=True))

@@ -1,18 +1,15 @@
 """Operating points: budget, steps and guide of a pipeline, measured by a sweep, chosen by a cap."""
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from elit._numbers import is_real
 from elit.flow.guidance import Guidance, make_guidance
 from elit.interface.budget import format_budget
-from elit.pipelines.folder import read_config
-
-SWEEP_FILE = Path("swept") / "sweep.json"  # within a pipeline's folder
-FORMAT = 1  # of the file
+from elit.pipelines.sweep_file import read_sweep
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,9 @@ class OperatingPoints:
         lower_is_better: its direction.
         weights: digest of the weights that were measured.
         sampler: name of the scheduler's class.
+        sampler_settings: digest of its settings; None where the file has none.
         size: of the images, in pixels, frames first.
+        text_tokens: length of the texts that the costs are of; None of classes.
         file: where this came from.
     """
 
@@ -105,7 +104,9 @@ class OperatingPoints:
     lower_is_better: bool
     weights: str | None
     sampler: str
+    sampler_settings: str | None
     size: tuple[int, ...]
+    text_tokens: int | None
     file: Path
 
     @classmethod
@@ -115,29 +116,24 @@ class OperatingPoints:
         path = path / "sweep.json" if path.is_dir() else path
         if not path.exists():
             raise ValueError(f"there is no {path}; `elit sweep RUN` measures and writes it")
-        report = read_config(path)
-        try:
-            if report["format"] != FORMAT:
-                raise ValueError(f"{path} is of another version of elit; run `elit sweep` again")
-            ranked_by, settings = report["ranked_by"], report["settings"]
-            points = [
-                Measured(
-                    OperatingPoint.from_dict(row),
-                    float(row["scores"][ranked_by]),
-                    row["gflops_per_image"] * 1e9,
-                )
-                for row in report["rows"]
-                if row["scores"].get(ranked_by) is not None
-            ]
-            found = cls(
-                points, ranked_by, bool(report["lower_is_better"]), report["model"]["weights"],
-                settings["sampler"], tuple(settings["size"]), path,
-            )  # fmt: skip
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no result of `elit sweep`: it lacks {error}") from error
+        report = read_sweep(path)
+        ranked_by, settings = report["ranked_by"], report["settings"]
+        points = [
+            Measured(
+                OperatingPoint.from_dict(row),
+                float(row["scores"][ranked_by]),
+                row["gflops_per_image"] * 1e9,
+            )
+            for row in report["rows"]
+            if row["scores"].get(ranked_by) is not None
+        ]
         if not points:
             raise ValueError(f"{path} has no row with a {ranked_by}; run `elit sweep` to its end")
-        return found
+        return cls(
+            points, ranked_by, report["lower_is_better"], report["model"]["weights"],
+            settings["sampler"], settings.get("sampler_settings"), tuple(settings["size"]),
+            settings.get("text_tokens"), path,
+        )  # fmt: skip
 
     def choose(
         self, allowed: Sequence[Measured], costs: Sequence[Sequence[float]], caps: Sequence[float]
@@ -165,6 +161,9 @@ def default_home(name: str) -> Path:
 
 def check_cap(value: Any, name: str) -> float:
     """A cap on cost, or a ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r} is not allowed; give a positive number")
-    return float(value)
+    try:
+        if is_real(value) and value > 0:
+            return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        pass
+    raise ValueError(f"{name}={value!r:.40} is not allowed; give a positive number")
