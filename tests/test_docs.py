@@ -202,27 +202,39 @@ def test_the_table_of_the_papers_runs_is_what_its_command_prints(capsys, monkeyp
     assert row in shown
 
 
-def test_the_readme_s_table_of_backbones_is_what_flops_prints(capsys) -> None:
-    rows = re.findall(
-        r"^\| `(elit-[^`]+)`, ([^|]*)\| ([^|]+) M \|(.*)\|[^|]*\|$",
-        (ROOT / "README.md").read_text(),
-        re.M,
-    )
-    assert len(rows) == 8
-    for preset, inputs, millions, costs in rows:
-        budgets = ["--budgets", "1", "0.5", "0.25", "0.0625"]
-        flags = []
-        for flag, pattern in (
-            ("--resolution", r"(\d+) px"), ("--frames", r"(\d+) frames"),
-            ("--text-tokens", r"(\d+) text tokens"),
-        ):  # fmt: skip
-            flags += [part for number in re.findall(pattern, inputs) for part in (flag, number)]
-        assert "--resolution" in flags
-        assert main(["flops", preset, *flags, *budgets]) == 0
-        shown = capsys.readouterr().out
-        assert f"{millions} M parameters" in shown
-        for cost in costs.split("|"):
-            assert re.search(rf"\b{re.escape(cost.strip())}$", shown, re.M), (preset, cost)
+BACKBONES = re.findall(
+    r"^\| `(elit-[^`]+)`, ([^|]*)\| ([^|]+) M \|(.*)\|[^|]*\|$",
+    (ROOT / "README.md").read_text(),
+    re.M,
+)
+
+
+def test_the_readme_s_table_has_all_backbones() -> None:
+    assert len(BACKBONES) == 8
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row[0], marks=[pytest.mark.slow] if number % 3 else [])
+        for number, row in enumerate(BACKBONES)
+    ],
+)
+def test_the_readme_s_table_of_backbones_is_what_flops_prints(row, capsys) -> None:
+    preset, inputs, millions, costs = row
+    budgets = ["--budgets", "1", "0.5", "0.25", "0.0625"]
+    flags = []
+    for flag, pattern in (
+        ("--resolution", r"(\d+) px"), ("--frames", r"(\d+) frames"),
+        ("--text-tokens", r"(\d+) text tokens"),
+    ):  # fmt: skip
+        flags += [part for number in re.findall(pattern, inputs) for part in (flag, number)]
+    assert "--resolution" in flags
+    assert main(["flops", preset, *flags, *budgets]) == 0
+    shown = capsys.readouterr().out
+    assert f"{millions} M parameters" in shown
+    for cost in costs.split("|"):
+        assert re.search(rf"\b{re.escape(cost.strip())}$", shown, re.M), (preset, cost)
 
 
 # ---- snippets ----

@@ -92,7 +92,7 @@ POINT = OperatingPoint(0.5, 3, "ccfg", 2.0, 1 / 16)
 # ---- the same on any number of processes ----
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_any_number_of_processes_gives_the_same(run, real, tmp_path, world) -> None:
     alone = make_evaluation(run, real, tmp_path / "alone")
     report = evaluate(alone, POINT)
