@@ -21,13 +21,13 @@ from elit import ElitPipeline, elasticize
 from elit.cli.common import format_table
 from elit.cli.config import load_config, read_yaml
 from elit.data import load_dataset
+from elit.interface.budget import format_budget
 from elit.training.build import build_parts
 from elit.training.config import TrainConfig
 from elit.training.loop import train
 from elit.training.quickstart import draw_and_judge
 from elit.training.run import SigmaDensity
 from elit.training.validation import validation_losses
-from elit.viz.sheet import format_budget
 
 SHARES = (0.02, 0.05, 0.10)
 KEPT = (16, 8, 4, 2, 1)

@@ -10,7 +10,8 @@ import torch
 
 from elit import CFG, AutoGuidance, CheapCFG, ElitPipeline
 from elit.evaluation.flops import forward_flops
-from elit.viz.sheet import contact_sheet, format_budget, save_image
+from elit.interface.budget import format_budget
+from elit.viz.sheet import contact_sheet, save_image
 
 GUIDANCE = {"cfg": CFG, "ag": AutoGuidance, "ccfg": CheapCFG}
 

@@ -23,7 +23,7 @@ data: {name: shapes, batch_size: 2, options: {count: 40, size: 16}}
 model: {overrides: {hidden_size: 16, depth: 3, in_channels: 3}}
 train: {steps: 3, log_every: 1, validate_every: 0, sample_every: 0, checkpoint_every: 0}
 """
-SWEEP = ["--samples", "16", "--batch-size", "2", "--steps", "2", "3", "--budgets", "1", "1/4",
+SWEEP = ["--samples", "8", "--batch-size", "2", "--steps", "2", "3", "--budgets", "1", "1/4",
          "--guidance", "none", "ccfg", "--device", "cpu"]  # fmt: skip
 
 
@@ -103,6 +103,7 @@ def run_alone(run: Path, out: Path, *more: str, **env: str) -> subprocess.Popen:
     return subprocess.Popen(words, env=os.environ | env, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_to_the_same_file(run, tmp_path) -> None:
     assert main(["sweep", str(run), *SWEEP, "--out", str(tmp_path / "whole")]) == 0
     killed = run_alone(run, tmp_path / "killed")

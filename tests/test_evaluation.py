@@ -320,9 +320,9 @@ def test_a_sweep_marks_what_nothing_beats(run, real, tmp_path) -> None:
 
 
 def test_a_sweep_that_was_stopped_gives_the_same_file(run, real, tmp_path) -> None:
-    whole = make_evaluation(run, real, tmp_path / "a")
+    whole = make_evaluation(run, real, tmp_path / "a", count=16)
     sweep(whole, GRID, tmp_path / "a")
-    broken = make_evaluation(run, real, tmp_path / "b")
+    broken = make_evaluation(run, real, tmp_path / "b", count=16)
     points = GRID.points(broken.drawing.pipeline.transformer)
     draws = []
 
@@ -331,7 +331,7 @@ def test_a_sweep_that_was_stopped_gives_the_same_file(run, real, tmp_path) -> No
 
     def stop(*_) -> None:
         draws.append(1)
-        if len(draws) == 70:
+        if len(draws) == 30:
             raise Stop
 
     handle = broken.drawing.pipeline.transformer.register_forward_pre_hook(stop)

@@ -3,7 +3,8 @@
 import pytest
 from PIL import Image
 
-from elit.viz.sheet import contact_sheet, film_strip, format_budget, save_clip, save_image
+from elit.interface.budget import format_budget
+from elit.viz.sheet import contact_sheet, film_strip, save_clip, save_image
 
 
 def solid(colour: str, size: tuple[int, int] = (16, 16)) -> Image.Image:

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_report(report: dict[str, Any]) -> None:
     from elit.evaluation.flops import TRAIN_BATCH, TRAIN_BATCH_MULTI_BUDGET
-    from elit.viz.sheet import format_budget
+    from elit.interface.budget import format_budget
 
     rows = report["rows"]
     size = format_input(report["resolution"], report["frames"])

@@ -120,7 +120,7 @@ def _print_presets(report: dict[str, Any]) -> None:
 
 
 def _print_model(report: dict[str, Any]) -> None:
-    from elit.viz.sheet import format_budget
+    from elit.interface.budget import format_budget
 
     elastic = report["group"] is not None
     print(f"{report['model']} at {format_input(report['resolution'], report['frames'])}")

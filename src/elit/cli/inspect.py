@@ -201,7 +201,7 @@ def save_maps(path: Path, inspector: "Inspector", maps: Sequence["Maps"]) -> Non
 
 def print_report(report: dict[str, Any]) -> None:
     """Two tables: the maps, and the latents."""
-    from elit.viz.sheet import format_budget
+    from elit.interface.budget import format_budget
 
     header = ["sigma", "budget", "loss", "attention~loss", "shuffled", "p", "other noise",
               "shuffled", "p", "in groups", "p", "by position"]  # fmt: skip

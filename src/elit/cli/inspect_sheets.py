@@ -18,12 +18,13 @@ from elit.evaluation.inspection import (
     token_grid,
 )
 from elit.evaluation.inspection_numbers import mean_over_levels
+from elit.interface.budget import format_budget
 from elit.interface.grid import TokenGrid
 from elit.pipelines.base import ElasticPipeline
 from elit.viz.bars import bar_chart
 from elit.viz.curves import Curve, line_charts
 from elit.viz.heatmaps import Column, map_sheet, overlay, stack
-from elit.viz.sheet import film_strip, format_budget, save_image
+from elit.viz.sheet import film_strip, save_image
 
 _FRAMES = 4  # of a clip
 _LATENTS = 8  # columns of the sheet of latents: the first half of them and the last half

@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
             f"--preset {args.preset} has no budgets to choose; give elit-{args.preset}"
         )
 
+    from elit.interface.budget import format_budget
     from elit.training.quickstart import quickstart
-    from elit.viz.sheet import format_budget
 
     with quiet_diffusers():
         try:

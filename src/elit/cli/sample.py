@@ -227,7 +227,8 @@ def draw_rows(
 
     Yields a row of the table.
     """
-    from elit.viz.sheet import film_strip, format_budget
+    from elit.interface.budget import format_budget
+    from elit.viz.sheet import film_strip
 
     model = pipeline.transformer
     for n, cost in costs:
@@ -291,7 +292,7 @@ def _generators(seeds: Sequence[int]) -> list[Any]:
 
 
 def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    from elit.viz.sheet import format_budget
+    from elit.interface.budget import format_budget
 
     unit, flops = flops_column([row["gflops"] for row in rows])
     header = ("budget", "latents per group", f"{unit} per forward", "ms per image")

@@ -64,8 +64,9 @@ def save_sheet(
     pipeline: "ElasticPipeline",
 ) -> None:
     """One row for each budget and column for each label; further images per label go below."""
+    from elit.interface.budget import format_budget
     from elit.training.validation import cell_size
-    from elit.viz.sheet import contact_sheet, format_budget, save_image
+    from elit.viz.sheet import contact_sheet, save_image
 
     width = len(wanted)
     captions, lines = [], []

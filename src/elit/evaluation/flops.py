@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from elit.models.elastic import ElasticMixin
+from elit.retrofit.elastic import ElasticTransformer
 
 # Paper: batch of a training step; forward and backward together cost three forwards.
 TRAIN_BATCH = 256
@@ -123,15 +124,17 @@ def _each_kind_once(blocks: Iterable[nn.Module], counter: FlopCounterMode) -> It
 class ElasticFlops:
     """Cost of a forward as a function of the latents per group; a text is as long as may be.
 
-    Below full budget it is a polynomial of degree 2 (attention among latents is the square), so
-    three counts give all the others exactly. A retrofit's adapters cost nothing at full budget.
+    It is a polynomial of degree 2 (attention among latents is the square), so three counts give all
+    the others exactly. A retrofit's full budget is apart: its adapters cost nothing there.
     """
 
     def __init__(self, model: ElasticMixin, sample_size: Sequence[int] | None = None):
         most = model.max_latents
-        points = sorted({1, (1 + most) // 2, max(1, most - 1)})
-        self.full = most, forward_flops(model, most, sample_size)
-        self.counts = {n: forward_flops(model, n, sample_size) for n in points}
+        last = max(1, most - 1) if isinstance(model, ElasticTransformer) else most
+        points = {1, (1 + last) // 2, last}
+        counts = {n: forward_flops(model, n, sample_size) for n in sorted({*points, most})}
+        self.full = most, counts[most]
+        self.counts = {n: counts[n] for n in points}
 
     def __call__(self, num_latents: int) -> int:
         """Flops of a forward of one sample: Lagrange's polynomial, in exact arithmetic."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from elit.data import ImageDataset
 from elit.evaluation.devices import peak_flops
 from elit.evaluation.flops import ElasticFlops, forward_flops, on_meta
+from elit.interface.budget import format_budget
 from elit.models.elastic import ElasticMixin
 from elit.training.config import TrainConfig
 from elit.training.distributed import World
@@ -28,7 +29,6 @@ from elit.training.health import (
     gradient_message,
     loss_message,
 )
-from elit.viz.sheet import format_budget
 
 MOST_PENDING = 100  # steps whose losses wait on the device
 

@@ -15,11 +15,12 @@ from elit.data import load_dataset
 from elit.evaluation.classifier import fit_classifier
 from elit.evaluation.flops import ElasticFlops
 from elit.flow.guidance import CheapCFG
+from elit.interface.budget import format_budget
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.training.config import TrainConfig
 from elit.training.loop import train
 from elit.training.randomness import generator
-from elit.viz.sheet import contact_sheet, format_budget, save_image
+from elit.viz.sheet import contact_sheet, save_image
 
 BUDGETS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 IMAGES_PER_CLASS = 10

@@ -20,6 +20,7 @@ from elit._files import write_file
 from elit._signals import ignore_signals
 from elit.data import WholeBatches, load_dataset
 from elit.flow.objective import SigmaDensity
+from elit.interface.budget import format_budget
 from elit.training.average import Average
 from elit.training.build import build_parts, check_draws, tail_dropping
 from elit.training.checkpoint import (
@@ -46,7 +47,7 @@ from elit.training.validation import (
     sample_sheet,
     validation_losses,
 )
-from elit.viz.sheet import format_budget, save_image
+from elit.viz.sheet import save_image
 
 logger = logging.getLogger(__name__)
 

@@ -15,13 +15,14 @@ from elit.data import ImageDataset
 from elit.evaluation.flops import default_budgets
 from elit.flow.guidance import CheapCFG
 from elit.flow.objective import SigmaDensity, flow_matching_loss
+from elit.interface.budget import format_budget
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.base import ElasticPipeline
 from elit.training.conditioning import Conditioning, OwnConditioning
 from elit.training.config import SampleConfig
 from elit.training.distributed import World
 from elit.training.randomness import generator
-from elit.viz.sheet import contact_sheet, film_strip, format_budget
+from elit.viz.sheet import contact_sheet, film_strip
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 from elit._pareto import best_within, is_number, pareto_front
+from elit.interface.budget import format_budget
 from elit.viz.charts import ScoreInfo, Series, chart
-from elit.viz.sheet import format_budget
 
 Row = Mapping[str, Any]
 Guide = tuple[Any, ...]

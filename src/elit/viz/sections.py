@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from elit.interface.budget import format_budget
 from elit.viz.charts import ScoreInfo, colour_and_shape
 from elit.viz.figures import (
     KINDS,
@@ -16,7 +17,6 @@ from elit.viz.figures import (
     guides_by_use,
     steps_chart,
 )
-from elit.viz.sheet import format_budget
 
 _MOST_GUIDES = 12  # of the charts over steps and budgets
 

@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from elit._files import write_file
-from elit.interface.budget import format_budget as format_budget
 
 _MARGIN = 6
 

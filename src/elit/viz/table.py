@@ -5,9 +5,9 @@ from html import escape
 from typing import Any
 
 from elit._pareto import is_number
+from elit.interface.budget import format_budget
 from elit.viz.charts import ScoreInfo
 from elit.viz.figures import KINDS, Row, Rows, best_at_costs, guide_name, guide_of
-from elit.viz.sheet import format_budget
 
 Cell = tuple[str, str]  # text, and what to sort by where that is something else
 
