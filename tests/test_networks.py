@@ -663,12 +663,19 @@ def test_names_and_options_that_are_wrong(tmp_path) -> None:
         load_network("clip", dataset=load_dataset("digits"))
     with pytest.raises(ValueError, match="fitted on real images: give a training split"):
         load_network("classifier")
-    with pytest.raises(ValueError, match="a classifier takes images; MovingShapes"):
-        load_network("classifier", dataset=load_dataset("moving-shapes", count=20))
     assert NETWORKS == ("inception", "dinov2", "clip", "i3d", "classifier")
 
 
 # ---- the classifier ----
+
+
+def test_of_clips_it_sees_frames() -> None:
+    clips = load_dataset("moving-shapes", count=40)
+    network = load_network("classifier", dataset=clips)
+    frames = torch.zeros(2, 3, *clips.image_shape[-2:], dtype=torch.uint8)
+    assert network.features(frames)["logits"].shape == (2, clips.num_classes)
+    with pytest.raises(ValueError, match="fitted on"):
+        network.features(frames[..., :-1])
 
 
 def test_the_classifier_tells_digits_apart() -> None:
