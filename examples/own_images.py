@@ -50,7 +50,7 @@ def train_autoencoder(steps: int) -> AutoencoderKL:
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 49:
-            print(f"step {step + 1}: mean squared error {float(loss):.4f}")
+            print(f"step {step + 1}: mean squared error {loss.item():.4f}")
     with torch.no_grad():
         spread = vae.eval().encode(dataset.batch(range(200))["images"]).latent_dist.sample().std()
     vae.register_to_config(scaling_factor=1 / float(spread))

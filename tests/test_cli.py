@@ -546,7 +546,8 @@ def test_sample_prints_a_table_and_the_sheet(run) -> None:
     assert re.split(r"  +", lines[0]) == [
         "budget", "latents per group", "MFLOPs per forward", "ms per image",
     ]  # fmt: skip
-    assert [line.split()[:2] for line in lines[2:-2]] == [["1", "16"], ["1/4", "4"]]
+    assert [line.split()[:2] for line in lines[2:-4]] == [["1", "16"], ["1/4", "4"]]
+    assert lines[-3] == "1 steps, guidance none; ms with 3 images at a time"
     assert lines[-1] == str(Path("x/samples.png"))
     assert len(list(Path("x/budget-1").iterdir())) == 3  # all classes
 

@@ -602,6 +602,17 @@ def test_round_values_lie_between() -> None:
         assert all(len(f"{v:.6g}".strip("0.").replace(".", "").split("e")[0]) <= 4 for v in values)
 
 
+def test_warnings_of_rows_stand_on_top() -> None:
+    report = sweep_report()
+    for row in report["rows"][:3]:
+        row["warnings"] = ["<few> samples"]
+    page = sweep_page(report, INFOS)
+    said = f'<p class="warning">3 of {len(report["rows"])} rows: &lt;few&gt; samples</p>'
+    assert page.count(said) == 1
+    assert page.index(said) < page.index("<svg")
+    assert 'class="warning"' not in sweep_page(sweep_report(), INFOS)
+
+
 def test_even_values_go_below_nothing() -> None:
     assert even_values(0.2, 0.1, -0.25) == pytest.approx([-0.2, -0.1, 0, 0.1, 0.2])
     assert even_values(100, 16) == [0, 20, 40, 60, 80, 100]

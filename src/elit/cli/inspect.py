@@ -231,7 +231,7 @@ def print_report(report: dict[str, Any]) -> None:
     for one in report["latents_mean"]["without"]:
         line = lines.setdefault(one["latent"] + 1, ["-", "-", "-"])
         line[1:] = [f"{one['cost']:+.5f}", _cell(one["cost_error"], ".5f", "")]
-    header = ["latents", "loss of the first", "leaving out the last of them adds", "+-"]
+    header = ["n", "loss of the first n latents", "leaving out latent n adds", "+-"]
     print(format_table(header, [(n, *line) for n, line in sorted(lines.items())]))
     print("\n" + "\n".join(report["sheets"]))
 

@@ -148,7 +148,7 @@ class Sheets:
         high = max(float(v.max()) for v in values)
         columns = [Column("image", self.images)]
         columns += [
-            Column(f"latent {i}", maps=v, low=0.0, high=high)
+            Column(f"latent {i + 1}", maps=v, low=0.0, high=high)
             for i, v in zip(chosen, values, strict=True)
         ]
         rows = [*self.captions, f"mean of {len(self.inspector.subject.images)}"]
@@ -186,7 +186,7 @@ class Sheets:
                     "rise of the loss without one latent, mean over the noise levels",
                     [float(c.mean()) for c in costs],
                     [float(c.std() / len(c) ** 0.5) for c in costs],
-                    [str(i) for i in without],
+                    [str(i + 1) for i in without],
                     "latent that is left out; lines: one standard error over images",
                 )
             )

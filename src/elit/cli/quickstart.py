@@ -15,6 +15,8 @@ from elit.cli.common import (
 from elit.cli.config import load_config
 from elit.cli.train import check_config
 
+POOR = 0.9  # accuracy below which something went wrong
+
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit quickstart`."""
@@ -104,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
             f"picture: {folder / 'samples.png'}\n"
             f"more:    elit sample {folder} --labels 3 7 --budget 1 0.25"
         )
+        if min(row.accuracy for row in summary.rows) < POOR:
+            print("poor digits: trained too briefly? The default number of steps is enough")
     return 0 if summary.finished else 130
 
 

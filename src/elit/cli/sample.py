@@ -166,6 +166,9 @@ def run(args: argparse.Namespace) -> int:
         if cache is not None:
             computed, skipped = model.cache_counts()
             print(f"\nTeaCache skipped {skipped} of {computed + skipped} calls of the blocks")
+        together = min(args.batch_size, len(wanted) * args.count)
+        how = f"{args.steps} steps, guidance {args.guidance}"
+        print(f"\n{how}; ms with {together} images at a time")
         if text_tokens is not None:
             print(f"\nwith texts of up to {text_tokens} tokens")
         print(f"\n{sheet}")

@@ -143,6 +143,8 @@ class RunBudgets:
         if chosen is None:
             raise ValueError(_impossible(found, allowed, costs, caps))
         point, cost = allowed[chosen].point, costs[chosen]
+        for warning in allowed[chosen].warnings:
+            logger.warning("%s, which that choice is by: %s", found.ranked_by, warning)
         logger.info(
             "budget='auto' chose %s: %s %.4g, the best of %d points within %s; it costs %s",
             point, found.ranked_by, allowed[chosen].score, len(allowed),

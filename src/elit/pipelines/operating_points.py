@@ -76,11 +76,13 @@ class Measured:
         point: how it was drawn.
         score: as the sweep ranks.
         flops: of all calls for one image, the autoencoder's apart.
+        warnings: of the score.
     """
 
     point: OperatingPoint
     score: float
     flops: float
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class OperatingPoints:
                 OperatingPoint.from_dict(row),
                 float(row["scores"][ranked_by]),
                 row["gflops_per_image"] * 1e9,
+                tuple(row.get("warnings") or ()),
             )
             for row in report["rows"]
             if row["scores"].get(ranked_by) is not None

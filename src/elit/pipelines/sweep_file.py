@@ -63,6 +63,7 @@ _ROW: dict[str, Callable[[Any], bool]] = {
     "gflops_per_image": lambda x: is_real(x) and x > 0,
     "ms_per_image": _or_none(lambda x: is_real(x) and x >= 0),
     "scores": _is_scores,
+    "warnings": _or_none(lambda x: isinstance(x, list) and all(isinstance(t, str) for t in x)),
 }
 
 

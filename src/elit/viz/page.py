@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -47,7 +48,8 @@ def sweep_page(
     about += [f"{parameters:,} parameters"] if isinstance(parameters, int) else []
     about += ["elastic" if model.get("elastic") else "plain", training_flops(report)]
     header = f"<h1>{escape(name)}: quality against cost</h1><p>{escape(', '.join(about))}</p>"
-    front = f"Ranked by {_title(shown, report)}." if shown else ""
+    header += _warnings(rows)
+    front = f"The fronts are by {_title(shown, report)}." if shown else ""
     sections = (
         header,
         charts(rows, shown, stamp(report)),
@@ -103,6 +105,15 @@ def compare_page(
         _settings(reports),
     )
     return _page(title, sections, {"reports": reports}, rows)
+
+
+def _warnings(rows: Rows) -> str:
+    """What the rows warn of, each warning once, with the number of its rows."""
+    counts = Counter(text for row in rows.rows for text in row.get("warnings") or ())
+    return "".join(
+        f'<p class="warning">{count} of {len(rows.rows)} rows: {escape(str(text))}</p>'
+        for text, count in counts.most_common(5)
+    )
 
 
 def _page(title: str, sections: Sequence[str], data: Any, rows: Rows) -> str:

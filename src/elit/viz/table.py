@@ -14,11 +14,14 @@ Cell = tuple[str, str]  # text, and what to sort by where that is something else
 
 def rows_table(rows: Rows, scores: Mapping[str, ScoreInfo]) -> str:
     """Every row; columns in which no row has anything are left out."""
+    samplers = [_text(row.get("sampler")) for row in rows.rows]
+    if len(set(samplers)) == 1:  # the settings name it
+        samplers = [_text(None)] * len(samplers)
     columns = [
         ("budget", "", [_budget(row["budget"]) for row in rows.rows]),
         ("latents", "", [_number(row.get("num_latents")) for row in rows.rows]),
         ("steps", "", [_number(row["steps"]) for row in rows.rows]),
-        ("sampler", "t", [_text(row.get("sampler")) for row in rows.rows]),
+        ("sampler", "t", samplers),
         ("guidance", "t", [_text(KINDS.get(r["guidance"], r["guidance"])) for r in rows.rows]),
         ("scale", "", [_number(row.get("scale")) for row in rows.rows]),
         ("guide budget", "", [_budget(row.get("guide_budget")) for row in rows.rows]),
