@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from elit.flow.guidance import CFG, AutoGuidance, CheapCFG, Guidance
     from elit.flow.schedulers import (
         FlowMatchEulerMaruyamaScheduler,
+        FlowMatchUniformEulerScheduler,
         FlowMatchUniformHeunScheduler,
         make_scheduler,
     )
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from elit.models.hdit import HDiT
     from elit.models.mmdit import MMDiT
     from elit.models.presets import create_model
+    from elit.models.sit import SiT
     from elit.models.uvit import UViT
     from elit.pipelines.elit_pipeline import ElitPipeline
     from elit.pipelines.load import load_pipeline
@@ -46,11 +48,13 @@ _HOME = {
     "ElitPipeline": "elit.pipelines.elit_pipeline",
     "ElitTextPipeline": "elit.pipelines.text_pipeline",
     "FlowMatchEulerMaruyamaScheduler": "elit.flow.schedulers",
+    "FlowMatchUniformEulerScheduler": "elit.flow.schedulers",
     "FlowMatchUniformHeunScheduler": "elit.flow.schedulers",
     "Guidance": "elit.flow.guidance",
     "Layout": "elit.retrofit.layout",
     "MMDiT": "elit.models.mmdit",
     "PerToken": "elit.retrofit.layout",
+    "SiT": "elit.models.sit",
     "TailDropping": "elit.interface.budget",
     "TeaCacheConfig": "elit.caching.configs",
     "UViT": "elit.models.uvit",
