@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         make_scheduler,
     )
     from elit.interface.budget import TailDropping, resolve_budget
+    from elit.interop.official import from_official_checkpoint
     from elit.models.dit import DiT
     from elit.models.hdit import HDiT
     from elit.models.mmdit import MMDiT
@@ -63,6 +64,7 @@ _HOME = {
     "disable_step_cache": "elit.caching.mixin",
     "elasticize": "elit.retrofit.elasticize",
     "enable_step_cache": "elit.caching.mixin",
+    "from_official_checkpoint": "elit.interop.official",
     "load_elastic": "elit.retrofit.files",
     "load_interface": "elit.retrofit.files",
     "load_pipeline": "elit.pipelines.load",
