@@ -173,9 +173,7 @@ def _interface(
             f"core in the {depth} blocks of this file; give the encoder_depth that it was trained "
             f"with, which its tensors do not tell (8 in all public checkpoints)"
         )
-    layers = {
-        m[1] for key in theirs if (m := re.match(rf"{re.escape(WRITE)}write_ff\.(\d+)\.", key))
-    }
+    layers = _numbers(theirs, f"{WRITE}write_ff.")
     return {
         "group": group,
         "head": encoder_depth,
