@@ -72,7 +72,9 @@ def convert_official(
         ElitPipeline(official.model, make_scheduler("euler"), vae).save_pretrained(aside)
         write_text(aside / "README.md", model_card(report))
         write_text(aside / CONVERSION_FILE, json_text(report))
-        os.replace(aside, out)  # an empty folder gives way
+        if out.is_dir():
+            out.rmdir()  # it is empty
+        os.replace(aside, out)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
