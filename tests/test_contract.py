@@ -413,7 +413,7 @@ def test_every_parameter_has_a_gradient_at_every_budget(case: Case) -> None:
             assert (gradient[~expected].abs() <= tiny).all(), f"{name} moves at {budget}"
             assert gradient[expected].any() == expected.any(), f"{name} stands at {budget}"
             share = (gradient[expected] != 0).float().mean() if expected.any() else 1
-            least = 0.7 if case.cls is SiT and "write.layers" in name else 0.98
+            least = 0.5 if case.cls is SiT and "write.layers" in name else 0.98
             assert share > least, (
                 f"{name} has a gradient in {share:.0%} of its elements at {budget}"
             )
