@@ -3,6 +3,7 @@
     python benchmarks/speed.py --model dit-b/2 --batch-size 4
     python benchmarks/speed.py --model dit-s/2 --batch-size 8 --train
     python benchmarks/speed.py --model dit-b/2 --batch-size 1 4 16 --parts
+    python benchmarks/speed.py --model sit-b/2 --batch-size 4 --head 4
 
 Every round times each budget beside a call of the plain model, in an order drawn anew. The table
 shows the medians of the ratios of neighbours, so that a noisy machine slows both sides alike.
@@ -30,6 +31,12 @@ def randomised(model: ElasticMixin) -> ElasticMixin:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return model
+
+
+def elastic_model(args: argparse.Namespace) -> ElasticMixin:
+    """The elastic preset, with another split where asked for."""
+    changes = {} if args.head is None else {"head": args.head}
+    return create_model(f"elit-{args.model}", args.resolution, **changes)
 
 
 def condition_of(model: ElasticMixin, batch_size: int, device: torch.device) -> dict:
@@ -73,7 +80,7 @@ def compare(args: argparse.Namespace, batch_size: int, device: torch.device) -> 
     """Rows of the table: one for each budget."""
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     plain = randomised(create_model(args.model, args.resolution)).to(device).to(dtype)
-    elastic = randomised(create_model(f"elit-{args.model}", args.resolution)).to(device).to(dtype)
+    elastic = randomised(elastic_model(args)).to(device).to(dtype)
     sample = torch.randn(batch_size, plain.in_channels, *plain.sample_size)
     inputs = (sample.to(device, dtype), torch.rand(batch_size).to(device))
     condition = condition_of(plain, batch_size, device)
@@ -118,7 +125,7 @@ def compare(args: argparse.Namespace, batch_size: int, device: torch.device) -> 
 
 def shares(args: argparse.Namespace, batch_size: int, device: torch.device) -> dict[str, float]:
     """Shares of Read and Write in the time of a forward at full budget."""
-    model = randomised(create_model(f"elit-{args.model}", args.resolution)).to(device)
+    model = randomised(elastic_model(args)).to(device)
     sample = torch.randn(batch_size, model.in_channels, *model.sample_size, device=device)
     inputs = (sample, torch.rand(batch_size, device=device))
     condition = condition_of(model, batch_size, device)
@@ -151,6 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="dit-b/2", help="name of a plain preset")
     parser.add_argument("--resolution", type=int, help="pixels (default: the preset's lowest)")
+    parser.add_argument("--head", type=int, help="blocks before Read (default: the preset's)")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[4])
     parser.add_argument(
         "--budgets", type=float, nargs="+", default=[1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
@@ -174,9 +182,10 @@ def main() -> None:
     if args.json:
         print(json.dumps(rows, indent=2))
         return
+    head = "" if args.head is None else f", head {args.head}"
     kind = "forward and backward" if args.train else "forward"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    print(f"{args.model} at {args.resolution} px, {kind}, {args.dtype}, {where},", end=" ")
+    print(f"{args.model} at {args.resolution} px{head}, {kind}, {args.dtype}, {where},", end=" ")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     print("  ".join(f"{name:>18}" for name in rows[0]))
     for row in rows:

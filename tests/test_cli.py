@@ -161,6 +161,7 @@ SURFACE = {
     "--degree --seed --device --out --json",
     "inspect": "run --images --draws --sigma --budget --steps --data --split --batch-size --seed "
     "--device --out --json",
+    "convert": "format file out --weights --encoder-depth --decoder-depth --num-heads --vae --json",
     "flops": "model --resolution --frames --budgets --text-tokens --json",
     "info": "[model] --json",
 }

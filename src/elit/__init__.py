@@ -14,14 +14,17 @@ if TYPE_CHECKING:
     from elit.flow.guidance import CFG, AutoGuidance, CheapCFG, Guidance
     from elit.flow.schedulers import (
         FlowMatchEulerMaruyamaScheduler,
+        FlowMatchUniformEulerScheduler,
         FlowMatchUniformHeunScheduler,
         make_scheduler,
     )
     from elit.interface.budget import TailDropping, resolve_budget
+    from elit.interop.official import from_official_checkpoint
     from elit.models.dit import DiT
     from elit.models.hdit import HDiT
     from elit.models.mmdit import MMDiT
     from elit.models.presets import create_model
+    from elit.models.sit import SiT
     from elit.models.uvit import UViT
     from elit.pipelines.elit_pipeline import ElitPipeline
     from elit.pipelines.load import load_pipeline
@@ -46,11 +49,13 @@ _HOME = {
     "ElitPipeline": "elit.pipelines.elit_pipeline",
     "ElitTextPipeline": "elit.pipelines.text_pipeline",
     "FlowMatchEulerMaruyamaScheduler": "elit.flow.schedulers",
+    "FlowMatchUniformEulerScheduler": "elit.flow.schedulers",
     "FlowMatchUniformHeunScheduler": "elit.flow.schedulers",
     "Guidance": "elit.flow.guidance",
     "Layout": "elit.retrofit.layout",
     "MMDiT": "elit.models.mmdit",
     "PerToken": "elit.retrofit.layout",
+    "SiT": "elit.models.sit",
     "TailDropping": "elit.interface.budget",
     "TeaCacheConfig": "elit.caching.configs",
     "UViT": "elit.models.uvit",
@@ -59,6 +64,7 @@ _HOME = {
     "disable_step_cache": "elit.caching.mixin",
     "elasticize": "elit.retrofit.elasticize",
     "enable_step_cache": "elit.caching.mixin",
+    "from_official_checkpoint": "elit.interop.official",
     "load_elastic": "elit.retrofit.files",
     "load_interface": "elit.retrofit.files",
     "load_pipeline": "elit.pipelines.load",

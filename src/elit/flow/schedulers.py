@@ -1,7 +1,8 @@
-"""Flow-matching schedulers by name, and the two that diffusers lacks.
+"""Flow-matching schedulers by name, and the three that diffusers lacks.
 
 A scheduler's `timesteps` are 1000 sigma, as diffusers has them; `sigmas` has one entry more, the
-level that each step starts from and, last, 0.
+level that each step starts from and, last, 0. Ours step in the precision of the samples, over
+levels that are not rounded to float32.
 """
 
 import inspect
@@ -23,17 +24,65 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def _grid(num_inference_steps: int, sigmas: "Sequence[float] | None", last: float = 0.0) -> Tensor:
+def _grid(
+    num_inference_steps: int, sigmas: "Sequence[float] | None", last: float = 0.0
+) -> list[float]:
     """Noise levels from 1 to `last` in equal steps, or those given, and then 0."""
     if sigmas is not None:
-        grid = torch.as_tensor(sigmas, dtype=torch.float32).cpu()
+        grid = np.asarray(sigmas, dtype=np.float32).tolist()
     else:
         _check_steps(num_inference_steps)
-        grid = torch.linspace(1, last, num_inference_steps + (last == 0))
-    return grid if grid[-1] == 0 else torch.cat((grid, torch.zeros(1)))
+        steps = num_inference_steps if last == 0 else num_inference_steps - 1
+        grid = [1 + (last - 1) * i / max(steps, 1) for i in range(steps + 1)]
+    return grid if grid[-1] == 0 else [*grid, 0.0]
 
 
-class FlowMatchUniformHeunScheduler(SchedulerMixin, ConfigMixin):
+class _CountedSteps(SchedulerMixin, ConfigMixin):
+    """A run over a list of levels, whose steps are counted, not looked up by their timestep."""
+
+    any_dtype = True  # keeps the samples' precision; diffusers' Euler rounds them to float32
+
+    def _begin(self, levels: list[float], device: torch.device | str | None) -> None:
+        self.sigmas = torch.tensor(levels)
+        self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
+        self._levels = levels
+        self._index = 0
+
+    def _next(self) -> tuple[float, float]:
+        """The level that a step starts from and the one that it leads to."""
+        self._index += 1
+        return self._levels[self._index - 1], self._levels[self._index]
+
+
+class FlowMatchUniformEulerScheduler(_CountedSteps):
+    """Euler's method on a uniform grid, as diffusers' but for rounding: see `any_dtype`."""
+
+    order = 1
+
+    @register_to_config
+    def __init__(self, num_train_timesteps: int = 1000):
+        self.set_timesteps(num_train_timesteps)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        device: torch.device | str | None = None,
+        sigmas: "Sequence[float] | None" = None,
+    ) -> None:
+        """Begin a run of `num_inference_steps` steps, or along the levels `sigmas`."""
+        self._begin(_grid(num_inference_steps, sigmas), device)
+
+    def step(
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """A step to the next level."""
+        del timestep  # steps are counted
+        sigma, sigma_next = self._next()
+        result = sample + (sigma_next - sigma) * model_output
+        return SchedulerOutput(prev_sample=result) if return_dict else (result,)
+
+
+class FlowMatchUniformHeunScheduler(_CountedSteps):
     """Heun's second-order method on a uniform grid; the last step, to sigma 0, is an Euler step.
 
     N steps call the model 2N - 1 times. diffusers' Heun takes no grid and ends at sigma 0.001.
@@ -54,10 +103,8 @@ class FlowMatchUniformHeunScheduler(SchedulerMixin, ConfigMixin):
         """Begin a run of `num_inference_steps` steps, or along the levels `sigmas`."""
         grid = _grid(num_inference_steps, sigmas)
         # Each level but the first and the last is visited twice: predicted, then corrected.
-        self.sigmas = torch.cat((grid[:1], grid[1:-1].repeat_interleave(2), grid[-1:]))
-        self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
-        self._levels = self.sigmas.tolist()
-        self._index = 0
+        twice = [level for level in grid[1:-1] for _ in range(2)]
+        self._begin([grid[0], *twice, grid[-1]], device)
         self._predictor: tuple[Tensor, Tensor, float] | None = None
 
     def step(
@@ -65,8 +112,8 @@ class FlowMatchUniformHeunScheduler(SchedulerMixin, ConfigMixin):
     ) -> SchedulerOutput | tuple[Tensor]:
         """An Euler step to the next level, or the correction of the one before."""
         del timestep  # steps are counted
+        sigma, sigma_next = self._next()
         if self._predictor is None:
-            sigma, sigma_next = self._levels[self._index : self._index + 2]
             result = sample + (sigma_next - sigma) * model_output
             if sigma_next > 0:
                 self._predictor = (sample, model_output, sigma_next - sigma)
@@ -74,22 +121,34 @@ class FlowMatchUniformHeunScheduler(SchedulerMixin, ConfigMixin):
             start, velocity, length = self._predictor
             result = start + length * (velocity + model_output) / 2
             self._predictor = None
-        self._index += 1
         return SchedulerOutput(prev_sample=result) if return_dict else (result,)
 
 
-class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
+PATHS = ("linear", "cosine")
+
+
+class FlowMatchEulerMaruyamaScheduler(_CountedSteps):
     """Euler-Maruyama on the reverse SDE with diffusion 2 sigma.
 
-    The score of the straight path is -((1 - sigma) v + x) / sigma, so that the drift
-    v - sigma * score is (2 - sigma) v + x. The last step, from `last_sigma` to 0, adds no noise.
+    The drift is v - sigma * score. On the straight path the score is -((1 - sigma) v + x) / sigma,
+    so that the drift is (2 - sigma) v + x. The last step, from `last_sigma` to 0, adds no noise.
+
+    Args:
+        num_train_timesteps: of diffusers' convention.
+        last_sigma: level of the last call of the model.
+        path: the path that the model learned: "linear", x = (1 - sigma) data + sigma noise, or
+            "cosine", x = cos(a) data + sin(a) noise with a = pi sigma / 2. On that the score is
+            -(2 / pi) cot(a) v - x.
     """
 
     order = 1
 
     @register_to_config
-    def __init__(self, num_train_timesteps: int = 1000, last_sigma: float = 0.04):
-        self.last_sigma = last_sigma
+    def __init__(
+        self, num_train_timesteps: int = 1000, last_sigma: float = 0.04, path: str = "linear"
+    ):
+        check_choice(path, PATHS, "path")
+        self.last_sigma, self.path = last_sigma, path
         self.set_timesteps(num_train_timesteps)
 
     def set_timesteps(
@@ -99,10 +158,7 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         sigmas: "Sequence[float] | None" = None,
     ) -> None:
         """Begin a run of `num_inference_steps` steps, or along the levels `sigmas`."""
-        self.sigmas = _grid(num_inference_steps, sigmas, last=self.last_sigma)
-        self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
-        self._levels = self.sigmas.tolist()
-        self._index = 0
+        self._begin(_grid(num_inference_steps, sigmas, last=self.last_sigma), device)
 
     def step(
         self,
@@ -114,14 +170,18 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
     ) -> SchedulerOutput | tuple[Tensor]:
         """One step, with noise from the generators: one for each sample, or one for all."""
         del timestep  # steps are counted
-        sigma, sigma_next = self._levels[self._index : self._index + 2]
-        drift = (2 - sigma) * model_output + sample
-        result = sample + (sigma_next - sigma) * drift
+        sigma, sigma_next = self._next()
+        result = sample + (sigma_next - sigma) * self._drift(model_output, sample, sigma)
         if sigma_next > 0:
             noise = randn_tensor(sample.shape, generator, sample.device, sample.dtype)
             result = result + math.sqrt(2 * sigma * (sigma - sigma_next)) * noise
-        self._index += 1
         return SchedulerOutput(prev_sample=result) if return_dict else (result,)
+
+    def _drift(self, velocity: Tensor, sample: Tensor, sigma: float) -> Tensor:
+        if self.path == "linear":
+            return (2 - sigma) * velocity + sample
+        angle = math.pi * sigma / 2
+        return (1 + 2 * sigma / (math.pi * math.tan(angle))) * velocity + sigma * sample
 
 
 SAMPLERS = ("euler", "heun", "euler-maruyama", "unipc", "dpm-solver")
@@ -166,7 +226,7 @@ def start_sampling(
             raise ValueError(f"{name} takes no sigmas; use euler, heun, euler-maruyama or unipc")
         scheduler.set_timesteps(len(levels), device=device, sigmas=levels)
     elif isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        grid = _grid(num_inference_steps, None)[:-1].numpy()
+        grid = np.asarray(_grid(num_inference_steps, None)[:-1], dtype=np.float32)
         scheduler.set_timesteps(num_inference_steps, device=device, sigmas=grid)
     else:
         _check_steps(num_inference_steps)

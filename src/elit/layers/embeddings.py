@@ -10,12 +10,13 @@ from elit._numbers import is_whole
 
 
 class TimestepEmbedding(nn.Module):
-    """Noise level in [0, 1] -> (B, D): sinusoids of 1000 sigma, then two linear layers."""
+    """Noise level in [0, 1] -> (B, D): sinusoids of `scale` sigma, then two linear layers."""
 
     num_features = 256
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, scale: int = 1000):
         super().__init__()
+        self.scale = scale
         self.linear_in = nn.Linear(self.num_features, dim)
         self.linear_out = nn.Linear(dim, dim)
 
@@ -28,7 +29,7 @@ class TimestepEmbedding(nn.Module):
         half = self.num_features // 2
         exponents = torch.arange(half, device=timestep.device, dtype=torch.float32) / half
         # 1000 sigma in float32, whatever the model's dtype: bf16 cannot tell 999 from 1000.
-        angles = 1000 * timestep.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
+        angles = self.scale * timestep.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
         features = torch.cat((angles.cos(), angles.sin()), dim=-1)  # (B, 256)
         return self.linear_out(F.silu(self.linear_in(features.to(self.linear_in.weight.dtype))))
 

@@ -13,7 +13,8 @@ def init_weights(module: nn.Module) -> None:
         return  # there is nothing to fill, and trying takes longer than making the model
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     elif callable(reset := getattr(module, "reset_parameters", None)):

@@ -250,7 +250,7 @@ class ElasticMixin(StepCaching, ModelMixin):
         blocks: Iterable[nn.Module],
         x: Tensor,
         condition: Tensor,
-        rotary: Rotary | Neighborhood,
+        rotary: Rotary | Neighborhood | None,
         *more: Tensor,
     ) -> Tensor:
         """Run blocks one after the other, checkpointed where that is switched on."""

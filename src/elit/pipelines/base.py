@@ -103,6 +103,7 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
         return_dict: bool,
         callback_on_step_end: StepCallback | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
+        dtype: torch.dtype = torch.float32,
     ) -> ImagePipelineOutput | tuple:
         """Go from noise to images; arguments beyond these are those of `ElitPipeline`.
 
@@ -115,8 +116,9 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
         generator = list(generator) if isinstance(generator, Sequence) else generator
         self._check_options(generator, count, output_type, guidance)
         self._check_callback_names(callback_on_step_end_tensor_inputs)
+        self._check_dtype(dtype)
         device = self._execution_device
-        samples = self._start(noise, generator, count, self.input_size(*size), device)
+        samples = self._start(noise, generator, count, self.input_size(*size), device, dtype)
         levels = start_sampling(self.scheduler, num_inference_steps, device, sigmas)
         step_latents = self.latents_of_steps(budget, len(levels), guidance)
         if guidance and guidance.scale != 1 and not any(map(guidance.is_active, levels)):
@@ -132,7 +134,7 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
                     samples, levels[i], condition, null_condition, *step_latents[i], guidance, place
                 )
                 step = self.scheduler.step(velocity, timestep, samples, **extra, return_dict=False)
-                samples = step[0]  # (B, C, h, w) float32
+                samples = step[0]  # (B, C, h, w)
                 if callback_on_step_end is not None:
                     given = dict.fromkeys(callback_on_step_end_tensor_inputs, samples)
                     changed = callback_on_step_end(self, i, timestep, given)
@@ -232,6 +234,19 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
                 f"make the pipeline with vae=..., or ask for output_type='latent'"
             )
 
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        """Raise a ValueError unless the samples can be kept in it from step to step."""
+        if not isinstance(dtype, torch.dtype) or torch.promote_types(dtype, torch.float32) != dtype:
+            raise ValueError(
+                f"samples in {dtype} would lose what a step adds; use torch.float32, or what is "
+                f"wider. The model computes in its own dtype anyway"
+            )
+        if dtype != torch.float32 and not getattr(self.scheduler, "any_dtype", False):
+            raise ValueError(
+                f"a {type(self.scheduler).__name__} rounds samples to float32; for {dtype} use a "
+                f"FlowMatchUniformEulerScheduler, or make_scheduler with heun or euler-maruyama"
+            )
+
     def _check_callback_names(self, names: Iterable[str]) -> None:
         for name in names:
             if name not in self._callback_tensor_inputs:
@@ -281,15 +296,16 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
         count: int,
         size: tuple[int, ...],
         device: torch.device,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """Noise (B, C, *size) float32 to start from."""
+        """Noise (B, C, *size) to start from; what is drawn is drawn in float32."""
         shape = (count, self.transformer.in_channels, *size)
         if noise is None:
-            return randn_tensor(shape, generator, device, torch.float32)
+            return randn_tensor(shape, generator, device, torch.float32).to(dtype)
         if not isinstance(noise, Tensor) or noise.shape != shape:
             found = tuple(noise.shape) if isinstance(noise, Tensor) else f"{noise!r:.60}"
             raise ValueError(f"noise {found} does not fit; give a tensor of shape {shape}")
-        return noise.to(device, torch.float32)
+        return noise.to(device, dtype)
 
     @torch.no_grad()
     def decode(self, samples: Tensor, output_type: str) -> Any:

@@ -53,6 +53,7 @@ class ElitPipeline(ElasticPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("samples",),
         max_flops: float | None = None,
         max_ms: float | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> ImagePipelineOutput | tuple:
         """Draw one image for each label.
 
@@ -80,6 +81,7 @@ class ElitPipeline(ElasticPipeline):
             callback_on_step_end_tensor_inputs: names that the callback is given.
             max_flops: cap for "auto" on the operations for an image, a multiply-add as 2.
             max_ms: cap for "auto" on the milliseconds for an image; both are without the VAE.
+            dtype: of the samples between the steps, torch.float32 or torch.double.
         """
         labels = self._check_labels(class_labels).to(self._execution_device)
         size = num_frames, height, width
@@ -101,6 +103,7 @@ class ElitPipeline(ElasticPipeline):
             return_dict,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            dtype,
         )
 
     def example_of(self, count: int) -> list[int]:

@@ -1,0 +1,77 @@
+"""`elit convert`: checkpoints of others as folders that every command here takes."""
+
+import argparse
+import shlex
+from typing import Any
+
+from elit.cli.common import (
+    Parser,
+    add_json_flag,
+    format_count,
+    one_of,
+    output_folder,
+    print_json,
+    quiet_diffusers,
+    whole_number,
+)
+
+FORMATS = ("official",)
+WEIGHTS = ("ema", "model")
+
+_EPILOG = """\
+official: the public SiT and ELIT-SiT checkpoints, .pt files. They are read without running code of
+theirs. The weights stay under their own licence, which the folder's README.md names."""
+
+
+def add_arguments(parser: Parser) -> None:
+    """Flags of `elit convert`."""
+    parser.usage = "elit convert official FILE.pt OUT [flags]"
+    parser.epilog = _EPILOG
+    add = parser.add_argument
+    add("format", type=one_of(FORMATS, "format"), metavar="FORMAT", help=", ".join(FORMATS))
+    add("file", metavar="FILE", help="the checkpoint")
+    add("out", metavar="OUT", help="the folder to write, new or empty")
+    add("--weights", type=one_of(WEIGHTS, "weights"), default="ema", metavar="NAME",
+        help="ema, the average over training, or model (default: ema)")  # fmt: skip
+    add("--encoder-depth", type=whole_number(0), default=8, metavar="N",
+        help="blocks before the Read (default: 8, as in all public ones)")  # fmt: skip
+    add("--decoder-depth", type=whole_number(1), metavar="N",
+        help="blocks after the Write (default: 4 of L and XL, 2 of S and B)")  # fmt: skip
+    add("--num-heads", type=whole_number(1), metavar="N",
+        help="attention heads (default: those of the public model of this width)")  # fmt: skip
+    add("--vae", metavar="NAME",
+        help="autoencoder to put in, of the hub or a folder (default: none)")  # fmt: skip
+    add_json_flag(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert and tell."""
+    output_folder(args.out, "OUT")
+    from elit.interop.convert import ConversionSettings, convert_official
+
+    settings = ConversionSettings(
+        args.weights, args.encoder_depth, args.num_heads, args.decoder_depth, args.vae
+    )
+    with quiet_diffusers():
+        report = convert_official(args.file, args.out, settings)
+    if args.json:
+        print_json(report)
+    else:
+        _print_report(report)
+    return 0
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    config, source = report["config"], report["source"]
+    kind = "ELIT-SiT" if report["elastic"] else "SiT"
+    steps = "" if report["steps"] is None else f", {report['steps']} steps"
+    print(f"{kind} of {format_count(report['parameters'])} parameters, {source['weights']}{steps}")
+    print(f"width {config['hidden_size']}, {config['num_heads']} heads, {config['depth']} blocks")
+    if report["elastic"]:
+        core = config["depth"] - config["head"] - config["tail"]
+        print(f"head {config['head']}, core {core}, tail {config['tail']}, group {config['group']}")
+    print(f"\n{report['out']}: its README.md has the licence of the weights, read it\n")
+    if source["vae"] is None and config["in_channels"] not in (1, 3):
+        print("without an autoencoder it draws VAE latents alone; --vae NAME puts one in")
+    flags = " --budget 1 0.25 --guidance ccfg" if report["elastic"] else " --guidance cfg"
+    print(f"sample:  elit sample {shlex.quote(report['out'])} --labels 207 360{flags}")

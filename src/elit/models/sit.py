@@ -1,0 +1,218 @@
+"""SiT and ELIT-SiT: the architecture of the public checkpoints, plain and elastic in one class."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
+from torch import Tensor, nn
+
+from elit._numbers import is_whole
+from elit.interface.grid import TokenGrid
+from elit.layers.attention import attend, head_dim
+from elit.layers.block import FinalLayer, TransformerBlock
+from elit.layers.embeddings import LabelEmbedding, TimestepEmbedding
+from elit.layers.initialisation import init_weights
+from elit.models.class_conditional import ClassConditional
+from elit.models.sit_interface import (
+    GroupPlaces,
+    SiTRead,
+    SiTWrite,
+    keep_latents,
+    restore_latents,
+)
+
+
+class SiT(ClassConditional, ModelMixin, ConfigMixin):
+    """Class-conditional diffusion transformer on images, as the public SiT and ELIT-SiT have it.
+
+    Other than in `DiT`, positions are absolute and no block rotates by them, queries and keys are
+    not normalised, and with `group` the Write sees all latents: those that the core did not keep
+    as the Read left them. So Read and Write cost the same at any budget, and dropped latents cost
+    nothing in the core. `elit.from_official_checkpoint` loads public weights into it.
+
+    It takes other sizes and shapes than `sample_size`, with interpolated positions: that is
+    outside what it was trained for.
+
+    Args:
+        sample_size: input size, h, w, that positions are made for. One number is a square image.
+        in_channels: channels of input and output.
+        patch_size: input elements per token along each axis.
+        hidden_size: D, a multiple of 4.
+        num_heads: attention heads.
+        depth: blocks in all.
+        num_classes: classes; a label of `num_classes` is the null label.
+        group: tokens of one group along each axis; None makes a plain SiT.
+        head: blocks before Read.
+        tail: blocks after Write.
+        min_latents: fewest latents per group that training keeps, and the default guide's number.
+        mlp_ratio: hidden width of the blocks' MLPs, over D.
+        qk_norm: whether the blocks normalise queries and keys of each head.
+        write_depth: layers of the Write.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SiTBlock", "SiTRead", "SiTWrite"]
+    _repeated_blocks = ["SiTBlock"]
+    _skip_layerwise_casting_patterns = ["embed", "norm", "modulation", "project", "place"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | Sequence[int],
+        in_channels: int,
+        patch_size: int | Sequence[int],
+        hidden_size: int,
+        num_heads: int,
+        depth: int,
+        num_classes: int,
+        group: int | Sequence[int] | None = None,
+        head: int = 0,
+        tail: int = 0,
+        min_latents: int = 1,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        write_depth: int = 1,
+    ):
+        super().__init__()
+        self.set_geometry(sample_size, in_channels, patch_size, group, min_latents)
+        self.set_split(depth, head, tail)
+        grid = self.own_grid()
+        if not is_whole(hidden_size) or hidden_size % 4:
+            raise ValueError(
+                f"hidden_size={hidden_size!r} cannot hold sines and cosines of two axes; give a "
+                f"multiple of 4"
+            )
+        if not is_whole(write_depth) or (self.group is None and write_depth != 1):
+            raise ValueError(
+                f"write_depth={write_depth!r} is not allowed; give a positive integer, or leave it "
+                f"at 1 in a plain model"
+            )
+
+        self.patch_embed = nn.Linear(self.patch_dim, hidden_size)
+        self.time_embed = TimestepEmbedding(hidden_size, scale=1)
+        self.label_embed = LabelEmbedding(hidden_size, num_classes)
+        self.blocks = nn.ModuleList(
+            SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
+        )
+        if self.group is not None:
+            self.places = GroupPlaces(hidden_size, self.max_latents)
+            self.read = SiTRead(hidden_size, num_heads, grid)
+            self.write = SiTWrite(hidden_size, num_heads, self.max_latents, write_depth)
+        self.project = FinalLayer(hidden_size, self.patch_dim)
+
+        self.gradient_checkpointing = False
+        self.apply(init_weights)
+
+    def own_grid(self) -> TokenGrid:
+        """Tokens of an input of the size that the model was made for."""
+        if len(self.sample_size) != 2:
+            raise ValueError(
+                f"sample_size={self.sample_size} has {len(self.sample_size)} axes, but a "
+                f"{type(self).__name__} takes images alone; give (h, w), or use a DiT"
+            )
+        return self.token_grid(torch.empty(1, self.in_channels, *self.sample_size, device="meta"))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        encoder_hidden_states: None = None,
+        *,
+        num_latents: int | None = None,
+        latent_indices: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity, noise - data.
+
+        Args:
+            hidden_states: (B, C, h, w), the noisy samples.
+            timestep: noise level sigma in [0, 1], (B,) or one number for all.
+            class_labels: (B,) labels; None is the null label.
+            encoder_hidden_states: of text-conditional models; a SiT takes none.
+            num_latents: latents per group that the core works on,
+                `model.resolve_budget(budget)`; None keeps all.
+            latent_indices: (num_latents,) latents to keep instead of the first ones, the same in
+                all groups.
+            return_dict: whether to wrap the velocity in a Transformer2DModelOutput.
+        """
+        self.check_no_text(encoder_hidden_states)
+        num_latents = self.check_num_latents(num_latents, latent_indices)
+        head, core, tail = self.split_blocks(self.blocks)
+        grid = self.token_grid(hidden_states)
+
+        tokens = self.patch_embed(grid.patchify(hidden_states, self.patch_size))  # (B, N, D)
+        tokens = tokens + self.positions(grid, tokens)
+        condition = self.embed_condition(timestep, class_labels, hidden_states)  # (B, D)
+        tokens = self.run(head, tokens, condition, None)  # (B, N, D)
+        if self.group is not None:
+            tokens = self.places(tokens, grid)
+            latents = self.read(tokens, condition, grid)  # (B, N, D): all of them
+            kept = keep_latents(latents, grid, num_latents, latent_indices)  # (B, G*n, D)
+            kept = self.run(core, kept, condition, None)
+            latents = restore_latents(latents, kept, grid, latent_indices)  # (B, N, D)
+            tokens = self.write(tokens, latents, grid)  # (B, N, D)
+        tokens = self.run(tail, tokens, condition, None)  # (B, N, D)
+        velocity = grid.unpatchify(self.project(tokens, condition), self.patch_size)
+
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def positions(self, grid: TokenGrid, like: Tensor) -> Tensor:
+        """Absolute positions (N, D) of the tokens, stretched to the model's own grid."""
+        places = grid.token_places(like.device)
+        own = self.own_grid().size
+        if grid.size != own:
+            stretch = [mine / its for mine, its in zip(own, grid.size, strict=True)]
+            places = (places + 0.5) * torch.tensor(stretch, device=like.device) - 0.5
+        return sincos_positions(places, like.shape[-1]).to(like.dtype)
+
+
+class SiTBlock(TransformerBlock):
+    """A block that knows no positions: they came with the tokens."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
+        super().__init__(dim, num_heads, mlp_ratio)
+        self.attention = PlainAttention(dim, num_heads, qk_norm)  # type: ignore[assignment]
+
+
+class PlainAttention(nn.Module):
+    """Self-attention of the vision transformer; its queries and keys may have a LayerNorm each."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool):
+        super().__init__()
+        self.heads = (num_heads, head_dim(dim, num_heads))
+        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = nn.LayerNorm(self.heads[1]) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.heads[1]) if qk_norm else nn.Identity()
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rotary: None) -> Tensor:
+        """Attend to all of x (B, N, D); there are no rotations."""
+        del rotary
+        q, k, v = self.to_qkv(x).unflatten(-1, (3, *self.heads)).unbind(2)  # 3 x (B, N, H, d)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        return self.to_out(attend(q, k, v))  # (B, N, D)
+
+
+def sincos_positions(places: Tensor, dim: int) -> Tensor:
+    """Sines and cosines of columns, then of rows, at dim/4 frequencies: (N, dim) float32.
+
+    Args:
+        places: (N, 2) float32, row and column.
+        dim: a multiple of 4.
+    """
+    exact = [10_000 ** (-4 * k / dim) for k in range(dim // 4)]
+    # In two parts, of which the first times a whole number below 256 has no rounding error:
+    # float32 alone would be off by a millionth at the far end of the grid.
+    coarse = [round(w * 2**16) / 2**16 for w in exact]
+    fine = [w - c for w, c in zip(exact, coarse, strict=True)]
+    waves = []
+    for axis in (1, 0):
+        place = places[:, axis, None]
+        large = place * torch.tensor(coarse, device=places.device)
+        small = place * torch.tensor(fine, device=places.device)
+        waves.append(large.sin() * small.cos() + large.cos() * small.sin())
+        waves.append(large.cos() * small.cos() - large.sin() * small.sin())
+    return torch.cat(waves, dim=-1)
