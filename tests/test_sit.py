@@ -43,6 +43,9 @@ def golden_model(variant: str) -> SiT:
     return from_official_checkpoint(GOLDEN / f"{variant}.weights.safetensors", num_heads=4, **depth)
 
 
+shared_model = functools.cache(golden_model)  # for tests that change nothing in it
+
+
 def latents_of(model: SiT, key: str) -> int | None:
     """`num_latents` of a tensor that ends in `b0.25`; None where it names no budget."""
     budget = key.partition(".b")[2]
@@ -176,7 +179,7 @@ def draw(variant: str, name: str, dtype: torch.dtype, euler: type | None = None)
         guidance = CFG(scale, interval)
     else:
         guidance = (AutoGuidance if how.get("autoguidance") else CheapCFG)(scale, cheap, interval)
-    pipeline = ElitPipeline(golden_model(variant), scheduler)
+    pipeline = ElitPipeline(shared_model(variant), scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         numbers["sample.y"],
