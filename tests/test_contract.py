@@ -510,6 +510,9 @@ def test_the_first_latents_by_index_are_the_first_latents(case: Case) -> None:
         n = budget["num_latents"]
         expected = run(model, inputs, **budget)
         assert torch.equal(run(model, inputs, **budget, latent_indices=torch.arange(n)), expected)
+        for indices in (torch.arange(n, dtype=torch.int32), torch.arange(n) - model.max_latents):
+            found = run(model, inputs, **budget, latent_indices=indices)
+            assert torch.equal(found, expected), indices
         if 1 < n <= model.max_latents // 2:
             last = torch.arange(model.max_latents - n, model.max_latents)
             assert distance(run(model, inputs, **budget, latent_indices=last), expected) > 1e-3
@@ -659,6 +662,14 @@ def test_latent_indices_of_another_number(case: Case) -> None:
     model = case.build()
     with pytest.raises(ValueError, match=r"latent_indices of shape \(2,\).*num_latents = 3"):
         run(model, make_inputs(model), num_latents=3, latent_indices=torch.arange(2))
+
+
+@ELASTIC
+@pytest.mark.parametrize("index", [99, -99])
+def test_latent_indices_out_of_range(case: Case, index: int) -> None:
+    model = case.build()
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
+        run(model, make_inputs(model), num_latents=1, latent_indices=torch.tensor([index]))
 
 
 @ELASTIC

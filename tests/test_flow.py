@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from elit._wide import wide
 from elit.flow.guidance import CFG, AutoGuidance, CheapCFG, Guidance
 from elit.flow.objective import (
     SigmaDensity,
@@ -195,6 +196,21 @@ def test_autoguidance_at_the_predictions_budget_is_no_guidance() -> None:
     velocity, plain, calls, _ = guided(AutoGuidance(3.0), 0.5, 2, 2)
     assert torch.equal(velocity, plain)
     assert calls == [([0, 3], 2)]
+
+
+@pytest.mark.parametrize("guide_latents", [16, 1])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_velocities_are_at_least_float32(dtype: torch.dtype, scale: float, guide_latents) -> None:
+    def predict(x: Tensor, sigma: float, condition: dict, num_latents: int | None) -> Tensor:
+        return (torch.ones_like(x) / 3).to(dtype)
+
+    labels = {"class_labels": torch.zeros(2, dtype=torch.long)}
+    x = torch.zeros(2, 1, dtype=torch.float64)
+    velocity = CFG(scale).velocity(predict, x, 0.5, labels, labels, 16, guide_latents)
+    assert velocity.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    third = torch.tensor(1 / 3, dtype=torch.float64).to(dtype).to(velocity.dtype)
+    torch.testing.assert_close(velocity, third.expand(2, 1), rtol=1e-15, atol=0)
 
 
 @pytest.mark.parametrize("make", [CFG, AutoGuidance, CheapCFG])
@@ -405,7 +421,37 @@ def test_euler_maruyama_draws_one_noise_for_each_generator() -> None:
     assert start_sampling(single, 5, "cpu") == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_seed_is_one_path_of_euler_maruyama_in_float32_and_float64(several: bool) -> None:
+    x = torch.randn(3, 2)
+
+    def run(dtype: torch.dtype) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        given = generators if several else generators[0]
+        return sample("euler-maruyama", gaussian_velocity, x.to(dtype), 20, given)
+
+    single, double = run(torch.float32), run(torch.float64)
+    assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close(single.double(), double, rtol=0, atol=1e-5)
+
+
+def test_wide_numbers_are_never_on_a_device_without_them() -> None:
+    assert wide(torch.device("mps")) == {"device": torch.device("cpu"), "dtype": torch.float64}
+    for name in ("cpu", "cuda:1", "meta"):
+        assert wide(torch.device(name)) == {"device": torch.device(name), "dtype": torch.float64}
+
+
 # ---- levels ----
+
+
+@pytest.mark.parametrize("sampler", ["heun", "euler-maruyama"])
+def test_given_levels_are_not_rounded_to_float32(sampler: str) -> None:
+    """A constant velocity of 1 goes down by the first level, to the last digit."""
+    assert start_sampling(make_scheduler(sampler), 1, "cpu", sigmas=[0.9, 0.3])[0] == 0.9
+    if sampler == "heun":
+        x = torch.zeros(1, dtype=torch.float64)
+        out = sample(sampler, lambda x, s: torch.ones_like(x), x, 2, sigmas=[0.9, 0.3])
+        assert out.item() == pytest.approx(-0.9, rel=0, abs=1e-15)
 
 
 def test_noise_levels_of_each_sampler() -> None:

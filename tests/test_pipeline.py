@@ -12,8 +12,9 @@ from helpers import make_generators, randomise, tiny_dit, tiny_elastic
 from torch import Tensor, nn
 
 from elit.flow.guidance import CFG, AutoGuidance, CheapCFG
-from elit.flow.schedulers import SAMPLERS, make_scheduler
+from elit.flow.schedulers import SAMPLERS, FlowMatchUniformEulerScheduler, make_scheduler
 from elit.pipelines.autoencoder import decode, has_time, spatial_scale, temporal_scale
+from elit.pipelines.base import check_sample_dtype
 from elit.pipelines.elit_pipeline import ElitPipeline
 
 
@@ -143,6 +144,42 @@ def test_a_run_is_the_euler_method_by_hand() -> None:
     guidance = CheapCFG(2.5, interval=(0.0, 0.75))
     drawn = draw(pipeline, budget=0.5, num_inference_steps=4, guidance=guidance)
     torch.testing.assert_close(drawn, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [None, CFG(2.0), CheapCFG(2.0, 0.25)])
+def test_a_float64_model_is_not_rounded_on_the_way(guidance) -> None:
+    pipeline = make_pipeline(tiny_elastic(in_channels=3, min_latents=2).double())
+    pipeline.scheduler = FlowMatchUniformEulerScheduler()
+    noise, labels = torch.randn(1, 3, 8, 8, dtype=torch.float64), torch.tensor([1])
+    given = {"noise": noise, "guidance": guidance, "num_inference_steps": 1}
+    drawn = draw(pipeline, [1], [1], dtype=torch.float64, **given)
+    with torch.no_grad():
+        model, level = pipeline.transformer, torch.ones(1)
+        velocity = model(noise, level, labels).sample
+        if guidance:
+            few = {} if guidance.budget is None else {"num_latents": 4}
+            guide = model(noise, level, None, **few).sample
+            velocity = guide + 2 * (velocity - guide)
+    torch.testing.assert_close(drawn, noise - velocity, rtol=0, atol=1e-13)
+    assert draw(pipeline, [1], [1], **given).dtype == torch.float32  # as wide as asked for
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_types_that_samples_can_have(device: str) -> None:
+    check_sample_dtype(torch.float32, device)
+    for wrong in (torch.bfloat16, torch.float16):
+        with pytest.raises(
+            ValueError, match=f"samples in {wrong} would lose what a step adds; use"
+        ):
+            check_sample_dtype(wrong, device)
+    for wrong in (torch.complex64, torch.complex128, torch.int64, "float64", None):
+        with pytest.raises(ValueError, match=f"{wrong} are not real numbers with a fraction; use"):
+            check_sample_dtype(wrong, device)
+    if device != "mps":
+        check_sample_dtype(torch.float64, device)
+        return
+    with pytest.raises(ValueError, match=r"float64 cannot be on mps, .*; use torch\.float32, or"):
+        check_sample_dtype(torch.float64, device)
 
 
 def test_bfloat16_weights_and_float32_samples() -> None:
@@ -453,6 +490,8 @@ def test_moves_with_its_parts() -> None:
         ({"guidance": CheapCFG(3.0, budget=2.0)}, r"budget 2\.0 is outside \(0, 1\]"),
         ({"generator": make_generators(1, 2)}, "2 generators for 1 samples; give one"),
         ({"generator": [None]}, "generator None is not a torch.Generator"),
+        ({"dtype": torch.complex64}, "samples in torch.complex64 are not real numbers"),
+        ({"dtype": torch.float64}, "FlowMatchEulerDiscreteScheduler rounds samples to float32"),
         ({"noise": [[0]]}, r"noise \[\[0\]\] does not fit; give a tensor of shape"),
         ({"height": True}, "a side of True is no positive integer"),
         ({"num_inference_steps": True}, "num_inference_steps True is not allowed"),

@@ -93,7 +93,7 @@ class Guidance:
         num_latents: int | None,
         guide_latents: int | None,
     ) -> Tensor:
-        """Guided velocity (B, ...) in float32.
+        """Guided velocity (B, ...), in float32 or in what is wider.
 
         Args:
             predict: the model.
@@ -106,18 +106,23 @@ class Guidance:
         """
         forwards = self.forwards(sigma, num_latents, guide_latents)
         if forwards == ((num_latents, 1),):
-            return predict(sample, sigma, condition, num_latents).float()
+            return at_least_float32(predict(sample, sigma, condition, num_latents))
         guide_condition = null_condition if self.drop_label else condition
         if forwards == ((num_latents, 2),):
             both_conditions = {
                 name: torch.cat((value, guide_condition[name])) for name, value in condition.items()
             }
             both = predict(torch.cat((sample, sample)), sigma, both_conditions, num_latents)
-            predicted, guide = both.float().chunk(2)
+            predicted, guide = at_least_float32(both).chunk(2)
         else:
-            predicted = predict(sample, sigma, condition, num_latents).float()
-            guide = predict(sample, sigma, guide_condition, guide_latents).float()
+            predicted = at_least_float32(predict(sample, sigma, condition, num_latents))
+            guide = at_least_float32(predict(sample, sigma, guide_condition, guide_latents))
         return torch.lerp(guide, predicted, self.scale)
+
+
+def at_least_float32(velocity: Tensor) -> Tensor:
+    """A velocity as it is if it is float64, else in float32."""
+    return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
 
 
 def CFG(scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> Guidance:

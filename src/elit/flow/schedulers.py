@@ -19,6 +19,7 @@ from torch import Tensor
 
 from elit._choices import check_choice
 from elit._numbers import is_whole
+from elit._wide import wide
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +30,7 @@ def _grid(
 ) -> list[float]:
     """Noise levels from 1 to `last` in equal steps, or those given, and then 0."""
     if sigmas is not None:
-        grid = np.asarray(sigmas, dtype=np.float32).tolist()
+        grid = np.asarray(sigmas, dtype=float).tolist()
     else:
         _check_steps(num_inference_steps)
         steps = num_inference_steps if last == 0 else num_inference_steps - 1
@@ -45,13 +46,13 @@ class _CountedSteps(SchedulerMixin, ConfigMixin):
     def _begin(self, levels: list[float], device: torch.device | str | None) -> None:
         self.sigmas = torch.tensor(levels)
         self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
-        self._levels = levels
+        self.levels = levels
         self._index = 0
 
     def _next(self) -> tuple[float, float]:
         """The level that a step starts from and the one that it leads to."""
         self._index += 1
-        return self._levels[self._index - 1], self._levels[self._index]
+        return self.levels[self._index - 1], self.levels[self._index]
 
 
 class FlowMatchUniformEulerScheduler(_CountedSteps):
@@ -127,6 +128,20 @@ class FlowMatchUniformHeunScheduler(_CountedSteps):
 PATHS = ("linear", "cosine")
 
 
+def _noise_like(
+    sample: Tensor, generator: torch.Generator | list[torch.Generator] | None
+) -> Tensor:
+    """Standard normal noise, in float32 the rounded numbers of float64.
+
+    torch draws other numbers for another type; so, one seed is one path in both.
+    """
+    given = generator if isinstance(generator, list) else [generator]
+    if any(one is not None and one.device.type == "mps" for one in given):  # it has no float64
+        return randn_tensor(sample.shape, generator, sample.device, sample.dtype)
+    noise = randn_tensor(sample.shape, generator, **wide(sample.device))
+    return noise.to(sample.dtype).to(sample.device)
+
+
 class FlowMatchEulerMaruyamaScheduler(_CountedSteps):
     """Euler-Maruyama on the reverse SDE with diffusion 2 sigma.
 
@@ -173,7 +188,7 @@ class FlowMatchEulerMaruyamaScheduler(_CountedSteps):
         sigma, sigma_next = self._next()
         result = sample + (sigma_next - sigma) * self._drift(model_output, sample, sigma)
         if sigma_next > 0:
-            noise = randn_tensor(sample.shape, generator, sample.device, sample.dtype)
+            noise = _noise_like(sample, generator)
             result = result + math.sqrt(2 * sigma * (sigma - sigma_next)) * noise
         return SchedulerOutput(prev_sample=result) if return_dict else (result,)
 
@@ -212,7 +227,8 @@ def start_sampling(
     """Set the steps of a run and give the noise level of each call of the model.
 
     diffusers' Euler scheduler would end at sigma 0.001; here it gets the uniform grid, 1 to 0.
-    The levels are read from `sigmas`, not from `timesteps`, which some schedulers round.
+    The levels are read from `sigmas`, not from `timesteps`, which some schedulers round; ours give
+    them as they are, not rounded to float32.
     """
     name = type(scheduler).__name__
     if not (name.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas")):
@@ -224,13 +240,16 @@ def start_sampling(
         levels = _check_sigmas(sigmas)
         if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(f"{name} takes no sigmas; use euler, heun, euler-maruyama or unipc")
-        scheduler.set_timesteps(len(levels), device=device, sigmas=levels)
+        given = levels if isinstance(scheduler, _CountedSteps) else levels.astype(np.float32)
+        scheduler.set_timesteps(len(levels), device=device, sigmas=given)
     elif isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
         grid = np.asarray(_grid(num_inference_steps, None)[:-1], dtype=np.float32)
         scheduler.set_timesteps(num_inference_steps, device=device, sigmas=grid)
     else:
         _check_steps(num_inference_steps)
         scheduler.set_timesteps(num_inference_steps, device=device)
+    if isinstance(scheduler, _CountedSteps):
+        return scheduler.levels[:-1]
     return scheduler.sigmas.tolist()[: len(scheduler.timesteps)]
 
 
@@ -243,7 +262,7 @@ def _check_steps(num_inference_steps: int) -> None:
 
 
 def _check_sigmas(sigmas: "Sequence[float]") -> np.ndarray:
-    levels = np.asarray(sigmas, dtype=np.float32)
+    levels = np.asarray(sigmas, dtype=float)
     falling = levels.ndim == 1 and len(levels) > 0 and bool((np.diff(levels) < 0).all())
     if not (falling and levels[0] <= 1 and levels[-1] > 0):
         raise ValueError(

@@ -28,7 +28,7 @@ class TimestepEmbedding(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         half = self.num_features // 2
         exponents = torch.arange(half, device=timestep.device, dtype=torch.float32) / half
-        # 1000 sigma in float32, whatever the model's dtype: bf16 cannot tell 999 from 1000.
+        # Scaled in float32, whatever the model's dtype: bf16 cannot tell 999 from 1000.
         angles = self.scale * timestep.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
         features = torch.cat((angles.cos(), angles.sin()), dim=-1)  # (B, 256)
         return self.linear_out(F.silu(self.linear_in(features.to(self.linear_in.weight.dtype))))

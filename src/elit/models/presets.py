@@ -183,7 +183,9 @@ FAMILIES = {
     ),
     # The public checkpoints. 256 px, no guidance: FID 18.97 plain, 11.23 elastic, 9.98
     # multi-budget (8.93 at 2M steps). 512 px: 21.82, 10.28, 9.65 (8.77 at 1M).
-    "sit": Family(SiT, dict.fromkeys(SIT_SIZES, (2,)), sizes=SIT_SIZES),
+    "sit": Family(
+        SiT, dict.fromkeys(("tiny", *SIT_SIZES), (2,)), sizes=SIT_SIZES | {"tiny": SIZES["tiny"]}
+    ),
 }
 MODELS = {family.model.__name__: family.model for family in FAMILIES.values()}
 

@@ -1,5 +1,6 @@
 """SiT and ELIT-SiT: the architecture of the public checkpoints, plain and elastic in one class."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,11 +10,13 @@ from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up 
 from torch import Tensor, nn
 
 from elit._numbers import is_whole
+from elit._wide import wide
 from elit.interface.grid import TokenGrid
 from elit.layers.attention import attend, head_dim
-from elit.layers.block import FinalLayer, TransformerBlock
+from elit.layers.block import MLP, FinalLayer, TransformerBlock
 from elit.layers.embeddings import LabelEmbedding, TimestepEmbedding
 from elit.layers.initialisation import init_weights
+from elit.layers.modulation import AdaLNZero
 from elit.models.class_conditional import ClassConditional
 from elit.models.sit_interface import (
     GroupPlaces,
@@ -89,6 +92,8 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
                 f"write_depth={write_depth!r} is not allowed; give a positive integer, or leave it "
                 f"at 1 in a plain model"
             )
+        if not isinstance(qk_norm, bool):
+            raise ValueError(f"qk_norm={qk_norm!r} is not allowed; give True or False")
 
         self.patch_embed = nn.Linear(self.patch_dim, hidden_size)
         self.time_embed = TimestepEmbedding(hidden_size, scale=1)
@@ -161,20 +166,24 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
 
     def positions(self, grid: TokenGrid, like: Tensor) -> Tensor:
         """Absolute positions (N, D) of the tokens, stretched to the model's own grid."""
-        places = grid.token_places(like.device)
-        own = self.own_grid().size
-        if grid.size != own:
-            stretch = [mine / its for mine, its in zip(own, grid.size, strict=True)]
-            places = (places + 0.5) * torch.tensor(stretch, device=like.device) - 0.5
-        return sincos_positions(places, like.shape[-1]).to(like.dtype)
+        dim, exact = like.shape[-1], wide(like.device)
+        rows, cols = (
+            axis_waves((torch.arange(n, **exact) + 0.5) * (own / n) - 0.5, dim // 2)
+            for own, n in zip(self.own_grid().size, grid.size, strict=True)
+        )  # (h, D/2), (w, D/2)
+        table = torch.cat(torch.broadcast_tensors(cols[None], rows[:, None]), dim=-1)  # (h, w, D)
+        table = grid.to_groups(table.view(1, -1, dim)).view(-1, dim)  # (N, D)
+        return table.to(like.device, like.dtype)
 
 
 class SiTBlock(TransformerBlock):
     """A block that knows no positions: they came with the tokens."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
-        super().__init__(dim, num_heads, mlp_ratio)
+        nn.Module.__init__(self)  # TransformerBlock's would make an attention that rotates
+        self.modulation = AdaLNZero(dim, 2)
         self.attention = PlainAttention(dim, num_heads, qk_norm)  # type: ignore[assignment]
+        self.mlp = MLP(dim, mlp_ratio)
 
 
 class PlainAttention(nn.Module):
@@ -200,19 +209,20 @@ def sincos_positions(places: Tensor, dim: int) -> Tensor:
     """Sines and cosines of columns, then of rows, at dim/4 frequencies: (N, dim) float32.
 
     Args:
-        places: (N, 2) float32, row and column.
+        places: (N, 2), row and column.
         dim: a multiple of 4.
     """
-    exact = [10_000 ** (-4 * k / dim) for k in range(dim // 4)]
-    # In two parts, of which the first times a whole number below 256 has no rounding error:
-    # float32 alone would be off by a millionth at the far end of the grid.
-    coarse = [round(w * 2**16) / 2**16 for w in exact]
-    fine = [w - c for w, c in zip(exact, coarse, strict=True)]
-    waves = []
-    for axis in (1, 0):
-        place = places[:, axis, None]
-        large = place * torch.tensor(coarse, device=places.device)
-        small = place * torch.tensor(fine, device=places.device)
-        waves.append(large.sin() * small.cos() + large.cos() * small.sin())
-        waves.append(large.cos() * small.cos() - large.sin() * small.sin())
-    return torch.cat(waves, dim=-1)
+    exact = places.to(**wide(places.device))
+    waves = torch.cat([axis_waves(exact[:, axis], dim // 2) for axis in (1, 0)], dim=-1)
+    return waves.to(places.device)
+
+
+def axis_waves(places: Tensor, dim: int) -> Tensor:
+    """Sines, then cosines, of places (n,) along one axis: (n, dim) float32.
+
+    The places come from `wide`: float32 would be off by a millionth at the far end of the grid.
+    All of it is arithmetic on the device, with no numbers to copy there.
+    """
+    exponents = torch.arange(dim // 2, device=places.device, dtype=places.dtype) * (2 / dim)
+    angles = places[:, None] * torch.exp(-math.log(10_000) * exponents)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).float()

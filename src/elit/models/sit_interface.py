@@ -202,5 +202,7 @@ def restore_latents(
     if indices is None:
         groups = torch.cat((kept, groups[:, :, kept.shape[2] :]), dim=2)
     else:
-        groups = groups.index_copy(2, indices, kept.to(groups.dtype))
+        places = indices.long()
+        places = torch.where(places < 0, places + groups.shape[2], places)
+        groups = groups.index_copy(2, places, kept.to(groups.dtype))
     return groups.flatten(1, 2)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from elit._numbers import is_whole
-from elit.flow.guidance import Condition, Guidance
+from elit.flow.guidance import Condition, Guidance, at_least_float32
 from elit.flow.schedulers import start_sampling
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.autoencoder import (
@@ -33,6 +33,24 @@ logger = logging.getLogger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[[Any, int, Tensor, dict], dict]
+
+
+def check_sample_dtype(dtype: torch.dtype, device_type: str) -> None:
+    """Raise a ValueError unless samples can be of this type, on a device such as "cuda"."""
+    is_real = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    if not is_real or dtype.itemsize < torch.float32.itemsize:
+        reason = (
+            "would lose what a step adds" if is_real else "are not real numbers with a fraction"
+        )
+        raise ValueError(
+            f"samples in {dtype} {reason}; use torch.float32 or torch.float64. The model computes "
+            f"in its own dtype anyway"
+        )
+    if dtype != torch.float32 and device_type == "mps":
+        raise ValueError(
+            f"samples in {dtype} cannot be on mps, which has no such type; use torch.float32, "
+            "or pipeline.to('cpu')"
+        )
 
 
 class SamplesDivergedError(ValueError):
@@ -116,8 +134,9 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
         generator = list(generator) if isinstance(generator, Sequence) else generator
         self._check_options(generator, count, output_type, guidance)
         self._check_callback_names(callback_on_step_end_tensor_inputs)
-        self._check_dtype(dtype)
         device = self._execution_device
+        check_sample_dtype(dtype, device.type)
+        self._check_dtype(dtype)
         samples = self._start(noise, generator, count, self.input_size(*size), device, dtype)
         levels = start_sampling(self.scheduler, num_inference_steps, device, sigmas)
         step_latents = self.latents_of_steps(budget, len(levels), guidance)
@@ -133,6 +152,7 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
                 velocity = self._velocity(
                     samples, levels[i], condition, null_condition, *step_latents[i], guidance, place
                 )
+                velocity = velocity.to(samples.dtype)  # a float64 model doesn't widen the samples
                 step = self.scheduler.step(velocity, timestep, samples, **extra, return_dict=False)
                 samples = step[0]  # (B, C, h, w)
                 if callback_on_step_end is not None:
@@ -172,7 +192,7 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
         guidance: Guidance | None,
         place: dict[str, int],
     ) -> Tensor:
-        """Velocity (B, C, h, w) in float32, guided or not.
+        """Velocity (B, C, h, w), guided or not, in float32 or in what is wider.
 
         Step caches know the calls by diffusers' names: the guided one, its guide, or both in one
         batch. `place` is where they are in the run.
@@ -185,7 +205,7 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
                 return self._predict(batch, *arguments)
 
         if guidance is None:
-            return predict(x, sigma, condition, num_latents).float()
+            return at_least_float32(predict(x, sigma, condition, num_latents))
         return guidance.velocity(
             predict, x, sigma, condition, null_condition, num_latents, guide_latents
         )
@@ -235,12 +255,7 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
             )
 
     def _check_dtype(self, dtype: torch.dtype) -> None:
-        """Raise a ValueError unless the samples can be kept in it from step to step."""
-        if not isinstance(dtype, torch.dtype) or torch.promote_types(dtype, torch.float32) != dtype:
-            raise ValueError(
-                f"samples in {dtype} would lose what a step adds; use torch.float32, or what is "
-                f"wider. The model computes in its own dtype anyway"
-            )
+        """Raise a ValueError unless the scheduler keeps samples in it from step to step."""
         if dtype != torch.float32 and not getattr(self.scheduler, "any_dtype", False):
             raise ValueError(
                 f"a {type(self.scheduler).__name__} rounds samples to float32; for {dtype} use a "
