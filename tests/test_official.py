@@ -5,7 +5,10 @@ import json
 import os
 import pathlib
 import pickle
+import random
 import re
+import struct
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -15,8 +18,9 @@ from safetensors.torch import load_file
 from sit_reference import READ, make_state
 from torch import Tensor
 
-from elit import ElitPipeline, from_official_checkpoint, load_pipeline
+from elit import ElitPipeline, _files, from_official_checkpoint, load_pipeline
 from elit.cli.main import main
+from elit.interop import convert
 from elit.interop.convert import ConversionSettings, convert_official
 from elit.models.sit import SiT
 
@@ -119,7 +123,7 @@ def test_settings_come_from_the_tensors(tmp_path) -> None:
 
 @pytest.mark.parametrize(("width", "heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16)], ids=str)
 def test_heads_are_those_of_the_public_size(width: int, heads: int) -> None:
-    from elit.interop.official_format import settings_of
+    from elit.interop.official_format import Unknowns, settings_of
 
     meta = make_state(width=16, depth=1, group=None, heads=1)
     state = {}
@@ -127,7 +131,7 @@ def test_heads_are_those_of_the_public_size(width: int, heads: int) -> None:
         shape = [width if n == 16 else 4 * width if n == 64 else n for n in value.shape]
         state[name] = torch.empty(shape, device="meta")
     state["pos_embed"] = torch.empty(1, 64, width, device="meta")
-    assert settings_of(state, 8, None, None)["num_heads"] == heads
+    assert settings_of(state, Unknowns())["num_heads"] == heads
 
 
 def test_a_state_dict_alone_is_a_checkpoint_too(tmp_path, state) -> None:
@@ -259,9 +263,18 @@ ATTENTION = f"{READ}fit_layer.latents_attend_to_patches.0"
         (lambda s: s | {"blocks.1.attn.proj.bias": torch.ones(63)},
          r"1 keys of another shape \(blocks.1.attn.proj.bias is \(63,\), not \(64,\)\)"),
         (lambda s: s | {"blocks.1.attn.proj.bias": torch.full((64,), torch.nan)},
-         r"1 keys without finite numbers \(blocks.1.attn.proj.bias\)"),
+         r"1 keys without finite float32 numbers \(blocks.1.attn.proj.bias\)"),
+        (lambda s: s | {"blocks.1.attn.proj.bias": torch.full((64,), 1e300, dtype=torch.float64)},
+         r"1 keys without finite float32 numbers \(blocks.1.attn.proj.bias\)"),
+        (lambda s: s | {"pos_embed": torch.zeros(1, 1, 64).expand(1, 4096, 64)},
+         r"pos_embed claims the shape \(1, 4096, 64\), but the file holds 256 bytes of it"),
+        (lambda s: s | {"blocks.1.attn.proj.bias": torch.ones(64).to_sparse()},
+         r"blocks.1.attn.proj.bias is sparse or quantized"),
+        (lambda s: s | {"blocks.1.attn.proj.bias": torch.ones(64, device="meta")},
+         r"blocks.1.attn.proj.bias is without data"),
+        (lambda s: s | {"\x1b[2J\n": torch.ones(2)}, r"1 unknown keys \(\?\[2J\?\)"),
         (lambda s: s | {"blocks.1.attn.proj.bias": torch.ones(64, dtype=torch.int64)},
-         r"1 keys without finite numbers"),
+         r"blocks.1.attn.proj.bias is of torch.int64, not one of torch.float16"),
         (lambda s: s | {"pos_embed": s["pos_embed"].roll(1, 1)}, r"made with other positions"),
         (lambda s: s | {"pos_embed": s["pos_embed"][:, :63]}, r"63 tokens is of no square image"),
         (lambda s: s | {"x_embedder.proj.weight": torch.ones(64)}, r"\(64,\) should have 4 axes"),
@@ -271,7 +284,8 @@ ATTENTION = f"{READ}fit_layer.latents_attend_to_patches.0"
         (lambda s: s | {f"{READ}learned_query_embed": torch.ones(9, 64)},
          r"8x8 tokens cannot be cut into groups of 3x3"),
     ],
-    ids=["read", "block", "no read", "no write", "extra", "shape", "nan", "whole", "positions",
+    ids=["read", "block", "no read", "no write", "extra", "shape", "nan", "beyond float32", "claim",
+         "sparse", "meta", "control", "whole", "positions",
          "oblong", "axes", "variance", "latents", "group"],
 )  # fmt: skip
 def test_keys_that_do_not_fit_are_named(tmp_path, state, change, message) -> None:
@@ -283,9 +297,14 @@ def test_keys_that_do_not_fit_are_named(tmp_path, state, change, message) -> Non
 def test_a_wrong_encoder_depth(tmp_path, file, state) -> None:
     with pytest.raises(ValueError, match=r"encoder_depth=8 and 2 blocks .*no core in the 6 blocks"):
         from_official_checkpoint(file, num_heads=4)
-    for wrong in (4, -1, 2.0, True):
-        with pytest.raises(ValueError, match=rf"encoder_depth={wrong} .*8 in all public"):
+    with pytest.raises(ValueError, match=r"encoder_depth=4 .*8 in all public"):
+        from_official_checkpoint(file, encoder_depth=4, num_heads=4)
+    for wrong in (-1, 2.0, True, None):
+        with pytest.raises(ValueError, match=rf"encoder_depth={wrong} is not allowed"):
             from_official_checkpoint(file, encoder_depth=wrong, num_heads=4)
+    assert from_official_checkpoint(file, encoder_depth=0, num_heads=4).split == (0, 4, 2)
+    none_after = from_official_checkpoint(file, encoder_depth=2, decoder_depth=0, num_heads=4)
+    assert none_after.split == (2, 4, 0)
     told = public_file(tmp_path / "x.pt", state, args=argparse.Namespace(encoder_depth=2))
     with pytest.raises(
         ValueError, match=r"encoder_depth=3 contradicts the args .*give encoder_depth=2"
@@ -332,6 +351,119 @@ def test_diffusers_dit_is_refused_with_what_to_do(tmp_path, folder) -> None:
             from_official_checkpoint(tmp_path / name)
     with pytest.raises(ValueError, match=r"a folder with a SiT, .*ElitPipeline.from_pretrained"):
         from_official_checkpoint(folder)
+
+
+def test_flipped_bits_are_found_by_their_checksum(tmp_path, file) -> None:
+    whole = file.read_bytes()
+    header = struct.Struct("<26xHH")  # of a member: the lengths of its name and of what follows
+    with zipfile.ZipFile(file) as archive:
+        members = [m for m in archive.infolist() if "/data/" in m.filename and m.file_size > 1000]
+    generator = random.Random(0)
+    damaged = tmp_path / "x.pt"
+    for weights in ("ema", "model"):
+        found = 0
+        for member in members:
+            lengths = header.unpack_from(whole, member.header_offset)
+            place = member.header_offset + header.size + sum(lengths)
+            place += generator.randrange(member.file_size)
+            changed = bytearray(whole)
+            changed[place] ^= 1 << generator.randrange(8)
+            damaged.write_bytes(changed)
+            try:
+                from_official_checkpoint(damaged, weights=weights, **TINY)
+            except ValueError as error:
+                assert "do not match their checksum" in str(error)  # noqa: PT017
+                found += 1
+        assert 0 < found < len(members)  # the others are of weights that nobody asked for
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_any_damage_is_a_value_error(tmp_path, state, legacy) -> None:
+    small = {key: value for key, value in state.items() if value.numel() < 200}
+    torch.save({"ema": small, "args": argparse.Namespace(a=1)}, tmp_path / "x.pt",
+               _use_new_zipfile_serialization=not legacy)  # fmt: skip
+    whole = (tmp_path / "x.pt").read_bytes()
+    generator = random.Random(1)
+    for _ in range(60):
+        changed = bytearray(whole)
+        for _ in range(3):
+            changed[generator.randrange(len(whole))] = generator.randrange(256)
+        (tmp_path / "x.pt").write_bytes(changed)
+        with pytest.raises(ValueError, match=r"x\.pt"):
+            from_official_checkpoint(tmp_path / "x.pt", **TINY)
+
+
+@pytest.mark.parametrize("key", [0, None, (1, 2), b"pos_embed"], ids=str)
+def test_keys_are_names(tmp_path, key) -> None:
+    torch.save({"ema": {key: torch.ones(1)}}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"not by name"):
+        from_official_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("path", [None, 5, b"x.pt", "~nobody-of-this-name/x.pt"], ids=str)
+def test_what_is_no_path(path) -> None:
+    with pytest.raises(ValueError, match=r"is no path"):
+        from_official_checkpoint(path)
+
+
+# ---- files that are a little different ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_precisions_are_read(tmp_path, state, dtype) -> None:
+    file = public_file(tmp_path / "x.pt", {key: value.to(dtype) for key, value in state.items()})
+    model = from_official_checkpoint(file, **TINY)
+    found = model.state_dict()["label_embed.table.weight"]
+    assert torch.equal(found, state["y_embedder.embedding_table.weight"].to(dtype).float())
+    convert_official(file, tmp_path / "out", ConversionSettings(**TINY))
+    name = str(dtype).removeprefix("torch.")
+    assert f"stored as {name}, as float32" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_wrapped_modules_are_read(tmp_path, state) -> None:
+    wrapped = {f"module._orig_mod.{key}": value for key, value in state.items()}
+    torch.save({"ema": wrapped}, tmp_path / "x.pt")
+    assert from_official_checkpoint(tmp_path / "x.pt", **TINY).split == (2, 2, 2)
+
+
+def test_safetensors_by_any_name(tmp_path) -> None:
+    golden = (GOLDEN / "elit_tiny.weights.safetensors").read_bytes()
+    (tmp_path / "x.pt").write_bytes(golden)
+    assert isinstance(from_official_checkpoint(tmp_path / "x.pt", **TINY), SiT)
+
+
+def test_what_the_args_tell_is_taken_or_contradicted(tmp_path, state) -> None:
+    told = {"encoder_depth": "2", "dit_decoder_depth": 1.0, "num_heads": torch.tensor(8)}
+    file = public_file(tmp_path / "x.pt", state, args=told, steps=torch.tensor(7.0))
+    model = from_official_checkpoint(file, encoder_depth=2)
+    assert (model.split, model.config.num_heads) == ((2, 3, 1), 8)
+    for name, value in (("encoder_depth", 3), ("decoder_depth", 2), ("num_heads", 4)):
+        with pytest.raises(ValueError, match=rf"{name}={value} contradicts the args .*{name}="):
+            from_official_checkpoint(file, **{"encoder_depth": 2} | {name: value})
+    report = convert_official(file, tmp_path / "out", ConversionSettings(encoder_depth=2))
+    assert report["steps"] == 7
+
+
+def test_a_model_without_a_null_class_keeps_all_its_classes(tmp_path, state, caplog) -> None:
+    args = argparse.Namespace(class_dropout_prob=0.0, num_classes=11)
+    model = from_official_checkpoint(public_file(tmp_path / "x.pt", state, args=args), **TINY)
+    assert model.config.num_classes == 11
+    table = model.state_dict()["label_embed.table.weight"]
+    assert torch.equal(table[:11], state["y_embedder.embedding_table.weight"])
+    assert not table[11].any()
+    assert "no null class" in caplog.text
+    args.num_classes = 9
+    with pytest.raises(ValueError, match=r"embedding_table.weight is \(11, 64\), not \(9, 64\)"):
+        from_official_checkpoint(public_file(tmp_path / "x.pt", state, args=args), **TINY)
+
+
+def test_what_means_nothing_is_not_taken_in_silence(tmp_path, state, caplog) -> None:
+    plain = public_file(tmp_path / "x.pt", make_state(width=32, depth=3, group=None))
+    with pytest.raises(ValueError, match=r"decoder_depth=1 is of an ELIT-SiT"):
+        from_official_checkpoint(plain, num_heads=4, decoder_depth=1)
+    torch.save(state, tmp_path / "bare.pt")
+    from_official_checkpoint(tmp_path / "bare.pt", weights="model", **TINY)
+    assert "has one set of weights" in caplog.text
 
 
 # ---- a converted folder ----
@@ -396,13 +528,70 @@ def test_a_conversion_that_fails_leaves_nothing(file, tmp_path, monkeypatch) -> 
 
     (tmp_path / "out").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr("elit.interop.convert.write_text", full)
+        patch.setattr("elit.interop.convert.model_card", full)
         with pytest.raises(OSError, match="No space"):
             convert_official(file, tmp_path / "out", ConversionSettings(**TINY))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert not list((tmp_path / "out").iterdir())
     convert_official(file, tmp_path / "out", ConversionSettings(**TINY))
     assert (tmp_path / "out" / "model_index.json").exists()
+
+
+def test_a_conversion_that_was_damaged_is_not_taken_for_whole(file, tmp_path) -> None:
+    settings, out = ConversionSettings(**TINY), tmp_path / "out"
+    convert_official(file, out, settings)
+    (weights,) = out.glob("transformer/*.safetensors")
+    weights.write_bytes(b"1")
+    with pytest.raises(ValueError, match=r"safetensors is missing or was changed; remove"):
+        convert_official(file, out, settings)
+    (out / "conversion.json").write_text('{"source": 5}')
+    with pytest.raises(ValueError, match=r"holds no conversion"):
+        convert_official(file, out, settings)
+
+
+def test_two_conversions_at_once_are_one(file, tmp_path, monkeypatch) -> None:
+    settings, out = ConversionSettings(**TINY), tmp_path / "out"
+    card = convert.model_card
+
+    def slow(report) -> str:
+        monkeypatch.undo()
+        convert_official(file, out, settings)  # another process, in the meantime
+        return card(report)
+
+    monkeypatch.setattr(convert, "model_card", slow)
+    assert convert_official(file, out, settings)["parameters"] == 561_936
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_conversion_left_is_removed(file, tmp_path) -> None:
+    dead = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, check=True).stdout
+    left = tmp_path / f".out.{_files._place()}-{int(dead)}-00000000.part"
+    (left / "transformer").mkdir(parents=True)
+    alive = tmp_path / f".out.{_files._place()}-{os.getpid()}-00000000.part"
+    alive.mkdir()
+    convert_official(file, tmp_path / "out", ConversionSettings(**TINY))
+    assert {p.name for p in tmp_path.iterdir()} == {"out", alive.name}
+
+
+def test_places_of_the_folder(file, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = ConversionSettings(**TINY)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for out in (tmp_path / "link", "~/home", tmp_path / ("x" * 250)):
+        convert_official(file, out, settings)
+    for name in ("real", "home", "x" * 250):
+        assert (tmp_path / name / "model_index.json").exists()
+
+
+def test_a_converted_folder_runs_the_published_sampler(folder) -> None:
+    pipeline = load_pipeline(folder)
+    assert type(pipeline.scheduler).__name__ == "FlowMatchUniformEulerScheduler"
+    noise = torch.randn(1, 4, 16, 16, dtype=torch.float64)
+    settings = {"num_inference_steps": 3, "output_type": "latent", "noise": noise}
+    exact = pipeline([3], dtype=torch.float64, **settings).images
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(pipeline([3], **settings).images.double(), exact, rtol=0, atol=1e-5)
 
 
 def test_convert_tells_what_it_did(file, tmp_path, capsys) -> None:
@@ -412,13 +601,18 @@ def test_convert_tells_what_it_did(file, tmp_path, capsys) -> None:
     assert "ELIT-SiT of 561.9 k parameters, ema, 400000 steps" in shown
     assert "head 2, core 2, tail 2, group 4" in shown
     assert "README.md has the licence" in shown
-    assert "--vae NAME puts one in" in shown
+    assert "with --vae stabilityai/sd-vae-ft-mse" in shown
+    assert "elit sample" not in shown  # which could draw no image from it
     assert main([*words, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert list(report) == ["out", "source", "steps", "elastic", "parameters", "left_out", "config"]
+    assert report.keys() == {"out", "source", "elastic", "config"} | {
+        "weights", "stored", "steps", "parameters", "left_out",
+    }  # fmt: skip
     assert (report["steps"], report["elastic"], report["parameters"]) == (400_000, True, 561_936)
     assert main(["convert", "pickle", "x", "y"]) == 2
     assert "unknown format 'pickle': use one of 'official'" in capsys.readouterr().err
+    assert main(["convert", "official", str(file), str(tmp_path / "b")]) == 2
+    assert "give --num-heads" in capsys.readouterr().err
 
 
 def test_an_autoencoder_that_does_not_fit(file, tmp_path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -23,8 +24,7 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     The disk holds it when this returns. Any number of processes may write the same file at once.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    mark = f"{_place()}-{os.getpid()}-{secrets.token_hex(4)}"
-    aside = path.with_name(f".{path.stem}.{mark}.part{path.suffix}")
+    aside = path.with_name(f".{path.stem}.{_mark()}.part{path.suffix}")
     try:
         write(aside)
         open_to_others(aside)
@@ -34,6 +34,36 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         aside.unlink(missing_ok=True)  # makes room on a full disk
         raise
     sync(path.parent)
+
+
+def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a folder aside, then rename it to one that is not there, or empty.
+
+    What killed processes left of their attempts is removed first.
+
+    Raises:
+        OSError: if the folder is not empty by then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, f".{path.name[:150]}.*.part")
+    aside = path.with_name(f".{path.name[:150]}.{_mark()}.part")
+    try:
+        write(aside)
+        for file in aside.rglob("*"):
+            if file.is_file():
+                sync(file)
+        if os.name == "nt" and path.is_dir():
+            path.rmdir()  # which renames onto no folder, even an empty one
+        os.replace(aside, path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    sync(path.parent)
+
+
+def _mark() -> str:
+    """Tells apart what is written aside, and by whom: see `remove_leftovers`."""
+    return f"{_place()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def open_to_others(path: Path) -> None:
@@ -82,13 +112,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elit"
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path, pattern: str = ".*.part*") -> None:
     """Remove what killed processes left half written.
 
     Safe beside processes that write: a file goes if its process was of this machine and is gone,
     or if nobody has changed it for a day.
     """
-    for path in folder.glob(".*.part*"):
+    for path in folder.glob(pattern):
         match = _ASIDE.fullmatch(path.name)
         if match is None:
             continue
@@ -96,7 +126,7 @@ def remove_leftovers(folder: Path) -> None:
         try:
             old = time.time() - path.stat().st_mtime > _NO_LONGER_WRITTEN
             if old or (ours and not _is_alive(int(match[2]))):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         except FileNotFoundError:
             pass  # it got its name, or another process removed it
 

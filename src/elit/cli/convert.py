@@ -1,6 +1,7 @@
 """`elit convert`: checkpoints of others as folders that every command here takes."""
 
 import argparse
+import re
 import shlex
 from typing import Any
 
@@ -12,6 +13,7 @@ from elit.cli.common import (
     output_folder,
     print_json,
     quiet_diffusers,
+    quiet_hub,
     whole_number,
 )
 
@@ -35,7 +37,7 @@ def add_arguments(parser: Parser) -> None:
         help="ema, the average over training, or model (default: ema)")  # fmt: skip
     add("--encoder-depth", type=whole_number(0), default=8, metavar="N",
         help="blocks before the Read (default: 8, as in all public ones)")  # fmt: skip
-    add("--decoder-depth", type=whole_number(1), metavar="N",
+    add("--decoder-depth", type=whole_number(0), metavar="N",
         help="blocks after the Write (default: 4 of L and XL, 2 of S and B)")  # fmt: skip
     add("--num-heads", type=whole_number(1), metavar="N",
         help="attention heads (default: those of the public model of this width)")  # fmt: skip
@@ -52,8 +54,13 @@ def run(args: argparse.Namespace) -> int:
     settings = ConversionSettings(
         args.weights, args.encoder_depth, args.num_heads, args.decoder_depth, args.vae
     )
-    with quiet_diffusers():
-        report = convert_official(args.file, args.out, settings)
+    if settings.vae == "":
+        raise ValueError("--vae is empty; give a folder or a name of the hub, or leave it out")
+    with quiet_diffusers(), quiet_hub():
+        try:
+            report = convert_official(args.file, args.out, settings)
+        except ValueError as error:  # whose names are Python's, not those of flags
+            raise ValueError(_with_flags(str(error))) from error
     if args.json:
         print_json(report)
     else:
@@ -61,17 +68,32 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _with_flags(message: str) -> str:
+    """A message that names flags instead of Python's arguments."""
+    names = r"\b(encoder_depth|decoder_depth|num_heads)\b(=?)"
+
+    def flag(found: re.Match[str]) -> str:
+        return f"--{found[1].replace('_', '-')}{' ' if found[2] else ''}"
+
+    return re.sub(names, flag, message)
+
+
 def _print_report(report: dict[str, Any]) -> None:
     config, source = report["config"], report["source"]
     kind = "ELIT-SiT" if report["elastic"] else "SiT"
+    weights = report["weights"] or "the only weights"
     steps = "" if report["steps"] is None else f", {report['steps']} steps"
-    print(f"{kind} of {format_count(report['parameters'])} parameters, {source['weights']}{steps}")
+    print(f"{kind} of {format_count(report['parameters'])} parameters, {weights}{steps}")
     print(f"width {config['hidden_size']}, {config['num_heads']} heads, {config['depth']} blocks")
     if report["elastic"]:
         core = config["depth"] - config["head"] - config["tail"]
         print(f"head {config['head']}, core {core}, tail {config['tail']}, group {config['group']}")
     print(f"\n{report['out']}: its README.md has the licence of the weights, read it\n")
     if source["vae"] is None and config["in_channels"] not in (1, 3):
-        print("without an autoencoder it draws VAE latents alone; --vae NAME puts one in")
-    flags = " --budget 1 0.25 --guidance ccfg" if report["elastic"] else " --guidance cfg"
-    print(f"sample:  elit sample {shlex.quote(report['out'])} --labels 207 360{flags}")
+        print("it holds no autoencoder, so it draws VAE latents, from Python alone; for images,")
+        print("convert it into a new folder with --vae stabilityai/sd-vae-ft-mse")
+        return
+    labels = " ".join(str(label) for label in (207, 360) if label < config["num_classes"]) or "0"
+    flags = " --budget 1 1/4 --guidance ccfg" if report["elastic"] else " --guidance cfg"
+    command = f"elit sample {shlex.quote(report['out'])} --labels {labels} --steps 50{flags}"
+    print(f"sample:  {command} --scale 1.5")

@@ -3,12 +3,12 @@
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elit._numbers import is_whole
 from elit.interface.grid import TokenGrid
 from elit.models.presets import SIT_SIZES, SIZES
 from elit.models.sit import SiT, sincos_positions
@@ -18,6 +18,8 @@ WRITE = "output_token_editor.adapters.0."
 LATENT_PLACES = 4096  # rows of the table in every file, whatever the model's size
 POSITIONS = "pos_embed"  # a table that is computed here
 PROJECTORS = "projectors."  # of REPA: they are of training alone
+WRAPPINGS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Ours -> theirs, the first that matches.
 _NAMES = (
@@ -53,6 +55,31 @@ _CROSS_ATTENTION = (
 )
 
 
+@dataclass(frozen=True)
+class Unknowns:
+    """Settings that no tensor tells.
+
+    Attributes:
+        encoder_depth: blocks before Read.
+        decoder_depth: blocks after Write; None takes the public models' number at this depth.
+        num_heads: attention heads; None takes the public models' number at this width.
+        num_classes: of a model without a null class; None if the last label is the null class.
+    """
+
+    encoder_depth: int = 8
+    decoder_depth: int | None = None
+    num_heads: int | None = None
+    num_classes: int | None = None
+
+
+def without_wrapping(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without what wrapped modules put before every key."""
+    for prefix in WRAPPINGS:
+        if theirs and all(key.startswith(prefix) for key in theirs):
+            return without_wrapping({key[len(prefix) :]: v for key, v in theirs.items()})
+    return theirs
+
+
 def official_name(name: str) -> str:
     """Key in a public file of a parameter of `SiT`."""
     pattern, theirs = next(pair for pair in _NAMES if re.match(pair[0], name))
@@ -62,13 +89,15 @@ def official_name(name: str) -> str:
     return re.sub(f"^{pattern}", theirs, name)
 
 
-def official_shapes(model: SiT) -> dict[str, tuple[int, ...]]:
+def official_shapes(model: SiT, null_class: bool = True) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of the public file that a model would come from."""
     width = model.config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {}
     shapes[POSITIONS] = (1, model.own_grid().num_tokens, width)
     for name, parameter in model.named_parameters():
         shapes[official_name(name)] = tuple(parameter.shape)
+    if not null_class:
+        shapes["y_embedder.embedding_table.weight"] = (model.config.num_classes, width)
     shapes["x_embedder.proj.weight"] = (width, model.in_channels, *model.patch_size)
     if model.is_elastic:
         shapes[f"{READ}latent_pos_embed"] = (LATENT_PLACES, width)
@@ -84,6 +113,9 @@ def to_ours(model: SiT, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     ours = {name: theirs[official_name(name)] for name, _ in model.named_parameters()}
     ours["patch_embed.weight"] = ours["patch_embed.weight"].flatten(1)
+    labels = ours["label_embed.table.weight"]
+    if len(labels) == model.config.num_classes:  # there is no null class
+        ours["label_embed.table.weight"] = torch.cat((labels, torch.zeros_like(labels[:1])))
     for name in ("project.linear.weight", "project.linear.bias"):
         rows = ours[name].unflatten(0, (*model.patch_size, model.in_channels))
         ours[name] = rows.movedim(2, 0).flatten(0, 2)  # (C * p * p, ...)
@@ -104,17 +136,9 @@ def is_elastic(theirs: Mapping[str, Tensor]) -> bool:
 
 def settings_of(
     theirs: Mapping[str, Tensor],
-    encoder_depth: int,
-    decoder_depth: int | None,
-    num_heads: int | None,
+    unknowns: Unknowns,
 ) -> dict[str, Any]:
     """Arguments of the `SiT` that a state dict belongs to.
-
-    Args:
-        theirs: the state dict.
-        encoder_depth: blocks before Read, which no tensor tells.
-        decoder_depth: blocks after Write; None takes the public models' number at this depth.
-        num_heads: attention heads; None takes the public models' number at this width.
 
     Raises:
         ValueError: if what settings are read from is missing or of an impossible shape.
@@ -135,20 +159,21 @@ def settings_of(
             f"makes its transformer elastic"
         )
     depth = _numbers(theirs, "blocks.")
+    rows = len(_tensor(theirs, "y_embedder.embedding_table.weight", 2))
     norm = theirs.get("blocks.0.attn.q_norm.weight")
     settings: dict[str, Any] = {
         "sample_size": side * patch,
         "in_channels": channels,
         "patch_size": patch,
         "hidden_size": width,
-        "num_heads": _heads(width, norm, num_heads),
+        "num_heads": _heads(width, norm, unknowns.num_heads),
         "depth": depth,
-        "num_classes": len(_tensor(theirs, "y_embedder.embedding_table.weight", 2)) - 1,
+        "num_classes": unknowns.num_classes or rows - 1,
         "mlp_ratio": hidden / projected,
         "qk_norm": norm is not None,
     }
     if is_elastic(theirs):
-        settings |= _interface(theirs, side, depth, encoder_depth, decoder_depth)
+        settings |= _interface(theirs, side, depth, unknowns)
     return settings
 
 
@@ -156,8 +181,7 @@ def _interface(
     theirs: Mapping[str, Tensor],
     side: int,
     depth: int,
-    encoder_depth: int,
-    decoder_depth: int | None,
+    unknowns: Unknowns,
 ) -> dict[str, Any]:
     """The arguments of an elastic model alone."""
     num_latents = len(_tensor(theirs, f"{READ}learned_query_embed", 2))
@@ -165,9 +189,10 @@ def _interface(
     if group * group != num_latents:
         raise ValueError(f"{num_latents} latents of {READ}learned_query_embed are no square group")
     TokenGrid((side, side), (group, group))  # or an error
+    encoder_depth, decoder_depth = unknowns.encoder_depth, unknowns.decoder_depth
     if decoder_depth is None:
         decoder_depth = SIT_SIZES["xl" if depth > SIT_SIZES["b"].depth else "b"].tail
-    if not is_whole(encoder_depth) or encoder_depth + decoder_depth >= depth:
+    if encoder_depth + decoder_depth >= depth:
         raise ValueError(
             f"encoder_depth={encoder_depth!r} and {decoder_depth} blocks after the Write leave no "
             f"core in the {depth} blocks of this file; give the encoder_depth that it was trained "
@@ -224,11 +249,37 @@ def check_positions(model: SiT, table: Tensor) -> None:
     grid = model.own_grid()
     places = TokenGrid(grid.size, grid.size).token_places()  # in raster order
     difference = (sincos_positions(places, table.shape[-1]) - table[0].float()).abs().max()
-    if not difference <= 1e-5:
+    rounding = torch.finfo(table.dtype).eps if table.dtype.itemsize < 4 else 1e-5
+    if not difference <= rounding:
         raise ValueError(
             f"{POSITIONS} is up to {difference:.2g} off the sines and cosines of the public "
             f"checkpoints: this model was made with other positions"
         )
+
+
+def check_tensors(theirs: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError unless all are floating-point numbers that the file really holds."""
+    if POSITIONS not in theirs:
+        found = _some(theirs) or "no key at all"
+        raise ValueError(
+            f"it has no {POSITIONS}, which every SiT and ELIT-SiT has: it is another model, with "
+            f"{found}"
+        )
+    for key, value in theirs.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            kind = "without data" if value.is_meta else "sparse or quantized"
+            raise ValueError(f"{_short(key)} is {kind}; save the checkpoint with plain tensors")
+        if value.dtype not in STORED:
+            raise ValueError(
+                f"{_short(key)} is of {value.dtype}, not one of "
+                f"{', '.join(str(dtype) for dtype in STORED)}"
+            )
+        held = value.untyped_storage().nbytes()
+        if value.numel() * value.dtype.itemsize > held:
+            raise ValueError(
+                f"{_short(key)} claims the shape {tuple(value.shape)}, but the file holds {held} "
+                f"bytes of it"
+            )
 
 
 def check_keys(theirs: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -243,14 +294,20 @@ def check_keys(theirs: Mapping[str, Tensor], expected: Mapping[str, tuple[int, .
               if tuple(theirs[k].shape) != expected[k]]  # fmt: skip
     if shapes:
         problems.append(f"{len(shapes)} keys of another shape ({_some(shapes)})")
-    wrong = [k for k in shared if not theirs[k].is_floating_point()]
-    wrong += [k for k in shared if k not in wrong and not torch.isfinite(theirs[k]).all()]
+    # As float32, which the model's are: float64 holds numbers beyond it.
+    wrong = [k for k in shared if not torch.isfinite(theirs[k].float()).all()]
     if wrong:
-        problems.append(f"{len(wrong)} keys without finite numbers ({_some(wrong)})")
+        problems.append(f"{len(wrong)} keys without finite float32 numbers ({_some(wrong)})")
     if problems:
         raise ValueError("; ".join(problems))
 
 
 def _some(words: Any) -> str:
     words = sorted(words)
-    return ", ".join(words[:3]) + (", ..." if len(words) > 3 else "")
+    return ", ".join(map(_short, words[:3])) + (", ..." if len(words) > 3 else "")
+
+
+def _short(word: str) -> str:
+    """A key as it may stand on a terminal, whatever a file calls it."""
+    word = "".join(c if c.isprintable() else "?" for c in word)
+    return word if len(word) <= 160 else f"{word[:160]}..."
