@@ -9,7 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,12 +114,14 @@ def load_config(
     values = dict(under or {})
     for path, own in read_chain(find_config(config)) if config is not None else []:
         _check_tree(own, TrainConfig, str(path))
-        _parse(parser.parse_object, own, str(path), own)  # a wrong type is told with its file
+        # A wrong type is told with its file; the defaults are right.
+        _parse(partial(parser.parse_object, defaults=False), own, str(path), own)
         values = _merge(values, own)
     base = _parse(parser.parse_object, values, config, values)
-    words = [f"--{key}={value}" for key, value in overrides.items()]
-    parsed = _parse(lambda w: parser.parse_args(w, namespace=base), words, None, overrides)
-    return _build(TrainConfig, parsed.as_dict())
+    if overrides:
+        words = [f"--{key}={value}" for key, value in overrides.items()]
+        base = _parse(lambda w: parser.parse_args(w, namespace=base), words, None, overrides)
+    return _build(TrainConfig, base.as_dict())
 
 
 @cache
