@@ -103,19 +103,25 @@ _FORKS.set_forkserver_preload(
 )
 
 
-def _command(file: Path) -> None:
+def _command(file: Path, apart: bool) -> None:
+    if apart:
+        os.setsid()
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{file}.{name}", os.O_CREAT | os.O_WRONLY), stream)
+    multiprocessing.set_start_method(None, force=True)  # or loaders' workers import it all again
     torch.set_num_threads(1)
     code = main(["train", str(file)])
     sys.stdout.flush()
     os._exit(code)
 
 
-def fork_command(config: TrainConfig, file: Path) -> BaseProcess:
-    """Start `elit train` in a fork: out and err go to `file`.out and `file`.err."""
+def fork_command(config: TrainConfig, file: Path, apart: bool = False) -> BaseProcess:
+    """Start `elit train` in a fork: out and err go to `file`.out and `file`.err.
+
+    Apart: in a session of its own, so that its process group is it and its children.
+    """
     file.write_text(yaml.safe_dump(config.to_dict()))
-    process = _FORKS.Process(target=_command, args=(file,))
+    process = _FORKS.Process(target=_command, args=(file, apart))
     process.start()
     return process
 

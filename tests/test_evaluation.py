@@ -305,7 +305,7 @@ def test_a_grid_has_each_point_once() -> None:
 
 
 def test_a_sweep_marks_what_nothing_beats(run, real, tmp_path) -> None:
-    report = sweep(make_evaluation(run, real, tmp_path), GRID, tmp_path / "out")
+    report = sweep(make_evaluation(run, real, tmp_path, count=16), GRID, tmp_path / "out")
     rows = report["rows"]
     assert len(rows) == 2 * 2 * 3
     assert report["ranked_by"] == "fd"

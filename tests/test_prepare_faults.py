@@ -293,7 +293,7 @@ def test_a_disk_that_is_really_full(source, tmp_path, whole, capsys) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_cleanly(number, tmp_path, capsys) -> None:
-    source, out = class_folder(tmp_path / "images", 600), tmp_path / "out"
+    source, out = class_folder(tmp_path / "images", 300), tmp_path / "out"
 
     def end_soon() -> None:
         while not (out / "train-00001.json").exists():
@@ -312,7 +312,7 @@ def test_a_signal_ends_it_cleanly(number, tmp_path, capsys) -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert not list(out.glob(".*"))
     result = run(source, out, part_size=4)
-    assert 0 < result.done < 600
+    assert 0 < result.done < 300
     assert verify(out) == {}
 
 

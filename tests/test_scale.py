@@ -30,11 +30,13 @@ from elit.training.optimizer import LEAST_SCALE
 from elit.training.parallel import check_parallel, shard_size
 from elit.training.run import Run
 
-STEPS, BATCH = 20, 8
+STEPS, EVERY, BATCH = 8, 4, 8
 
 
 def scaled_config(folder: Path, steps: int = STEPS, **changes) -> TrainConfig:
-    changes = {"data_batch_size": BATCH, "train_checkpoint_every": 10} | changes
+    changes = {
+        "data_batch_size": BATCH, "train_checkpoint_every": EVERY, "sample_budgets": [1, 1 / 16]
+    } | changes  # fmt: skip
     return tiny_config(folder, steps, **changes)
 
 
@@ -70,7 +72,7 @@ def forget_last(folder: Path) -> None:
 def alone(tmp_path_factory) -> Path:
     """A run of one process, with two micro-batches a step."""
     folder = tmp_path_factory.mktemp("scale") / "alone"
-    train(scaled_config(folder, train_accumulation=2, train_validate_every=10), progress=False)
+    train(scaled_config(folder, train_accumulation=2, train_validate_every=EVERY), progress=False)
     return folder
 
 
@@ -78,14 +80,14 @@ def alone(tmp_path_factory) -> Path:
 
 
 def test_shards_train_as_a_copy_does_and_resume_on_one_process(alone, tmp_path) -> None:
-    config = scaled_config(tmp_path / "shards", train_parallel="fsdp", train_validate_every=10)
+    config = scaled_config(tmp_path / "shards", train_parallel="fsdp", train_validate_every=EVERY)
     run_ranks(config, 2)
     assert_same_results(alone, tmp_path / "shards")
     ElitPipeline.from_pretrained(tmp_path / "shards")
-    assert len(list((tmp_path / "shards/checkpoints/step-00000020").glob("shard-*"))) == 2
+    assert len(list((tmp_path / "shards/checkpoints/step-00000008").glob("shard-*"))) == 2
 
     forget_last(tmp_path / "shards")
-    train(scaled_config(tmp_path / "shards", train_validate_every=10), progress=False)
+    train(scaled_config(tmp_path / "shards", train_validate_every=EVERY), progress=False)
     assert_same_results(alone, tmp_path / "shards")
 
 
@@ -93,7 +95,7 @@ def test_a_sharded_checkpoint_holds_what_a_whole_one_does(alone, tmp_path) -> No
     """Names and shapes of the files, whatever wrote them."""
     config = scaled_config(tmp_path / "one")
     train(config, progress=False)
-    reader = HuggingFaceStorageReader(str(tmp_path / "one/checkpoints/step-00000020"))
+    reader = HuggingFaceStorageReader(str(tmp_path / "one/checkpoints/step-00000008"))
     sizes = {k: v.size for k, v in reader.read_metadata().state_dict_metadata.items()}
     found = {name: torch.full(size, torch.nan) for name, size in sizes.items()}
     dcp.load(found, storage_reader=reader, no_dist=True)
@@ -114,7 +116,7 @@ def test_a_sharded_checkpoint_holds_what_a_whole_one_does(alone, tmp_path) -> No
     ],
 )
 def test_any_number_of_processes_is_the_same_run(alone, tmp_path, processes, changes) -> None:
-    run_ranks(scaled_config(tmp_path / "run", train_validate_every=10, **changes), processes)
+    run_ranks(scaled_config(tmp_path / "run", train_validate_every=EVERY, **changes), processes)
     assert_same_results(alone, tmp_path / "run")
 
 
@@ -122,9 +124,9 @@ def test_any_number_of_processes_is_the_same_run(alone, tmp_path, processes, cha
 @pytest.mark.parametrize("before", ["ddp", "fsdp"])
 @pytest.mark.parametrize("after", ["ddp", "fsdp"])
 def test_two_processes_resume_on_four(alone, tmp_path, before, after) -> None:
-    run_ranks(scaled_config(tmp_path / "run", train_parallel=before, train_validate_every=10), 2)
+    run_ranks(scaled_config(tmp_path / "run", train_parallel=before, train_validate_every=EVERY), 2)
     forget_last(tmp_path / "run")
-    run_ranks(scaled_config(tmp_path / "run", train_parallel=after, train_validate_every=10), 4)
+    run_ranks(scaled_config(tmp_path / "run", train_parallel=after, train_validate_every=EVERY), 4)
     assert_same_results(alone, tmp_path / "run")
 
 
@@ -132,12 +134,12 @@ def test_two_processes_resume_on_four(alone, tmp_path, before, after) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_shards_in_16_bits_stay_close(alone, tmp_path, precision) -> None:
     config = scaled_config(
-        tmp_path / "run", train_parallel="fsdp", train_precision=precision, train_sample_every=20
+        tmp_path / "run", train_parallel="fsdp", train_precision=precision, train_sample_every=STEPS
     )
     run_ranks(config, 2)
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=5e-3)
     assert all(tensor.dtype == torch.float32 for tensor in exported(tmp_path / "run").values())
-    assert (tmp_path / "run/samples/step-00000020.png").exists()
+    assert (tmp_path / "run/samples/step-00000008.png").exists()
 
 
 def test_a_copy_cannot_be_shared_by_a_number_that_does_not_divide() -> None:
@@ -241,7 +243,7 @@ def assert_resumes_right(folder: Path, reference: Path) -> None:
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("long") / "run"
-    train(scaled_config(folder, 400), progress=False)
+    train(scaled_config(folder, 400, train_checkpoint_every=100), progress=False)
     return folder
 
 

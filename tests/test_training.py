@@ -99,9 +99,10 @@ def test_only_the_last_checkpoints_are_kept(tmp_path) -> None:
 
 def test_a_run_killed_at_a_random_moment_resumes_to_the_same_weights(tmp_path) -> None:
     steps = 14
+    changes = {"train_validate_every": 4, "sample_budgets": [1 / 4, 1 / 16]}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(tiny_config(whole, steps, train_validate_every=4), progress=False)
-    config = tiny_config(killed, steps, train_validate_every=4)
+    train(tiny_config(whole, steps, **changes), progress=False)
+    config = tiny_config(killed, steps, **changes)
     config.train.keep_checkpoints = 100
     process = fork_command(config, tmp_path / "killed.yaml")
     wait_for(lambda: checkpoint_steps(killed / "checkpoints") or not process.is_alive())
@@ -111,7 +112,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_weights(tmp_path) -
     assert process.exitcode == -signal.SIGKILL, "finished before the kill: give it more steps"
     done = checkpoint_steps(killed / "checkpoints")[-1]
     assert done < steps
-    result = train(tiny_config(killed, steps, train_validate_every=4), progress=False)
+    result = train(tiny_config(killed, steps, **changes), progress=False)
     assert result.step == steps
     assert_same_run(whole, killed, steps)
 
@@ -178,12 +179,12 @@ def test_threads_are_those_asked_for_and_given_back(tmp_path, monkeypatch) -> No
 def test_a_signal_to_the_whole_group_saves_first(tmp_path) -> None:
     """As service managers send it: the loader's workers get it too."""
     config = tiny_config(tmp_path / "run", steps=100_000, data_num_workers=1)
-    process = launch(config, tmp_path / "run.yaml", start_new_session=True)
+    process = fork_command(config, tmp_path / "run.yaml", apart=True)
     log = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: (log.exists() and log.stat().st_size) or process.poll() is not None)
+    wait_for(lambda: (log.exists() and log.stat().st_size) or not process.is_alive())
     os.killpg(process.pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    process.join(60)
+    assert process.exitcode == 130, (tmp_path / "run.yaml.err").read_text()
     assert checkpoint_steps(tmp_path / "run" / "checkpoints")
 
 
