@@ -320,10 +320,11 @@ def test_a_sweep_marks_what_nothing_beats(run, real, tmp_path) -> None:
 
 
 def test_a_sweep_that_was_stopped_gives_the_same_file(run, real, tmp_path) -> None:
+    grid = Grid([1.0, 0.25], [2], ["none", "ccfg"], [2.0], [1 / 16])
     whole = make_evaluation(run, real, tmp_path / "a", count=16)
-    sweep(whole, GRID, tmp_path / "a")
+    sweep(whole, grid, tmp_path / "a")
     broken = make_evaluation(run, real, tmp_path / "b", count=16)
-    points = GRID.points(broken.drawing.pipeline.transformer)
+    points = grid.points(broken.drawing.pipeline.transformer)
     draws = []
 
     class Stop(Exception):
@@ -331,16 +332,16 @@ def test_a_sweep_that_was_stopped_gives_the_same_file(run, real, tmp_path) -> No
 
     def stop(*_) -> None:
         draws.append(1)
-        if len(draws) == 30:
+        if len(draws) == 20:
             raise Stop
 
     handle = broken.drawing.pipeline.transformer.register_forward_pre_hook(stop)
     with pytest.raises(Stop):
-        sweep(broken, GRID, tmp_path / "b")
+        sweep(broken, grid, tmp_path / "b")
     handle.remove()
     made = sum(len(broken.parts(p)) - len(broken.parts(p).missing()) for p in points)
     assert 0 < made < sum(len(broken.parts(p)) for p in points)
-    sweep(broken, GRID, tmp_path / "b")
+    sweep(broken, grid, tmp_path / "b")
     files = [(tmp_path / x / "sweep.json").read_bytes() for x in "ab"]
     assert files[0] == files[1]  # times too: they are measured once for a device
 

@@ -56,6 +56,19 @@ def test_a_block_that_repeats_costs_what_it_costs_when_it_runs(name: str) -> Non
     assert all("forward" not in vars(block) for block in model.blocks)  # as it was
 
 
+def test_what_was_counted_is_not_mistaken_for_another_model() -> None:
+    """Same class and same parameters: the first one has two blocks more in its core."""
+    ends = {"depth": 6, "head": 1, "tail": 1}, {"depth": 6, "head": 2, "tail": 2}
+    models = [on_meta(DiT, preset_config("elit-dit-tiny/2", 16, end)) for end in ends]
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in models]
+    assert shapes[0] == shapes[1]
+    few, many = (forward_flops(model, 1) for model in models)
+    assert few < many
+    assert [forward_flops(model, 1) for model in models] == [few, many]
+    assert forward_flops(models[0], 2) > few
+    assert forward_flops(models[0], 1, (16, 32)) > few
+
+
 def test_a_group_of_one_token_has_one_budget() -> None:
     model = on_meta(DiT, preset_config("elit-dit-tiny/2", 16, {"group": 1}))
     report = flops_report(model, "x", 16)

@@ -3,6 +3,7 @@
 A multiply-add counts as 2, attention included; element-wise work is not counted.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,8 @@ from elit.retrofit.elastic import ElasticTransformer
 # Paper: batch of a training step; forward and backward together cost three forwards.
 TRAIN_BATCH = 256
 TRAIN_BATCH_MULTI_BUDGET = 384
+
+_COUNTED: dict[tuple, int] = {}  # flops of a forward, by all that they hang on
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,33 @@ def on_meta(model_class: Any, config: dict[str, Any]) -> Any:
 def forward_flops(
     model: ElasticMixin, num_latents: int | None = None, sample_size: Sequence[int] | None = None
 ) -> int:
-    """Count one forward of one sample.
+    """Count one forward of one sample; what was counted once in this process is remembered.
 
     Args:
         model: on any device; only its shapes are used, and it is not changed.
         num_latents: latents per group; None is the full budget.
         sample_size: size of the input, (t,) h, w; by default what the model was made for.
     """
+    size = tuple(model.sample_size if sample_size is None else sample_size)
+    key = type(model), _shape_of(model), num_latents, size
+    if key not in _COUNTED:
+        _COUNTED[key] = _count(model, num_latents, size)
+    return _COUNTED[key]
+
+
+def _shape_of(model: ElasticMixin) -> str:
+    """A digest of all that a model's cost hangs on besides its class: settings and parameters."""
+    settings = {k: v for k, v in model.config.items() if not k.startswith("_")}  # no paths
+    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]  # adapters show here
+    text = repr((sorted(settings.items()), shapes, next(model.parameters()).device.type == "meta"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _count(model: ElasticMixin, num_latents: int | None, size: tuple[int, ...]) -> int:
     if next(model.parameters()).device.type != "meta":
         model = on_meta(type(model), dict(model.config))
     kwargs = {} if num_latents is None else {"num_latents": num_latents}
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        size = model.sample_size if sample_size is None else sample_size
         sample = torch.empty(1, model.in_channels, *size)
         with _each_kind_once(model.blocks, counter) as repeats:
             model(sample, torch.empty(1), **model.example_condition(1), **kwargs)
