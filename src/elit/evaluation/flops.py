@@ -23,7 +23,9 @@ from elit.retrofit.elastic import ElasticTransformer
 TRAIN_BATCH = 256
 TRAIN_BATCH_MULTI_BUDGET = 384
 
-_COUNTED: dict[tuple, int] = {}  # flops of a forward, by all that they hang on
+# FLOPs of a forward, by all that they hang on; the oldest go when a server asks for ever new sizes.
+_COUNTED: dict[tuple, int] = {}
+_MOST_COUNTED = 1024
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ def forward_flops(
     size = tuple(model.sample_size if sample_size is None else sample_size)
     key = type(model), _shape_of(model), num_latents, size
     if key not in _COUNTED:
+        if len(_COUNTED) >= _MOST_COUNTED:
+            del _COUNTED[next(iter(_COUNTED))]
         _COUNTED[key] = _count(model, num_latents, size)
     return _COUNTED[key]
 
