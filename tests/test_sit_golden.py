@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -174,14 +175,25 @@ def draw(variant: str, name: str, dtype: torch.dtype, euler: type | None = None)
     ).images
 
 
-@pytest.mark.parametrize(("variant", "name"), SAMPLES)
-def test_samples_are_the_golden_ones(variant: str, name: str) -> None:
+# Rounding can change what an interval holds, and how a sampler's error grows: nothing else.
+ROUNDED = re.compile("interval|(heun|sde)_cfg2$|ode_autog$")
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "dtype"),
+    [(*sample, torch.float64) for sample in SAMPLES]
+    + [
+        pytest.param(
+            *sample, torch.float32, marks=[] if ROUNDED.search(sample[1]) else pytest.mark.slow
+        )
+        for sample in SAMPLES
+    ],
+    ids=str,
+)
+def test_samples_are_the_golden_ones(variant: str, name: str, dtype: torch.dtype) -> None:
+    drawn = draw(variant, name, dtype)
+    assert drawn.dtype == dtype
     expected = golden(variant)[0][f"sample.{name}"]
-    drawn = draw(variant, name, torch.float64)
-    assert drawn.dtype == torch.float64
-    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
-    drawn = draw(variant, name, torch.float32)
-    assert drawn.dtype == torch.float32
     torch.testing.assert_close(drawn.double(), expected, rtol=0, atol=1e-5)
 
 
