@@ -489,14 +489,16 @@ def count_flops(model: nn.Module, inputs: tuple, **budget) -> int:
     return counter.get_total_flops()
 
 
-@rows(elastic=True, slow={*SLOW, "elit-dit-3d", "elit-uvit"})  # counted at each budget
+@rows(elastic=True, slow={*SLOW, "elit-dit-3d", "elit-uvit"})
 def test_flops_fall_strictly_with_the_budget(case: Case) -> None:
     with torch.device("meta"):  # on a CPU the counter misses attention
         model = case.cls(**case.config).requires_grad_(False)
         baseline = case.cls(**case.config | case.plain_settings).requires_grad_(False)
     inputs = to_meta(make_inputs(model))
-    flops = [count_flops(model, inputs, **budget) for budget in budgets(model)]
-    assert len(flops) == model.max_latents
+    assert len(budgets(model)) == model.max_latents
+    # Of the second degree in the budget (test_flops.py): rising at both ends is rising throughout.
+    ends = [*budgets(model)[:2], *budgets(model)[-2:]]
+    flops = [count_flops(model, inputs, **budget) for budget in ends]
     assert flops == sorted(set(flops))
     assert flops[0] < count_flops(baseline, inputs) < flops[-1]
     assert count_flops(model, inputs) == flops[-1]
@@ -506,7 +508,7 @@ def test_flops_fall_strictly_with_the_budget(case: Case) -> None:
 def test_the_first_latents_by_index_are_the_first_latents(case: Case) -> None:
     model = case.build()
     inputs = make_inputs(model)
-    for budget in budgets(model):
+    for budget in budgets(model)[::3]:
         n = budget["num_latents"]
         expected = run(model, inputs, **budget)
         assert torch.equal(run(model, inputs, **budget, latent_indices=torch.arange(n)), expected)
@@ -559,8 +561,7 @@ def test_a_plain_model_has_one_budget() -> None:
 )
 def test_at_most_three_graphs_serve_all_budgets(name: str) -> None:
     case = CASES[name]
-    head, _, tail = case.build().split
-    model = case.build(depth=head + 1 + tail)  # blocks are alike: tracing more takes time only
+    model = case.build(head=1, depth=2, tail=0)  # blocks are alike: more only take longer
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)

@@ -107,7 +107,8 @@ def test_every_preset_runs_at_every_resolution(name: str) -> None:
     groups = {256: (4, 4), 512: (8, 8), 1024: (8, 8)}
     for resolution in preset_inputs(name):
         config = preset_config(name, resolution)
-        shallow = {"depth": config.get("head", 0) + 1 + config.get("tail", 0)}
+        shallow = {part: 1 for part in ("head", "tail") if config.get(part)}  # blocks are alike
+        shallow["depth"] = len(shallow) + 1
         with torch.device("meta"):
             model = create_model(name, resolution, **shallow).requires_grad_(False)
         side = resolution if is_tiny else resolution // 8
