@@ -5,6 +5,7 @@ check a source that breaks it.
 """
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -202,6 +203,11 @@ RULES = [
 # ---- the rules on our source ----
 
 
+@functools.cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_source_keeps(rule) -> None:
     messages = []
@@ -209,7 +215,7 @@ def test_source_keeps(rule) -> None:
         parts = path.relative_to(SRC.parent).with_suffix("").parts
         is_package = parts[-1] == "__init__" and len(parts) > 2
         module = ".".join(parts[:-1] if is_package else parts)
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parse(path)
         where = path.relative_to(SRC.parents[1])
         messages += [f"{where}, {message}" for message in rule(tree, module, is_package)]
     assert not messages, "\n" + "\n".join(messages)

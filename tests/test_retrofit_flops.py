@@ -57,8 +57,8 @@ def test_the_core_costs_what_its_latents_cost(name: str) -> None:
     assert whole > total
     *_, elastic_whole = block_flops(model, blocks, given, num_latents=16)
     assert elastic_whole == whole  # nothing is added at full budget
-    totals = [block_flops(model, blocks, given, num_latents=n)[-1] for n in (1, 2, 4, 8, 15)]
-    assert totals == sorted(set(totals))
+    one, two, most = (block_flops(model, blocks, given, num_latents=n)[-1] for n in (1, 2, 15))
+    assert one < two < total < most
 
 
 @pytest.mark.parametrize("name", ["sd3", "wan"])
@@ -72,9 +72,7 @@ def test_adapters_cost_their_rank_below_full_budget(name: str) -> None:
     assert counts[0][1] < counts[1][1] < 1.5 * counts[0][1]
 
 
-@pytest.mark.parametrize(
-    "budgets", [(2, 6, 11, 16), pytest.param(range(1, 17), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("budgets", [(6, 16), pytest.param(range(1, 17), marks=pytest.mark.slow)])
 def test_counting_leaves_the_model_alone(budgets) -> None:
     """`forward_flops` of an elasticized DiT of ours, by three counts and by one each."""
     from elit.evaluation.flops import ElasticFlops, forward_flops

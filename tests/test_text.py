@@ -475,7 +475,7 @@ def test_captions_hang_on_the_index_alone() -> None:
 SHORT = (
     "--train.steps 1 --train.sample_every 1 --train.validate_every 1 --data.batch_size 2 "
     "--sample.steps 1 --sample.budgets [0.5] --sample.columns 2 --data.options.count 8 "
-    "--model.overrides.hidden_size 32 --model.overrides.num_heads 1"
+    "--model.overrides.hidden_size 32 --model.overrides.num_heads 1 --model.overrides.depth 3"
 )
 
 
