@@ -1,5 +1,6 @@
 """Tiny training runs, for the tests of what trains."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -98,8 +99,8 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
 # Ranks are forked from a process that has imported everything: torchrun would import it anew in
 # each of them, which takes far longer than these runs do.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    ["elit.training.loop", "elit.cli.train", "elit.pipelines.elit_pipeline", __name__]
+_FORKS.set_forkserver_preload(  # the first collects no garbage while the others are imported
+    ["no_garbage", "elit.training.loop", "elit.cli.train", "elit.pipelines.elit_pipeline", __name__]
 )
 
 
@@ -108,6 +109,7 @@ def _command(file: Path, apart: bool) -> None:
         os.setsid()
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{file}.{name}", os.O_CREAT | os.O_WRONLY), stream)
+    gc.enable()
     multiprocessing.set_start_method(None, force=True)  # or loaders' workers import it all again
     torch.set_num_threads(1)
     code = main(["train", str(file)])
@@ -132,6 +134,7 @@ def _train_as_rank(rank: int, size: int, port: int, config: TrainConfig, apart: 
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
+    gc.enable()
     torch.set_num_threads(1)
     errors = f"{config.output_dir}.error{rank}"
     if apart:

@@ -252,7 +252,7 @@ def test_latents_that_explode_and_budgets_that_are_alike_are_told() -> None:
 
 def test_a_healthy_run_is_silent_and_tells_its_numbers(tmp_path, caplog) -> None:
     config = tiny_config(
-        tmp_path, steps=60, data_batch_size=8, train_log_every=15, train_validate_every=30,
+        tmp_path, steps=40, data_batch_size=8, train_log_every=10, train_validate_every=40,
         train_checkpoint_every=0, train_peak_tflops=0.5, optimizer_lr=3e-3,
     )  # fmt: skip
     with caplog.at_level(logging.WARNING):
@@ -260,10 +260,10 @@ def test_a_healthy_run_is_silent_and_tells_its_numbers(tmp_path, caplog) -> None
     ours = [r.getMessage() for r in caplog.records if r.name.endswith("health")]
     assert ours == []
     lines = [line for line in metrics(tmp_path) if "loss" in line]
-    assert [line["step"] for line in lines] == [15, 30, 45, 60]
+    assert [line["step"] for line in lines] == [10, 20, 30, 40]
     last = lines[-1]
     assert last["mfu"] == pytest.approx(last["tflops_per_second"] / 0.5)
-    assert last["epoch"] == pytest.approx(60 * 8 / 1433)
+    assert last["epoch"] == pytest.approx(40 * 8 / 1433)
     assert 0 < last["data_wait"] < 0.5
     assert 0.1 < last["memory_gb"] < 50
     assert {"grad_norm", "lr", "images_per_second", "loss_at/1", "loss_at/1/2"} <= set(last)
