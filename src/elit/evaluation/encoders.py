@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from elit._extras import missing
 from elit.evaluation.resize import centre_crop, resize_pil, shorter_side
 
 logger = logging.getLogger(__name__)
@@ -148,10 +149,8 @@ def _loading(name: str, network: str, usual: str) -> Iterator[Any]:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(
-            f"the feature network {network!r} needs transformers; "
-            f"pip install 'elit-diffusion[text]'"
-        ) from error
+        needs = f"the feature network {network!r} needs transformers"
+        raise ValueError(missing(needs, "text")) from error
     logs = transformers.utils.logging
     level, shows_bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from elit._extras import missing
 from elit.layers.text import pad, tokenize
 
 logger = logging.getLogger(__name__)
@@ -55,9 +56,8 @@ def _loading(name: str) -> Iterator[Any]:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(
-            f"the text encoder {name!r} needs transformers; pip install 'elit-diffusion[text]'"
-        ) from error
+        needs = f"the text encoder {name!r} needs transformers"
+        raise ValueError(missing(needs, "text")) from error
     logs = transformers.utils.logging
     level, shows_bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()
