@@ -50,6 +50,8 @@ def folders(tmp_path_factory) -> Path:
     )
     ElitPipeline(tiny, euler, vae).save_pretrained(home / "vae")
     tiny_elastic(sample_size=(8, 16)).save_pretrained(home / "wide")
+    latents = tiny_elastic(in_channels=4)
+    ElitPipeline(latents, euler).save_pretrained(home / "latents")
     clips = tiny_elastic(sample_size=(2, 4, 4), group=(1, 2, 2), in_channels=4)
     clip_vae = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
@@ -446,6 +448,17 @@ def test_flops_count_pixels_where_there_is_a_vae(run) -> None:
     assert run_json(run, "flops", "@vae")["resolution"] == 16
     assert run_json(run, "flops", "@vae", "--resolution", 16)["rows"] == tiny["rows"]
     assert run_json(run, "flops", "@wide")["resolution"] == [8, 16]
+
+
+@pytest.mark.parametrize(("name", "size"), [
+    ("@tiny", "8 px"), ("@latents", "8x8 VAE latents"), ("@wide", "8x16 VAE latents"),
+    ("@clips", "5 frames of 32 px"), ("@clips/transformer", "2x4x4 VAE latents"),
+    ("elit-hdit-tiny/4", "16 px"), ("elit-dit-b/2", "256 px"),
+])  # fmt: skip
+def test_a_size_is_of_pixels_only_where_it_is(run, name, size) -> None:
+    for command in ("flops", "info"):
+        first = run(command, name)[1].splitlines()[0]
+        assert re.search(rf" at {size}(: [\d.]+ [kM] parameters)?$", first), first
 
 
 def test_flops_prints_a_table(run) -> None:

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
@@ -188,9 +188,19 @@ def format_count(number: int) -> str:
     return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.1f} k"
 
 
-def format_input(resolution: int | list[int], frames: int | None) -> str:
-    """256, None -> '256 px'; [256, 512], 29 -> '29 frames of 256x512 px'."""
-    size = resolution if isinstance(resolution, int) else "x".join(map(str, resolution))
+def format_input(resolution: int | list[int], frames: int | None, config: Mapping[str, Any]) -> str:
+    """256, None -> '256 px'; [256, 512], 29 -> '29 frames of 256x512 px'.
+
+    Without an autoencoder the size is that of the model's input, by its config: of more channels
+    than an image has these are VAE latents.
+    """
+    sides = [resolution] * 2 if isinstance(resolution, int) else list(resolution)
+    own = config["sample_size"]
+    own = [own] * 2 if isinstance(own, int) else list(own)
+    if config["in_channels"] not in (1, 3) and own[-2:] == sides:
+        length = [] if frames is None else [frames]
+        return f"{'x'.join(map(str, [*length, *sides]))} VAE latents"
+    size = resolution if isinstance(resolution, int) else "x".join(map(str, sides))
     return f"{size} px" if frames is None else f"{frames} frames of {size} px"
 
 
