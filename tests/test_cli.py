@@ -272,6 +272,7 @@ def test_python_m_elit_is_the_same() -> None:
         ("sample @tiny --sampler eular", r"unknown sampler 'eular'.*did you mean 'euler'\?"),
         ("sample @tiny --dtype fp16", r"unknown dtype 'fp16': use one of 'fp32', 'bf16'"),
         ("sample @tiny --device tpu", r"device 'tpu' is not usable .*use auto or cpu"),
+        ("convert offical a b", r"unknown format 'offical': use one of 'official'; see `elit con"),
         ("flops dit-b/2 --resolution big", r"--resolution: 'big' is not allowed; give a whole"),
         # flags without effect
         ("sample @tiny --scale 2", r"--scale has no effect without guidance; add --guidance"),
@@ -347,6 +348,22 @@ def test_a_full_or_vanished_disk_is_one_line() -> None:
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b.png")
     assert common.one_line(error).startswith("a/b.png: no space left on device; make room")
     assert common.one_line(OSError("odd\n thing")) == "odd thing"
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "texts"),
+    [
+        (0.00002, 0.000012, ("+0.000020", "0.000012")),
+        (-0.0000012, 0.00004, ("-0.000001", "0.000040")),
+        (0.5, 0.0996, ("+0.50", "0.10")),
+        (123.4, 17, ("+123", "17")),
+        (-3e-9, 2e-10, ("-3.0e-09", "2.0e-10")),
+        (0.125, None, ("+0.125", "-")),
+        (0.0, 0.0, ("+0", "0")),
+    ],
+)
+def test_a_value_has_the_digits_that_its_error_leaves(value, error, texts) -> None:
+    assert common.with_error(value, error) == texts
 
 
 def test_debug_shows_where_a_mistake_comes_from(run, monkeypatch) -> None:

@@ -183,6 +183,22 @@ def flops_column(gflops: Sequence[float]) -> tuple[str, list[str]]:
     return unit, [f"{value * factor:.{digits}f}" for value in gflops]
 
 
+def with_error(value: float, error: float | None) -> tuple[str, str]:
+    """A signed value and its standard error, both to the error's second significant digit.
+
+    Without an error, or with none above 0, the value has three digits: 0.00002, 0.000012 ->
+    ('+0.000020', '0.000012').
+    """
+    if not error or not math.isfinite(error):
+        return f"{value:+.3g}", "-" if error is None else f"{error:.3g}"
+    error_text = f"{error:.1e}"  # rounded first: 0.0996 has its second digit where 0.10 has
+    digits = 1 - int(error_text.partition("e")[2])
+    if digits > 8:
+        return f"{value:+.1e}", error_text
+    digits = max(digits, 0)
+    return f"{value:+.{digits}f}", f"{error:.{digits}f}"
+
+
 def format_count(number: int) -> str:
     """698300000 -> '698.3 M'."""
     return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.1f} k"

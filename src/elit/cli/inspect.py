@@ -18,6 +18,7 @@ from elit.cli.common import (
     print_json,
     quiet_diffusers,
     whole_number,
+    with_error,
 )
 from elit.data import SPLITS
 
@@ -230,7 +231,7 @@ def print_report(report: dict[str, Any]) -> None:
         lines[one["num_latents"]] = [f"{one['loss']:.4f}", "-", "-"]
     for one in report["latents_mean"]["without"]:
         line = lines.setdefault(one["latent"] + 1, ["-", "-", "-"])
-        line[1:] = [f"{one['cost']:+.5f}", _cell(one["cost_error"], ".5f", "")]
+        line[1:] = with_error(one["cost"], one["cost_error"])
     header = ["n", "loss of the first n latents", "leaving out latent n adds", "+-"]
     print(format_table(header, [(n, *line) for n, line in sorted(lines.items())]))
     print("\n" + "\n".join(report["sheets"]))
