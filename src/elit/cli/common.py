@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -262,29 +263,25 @@ def logging_to_stderr() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def tell_of_hub(name: str) -> None:
+    """On a screen, say what is waited for: out of reach the hub is tried for half a minute."""
+    if sys.stderr.isatty():
+        print(f"elit: asking the Hugging Face hub for {name}", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Without diffusers' loading bar and its hints for its own users."""
+    """Without diffusers' loading bar, its hints for its own users, and warnings that it causes."""
     from diffusers.utils import logging as diffusers_logging
 
     verbosity, bar = diffusers_logging.get_verbosity(), diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
+            yield
     finally:
         diffusers_logging.set_verbosity(verbosity)
         if bar:
             diffusers_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Without a line for each time that the hub could not be reached: the error says it once."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

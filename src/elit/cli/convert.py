@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 from elit.cli.common import (
@@ -13,7 +14,7 @@ from elit.cli.common import (
     output_folder,
     print_json,
     quiet_diffusers,
-    quiet_hub,
+    tell_of_hub,
     whole_number,
 )
 
@@ -48,15 +49,13 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert and tell."""
-    output_folder(args.out, "OUT")
+    check_paths(args)  # before the imports: a mistake is told at once
     from elit.interop.convert import ConversionSettings, convert_official
 
     settings = ConversionSettings(
         args.weights, args.encoder_depth, args.num_heads, args.decoder_depth, args.vae
     )
-    if settings.vae == "":
-        raise ValueError("--vae is empty; give a folder or a name of the hub, or leave it out")
-    with quiet_diffusers(), quiet_hub():
+    with quiet_diffusers():
         try:
             report = convert_official(args.file, args.out, settings)
         except ValueError as error:  # whose names are Python's, not those of flags
@@ -66,6 +65,22 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_report(report)
     return 0
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Raise a ValueError for paths that cannot do, as far as it costs no import."""
+    out, file = Path(args.out).expanduser(), Path(args.file).expanduser()
+    output_folder(out, "OUT")
+    if args.vae == "":
+        raise ValueError("--vae is empty; give a folder or a name of the hub, or leave it out")
+    if out.is_dir() and any(out.iterdir()):
+        return  # perhaps this conversion, which needs its file no more
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; give a checkpoint's file, such as model.pt")
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}; give a checkpoint's file, such as model.pt")
+    if args.vae is not None and not Path(args.vae).is_dir():
+        tell_of_hub(args.vae)
 
 
 def _with_flags(message: str) -> str:

@@ -20,6 +20,7 @@ from elit.cli.common import (
     whole_number,
     with_error,
 )
+from elit.cli.points import check_run
 from elit.data import SPLITS
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def noise_level(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Look, write and tell."""
+    check_run(args.run)
     from elit._devices import pick_device
     from elit.cli.inspect_data import SHOWN, load_subject
     from elit.cli.inspect_sheets import save_sheets

@@ -28,6 +28,8 @@ from elit.cli.points import (
     SAMPLERS,
     budget_or_auto,
     check_auto,
+    check_draws_images,
+    check_run,
     choose_point,
     make_guidance,
     open_pipeline,
@@ -104,9 +106,11 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw, write and tell."""
+    check_run(args.run)
     guidance = make_guidance(args)  # before the imports: a mistake in a flag is told at once
     check_auto(args)
     pipeline = open_pipeline(args)
+    check_draws_images(args.run, pipeline)
     from elit.pipelines.folder import weights_digest
     from elit.pipelines.text_pipeline import ElitTextPipeline
 

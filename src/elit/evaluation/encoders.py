@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from elit._extras import missing
+from elit._hub import hub_reason
 from elit.evaluation.resize import centre_crop, resize_pil, shorter_side
 
 logger = logging.getLogger(__name__)
@@ -159,6 +160,8 @@ def _loading(name: str, network: str, usual: str) -> Iterator[Any]:
         yield transformers
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
+        if (of_hub := hub_reason(error)) is not None:
+            reason = f"the Hugging Face hub was asked, but {of_hub}"
         raise ValueError(
             f"the feature network {network!r} cannot be loaded from {name!r}: {reason}; give a "
             f"folder as its weights, or a name on the hub such as {usual}"

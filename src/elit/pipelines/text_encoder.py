@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from elit._extras import missing
+from elit._hub import hub_reason
 from elit.layers.text import pad, tokenize
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ def _loading(name: str) -> Iterator[Any]:
         yield transformers
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
+        if (of_hub := hub_reason(error)) is not None:
+            reason = f"the Hugging Face hub was asked, but {of_hub}"
         raise ValueError(
             f"the text encoder {name!r} cannot be loaded: {reason}; give a folder, or a name on "
             f"the hub such as openai/clip-vit-large-patch14 or google/t5-v1_1-xxl"
