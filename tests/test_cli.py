@@ -315,6 +315,11 @@ def test_python_m_elit_is_the_same() -> None:
         ("sample @wider", r"cannot be loaded: Cannot load .* expected shape"),
         ("sample @newer", r"settings that this version's DiT does not know: registers"),
         ("sample some/model", r"some/model is neither a folder nor can it be fetched from"),
+        ("eval @missing", r"there is no folder .*missing; give the output_dir of `elit train`"),
+        ("inspect @missing", r"there is no folder .*missing; give the output_dir of"),
+        ("convert official nowhere.pt out", r"there is no file nowhere.pt; give a checkpoint's"),
+        ("convert official @empty out", r"empty is a folder; give a checkpoint's file"),
+        ("convert official @file @file", r"cannot write into .*is not a folder; .*with OUT"),
         ("flops @missing", r"is neither a preset nor a checkpoint's folder"),
         ("flops dit-xl/3", r"neither a preset nor a checkpoint's folder: did you mean dit-xl/"),
         ("flops @empty", r"holds neither transformer/config.json nor config.json"),
@@ -394,6 +399,51 @@ def test_an_interrupt_is_no_traceback(run, monkeypatch) -> None:
 
     monkeypatch.setattr(info, "describe", interrupt)
     assert run("info", "dit-s/2") == (130, "", "elit: interrupted\n")
+
+
+def test_what_is_not_there_is_told_before_torch_is_imported(tmp_path) -> None:
+    lines = [f"{name} nowhere" for name in ("sample", "eval", "sweep", "inspect", "calibrate")]
+    lines += ["sample nowhere --guidance ccfg", "finetune nowhere", "convert official no.pt out"]
+    code = f"""
+import sys
+from elit.cli.main import main
+for line in {lines}:
+    assert main(line.split()) == 2
+    assert not {{"torch", "diffusers"}} & set(sys.modules), line
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("elit: error: there is no f") == len(lines)
+
+
+# ---- runs of VAE latents ----
+
+
+@pytest.mark.parametrize("command", ["sample", "eval", "sweep"])
+def test_a_run_without_its_autoencoder_draws_no_images(run, folders, command) -> None:
+    words = ["--device", "cpu", "--out", "out"]
+    code, _, err = run(command, "@latents", *words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds no autoencoder: what it draws are VAE latents of 4 channels, no images" in err
+    assert "`elit convert official FILE NEW --vae stabilityai/sd-vae-ft-mse`" in err
+    assert f"ElitPipeline.from_pretrained('{folders}/latents', vae=AutoencoderKL.from" in err
+    assert not Path("out").exists()
+
+
+def test_the_way_from_python_puts_an_autoencoder_in(run, folders) -> None:
+    from diffusers import AutoencoderKL
+
+    from elit import ElitPipeline
+
+    AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=4).save_pretrained(
+        "vae"
+    )
+    vae = AutoencoderKL.from_pretrained("vae")
+    ElitPipeline.from_pretrained(f"{folders}/latents", vae=vae).save_pretrained("NEW")
+    code, _, err = run("sample", "NEW", "--labels", 1, "--steps", 1, "--device", "cpu")
+    assert code == 0, err
 
 
 # ---- flops ----
