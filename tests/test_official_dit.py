@@ -11,7 +11,7 @@ from diffusers.models.embeddings import Timesteps
 from sit_reference import ReferenceSiT, make_state
 from torch import Tensor
 
-from elit import elasticize, from_official_checkpoint
+from elit import elasticize, from_official_checkpoint, load_elastic
 from elit.cli.main import main
 from elit.interop.convert import ConversionSettings, convert_official
 from elit.interop.dit import read_dit
@@ -92,6 +92,23 @@ def test_a_converted_folder_is_a_pipeline_of_diffusers(folder, file) -> None:
     pipeline.transformer.set_budget(0.25)
     (cheap,) = pipeline([207], **draw, generator=torch.Generator().manual_seed(0)).images
     assert abs(cheap - image).max() > 1e-4
+
+
+def test_a_plain_sit_becomes_elastic_too(tmp_path) -> None:
+    """Lossless at full budget, and still so out of its folder."""
+    torch.save(make_state(width=32, depth=5, group=None), tmp_path / "x.pt")
+    model = from_official_checkpoint(tmp_path / "x.pt", num_heads=HEADS)
+    torch.manual_seed(0)
+    given = torch.randn(2, 4, 16, 8), torch.rand(2), torch.tensor([3, 9])
+    with torch.no_grad():
+        original = model(*given).sample
+        elasticize(model, head=1, tail=1, group=4)
+        torch.testing.assert_close(model(*given).sample, original, rtol=0, atol=2e-5)
+        cheap = model(*given, num_latents=4).sample
+        assert abs(cheap - original).max() > 1e-3
+        model.save_pretrained(tmp_path / "elastic")
+        again = load_elastic(tmp_path / "elastic")
+        assert torch.equal(again(*given, num_latents=4).sample, cheap)
 
 
 def test_the_card_has_source_licence_and_use(folder) -> None:
