@@ -18,17 +18,19 @@ from elit.cli.common import (
     whole_number,
 )
 
-FORMATS = ("official",)
+FORMATS = ("official", "dit")
 WEIGHTS = ("ema", "model")
 
 _EPILOG = """\
-official: the public SiT and ELIT-SiT checkpoints, .pt files. They are read without running code of
-theirs. The weights stay under their own licence, which the folder's README.md names."""
+official: the public SiT and ELIT-SiT checkpoints; the folder is an ElitPipeline, which the other
+commands take. dit: Facebook's DiT; the folder is a DiTPipeline of diffusers'. The .pt files are
+read without running code of theirs. The weights stay under their own licence, which the folder's
+README.md names."""
 
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit convert`."""
-    parser.usage = "elit convert official FILE.pt OUT [flags]"
+    parser.usage = "elit convert FORMAT FILE.pt OUT [flags]"
     parser.epilog = _EPILOG
     add = parser.add_argument
     add("format", type=one_of(FORMATS, "format"), metavar="FORMAT", help=", ".join(FORMATS))
@@ -53,7 +55,12 @@ def run(args: argparse.Namespace) -> int:
     from elit.interop.convert import ConversionSettings, convert_official
 
     settings = ConversionSettings(
-        args.weights, args.encoder_depth, args.num_heads, args.decoder_depth, args.vae
+        format=args.format,
+        weights=args.weights,
+        encoder_depth=args.encoder_depth,
+        num_heads=args.num_heads,
+        decoder_depth=args.decoder_depth,
+        vae=args.vae,
     )
     with quiet_diffusers():
         try:
@@ -95,20 +102,28 @@ def _with_flags(message: str) -> str:
 
 def _print_report(report: dict[str, Any]) -> None:
     config, source = report["config"], report["source"]
-    kind = "ELIT-SiT" if report["elastic"] else "SiT"
     weights = report["weights"] or "the only weights"
     steps = "" if report["steps"] is None else f", {report['steps']} steps"
-    print(f"{kind} of {format_count(report['parameters'])} parameters, {weights}{steps}")
-    print(f"width {config['hidden_size']}, {config['num_heads']} heads, {config['depth']} blocks")
+    print(f"{report['kind']} of {format_count(report['parameters'])} parameters, {weights}{steps}")
+    if report["kind"] == "DiT":
+        heads, depth = config["num_attention_heads"], config["num_layers"]
+        width = heads * config["attention_head_dim"]
+    else:
+        heads, depth, width = config["num_heads"], config["depth"], config["hidden_size"]
+    print(f"width {width}, {heads} heads, {depth} blocks")
     if report["elastic"]:
         core = config["depth"] - config["head"] - config["tail"]
         print(f"head {config['head']}, core {core}, tail {config['tail']}, group {config['group']}")
     print(f"\n{report['out']}: its README.md has the licence of the weights, read it\n")
     if source["vae"] is None and config["in_channels"] not in (1, 3):
-        print("it holds no autoencoder, so it draws VAE latents, from Python alone; for images,")
+        draws = "nothing" if report["kind"] == "DiT" else "VAE latents, from Python alone"
+        print(f"it holds no autoencoder, so it draws {draws}; for images,")
         print("convert it into a new folder with --vae stabilityai/sd-vae-ft-mse")
         return
-    labels = " ".join(str(label) for label in (207, 360) if label < config["num_classes"]) or "0"
+    if report["kind"] == "DiT":
+        print("it is a DiTPipeline of diffusers', for Python; its README.md has the lines")
+        return
+    labels = " ".join(str(n) for n in (207, 360) if n < report["num_classes"]) or "0"
     flags = " --budget 1 1/4 --guidance ccfg" if report["elastic"] else " --guidance cfg"
     command = f"elit sample {shlex.quote(report['out'])} --labels {labels} --steps 50{flags}"
     print(f"sample:  {command} --scale 1.5")

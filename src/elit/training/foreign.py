@@ -60,8 +60,8 @@ def load_transformer(base: str) -> Any:
         raise ValueError(
             f"{folder} holds a {name}, which elit finetune can't train"
             + (f" (did you mean {near}?)" if near else "")
-            + f"; it trains plain DiTs of elit's and {', '.join(FLOW_TRANSFORMERS)}; for others "
-            f"write the loop as examples/elasticize_sd3.py does"
+            + f"; it trains plain DiTs and SiTs of elit's and {', '.join(FLOW_TRANSFORMERS)}; for "
+            f"others write the loop as examples/elasticize_sd3.py does"
         )
     return getattr(diffusers, name).from_pretrained(folder)
 
