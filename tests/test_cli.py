@@ -18,6 +18,7 @@ from helpers import tiny_dit, tiny_elastic
 from PIL import Image
 
 from elit import __version__
+from elit._choices import check_choice
 from elit.cli import common, sample
 from elit.cli.main import COMMANDS, command_parser, main
 from elit.evaluation.flops import forward_flops
@@ -272,7 +273,6 @@ def test_python_m_elit_is_the_same() -> None:
         ("sample @tiny --sampler eular", r"unknown sampler 'eular'.*did you mean 'euler'\?"),
         ("sample @tiny --dtype fp16", r"unknown dtype 'fp16': use one of 'fp32', 'bf16'"),
         ("sample @tiny --device tpu", r"device 'tpu' is not usable .*use auto or cpu"),
-        ("convert offical a b", r"unknown format 'offical': use one of 'official'; see `elit con"),
         ("flops dit-b/2 --resolution big", r"--resolution: 'big' is not allowed; give a whole"),
         # flags without effect
         ("sample @tiny --scale 2", r"--scale has no effect without guidance; add --guidance"),
@@ -369,6 +369,13 @@ def test_a_full_or_vanished_disk_is_one_line() -> None:
 )
 def test_a_value_has_the_digits_that_its_error_leaves(value, error, texts) -> None:
     assert common.with_error(value, error) == texts
+
+
+def test_a_mistyped_word_names_the_only_choice_once() -> None:
+    with pytest.raises(ValueError, match=r"^unknown split 'trian': use one of 'train'$"):
+        check_choice("trian", ["train"], "split")
+    with pytest.raises(ValueError, match=r"'train', 'test'; did you mean 'train'\?$"):
+        check_choice("trian", ["train", "test"], "split")
 
 
 def test_debug_shows_where_a_mistake_comes_from(run, monkeypatch) -> None:
