@@ -16,6 +16,7 @@ from PIL import Image
 from torch.nn.functional import mse_loss
 
 from elit.data import load_dataset
+from elit.preparation.source import datasets_module
 
 
 def write_images(folder: Path, count: int, split: str) -> None:
@@ -65,6 +66,10 @@ def main() -> None:
     parser.add_argument("--vae", default="tiny-vae", help="folder of the autoencoder")
     parser.add_argument("--steps", type=int, default=300, help="of training it")
     args = parser.parse_args()
+    try:
+        datasets_module()  # `elit prepare` needs it: told now, not after a minute
+    except ValueError as error:
+        parser.error(str(error))
     write_images(Path(args.out), args.count, "train")
     write_images(Path(args.out), max(10, args.count // 20), "validation")
     train_autoencoder(args.steps).save_pretrained(args.vae)

@@ -228,9 +228,19 @@ def ours() -> nn.Module:
         sample_size=16, in_channels=3, patch_size=2, hidden_size=32, num_heads=2, depth=6,
         num_classes=5,
     )  # fmt: skip
-    for parameter in model.parameters():  # its gates are zero at first: every block would be idle
+    return awake(model)
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """A model of ours whose gates, zero at first, let every block act."""
+    for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1) if parameter.ndim > 1 else None
     return model
+
+
+def ours_sit() -> nn.Module:
+    return awake(elit.SiT(sample_size=16, in_channels=3, patch_size=2, hidden_size=32, num_heads=2,
+                          depth=6, num_classes=5))  # fmt: skip
 
 
 def ours_inputs(batch: int) -> dict[str, Any]:
@@ -255,6 +265,7 @@ FOREIGN = {
     "ltx": Foreign(ltx, ltx_inputs, (2, 4, 2), (4, 8, 4)),
     "cogview4": Foreign(cogview4, cogview4_inputs, (4, 4), (8, 4)),
     "ours": Foreign(ours, ours_inputs, (4, 4), (8, 4)),
+    "ours-sit": Foreign(ours_sit, ours_inputs, (4, 4), (8, 4)),
 }
 
 

@@ -180,7 +180,7 @@ class ReferenceSiT:
             2, -1
         )
         out = self.linear("final_layer.linear", self.norm(tokens) * (1 + scale) + shift)
-        velocity = torch.empty_like(x)
+        velocity = x.new_empty(len(x), out.shape[-1] // patch**2, *x.shape[2:])
         for n, (rows, cols) in enumerate(at):
             pixels = out[:, n].view(len(x), patch, patch, -1)  # channels fastest
             velocity[:, :, rows, cols] = pixels.permute(0, 3, 1, 2)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from elit.interface import TokenGrid
+from elit.layers.block import NeighborhoodBlock, TransformerBlock
 from elit.layers.neighborhood import (
     NeighborhoodAttention,
     attend_natten,
@@ -129,6 +130,16 @@ def test_a_neighbourhood_of_everything_is_self_attention() -> None:
     x = torch.randn(2, 32, 32)
     near = neighborhood(places, grid.size, 15, rotary)
     torch.testing.assert_close(local(x, near), full(x, rotary))
+
+
+def test_a_block_of_neighbourhoods_starts_as_any_block_does() -> None:
+    """Its attention is made once: the same seed gives the same weights."""
+    weights = []
+    for kind in (TransformerBlock, NeighborhoodBlock):
+        torch.manual_seed(0)
+        weights.append(kind(32, 2, 4.0).state_dict())
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def dense_na2d(query, key, value, kernel_size) -> torch.Tensor:

@@ -18,6 +18,7 @@ from helpers import tiny_dit, tiny_elastic
 from PIL import Image
 
 from elit import __version__
+from elit._choices import check_choice
 from elit.cli import common, sample
 from elit.cli.main import COMMANDS, command_parser, main
 from elit.evaluation.flops import forward_flops
@@ -50,6 +51,8 @@ def folders(tmp_path_factory) -> Path:
     )
     ElitPipeline(tiny, euler, vae).save_pretrained(home / "vae")
     tiny_elastic(sample_size=(8, 16)).save_pretrained(home / "wide")
+    latents = tiny_elastic(in_channels=4)
+    ElitPipeline(latents, euler).save_pretrained(home / "latents")
     clips = tiny_elastic(sample_size=(2, 4, 4), group=(1, 2, 2), in_channels=4)
     clip_vae = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
@@ -312,6 +315,11 @@ def test_python_m_elit_is_the_same() -> None:
         ("sample @wider", r"cannot be loaded: Cannot load .* expected shape"),
         ("sample @newer", r"settings that this version's DiT does not know: registers"),
         ("sample some/model", r"some/model is neither a folder nor can it be fetched from"),
+        ("eval @missing", r"there is no folder .*missing; give the output_dir of `elit train`"),
+        ("inspect @missing", r"there is no folder .*missing; give the output_dir of"),
+        ("convert official nowhere.pt out", r"there is no file nowhere.pt; give a checkpoint's"),
+        ("convert official @empty out", r"empty is a folder; give a checkpoint's file"),
+        ("convert official @file @file", r"cannot write into .*is not a folder; .*with OUT"),
         ("flops @missing", r"is neither a preset nor a checkpoint's folder"),
         ("flops dit-xl/3", r"neither a preset nor a checkpoint's folder: did you mean dit-xl/"),
         ("flops @empty", r"holds neither transformer/config.json nor config.json"),
@@ -347,6 +355,29 @@ def test_a_full_or_vanished_disk_is_one_line() -> None:
     assert common.one_line(OSError("odd\n thing")) == "odd thing"
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "texts"),
+    [
+        (0.00002, 0.000012, ("+0.000020", "0.000012")),
+        (-0.0000012, 0.00004, ("-0.000001", "0.000040")),
+        (0.5, 0.0996, ("+0.50", "0.10")),
+        (123.4, 17, ("+123", "17")),
+        (-3e-9, 2e-10, ("-3.0e-09", "2.0e-10")),
+        (0.125, None, ("+0.125", "-")),
+        (0.0, 0.0, ("+0", "0")),
+    ],
+)
+def test_a_value_has_the_digits_that_its_error_leaves(value, error, texts) -> None:
+    assert common.with_error(value, error) == texts
+
+
+def test_a_mistyped_word_names_the_only_choice_once() -> None:
+    with pytest.raises(ValueError, match=r"^unknown split 'trian': use one of 'train'$"):
+        check_choice("trian", ["train"], "split")
+    with pytest.raises(ValueError, match=r"'train', 'test'; did you mean 'train'\?$"):
+        check_choice("trian", ["train", "test"], "split")
+
+
 def test_debug_shows_where_a_mistake_comes_from(run, monkeypatch) -> None:
     with pytest.raises(ValueError, match="neither a preset"):
         run("flops", "dit-xl/3", "--debug")
@@ -375,6 +406,51 @@ def test_an_interrupt_is_no_traceback(run, monkeypatch) -> None:
 
     monkeypatch.setattr(info, "describe", interrupt)
     assert run("info", "dit-s/2") == (130, "", "elit: interrupted\n")
+
+
+def test_what_is_not_there_is_told_before_torch_is_imported(tmp_path) -> None:
+    lines = [f"{name} nowhere" for name in ("sample", "eval", "sweep", "inspect", "calibrate")]
+    lines += ["sample nowhere --guidance ccfg", "finetune nowhere", "convert official no.pt out"]
+    code = f"""
+import sys
+from elit.cli.main import main
+for line in {lines}:
+    assert main(line.split()) == 2
+    assert not {{"torch", "diffusers"}} & set(sys.modules), line
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("elit: error: there is no f") == len(lines)
+
+
+# ---- runs of VAE latents ----
+
+
+@pytest.mark.parametrize("command", ["sample", "eval", "sweep"])
+def test_a_run_without_its_autoencoder_draws_no_images(run, folders, command) -> None:
+    words = ["--device", "cpu", "--out", "out"]
+    code, _, err = run(command, "@latents", *words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds no autoencoder: what it draws are VAE latents of 4 channels, no images" in err
+    assert "`elit convert official FILE NEW --vae stabilityai/sd-vae-ft-mse`" in err
+    assert f"ElitPipeline.from_pretrained('{folders}/latents', vae=AutoencoderKL.from" in err
+    assert not Path("out").exists()
+
+
+def test_the_way_from_python_puts_an_autoencoder_in(run, folders) -> None:
+    from diffusers import AutoencoderKL
+
+    from elit import ElitPipeline
+
+    AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=4).save_pretrained(
+        "vae"
+    )
+    vae = AutoencoderKL.from_pretrained("vae")
+    ElitPipeline.from_pretrained(f"{folders}/latents", vae=vae).save_pretrained("NEW")
+    code, _, err = run("sample", "NEW", "--labels", 1, "--steps", 1, "--device", "cpu")
+    assert code == 0, err
 
 
 # ---- flops ----
@@ -446,6 +522,17 @@ def test_flops_count_pixels_where_there_is_a_vae(run) -> None:
     assert run_json(run, "flops", "@vae")["resolution"] == 16
     assert run_json(run, "flops", "@vae", "--resolution", 16)["rows"] == tiny["rows"]
     assert run_json(run, "flops", "@wide")["resolution"] == [8, 16]
+
+
+@pytest.mark.parametrize(("name", "size"), [
+    ("@tiny", "8 px"), ("@latents", "8x8 VAE latents"), ("@wide", "8x16 VAE latents"),
+    ("@clips", "5 frames of 32 px"), ("@clips/transformer", "2x4x4 VAE latents"),
+    ("elit-hdit-tiny/4", "16 px"), ("elit-dit-b/2", "256 px"),
+])  # fmt: skip
+def test_a_size_is_of_pixels_only_where_it_is(run, name, size) -> None:
+    for command in ("flops", "info"):
+        first = run(command, name)[1].splitlines()[0]
+        assert re.search(rf" at {size}(: [\d.]+ [kM] parameters)?$", first), first
 
 
 def test_flops_prints_a_table(run) -> None:

@@ -675,7 +675,32 @@ def test_latent_indices_out_of_range(case: Case, index: int) -> None:
 
 
 @ELASTIC
-@pytest.mark.parametrize("indices", [[0], torch.tensor([0.0])], ids=["list", "float"])
+def test_latent_indices_name_a_latent_once(case: Case) -> None:
+    model = case.build()
+    for twice in ([1, 1], [model.max_latents - 1, -1]):
+        with pytest.raises(ValueError, match=r"latent_indices \[.*\] name a latent twice; give"):
+            run(model, make_inputs(model), num_latents=2, latent_indices=torch.tensor(twice))
+    run(model, make_inputs(model), num_latents=2, latent_indices=torch.tensor([-1, 0]))
+
+
+def test_looking_for_latents_named_twice_cuts_no_graph() -> None:
+    model = CASES["elit-dit"].build()
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    inputs = make_inputs(model)
+    for first in (0, 1):
+        chosen = {"num_latents": 2, "latent_indices": torch.tensor([first, 3])}
+        expected = run(model, inputs, **chosen)
+        torch.testing.assert_close(run(compiled, inputs, **chosen), expected)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+@ELASTIC
+@pytest.mark.parametrize(
+    "indices", [[0], torch.tensor([0.0]), torch.tensor([True])], ids=["list", "float", "bool"]
+)
 def test_latent_indices_that_are_no_indices(case: Case, indices) -> None:
     model = case.build()
     with pytest.raises(ValueError, match=r"latent_indices .* are no tensor of whole numbers"):

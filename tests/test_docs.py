@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import randomise
+from prepared_data import write_prepared
 from sweeps import sweep_report
 from transformers import CLIPTextConfig
 
@@ -76,6 +77,8 @@ def place(tmp_path_factory) -> Path:
     pipeline.save_pretrained(folder / "runs" / "quickstart")
     plain = randomise(create_model("dit-tiny/2", depth=5), std=0.05)
     ElitPipeline(plain, make_scheduler("euler")).save_pretrained(folder / "runs" / "plain")
+    plain = create_model("sit-tiny/2", 32, depth=10, in_channels=4, num_classes=3)
+    ElitPipeline(plain, make_scheduler("euler")).save_pretrained(folder / "sit-xl")
     model = create_model("elit-mmdit-tiny/2", 16, in_channels=3)
     texts = ElitTextPipeline(model, make_scheduler("euler"))
     texts.save_pretrained(folder / "runs" / "captioned-shapes")
@@ -86,6 +89,7 @@ def place(tmp_path_factory) -> Path:
     (folder / "runs" / "quickstart" / "swept").mkdir()
     (folder / "runs" / "quickstart" / "swept" / "sweep.json").write_text(json.dumps(report))
     (folder / "my.yaml").write_text("optimizer: {ema: 0.99}\n")
+    write_prepared(folder / "prepared" / "imagenet", kind="images")  # no autoencoder to fetch
     return folder
 
 

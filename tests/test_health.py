@@ -340,8 +340,8 @@ def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("setting", "package", "extra"), [
-    ("wandb", "wandb", r"elit-diffusion\[wandb\]"),
-    ("tensorboard", "torch.utils.tensorboard", r"elit-diffusion\[tensorboard\]"),
+    ("wandb", "wandb", "-e '.[wandb]'"),
+    ("tensorboard", "torch.utils.tensorboard", "-e '.[tensorboard]'"),
 ])  # fmt: skip
 def test_a_missing_package_is_told_before_anything_starts(
     tmp_path, monkeypatch, capsys, setting, package, extra
@@ -351,7 +351,7 @@ def test_a_missing_package_is_told_before_anything_starts(
     flags = [f"--train.{setting}", value, "--output_dir", str(tmp_path / "r"), "--dry-run"]
     assert main(["train", "digits", *flags]) != 0
     assert f"train.{setting} needs" in (err := capsys.readouterr().err)
-    assert extra.replace("\\", "") in err
+    assert extra in err
     assert not (tmp_path / "r").exists()
 
 

@@ -46,7 +46,7 @@ def test_the_card_has_source_licence_and_settings(folder, file) -> None:
 
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlicense: other\nlicense_name: snap-non-commercial\n")
-    for said in ("Snap Inc.'s non-commercial licence", "| file | `elit_tiny.pt` |", "400,000",
+    for said in ("Snap Inc.'s non-commercial\nlicence", "| file | `elit_tiny.pt` |", "400,000",
                  "| head | 2 |", "| group | 4 |", "| weights | ema |",
                  hashlib.sha256(file.read_bytes()).hexdigest()):  # fmt: skip
         assert said in card
@@ -174,12 +174,12 @@ def test_convert_tells_what_it_did(file, tmp_path, capsys) -> None:
     assert "elit sample" not in shown  # which could draw no image from it
     assert main([*words, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report.keys() == {"out", "source", "elastic", "config"} | {
+    assert report.keys() == {"out", "source", "kind", "elastic", "num_classes", "config"} | {
         "weights", "stored", "steps", "parameters", "left_out",
     }  # fmt: skip
     assert (report["steps"], report["elastic"], report["parameters"]) == (400_000, True, 561_936)
     assert main(["convert", "pickle", "x", "y"]) == 2
-    assert "unknown format 'pickle': use one of 'official'" in capsys.readouterr().err
+    assert "unknown format 'pickle': use one of 'official', 'dit'" in capsys.readouterr().err
     assert main(["convert", "official", str(file), str(tmp_path / "b")]) == 2
     assert "give --num-heads" in capsys.readouterr().err
 

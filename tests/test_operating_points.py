@@ -252,5 +252,12 @@ def test_on_the_command_line(run, capsys) -> None:
     ):
         assert main([*words, *more]) == 2
         assert message in capsys.readouterr().err
+    (run / "swept" / "sweep.json").rename(run / "moved.json")
+    assert main([*words, "--max-gflops", "8"]) == 2
+    err = capsys.readouterr().err
+    assert f"there is no {run}/swept/sweep.json; run `elit sweep {run}`, or name its" in err
+    assert err.endswith("with --sweep\n")
+    assert main([*words, "--max-gflops", "8", "--sweep", str(run / "moved.json")]) == 0
+    capsys.readouterr()
     assert main(["sample", str(run), "--max-ms", "8"]) == 2
     assert "no effect without --budget auto" in capsys.readouterr().err

@@ -482,7 +482,7 @@ def test_budget_versus_steps() -> None:
         same = [i for i in own if rows.rows[i]["steps"] == steps]
         same.sort(key=lambda i: rows.rows[i]["gflops_per_image"])
         assert "M" + " ".join(place[i] for i in same) in thin
-    assert {"5", "10", "20"} <= {
+    assert {"5 steps", "10 steps", "20 steps"} <= {
         e["text"] for e in Page(svg).all("text", **{"class": "label middle"})
     }
 
@@ -623,6 +623,49 @@ def test_numbers_are_as_short_as_keeps_them_apart() -> None:
     assert distinct([0.1, 0.25, 1500]) == ["0.1", "0.25", "1.5k"]
     assert distinct([1000.1, 1000.2]) == ["1.0001k", "1.0002k"]
     assert short(-2_500_000) == "-2.5M"
+
+
+def test_every_line_has_its_label_and_none_covers_another() -> None:
+    """Also where all lines begin nearly in one point."""
+    for spread in (0.0, 0.001, 1.0, 50.0):
+        series = [
+            Series([(4, 1 + spread * k, 2 * k), (8, 2.0, 2 * k + 1)], k, label=f"budget {k}")
+            for k in range(7)
+        ]
+        labels = Page(chart(series, "steps", "s")).all("text", **{"class": "label middle"})
+        placed = sorted((float(e["at"]["y"]), e["text"]) for e in labels)
+        # Higher scores stand higher, of alike ones the first.
+        names = [f"budget {k}" for k in range(7)]
+        assert [text for _, text in placed] == (names[::-1] if spread else names)
+        heights = [y for y, _ in placed]
+        assert all(below - above >= 11.9 for above, below in itertools.pairwise(heights))
+        assert BOX[1] <= heights[0]
+        assert heights[-1] <= BOX[3]
+
+
+def test_lines_from_one_point_share_their_label() -> None:
+    series = [Series([(1, 1.0, 0), (2, y, 1)], 0, label="budget 1") for y in (2.0, 3.0)]
+    labels = Page(chart(series, "scale", "s")).all("text", **{"class": "label middle"})
+    assert [e["text"] for e in labels] == ["budget 1"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_labels_move_as_little_as_keeps_them_apart(seed) -> None:
+    draw = random.Random(seed)
+    wanted = [draw.uniform(40, 250) for _ in range(draw.randint(1, 12))]
+    moved = charts._apart(wanted, 36, 258)
+    order = sorted(range(len(wanted)), key=wanted.__getitem__)
+    assert order == sorted(range(len(wanted)), key=moved.__getitem__)
+    gaps = [moved[b] - moved[a] for a, b in itertools.pairwise(order)]
+    assert all(gap >= 12 - 1e-9 for gap in gaps)
+    assert min(moved) >= 36
+    assert max(moved) <= 258 + 1e-9
+    # What stands free of its neighbours was not moved at all.
+    for i, y in enumerate(moved):
+        near = [other for k, other in enumerate(moved) if k != i and abs(other - y) < 12 + 1e-6]
+        assert near or y == pytest.approx(wanted[i])
+    many = [100.0] * 30
+    assert charts._apart(many, 36, 258) == many
 
 
 def test_an_axis_leaves_room_for_labels() -> None:

@@ -15,7 +15,7 @@ from elit.cli.common import (
     print_json,
     whole_number,
 )
-from elit.cli.points import DEFAULT_SCALE, GUIDANCES, make_guidance, open_pipeline
+from elit.cli.points import DEFAULT_SCALE, GUIDANCES, check_run, make_guidance, open_pipeline
 from elit.cli.sample import what_to_draw
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -54,6 +54,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw, fit, write and tell."""
+    check_run(args.run)
     guidance = make_guidance(args)  # before the imports: a mistake in a flag is told at once
     pipeline = open_pipeline(args)
     import torch

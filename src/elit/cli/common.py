@@ -8,7 +8,8 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
@@ -183,14 +184,40 @@ def flops_column(gflops: Sequence[float]) -> tuple[str, list[str]]:
     return unit, [f"{value * factor:.{digits}f}" for value in gflops]
 
 
+def with_error(value: float, error: float | None) -> tuple[str, str]:
+    """A signed value and its standard error, both to the error's second significant digit.
+
+    Without an error, or with none above 0, the value has three digits: 0.00002, 0.000012 ->
+    ('+0.000020', '0.000012').
+    """
+    if not error or not math.isfinite(error):
+        return f"{value:+.3g}", "-" if error is None else f"{error:.3g}"
+    error_text = f"{error:.1e}"  # rounded first: 0.0996 has its second digit where 0.10 has
+    digits = 1 - int(error_text.partition("e")[2])
+    if digits > 8:
+        return f"{value:+.1e}", error_text
+    digits = max(digits, 0)
+    return f"{value:+.{digits}f}", f"{error:.{digits}f}"
+
+
 def format_count(number: int) -> str:
     """698300000 -> '698.3 M'."""
     return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.1f} k"
 
 
-def format_input(resolution: int | list[int], frames: int | None) -> str:
-    """256, None -> '256 px'; [256, 512], 29 -> '29 frames of 256x512 px'."""
-    size = resolution if isinstance(resolution, int) else "x".join(map(str, resolution))
+def format_input(resolution: int | list[int], frames: int | None, config: Mapping[str, Any]) -> str:
+    """256, None -> '256 px'; [256, 512], 29 -> '29 frames of 256x512 px'.
+
+    Without an autoencoder the size is that of the model's input, by its config: of more channels
+    than an image has these are VAE latents.
+    """
+    sides = [resolution] * 2 if isinstance(resolution, int) else list(resolution)
+    own = config["sample_size"]
+    own = [own] * 2 if isinstance(own, int) else list(own)
+    if config["in_channels"] not in (1, 3) and own[-2:] == sides:
+        length = [] if frames is None else [frames]
+        return f"{'x'.join(map(str, [*length, *sides]))} VAE latents"
+    size = resolution if isinstance(resolution, int) else "x".join(map(str, sides))
     return f"{size} px" if frames is None else f"{frames} frames of {size} px"
 
 
@@ -236,29 +263,25 @@ def logging_to_stderr() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def tell_of_hub(name: str) -> None:
+    """On a screen, say what is waited for: out of reach the hub is tried for half a minute."""
+    if sys.stderr.isatty():
+        print(f"elit: asking the Hugging Face hub for {name}", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Without diffusers' loading bar and its hints for its own users."""
+    """Without diffusers' loading bar, its hints for its own users, and warnings that it causes."""
     from diffusers.utils import logging as diffusers_logging
 
     verbosity, bar = diffusers_logging.get_verbosity(), diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
+            yield
     finally:
         diffusers_logging.set_verbosity(verbosity)
         if bar:
             diffusers_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Without a line for each time that the hub could not be reached: the error says it once."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 from elit.cli.common import (
@@ -13,21 +14,23 @@ from elit.cli.common import (
     output_folder,
     print_json,
     quiet_diffusers,
-    quiet_hub,
+    tell_of_hub,
     whole_number,
 )
 
-FORMATS = ("official",)
+FORMATS = ("official", "dit")
 WEIGHTS = ("ema", "model")
 
 _EPILOG = """\
-official: the public SiT and ELIT-SiT checkpoints, .pt files. They are read without running code of
-theirs. The weights stay under their own licence, which the folder's README.md names."""
+official: the public SiT and ELIT-SiT checkpoints; the folder is an ElitPipeline, which the other
+commands take. dit: Facebook's DiT; the folder is a DiTPipeline of diffusers'. The .pt files are
+read without running code of theirs. The weights stay under their own licence, which the folder's
+README.md names."""
 
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit convert`."""
-    parser.usage = "elit convert official FILE.pt OUT [flags]"
+    parser.usage = "elit convert FORMAT FILE.pt OUT [flags]"
     parser.epilog = _EPILOG
     add = parser.add_argument
     add("format", type=one_of(FORMATS, "format"), metavar="FORMAT", help=", ".join(FORMATS))
@@ -48,15 +51,18 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert and tell."""
-    output_folder(args.out, "OUT")
+    check_paths(args)  # before the imports: a mistake is told at once
     from elit.interop.convert import ConversionSettings, convert_official
 
     settings = ConversionSettings(
-        args.weights, args.encoder_depth, args.num_heads, args.decoder_depth, args.vae
+        format=args.format,
+        weights=args.weights,
+        encoder_depth=args.encoder_depth,
+        num_heads=args.num_heads,
+        decoder_depth=args.decoder_depth,
+        vae=args.vae,
     )
-    if settings.vae == "":
-        raise ValueError("--vae is empty; give a folder or a name of the hub, or leave it out")
-    with quiet_diffusers(), quiet_hub():
+    with quiet_diffusers():
         try:
             report = convert_official(args.file, args.out, settings)
         except ValueError as error:  # whose names are Python's, not those of flags
@@ -66,6 +72,22 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_report(report)
     return 0
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Raise a ValueError for paths that cannot do, as far as it costs no import."""
+    out, file = Path(args.out).expanduser(), Path(args.file).expanduser()
+    output_folder(out, "OUT")
+    if args.vae == "":
+        raise ValueError("--vae is empty; give a folder or a name of the hub, or leave it out")
+    if out.is_dir() and any(out.iterdir()):
+        return  # perhaps this conversion, which needs its file no more
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; give a checkpoint's file, such as model.pt")
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}; give a checkpoint's file, such as model.pt")
+    if args.vae is not None and not Path(args.vae).is_dir():
+        tell_of_hub(args.vae)
 
 
 def _with_flags(message: str) -> str:
@@ -80,20 +102,28 @@ def _with_flags(message: str) -> str:
 
 def _print_report(report: dict[str, Any]) -> None:
     config, source = report["config"], report["source"]
-    kind = "ELIT-SiT" if report["elastic"] else "SiT"
     weights = report["weights"] or "the only weights"
     steps = "" if report["steps"] is None else f", {report['steps']} steps"
-    print(f"{kind} of {format_count(report['parameters'])} parameters, {weights}{steps}")
-    print(f"width {config['hidden_size']}, {config['num_heads']} heads, {config['depth']} blocks")
+    print(f"{report['kind']} of {format_count(report['parameters'])} parameters, {weights}{steps}")
+    if report["kind"] == "DiT":
+        heads, depth = config["num_attention_heads"], config["num_layers"]
+        width = heads * config["attention_head_dim"]
+    else:
+        heads, depth, width = config["num_heads"], config["depth"], config["hidden_size"]
+    print(f"width {width}, {heads} heads, {depth} blocks")
     if report["elastic"]:
         core = config["depth"] - config["head"] - config["tail"]
         print(f"head {config['head']}, core {core}, tail {config['tail']}, group {config['group']}")
     print(f"\n{report['out']}: its README.md has the licence of the weights, read it\n")
     if source["vae"] is None and config["in_channels"] not in (1, 3):
-        print("it holds no autoencoder, so it draws VAE latents, from Python alone; for images,")
+        draws = "nothing" if report["kind"] == "DiT" else "VAE latents, from Python alone"
+        print(f"it holds no autoencoder, so it draws {draws}; for images,")
         print("convert it into a new folder with --vae stabilityai/sd-vae-ft-mse")
         return
-    labels = " ".join(str(label) for label in (207, 360) if label < config["num_classes"]) or "0"
+    if report["kind"] == "DiT":
+        print("it is a DiTPipeline of diffusers', for Python; its README.md has the lines")
+        return
+    labels = " ".join(str(n) for n in (207, 360) if n < report["num_classes"]) or "0"
     flags = " --budget 1 1/4 --guidance ccfg" if report["elastic"] else " --guidance cfg"
     command = f"elit sample {shlex.quote(report['out'])} --labels {labels} --steps 50{flags}"
     print(f"sample:  {command} --scale 1.5")

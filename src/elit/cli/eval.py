@@ -23,7 +23,7 @@ from elit.cli.evaluating import (
     interval_of,
     open_evaluation,
 )
-from elit.cli.points import DEFAULT_SCALE, GUIDANCES, make_guidance
+from elit.cli.points import DEFAULT_SCALE, GUIDANCES, check_run, make_guidance
 
 SAMPLES = 50_000  # as papers have it
 
@@ -56,6 +56,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw, score, write and tell."""
+    check_run(args.run)
     make_guidance(args)  # before the imports: a mistake in a flag is told at once
     home = home_of(args, "evaluated")
     evaluation = open_evaluation(args, home, keep_images=args.save_npz)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elit.cli.common import Parser, number, one_of, output_folder, quiet_diffusers, whole_number
-from elit.cli.points import SAMPLERS, open_pipeline
+from elit.cli.points import SAMPLERS, check_draws_images, open_pipeline
 from elit.data import SPLITS
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def open_evaluation(args: argparse.Namespace, home: Path, keep_images: bool) -> 
 
     process = this_process()
     pipeline = open_pipeline(args, process.local_rank)
+    check_draws_images(args.run, pipeline)
     pipeline.set_progress_bar_config(disable=True)
     config = _run_config(args.run)
     images = _reference(args, pipeline, config)

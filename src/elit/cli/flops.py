@@ -68,16 +68,16 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
     else:
-        _print_report(report)
+        _print_report(report, shape.config)
     return 0
 
 
-def _print_report(report: dict[str, Any]) -> None:
+def _print_report(report: dict[str, Any], config: dict[str, Any]) -> None:
     from elit.evaluation.flops import TRAIN_BATCH, TRAIN_BATCH_MULTI_BUDGET
     from elit.interface.budget import format_budget
 
     rows = report["rows"]
-    size = format_input(report["resolution"], report["frames"])
+    size = format_input(report["resolution"], report["frames"], config)
     print(f"{report['model']} at {size}: {format_count(report['parameters'])} parameters\n")
     unit, flops = flops_column([row["gflops"] for row in rows])
     table = [

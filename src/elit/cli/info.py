@@ -123,7 +123,8 @@ def _print_model(report: dict[str, Any]) -> None:
     from elit.interface.budget import format_budget
 
     elastic = report["group"] is not None
-    print(f"{report['model']} at {format_input(report['resolution'], report['frames'])}")
+    size = format_input(report["resolution"], report["frames"], report["config"])
+    print(f"{report['model']} at {size}")
     print(f"{'parameters':14}{format_count(report['parameters'])}")
     print(f"{'blocks':14}{_format_split(report['split'])}{' (head-core-tail)' if elastic else ''}")
     if elastic:

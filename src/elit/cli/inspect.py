@@ -18,7 +18,9 @@ from elit.cli.common import (
     print_json,
     quiet_diffusers,
     whole_number,
+    with_error,
 )
+from elit.cli.points import check_run
 from elit.data import SPLITS
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ def noise_level(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Look, write and tell."""
+    check_run(args.run)
     from elit._devices import pick_device
     from elit.cli.inspect_data import SHOWN, load_subject
     from elit.cli.inspect_sheets import save_sheets
@@ -230,7 +233,7 @@ def print_report(report: dict[str, Any]) -> None:
         lines[one["num_latents"]] = [f"{one['loss']:.4f}", "-", "-"]
     for one in report["latents_mean"]["without"]:
         line = lines.setdefault(one["latent"] + 1, ["-", "-", "-"])
-        line[1:] = [f"{one['cost']:+.5f}", _cell(one["cost_error"], ".5f", "")]
+        line[1:] = with_error(one["cost"], one["cost_error"])
     header = ["n", "loss of the first n latents", "leaving out latent n adds", "+-"]
     print(format_table(header, [(n, *line) for n, line in sorted(lines.items())]))
     print("\n" + "\n".join(report["sheets"]))

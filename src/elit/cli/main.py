@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; return 0, or 1 (the run failed), 2 (a mistake) or 130 (stopped)."""
     # Before torch is imported: spinning threads cost a factor of ten on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Before the hub's client is: without a line for each time that it tries again.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv or os.environ.get("ELIT_DEBUG", "0") not in ("", "0")
     argv = [word for word in argv if word != "--debug"]

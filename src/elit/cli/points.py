@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from elit.cli.common import budget, quiet_diffusers
+from elit.cli.common import budget, quiet_diffusers, tell_of_hub
 
 if TYPE_CHECKING:
     from elit.flow.guidance import Guidance
@@ -15,6 +15,14 @@ SAMPLERS = ("euler", "heun", "euler-maruyama", "unipc", "dpm-solver")
 GUIDANCES = ("none", "cfg", "ag", "ccfg")
 DEFAULT_SCALE, DEFAULT_STEPS = 2.0, 40
 AUTO = "auto"
+
+
+def check_run(name: str) -> None:
+    """Raise a ValueError, before the imports, unless it is a pipeline's folder or may be a name."""
+    from elit.pipelines.folder import check_pipeline_folder
+
+    if check_pipeline_folder(name) is None:
+        tell_of_hub(name)
 
 
 def make_guidance(args: argparse.Namespace) -> "Guidance | None":
@@ -71,9 +79,17 @@ def choose_point(
     args: argparse.Namespace, pipeline: "ElasticPipeline", wanted: Sequence[Any]
 ) -> "Guidance | None":
     """Set budget, steps and guidance of the flags to what a sweep found best within the caps."""
+    from elit.pipelines.operating_points import default_home
+    from elit.pipelines.sweep_file import SWEEP_FILE
+
     height, width = args.size or (None, None)
-    if args.sweep is not None:
-        pipeline.load_operating_points(args.sweep)
+    file = args.sweep or default_home(args.run) / SWEEP_FILE
+    if args.sweep is None and not file.exists():
+        raise ValueError(
+            f"--budget auto needs what `elit sweep` measured, but there is no {file}; run "
+            f"`elit sweep {args.run}`, or name its file with --sweep"
+        )
+    pipeline.load_operating_points(file)
     point = pipeline.choose_operating_point(
         wanted[: args.batch_size],
         None if args.max_gflops is None else args.max_gflops * 1e9,
@@ -85,6 +101,21 @@ def choose_point(
     args.guidance, args.scale, args.guide_budget = point.guidance, point.scale, point.guide_budget
     args.interval = None if point.interval is None else list(point.interval)
     return point.make_guidance()
+
+
+def check_draws_images(run: str, pipeline: "ElasticPipeline") -> None:
+    """Raise a ValueError for a pipeline of VAE latents that has no autoencoder."""
+    channels = pipeline.transformer.in_channels
+    if pipeline.vae is not None or channels in (1, 3):
+        return
+    kind = type(pipeline).__name__
+    raise ValueError(
+        f"{run} holds no autoencoder: what it draws are VAE latents of {channels} channels, no "
+        f"images; put in the one that it was trained with, of a public checkpoint by `elit convert "
+        f"official FILE NEW --vae stabilityai/sd-vae-ft-mse`, of any folder from Python by "
+        f"{kind}.from_pretrained({run!r}, vae=AutoencoderKL.from_pretrained(...))"
+        f".save_pretrained('NEW')"
+    )
 
 
 def open_pipeline(args: argparse.Namespace, local_rank: int = 0) -> "ElasticPipeline":

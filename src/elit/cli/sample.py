@@ -28,6 +28,8 @@ from elit.cli.points import (
     SAMPLERS,
     budget_or_auto,
     check_auto,
+    check_draws_images,
+    check_run,
     choose_point,
     make_guidance,
     open_pipeline,
@@ -104,9 +106,11 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw, write and tell."""
+    check_run(args.run)
     guidance = make_guidance(args)  # before the imports: a mistake in a flag is told at once
     check_auto(args)
     pipeline = open_pipeline(args)
+    check_draws_images(args.run, pipeline)
     from elit.pipelines.folder import weights_digest
     from elit.pipelines.text_pipeline import ElitTextPipeline
 
@@ -162,16 +166,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
     else:
-        _print_rows(rows)
-        if cache is not None:
-            computed, skipped = model.cache_counts()
-            print(f"\nTeaCache skipped {skipped} of {computed + skipped} calls of the blocks")
-        together = min(args.batch_size, len(wanted) * args.count)
-        how = f"{args.steps} steps, guidance {args.guidance}"
-        print(f"\n{how}; ms with {together} images at a time")
-        if text_tokens is not None:
-            print(f"\nwith texts of up to {text_tokens} tokens")
-        print(f"\n{sheet}")
+        counts = None if cache is None else model.cache_counts()
+        _print_report(args, report, counts, len(wanted) * args.count)
     return 0
 
 
@@ -292,6 +288,22 @@ def _generators(seeds: Sequence[int]) -> list[Any]:
     import torch
 
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _print_report(
+    args: argparse.Namespace, report: dict[str, Any], counts: tuple[int, int] | None, images: int
+) -> None:
+    """The rows, how they were drawn, and what a step cache computed and skipped."""
+    _print_rows(report["rows"])
+    if counts is not None:
+        computed, skipped = counts
+        print(f"\nTeaCache skipped {skipped} of {computed + skipped} calls of the blocks")
+    together = min(args.batch_size, images)
+    how = f"{args.steps} steps, guidance {args.guidance}"
+    print(f"\n{how}; ms with {together} images at a time")
+    if report["text_tokens"] is not None:
+        print(f"\nwith texts of up to {report['text_tokens']} tokens")
+    print(f"\n{report['sheet']}")
 
 
 def _print_rows(rows: Sequence[dict[str, Any]]) -> None:

@@ -26,7 +26,7 @@ from elit.cli.evaluating import (
     interval_of,
     open_evaluation,
 )
-from elit.cli.points import DEFAULT_SCALE, GUIDANCES
+from elit.cli.points import DEFAULT_SCALE, GUIDANCES, check_run
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,6 +61,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw and score all points, write the files, tell what is on the front."""
+    check_run(args.run)
     check_guidance(args)
     home = home_of(args, "swept")
     evaluation = open_evaluation(args, home, keep_images=False)

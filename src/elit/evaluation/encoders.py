@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from elit._extras import missing
+from elit._hub import hub_reason
 from elit.evaluation.resize import centre_crop, resize_pil, shorter_side
 
 logger = logging.getLogger(__name__)
@@ -148,10 +150,8 @@ def _loading(name: str, network: str, usual: str) -> Iterator[Any]:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(
-            f"the feature network {network!r} needs transformers; "
-            f"pip install 'elit-diffusion[text]'"
-        ) from error
+        needs = f"the feature network {network!r} needs transformers"
+        raise ValueError(missing(needs, "text")) from error
     logs = transformers.utils.logging
     level, shows_bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()
@@ -160,6 +160,8 @@ def _loading(name: str, network: str, usual: str) -> Iterator[Any]:
         yield transformers
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
+        if (of_hub := hub_reason(error)) is not None:
+            reason = f"the Hugging Face hub was asked, but {of_hub}"
         raise ValueError(
             f"the feature network {network!r} cannot be loaded from {name!r}: {reason}; give a "
             f"folder as its weights, or a name on the hub such as {usual}"

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from elit._files import sha256_of
+from elit._hub import hub_reason
 
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -93,7 +94,7 @@ def _from_hub(repository: str, name: str, network: str) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ValueError(
             f"no file {repository}/{name} with the weights of {network}, neither here nor on the "
-            f"hub ({_reason(error)}); give the path of a file"
+            f"hub ({hub_reason(error) or _reason(error)}); give the path of a file"
         ) from error
 
 

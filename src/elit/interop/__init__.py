@@ -1,1 +1,1 @@
-"""Checkpoints of others, read into models of ours."""
+"""Checkpoints of others, read into pipelines: SiT and ELIT-SiT as ours, DiT as diffusers'."""

@@ -1,4 +1,4 @@
-"""A public checkpoint as a folder that `ElitPipeline.from_pretrained` loads, with a model card."""
+"""A public checkpoint as a pipeline's folder, with a model card."""
 
 import errno
 import json
@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
 from safetensors import SafetensorError
 
+from elit._choices import check_choice
 from elit._files import as_os_error, json_text, open_to_others, sha256_of, write_folder
 from elit.flow.schedulers import FlowMatchUniformEulerScheduler
-from elit.interop.official import Official, read_official
+from elit.interop.cards import model_card
+from elit.interop.checkpoint import Checkpoint
+from elit.interop.dit import read_dit, training_scheduler
+from elit.interop.official import read_official
+from elit.models.sit import SiT
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.preparation.autoencoder import load_vae
-from elit.preparation.settings import DEFAULT_VAE
 
 logger = logging.getLogger(__name__)
 
 CONVERSION_FILE = "conversion.json"
-ELASTIC_ALONE = ("group", "head", "tail", "min_latents", "write_depth")
+FORMATS = ("official", "dit")
 VAE_SCALE = 0.18215  # of the VAE latents that the public models were trained on
 
 
@@ -29,6 +34,7 @@ class ConversionSettings:
     """How a public checkpoint becomes a folder.
 
     Attributes:
+        format: "official", of the SiT and ELIT-SiT, or "dit".
         weights: "ema" or "model".
         encoder_depth: blocks before the Read.
         num_heads: by default that of the public model of the same width.
@@ -36,6 +42,7 @@ class ConversionSettings:
         vae: autoencoder to put into the folder, a folder or a name on the hub; None leaves it out.
     """
 
+    format: str = "official"
     weights: str = "ema"
     encoder_depth: int = 8
     num_heads: int | None = None
@@ -48,12 +55,14 @@ def convert_official(
     out: str | os.PathLike,
     settings: ConversionSettings | None = None,
 ) -> dict[str, Any]:
-    """Convert a public SiT or ELIT-SiT checkpoint, and give what is known of it as plain types.
+    """Convert a public checkpoint, and give what is known of it as plain types.
 
-    The folder is written aside and then renamed. One that holds this very conversion, whole, is
-    left as it is; any other that is not empty is an error.
+    SiT and ELIT-SiT become an `ElitPipeline`, DiT a `DiTPipeline` of diffusers'. The folder is
+    written aside and then renamed. One that holds this very conversion, whole, is left as it is;
+    any other that is not empty is an error.
     """
     settings = ConversionSettings() if settings is None else settings
+    check_choice(settings.format, FORMATS, "format")
     file, out = Path(file).expanduser(), Path(out).expanduser().resolve()
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give a new folder to write")
@@ -62,22 +71,15 @@ def convert_official(
     vae = None if settings.vae is None else load_vae(settings.vae)[0]
     if file.is_file():
         logger.info("reading %s, %.2f GB", file, file.stat().st_size / 1e9)
-    official = read_official(
-        file,
-        weights=settings.weights,
-        encoder_depth=settings.encoder_depth,
-        num_heads=settings.num_heads,
-        decoder_depth=settings.decoder_depth,
-    )
+    model, checkpoint = _read(file, settings)
     if vae is not None:
-        _check_vae(vae, settings.vae, official)
+        _check_vae(vae, settings.vae, model.config.in_channels)
     source = {"file": file.name, "sha256": sha256_of(file)} | vars(settings)
-    report = {"source": source} | _about(official)
+    report = {"source": source} | _about(model, checkpoint)
 
     def write(aside: Path) -> None:
-        pipeline = ElitPipeline(official.model, FlowMatchUniformEulerScheduler(), vae)
         try:
-            pipeline.save_pretrained(aside)
+            _pipeline(model, vae).save_pretrained(aside)
         except SafetensorError as error:
             raise as_os_error(error, out) from error
         for weights in aside.rglob("*.safetensors"):
@@ -94,6 +96,30 @@ def convert_official(
             raise
         return _same_conversion(out, file, settings)  # another process was faster
     return {"out": str(out)} | report
+
+
+def _read(
+    file: Path, settings: ConversionSettings
+) -> tuple[SiT | DiTTransformer2DModel, Checkpoint]:
+    if settings.format == "official":
+        return read_official(
+            file,
+            weights=settings.weights,
+            encoder_depth=settings.encoder_depth,
+            num_heads=settings.num_heads,
+            decoder_depth=settings.decoder_depth,
+        )
+    for name in ("encoder_depth", "decoder_depth"):
+        value = getattr(settings, name)
+        if value != getattr(ConversionSettings, name):
+            raise ValueError(f"{name}={value!r} is of an ELIT-SiT, not of a DiT; leave {name} out")
+    return read_dit(file, weights=settings.weights, num_heads=settings.num_heads)
+
+
+def _pipeline(model: SiT | DiTTransformer2DModel, vae: Any) -> DiffusionPipeline:
+    if isinstance(model, DiTTransformer2DModel):
+        return DiTPipeline(model, vae, training_scheduler())
+    return ElitPipeline(model, FlowMatchUniformEulerScheduler(), vae)
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -128,12 +154,12 @@ def _same_conversion(out: Path, file: Path, settings: ConversionSettings) -> dic
     return {"out": str(out)} | report
 
 
-def _check_vae(vae: Any, name: str | None, official: Official) -> None:
+def _check_vae(vae: Any, name: str | None, in_channels: int) -> None:
     channels = vae.config.get("latent_channels")
-    if channels != official.model.in_channels:
+    if channels != in_channels:
         raise ValueError(
             f"the autoencoder {name} makes VAE latents of {channels} channels, but the model takes "
-            f"{official.model.in_channels}; give the one that it was trained with"
+            f"{in_channels}; give the one that it was trained with"
         )
     scale = vae.config.get("scaling_factor")
     if scale is None or abs(scale - VAE_SCALE) > 1e-6:
@@ -143,107 +169,18 @@ def _check_vae(vae: Any, name: str | None, official: Official) -> None:
         )  # fmt: skip
 
 
-def _about(official: Official) -> dict[str, Any]:
+def _about(model: SiT | DiTTransformer2DModel, checkpoint: Checkpoint) -> dict[str, Any]:
     """What the folder holds, as plain types."""
-    model = official.model
-    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    is_dit = isinstance(model, DiTTransformer2DModel)
+    elastic = not is_dit and model.is_elastic
     return {
-        "weights": official.weights,
-        "stored": official.stored,
-        "steps": official.steps,
-        "elastic": model.is_elastic,
+        "kind": "DiT" if is_dit else "ELIT-SiT" if elastic else "SiT",
+        "weights": checkpoint.weights,
+        "stored": checkpoint.stored,
+        "steps": checkpoint.steps,
+        "elastic": elastic,
+        "num_classes": model.config.num_embeds_ada_norm if is_dit else model.config.num_classes,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "left_out": official.left_out,
-        "config": config,
+        "left_out": checkpoint.left_out,
+        "config": {k: v for k, v in model.config.items() if not k.startswith("_")},
     }
-
-
-def model_card(report: dict[str, Any]) -> str:
-    """README.md of a converted folder: where the weights are from, their licence, how to draw."""
-    source, config = report["source"], report["config"]
-    file = "".join(c if c.isprintable() and c not in "`|" else "?" for c in source["file"])
-    kind = "ELIT-SiT" if report["elastic"] else "SiT"
-    settings = "\n".join(f"| {key} | {value} |" for key, value in config.items()
-                         if report["elastic"] or key not in ELASTIC_ALONE)  # fmt: skip
-    steps = "unknown" if report["steps"] is None else f"{report['steps']:,}"
-    numbers = "without any change to the numbers"
-    if report["stored"] != ["float32"]:
-        numbers = f"with the numbers, stored as {' and '.join(report['stored'])}, as float32"
-    left_out = ""
-    if report["left_out"]:
-        left_out = f" Left out: {len(report['left_out'])} tensors of REPA's projectors."
-    return f"""\
----
-license: other
-license_name: snap-non-commercial
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags: [elit, sit, class-conditional]
----
-
-# {kind} from {file}
-
-Converted by `elit convert official` {numbers}.{left_out}
-The page "Run the public checkpoints" of elit's docs says what a budget costs, and what differs from
-the paper, *One Model, Many Budgets: Elastic Latent Interfaces for Diffusion Transformers*.
-
-**Licence of the weights.** They stay under the licence of the file that they came from. The public
-SiT and ELIT-SiT checkpoints of the paper's authors are under Snap Inc.'s non-commercial licence:
-research and other non-commercial use alone, and whoever passes them on passes on that licence.
-The code of elit is under Apache-2.0; that does not extend to these weights.
-
-| source | |
-|---|---|
-| file | `{file}` |
-| sha256 | `{source["sha256"]}` |
-| weights | {report["weights"] or "the only ones of the file"} |
-| training steps | {steps} |
-| multi-budget | {_budgets_of(file, report["elastic"])} |
-| parameters | {report["parameters"]:,} |
-| autoencoder | {_autoencoder_of(report)} |
-
-| setting | |
-|---|---|
-{settings}
-
-```python
-{_snippet(report)}
-```
-"""
-
-
-def _budgets_of(file: str, elastic: bool) -> str:
-    """Whether a file, by its name, was trained at more budgets than the full one."""
-    if not elastic:
-        return "no, a plain model"
-    if "_mb_" in file:
-        return "yes, by the file's name"
-    public = file.startswith("elit_sit_imagenet")
-    return "no, by the file's name: full budget alone" if public else "unknown"
-
-
-def _autoencoder_of(report: dict[str, Any]) -> str:
-    if report["source"]["vae"]:
-        return f"{report['source']['vae']}, in this folder, under its own licence"
-    return "none is needed" if draws_pixels(report) else f"not in this folder; {DEFAULT_VAE} fits"
-
-
-def draws_pixels(report: dict[str, Any]) -> bool:
-    """Whether a converted model needs no autoencoder to draw images."""
-    return report["config"]["in_channels"] in (1, 3)
-
-
-def _snippet(report: dict[str, Any]) -> str:
-    """Ten lines of use, for the card."""
-    elastic, label = report["elastic"], min(207, report["config"]["num_classes"] - 1)
-    imports = f"from elit import {'CheapCFG' if elastic else 'CFG'}, ElitPipeline"
-    vae = ""
-    if not report["source"]["vae"] and not draws_pixels(report):
-        imports = f"from diffusers import AutoencoderKL\n{imports}"
-        vae = f', vae=AutoencoderKL.from_pretrained("{DEFAULT_VAE}")'
-    guided = "budget=1, guidance=CheapCFG(1.5)" if elastic else "guidance=CFG(1.5)"
-    return f"""\
-{imports}
-
-pipe = ElitPipeline.from_pretrained("."{vae})
-image = pipe([{label}], num_inference_steps=50, {guided}).images[0]"""

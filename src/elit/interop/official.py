@@ -4,53 +4,31 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from elit._choices import check_choice
 from elit._numbers import is_whole
+from elit.interop.checkpoint import (
+    Checkpoint,
+    as_path,
+    as_whole,
+    cannot_be_converted,
+    read_checkpoint,
+)
 from elit.interop.official_format import (
-    POSITIONS,
-    PROJECTORS,
     Unknowns,
-    check_keys,
-    check_positions,
-    check_tensors,
     is_elastic,
     official_shapes,
+    positions_of,
     settings_of,
     to_ours,
-    without_wrapping,
 )
-from elit.interop.pickles import check_bytes, read_pickle
+from elit.interop.tensors import check_keys, check_positions
 from elit.models.sit import SiT
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS = ("ema", "model")
-
-
-@dataclass(frozen=True)
-class Official:
-    """A model out of a public checkpoint, and what is known of it.
-
-    Attributes:
-        model: with the weights.
-        weights: which of the file's: "ema", "model", or None of a file that holds a state dict.
-        steps: training steps, if the file tells.
-        left_out: keys that are of training alone.
-        stored: the types that the tensors have in the file; the model's are float32.
-    """
-
-    model: SiT
-    weights: str | None
-    steps: int | None
-    left_out: list[str]
-    stored: list[str]
 
 
 def from_official_checkpoint(
@@ -79,7 +57,7 @@ def from_official_checkpoint(
     return read_official(
         path, weights=weights, encoder_depth=encoder_depth, num_heads=num_heads,
         decoder_depth=decoder_depth,
-    ).model  # fmt: skip
+    )[0]  # fmt: skip
 
 
 def read_official(
@@ -89,9 +67,8 @@ def read_official(
     encoder_depth: int = 8,
     num_heads: int | None = None,
     decoder_depth: int | None = None,
-) -> Official:
+) -> tuple[SiT, Checkpoint]:
     """As `from_official_checkpoint`, with what else the file tells."""
-    check_choice(weights, WEIGHTS, "weights")
     for name, value, least in (
         ("encoder_depth", encoder_depth, 0),
         ("num_heads", num_heads, 1),
@@ -101,85 +78,24 @@ def read_official(
             raise ValueError(
                 f"{name}={value!r} is not allowed; give a whole number, at least {least}"
             )
-    path = _as_path(path)
+    path = as_path(path)
     _refuse_diffusers(path)
-    content = read_pickle(path)
-    tensors, chosen = _state_dict(path, content, weights)
-    left_out = sorted(key for key in tensors if key.startswith(PROJECTORS))
-    theirs = {key: value for key, value in tensors.items() if not key.startswith(PROJECTORS)}
-    if left_out:
-        logger.warning(
-            "left out %d tensors of REPA's projectors (%s, ...): they are of training alone",
-            len(left_out), left_out[0],
-        )  # fmt: skip
-    check_bytes(path, theirs)
-    try:
-        check_tensors(theirs)
-        args = _told(content.get("args"))
-        given = _given(args, is_elastic(theirs), encoder_depth, decoder_depth, num_heads)
+    checkpoint = read_checkpoint(path, weights)
+    theirs = checkpoint.tensors
+    with cannot_be_converted(path):
+        elastic = is_elastic(theirs)
+        given = _given(checkpoint.args, elastic, encoder_depth, decoder_depth, num_heads)
         settings = settings_of(theirs, given)
         with torch.device("meta"):
             model = SiT(**settings)
         check_keys(theirs, official_shapes(model, null_class=given.num_classes is None))
-        check_positions(model, theirs[POSITIONS])
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be converted: {error}") from error
+        check_positions(positions_of(model), theirs)
     if given.num_classes is not None:
         logger.warning(
             "%s has no null class: the one here is zeros, so draw without CFG and cheap CFG", path
         )
     model.load_state_dict(to_ours(model, theirs), assign=True)
-    stored = sorted({str(value.dtype).removeprefix("torch.") for value in theirs.values()})
-    return Official(model.eval(), chosen, _whole(content.get("steps")), left_out, stored)
-
-
-def _as_path(path: str | os.PathLike) -> Path:
-    try:
-        name = os.fspath(path)
-        if not isinstance(name, str):
-            raise TypeError(f"a path of {type(name).__name__}")
-        return Path(name).expanduser()
-    except (TypeError, RuntimeError) as error:  # RuntimeError: there is no such user
-        raise ValueError(f"{path!r} is no path ({error}); give a checkpoint's file") from None
-
-
-def _state_dict(path: Path, content: Any, weights: str) -> tuple[dict[str, Tensor], str | None]:
-    """The chosen state dict of a file, and which that is; None of a file that is a state dict."""
-    if not isinstance(content, Mapping):
-        raise ValueError(
-            f"{path} holds a {type(content).__name__}, not a checkpoint: a dictionary with 'ema' "
-            f"and 'model', or with tensors by their names"
-        )
-    if content and all(isinstance(value, Tensor) for value in content.values()):
-        if weights != "ema":
-            logger.warning("%s has one set of weights, which is taken: no 'ema' or 'model'", path)
-        return without_wrapping(_by_name(path, content)), None
-    if weights not in content:
-        others = [name for name in WEIGHTS if name in content]
-        advice = f"give weights={others[0]!r}" if others else "it is no checkpoint of SiT's"
-        raise ValueError(
-            f"{path} has no {weights!r}: it holds {', '.join(map(str, content))[:200] or 'nothing'}"
-            f"; {advice}"
-        )
-    chosen = content[weights]
-    if not isinstance(chosen, Mapping) or not all(isinstance(v, Tensor) for v in chosen.values()):
-        raise ValueError(f"{weights!r} in {path} is a {type(chosen).__name__}, not tensors by name")
-    return without_wrapping(_by_name(path, chosen)), weights
-
-
-def _by_name(path: Path, tensors: Mapping[Any, Tensor]) -> dict[str, Tensor]:
-    for key in tensors:
-        if not isinstance(key, str):
-            raise ValueError(
-                f"{path} has tensors by {type(key).__name__} ({key!r}), not by name: it is no "
-                f"checkpoint of SiT's"
-            )
-    return dict(tensors)
-
-
-def _told(args: Any) -> Mapping[str, Any]:
-    """The settings in a file, by name."""
-    return args if isinstance(args, Mapping) else getattr(args, "__dict__", {})
+    return model.eval(), checkpoint
 
 
 def _given(
@@ -221,7 +137,7 @@ def _given(
 
 
 def _agreed(name: str, given: int | None, told: Any) -> int | None:
-    told = _whole(told)
+    told = as_whole(told)
     if given is not None and told is not None and given != told:
         raise ValueError(f"{name}={given!r} contradicts the args in the file; give {name}={told}")
     return told if given is None else given
@@ -230,20 +146,7 @@ def _agreed(name: str, given: int | None, told: Any) -> int | None:
 def _without_null(args: Mapping[str, Any]) -> int | None:
     """The number of classes of a model that was trained without a null class, else None."""
     dropout = args.get("class_dropout_prob", args.get("cfg_prob"))
-    return _whole(args.get("num_classes")) if dropout == 0 else None
-
-
-def _whole(value: Any) -> int | None:
-    """A whole number, however it was written: 8, 8.0, "8" or a tensor of it."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return int(number) if number.is_integer() and is_whole(int(number), 0) else None
+    return as_whole(args.get("num_classes")) if dropout == 0 else None
 
 
 def _refuse_diffusers(path: Path) -> None:

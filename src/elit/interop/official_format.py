@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 from elit.interface.grid import TokenGrid
-from elit.models.presets import SIT_SIZES, SIZES
+from elit.interop.tensors import POSITIONS, count_of, heads_of, side_of, tensor_of
+from elit.models.presets import SIT_SIZES
 from elit.models.sit import SiT, sincos_positions
 
 READ = "input_token_editor.adapters.0."
 WRITE = "output_token_editor.adapters.0."
 LATENT_PLACES = 4096  # rows of the table in every file, whatever the model's size
-POSITIONS = "pos_embed"  # a table that is computed here
-PROJECTORS = "projectors."  # of REPA: they are of training alone
-WRAPPINGS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Ours -> theirs, the first that matches.
 _NAMES = (
@@ -70,14 +67,6 @@ class Unknowns:
     decoder_depth: int | None = None
     num_heads: int | None = None
     num_classes: int | None = None
-
-
-def without_wrapping(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without what wrapped modules put before every key."""
-    for prefix in WRAPPINGS:
-        if theirs and all(key.startswith(prefix) for key in theirs):
-            return without_wrapping({key[len(prefix) :]: v for key, v in theirs.items()})
-    return theirs
 
 
 def official_name(name: str) -> str:
@@ -143,30 +132,26 @@ def settings_of(
     Raises:
         ValueError: if what settings are read from is missing or of an impossible shape.
     """
-    positions = _tensor(theirs, POSITIONS, 3)
-    patches = _tensor(theirs, "x_embedder.proj.weight", 4)
+    patches = tensor_of(theirs, "x_embedder.proj.weight", 4)
     width, channels, patch = patches.shape[:3]
-    side = math.isqrt(positions.shape[1])
-    if side * side != positions.shape[1]:
-        raise ValueError(f"{POSITIONS} of {positions.shape[1]} tokens is of no square image")
-    hidden, projected = _tensor(theirs, "blocks.0.mlp.fc1.weight", 2).shape
-    last = _tensor(theirs, "final_layer.linear.weight", 2)
+    side = side_of(theirs)
+    hidden, projected = tensor_of(theirs, "blocks.0.mlp.fc1.weight", 2).shape
+    last = tensor_of(theirs, "final_layer.linear.weight", 2)
     if len(last) == 2 * patch * patch * channels:
         raise ValueError(
             f"final_layer.linear.weight has {len(last)} rows for {channels} channels: it predicts "
-            f"a variance too, as the DiT and the first SiT checkpoints do. Those are of other "
-            f"conventions and not read here; DiT runs in diffusers' DiTPipeline, and `elasticize` "
-            f"makes its transformer elastic"
+            f"a variance too, as DiT and the first SiT do, whose tensors look alike. If it is a "
+            f"DiT, `elit convert dit` makes a DiTPipeline of it; the first SiT is not read here"
         )
-    depth = _numbers(theirs, "blocks.")
-    rows = len(_tensor(theirs, "y_embedder.embedding_table.weight", 2))
+    depth = count_of(theirs, "blocks.")
+    rows = len(tensor_of(theirs, "y_embedder.embedding_table.weight", 2))
     norm = theirs.get("blocks.0.attn.q_norm.weight")
     settings: dict[str, Any] = {
         "sample_size": side * patch,
         "in_channels": channels,
         "patch_size": patch,
         "hidden_size": width,
-        "num_heads": _heads(width, norm, unknowns.num_heads),
+        "num_heads": heads_of(width, norm, unknowns.num_heads),
         "depth": depth,
         "num_classes": unknowns.num_classes or rows - 1,
         "mlp_ratio": hidden / projected,
@@ -184,7 +169,7 @@ def _interface(
     unknowns: Unknowns,
 ) -> dict[str, Any]:
     """The arguments of an elastic model alone."""
-    num_latents = len(_tensor(theirs, f"{READ}learned_query_embed", 2))
+    num_latents = len(tensor_of(theirs, f"{READ}learned_query_embed", 2))
     group = math.isqrt(num_latents)
     if group * group != num_latents:
         raise ValueError(f"{num_latents} latents of {READ}learned_query_embed are no square group")
@@ -198,7 +183,7 @@ def _interface(
             f"core in the {depth} blocks of this file; give the encoder_depth that it was trained "
             f"with, which its tensors do not tell (8 in all public checkpoints)"
         )
-    layers = _numbers(theirs, f"{WRITE}write_ff.")
+    layers = count_of(theirs, f"{WRITE}write_ff.")
     return {
         "group": group,
         "head": encoder_depth,
@@ -208,106 +193,8 @@ def _interface(
     }
 
 
-def _numbers(theirs: Mapping[str, Tensor], prefix: str) -> int:
-    """How many modules a list has, from the keys of what is in them."""
-    pattern = re.compile(rf"{re.escape(prefix)}(\d+)\.")
-    numbers = {int(found[1]) for key in theirs if (found := pattern.match(key))}
-    absent = set(range(len(numbers))) - numbers
-    if absent:
-        raise ValueError(f"it has {prefix}{max(numbers)}, but no {prefix}{min(absent)}")
-    return len(numbers)
-
-
-def _tensor(theirs: Mapping[str, Tensor], key: str, axes: int) -> Tensor:
-    """A tensor that settings are read from."""
-    if key not in theirs:
-        raise ValueError(f"it has no {key}, which every SiT and ELIT-SiT has: it is another model")
-    if theirs[key].ndim != axes or not theirs[key].numel():
-        raise ValueError(f"{key} of shape {tuple(theirs[key].shape)} should have {axes} axes")
-    return theirs[key]
-
-
-def _heads(width: int, norm: Tensor | None, given: int | None) -> int:
-    public = {size.hidden_size: size.num_heads for size in map(SIZES.get, SIT_SIZES) if size}
-    told = width // len(norm) if norm is not None and norm.numel() else None
-    if given is not None and told is not None and given != told:
-        raise ValueError(
-            f"num_heads={given} contradicts the file, whose q_norm is of other "
-            f"heads: give num_heads={told}, or leave it out"
-        )
-    heads = given or told or public.get(width)
-    if heads is None:
-        raise ValueError(
-            f"the tensors do not tell how many heads a model of width {width} has, and no public "
-            f"one has that width ({', '.join(map(str, public))}); give num_heads"
-        )
-    return heads
-
-
-def check_positions(model: SiT, table: Tensor) -> None:
-    """Raise a ValueError unless a stored table (1, N, D) is the sines and cosines of the format."""
+def positions_of(model: SiT) -> Tensor:
+    """The table (N, D) of a model's own size, in raster order."""
     grid = model.own_grid()
-    places = TokenGrid(grid.size, grid.size).token_places()  # in raster order
-    difference = (sincos_positions(places, table.shape[-1]) - table[0].float()).abs().max()
-    rounding = torch.finfo(table.dtype).eps if table.dtype.itemsize < 4 else 1e-5
-    if not difference <= rounding:
-        raise ValueError(
-            f"{POSITIONS} is up to {difference:.2g} off the sines and cosines of the public "
-            f"checkpoints: this model was made with other positions"
-        )
-
-
-def check_tensors(theirs: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError unless all are floating-point numbers that the file really holds."""
-    if POSITIONS not in theirs:
-        found = _some(theirs) or "no key at all"
-        raise ValueError(
-            f"it has no {POSITIONS}, which every SiT and ELIT-SiT has: it is another model, with "
-            f"{found}"
-        )
-    for key, value in theirs.items():
-        if value.layout != torch.strided or value.is_quantized or value.is_meta:
-            kind = "without data" if value.is_meta else "sparse or quantized"
-            raise ValueError(f"{_short(key)} is {kind}; save the checkpoint with plain tensors")
-        if value.dtype not in STORED:
-            raise ValueError(
-                f"{_short(key)} is of {value.dtype}, not one of "
-                f"{', '.join(str(dtype) for dtype in STORED)}"
-            )
-        held = value.untyped_storage().nbytes()
-        if value.numel() * value.dtype.itemsize > held:
-            raise ValueError(
-                f"{_short(key)} claims the shape {tuple(value.shape)}, but the file holds {held} "
-                f"bytes of it"
-            )
-
-
-def check_keys(theirs: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise a ValueError that names keys which are missing, too many, misshapen or not finite."""
-    problems = []
-    missing, extra = expected.keys() - theirs.keys(), theirs.keys() - expected.keys()
-    for kind, keys in (("missing", missing), ("unknown", extra)):
-        if keys:
-            problems.append(f"{len(keys)} {kind} keys ({_some(keys)})")
-    shared = sorted(expected.keys() & theirs.keys())
-    shapes = [f"{k} is {tuple(theirs[k].shape)}, not {expected[k]}" for k in shared
-              if tuple(theirs[k].shape) != expected[k]]  # fmt: skip
-    if shapes:
-        problems.append(f"{len(shapes)} keys of another shape ({_some(shapes)})")
-    # As float32, which the model's are: float64 holds numbers beyond it.
-    wrong = [k for k in shared if not torch.isfinite(theirs[k].float()).all()]
-    if wrong:
-        problems.append(f"{len(wrong)} keys without finite float32 numbers ({_some(wrong)})")
-    if problems:
-        raise ValueError("; ".join(problems))
-
-
-def _some(words: Any) -> str:
-    words = sorted(words)
-    return ", ".join(map(_short, words[:3])) + (", ..." if len(words) > 3 else "")
-
-
-def _short(word: str) -> str:
-    """A key as it may stand on a terminal, whatever a file calls it."""
-    word = "".join(c if c.isprintable() else "?" for c in word)
-    return word if len(word) <= 160 else f"{word[:160]}..."
+    places = TokenGrid(grid.size, grid.size).token_places()
+    return sincos_positions(places, model.config.hidden_size)

@@ -25,12 +25,14 @@ class MLP(nn.Sequential):
 class TransformerBlock(nn.Module):
     """One block on a sequence of tokens, spatial ones or latents: it does not care which."""
 
+    attention_class: type[SelfAttention] = SelfAttention
+
     def __init__(
         self, dim: int, num_heads: int, mlp_ratio: float, condition_dim: int | None = None
     ):
         super().__init__()
         self.modulation = AdaLNZero(dim, 2, condition_dim)
-        self.attention = SelfAttention(dim, num_heads)
+        self.attention = self.attention_class(dim, num_heads)
         self.mlp = MLP(dim, mlp_ratio)
 
     def forward(
@@ -51,11 +53,7 @@ class TransformerBlock(nn.Module):
 class NeighborhoodBlock(TransformerBlock):
     """A block whose tokens attend to those near them; its third argument is a Neighborhood."""
 
-    def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, condition_dim: int | None = None
-    ):
-        super().__init__(dim, num_heads, mlp_ratio, condition_dim)
-        self.attention = NeighborhoodAttention(dim, num_heads)
+    attention_class = NeighborhoodAttention
 
 
 class FinalLayer(nn.Module):

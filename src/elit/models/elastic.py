@@ -32,6 +32,25 @@ def per_axis(value: int | Sequence[int], num_axes: int, name: str) -> tuple[int,
     return values
 
 
+def _is_whole(indices: Any) -> bool:
+    """Whether it is a tensor of whole numbers, which truth values are not."""
+    if not isinstance(indices, Tensor):
+        return False
+    return not indices.is_floating_point() and indices.dtype != torch.bool
+
+
+def _names_twice(indices: Tensor, count: int) -> bool:
+    """Whether one of `count` latents is named more than once; -1 is the last.
+
+    False where asking would make a device wait or cut a compiled graph.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if type(indices) is not Tensor or indices.device.type != "cpu":
+        return False
+    return len({i + count if i < 0 else i for i in indices.tolist()}) < len(indices)
+
+
 class ElasticMixin(StepCaching, ModelMixin):
     """Geometry, split and budgets of a transformer that may have a latent interface.
 
@@ -194,12 +213,16 @@ class ElasticMixin(StepCaching, ModelMixin):
             return 0
         if num_latents is None:
             num_latents = self.max_latents
-        if indices is not None and (not isinstance(indices, Tensor) or indices.is_floating_point()):
+        if indices is not None and not _is_whole(indices):
             raise ValueError(f"latent_indices {indices!r:.60} are no tensor of whole numbers")
         if indices is not None and indices.shape != (num_latents,):
             raise ValueError(
                 f"latent_indices of shape {tuple(indices.shape)} do not name num_latents = "
                 f"{num_latents} latents; pass num_latents=len(latent_indices)"
+            )
+        if indices is not None and _names_twice(indices, self.max_latents):
+            raise ValueError(
+                f"latent_indices {indices.tolist()!s:.60} name a latent twice; give each once"
             )
         return check_num_latents(num_latents, self.max_latents)
 

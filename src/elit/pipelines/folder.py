@@ -1,7 +1,7 @@
 """What is wrong with a pipeline's folder, said before diffusers loads it.
 
 diffusers warns of weights that don't fit and leaves the rest random, and loads a pipeline of any
-class; here each is an error that says what to do.
+class; here each is an error that says what to do. Without torch, which takes seconds to import.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from elit.retrofit.elastic import CONFIG_KEY, ElasticTransformer
+from elit._hub import not_fetched
 
 _ADVICE = "give the output_dir of `elit train`, or a folder that save_pretrained wrote"
 OURS = ("ElitPipeline", "ElitTextPipeline")
-ELASTIC_MODULE = ElasticTransformer.__module__  # makes classes of retrofits when asked by name
+ELASTIC_MODULE = "elit.retrofit.elastic"  # makes classes of retrofits when asked by name
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -58,12 +58,9 @@ def may_be_on_hub(name: str) -> bool:
 
 def loading_error(name: str, error: Exception) -> ValueError:
     """The error to raise where diffusers could not load `name`."""
-    reason = re.split(r"(?<=[a-z)\]'])[.] | \(Cannot find ", " ".join(str(error).split()))[0]
     if not Path(name).is_dir():
-        return ValueError(
-            f"{name} is neither a folder nor can it be fetched from the Hugging Face hub "
-            f"({reason[:300]}); check its spelling and the network"
-        )
+        return ValueError(not_fetched(name, error))
+    reason = re.split(r"(?<=[a-z)\]'])[.] | \(Cannot find ", " ".join(str(error).split()))[0]
     return ValueError(f"{name} cannot be loaded: {reason[:300].rstrip('. ')}; {_ADVICE}")
 
 
@@ -92,6 +89,8 @@ def weights_digest(run: Path, part: str = "transformer") -> str | None:
 
 def check_model_config(path: Path, config: dict[str, Any], model_class: type) -> None:
     """Raise a ValueError if a model's config has settings that its class doesn't know."""
+    from elit.retrofit.elastic import CONFIG_KEY, ElasticTransformer
+
     known = {*inspect.signature(model_class).parameters}
     if issubclass(model_class, ElasticTransformer):
         known.add(CONFIG_KEY)

@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from elit._extras import missing
+from elit._hub import hub_reason
 from elit.layers.text import pad, tokenize
 
 logger = logging.getLogger(__name__)
@@ -55,9 +57,8 @@ def _loading(name: str) -> Iterator[Any]:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(
-            f"the text encoder {name!r} needs transformers; pip install 'elit-diffusion[text]'"
-        ) from error
+        needs = f"the text encoder {name!r} needs transformers"
+        raise ValueError(missing(needs, "text")) from error
     logs = transformers.utils.logging
     level, shows_bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()
@@ -66,6 +67,8 @@ def _loading(name: str) -> Iterator[Any]:
         yield transformers
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
+        if (of_hub := hub_reason(error)) is not None:
+            reason = f"the Hugging Face hub was asked, but {of_hub}"
         raise ValueError(
             f"the text encoder {name!r} cannot be loaded: {reason}; give a folder, or a name on "
             f"the hub such as openai/clip-vit-large-patch14 or google/t5-v1_1-xxl"

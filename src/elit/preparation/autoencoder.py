@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from elit._choices import nearest
+from elit._hub import hub_reason, not_fetched
 from elit.data.manifest import LATENTS, MOMENTS, PIXELS, Autoencoder
 from elit.pipelines.autoencoder import (
     encode,
@@ -135,19 +136,20 @@ def load_vae(name: str) -> tuple[Any, str]:
 
 def _hub_config(diffusers: Any, name: str) -> tuple[dict[str, Any], str | None]:
     """Config of an autoencoder on the hub, and the subfolder that it is in."""
+    from huggingface_hub import try_to_load_from_cache
+
     for subfolder in (None, "vae"):
         try:
             config = diffusers.AutoencoderKL.load_config(name, subfolder=subfolder)
         except (OSError, ValueError) as caught:
             error: Exception = caught
+            fetched = try_to_load_from_cache(name, "vae/config.json")
+            if hub_reason(error) is not None and not isinstance(fetched, str):
+                break  # it would say the same again, after half a minute of trying
             continue
         if "_class_name" in config:
             return config, subfolder
-    reason = " ".join(str(error).split())[:200]
-    raise ValueError(
-        f"the autoencoder {name} is neither a folder nor can it be fetched from the Hugging Face "
-        f"hub ({reason}); check its spelling and the network"
-    ) from error
+    raise ValueError(not_fetched(f"the autoencoder {name}", error)) from error
 
 
 def weights_sha256(model: Any) -> str:

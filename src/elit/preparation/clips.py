@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
+from elit._extras import missing
 from elit.preparation.images import to_rgb
 
 _DURATION = 100  # of a picture of a GIF that doesn't say, in ms, as browsers have it
@@ -97,9 +98,7 @@ def _by_ffmpeg(content: bytes | str, stack: ExitStack) -> _Video:
     try:
         from imageio_ffmpeg import count_frames_and_secs, read_frames
     except ImportError as error:
-        raise MissingPackageError(
-            "videos need imageio-ffmpeg; pip install 'elit-diffusion[video]'"
-        ) from error
+        raise MissingPackageError(missing("videos need imageio-ffmpeg", "video")) from error
     path = content
     if isinstance(content, bytes):
         path = str(Path(stack.enter_context(tempfile.TemporaryDirectory()), "clip"))

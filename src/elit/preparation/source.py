@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from elit._choices import check_choice
+from elit._extras import missing
+from elit._hub import hub_reason, not_fetched
 from elit.data import SPLITS
 from elit.preparation.columns import find_captions, find_classes, find_image, find_labels
 from elit.preparation.settings import PrepareSettings
@@ -152,14 +154,20 @@ class Source:
         }
 
 
-def open_source(settings: PrepareSettings) -> Source:
-    """The rows of a source, their columns found, or a ValueError that says what is wrong."""
+def datasets_module() -> Any:
+    """Hugging Face datasets, or the error that says how to install it."""
     try:
         import datasets
     except ImportError as error:
         raise ValueError(
-            "preparing data needs Hugging Face datasets; pip install 'elit-diffusion[prepare]'"
+            missing("preparing data needs Hugging Face datasets", "prepare")
         ) from error
+    return datasets
+
+
+def open_source(settings: PrepareSettings) -> Source:
+    """The rows of a source, their columns found, or a ValueError that says what is wrong."""
+    datasets = datasets_module()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     given = _load(datasets, settings)
@@ -213,6 +221,8 @@ def _load(datasets: Any, settings: PrepareSettings) -> dict[str, Any]:
     except Exception as error:  # of many kinds, and all of what was given
         if isinstance(error, OSError) and error.errno:  # a full disk has its own message
             raise
+        if not path.exists() and "*" not in name and hub_reason(error) is not None:
+            raise ValueError(not_fetched(name, error)) from error
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
         raise ValueError(

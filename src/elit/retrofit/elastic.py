@@ -25,6 +25,7 @@ from elit.interface.budget import check_num_latents, resolve_budget
 from elit.layers.initialisation import init_weights
 from elit.models.dit import DiT
 from elit.models.elastic import ElasticMixin
+from elit.models.sit import SiT
 from elit.retrofit.adapters import linear_layers, make_adapters
 from elit.retrofit.hooks import core_hook, install_hooks, remove_hooks
 from elit.retrofit.interface import LatentInterface
@@ -221,7 +222,7 @@ def __getattr__(name: str) -> type:
     """`ElasticXY` of diffusers' or our transformer `XY`."""
     base = name.removeprefix("Elastic")
     if base != name and not name.startswith("_"):
-        found = {"DiT": DiT}.get(base) or getattr(diffusers, base, None)
+        found = {"DiT": DiT, "SiT": SiT}.get(base) or getattr(diffusers, base, None)
         if isinstance(found, type) and issubclass(found, ModelMixin):
             return elastic_class(found)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

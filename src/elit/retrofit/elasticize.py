@@ -31,8 +31,8 @@ def elasticize(
     pipelines, which don't know it.
 
     Args:
-        transformer: a diffusers transformer, an elit DiT without groups, or your own module; or a
-            pipeline with one, which then knows to save it as an elastic one.
+        transformer: a diffusers transformer, an elit DiT or SiT without groups, or your own module;
+            or a pipeline with one, which then knows to save it as an elastic one.
         head: blocks before Read, at least 1.
         tail: blocks after Write, at least 1.
         group: tokens of a group along each axis; one number for all axes.

@@ -12,6 +12,7 @@ from elit._choices import nearest
 from elit.interface.grid import format_size
 from elit.models.dit import DiT
 from elit.models.elastic import ElasticMixin
+from elit.models.sit import SiT
 from elit.retrofit.layout import Arguments, Layout, PerToken
 
 _CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples")
@@ -139,7 +140,10 @@ LAYOUTS: Mapping[str, Layout] = {
         grid=_patches, per_token={"image_rotary_emb": PerToken(0)}
     ),
 }
-_OURS = Layout(blocks="blocks", grid=_elit_grid, per_token={"rotary": PerToken(0)}, time_scale=1)
+_OURS = {
+    DiT: Layout(blocks="blocks", grid=_elit_grid, per_token={"rotary": PerToken(0)}, time_scale=1),
+    SiT: Layout(blocks="blocks", grid=_elit_grid, time_scale=1),  # places come with the tokens
+}
 
 
 def find_layout(model: nn.Module) -> Layout:
@@ -148,12 +152,13 @@ def find_layout(model: nn.Module) -> Layout:
         if kind.__name__ in LAYOUTS:
             return LAYOUTS[kind.__name__]
     name = type(model).__name__
-    if isinstance(model, DiT) and model.group is None:
-        return replace(_OURS, num_axes=len(model.sample_size))
+    ours = next((layout for kind, layout in _OURS.items() if isinstance(model, kind)), None)
+    if ours is not None and model.group is None:
+        return replace(ours, num_axes=len(model.sample_size))
     if isinstance(model, ElasticMixin):
         raise ValueError(
             f"this {name} cannot be elasticized: "
-            + ("it is elastic already" if model.group else "of elit's models a DiT can")
+            + ("it is elastic already" if model.group else "of elit's models a DiT or a SiT can")
             + f"; create_model('elit-{name.lower()}-...') makes one that is elastic from scratch"
         )
     near = nearest(name, LAYOUTS)

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from elit._choices import nearest
+from elit._hub import not_fetched
 from elit.data import ImageDataset
 from elit.pipelines.folder import may_be_on_hub, read_config
 from elit.retrofit.files import save_interface
@@ -47,11 +48,7 @@ def fetch_base(base: str) -> str:
     try:
         return snapshot_download(base, allow_patterns=wanted)
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"retrofit.base={base} is neither a folder nor can it be fetched from the Hugging Face "
-            f"hub ({reason}); check its spelling and the network, or give a folder"
-        ) from error
+        raise ValueError(not_fetched(f"retrofit.base={base}", error)) from error
 
 
 def load_transformer(base: str) -> Any:
@@ -63,8 +60,8 @@ def load_transformer(base: str) -> Any:
         raise ValueError(
             f"{folder} holds a {name}, which elit finetune can't train"
             + (f" (did you mean {near}?)" if near else "")
-            + f"; it trains plain DiTs of elit's and {', '.join(FLOW_TRANSFORMERS)}; for others "
-            f"write the loop as examples/elasticize_sd3.py does"
+            + f"; it trains plain DiTs and SiTs of elit's and {', '.join(FLOW_TRANSFORMERS)}; for "
+            f"others write the loop as examples/elasticize_sd3.py does"
         )
     return getattr(diffusers, name).from_pretrained(folder)
 

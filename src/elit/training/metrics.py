@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from elit._extras import missing
 from elit._files import write_file, write_json
 from elit.viz.curves import Curve, line_charts
 from elit.viz.sheet import save_image
@@ -149,10 +150,8 @@ def summary_writer_class() -> type:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError(
-            "train.tensorboard needs TensorBoard, which is not installed; "
-            "pip install 'elit-diffusion[tensorboard]', or leave it off"
-        ) from error
+        needs = "train.tensorboard needs TensorBoard, which is not installed"
+        raise ValueError(missing(needs, "tensorboard", "leave it off")) from error
     return SummaryWriter
 
 
@@ -161,10 +160,8 @@ def wandb_module() -> ModuleType:
     try:
         import wandb
     except ImportError as error:
-        raise ValueError(
-            "train.wandb needs Weights & Biases, which is not installed; "
-            "pip install 'elit-diffusion[wandb]', or leave it out"
-        ) from error
+        needs = "train.wandb needs Weights & Biases, which is not installed"
+        raise ValueError(missing(needs, "wandb", "leave it out")) from error
     return wandb
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elit._extras import missing
 from elit.data import ImageDataset
 from elit.pipelines.folder import OURS, read_config
 from elit.pipelines.load import load_pipeline
@@ -124,7 +125,7 @@ def add_lora(model: Any, rank: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError(
-            "retrofit.train=lora needs peft; pip install 'elit-diffusion[lora]', or use adapters"
+            missing("retrofit.train=lora needs peft", "lora", "use adapters")
         ) from error
     lists = model._elit_session.layout.block_names()
     targets = [

@@ -48,7 +48,7 @@ class Series:
         kind: guidance, which gives points their shape.
         line: classes of the line: thin, strong, front, dashed; "" draws none.
         dots: whether to draw the points.
-        label: stands above the first point, or before it where all lines begin alike.
+        label: stands above the first point, or before it where all lines begin at one x.
     """
 
     points: Sequence[tuple[float, float, int]]
@@ -198,20 +198,45 @@ def _y_axis(axis: Axis, title: str) -> str:
 
 
 def _labels(series: Sequence[Series], x: Axis, y: Axis, before: bool) -> str:
-    """Labels above or before the first points, those left out that would cover others."""
+    """Labels before or above the first points, those left out that would cover others.
+
+    Before them they are moved apart, as far as there is room; lines that begin in one point share
+    their label.
+    """
+    starts = {(one.label, one.points[0][:2]): one.points[0] for one in series if one.label}
+    places = [_place(point, x, y) for point in starts.values()]
+    heights = [py + 4 if before else max(py - 9, BOX[1] + 6) for _, py in places]
+    if before:
+        heights = _apart(heights, BOX[1] + 6, BOX[3])
     parts: list[str] = []
     taken: list[tuple[float, float, float]] = []
-    for one in series:
-        if not one.label:
-            continue
-        px, py = _place(one.points[0], x, y)
-        half = len(one.label) * _LETTER / 2
-        px, py = (px - half - 8, py + 4) if before else (px, max(py - 9, BOX[1] + 6))
-        px = min(max(px, BOX[0] + half), WIDTH - half)
+    for (label, _), (px, _), py in zip(starts, places, heights, strict=True):
+        half = len(label) * _LETTER / 2
+        px = min(max(px - half - 8 if before else px, BOX[0] + half), WIDTH - half)
         if all(abs(px - x) > half + h + 3 or abs(py - y) > 11 for x, y, h in taken):
             taken.append((px, py, half))
-            parts.append(_text(px, py, one.label, "label middle"))
+            parts.append(_text(px, py, label, "label middle"))
     return "".join(parts)
+
+
+def _apart(heights: Sequence[float], low: float, high: float, gap: float = 12) -> list[float]:
+    """Heights in their order, moved as little as keeps them apart and within; or as they are."""
+    count = len(heights)
+    if (count - 1) * gap > high - low:
+        return list(heights)
+    order = sorted(range(count), key=heights.__getitem__)
+    blocks: list[tuple[float, int]] = []  # mean of what moves as one, less its gaps, and how many
+    for k, i in enumerate(order):
+        mean, size = heights[i] - k * gap, 1
+        while blocks and blocks[-1][0] > mean:
+            other, more = blocks.pop()
+            mean, size = (mean * size + other * more) / (size + more), size + more
+        blocks.append((mean, size))
+    means = (mean for mean, size in blocks for _ in range(size))
+    moved = [0.0] * count
+    for k, (i, mean) in enumerate(zip(order, means, strict=True)):
+        moved[i] = min(max(mean, low), high - (count - 1) * gap) + k * gap
+    return moved
 
 
 def _text(x: float, y: float, text: str, classes: str) -> str:

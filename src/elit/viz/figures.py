@@ -152,7 +152,7 @@ def steps_chart(rows: Rows, score: str, info: ScoreInfo, guide: Guide) -> str | 
     for (_, budget), members in rows.grouped(own, lambda i: _budget_of(rows, i)).items():
         points = rows.points(members, "steps", score)
         line = "strong" if budget == rows.budgets[-1] else "thin"
-        label = format_budget(budget)
+        label = f"budget {format_budget(budget)}"
         series.append(Series(points, rows.colours[members[0]], guide[0], line, label=label))
     if not series:
         return None
@@ -174,7 +174,7 @@ def budgets_chart(rows: Rows, score: str, info: ScoreInfo, guide: Guide) -> str 
         points = rows.points(members, "gflops_per_image", score)
         colour = rows.colours[members[0]] if several else None
         if points:
-            series.append(Series(points, colour, line="thin", dots=False, label=str(steps)))
+            series.append(Series(points, colour, line="thin", dots=False, label=f"{steps} steps"))
     for (_, budget), members in rows.grouped(own, lambda i: _budget_of(rows, i)).items():
         points = rows.points(members, "gflops_per_image", score)
         line = "strong" if budget == rows.budgets[-1] else ""
@@ -199,7 +199,7 @@ def guidance_chart(rows: Rows, score: str, info: ScoreInfo, steps: int) -> str |
         start = plain.get(key[:3])
         points = sorted((rows.rows[i]["scale"], rows.score(i, score) or 0.0, i) for i in members)
         colour, kind = rows.colours[members[0]], key[3][0]
-        joined, label = points, format_budget(key[2])
+        joined, label = points, f"budget {format_budget(key[2])}"
         if start is not None and points[0][0] > 1:
             joined = [(1.0, rows.score(start, score) or 0.0, start), *points]
             starts.add(start)

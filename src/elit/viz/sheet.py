@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from elit._extras import missing
 from elit._files import write_file
 
 _MARGIN = 6
@@ -108,10 +109,7 @@ def save_clip(frames: Sequence[Image.Image], path: Path, fps: int = 8) -> None:
 def check_mp4() -> None:
     """Raise a ValueError unless MP4 can be written here."""
     if find_spec("imageio") is None or find_spec("imageio_ffmpeg") is None:
-        raise ValueError(
-            "MP4 needs imageio and imageio-ffmpeg: pip install 'elit-diffusion[video]', or write "
-            ".gif"
-        )
+        raise ValueError(missing("MP4 needs imageio and imageio-ffmpeg", "video", "write .gif"))
 
 
 def save_image(image: Image.Image, path: Path) -> None:

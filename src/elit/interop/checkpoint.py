@@ -1,0 +1,135 @@
+"""The file of a public checkpoint: one of its state dicts, and its settings."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from elit._choices import check_choice
+from elit._numbers import is_whole
+from elit.interop.pickles import check_bytes, read_pickle
+from elit.interop.tensors import PROJECTORS, check_tensors, without_wrapping
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("ema", "model")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds.
+
+    Attributes:
+        tensors: by the file's names, views of it.
+        weights: which of the file's: "ema", "model", or None of a file that holds a state dict.
+        args: settings that the model was trained with, as far as the file has them.
+        steps: of training, if the file tells.
+        left_out: keys that are of training alone.
+    """
+
+    tensors: dict[str, Tensor]
+    weights: str | None
+    args: Mapping[str, Any]
+    steps: int | None
+    left_out: list[str]
+
+    @property
+    def stored(self) -> list[str]:
+        """The types that the tensors have in the file; a model's are float32."""
+        return sorted({str(value.dtype).removeprefix("torch.") for value in self.tensors.values()})
+
+
+def read_checkpoint(path: Path, weights: str) -> Checkpoint:
+    """Read a .pt or .safetensors file without running anything in it.
+
+    Raises:
+        ValueError: if it is damaged, wants code run, or is no checkpoint of tensors by name.
+    """
+    check_choice(weights, WEIGHTS, "weights")
+    content = read_pickle(path)
+    tensors, chosen = _state_dict(path, content, weights)
+    left_out = sorted(key for key in tensors if key.startswith(PROJECTORS))
+    tensors = {key: value for key, value in tensors.items() if not key.startswith(PROJECTORS)}
+    if left_out:
+        logger.warning(
+            "left out %d tensors of REPA's projectors (%s, ...): they are of training alone",
+            len(left_out), left_out[0],
+        )  # fmt: skip
+    check_bytes(path, tensors)
+    with cannot_be_converted(path):
+        check_tensors(tensors)
+    args = content.get("args")
+    args = args if isinstance(args, Mapping) else getattr(args, "__dict__", {})
+    return Checkpoint(tensors, chosen, args, as_whole(content.get("steps")), left_out)
+
+
+@contextmanager
+def cannot_be_converted(path: Path) -> Iterator[None]:
+    """Name the file in the errors of what it holds."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be converted: {error}") from error
+
+
+def as_path(path: str | os.PathLike) -> Path:
+    """A path that may begin with ~, or a ValueError."""
+    try:
+        name = os.fspath(path)
+        if not isinstance(name, str):
+            raise TypeError(f"a path of {type(name).__name__}")
+        return Path(name).expanduser()
+    except (TypeError, RuntimeError) as error:  # RuntimeError: there is no such user
+        raise ValueError(f"{path!r} is no path ({error}); give a checkpoint's file") from None
+
+
+def _state_dict(path: Path, content: Any, weights: str) -> tuple[dict[str, Tensor], str | None]:
+    """The chosen state dict of a file, and which that is; None of a file that is a state dict."""
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, not a checkpoint: a dictionary with 'ema' "
+            f"and 'model', or with tensors by their names"
+        )
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        if weights != "ema":
+            logger.warning("%s has one set of weights, which is taken: no 'ema' or 'model'", path)
+        return without_wrapping(_by_name(path, content)), None
+    if weights not in content:
+        others = [name for name in WEIGHTS if name in content]
+        advice = f"give weights={others[0]!r}" if others else "it is no checkpoint of SiT's"
+        raise ValueError(
+            f"{path} has no {weights!r}: it holds {', '.join(map(str, content))[:200] or 'nothing'}"
+            f"; {advice}"
+        )
+    chosen = content[weights]
+    if not isinstance(chosen, Mapping) or not all(isinstance(v, Tensor) for v in chosen.values()):
+        raise ValueError(f"{weights!r} in {path} is a {type(chosen).__name__}, not tensors by name")
+    return without_wrapping(_by_name(path, chosen)), weights
+
+
+def _by_name(path: Path, tensors: Mapping[Any, Tensor]) -> dict[str, Tensor]:
+    for key in tensors:
+        if not isinstance(key, str):
+            raise ValueError(
+                f"{path} has tensors by {type(key).__name__} ({key!r}), not by name: it is no "
+                f"checkpoint of SiT's"
+            )
+    return dict(tensors)
+
+
+def as_whole(value: Any) -> int | None:
+    """A whole number, however it was written: 8, 8.0, "8" or a tensor of it."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() and is_whole(int(number), 0) else None

@@ -1,0 +1,130 @@
+"""Facebook's DiT checkpoints as the `DiTTransformer2DModel` of diffusers.
+
+That class is what diffusers documents of them: a noise predictor at 1000 discrete steps, with a
+variance beside the noise. Its steps have no velocity, so it goes into a `DiTPipeline`.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+from torch import Tensor
+
+from elit._numbers import is_whole
+from elit.interop.checkpoint import Checkpoint, as_path, cannot_be_converted, read_checkpoint
+from elit.interop.official_format import is_elastic
+from elit.interop.tensors import (
+    POSITIONS,
+    check_keys,
+    check_positions,
+    count_of,
+    heads_of,
+    side_of,
+    tensor_of,
+)
+
+# diffusers' -> theirs, the first that matches; each block has its own copy of the embeddings.
+_BLOCK = r"transformer_blocks\.(\d+)\."
+_NAMES = (
+    (r"pos_embed\.proj\.", "x_embedder.proj."),
+    (rf"{_BLOCK}norm1\.emb\.timestep_embedder\.linear_1\.", "t_embedder.mlp.0."),
+    (rf"{_BLOCK}norm1\.emb\.timestep_embedder\.linear_2\.", "t_embedder.mlp.2."),
+    (rf"{_BLOCK}norm1\.emb\.class_embedder\.", "y_embedder."),
+    (rf"{_BLOCK}norm1\.linear\.", r"blocks.\1.adaLN_modulation.1."),
+    (rf"{_BLOCK}attn1\.to_[qkv]\.", r"blocks.\1.attn.qkv."),
+    (rf"{_BLOCK}attn1\.to_out\.0\.", r"blocks.\1.attn.proj."),
+    (rf"{_BLOCK}ff\.net\.0\.proj\.", r"blocks.\1.mlp.fc1."),
+    (rf"{_BLOCK}ff\.net\.2\.", r"blocks.\1.mlp.fc2."),
+    (r"proj_out_1\.", "final_layer.adaLN_modulation.1."),
+    (r"proj_out_2\.", "final_layer.linear."),
+)
+
+
+def read_dit(
+    path: str | os.PathLike, *, weights: str = "ema", num_heads: int | None = None
+) -> tuple[DiTTransformer2DModel, Checkpoint]:
+    """Read a public DiT checkpoint; nothing in it is run.
+
+    Args:
+        path: the .pt file, of a state dict or of "ema" and "model".
+        weights: "ema" or "model", of a file that has both.
+        num_heads: by default that of the public model of the same width.
+
+    Raises:
+        ValueError: if the file is no DiT, is damaged, wants code run, or contradicts the arguments.
+    """
+    if num_heads is not None and not is_whole(num_heads, 1):
+        raise ValueError(f"num_heads={num_heads!r} is not allowed; give a whole number, at least 1")
+    path = as_path(path)
+    checkpoint = read_checkpoint(path, weights)
+    theirs = checkpoint.tensors
+    with cannot_be_converted(path):
+        # Its positions are computed, so only parameters are without memory at first.
+        with init_empty_weights(include_buffers=False):
+            model = DiTTransformer2DModel(**_settings_of(theirs, num_heads))
+        check_keys(theirs, _shapes(model))
+        check_positions(model.get_buffer("pos_embed.pos_embed"), theirs)
+    names = (name for name, _ in model.named_parameters())
+    # Copies: what was read is a view of the file, and blocks share embeddings.
+    ours = {name: _part(theirs, name).to(torch.float32, copy=True) for name in names}
+    model.load_state_dict(ours, assign=True)
+    return model.eval(), checkpoint
+
+
+def training_scheduler() -> DDIMScheduler:
+    """The 1000 steps that a DiT was trained on: its variances grow linearly."""
+    return DDIMScheduler(beta_schedule="linear", clip_sample=False)
+
+
+def _key_of(name: str) -> str:
+    """Key in a public file of a parameter of diffusers'."""
+    return next(re.sub(f"^{ours}", theirs, name) for ours, theirs in _NAMES if re.match(ours, name))
+
+
+def _part(theirs: Mapping[str, Tensor], name: str) -> Tensor:
+    """A parameter of diffusers', out of a public file: queries, keys and values are one there."""
+    value = theirs[_key_of(name)]
+    part = re.search(r"\.to_([qkv])\.", name)
+    return value if part is None else value.chunk(3)["qkv".index(part[1])]
+
+
+def _settings_of(theirs: Mapping[str, Tensor], num_heads: int | None) -> dict[str, int | float]:
+    """Arguments of the `DiTTransformer2DModel` that a state dict belongs to."""
+    if is_elastic(theirs):
+        raise ValueError("it is an ELIT-SiT; use `elit convert official`")
+    width, channels, patch = tensor_of(theirs, "x_embedder.proj.weight", 4).shape[:3]
+    tensor_of(theirs, "blocks.0.mlp.fc1.weight", 2)  # or an error
+    rows = len(tensor_of(theirs, "final_layer.linear.weight", 2))
+    if rows != 2 * patch * patch * channels:
+        raise ValueError(
+            f"final_layer.linear.weight has {rows} rows for {channels} channels, but a DiT "
+            f"predicts noise and its variance, in {2 * patch * patch * channels}; if it is a SiT, "
+            f"use `elit convert official`"
+        )
+    heads = heads_of(width, None, num_heads)
+    if width % heads or width % 4:
+        raise ValueError(f"a width of {width} cannot be divided into {heads} heads; give num_heads")
+    return {
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "in_channels": channels,
+        "out_channels": 2 * channels,
+        "num_layers": count_of(theirs, "blocks."),
+        "sample_size": side_of(theirs) * patch,
+        "patch_size": patch,
+        "num_embeds_ada_norm": len(tensor_of(theirs, "y_embedder.embedding_table.weight", 2)) - 1,
+        "norm_eps": 1e-6,  # the default is for other models
+    }
+
+
+def _shapes(model: DiTTransformer2DModel) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the public file that a model would come from."""
+    shapes = {POSITIONS: tuple(model.get_buffer("pos_embed.pos_embed").shape)}
+    for name, parameter in model.named_parameters():
+        rows, *rest = parameter.shape
+        key = _key_of(name)
+        shapes[key] = (3 * rows if ".attn.qkv." in key else rows, *rest)
+    return shapes
