@@ -1,9 +1,11 @@
-"""Floating-point operations of a model, counted by running it without memory.
+"""Floating-point operations of a model, counted by running it, a large one without memory.
 
 A multiply-add counts as 2, attention included; element-wise work is not counted.
 """
 
+import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,6 +29,10 @@ TRAIN_BATCH_MULTI_BUDGET = 384
 # FLOPs of a forward, by all that they hang on; the oldest go when a server asks for ever new sizes.
 _COUNTED: dict[tuple, int] = {}
 _MOST_COUNTED = 1024
+
+# Up to these, arithmetic takes less time than shapes alone: those are worked out in Python.
+_FEW_PARAMETERS = 2**21
+_FEW_NUMBERS = 2**13  # in a sample
 
 
 @dataclass(frozen=True)
@@ -104,11 +111,21 @@ def _shape_of(model: ElasticMixin) -> str:
 def _count(model: ElasticMixin, num_latents: int | None, size: tuple[int, ...]) -> int:
     if next(model.parameters()).device.type != "meta":
         model = on_meta(type(model), dict(model.config))
+    shape = (1, model.in_channels, *size)
+    device = "meta"
+    few = sum(p.numel() for p in model.parameters()) <= _FEW_PARAMETERS
+    if few and math.prod(shape) <= _FEW_NUMBERS:
+        device = "cpu"
+        model = copy.deepcopy(model).to_empty(device=device)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
     kwargs = {} if num_latents is None else {"num_latents": num_latents}
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        sample = torch.empty(1, model.in_channels, *size)
+    # As matrix products: the counter misses what attention has of its own on a CPU.
+    products = sdpa_kernel(SDPBackend.MATH)
+    with torch.device(device), products, FlopCounterMode(display=False) as counter:
+        sample = torch.zeros(shape)
         with _each_kind_once(model.blocks, counter) as repeats:
-            model(sample, torch.empty(1), **model.example_condition(1), **kwargs)
+            model(sample, torch.zeros(1), **model.example_condition(1), **kwargs)
     return counter.get_total_flops() + sum(repeats)
 
 
