@@ -96,7 +96,7 @@ CASES = {
     "wan": Case(elasticized("wan"), "attn1", foreign="wan"),
     "our-plain-dit-elasticized": Case(elasticized("ours"), "attention", foreign="ours"),
 }
-QUICK = ("dit", "elastic-dit", "elastic-mmdit", "flux", "our-plain-dit-elasticized")
+QUICK = ("dit", "elastic-dit", "elastic-mmdit", "flux")
 
 
 def inputs_of(case: Case, model: nn.Module, seed: int = 0, batch: int = 2) -> dict[str, Any]:
