@@ -164,7 +164,7 @@ def test_what_is_no_checkpoint(tmp_path) -> None:
         from_official_checkpoint(tmp_path)
     for content, message in (
         ([1], r"holds a list, not a checkpoint"),
-        ({"epoch": 3}, r"has no 'ema': it holds epoch; it is no checkpoint of SiT's"),
+        ({"epoch": 3}, r"has no 'ema': it holds epoch; it is no checkpoint of a DiT or SiT"),
         ({"model": {}}, r"has no 'ema': it holds model; give weights='model'"),
         ({"ema": {"a": 1}}, r"'ema' in .* is a dict, not tensors by name"),
         ({"ema": {"x": torch.ones(1)}}, r"it has no pos_embed, .* it is another model"),

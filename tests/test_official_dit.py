@@ -104,6 +104,8 @@ def test_a_plain_sit_becomes_elastic_too(tmp_path) -> None:
         original = model(*given).sample
         elasticize(model, head=1, tail=1, group=4)
         torch.testing.assert_close(model(*given).sample, original, rtol=0, atol=2e-5)
+        with pytest.raises(ValueError, match=r"an elasticized SiT keeps the first latents"):
+            model(*given, num_latents=2, latent_indices=torch.tensor([0, 3]))
         cheap = model(*given, num_latents=4).sample
         assert abs(cheap - original).max() > 1e-3
         model.save_pretrained(tmp_path / "elastic")
@@ -172,6 +174,10 @@ def test_blocks_do_not_share_memory(file) -> None:
          r"blocks.0.mlp.fc1.weight is \(64, 32\), not \(128, 32\)"),
         (lambda s: s | {"blocks.2.attn.proj.bias": torch.full((32,), torch.nan)},
          r"without finite float32 numbers \(blocks.2.attn.proj.bias"),
+        (lambda s: s | {"pos_embed": torch.zeros(1, 10**6, 1)}, r"pos_embed is \(1, 1000000, 1\)"),
+        (lambda s: s | {"y_embedder.embedding_table.weight": torch.zeros(11, 32)},
+         r"has 11 rows, but .*only DiTs of 1000 classes"),
+        (lambda s: s | {"y_embedder.embedding_table.weight": torch.zeros(0, 32)}, r"is empty"),
         (lambda s: {k: v for k, v in s.items() if "blocks" not in k},
          r"it has no blocks.0.mlp.fc1.weight"),
     ],
@@ -189,6 +195,9 @@ def test_settings_that_are_not_allowed(file, tmp_path) -> None:
         read_dit(file, num_heads=0)
     with pytest.raises(ValueError, match=r"cannot be divided into 5 heads"):
         read_dit(file, num_heads=5)
+    torch.save({"ema": torch.load(file), "args": {"num_heads": 8}}, tmp_path / "told.pt")
+    with pytest.raises(ValueError, match=r"num_heads=4 contradicts the args .*give num_heads=8"):
+        read_dit(tmp_path / "told.pt", num_heads=HEADS)
     with pytest.raises(ValueError, match=r"a variance too.*`elit convert dit` makes a DiTPipeline"):
         from_official_checkpoint(file, num_heads=HEADS)
     with pytest.raises(ValueError, match=r"unknown format 'dlt'.*did you mean 'dit'"):

@@ -24,7 +24,7 @@ COMMANDS = {
     "compare": "put two sweeps side by side, such as a plain and an elastic model",
     "calibrate": "fit TeaCache, which skips steps at which little changes, to a pipeline",
     "inspect": "show where Read looks, where the loss is, and what each latent is worth",
-    "convert": "bring a public checkpoint of others into a folder that all commands take",
+    "convert": "bring a public checkpoint of others into a folder with a card of its licence",
     "flops": "count the operations of a preset or a checkpoint at each budget",
     "info": "show the presets, one preset or checkpoint, and what is installed",
 }

@@ -17,8 +17,11 @@ _ELIT = """\
 The page "Run the public checkpoints" of elit's docs says what a budget costs, and what differs from
 the paper, *One Model, Many Budgets: Elastic Latent Interfaces for Diffusion Transformers*."""
 _DIT = """\
-A `DiTPipeline` of diffusers, which predicts noise at 1000 steps. `elit.elasticize` gives its
-transformer a latent interface."""
+A `DiTPipeline` of diffusers, which predicts noise at 1000 steps. Each block has its own copy of the
+embeddings, as diffusers wants them, and these count among the parameters. diffusers spaces the
+frequencies of a time a little otherwise than the checkpoint was trained with; the lines below
+that set `downscale_freq_shift` mend it. `elit.elasticize` gives the transformer a latent
+interface."""
 
 
 def model_card(report: dict[str, Any]) -> str:
@@ -107,12 +110,18 @@ def _snippet(report: dict[str, Any]) -> str:
     else:
         pipeline, imports = "ElitPipeline", "from elit import CFG, ElitPipeline"
         use = "guidance=CFG(1.5)"
-    vae = ""
+    vae, mend = "", ""
+    if report["kind"] == "DiT":
+        imports += "\nfrom diffusers.models.embeddings import Timesteps"
+        mend = """
+for module in pipe.transformer.modules():
+    if isinstance(module, Timesteps):
+        module.downscale_freq_shift = 0"""
     if not report["source"]["vae"] and not draws_pixels(report):
         imports = f"from diffusers import AutoencoderKL\n{imports}"
         vae = f', vae=AutoencoderKL.from_pretrained("{DEFAULT_VAE}")'
     return f"""\
 {imports}
 
-pipe = {pipeline}.from_pretrained("."{vae})
+pipe = {pipeline}.from_pretrained("."{vae}){mend}
 image = pipe([{label}], num_inference_steps=50, {use}).images[0]"""

@@ -101,7 +101,7 @@ def _state_dict(path: Path, content: Any, weights: str) -> tuple[dict[str, Tenso
         return without_wrapping(_by_name(path, content)), None
     if weights not in content:
         others = [name for name in WEIGHTS if name in content]
-        advice = f"give weights={others[0]!r}" if others else "it is no checkpoint of SiT's"
+        advice = f"give weights={others[0]!r}" if others else "it is no checkpoint of a DiT or SiT"
         raise ValueError(
             f"{path} has no {weights!r}: it holds {', '.join(map(str, content))[:200] or 'nothing'}"
             f"; {advice}"
@@ -117,7 +117,7 @@ def _by_name(path: Path, tensors: Mapping[Any, Tensor]) -> dict[str, Tensor]:
         if not isinstance(key, str):
             raise ValueError(
                 f"{path} has tensors by {type(key).__name__} ({key!r}), not by name: it is no "
-                f"checkpoint of SiT's"
+                f"checkpoint of a DiT or SiT"
             )
     return dict(tensors)
 
@@ -133,3 +133,11 @@ def as_whole(value: Any) -> int | None:
     except ValueError:
         return None
     return int(number) if number.is_integer() and is_whole(int(number), 0) else None
+
+
+def agreed(name: str, given: int | None, told: Any) -> int | None:
+    """A setting as given, else as the file's `args` tell it; a ValueError if they contradict."""
+    told = as_whole(told)
+    if given is not None and told is not None and given != told:
+        raise ValueError(f"{name}={given!r} contradicts the args in the file; give {name}={told}")
+    return told if given is None else given

@@ -14,7 +14,13 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor
 
 from elit._numbers import is_whole
-from elit.interop.checkpoint import Checkpoint, as_path, cannot_be_converted, read_checkpoint
+from elit.interop.checkpoint import (
+    Checkpoint,
+    agreed,
+    as_path,
+    cannot_be_converted,
+    read_checkpoint,
+)
 from elit.interop.official_format import is_elastic
 from elit.interop.tensors import (
     POSITIONS,
@@ -25,6 +31,8 @@ from elit.interop.tensors import (
     side_of,
     tensor_of,
 )
+
+NUM_CLASSES = 1000  # ImageNet's: a DiTPipeline knows no other number
 
 # diffusers' -> theirs, the first that matches; each block has its own copy of the embeddings.
 _BLOCK = r"transformer_blocks\.(\d+)\."
@@ -62,9 +70,11 @@ def read_dit(
     checkpoint = read_checkpoint(path, weights)
     theirs = checkpoint.tensors
     with cannot_be_converted(path):
+        heads = agreed("num_heads", num_heads, checkpoint.args.get("num_heads"))
+        settings = _settings_of(theirs, heads)
         # Its positions are computed, so only parameters are without memory at first.
         with init_empty_weights(include_buffers=False):
-            model = DiTTransformer2DModel(**_settings_of(theirs, num_heads))
+            model = DiTTransformer2DModel(**settings)
         check_keys(theirs, _shapes(model))
         check_positions(model.get_buffer("pos_embed.pos_embed"), theirs)
     names = (name for name, _ in model.named_parameters())
@@ -105,17 +115,30 @@ def _settings_of(theirs: Mapping[str, Tensor], num_heads: int | None) -> dict[st
             f"use `elit convert official`"
         )
     heads = heads_of(width, None, num_heads)
-    if width % heads or width % 4:
+    if width % heads:
         raise ValueError(f"a width of {width} cannot be divided into {heads} heads; give num_heads")
+    if width % 4:
+        raise ValueError(f"a width of {width} is no multiple of 4, which its positions need")
+    side = side_of(theirs)
+    if theirs[POSITIONS].shape != (1, side * side, width):  # before a table is made of this size
+        raise ValueError(
+            f"{POSITIONS} is {tuple(theirs[POSITIONS].shape)}, not {(1, side * side, width)}"
+        )
+    labels = len(tensor_of(theirs, "y_embedder.embedding_table.weight", 2))
+    if labels != NUM_CLASSES + 1:
+        raise ValueError(
+            f"its table of labels has {labels} rows, but a DiTPipeline takes label {NUM_CLASSES} "
+            f"as that of no class: only DiTs of {NUM_CLASSES} classes can be converted"
+        )
     return {
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
         "in_channels": channels,
         "out_channels": 2 * channels,
         "num_layers": count_of(theirs, "blocks."),
-        "sample_size": side_of(theirs) * patch,
+        "sample_size": side * patch,
         "patch_size": patch,
-        "num_embeds_ada_norm": len(tensor_of(theirs, "y_embedder.embedding_table.weight", 2)) - 1,
+        "num_embeds_ada_norm": NUM_CLASSES,
         "norm_eps": 1e-6,  # the default is for other models
     }
 

@@ -12,6 +12,7 @@ import torch
 from elit._numbers import is_whole
 from elit.interop.checkpoint import (
     Checkpoint,
+    agreed,
     as_path,
     as_whole,
     cannot_be_converted,
@@ -128,19 +129,12 @@ def _given(
             raise ValueError(
                 f"{name}={value!r} is of an ELIT-SiT, but this is {kind}; leave {name} out"
             )
-    heads = _agreed("num_heads", num_heads, args.get("num_heads"))
+    heads = agreed("num_heads", num_heads, args.get("num_heads"))
     if not elastic:
         return Unknowns(num_heads=heads, num_classes=_without_null(args))
-    depth = _agreed("encoder_depth", encoder_depth, args.get("encoder_depth"))
-    decoder_depth = _agreed("decoder_depth", decoder_depth, args.get("dit_decoder_depth"))
+    depth = agreed("encoder_depth", encoder_depth, args.get("encoder_depth"))
+    decoder_depth = agreed("decoder_depth", decoder_depth, args.get("dit_decoder_depth"))
     return Unknowns(8 if depth is None else depth, decoder_depth, heads, _without_null(args))
-
-
-def _agreed(name: str, given: int | None, told: Any) -> int | None:
-    told = as_whole(told)
-    if given is not None and told is not None and given != told:
-        raise ValueError(f"{name}={given!r} contradicts the args in the file; give {name}={told}")
-    return told if given is None else given
 
 
 def _without_null(args: Mapping[str, Any]) -> int | None:

@@ -40,7 +40,9 @@ def tensor_of(theirs: Mapping[str, Tensor], key: str, axes: int) -> Tensor:
         raise ValueError(
             f"it has no {key}, which every DiT, SiT and ELIT-SiT has: it is another model"
         )
-    if theirs[key].ndim != axes or not theirs[key].numel():
+    if not theirs[key].numel():
+        raise ValueError(f"{key} of shape {tuple(theirs[key].shape)} is empty")
+    if theirs[key].ndim != axes:
         raise ValueError(f"{key} of shape {tuple(theirs[key].shape)} should have {axes} axes")
     return theirs[key]
 

@@ -32,23 +32,32 @@ def per_axis(value: int | Sequence[int], num_axes: int, name: str) -> tuple[int,
     return values
 
 
-def _is_whole(indices: Any) -> bool:
-    """Whether it is a tensor of whole numbers, which truth values are not."""
-    if not isinstance(indices, Tensor):
-        return False
-    return not indices.is_floating_point() and indices.dtype != torch.bool
+def _check_indices(indices: Any, num_latents: int, max_latents: int) -> None:
+    """Raise a ValueError unless it is a tensor that names so many latents, each once.
 
-
-def _names_twice(indices: Tensor, count: int) -> bool:
-    """Whether one of `count` latents is named more than once; -1 is the last.
-
-    False where asking would make a device wait or cut a compiled graph.
+    Values are looked at where that neither makes a device wait nor cuts a compiled graph.
     """
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"latent_indices {indices!r:.60} are no tensor of whole numbers, int32 or int64"
+        )
+    if indices.shape != (num_latents,):
+        raise ValueError(
+            f"latent_indices of shape {tuple(indices.shape)} do not name num_latents = "
+            f"{num_latents} latents; pass num_latents=len(latent_indices)"
+        )
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
+        return
     if type(indices) is not Tensor or indices.device.type != "cpu":
-        return False
-    return len({i + count if i < 0 else i for i in indices.tolist()}) < len(indices)
+        return
+    named = indices.tolist()
+    if any(not -max_latents <= i < max_latents for i in named):
+        raise ValueError(
+            f"latent_indices {named!s:.60} are outside 0 ... {max_latents - 1}, the latents of a "
+            f"group"
+        )
+    if len({i % max_latents for i in named}) < len(named):  # -1 is the last
+        raise ValueError(f"latent_indices {named!s:.60} name a latent twice; give each once")
 
 
 class ElasticMixin(StepCaching, ModelMixin):
@@ -213,17 +222,13 @@ class ElasticMixin(StepCaching, ModelMixin):
             return 0
         if num_latents is None:
             num_latents = self.max_latents
-        if indices is not None and not _is_whole(indices):
-            raise ValueError(f"latent_indices {indices!r:.60} are no tensor of whole numbers")
-        if indices is not None and indices.shape != (num_latents,):
+        if indices is not None and self.group is None:
+            name = type(self).__bases__[-1].__name__
             raise ValueError(
-                f"latent_indices of shape {tuple(indices.shape)} do not name num_latents = "
-                f"{num_latents} latents; pass num_latents=len(latent_indices)"
+                f"an elasticized {name} keeps the first latents; leave latent_indices out"
             )
-        if indices is not None and _names_twice(indices, self.max_latents):
-            raise ValueError(
-                f"latent_indices {indices.tolist()!s:.60} name a latent twice; give each once"
-            )
+        if indices is not None:
+            _check_indices(indices, num_latents, self.max_latents)
         return check_num_latents(num_latents, self.max_latents)
 
     def token_grid(self, x: Tensor) -> TokenGrid:

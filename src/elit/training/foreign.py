@@ -56,7 +56,7 @@ def load_transformer(base: str) -> Any:
     folder = Path(base, "transformer") if Path(base, "model_index.json").exists() else Path(base)
     name = str(read_config(folder / "config.json").get("_class_name"))
     if name not in FLOW_TRANSFORMERS:
-        near = nearest(name, FLOW_TRANSFORMERS)
+        near = None if hasattr(diffusers, name) else nearest(name, FLOW_TRANSFORMERS)
         raise ValueError(
             f"{folder} holds a {name}, which elit finetune can't train"
             + (f" (did you mean {near}?)" if near else "")
