@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -175,23 +174,8 @@ def draw(variant: str, name: str, dtype: torch.dtype, euler: type | None = None)
     ).images
 
 
-# Rounding can change what an interval holds, and how a sampler's error grows: nothing else.
-ROUNDED = re.compile("elit_tiny/(.*interval|(heun|sde)_cfg2$|ode_autog$)")
-
-
-@pytest.mark.parametrize(
-    ("variant", "name", "dtype"),
-    [(*sample, torch.float64) for sample in SAMPLES]
-    + [
-        pytest.param(
-            *sample,
-            torch.float32,
-            marks=[] if ROUNDED.search("/".join(sample)) else pytest.mark.slow,
-        )
-        for sample in SAMPLES
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("variant", "name"), SAMPLES)
 def test_samples_are_the_golden_ones(variant: str, name: str, dtype: torch.dtype) -> None:
     drawn = draw(variant, name, dtype)
     assert drawn.dtype == dtype

@@ -211,10 +211,12 @@ def format_input(resolution: int | list[int], frames: int | None, config: Mappin
     Without an autoencoder the size is that of the model's input, by its config: of more channels
     than an image has these are VAE latents.
     """
+    from elit.pipelines.folder import draws_images
+
     sides = [resolution] * 2 if isinstance(resolution, int) else list(resolution)
     own = config["sample_size"]
     own = [own] * 2 if isinstance(own, int) else list(own)
-    if config["in_channels"] not in (1, 3) and own[-2:] == sides:
+    if not draws_images(config["in_channels"]) and own[-2:] == sides:
         length = [] if frames is None else [frames]
         return f"{'x'.join(map(str, [*length, *sides]))} VAE latents"
     size = resolution if isinstance(resolution, int) else "x".join(map(str, sides))

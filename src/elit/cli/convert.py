@@ -18,6 +18,7 @@ from elit.cli.common import (
     whole_number,
 )
 
+# As the library has them, without its imports; a test compares them.
 FORMATS = ("official", "dit")
 WEIGHTS = ("ema", "model")
 
@@ -101,6 +102,8 @@ def _with_flags(message: str) -> str:
 
 
 def _print_report(report: dict[str, Any]) -> None:
+    from elit.pipelines.folder import draws_images
+
     config, source = report["config"], report["source"]
     weights = report["weights"] or "the only weights"
     steps = "" if report["steps"] is None else f", {report['steps']} steps"
@@ -115,7 +118,7 @@ def _print_report(report: dict[str, Any]) -> None:
         core = config["depth"] - config["head"] - config["tail"]
         print(f"head {config['head']}, core {core}, tail {config['tail']}, group {config['group']}")
     print(f"\n{report['out']}: its README.md has the licence of the weights, read it\n")
-    if source["vae"] is None and config["in_channels"] not in (1, 3):
+    if source["vae"] is None and not draws_images(config["in_channels"]):
         draws = "nothing" if report["kind"] == "DiT" else "VAE latents, from Python alone"
         print(f"it holds no autoencoder, so it draws {draws}; for images,")
         print("convert it into a new folder with --vae stabilityai/sd-vae-ft-mse")

@@ -105,8 +105,10 @@ def choose_point(
 
 def check_draws_images(run: str, pipeline: "ElasticPipeline") -> None:
     """Raise a ValueError for a pipeline of VAE latents that has no autoencoder."""
+    from elit.pipelines.folder import draws_images
+
     channels = pipeline.transformer.in_channels
-    if pipeline.vae is not None or channels in (1, 3):
+    if pipeline.vae is not None or draws_images(channels):
         return
     kind = type(pipeline).__name__
     raise ValueError(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from elit.pipelines.folder import draws_images
 from elit.preparation.settings import DEFAULT_VAE
 
 ELASTIC_ALONE = ("group", "head", "tail", "min_latents", "write_depth")
@@ -30,6 +31,7 @@ def model_card(report: dict[str, Any]) -> str:
     file = "".join(c if c.isprintable() and c not in "`|" else "?" for c in source["file"])
     kind = report["kind"]
     is_dit = kind == "DiT"
+    # YAML: a licence that the hub has no short name for is "other", with a name of its own.
     licence = "cc-by-nc-4.0" if is_dit else "other\nlicense_name: snap-non-commercial"
     settings = "\n".join(f"| {key} | {value} |" for key, value in config.items()
                          if report["elastic"] or key not in ELASTIC_ALONE)  # fmt: skip
@@ -90,12 +92,9 @@ def _budgets_of(file: str, elastic: bool) -> str:
 def _autoencoder_of(report: dict[str, Any]) -> str:
     if report["source"]["vae"]:
         return f"{report['source']['vae']}, in this folder, under its own licence"
-    return "none is needed" if draws_pixels(report) else f"not in this folder; {DEFAULT_VAE} fits"
-
-
-def draws_pixels(report: dict[str, Any]) -> bool:
-    """Whether a converted model needs no autoencoder to draw images."""
-    return report["config"]["in_channels"] in (1, 3)
+    if draws_images(report["config"]["in_channels"]):
+        return "none is needed"
+    return f"not in this folder; {DEFAULT_VAE} fits"
 
 
 def _snippet(report: dict[str, Any]) -> str:
@@ -117,7 +116,7 @@ def _snippet(report: dict[str, Any]) -> str:
 for module in pipe.transformer.modules():
     if isinstance(module, Timesteps):
         module.downscale_freq_shift = 0"""
-    if not report["source"]["vae"] and not draws_pixels(report):
+    if not report["source"]["vae"] and not draws_images(report["config"]["in_channels"]):
         imports = f"from diffusers import AutoencoderKL\n{imports}"
         vae = f', vae=AutoencoderKL.from_pretrained("{DEFAULT_VAE}")'
     return f"""\

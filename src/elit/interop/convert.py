@@ -136,9 +136,6 @@ def _same_conversion(out: Path, file: Path, settings: ConversionSettings) -> dic
             f"{out} is not empty and holds no conversion; give a new folder to write"
         ) from None
     digest = found.pop("sha256", None)
-    found.setdefault("format", FORMATS[0])  # of a conversion by an earlier version
-    report.setdefault("kind", "ELIT-SiT" if report.get("elastic") else "SiT")
-    report.setdefault("num_classes", dict(report.get("config", {})).get("num_classes", 1))
     same = found == {"file": file.name} | vars(settings)
     if not same or (file.is_file() and sha256_of(file) != digest):
         raise ValueError(

@@ -26,7 +26,7 @@ from elit.pipelines.autoencoder import (
     temporal_scale,
 )
 from elit.pipelines.budgets import RunBudgets
-from elit.pipelines.folder import check_pipeline_source, loading_error
+from elit.pipelines.folder import check_pipeline_source, draws_images, loading_error
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +247,7 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
         if (
             output_type != "latent"
             and self.vae is None
-            and self.transformer.in_channels not in (1, 3)
+            and not draws_images(self.transformer.in_channels)
         ):
             raise ValueError(
                 f"{self.transformer.in_channels} channels are no image: these are VAE latents; "

@@ -102,6 +102,11 @@ def check_model_config(path: Path, config: dict[str, Any], model_class: type) ->
         )
 
 
+def draws_images(in_channels: int) -> bool:
+    """Whether a model of so many channels needs no autoencoder: grey or RGB."""
+    return in_channels in (1, 3)
+
+
 def model_class_of(path: Path, library: Any, class_name: Any) -> type:
     """Class of a model of ours that a config file names."""
     if isinstance(library, str) and library.startswith(("elit.models.", ELASTIC_MODULE)):
