@@ -139,7 +139,10 @@ def test_convert_tells_what_it_did(file, tmp_path, capsys) -> None:
     assert main([*words, "--encoder-depth", "2"]) == 2
     assert "--encoder-depth 2 is of an ELIT-SiT, not of a DiT" in capsys.readouterr().err
     assert main(["sample", str(tmp_path / "a"), "--labels", "1"]) == 2
-    assert "DiTPipeline, not ElitPipeline" in capsys.readouterr().err
+    assert (
+        "not ElitPipeline; load it by diffusers.DiTPipeline.from_pretrained"
+        in capsys.readouterr().err
+    )
 
 
 def test_ema_and_wrapped_training_checkpoints(state, tmp_path) -> None:

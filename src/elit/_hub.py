@@ -35,10 +35,10 @@ def not_fetched(what: str, error: BaseException) -> str:
     )
 
 
-def _behind(error: BaseException) -> Iterator[BaseException]:
+def _behind(error: BaseException | None) -> Iterator[BaseException]:
     """An error and those that it came from."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+        error = error.__cause__ or error.__context__

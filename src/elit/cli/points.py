@@ -83,7 +83,7 @@ def choose_point(
     from elit.pipelines.sweep_file import SWEEP_FILE
 
     height, width = args.size or (None, None)
-    file = args.sweep or default_home(args.run) / SWEEP_FILE
+    file = default_home(args.run) / SWEEP_FILE if args.sweep is None else args.sweep
     if args.sweep is None and not file.exists():
         raise ValueError(
             f"--budget auto needs what `elit sweep` measured, but there is no {file}; run "

@@ -126,7 +126,7 @@ def _check_folder(folder: Path, pipeline_class: type, given: Collection[str]) ->
         if found in OURS:
             advice = f"load it by {found}.from_pretrained, or whichever it is by load_pipeline"
         elif isinstance(found, str) and found.endswith("Pipeline"):
-            advice = f"load it by diffusers.{found}.from_pretrained; elit.elasticize takes it"
+            advice = f"load it by diffusers.{found}.from_pretrained"
         else:
             advice = _ADVICE
         raise ValueError(f"{folder} holds a pipeline {found}, not {wanted[0]}; {advice}")
