@@ -31,9 +31,14 @@ class Read(nn.Module):
         self.mlp = MLP(dim, ratio=1)
 
     def reset_parameters(self) -> None:
-        """Start the learned vectors small."""
+        """Start latents and places as far apart as normalised tokens are, and the gate open.
+
+        Small vectors make the latents copies of one another, and two closed gates in a row, this
+        one and Write's, hide the core from its gradient: docs/paper.md has what that costs.
+        """
         for embedding in (self.latents, self.latent_index, self.token_place):
-            nn.init.normal_(embedding, std=0.02)
+            nn.init.normal_(embedding)
+        self.modulation.open_gates()
 
     def forward(
         self,

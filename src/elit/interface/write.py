@@ -25,8 +25,8 @@ class Write(nn.Module):
         self.mlp = MLP(dim, ratio=1)
 
     def reset_parameters(self) -> None:
-        """Start the learned vectors small."""
-        nn.init.normal_(self.token_place, std=0.02)
+        """Start the places as far apart as normalised tokens are; the gate stays closed."""
+        nn.init.normal_(self.token_place)
 
     def forward(
         self, tokens: Tensor, latents: Tensor, condition: Tensor, grid: TokenGrid

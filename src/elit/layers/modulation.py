@@ -35,6 +35,10 @@ class AdaLNZero(nn.Module):
         """Gate everything off."""
         zero_(self.linear)
 
+    def open_gates(self) -> None:
+        """Start with gates of 1 instead, at every condition."""
+        nn.init.ones_(self.linear.bias.view(self.shape)[:, 2])
+
     def forward(self, condition: Tensor) -> list[Modulation]:
         chunks = self.linear(condition)[:, None].unflatten(-1, self.shape)
         return [Modulation(*layer.unbind(2)) for layer in chunks.unbind(2)]  # (B, 1, D) each

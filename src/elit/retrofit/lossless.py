@@ -32,8 +32,7 @@ class _Exchange(nn.Module):
         """Add nothing at first, but learn at once: gates open, last layers zero."""
         for embedding in (self.latent_index, self.token_place):
             nn.init.normal_(embedding, std=0.02)
-        shift, scale, gate = self.modulation.linear.bias.data.view(3, -1)
-        shift.zero_(), scale.zero_(), gate.fill_(1)
+        self.modulation.open_gates()
         for last in (self.attention.to_out, self.mlp[-1]):
             assert isinstance(last, nn.Linear)
             zero_(last)
