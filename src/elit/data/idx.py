@@ -43,7 +43,9 @@ def read_split(folder: str | os.PathLike, split: str, classes: int) -> tuple[Arr
             f"give the two files that belong together"
         )
     if not images.size:
-        raise ValueError(f"{paths[0]} has no pixels, its shape is {images.shape}; give one that has")
+        raise ValueError(
+            f"{paths[0]} has no pixels, its shape is {images.shape}; give one that has"
+        )
     if labels.max() >= classes:
         row = int((labels >= classes).argmax())
         raise ValueError(
@@ -61,8 +63,8 @@ def read_idx(path: Path, axes: int) -> Array:
     magic, start = bytes([0, 0, _BYTES, axes]), 4 + 4 * axes
     if content[:4] != magic:
         raise ValueError(
-            f"{path} begins with the bytes {content[:4].hex(' ') or 'of nothing'}, an idx file of "
-            f"{axes} axes of bytes with {magic.hex(' ')}; give such a file"
+            f"{path} is no idx file of bytes with {axes} axes: it begins with "
+            f"{content[:4].hex(' ') or 'nothing'}, not with {magic.hex(' ')}; give such a file"
         )
     if len(content) < start:
         raise ValueError(f"{path} ends within its header of {start} bytes; copy it again")
