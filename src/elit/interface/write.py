@@ -25,8 +25,12 @@ class Write(nn.Module):
         self.mlp = MLP(dim, ratio=1)
 
     def reset_parameters(self) -> None:
-        """Start the places as far apart as normalised tokens are; the gate stays closed."""
+        """Start the places as far apart as normalised tokens are, and the gate a little open.
+
+        A closed gate gives the core no gradient until it has moved: docs/paper.md has the trials.
+        """
         nn.init.normal_(self.token_place)
+        self.modulation.open_gates(0.1)
 
     def forward(
         self, tokens: Tensor, latents: Tensor, condition: Tensor, grid: TokenGrid

@@ -35,9 +35,9 @@ class AdaLNZero(nn.Module):
         """Gate everything off."""
         zero_(self.linear)
 
-    def open_gates(self) -> None:
-        """Start with gates of 1 instead, at every condition."""
-        nn.init.ones_(self.linear.bias.view(self.shape)[:, 2])
+    def open_gates(self, gate: float = 1.0) -> None:
+        """Start with gates of this value instead, whatever the condition."""
+        nn.init.constant_(self.linear.bias.view(self.shape)[:, 2], gate)
 
     def forward(self, condition: Tensor) -> list[Modulation]:
         chunks = self.linear(condition)[:, None].unflatten(-1, self.shape)
