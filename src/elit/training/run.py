@@ -46,6 +46,7 @@ from elit.training.validation import (
     latents_to_show,
     sample_sheet,
     validation_losses,
+    worth_of_parts,
 )
 from elit.viz.sheet import save_image
 
@@ -213,18 +214,21 @@ class Run:
         self.log.write(self.step, **values)
 
     def validate(self) -> None:
-        """Measure the held-out loss at every budget, log it, and warn of budgets out of order."""
-        with self.averaged_weights(), watch_interface(self.model) as probe:
-            losses = validation_losses(
-                self.model, self.held_out, self.conditioning, self.density, self.kept,
-                self.config.seed, self.world,
-            )  # fmt: skip
+        """Measure the held-out loss at every budget and what the core is worth, log both, and
+        warn of what looks wrong.
+        """
+        data = self.held_out, self.conditioning, self.density
+        draws = self.config.seed, self.world
+        with self.averaged_weights():
+            with watch_interface(self.model) as probe:
+                losses = validation_losses(self.model, *data, self.kept, *draws)
+            worth = worth_of_parts(losses, self.model, *data, *draws)
         means = {
             f"validation/loss_{format_budget(self.model.budget_of(n))}": loss.mean().item()
             for n, loss in losses.items()
         }
         seen = probe.values(self.world)
-        inside = self.monitor.after_validation(self.step, seen, list(means.values()))
+        inside = self.monitor.after_validation(self.step, seen, list(means.values()), worth)
         self.log.write(self.step, **means, **inside)
         if self.world.is_main:
             draw_curves(self.folder)
