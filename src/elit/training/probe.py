@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elit.evaluation.latent_spread import latent_moments, latent_spread
 from elit.evaluation.left_out import find_interface, has_original_core, watch_latents
 from elit.interface.attention_maps import (
     attention_coverage,
@@ -14,7 +15,6 @@ from elit.interface.attention_maps import (
     watch_attention,
 )
 from elit.interface.read import Read
-from elit.interface.spread import latent_moments, latent_spread
 from elit.training.distributed import World
 
 

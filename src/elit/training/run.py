@@ -108,9 +108,8 @@ class Run:
         self.log = MetricsLog(
             self.folder, self.step, loop.tensorboard, world.is_main, loop.wandb, config.to_dict()
         )
-        self.monitor = Monitor(
-            config, world, self.model, len(self.dataset), self.step, self.rows_of
-        )
+        size = len(self.dataset)
+        self.monitor = Monitor(config, world, self.model, size, self.step, self.rows_of)
 
     @property
     def seconds(self) -> float:
@@ -214,15 +213,12 @@ class Run:
         self.log.write(self.step, **values)
 
     def validate(self) -> None:
-        """Measure the held-out loss at every budget and what the core is worth, log both, and
-        warn of what looks wrong.
-        """
-        data = self.held_out, self.conditioning, self.density
-        draws = self.config.seed, self.world
+        """Measure held-out losses and what the core is worth; log, and warn of what looks wrong."""
+        data, seed = (self.held_out, self.conditioning, self.density), self.config.seed
         with self.averaged_weights():
             with watch_interface(self.model) as probe:
-                losses = validation_losses(self.model, *data, self.kept, *draws)
-            worth = worth_of_parts(losses, self.model, *data, *draws)
+                losses = validation_losses(self.model, *data, self.kept, seed, self.world)
+            worth = worth_of_parts(losses, self.model, *data, seed, self.world)
         means = {
             f"validation/loss_{format_budget(self.model.budget_of(n))}": loss.mean().item()
             for n, loss in losses.items()
