@@ -236,7 +236,7 @@ class InterfaceWatch:
         largest: float = 1000.0,
         alike: float = 1e-4,
         nearly_alike: float = 5e-3,
-        copies: float = 0.1,
+        copies: float = 0.2,
         unused: float = 5e-3,
         settled: float = 0.05,
     ):
