@@ -391,9 +391,8 @@ def test_latents_that_nothing_reads_cost_nothing() -> None:
             )
         assert 0 < core["latent_spread_read"] < 16 / 15
     mean = mean_over_levels(worths)
-    for where in ("read", "core"):
-        spreads = [worth.spread[where] for worth in worths]
-        assert mean.spread[where] == pytest.approx(sum(spreads) / 2)
+    for where, sums in mean.moments.items():
+        assert torch.equal(sums, worths[0].moments[where] + worths[1].moments[where])
     assert mean.sigma == pytest.approx(0.5)
     assert torch.allclose(mean.first[3], (worths[0].first[3] + worths[1].first[3]) / 2)
 
@@ -414,8 +413,8 @@ def test_the_core_s_worth_is_the_rise_of_the_loss_without_it() -> None:
         # `maps` sees two draws, `worth` the first of them.
         assert torch.allclose(found, alone.loss[0].flatten(1).mean(1), rtol=1e-4)
         assert torch.allclose(found, other.without_part[part], rtol=1e-5)
-    for where, value in worth.spread.items():
-        assert other.spread[where] == pytest.approx(value, rel=1e-3, abs=1e-4)
+    for name in ("latent_spread_read", "latent_spread"):
+        assert numbers_of_core(other)[name] == pytest.approx(core[name], rel=1e-3, abs=1e-4)
 
 
 def test_of_many_latents_some_are_looked_at() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elit.evaluation.latent_spread import latent_moments, latent_spread
+from elit.evaluation.latent_spread import latent_moments
 from elit.evaluation.left_out import PARTS, LeftOut, leave_out, watch_latents
 from elit.flow.objective import interpolate, velocity_target
 from elit.interface.attention_maps import attention_entropy, watch_attention
@@ -115,15 +115,15 @@ class Worth:
         without: number of the latent left out, from 0: losses (N,). Empty of a retrofit, whose
             latents are cells of the group, and of a single latent.
         without_part: losses (N,) at full budget without the core, and without the interface.
-        spread: `latent_spread` at full budget, of latents that enter the core ("read") and that
-            leave it ("core"); None where it is undefined.
+        moments: `latent_moments` at full budget, of latents that enter the core ("read") and that
+            leave it ("core").
     """
 
     sigma: float
     first: dict[int, Tensor] = field(default_factory=dict)
     without: dict[int, Tensor] = field(default_factory=dict)
     without_part: dict[LeftOut, Tensor] = field(default_factory=dict)
-    spread: dict[str, float | None] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Inspector:
@@ -187,11 +187,10 @@ class Inspector:
             result.without[i] = torch.zeros(len(self.subject.images))
         for part in PARTS:
             result.without_part[part] = torch.zeros(len(self.subject.images))
-        moments: dict[str, Tensor] = {}
 
         def see(where: str, latents: Tensor, num_groups: int) -> None:
-            added = latent_moments(latents, num_groups).cpu()
-            moments[where] = moments[where] + added if where in moments else added
+            sums = latent_moments(latents, num_groups).cpu()
+            result.moments[where] = result.moments.get(where, torch.zeros_like(sums)) + sums
 
         for batch in self.subject.batches(self.device, draws):
             target = velocity_target(batch.images, batch.noise)
@@ -209,7 +208,6 @@ class Inspector:
             for part, total in result.without_part.items():
                 with leave_out(self.model, part):
                     total.index_add_(0, batch.rows, loss(most))
-        result.spread.update({where: latent_spread(sums) for where, sums in moments.items()})
         return result
 
     def _predict(self, batch: Batch, sigma: float, num_latents: int, **more: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from elit.evaluation.correlation import (
     position_share,
 )
 from elit.evaluation.inspection import Maps, Worth
+from elit.evaluation.latent_spread import latent_spread
 from elit.evaluation.left_out import PARTS
 
 # name: arguments of `correlate`
@@ -108,23 +108,21 @@ def numbers_of_core(worth: Worth) -> dict[str, Any]:
         share = cost["cost"] / loss if loss else None
         result[f"without_{part}"] = {"loss": float(losses.mean()), **cost, "share": share}
     spread = {"latent_spread_read": "read", "latent_spread": "core"}
-    return result | {name: worth.spread.get(where) for name, where in spread.items()}
+    return result | {n: latent_spread(worth.moments[where]) for n, where in spread.items()}
 
 
 def mean_over_levels(worths: Sequence[Worth]) -> Worth:
-    """The mean over noise levels, each counting as much as any other; its sigma is their mean."""
+    """The mean over noise levels, each counting as much as any other; its sigma is their mean.
+
+    The latents' moments are those of all levels together, as in training.
+    """
     return Worth(
         sum(worth.sigma for worth in worths) / len(worths),
         {n: torch.stack([w.first[n] for w in worths]).mean(0) for n in worths[0].first},
         {i: torch.stack([w.without[i] for w in worths]).mean(0) for i in worths[0].without},
         {p: torch.stack([w.without_part[p] for w in worths]).mean(0) for p in PARTS},
-        {where: _mean([w.spread[where] for w in worths]) for where in worths[0].spread},
+        {m: torch.stack([w.moments[m] for w in worths]).sum(0) for m in worths[0].moments},
     )
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
 
 
 def _cost(differences: Tensor) -> dict[str, Any]:
