@@ -246,12 +246,12 @@ def print_report(report: dict[str, Any]) -> None:
 def words_on_core(core: dict[str, Any]) -> str:
     """What the core as a whole is worth, in two lines."""
     loss, alone, whole = (core[name] for name in ("loss", "without_core", "without_interface"))
-    shares = [_cell(part["share"], ".1%", "") for part in (alone, whole)]
-    spread = [_cell(core[name], ".0%", "") for name in ("latent_spread_read", "latent_spread")]
+    shares = [_cell(part["share"], ".1%") for part in (alone, whole)]
+    spread = [_cell(core[name], ".1%", "") for name in ("latent_spread_read", "latent_spread")]
     return (
         f"at full budget the loss is {loss:.4f}; with latents that go from Read straight to Write "
-        f"{alone['loss']:.4f}, {shares[0]} more; without Read, core and Write "
-        f"{whole['loss']:.4f}, {shares[1]} more\n"
+        f"{alone['loss']:.4f} ({shares[0]}); without Read, core and Write "
+        f"{whole['loss']:.4f} ({shares[1]})\n"
         f"the latents of a group differ in {spread[0]} of their variance after Read, in "
         f"{spread[1]} after the core; 0% are copies of one another"
     )
