@@ -275,10 +275,12 @@ def test_a_healthy_run_is_silent_and_tells_its_numbers(tmp_path, caplog) -> None
     assert least < images < most
     validation = [line for line in metrics(tmp_path) if "validation/loss_1" in line]
     inside = {"read_entropy", "read_entropy_share", "read_coverage", "latent_norm",
-              "latent_norm_read", "loss"}  # fmt: skip
+              "latent_norm_read", "latent_spread", "latent_spread_read", "loss"}  # fmt: skip
     budgets = ("1", "1/2", "1/4", "1/8", "1/16")
     names = {f"validation/{name}_{budget}" for name in inside for budget in budgets}
-    assert set(validation[0]) == {"step", *names}
+    names -= {f"validation/latent_spread{end}_1/16" for end in ("", "_read")}  # of one latent
+    worth = {f"validation/worth_of_{part}" for part in ("core", "interface")}
+    assert set(validation[0]) == {"step", *names, *worth}
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size == (640, 900)
 

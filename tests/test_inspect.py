@@ -35,9 +35,11 @@ from elit.evaluation.inspection import (
 from elit.evaluation.inspection_numbers import (
     correlations,
     mean_over_levels,
+    numbers_of_core,
     numbers_of_maps,
     numbers_of_worth,
 )
+from elit.evaluation.left_out import leave_out
 from elit.viz.bars import bar_chart
 from elit.viz.heatmaps import Column, colour_bar, colours, heatmap, map_sheet, overlay, stack
 
@@ -380,9 +382,39 @@ def test_latents_that_nothing_reads_cost_nothing() -> None:
     worths = [Inspector(model, make_subject(model, draws=2)).worth(s) for s in (0.2, 0.8)]
     for row in (*numbers_of_worth(worths)["first"], *numbers_of_worth(worths)["without"]):
         assert row["cost"] == row["cost_error"] == 0
+    for worth in worths:  # so shut, the core is worth nothing, and all that differs is unheard
+        core = numbers_of_core(worth)
+        for part in ("without_core", "without_interface"):
+            assert core[part]["cost"] == core[part]["share"] == 0
+            assert (
+                core[part]["loss"] == core["loss"] == pytest.approx(float(worth.first[16].mean()))
+            )
+        assert 0 < core["latent_spread_read"] < 16 / 15
     mean = mean_over_levels(worths)
+    for where, sums in mean.moments.items():
+        assert torch.equal(sums, worths[0].moments[where] + worths[1].moments[where])
     assert mean.sigma == pytest.approx(0.5)
     assert torch.allclose(mean.first[3], (worths[0].first[3] + worths[1].first[3]) / 2)
+
+
+def test_the_core_s_worth_is_the_rise_of_the_loss_without_it() -> None:
+    model = tiny_elastic()
+    subject = make_subject(model, draws=2)
+    worth = Inspector(model, subject).worth(0.5)
+    other = Inspector(model, make_subject(model, draws=2, batch_size=2)).worth(0.5)
+    core = numbers_of_core(worth)
+    for part in ("core", "interface"):
+        with leave_out(model, part):
+            alone = Inspector(model, subject).maps(0.5, [16])[0]
+        found, numbers = worth.without_part[part], core[f"without_{part}"]
+        assert numbers["cost"] == pytest.approx(numbers["loss"] - core["loss"], rel=1e-4)
+        assert numbers["share"] == pytest.approx(numbers["cost"] / core["loss"])
+        assert found.shape == (3,)
+        # `maps` sees two draws, `worth` the first of them.
+        assert torch.allclose(found, alone.loss[0].flatten(1).mean(1), rtol=1e-4)
+        assert torch.allclose(found, other.without_part[part], rtol=1e-5)
+    for name in ("latent_spread_read", "latent_spread"):
+        assert numbers_of_core(other)[name] == pytest.approx(core[name], rel=1e-3, abs=1e-4)
 
 
 def test_of_many_latents_some_are_looked_at() -> None:
@@ -428,7 +460,8 @@ def test_a_retrofit_is_looked_at_where_it_reads() -> None:
     assert numbers["attention_loss"] is numbers["latent_entropy"] is None
     worth = inspector.worth(0.5)
     assert worth.without == {}
-    assert torch.allclose(worth.first[4], worth.first[4])
+    assert not torch.allclose(worth.without_part["core"], worth.first[16])
+    assert worth.without_part["core"] == pytest.approx(worth.without_part["interface"])
 
 
 def test_a_subject_and_an_inspector_refuse_what_makes_no_sense() -> None:
@@ -566,6 +599,10 @@ def test_inspect_writes_numbers_maps_and_sheets(inspect, tmp_path) -> None:
     assert len(set(report["settings"]["indices"])) == report["settings"]["images"] == 5
     assert report["settings"]["weights"]
     assert len(report["latents"]["without"]) == 2 * 4
+    assert [one["sigma"] for one in report["core"]] == [0.3, 0.7]
+    mean = report["core_mean"]
+    assert f"straight to Write {mean['without_core']['loss']:.4f} (" in out
+    assert f"{mean['latent_spread']:.1%} after the core; 0% are copies" in out
     table = out.splitlines()
     assert table[2].split()[:2] == ["0.3", "1"]
     assert table[2].split()[2] == f"{report['maps'][0]['loss']:.4f}"

@@ -160,6 +160,7 @@ def make_report(
     from elit.evaluation.correlation import NUM_SHUFFLES
     from elit.evaluation.inspection_numbers import (
         mean_over_levels,
+        numbers_of_core,
         numbers_of_maps,
         numbers_of_worth,
     )
@@ -181,6 +182,8 @@ def make_report(
         "maps": [numbers_of_maps(m, model.budget_of(m.num_latents), args.seed) for m in maps],
         "latents": numbers_of_worth(worths),
         "latents_mean": numbers_of_worth([mean_over_levels(worths)]),
+        "core": [numbers_of_core(worth) for worth in worths],
+        "core_mean": numbers_of_core(mean_over_levels(worths)),
     }
 
 
@@ -203,7 +206,7 @@ def save_maps(path: Path, inspector: "Inspector", maps: Sequence["Maps"]) -> Non
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Two tables: the maps, and the latents."""
+    """Two tables, the maps and the latents, and what the core as a whole is worth."""
     from elit.interface.budget import format_budget
 
     header = ["sigma", "budget", "loss", "attention~loss", "shuffled", "p", "other noise",
@@ -236,7 +239,22 @@ def print_report(report: dict[str, Any]) -> None:
         line[1:] = with_error(one["cost"], one["cost_error"])
     header = ["n", "loss of the first n latents", "leaving out latent n adds", "+-"]
     print(format_table(header, [(n, *line) for n, line in sorted(lines.items())]))
+    print("\n" + words_on_core(report["core_mean"]))
     print("\n" + "\n".join(report["sheets"]))
+
+
+def words_on_core(core: dict[str, Any]) -> str:
+    """What the core as a whole is worth, in two lines."""
+    loss, alone, whole = (core[name] for name in ("loss", "without_core", "without_interface"))
+    shares = [_cell(part["share"], ".1%") for part in (alone, whole)]
+    spread = [_cell(core[name], ".1%", "") for name in ("latent_spread_read", "latent_spread")]
+    return (
+        f"at full budget the loss is {loss:.4f}; with latents that go from Read straight to Write "
+        f"{alone['loss']:.4f} ({shares[0]}); without Read, core and Write "
+        f"{whole['loss']:.4f} ({shares[1]})\n"
+        f"the latents of a group differ in {spread[0]} of their variance after Read, in "
+        f"{spread[1]} after the core; 0% are copies of one another"
+    )
 
 
 def _cell(value: float | None, form: str = ".3f", sign: str = "+") -> str:

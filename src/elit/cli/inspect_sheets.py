@@ -18,6 +18,7 @@ from elit.evaluation.inspection import (
     token_grid,
 )
 from elit.evaluation.inspection_numbers import mean_over_levels
+from elit.evaluation.left_out import PARTS
 from elit.interface.budget import format_budget
 from elit.interface.grid import TokenGrid
 from elit.pipelines.base import ElasticPipeline
@@ -171,15 +172,17 @@ class Sheets:
         return map_sheet(columns, self.captions, self.cell)
 
     def of_worths(self, worths: Sequence[Worth]) -> Image.Image:
-        """Loss over the number of first latents, and what leaving out each one costs."""
+        """Loss over the number of first latents, what leaving out each one costs, and the loss
+        without the core.
+        """
         curves = [
             Curve(f"sigma {w.sigma:g}", [(n, float(x.mean())) for n, x in w.first.items()])
             for w in worths
         ]
         charts = [line_charts([("loss with the first latents of each group alone", curves)])]
-        without = mean_over_levels(worths).without
+        mean = mean_over_levels(worths)
+        without, full = mean.without, mean.first[self.model.max_latents]
         if without:
-            full = mean_over_levels(worths).first[self.model.max_latents]
             costs = [losses - full for losses in without.values()]
             charts.append(
                 bar_chart(
@@ -190,6 +193,15 @@ class Sheets:
                     "latent that is left out; lines: one standard error over images",
                 )
             )
+        losses = [full, *(mean.without_part[part] for part in PARTS)]
+        charts.append(
+            bar_chart(
+                "loss at full budget and without the core, mean over the noise levels",
+                [float(x.mean()) for x in losses],
+                [None] * len(losses),
+                ["all", "without the core", "without Read, core and Write"],
+            )
+        )
         return stack(charts)
 
     def budget(self, one: Maps) -> str:

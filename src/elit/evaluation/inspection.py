@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elit.evaluation.latent_spread import latent_moments
+from elit.evaluation.left_out import PARTS, LeftOut, leave_out, watch_latents
 from elit.flow.objective import interpolate, velocity_target
 from elit.interface.attention_maps import attention_entropy, watch_attention
 from elit.interface.grid import TokenGrid
@@ -112,11 +114,16 @@ class Worth:
         first: number of first latents kept: losses (N,).
         without: number of the latent left out, from 0: losses (N,). Empty of a retrofit, whose
             latents are cells of the group, and of a single latent.
+        without_part: losses (N,) at full budget without the core, and without the interface.
+        moments: `latent_moments` at full budget, of latents that enter the core ("read") and that
+            leave it ("core").
     """
 
     sigma: float
     first: dict[int, Tensor] = field(default_factory=dict)
     without: dict[int, Tensor] = field(default_factory=dict)
+    without_part: dict[LeftOut, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Inspector:
@@ -168,7 +175,7 @@ class Inspector:
 
     @torch.no_grad()
     def worth(self, sigma: float) -> Worth:
-        """Losses with the first latents only, and with one latent left out.
+        """Losses with the first latents only, with one latent left out, and without the core.
 
         Half of the draws do: the noise is the same for all, and differences are what counts.
         """
@@ -178,6 +185,13 @@ class Inspector:
         alone = [] if self.is_retrofit or most == 1 else spread(0, most - 1)
         for i in alone:
             result.without[i] = torch.zeros(len(self.subject.images))
+        for part in PARTS:
+            result.without_part[part] = torch.zeros(len(self.subject.images))
+
+        def see(where: str, latents: Tensor, num_groups: int) -> None:
+            sums = latent_moments(latents, num_groups).cpu()
+            result.moments[where] = result.moments.get(where, torch.zeros_like(sums)) + sums
+
         for batch in self.subject.batches(self.device, draws):
             target = velocity_target(batch.images, batch.noise)
 
@@ -186,10 +200,14 @@ class Inspector:
                 return error.square().flatten(1).mean(1).cpu() / draws
 
             for n, total in result.first.items():
-                total.index_add_(0, batch.rows, loss(n))
+                with watch_latents(self.model, see) if n == most else nullcontext():
+                    total.index_add_(0, batch.rows, loss(n))
             for i, total in result.without.items():
                 others = torch.tensor([k for k in range(most) if k != i], device=self.device)
                 total.index_add_(0, batch.rows, loss(most - 1, latent_indices=others))
+            for part, total in result.without_part.items():
+                with leave_out(self.model, part):
+                    total.index_add_(0, batch.rows, loss(most))
         return result
 
     def _predict(self, batch: Batch, sigma: float, num_latents: int, **more: Any) -> Tensor:

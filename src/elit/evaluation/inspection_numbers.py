@@ -14,6 +14,8 @@ from elit.evaluation.correlation import (
     position_share,
 )
 from elit.evaluation.inspection import Maps, Worth
+from elit.evaluation.latent_spread import latent_spread
+from elit.evaluation.left_out import PARTS
 
 # name: arguments of `correlate`
 KINDS: dict[str, dict[str, bool]] = {
@@ -93,16 +95,37 @@ def numbers_of_worth(worths: Sequence[Worth]) -> dict[str, Any]:
     return {"first": first, "without": without}
 
 
+def numbers_of_core(worth: Worth) -> dict[str, Any]:
+    """What the core as a whole is worth at one noise level, and how much its latents differ.
+
+    `share` is the cost over the loss: how much the loss rises, where 1 is twice the loss.
+    """
+    full = worth.first[max(worth.first)]
+    loss = float(full.mean())
+    result: dict[str, Any] = {"sigma": worth.sigma, "loss": loss}
+    for part, losses in worth.without_part.items():
+        cost = _cost(losses - full)
+        share = cost["cost"] / loss if loss else None
+        result[f"without_{part}"] = {"loss": float(losses.mean()), **cost, "share": share}
+    spread = {"latent_spread_read": "read", "latent_spread": "core"}
+    return result | {n: latent_spread(worth.moments[where]) for n, where in spread.items()}
+
+
 def mean_over_levels(worths: Sequence[Worth]) -> Worth:
-    """The mean over noise levels, each counting as much as any other; its sigma is their mean."""
+    """The mean over noise levels, each counting as much as any other; its sigma is their mean.
+
+    The latents' moments are those of all levels together, as in training.
+    """
     return Worth(
         sum(worth.sigma for worth in worths) / len(worths),
         {n: torch.stack([w.first[n] for w in worths]).mean(0) for n in worths[0].first},
         {i: torch.stack([w.without[i] for w in worths]).mean(0) for i in worths[0].without},
+        {p: torch.stack([w.without_part[p] for w in worths]).mean(0) for p in PARTS},
+        {m: torch.stack([w.moments[m] for w in worths]).sum(0) for m in worths[0].moments},
     )
 
 
-def _cost(differences: Tensor) -> dict[str, float | None]:
+def _cost(differences: Tensor) -> dict[str, Any]:
     count = len(differences)
     error = float(differences.std() / count**0.5) if count > 1 else None
     return {"cost": float(differences.mean()), "cost_error": error}

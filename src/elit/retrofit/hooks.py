@@ -19,6 +19,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from elit.caching.ports import BlockPort
 from elit.interface.budget import check_num_latents
 from elit.interface.grid import TokenGrid, format_size
 from elit.retrofit.adapters import install_adapters
@@ -148,7 +149,9 @@ class CoreHook(ModelHook):
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         """Find where the tokens go in and out."""
-        self.signature = BlockSignature.of(module, self.session.layout)
+        layout = self.session.layout
+        self.signature = BlockSignature.of(module, layout)
+        self.port = BlockPort.of(module, layout.hidden_states, layout.output)
         return module
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -167,6 +170,8 @@ class CoreHook(ModelHook):
         else:
             with self.session.running(call):  # adapters look there
                 result = forward(**arguments)
+        if self.session.leaves_out_core:
+            result = self.port.result(self.port.rest(result), self.port.streams_in((), arguments))
         latents = signature.tokens_of(result)
         if self.is_last:
             result = signature.with_tokens(result, self._write(call, latents))

@@ -55,6 +55,7 @@ class Session:
         compiles_core: whether they are compiled.
         handles: of the adapters' hooks.
         reruns_blocks: whether checkpointed blocks are run again under their own call.
+        leaves_out_core: whether what the core's blocks give is put aside.
         keeps_written: whether Write's tokens are kept, for distillation.
         written: (B, N, D), as the last Write left them.
     """
@@ -67,6 +68,7 @@ class Session:
         self.compiles_core = False
         self.handles: list[RemovableHandle] = []
         self.reruns_blocks = False
+        self.leaves_out_core = False
         self.keeps_written = False
         self.written: Tensor | None = None
 

@@ -201,9 +201,19 @@ class SpeedWatch:
 
 # ---- the latent interface, at validation ----
 
+_BEGIN_AGAIN = (
+    "begin again with a lower optimizer.lr, a longer optimizer.warmup_steps or a larger "
+    "data.batch_size; a Read of your own must start its latents and places apart, as N(0, 1)"
+)
+
 
 class InterfaceWatch:
-    """Finds a Read that no longer tells tokens apart, and latents that grow without end.
+    """Finds a core that is hardly used, a Read that no longer tells tokens apart, and latents that
+    grow without end.
+
+    A model whose latents are copies of one another may need its core all the same: as one vote for
+    each group, at any budget. So copies are told from what the latents say, a core that does
+    nothing from the loss without it.
 
     Args:
         narrow: share of a group's tokens that Read must look at, of however many latents.
@@ -211,6 +221,11 @@ class InterfaceWatch:
         growth: times that latents may grow from one validation to the next.
         largest: root mean square of the latents that half precision still serves.
         alike: share of the loss within which all budgets are the same.
+        nearly_alike: the same, where the latents are copies of one another too.
+        copies: spread of the latents as they leave the core that says they are copies.
+        unused: rise of the loss, as a share of it, that leaving out a used interface exceeds.
+        settled: share of its loss by which a run still falls from one validation to the next where
+            it is too early to miss the core.
     """
 
     def __init__(
@@ -220,30 +235,74 @@ class InterfaceWatch:
         growth: float = 4.0,
         largest: float = 1000.0,
         alike: float = 1e-4,
+        nearly_alike: float = 5e-3,
+        copies: float = 0.2,
+        unused: float = 5e-3,
+        settled: float = 0.05,
     ):
         self.narrow, self.uniform, self.growth, self.largest = narrow, uniform, growth, largest
-        self.alike = alike
+        self.alike, self.nearly_alike, self.copies = alike, nearly_alike, copies
+        self.unused, self.settled = unused, settled
         self._norms: dict[int, float] = {}
-        self._uniform_before = self._alike_before = False
+        self._uniform_before = self._alike_before = self._copies_before = False
+        self._unused_before, self._loss_before = False, math.inf
 
     def update(
-        self, seen: Mapping[int, Mapping[str, float]], losses: Sequence[float] = ()
+        self,
+        seen: Mapping[int, Mapping[str, float]],
+        losses: Sequence[float] = (),
+        worth: Mapping[str, float] | None = None,
     ) -> dict[str, str]:
         """Messages by kind.
 
         Args:
             seen: what `InterfaceProbe.values` gives, for each number of latents.
-            losses: of the validation, at several budgets.
+            losses: of the validation, at several budgets, the highest first.
+            worth: what `worth_of_parts` gives.
         """
+        return self._of_use(seen, losses, worth or {}) | self._of_read(seen) | self._of_norms(seen)
+
+    def _of_use(
+        self,
+        seen: Mapping[int, Mapping[str, float]],
+        losses: Sequence[float],
+        worth: Mapping[str, float],
+    ) -> dict[str, str]:
+        """Whether the core does any work, and each latent its own: two validations in a row."""
         messages = {}
-        are_alike = len(losses) > 1 and max(losses) - min(losses) < self.alike * min(losses)
-        if are_alike and self._alike_before:
-            messages["alike"] = (
-                f"the validation loss is the same at all budgets ({losses[0]:.5g}): the latents "
-                f"tell the tokens nothing, and head and tail do all the work; begin again with a "
-                f"lower optimizer.lr or a longer optimizer.warmup_steps"
+        range_of = (max(losses) - min(losses)) / min(losses) if len(losses) > 1 else None
+        spreads = [of["latent_spread"] for of in seen.values() if "latent_spread" in of]
+        are_copies = bool(spreads) and max(spreads) < self.copies
+        are_copies &= range_of is None or range_of < self.nearly_alike
+        if are_copies and self._copies_before:
+            alike = "" if range_of is None else (
+                f", and the validation loss differs by {range_of:.2%} between the budgets"
+            )  # fmt: skip
+            messages["copies"] = (
+                f"the latents of a group are copies of one another (spread {max(spreads):.1%}"
+                f"){alike}: a single one would do, and more budget buys nothing; {_BEGIN_AGAIN}"
             )
-        self._alike_before = are_alike
+        are_alike = range_of is not None and range_of < self.alike
+        if are_alike and self._alike_before and "copies" not in messages:
+            messages["alike"] = (
+                f"the validation loss is the same at all budgets ({losses[0]:.5g}): more latents "
+                f"tell the tokens no more than few; {_BEGIN_AGAIN}"
+            )
+        rise, loss = worth.get("interface", math.inf), losses[0] if losses else math.inf
+        has_settled = loss > (1 - self.settled) * self._loss_before
+        is_unused = rise < self.unused and has_settled
+        if is_unused and self._unused_before:
+            messages["unused"] = (
+                f"the core is hardly used: without Read, core and Write the validation loss is "
+                f"only {rise:.1%} higher, head and tail do all the work; {_BEGIN_AGAIN}"
+            )
+        self._copies_before, self._alike_before = are_copies, are_alike
+        self._unused_before, self._loss_before = is_unused, loss
+        return messages
+
+    def _of_read(self, seen: Mapping[int, Mapping[str, float]]) -> dict[str, str]:
+        """Whether Read tells tokens apart."""
+        messages = {}
         narrow = [n for n, of in seen.items() if of.get("read_coverage", 1) < self.narrow]
         if narrow:
             messages["narrow"] = (
@@ -260,6 +319,11 @@ class InterfaceWatch:
                 f"optimizer.lr or more steps may help, latents that are all alike will not"
             )
         self._uniform_before = is_uniform
+        return messages
+
+    def _of_norms(self, seen: Mapping[int, Mapping[str, float]]) -> dict[str, str]:
+        """Whether the latents grow without end."""
+        messages = {}
         grown = {n: of["latent_norm"] for n, of in seen.items() if "latent_norm" in of}
         for n, norm in grown.items():
             before = self._norms.get(n, math.inf)

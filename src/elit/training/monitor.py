@@ -176,13 +176,19 @@ class Monitor:
         return values
 
     def after_validation(
-        self, step: int, seen: dict[int, dict[str, float]], losses: Sequence[float]
+        self,
+        step: int,
+        seen: dict[int, dict[str, float]],
+        losses: Sequence[float],
+        worth: dict[str, float],
     ) -> dict[str, float]:
-        """The values of what `watch_interface` saw, and warnings of what looks wrong there."""
-        for kind, message in self.interface.update(seen, losses).items():
+        """The values of what `watch_interface` saw and of what the core is worth, and warnings of
+        what looks wrong there.
+        """
+        for kind, message in self.interface.update(seen, losses, worth).items():
             if step > self.config.optimizer.warmup_steps:  # before, nothing has been learned yet
                 self._warn(kind, step, message)
-        return {
+        return {f"validation/worth_of_{part}": value for part, value in worth.items()} | {
             f"validation/{name}_{format_budget(self.model.budget_of(num_latents))}": value
             for num_latents, values in seen.items()
             for name, value in values.items()

@@ -1,21 +1,20 @@
 """What happens in a model's latent interface while it is validated, seen by hooks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from elit.evaluation.latent_spread import latent_moments, latent_spread
+from elit.evaluation.left_out import find_interface, has_original_core, watch_latents
 from elit.interface.attention_maps import (
     attention_coverage,
     attention_entropy,
     watch_attention,
 )
 from elit.interface.read import Read
-from elit.interface.write import Write
-from elit.retrofit.interface import LatentInterface
-from elit.retrofit.lossless import LosslessRead, LosslessWrite
 from elit.training.distributed import World
 
 
@@ -25,6 +24,7 @@ class InterfaceProbe:
     def __init__(self) -> None:
         self._sums: dict[int, dict[str, tuple[Tensor, int]]] = {}
         self._kept: int | None = None
+        self.tells_spread = True
 
     def add(self, name: str, value: Tensor) -> None:
         """Take note of a number of the running call; it stays on its device."""
@@ -41,6 +41,13 @@ class InterfaceProbe:
             self.add("read_entropy_share", entropy / torch.log(entropy.new_tensor(tokens)))
             self.add("read_coverage", attention_coverage(weights).mean())
 
+    def add_latents(self, where: str, latents: Tensor, num_groups: int) -> None:
+        """Take note of latents (B, G * n, D) as they enter the core, or as they leave it."""
+        end = "_read" if where == "read" else ""
+        self.add(f"latent_norm{end}", _root_mean_square(latents))
+        if self.tells_spread and latents.shape[1] > num_groups:
+            self.add(f"latent_spread{end}", latent_moments(latents, num_groups))
+
     def begin(self, num_latents: int | None) -> None:
         """Say at how many latents the next call runs."""
         self._kept = num_latents
@@ -50,11 +57,30 @@ class InterfaceProbe:
 
         `read_entropy` is in nats, `read_entropy_share` that of the largest entropy,
         `read_coverage` the share of a group's tokens that Read looks at; `latent_norm_read` and
-        `latent_norm` are root mean squares of the latents after Read and after the core.
+        `latent_norm` are root mean squares of the latents after Read and after the core,
+        `latent_spread_read` and `latent_spread` what of their variance is between the latents of
+        a group: see `latent_spread`.
         """
-        means = [total / count for of in self._sums.values() for total, count in of.values()]
-        flat = iter(world.mean(torch.stack(means)).tolist() if means else [])
-        return {kept: {name: next(flat) for name in of} for kept, of in self._sums.items()}
+        sums = [total / count for of in self._sums.values() for total, count in of.values()]
+        if not sums:
+            return {}
+        means = iter(
+            world.mean(torch.cat([x.flatten() for x in sums])).split([x.numel() for x in sums])
+        )
+        return {
+            kept: _numbers({name: next(means) for name in of}) for kept, of in self._sums.items()
+        }
+
+
+def _numbers(means: Mapping[str, Tensor]) -> dict[str, float]:
+    """Plain numbers of the means at one number of latents; what is undefined is left out."""
+    numbers = {}
+    for name, value in means.items():
+        if not name.startswith("latent_spread"):
+            numbers[name] = value.item()
+        elif (spread := latent_spread(value)) is not None:
+            numbers[name] = spread
+    return numbers
 
 
 @contextmanager
@@ -65,39 +91,20 @@ def watch_interface(model: nn.Module) -> Iterator[InterfaceProbe]:
     what its Read attends to only adds to them.
     """
     probe, found = InterfaceProbe(), find_interface(model)
+
+    def call_begins(_: nn.Module, __: Any, named: dict[str, Any]) -> None:
+        probe.begin(named.get("num_latents"))
+
     with ExitStack() as stack:
         if found is not None:
-            read, write = found
-
-            def call_begins(_: nn.Module, __: Any, named: dict[str, Any]) -> None:
-                probe.begin(named.get("num_latents"))
-
-            def latents_made(_: nn.Module, __: Any, latents: Tensor) -> None:
-                probe.add("latent_norm_read", _root_mean_square(latents))
-
-            def core_done(module: nn.Module, given: tuple[Any, ...]) -> None:
-                latents = given[2] if isinstance(module, LosslessWrite) else given[1]
-                probe.add("latent_norm", _root_mean_square(latents))
-
-            for handle in (
-                model.register_forward_pre_hook(call_begins, with_kwargs=True),
-                read.register_forward_hook(latents_made),
-                write.register_forward_pre_hook(core_done),
-            ):
-                stack.callback(handle.remove)
-            if isinstance(read, Read):
-                stack.enter_context(watch_attention(read.attention, probe.add_weights))
+            handle = model.register_forward_pre_hook(call_begins, with_kwargs=True)
+            stack.callback(handle.remove)
+            # Cells of one group are as alike as the image is.
+            probe.tells_spread = not has_original_core(model)
+            stack.enter_context(watch_latents(model, probe.add_latents))
+            if isinstance(found[0], Read):
+                stack.enter_context(watch_attention(found[0].attention, probe.add_weights))
         yield probe
-
-
-def find_interface(
-    model: nn.Module,
-) -> tuple[Read | LosslessRead, Write | LosslessWrite] | None:
-    """Read and Write of a model of ours or of a retrofit; None for a plain model."""
-    owner = getattr(model, "elit", model)
-    if not (isinstance(owner, LatentInterface) or getattr(model, "is_elastic", False)):
-        return None
-    return owner.read, owner.write  # type: ignore[return-value]
 
 
 def _root_mean_square(x: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ from elit.training.validation import (
     latents_to_show,
     sample_sheet,
     validation_losses,
+    worth_of_parts,
 )
 from elit.viz.sheet import save_image
 
@@ -107,9 +108,8 @@ class Run:
         self.log = MetricsLog(
             self.folder, self.step, loop.tensorboard, world.is_main, loop.wandb, config.to_dict()
         )
-        self.monitor = Monitor(
-            config, world, self.model, len(self.dataset), self.step, self.rows_of
-        )
+        size = len(self.dataset)
+        self.monitor = Monitor(config, world, self.model, size, self.step, self.rows_of)
 
     @property
     def seconds(self) -> float:
@@ -213,18 +213,18 @@ class Run:
         self.log.write(self.step, **values)
 
     def validate(self) -> None:
-        """Measure the held-out loss at every budget, log it, and warn of budgets out of order."""
-        with self.averaged_weights(), watch_interface(self.model) as probe:
-            losses = validation_losses(
-                self.model, self.held_out, self.conditioning, self.density, self.kept,
-                self.config.seed, self.world,
-            )  # fmt: skip
+        """Measure held-out losses and what the core is worth; log, and warn of what looks wrong."""
+        data, seed = (self.held_out, self.conditioning, self.density), self.config.seed
+        with self.averaged_weights():
+            with watch_interface(self.model) as probe:
+                losses = validation_losses(self.model, *data, self.kept, seed, self.world)
+            worth = worth_of_parts(losses, self.model, *data, seed, self.world)
         means = {
             f"validation/loss_{format_budget(self.model.budget_of(n))}": loss.mean().item()
             for n, loss in losses.items()
         }
         seen = probe.values(self.world)
-        inside = self.monitor.after_validation(self.step, seen, list(means.values()))
+        inside = self.monitor.after_validation(self.step, seen, list(means.values()), worth)
         self.log.write(self.step, **means, **inside)
         if self.world.is_main:
             draw_curves(self.folder)

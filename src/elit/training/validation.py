@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elit.data import ImageDataset
 from elit.evaluation.flops import default_budgets
+from elit.evaluation.left_out import PARTS, has_original_core, leave_out
 from elit.flow.guidance import CheapCFG
 from elit.flow.objective import SigmaDensity, flow_matching_loss
 from elit.interface.budget import format_budget
@@ -99,6 +100,31 @@ def validation_losses(
         for num_latents, parts in found.items():
             losses[num_latents][members] = world.gather_rows(torch.cat(parts))[: len(members)]
     return losses
+
+
+def worth_of_parts(
+    losses: dict[int | None, Tensor], model: ElasticMixin, *measured: Any
+) -> dict[str, float]:
+    """Rise of the loss at the most latents, as a share of it, without the core and without all of
+    the interface; none of a plain model, or where the core is that of a retrofit's original.
+
+    All processes must call this together, once `validation_losses` have been measured.
+
+    Args:
+        losses: those of `validation_losses`.
+        model: the model.
+        measured: what follows the model there, without the numbers of latents.
+    """
+    most = max((n for n in losses if n is not None), default=None)
+    if most is None or has_original_core(model):
+        return {}
+    dataset, conditioning, density, *rest = measured
+    full, found = losses[most].mean(), dict[str, float]()
+    for part in PARTS:
+        with leave_out(model, part):
+            without = validation_losses(model, dataset, conditioning, density, [most], *rest)[most]
+        found[part] = float(without.mean() / full - 1)
+    return found
 
 
 def _alike(dataset: ImageDataset, chosen: Tensor) -> list[Tensor]:
