@@ -6,6 +6,7 @@ import re
 
 import pytest
 import yaml
+from idx_files import idx_folder
 
 from elit.cli.config import (
     Field,
@@ -77,11 +78,12 @@ def test_an_empty_file_is_the_defaults(yaml_file) -> None:
     assert load_config(yaml_file("# nothing yet\n"), {}) == TrainConfig()
 
 
-def test_built_in_configs_are_found_by_name_and_hold_water() -> None:
+def test_built_in_configs_are_found_by_name_and_hold_water(tmp_path) -> None:
+    clothes = {"data.options.path": str(idx_folder(tmp_path))}  # which no config can know
     assert set(built_in_configs()) >= {"digits", "shapes"}
     for name, path in built_in_configs().items():
         assert find_config(name) == path
-        config = load_config(name, {})
+        config = load_config(name, clothes if name == "fashion-mnist" else {})
         if config.data.name != "prepared":  # those: test_paper_configs.py
             check_config(config)
         assert config.output_dir == f"runs/{name}"
@@ -243,14 +245,15 @@ def test_bytes_are_not_yaml(tmp_path) -> None:
     [
         (
             "digist",
-            r"one of the built-in captioned-shapes, digits, finetune, moving-shapes, own-images, "
-            r"shapes, .*imagenet-256/{dit,elit-dit,.*; did you mean digits\?",
+            r"one of the built-in captioned-shapes, digits, fashion-mnist, finetune, "
+            r"moving-shapes, own-images, shapes, "
+            r".*imagenet-256/{dit,elit-dit,.*; did you mean digits\?",
         ),
         ("configs/shape.yaml", r"configs/shape.yaml is neither .* did you mean shapes\?"),
         (
             "qqqqqqqqqq",
-            r"is neither a file nor one of the built-in captioned-shapes, digits, finetune, "
-            r"moving-shapes, own-images, shapes, [^;]*$",
+            r"is neither a file nor one of the built-in captioned-shapes, digits, fashion-mnist, "
+            r"finetune, moving-shapes, own-images, shapes, [^;]*$",
         ),
         ("imagenet256/elit-dit-mb", r"did you mean imagenet-256/elit-dit-mb\?"),
         ("elit-dit-mb", r"did you mean imagenet-256/elit-dit-mb\?"),

@@ -1,18 +1,22 @@
 """The bundled data sets: what they promise about every index, split and size."""
 
+import gzip
 import pickle
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from idx_files import idx, idx_folder, noise, write_idx
 from torch.utils.data import DataLoader
 
 import elit.data
 from elit.data import DATASETS, SPLITS, load_dataset
 from elit.data.digits import Digits
+from elit.data.fashion_mnist import CLASS_NAMES, FashionMNIST
 from elit.data.shapes import OUTLINES, Shapes
 
 
@@ -27,9 +31,11 @@ def bytes_of(images):
 @pytest.fixture(
     params=[(n, s) for n in DATASETS if n not in ("tensors", "prepared") for s in SPLITS], ids=str
 )
-def dataset(request):
+def dataset(request, tmp_path):
     name, split = request.param
     options = {} if name == "digits" else {"count": 60}
+    if name == "fashion-mnist":
+        options = {"path": idx_folder(tmp_path)}
     return load_dataset(name, split, **options)
 
 
@@ -105,9 +111,11 @@ class TestEveryDataset:
         copy = pickle.loads(pickle.dumps(dataset))
         assert torch.equal(copy.batch([1, 7])["images"], dataset.batch([1, 7])["images"])
 
-    def test_no_image_is_in_both_splits(self, dataset):
+    def test_no_image_is_in_both_splits(self, dataset, tmp_path):
         other = SPLITS[1 - SPLITS.index(dataset.split)]
         options = {"count": 60} if isinstance(dataset, Shapes) else {}
+        if isinstance(dataset, FashionMNIST):
+            options = {"path": tmp_path}
         theirs = whole(type(dataset)(other, **options))["images"]
         assert not bytes_of(whole(dataset)["images"]) & bytes_of(theirs)
 
@@ -250,6 +258,112 @@ class TestShapes:
             Shapes(size=size)
 
 
+class TestFashionMNIST:
+    @pytest.mark.parametrize("end", ["", ".gz"])
+    def test_pixels_and_labels_are_those_of_the_files(self, tmp_path, end):
+        folder = idx_folder(tmp_path, 25, end)
+        for number, split in enumerate(SPLITS):
+            dataset = FashionMNIST(split, str(folder))
+            batch = dataset.batch([24, 3, -2])
+            wanted = np.full((3, 1, 32, 32), -1, np.float32)
+            pixels = noise(25, seed=number)[[24, 3, 23]].astype(np.float32)
+            wanted[:, 0, 2:30, 2:30] = pixels / np.float32(127.5) - 1
+            assert np.array_equal(batch["images"].numpy(), wanted)
+            assert batch["class_labels"].tolist() == [(row + number) % 10 for row in (24, 3, 23)]
+            assert dataset.pixels.dtype == torch.uint8
+        assert dataset.class_names == CLASS_NAMES
+        assert (dataset.class_names[0], dataset.class_names[9]) == ("t-shirt", "ankle boot")
+
+    def test_black_is_minus_one_and_white_is_one(self, tmp_path):
+        images = np.zeros((1, 28, 28), np.uint8)
+        images[0, 0, 27] = 255
+        write_idx(tmp_path, "train", images, np.array([9]))
+        image = FashionMNIST(path=tmp_path)[0]["images"]
+        assert image[0, 2, 29] == 1
+        assert (image == -1).sum() == 32 * 32 - 1
+
+    def test_a_count_takes_the_first_ones_at_most(self, tmp_path):
+        folder = idx_folder(tmp_path, 30)
+        few = FashionMNIST(path=folder, count=12)
+        assert len(few) == len(whole(few)["images"]) == 12
+        assert torch.equal(few[11]["images"], FashionMNIST(path=folder)[11]["images"])
+        assert len(FashionMNIST("validation", folder, count=31)) == 30
+        with pytest.raises(ValueError, match="count=0: use a whole number of images, at least 1"):
+            FashionMNIST(path=folder, count=0)
+
+    def test_its_fingerprint_tells_other_data_and_not_other_folders(self, tmp_path):
+        folders = [
+            idx_folder(tmp_path / "plain"),
+            idx_folder(tmp_path / "packed", end=".gz"),
+            idx_folder(tmp_path / "other", seed=5),
+            idx_folder(tmp_path / "labels"),
+        ]
+        write_idx(folders[3], "train", noise(60), np.arange(60)[::-1] % 10)
+        found = [FashionMNIST(path=folder).fingerprint for folder in folders]
+        assert found[0] == found[1]
+        assert len(set(found)) == 3
+        assert FashionMNIST(path=folders[0], count=5).fingerprint == found[0]
+
+    @pytest.mark.parametrize("path", [None, "", "nowhere", 3, "empty"])
+    def test_without_its_folder_it_says_what_to_do(self, tmp_path, monkeypatch, path):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "empty").mkdir()
+        message = (
+            rf"data.options.path={None if path is None else repr(str(path))} is no folder of "
+            rf"Fashion-MNIST's files; give data.options.path=FOLDER with train-images-idx3-ubyte, "
+            rf"train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte in it, "
+            rf"plain or as .gz, .*package dataset-fashion-mnist; .*`elit prepare "
+            rf"zalando-datasets/fashion_mnist prepared --pixels --resolution 32`"
+        )
+        with pytest.raises(ValueError, match=message):
+            load_dataset("fashion-mnist", path=path)
+
+    @pytest.mark.parametrize(
+        ("name", "change", "message"),
+        [
+            (
+                0,
+                lambda b: b"P5 " + b,
+                r"no idx file of bytes with 3 axes: .* 50 35 20 00, not with",
+            ),
+            (0, lambda _: idx(np.zeros(9)), r"begins with 00 00 08 01, not with 00 00 08 03; give"),
+            (1, lambda _: b"", r"with 1 axes: it begins with nothing, not with 00 00 08 01; give"),
+            (0, lambda b: b[:9], r"ends within its header of 16 bytes; copy it again"),
+            (0, lambda b: b[:-1], r"has 15695 bytes, but its header of 20x28x28 makes 15696; copy"),
+            (0, lambda b: b + b"x", r"has 15697 bytes, but its header of 20x28x28 makes 15696"),
+            (1, lambda b: b[:-1], r"has 27 bytes, but its header of 20 makes 28"),
+            (1, lambda _: idx(np.zeros(19)), r"ubyte\S* has 20 images, but .* has 19 labels; give"),
+            (1, lambda _: idx(np.arange(20)), r"has the label 10 in row 10; labels are 0 to 9"),
+            (0, lambda _: idx(np.zeros((20, 8, 9))), r"8x9 pixels, Fashion-MNIST's have 28x28; "),
+            (0, lambda _: idx(np.zeros((20, 0, 9))), r"no pixels, its shape is \(20, 0, 9\)"),
+        ],
+    )
+    @pytest.mark.parametrize("end", ["", ".gz"])
+    def test_a_wrong_file_is_named(self, tmp_path, name, change, message, end):
+        folder = idx_folder(tmp_path, 20, end)
+        path = folder / (("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")[name] + end)
+        content = path.read_bytes()
+        changed = change(gzip.decompress(content) if end else content)
+        path.write_bytes(gzip.compress(changed) if end else changed)
+        with pytest.raises(ValueError, match=message) as error:
+            FashionMNIST("validation", folder)
+        assert str(tmp_path) in str(error.value)
+        FashionMNIST("train", folder)  # the other split's files are whole
+
+    def test_a_file_that_is_missing_or_badly_packed_is_named(self, tmp_path):
+        folder = idx_folder(tmp_path, 20, ".gz")
+        path = folder / "train-labels-idx1-ubyte.gz"
+        content = path.read_bytes()
+        for damaged in (content[:-9], b"no gzip", content[:12] + b"xxxx" + content[16:]):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"ubyte.gz is no whole gzip file .*copy it again"):
+                FashionMNIST(path=folder)
+        path.unlink()
+        message = "has neither train-labels-idx1-ubyte nor train-labels-idx1-ubyte.gz; put one"
+        with pytest.raises(ValueError, match=message):
+            FashionMNIST(path=folder)
+
+
 class TestLoadDataset:
     def test_options_reach_the_class(self):
         dataset = load_dataset("shapes", "validation", count=12, size=24)
@@ -263,6 +377,7 @@ class TestLoadDataset:
     def test_the_table_names_every_class(self):
         assert elit.data.Digits is Digits
         assert elit.data.Shapes is Shapes
+        assert elit.data.FashionMNIST is FashionMNIST
         assert elit.data.dataset_options("shapes") == ("count", "size")
         assert elit.data.dataset_options("digits") == ()
 
@@ -275,7 +390,7 @@ class TestLoadDataset:
                 ("imagenet",),
                 {},
                 r"unknown data set 'imagenet': use one of 'digits', 'shapes', 'captioned-shapes', "
-                r"'moving-shapes', 'tensors', 'prepared'$",
+                r"'moving-shapes', 'fashion-mnist', 'tensors', 'prepared'$",
             ),
             ((None,), {}, r"unknown data set None: use one of"),
             ((["digits"],), {}, r"unknown data set \['digits'\]: use one of"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import randomise
+from idx_files import idx_folder
 from prepared_data import write_prepared
 from sweeps import sweep_report
 from transformers import CLIPTextConfig
@@ -90,6 +91,7 @@ def place(tmp_path_factory) -> Path:
     (folder / "runs" / "quickstart" / "swept" / "sweep.json").write_text(json.dumps(report))
     (folder / "my.yaml").write_text("optimizer: {ema: 0.99}\n")
     write_prepared(folder / "prepared" / "imagenet", kind="images")  # no autoencoder to fetch
+    idx_folder(folder / "fashion")
     return folder
 
 

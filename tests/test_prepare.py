@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from idx_files import idx_folder, noise
 from PIL import Image
 from prepare_sources import class_folder, clip_vae, contents, picture, png, run, shard, tiny_vae
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from torch.nn.functional import interpolate
 
 from elit.cli.main import main
 from elit.data import load_dataset
+from elit.data.fashion_mnist import CLASS_NAMES
 from elit.data.manifest import read_manifest
 from elit.pipelines.autoencoder import decode, encode, scale_and_shift
 from elit.preparation import PrepareSettings, verify
@@ -375,6 +377,71 @@ def test_webdataset_tar(tmp_path) -> None:
     assert bytes(tensors["captions"].tolist()) == b"text 0text 1text 2"
     wanted = np.asarray(fit(picture(2), (16, 16)))
     assert np.array_equal(tensors["images"][2].movedim(0, -1), wanted)
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_a_folder_of_idx_files(tmp_path, end) -> None:
+    source = idx_folder(tmp_path / "fashion", 20, end)
+    run(source, tmp_path / "out", resolution=[28])
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.classes == CLASS_NAMES
+    for number, split in enumerate(("train", "validation")):
+        tensors = shard(tmp_path / "out", f"{split}-00000-28x28")
+        wanted = np.repeat(noise(20, seed=number)[:, None], 3, axis=1)  # grey as red, green, blue
+        assert np.array_equal(tensors["images"], wanted)
+        assert tensors["class_labels"].tolist() == [(row + number) % 10 for row in range(20)]
+        dataset = load_dataset("prepared", split, path=tmp_path / "out")
+        assert (len(dataset), dataset.class_names) == (20, CLASS_NAMES)
+    run(source, tmp_path / "large", resolution=[32], splits=["train=test[5:]"])
+    tensors = shard(tmp_path / "large", "train-00000-32x32")
+    picture = Image.fromarray(noise(20, seed=1)[5]).convert("RGB")
+    assert np.array_equal(tensors["images"][0].movedim(0, -1), np.asarray(fit(picture, (32, 32))))
+    (source / f"t10k-labels-idx1-ubyte{end}").unlink()
+    with pytest.raises(ValueError, match=r"fashion has neither t10k-labels-idx1-ubyte nor "):
+        run(source, tmp_path / "out")
+
+
+def hub_like(folder: Path, **splits: list[int]) -> Path:
+    """Splits with the columns of `zalando-datasets/fashion_mnist`, by their labels."""
+    columns = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=["T - shirt / top", "Trouser"])
+    )
+    tables = {
+        name: datasets.Dataset.from_dict(
+            {"image": [Image.fromarray(p) for p in noise(len(labels))], "label": labels},
+            features=columns,
+        )
+        for name, labels in splits.items()
+    }
+    datasets.DatasetDict(tables).save_to_disk(folder)
+    return folder
+
+
+def test_a_test_split_is_held_out_where_there_is_no_validation(tmp_path) -> None:
+    source = hub_like(tmp_path / "source", train=[1, 0, 1], test=[0, 1])
+    run(source, tmp_path / "out", resolution=[28])
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.classes == ("T - shirt / top", "Trouser")
+    assert {name: split.count for name, split in manifest.splits.items()} == {
+        "train": 3, "validation": 2
+    }  # fmt: skip
+    tensors = shard(tmp_path / "out", "validation-00000-28x28")
+    assert tensors["class_labels"].tolist() == [0, 1]
+    assert np.array_equal(tensors["images"][:, 0], noise(2))
+
+
+@pytest.mark.parametrize(
+    ("splits", "used"),
+    [
+        ({"train": [1, 0], "validation": [0], "test": [1]}, ["train", "validation"]),
+        ({"train": [1, 0], "test": [-1, -1]}, ["train"]),  # its labels are hidden
+        ({"test": [1, 0]}, ["train=test"]),
+    ],
+)
+def test_a_test_split_is_else_left_alone(tmp_path, splits, used) -> None:
+    source = hub_like(tmp_path / "source", **splits)
+    found = open_source(PrepareSettings(str(source), str(tmp_path / "out"), vae=None))
+    assert [rows.of for rows in found.splits.values()] == used
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from elit.preparation.settings import DEFAULT_VAE, DTYPES, PrepareSettings
 
 _EPILOG = """\
 SOURCE: a folder with a subfolder for each class, or with metadata.csv or metadata.jsonl; a folder
-of parquet or tar files, one such file, or a pattern in quotes; a name on the hub.
+of parquet or tar files, one such file, or a pattern in quotes; a folder of MNIST's idx files; a
+name on the hub.
 The same command again goes on with what was stopped, also with another number of processes.
 `elit prepare OUT --verify` compares a finished folder with its checksums; with SOURCE and OUT it
 makes again what is damaged."""
@@ -34,7 +35,7 @@ def add_arguments(parser: Parser) -> None:
     add("--source-config", metavar="NAME", help="of a data set on the hub that has several")
     add("--split", nargs="+", default=(), metavar="NAME",
         help="of the source, or OURS=NAME[FROM:TO], such as 'validation=train[-5%%:]' "
-        "(default: train, and validation if there is one)")  # fmt: skip
+        "(default: train, and validation or test if there is one)")  # fmt: skip
     add("--image-column", metavar="NAME", help="default: found by its type or name")
     add("--label-column", metavar="NAME", help="likewise; none leaves labels out")
     add("--caption-column", metavar="NAME", help="likewise")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from elit.data.buckets import Bucket
     from elit.data.captioned_shapes import CaptionedShapes
     from elit.data.digits import Digits
+    from elit.data.fashion_mnist import FashionMNIST
     from elit.data.manifest import Autoencoder
     from elit.data.moving_shapes import MovingShapes
     from elit.data.prepared import Prepared
@@ -34,6 +35,7 @@ __all__ = [
     "SPLITS",
     "CaptionedShapes",
     "Digits",
+    "FashionMNIST",
     "ImageDataset",
     "MovingShapes",
     "Prepared",
@@ -51,6 +53,7 @@ DATASETS = {
     "shapes": ("elit.data.shapes", "Shapes"),
     "captioned-shapes": ("elit.data.captioned_shapes", "CaptionedShapes"),
     "moving-shapes": ("elit.data.moving_shapes", "MovingShapes"),
+    "fashion-mnist": ("elit.data.fashion_mnist", "FashionMNIST"),
     "tensors": ("elit.data.tensors", "Tensors"),
     "prepared": ("elit.data.prepared", "Prepared"),
 }

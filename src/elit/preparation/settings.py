@@ -20,7 +20,8 @@ class PrepareSettings:
         out: folder to write.
         source_config: of a data set on the hub that has several.
         splits: NAME of the source, or "train=NAME" and "validation=NAME" with any NAME, a part of
-            it as in "train[1000:]" or "train[:5%]"; none: "train", and "validation" if it is there.
+            it as in "train[1000:]" or "train[:5%]"; none: "train", and as validation what
+            is called so, or else "test", if it is there.
         vae: autoencoder: name on the hub or folder, of it or of a pipeline; None: store pixels.
         resolution: one or several: side of a square picture, pixels.
         aspect_ratios: pictures of about resolution x resolution pixels whose sides fit the

@@ -13,6 +13,7 @@ from elit._extras import missing
 from elit._hub import hub_reason, not_fetched
 from elit.data import SPLITS
 from elit.preparation.columns import find_captions, find_classes, find_image, find_labels
+from elit.preparation.idx import idx_tables, is_idx_folder
 from elit.preparation.settings import PrepareSettings
 
 _BUILDERS = {
@@ -20,6 +21,7 @@ _BUILDERS = {
     ".jsonl": "json", ".csv": "csv",
 }  # fmt: skip
 _SPLIT = re.compile(r"(?:(\w+)=)?(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
+_TEST = "test"  # held out where there is no validation
 _HASHED_AT_A_TIME = 10_000  # rows
 
 
@@ -171,7 +173,7 @@ def open_source(settings: PrepareSettings) -> Source:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     given = _load(datasets, settings)
-    chosen = _choose_splits(given, settings.splits)
+    chosen = _choose_splits(given, settings.splits or _usual_splits(given, settings))
     tables = {ours: _cut(given[theirs], part) for ours, (theirs, part, _) in chosen.items()}
     first = next(iter(tables.values()))
     image = find_image(first.features, settings.image_column)
@@ -209,6 +211,8 @@ def _load(datasets: Any, settings: PrepareSettings) -> dict[str, Any]:
     local = name.startswith((".", "/", "~")) or path.suffix in _BUILDERS or "*" in name
     if local and not path.exists() and "*" not in name:
         raise ValueError(f"there is no {name}; give a folder, a file, or a name on the hub")
+    if is_idx_folder(path):
+        return idx_tables(datasets, path)
     try:
         if path.is_dir() and any((path / f).exists() for f in ("state.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(name)
@@ -235,11 +239,20 @@ def _load(datasets: Any, settings: PrepareSettings) -> dict[str, Any]:
 Chosen = dict[str, tuple[str, tuple[str | None, str | None], str]]
 
 
+def _usual_splits(given: dict[str, Any], settings: PrepareSettings) -> list[str]:
+    """Train and validation, where there is none a test split like train, or else the first."""
+    wanted = [name for name in SPLITS if name in given]
+    if wanted == ["train"] and _TEST in given:
+        test = given[_TEST]
+        if test.features == given["train"].features:
+            label = find_labels(test.features, settings.label_column)
+            if label is None or not {-1, None}.issuperset(test.unique(label)):  # none are hidden
+                wanted.append(f"validation={_TEST}")
+    return wanted or [f"train={next(iter(given))}"]
+
+
 def _choose_splits(given: dict[str, Any], wanted: Sequence[str]) -> Chosen:
     """Our name: their name, from where to where, and how it was given."""
-    if not wanted:
-        wanted = [name for name in SPLITS if name in given]
-        wanted = wanted or [f"train={next(iter(given))}"]
     chosen: Chosen = {}
     for text in wanted:
         match = _SPLIT.fullmatch(text)

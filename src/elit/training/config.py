@@ -12,7 +12,7 @@ from elit.training.rules import check_values
 
 WORDS = "words"  # the built-in reader of captions
 PREPARED = "prepared"  # texts that were encoded with the data; and the data set of that name
-# Of the data set `prepared`: what changes no sample. What it holds, a fingerprint tells.
+# Of data sets with a fingerprint: what changes no sample. What it holds, a fingerprint tells.
 _FREE_OPTIONS = ("path", "damaged", "verify", "vae")
 
 
@@ -35,10 +35,11 @@ class DataConfig:
     """What to train on.
 
     Attributes:
-        name: data set, "digits", "shapes", "captioned-shapes" or "moving-shapes"; "prepared" is
-            what `elit prepare` wrote; "tensors" are your own latents and texts, encoded, for a
-            diffusers transformer.
-        options: options of the data set, such as count and size of "shapes", path of "prepared".
+        name: data set, "digits", "shapes", "captioned-shapes" or "moving-shapes"; "fashion-mnist"
+            is read from its files; "prepared" is what `elit prepare` wrote; "tensors" are your own
+            latents and texts, encoded, for a diffusers transformer.
+        options: options of the data set, such as count and size of "shapes", path of "prepared"
+            and "fashion-mnist".
         batch_size: samples of one optimiser step, over all processes and accumulations.
         num_workers: loader processes of each training process; 0 loads in the process itself.
     """
