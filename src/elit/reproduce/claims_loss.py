@@ -94,10 +94,12 @@ def curves(study: Study, size: Size) -> dict[str, Any]:
 
 
 def needs_a(study: Study) -> list[Piece]:
+    """List what claim (a) trains and measures."""
     return [p for size in study.scale.sizes for p in study.train(BACKBONES["dit"], size=size)]
 
 
 def find_a(study: Study) -> Finding:
+    """Judge claim (a)."""
     rows = []
     for size in study.scale.sizes:
         paper = ("FID 13.0 -> 8.2 (256 px)", "FID 13.0 -> 7.8 (256 px)")
@@ -166,10 +168,12 @@ def ladder(study: Study, backbone: str, letter: str, few: bool = False) -> dict[
 
 
 def needs_b(study: Study) -> list[Piece]:
+    """List what claim (b) trains and measures."""
     return study.train(["elit", "elit-mb"])
 
 
 def find_b(study: Study) -> Finding:
+    """Judge claim (b)."""
     sentence = (
         "One multi-budget model at every budget, beside one trained at full budget alone (cut off "
         "where it leaves the frame); bars are standard errors over seeds."
@@ -181,10 +185,12 @@ def find_b(study: Study) -> Finding:
 
 
 def needs_c(study: Study) -> list[Piece]:
+    """List what claim (c) trains and measures."""
     return study.train(["elit-mb", "elit-mb-random"])
 
 
 def find_c(study: Study) -> Finding:
+    """Judge claim (c)."""
     low = [budget for budget in study.budgets("elit-mb") if budget != "1"]
     quarter = QUARTER if QUARTER in low else low[-1]
     first = study.losses("elit-mb", quarter)
@@ -213,9 +219,7 @@ def find_c(study: Study) -> Finding:
     lines = [
         series("first latents", x, [study.losses("elit-mb", b) for b in low]),
         series("random latents", x, [study.losses("elit-mb", b, random=True) for b in low]),
-        series(
-            "trained with random dropping", x, [study.losses("elit-mb-random", b) for b in low]
-        ),
+        series("trained with random dropping", x, [study.losses("elit-mb-random", b) for b in low]),
     ]
     sentence = (
         "ELIT-MB with its first latents and with random ones, and a model trained with random "
@@ -234,10 +238,12 @@ SPREAD = ("dit", "spread-dit", "elit", "spread-elit")
 
 
 def needs_f(study: Study) -> list[Piece]:
+    """List what claim (f) trains and measures."""
     return study.train(SPREAD, few=True, steps=study.scale.spread_steps)
 
 
 def find_f(study: Study) -> Finding:
+    """Judge claim (f)."""
     steps = study.scale.spread_steps
     dit, wide_dit, elit, wide = (study.losses(v, few=True, steps=steps) for v in SPREAD)
     gains, control = less(elit, wide), less(dit, wide_dit)
@@ -278,10 +284,12 @@ GROUPS = ("elit-1x1", "elit-2x2", "elit", "elit-whole")
 
 
 def needs_h(study: Study) -> list[Piece]:
+    """List what claim (h) trains and measures."""
     return study.train(GROUPS, few=True)
 
 
 def find_h(study: Study) -> Finding:
+    """Judge claim (h)."""
     side, tokens = study.scale.group, study.scale.tokens
     names = ["1x1", "2x2", f"{side}x{side}", f"{tokens}x{tokens} (whole)"]
     losses = [study.losses(variant, few=True) for variant in GROUPS]
@@ -315,10 +323,12 @@ def find_h(study: Study) -> Finding:
 
 
 def needs_i(study: Study) -> list[Piece]:
+    """List what claim (i) trains and measures."""
     return study.train(BACKBONES["uvit"], few=True)
 
 
 def find_i(study: Study) -> Finding:
+    """Judge claim (i)."""
     size = study.scale.sizes[0]
     paper = ("FID 8.3 -> 7.5 (256 px)", "FID 8.3 -> 7.1 (256 px)")
     rows = equal_flops_rows(study, "uvit", True, size, paper)

@@ -48,6 +48,7 @@ def unguided(study: Study) -> OperatingPoint:
 
 
 def needs_d(study: Study) -> list[Piece]:
+    """List what claim (d) trains and measures."""
     scales = study.scale.guidance_scales
     points = [guided(study, name, scale) for name in GUIDES for scale in scales]
     return with_trainings(study, [unguided(study), *points])
@@ -60,6 +61,7 @@ def best_scale(study: Study, name: str) -> OperatingPoint:
 
 
 def find_d(study: Study) -> Finding:
+    """Judge claim (d)."""
     if not study.scale.samples:
         return Finding(LOSS_ONLY, [Row("cheap CFG is as good as CFG", "-33 % FLOPs",
                                        "-", "-", note=LOSS_ONLY)])  # fmt: skip
@@ -142,11 +144,13 @@ def equal_points(study: Study, steps: int) -> dict[float, OperatingPoint]:
 
 
 def needs_e(study: Study) -> list[Piece]:
+    """List what claim (e) trains and measures."""
     rows = (equal_points(study, steps) for steps in study.scale.equal_steps)
     return with_trainings(study, [point for row in rows for point in row.values()])
 
 
 def find_e(study: Study) -> Finding:
+    """Judge claim (e)."""
     claim = "at equal sampling FLOPs, fewer latents are better than fewer steps"
     if not study.scale.samples:
         return Finding(LOSS_ONLY, [Row(claim, "so at all FLOPs", "-", "-", note=LOSS_ONLY)])
@@ -193,11 +197,13 @@ def find_e(study: Study) -> Finding:
 
 
 def needs_g(study: Study) -> list[Piece]:
+    """List what claim (g) trains and measures."""
     trainings = [study.training("elit-mb", seed) for seed in study.seeds()]
     return study.train(["elit-mb"]) + [study.pieces.look(training) for training in trainings]
 
 
 def find_g(study: Study) -> Finding:
+    """Judge claim (g)."""
     looks = [study.of(study.pieces.look(study.training("elit-mb", s))) for s in study.seeds()]
     rows, found, controls = [], [], []
     for i, sigma in enumerate(study.scale.sigmas):

@@ -68,7 +68,9 @@ class Bench:
         return moments, right / seen
 
     @torch.no_grad()
-    def losses(self, model: Any, chosen: Sequence[tuple[int | None, Tensor | None]]) -> list[Tensor]:
+    def losses(
+        self, model: Any, chosen: Sequence[tuple[int | None, Tensor | None]]
+    ) -> list[Tensor]:
         """Losses (samples,) of the same pictures, noise and noise levels, at several choices.
 
         Args:

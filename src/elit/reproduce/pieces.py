@@ -134,9 +134,7 @@ class Pieces:
             raise StoppedError
         started = time.perf_counter()
         random_sets = self.scale.random_sets if training.variant.startswith("elit-mb") else 0
-        found = self.bench.ladder(
-            self._model(training, run), self.budgets(training), random_sets
-        )
+        found = self.bench.ladder(self._model(training, run), self.budgets(training), random_sets)
         result = {**describe(training), **found, "curve": curve(run)}
         return result, done.seconds + time.perf_counter() - started
 

@@ -1,6 +1,6 @@
 """A picture spread among zero tokens: four times the tokens, no more to see."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from elit.training.config import TrainConfig
 __all__ = ["ModelMixin", "SpreadDiT", "build_spread_model", "gather", "spread"]
 
 
-def spread(x: Tensor, patch: tuple[int, int]) -> Tensor:
+def spread(x: Tensor, patch: Sequence[int]) -> Tensor:
     """Put the patch at (r, c) of a token grid to (2r, 2c) of one twice as large, else zeros."""
     batch, channels, height, width = x.shape
     rows, columns = height // patch[0], width // patch[1]
@@ -25,7 +25,7 @@ def spread(x: Tensor, patch: tuple[int, int]) -> Tensor:
     return wide.reshape(batch, channels, 2 * height, 2 * width)  # (B, C, 2h, 2w)
 
 
-def gather(x: Tensor, patch: tuple[int, int]) -> Tensor:
+def gather(x: Tensor, patch: Sequence[int]) -> Tensor:
     """Take the patches that `spread` has put into (B, C, 2h, 2w)."""
     batch, channels, height, width = x.shape
     rows, columns = height // (2 * patch[0]), width // (2 * patch[1])

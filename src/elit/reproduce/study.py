@@ -243,5 +243,3 @@ def machine(device: str) -> str:
     if device.startswith("cuda") and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"
-
-

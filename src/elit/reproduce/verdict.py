@@ -1,5 +1,6 @@
 """The rule by which a claim holds, does not hold, or stays undecided."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def judge_order(rows: Sequence[Sequence[float]]) -> Verdict:
     whole = judge([b - a for a, b in zip(rows[0], rows[-1], strict=True)])
     steps = [
         judge([b - a for a, b in zip(one, two, strict=True)])
-        for one, two in zip(rows, rows[1:], strict=False)
+        for one, two in itertools.pairwise(rows)
     ]
     if any(step.word == FAILS for step in steps):
         return Verdict(FAILS, whole.difference, whole.error, whole.seeds)

@@ -26,7 +26,6 @@ from elit.training.randomness import generator
 from elit.training.retrofit import Distillation, build_retrofit
 from elit.training.vae import load_run_vae
 
-
 MakeModel = Callable[[TrainConfig, ImageDataset, Mapping[str, Any]], Any]
 """(config, data set, arguments that follow from the text encoder) -> model on the CPU"""
 
