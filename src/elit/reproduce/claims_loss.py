@@ -160,7 +160,8 @@ def ladder(study: Study, backbone: str, letter: str, few: bool = False) -> dict[
         budgets = study.budgets(variant)
         rows = [study.losses(variant, budget, few) for budget in budgets]
         lines.append(series(study.title(variant), [float(Fraction(b)) for b in budgets], rows))
-    least, most = min(lines[1]["y"]), max(lines[1]["y"])
+    shown = [*lines[1]["y"], lines[0]["y"][0]]  # the other model leaves the frame
+    least, most = min(shown), max(shown)
     return figure(
         "lines", f"({letter}) loss over budgets", "budget (share of the latents kept)", LOSS_AXIS,
         series=lines, budgets=True, top=most + 1.5 * (most - least),

@@ -53,11 +53,11 @@ def save_sheet(figures: Sequence[dict[str, Any]], captions: Sequence[str], path:
     with matplotlib.rc_context(_STYLE):
         size = (_SIZE[0] * columns, (_SIZE[1] + 0.9) * rows)
         canvas = matplotlib.figure.Figure(figsize=size, layout="constrained")
-        axes = canvas.subplots(rows, columns, squeeze=False).flat
+        axes = list(canvas.subplots(rows, columns, squeeze=False).flat)
         for axis, figure, caption in zip(axes, figures, captions, strict=False):
             draw(axis, figure)
             axis.set_xlabel(f"{figure['x']}\n\n{caption}")
-        for axis in list(axes)[len(figures) :]:
+        for axis in axes[len(figures) :]:
             axis.set_axis_off()
         metadata = {"Software": None}
         write_file(path, lambda aside: canvas.savefig(aside, dpi=110, metadata=metadata))
@@ -98,9 +98,12 @@ def draw(axis: Any, figure: dict[str, Any]) -> None:
 def _scale(axis: Any, figure: dict[str, Any]) -> None:
     """Scales, limits and names of the axes."""
     if figure.get("log_x"):
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
         axis.set_xscale("log")
-    if figure.get("log_y"):
-        axis.set_yscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
     if figure.get("budgets"):
         ticks = sorted({x for line in figure["series"] for x in line["x"]})
         axis.set_xscale("log", base=2)

@@ -25,7 +25,6 @@ from elit.training.config import (
 )
 from elit.training.estimate import mean_flops
 
-VALIDATIONS = 20  # points of a curve
 SHOWN_BUDGETS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 
 
@@ -182,7 +181,7 @@ class Trainings:
             least = 1 if variant.all_budgets else group**2
             order: Any = variant.order
             latents = LatentsConfig(min=least, max=group**2, order=order)
-        every = max(1, training.steps // VALIDATIONS)
+        every = max(1, training.steps // scale.validations)
         prefix = "elit-" if variant.elastic else ""
         return TrainConfig(
             output_dir=str(self.folder / "runs" / training.name),

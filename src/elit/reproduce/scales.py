@@ -53,6 +53,7 @@ class Scale:
         batch_size: samples of a training step.
         warmup_steps: of training.
         ema: decay of the averaged weights.
+        validations: points of a curve of loss over training.
         precision: of training.
         device: of training and of drawing.
         workers: processes by default; None is one for each core.
@@ -77,6 +78,7 @@ class Scale:
     batch_size: int = 32
     warmup_steps: int = 40
     ema: float = 0.99
+    validations: int = 20
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "cpu"
     workers: int | None = None

@@ -149,7 +149,11 @@ def do_all(
                     if piece is None:
                         break
                     crew.give(connection, todo.pop(piece.key))
-                crew.done(_POLL)
+                try:
+                    crew.done(_POLL)
+                except RuntimeError:
+                    if not stop_requested():  # the signal may have come to all at once
+                        raise
                 left = [p.cost for p in todo.values()]
                 left += [p.cost * (1 - _share(p, trainings)) for p in crew.busy.values()]
                 bar.n = max(bar.n, total - sum(left) / 1e12)
@@ -158,7 +162,10 @@ def do_all(
         except BaseException:
             crew.stop()
             raise
-        crew.stop(at_once=not crew.busy)
+        if crew.busy:
+            crew.stop()
+        else:
+            crew.end()
 
 
 def _next(todo: Mapping[str, Piece], folder: Path) -> Piece | None:

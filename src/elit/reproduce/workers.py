@@ -36,6 +36,8 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         self.busy: dict[Any, Piece] = {}
         self.processes: dict[Any, Any] = {}
+        # Until they have handlers of their own; a signal to all is the main process's to tell.
+        handler = _ignore_interrupts()
         threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         os.environ.update(dict.fromkeys(threads, "1"))
         try:
@@ -48,6 +50,8 @@ class Workers:
                 theirs.close()
                 self.processes[mine] = process
         finally:
+            if handler is not None:
+                signal.signal(signal.SIGINT, handler)
             for name, value in threads.items():
                 if value is None:
                     del os.environ[name]
@@ -92,11 +96,21 @@ class Workers:
             found.append(piece)
         return found
 
-    def stop(self, at_once: bool = False) -> None:
+    def end(self) -> None:
+        """Have them end: there is no more to do."""
+        for connection in self.processes:
+            with contextlib.suppress(OSError):
+                connection.send(None)
+        self._join()
+
+    def stop(self) -> None:
         """Have them save and end."""
         for process in self.processes.values():
             if process.is_alive():
-                process.kill() if at_once else process.terminate()
+                process.terminate()
+        self._join()
+
+    def _join(self) -> None:
         for process in self.processes.values():
             process.join(_PATIENCE)
             if process.is_alive():
@@ -111,12 +125,14 @@ def _work(connection: Any, scale: Scale, folder: Path, data: DataConfig) -> None
         signal.signal(number, _stop)
     try:
         import torch
+        from diffusers.utils import logging as diffusers_logging
 
         torch.set_num_threads(1)
+        diffusers_logging.set_verbosity_error()
+        diffusers_logging.disable_progress_bar()
         _log_to(folder / "workers.log")
         pieces = Pieces(Trainings(scale, folder, data))
-        while True:
-            piece = connection.recv()
+        while (piece := connection.recv()) is not None:
             connection.send(_do(pieces, piece))
     except StoppedError:
         with contextlib.suppress(OSError):
@@ -147,7 +163,15 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise StoppedError
 
 
+def _ignore_interrupts() -> Any:
+    """Have processes that start from now on ignore Ctrl-C; the handler that there was."""
+    if threading.current_thread() is not threading.main_thread():
+        return None  # only the main thread may change it
+    return signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _end_with_parent() -> None:
+    """End at once when the process that started this one is gone, however it went."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
