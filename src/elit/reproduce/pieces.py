@@ -13,6 +13,7 @@ from elit.pipelines.operating_points import OperatingPoint
 from elit.reproduce.measure import Bench, curve
 from elit.reproduce.runs import Training, Trainings, describe
 from elit.training.loop import train
+from elit.training.validation import MAX_SAMPLES
 
 
 class StoppedError(Exception):
@@ -69,11 +70,11 @@ class Pieces:
 
     def train(self, training: Training) -> Piece:
         """The piece that trains a model and measures its loss."""
-        config = self.trainings.config(training)
-        share = min(512, self.scale.images) / (3 * self.scale.batch_size)
-        validations = training.steps / config.train.validate_every * share
-        measured = (self.budgets(training), self.scale.images / (3 * self.scale.batch_size))
-        extra = validations + len(measured[0]) * measured[1]
+        every = self.trainings.config(training).train.validate_every
+        step = 3 * self.scale.batch_size  # forwards
+        choices = len(self.budgets(training)) * (1 + self.random_sets(training))
+        extra = training.steps / every * min(MAX_SAMPLES, self.scale.images) / step
+        extra += choices * self.scale.images / step
         cost = training.flops + extra * training.step_flops
         return Piece(train_key(training), training, "train", cost)
 
@@ -100,7 +101,14 @@ class Pieces:
 
     def budgets(self, training: Training) -> list[float]:
         """Budgets at which a training's loss is measured."""
+        if training.size != self.scale.sizes[0]:
+            return [1.0]
         return Trainings.measured_budgets(training.variant, self.scale.group)
+
+    def random_sets(self, training: Training) -> int:
+        """Sets of random latents at each of them."""
+        counts = training.variant == "elit-mb" and training.size == self.scale.sizes[0]
+        return self.scale.random_sets if counts else 0
 
     def do(self, piece: Piece) -> dict[str, Any]:
         """Do a piece, unless it was done; its result.
@@ -133,8 +141,8 @@ class Pieces:
         if not done.finished or done.stopped:
             raise StoppedError
         started = time.perf_counter()
-        random_sets = self.scale.random_sets if training.variant.startswith("elit-mb") else 0
-        found = self.bench.ladder(self._model(training, run), self.budgets(training), random_sets)
+        model = self._model(training, run)
+        found = self.bench.ladder(model, self.budgets(training), self.random_sets(training))
         result = {**describe(training), **found, "curve": curve(run)}
         return result, done.seconds + time.perf_counter() - started
 

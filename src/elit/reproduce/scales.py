@@ -72,7 +72,7 @@ class Scale:
     draw_budgets: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 1 / 16)
     inspected: int = 64
     sigmas: tuple[float, ...] = (0.3, 0.5, 0.7)
-    random_sets: int = 4
+    random_sets: int = 2
     tokens: int = 8
     group: int = 4
     batch_size: int = 32
@@ -101,7 +101,8 @@ SCALES = {
             Size("64x6", 64, 2, 6, 1, 1, steps=1000, lr=6e-3),
             Size("128x10", 128, 4, 10, 1, 1, steps=600, lr=3e-3),
         ),
-        seeds=3, few_seeds=3, spread_steps=300, images=2000, samples=1000,
+        seeds=3, few_seeds=3, spread_steps=150, images=2000, samples=1000,
+        guidance_scales=(1.5, 3.0), validations=12,
     ),
     "base": Scale(
         "base",
