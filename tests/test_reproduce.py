@@ -20,7 +20,7 @@ from elit.cli.config import load_config
 from elit.cli.main import main
 from elit.models.presets import create_model
 from elit.reproduce.claims import CLAIMS
-from elit.reproduce.claims_loss import first_below
+from elit.reproduce.claims_flops import first_below
 from elit.reproduce.report import PAGE, PICTURE, RESULTS, TABLE
 from elit.reproduce.runs import VARIANTS, Trainings, equal_steps
 from elit.reproduce.scales import PAPER, SCALES, Scale, Size

@@ -68,7 +68,6 @@ class Run:
         check_same_data((self.dataset, self.held_out), world)
         objective = config.objective
         self.density = SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
-
         parts = build_parts(config, self.dataset, world, make_model)
         self.model, self.conditioning, self.distillation = parts
         self.frozen = frozen_digest(self.model)
