@@ -72,8 +72,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--scale {args.scale} needs Fashion-MNIST, 30 MB: give --data FOLDER with its files "
             f"train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz "
-            f"and t10k-labels-idx1-ubyte.gz, from https://github.com/zalandoresearch/fashion-mnist "
-            f"or the hub's zalando-datasets/fashion_mnist; --scale tiny goes without"
+            f"and t10k-labels-idx1-ubyte.gz, from github.com/zalandoresearch/fashion-mnist, "
+            f"Debian's package dataset-fashion-mnist, or a mirror on the hub; --scale tiny goes "
+            f"without"
         )
     out = output_folder(args.out or f"runs/reproduce-{args.scale}", "--out")
     from elit.reproduce.panels import load_matplotlib
@@ -96,6 +97,9 @@ def run(args: argparse.Namespace) -> int:
 
 def show(result: "StudyResult", as_json: bool) -> None:
     """Print what came of it."""
+    if result.report is None and as_json:
+        print_json({"finished": False, "done": result.done, "pieces": result.pieces})
+        return
     if result.report is None:
         print(
             f"stopped and saved: {result.folder}, {result.done} of {result.pieces} pieces done\n"

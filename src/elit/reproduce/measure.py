@@ -110,7 +110,8 @@ class Bench:
         draw = generator(0, "budget")
         for n in kept:
             for _ in range(random_sets if n and n < model.max_latents else 0):
-                chosen.append((n, torch.randperm(model.max_latents, generator=draw)[:n]))
+                order = torch.randperm(model.max_latents, generator=draw)
+                chosen.append((n, order[:n].sort().values))  # as training draws them
         found = self.losses(model, chosen)
         losses: dict[str, Any] = {}
         randoms: dict[str, list[float]] = {}

@@ -151,7 +151,7 @@ def do_all(
                     crew.give(connection, todo.pop(piece.key))
                 try:
                     crew.done(_POLL)
-                except RuntimeError:
+                except ChildProcessError:
                     if not stop_requested():  # the signal may have come to all at once
                         raise
                 left = [p.cost for p in todo.values()]

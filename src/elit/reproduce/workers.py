@@ -72,7 +72,8 @@ class Workers:
         """Pieces that were done meanwhile.
 
         Raises:
-            ValueError: or RuntimeError, of a worker.
+            ChildProcessError: if a worker is gone.
+            ValueError: or another error, of a worker.
         """
         found = []
         for connection in wait(list(self.processes), timeout):
@@ -82,7 +83,7 @@ class Workers:
             except (EOFError, ConnectionError):
                 self.processes[connection].join(1)
                 code = self.processes[connection].exitcode
-                raise RuntimeError(
+                raise ChildProcessError(
                     f"a worker has ended with exit code {code}, perhaps for want of memory; "
                     f"the same command goes on, with fewer --workers it needs less"
                 ) from None
