@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from elit.reproduce.pieces import Piece, Pieces
-from elit.reproduce.runs import Training, Trainings
+from elit.reproduce.runs import VARIANTS, Training
 from elit.reproduce.scales import Scale, Size
 from elit.reproduce.verdict import Verdict, mean, standard_error
 
@@ -132,8 +132,6 @@ class Study:
     @staticmethod
     def title(variant: str) -> str:
         """Name of a variant."""
-        from elit.reproduce.runs import VARIANTS
-
         return VARIANTS[variant].title
 
 
@@ -165,9 +163,3 @@ def series(label: str, x: Sequence[float], rows: Sequence[Sequence[float]]) -> d
 def figure(kind: str, title: str, x: str, y: str, **more: Any) -> dict[str, Any]:
     """A figure: "lines", "bars" or "points", with the names of its axes."""
     return {"kind": kind, "title": title, "x": x, "y": y, **more}
-
-
-__all__ = [
-    "LOSS_AXIS", "Claim", "Finding", "Row", "Study", "Trainings", "figure", "less", "point",
-    "series", "with_error",
-]  # fmt: skip

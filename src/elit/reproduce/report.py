@@ -44,7 +44,7 @@ def write_report(
         "scale": study.scale.name,
         "settings": study.scale.settings() | {"seeds": len(study.seeds()),
                                               "few_seeds": len(study.seeds(few=True))},
-        "data": study.trainings.dataset.__repr__(),
+        "data": repr(study.trainings.dataset),
         "rule": RULE,
         "claims": {
             claim.letter: {
