@@ -89,10 +89,16 @@ def run(args: argparse.Namespace) -> int:
     with quiet_diffusers():
         result = reproduce(
             TABLE[args.scale], out, data, args.claims or LETTERS, args.workers, args.seeds,
-            command=shlex.join(["elit", *sys.argv[1:]]),
+            command=_typed(args.data),
         )  # fmt: skip
     show(result, args.json)
     return 0 if result.finished else 130
+
+
+def _typed(data: str | None) -> str:
+    """The command line, without where its user keeps the data."""
+    words = ["FOLDER" if word == data else word for word in sys.argv[1:]]
+    return shlex.join(["elit", *words])
 
 
 def show(result: "StudyResult", as_json: bool) -> None:

@@ -17,7 +17,7 @@ _COLOURS = ("#4e79a7", "#e15759", "#59a14f", "#b07aa1", "#9c755f")
 _MARKERS = "osD^v"
 _STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.alpha": 0.25, "legend.frameon": False, "svg.hashsalt": "elit", "svg.fonttype": "path",
+    "grid.alpha": 0.25, "legend.edgecolor": "none", "svg.hashsalt": "elit", "svg.fonttype": "path",
 }  # fmt: skip
 
 
