@@ -41,7 +41,7 @@ def test_it_is_made_in_one_place_of_extras_that_exist() -> None:
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "missing":
                 named.append(node.args[1].value)
     assert len(named) == 9
-    assert set(named) == {"lora", "prepare", "tensorboard", "text", "video", "wandb"}
+    assert set(named) == {"lora", "plots", "prepare", "tensorboard", "text", "video", "wandb"}
     assert set(named) <= set(extras)
 
 
