@@ -29,6 +29,7 @@ TIERS = [
     {"preparation"},
     {"evaluation", "interop", "viz"},
     {"training"},  # above evaluation and viz: it draws sample sheets and scores them as it goes
+    {"reproduce"},  # trains and measures many models, and draws what came of it
     {"cli"},
 ]
 RANK = {room: rank for rank, tier in enumerate(TIERS) for room in tier}

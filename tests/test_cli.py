@@ -165,6 +165,7 @@ SURFACE = {
     "inspect": "run --images --draws --sigma --budget --steps --data --split --batch-size --seed "
     "--device --out --json",
     "convert": "format file out --weights --encoder-depth --decoder-depth --num-heads --vae --json",
+    "reproduce": "--scale --data --out --claims --workers --seeds --json",
     "flops": "model --resolution --frames --budgets --text-tokens --json",
     "info": "[model] --json",
 }

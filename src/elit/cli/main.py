@@ -25,6 +25,7 @@ COMMANDS = {
     "calibrate": "fit TeaCache, which skips steps at which little changes, to a pipeline",
     "inspect": "show where Read looks, where the loss is, and what each latent is worth",
     "convert": "bring a public checkpoint of others into a folder with a card of its licence",
+    "reproduce": "the paper's claims at your scale: trained, measured and judged",
     "flops": "count the operations of a preset or a checkpoint at each budget",
     "info": "show the presets, one preset or checkpoint, and what is installed",
 }

@@ -1,6 +1,6 @@
 """What a config describes, made: the model and the sampler of its tail dropping."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,12 @@ from elit.training.randomness import generator
 from elit.training.retrofit import Distillation, build_retrofit
 from elit.training.vae import load_run_vae
 
+MakeModel = Callable[[TrainConfig, ImageDataset, Mapping[str, Any]], Any]
+"""(config, data set, arguments that follow from the text encoder) -> model on the CPU"""
+
 
 def build_parts(
-    config: TrainConfig, dataset: ImageDataset, world: World
+    config: TrainConfig, dataset: ImageDataset, world: World, make_model: MakeModel | None = None
 ) -> tuple[Any, Conditioning, Distillation | None]:
     """A run's model on the CPU, what turns batches into conditions, what it is compared with."""
     device = world.device
@@ -39,7 +42,8 @@ def build_parts(
         if isinstance(model, ElasticMixin):
             forward_flops(model)  # runs it: do the groups divide the grid?
     else:
-        model = build_model(config, dataset, text_settings(config.text, dataset))
+        make_model = make_model or build_model
+        model = make_model(config, dataset, text_settings(config.text, dataset))
     check_buckets(model, dataset)
     conditioning = make_conditioning(config, dataset, model, device)
     told = {"class_labels", "captions", *dataset.encodings}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from elit.flow.objective import flow_matching_loss
+from elit.training.build import MakeModel
 from elit.training.config import TrainConfig
 from elit.training.distributed import (
     ProcessLostError,
@@ -42,13 +43,16 @@ class TrainResult:
     seconds: float
 
 
-def train(config: TrainConfig, progress: bool = True) -> TrainResult:
+def train(
+    config: TrainConfig, progress: bool = True, make_model: MakeModel | None = None
+) -> TrainResult:
     """Train a model, or go on with a run that was stopped, and leave a pipeline in its folder.
 
     Args:
         config: the run. The same config again resumes at the last checkpoint, to the same
             weights bit for bit (on the CPU with the same number of threads and processes).
         progress: whether to show a progress bar.
+        make_model: makes the model in place of `build_model`, the same each time.
     """
     loop = config.train
     with (
@@ -57,7 +61,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
         matrix_products(world.device, loop.tf32),
         stop_on_signals() as stop_requested,
     ):
-        run = Run(config, world)
+        run = Run(config, world, make_model)
         steps = range(run.step, loop.steps)
         batches, stopped = run.monitor.watched(run.loader(steps)), False
         with run.progress_bar(progress) as bar:

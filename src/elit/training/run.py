@@ -22,7 +22,7 @@ from elit.data import WholeBatches, load_dataset
 from elit.flow.objective import SigmaDensity
 from elit.interface.budget import format_budget
 from elit.training.average import Average
-from elit.training.build import build_parts, check_draws, tail_dropping
+from elit.training.build import MakeModel, build_parts, check_draws, tail_dropping
 from elit.training.checkpoint import (
     Checkpoints,
     checkpoint_steps,
@@ -60,7 +60,7 @@ class TrainingDivergedError(RuntimeError):
 class Run:
     """Model, moving average, optimiser, data and files of a run, fresh or resumed."""
 
-    def __init__(self, config: TrainConfig, world: World):
+    def __init__(self, config: TrainConfig, world: World, make_model: MakeModel | None = None):
         self._started, self._seconds_before = time.perf_counter(), 0.0
         self.config, self.world = config, world
         self.folder = Path(config.output_dir)
@@ -69,8 +69,8 @@ class Run:
         check_same_data((self.dataset, self.held_out), world)
         objective = config.objective
         self.density = SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
-
-        self.model, self.conditioning, self.distillation = build_parts(config, self.dataset, world)
+        parts = build_parts(config, self.dataset, world, make_model)
+        self.model, self.conditioning, self.distillation = parts
         self.frozen = frozen_digest(self.model)
         self.dropping = tail_dropping(config, self.model)
         # A retrofit is shown at full budget too, where it may be the untrained original.

@@ -1,0 +1,1 @@
+"""The paper's claims: what each needs trained and measured, and how its verdict comes out."""

@@ -1,0 +1,244 @@
+"""Claims that samples decide, (d) guidance and (e) budget or steps; and (g), what is inside."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from elit.interface.budget import format_budget
+from elit.pipelines.operating_points import OperatingPoint
+from elit.reproduce.evidence import Claim, Finding, Row, Study, figure, less, series, with_error
+from elit.reproduce.pieces import Piece
+from elit.reproduce.verdict import judge, mean
+
+GUIDES = {"cfg": "CFG", "ag": "autoguidance", "ccfg": "cheap CFG"}
+MARGIN = 0.05  # "as good": at most so much worse
+FRECHET_AXIS = "Frechet distance (lower is better)"
+LOSS_ONLY = "not measured at this scale: loss only"
+INSIDE = "spearman_in_groups"  # Read's weights share out each group alike
+
+
+def draws(study: Study, point: OperatingPoint) -> list[Piece]:
+    """Samples of ELIT-MB at a point, for each seed."""
+    trainings = [study.training("elit-mb", seed) for seed in study.seeds()]
+    return [study.pieces.draw(training, point) for training in trainings]
+
+
+def values(study: Study, point: OperatingPoint, name: str = "frechet") -> list[float]:
+    """A score at a point, for each seed."""
+    return [study.of(piece)[name] for piece in draws(study, point)]
+
+
+def with_trainings(study: Study, points: Sequence[OperatingPoint]) -> list[Piece]:
+    """The samples of some points and the models that draw them."""
+    if not study.scale.samples:
+        return []
+    return study.train(["elit-mb"]) + [piece for point in points for piece in draws(study, point)]
+
+
+# ---- (d): guidance ----
+
+
+def guided(study: Study, name: str, scale: float) -> OperatingPoint:
+    """A guide at full budget."""
+    return OperatingPoint(1.0, study.scale.sampling_steps, name, scale)
+
+
+def unguided(study: Study) -> OperatingPoint:
+    """The same without."""
+    return OperatingPoint(1.0, study.scale.sampling_steps)
+
+
+def needs_d(study: Study) -> list[Piece]:
+    """List what claim (d) trains and measures."""
+    scales = study.scale.guidance_scales
+    points = [guided(study, name, scale) for name in GUIDES for scale in scales]
+    return with_trainings(study, [unguided(study), *points])
+
+
+def best_scale(study: Study, name: str) -> OperatingPoint:
+    """The point of a guide with the least mean distance."""
+    points = [guided(study, name, scale) for scale in study.scale.guidance_scales]
+    return min(points, key=lambda point: mean(values(study, point)))
+
+
+def find_d(study: Study) -> Finding:
+    """Judge claim (d)."""
+    if not study.scale.samples:
+        return Finding(LOSS_ONLY, [Row("cheap CFG is as good as CFG", "-33 % FLOPs",
+                                       "-", "-", note=LOSS_ONLY)])  # fmt: skip
+    cfg, ag, ccfg = (best_scale(study, name) for name in GUIDES)
+    flops = {p: mean(values(study, p, "flops")) for p in (cfg, ag, ccfg, unguided(study))}
+    best, cheap = values(study, cfg), values(study, ccfg)
+    most = max(study.scale.guidance_scales)
+    strong_cfg, strong_ag = guided(study, "cfg", most), guided(study, "ag", most)
+    plain, right = (values(study, p, "accuracy") for p in (unguided(study), cfg))
+    rows = [
+        Row(
+            f"cheap CFG is as good as CFG: at most {MARGIN:.0%} worse, each at its best scale",
+            "as good or better",
+            f"Frechet {with_error(cheap, 2)} at scale {ccfg.scale:g}",
+            f"CFG: {with_error(best, 2)} at scale {cfg.scale:g}",
+            judge(less([(1 + MARGIN) * value for value in best], cheap)),
+        ),
+        Row(
+            "cheap CFG saves sampling FLOPs",
+            "about 33 %",
+            f"{1 - flops[ccfg] / flops[cfg]:.0%}",
+            f"CFG: {flops[cfg] / 1e9:.2f} GFLOPs a picture",
+            note="counted",
+        ),
+        Row(
+            "guidance draws the wanted class more often (CFG at its best scale)",
+            "-",
+            f"accuracy {with_error(right, 3)}",
+            f"no guidance: {with_error(plain, 3)}",
+            judge(less(right, plain)),
+        ),
+        Row(
+            f"autoguidance has the lower distance at a large scale ({most:g})",
+            "best FID at large scales",
+            f"Frechet {with_error(values(study, strong_ag), 2)}",
+            f"CFG: {with_error(values(study, strong_cfg), 2)}",
+            judge(less(values(study, strong_cfg), values(study, strong_ag))),
+        ),
+        Row(
+            f"autoguidance is less true to the class ({most:g})",
+            "weaker class alignment",
+            f"accuracy {with_error(values(study, strong_ag, 'accuracy'), 3)}",
+            f"CFG: {with_error(values(study, strong_cfg, 'accuracy'), 3)}",
+            judge(less(*(values(study, p, "accuracy") for p in (strong_cfg, strong_ag)))),
+        ),
+    ]
+    return Finding(
+        "Samples of ELIT-MB at full budget with each guide, numbers are guidance scales; bars are "
+        "standard errors over seeds.",
+        rows,
+        [guidance_figure(study, "frechet", FRECHET_AXIS),
+         guidance_figure(study, "accuracy", "accuracy (higher is better)")],
+    )  # fmt: skip
+
+
+def guidance_figure(study: Study, name: str, axis: str) -> dict[str, Any]:
+    """A score over sampling FLOPs: a point for each scale, a series for each guide."""
+    found = []
+    for guide, title in {"none": "no guidance", **GUIDES}.items():
+        points = [guided(study, guide, scale) for scale in study.scale.guidance_scales]
+        points = [unguided(study)] if guide == "none" else points
+        x = [mean(values(study, p, "flops")) / 1e9 for p in points]
+        found.append(series(title, x, [values(study, p, name) for p in points]))
+        found[-1]["texts"] = ["" if p.scale is None else f"{p.scale:g}" for p in points]
+    title = f"(d) guidance: {'distance' if name == 'frechet' else 'accuracy'}"
+    return figure("scatter", title, "sampling GFLOPs a picture", axis, series=found)
+
+
+# ---- (e): budget or steps ----
+
+
+def equal_points(study: Study, steps: int) -> dict[float, OperatingPoint]:
+    """At each budget, the steps that cost what `steps` cost at full budget."""
+    full = study.trainings.forward_flops("elit-mb", 1.0)
+    points = {}
+    for budget in study.scale.draw_budgets:
+        cost = study.trainings.forward_flops("elit-mb", budget)
+        points[budget] = OperatingPoint(budget, max(1, round(steps * full / cost)))
+    return points
+
+
+def needs_e(study: Study) -> list[Piece]:
+    """List what claim (e) trains and measures."""
+    rows = (equal_points(study, steps) for steps in study.scale.equal_steps)
+    return with_trainings(study, [point for row in rows for point in row.values()])
+
+
+def find_e(study: Study) -> Finding:
+    """Judge claim (e)."""
+    claim = "at equal sampling FLOPs, fewer latents are better than fewer steps"
+    if not study.scale.samples:
+        return Finding(LOSS_ONLY, [Row(claim, "so at all FLOPs", "-", "-", note=LOSS_ONLY)])
+    targets = {steps: equal_points(study, steps) for steps in study.scale.equal_steps}
+    full, *lower = study.scale.draw_budgets
+    rows = []
+    for budget in lower:
+        found, control = (
+            [mean(column) for column in zip(
+                *(values(study, points[b]) for points in targets.values()), strict=True)]
+            for b in (budget, full)
+        )  # fmt: skip
+        rows.append(
+            Row(
+                f"{claim} (budget {format_budget(budget)}, mean over "
+                f"{', '.join(map(str, targets))} full steps' FLOPs)",
+                "fewer latents beat fewer steps",
+                f"Frechet {with_error(found, 2)}",
+                f"budget 1: {with_error(control, 2)}",
+                judge(less(control, found)),
+            )
+        )
+    lines = []
+    for budget in study.scale.draw_budgets:
+        points = [row[budget] for row in targets.values()]
+        x = [mean(values(study, point, "flops")) / 1e9 for point in points]
+        lines.append(
+            series(f"budget {format_budget(budget)}", x, [values(study, p) for p in points])
+        )
+        lines[-1]["texts"] = [str(point.steps) for point in points]
+    shown = figure(
+        "lines", "(e) budget or steps", "sampling GFLOPs a picture", FRECHET_AXIS, series=lines,
+        log_x=True,
+    )  # fmt: skip
+    return Finding(
+        "ELIT-MB without guidance, each line a budget, numbers are steps: at the same abscissa "
+        "the same FLOPs; bars are standard errors over seeds.",
+        rows,
+        [shown],
+    )
+
+
+# ---- (g): Read's attention ----
+
+
+def needs_g(study: Study) -> list[Piece]:
+    """List what claim (g) trains and measures."""
+    trainings = [study.training("elit-mb", seed) for seed in study.seeds()]
+    return study.train(["elit-mb"]) + [study.pieces.look(training) for training in trainings]
+
+
+def find_g(study: Study) -> Finding:
+    """Judge claim (g)."""
+    looks = [study.of(study.pieces.look(study.training("elit-mb", s))) for s in study.seeds()]
+    rows, found, controls = [], [], []
+    for i, sigma in enumerate(study.scale.sigmas):
+        levels = [look["levels"][i] for look in looks]
+        at_level = [(x.get(INSIDE) or {}) for x in levels]
+        sound = [x for x in at_level if None not in (x.get("value"), x.get("shuffled"))]
+        found.append([x["value"] for x in sound] or [0.0])
+        controls.append([x["shuffled"] for x in sound] or [0.0])
+        rows.append(
+            Row(
+                f"within a group, Read attends where the loss is high (noise level {sigma:g})",
+                "high where the loss is high, shown in pictures",
+                f"rank correlation {with_error(found[-1], 3)}",
+                f"attention of another picture: {with_error(controls[-1], 3)}",
+                judge(less(found[-1], controls[-1]) if sound else []),
+            )
+        )
+    names = [f"{sigma:g}" for sigma in study.scale.sigmas]
+    places = range(len(names))
+    shown = figure(
+        "bars", "(g) Read's attention and the loss", "noise level", "rank correlation",
+        names=names, zero=True,
+        series=[series("same picture", places, found), series("shuffled", places, controls)],
+    )  # fmt: skip
+    return Finding(
+        "Rank correlation of Read's weights with the loss of the same picture's tokens, within "
+        "groups, and the control: with the loss of other pictures; bars are standard errors over "
+        "seeds.",
+        rows,
+        [shown],
+    )
+
+
+SAMPLE_CLAIMS = [
+    Claim("d", "cheap CFG saves a third and is as good", needs_d, find_d),
+    Claim("e", "at equal sampling FLOPs, fewer latents beat fewer steps", needs_e, find_e),
+    Claim("g", "Read attends where the loss is", needs_g, find_g),
+]

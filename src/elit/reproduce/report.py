@@ -1,0 +1,178 @@
+"""The report of a study: a page, a picture, JSON, and a table in Markdown."""
+
+import html
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from elit._files import write_json, write_text
+from elit.reproduce.evidence import Claim, Finding, Row, Study
+from elit.reproduce.panels import save_sheet, svg
+from elit.reproduce.verdict import RULE
+
+PAGE, PICTURE, RESULTS, TABLE = "claims.html", "claims.png", "results.json", "claims.md"
+_HEADER = ("claim", "paper", "here", "control", "verdict")
+_COLOURS = {"holds": "#2e7d32", "does not hold": "#c62828", "undecided": "#8a6d00"}
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1150px; padding: 0 1rem;
+  color: #222; background: #fff }
+table { border-collapse: collapse; width: 100%; font-size: 13px }
+th, td { border-bottom: 1px solid #ddd; padding: .35rem .6rem; text-align: left;
+  vertical-align: top }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem } svg { max-width: 100%; height: auto }
+.word { font-weight: 600; white-space: nowrap } small { color: #555 }
+"""
+
+
+def write_report(
+    folder: Path, study: Study, claims: Sequence[Claim], about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Judge the claims and write all files.
+
+    Args:
+        folder: of the study.
+        study: with its results.
+        claims: to judge.
+        about: of the run: when, where, how long; it is told apart from what was measured.
+
+    Returns:
+        What results.json holds.
+    """
+    findings = {claim: claim.find(study) for claim in claims}
+    report = {
+        "scale": study.scale.name,
+        "settings": study.scale.settings() | {"seeds": len(study.seeds()),
+                                              "few_seeds": len(study.seeds(few=True))},
+        "data": repr(study.trainings.dataset),
+        "rule": RULE,
+        "claims": {
+            claim.letter: {
+                "title": claim.title,
+                "sentence": finding.sentence,
+                "verdict": summary(finding),
+                "rows": [row.to_dict() for row in finding.rows],
+                "figures": finding.figures,
+            }
+            for claim, finding in findings.items()
+        },
+        "pieces": {
+            key: {name: value for name, value in result.items() if name != "seconds"}
+            for key, result in sorted(study.results.items())
+        },
+        "run": dict(about),
+    }  # fmt: skip
+    figures = [figure for finding in findings.values() for figure in finding.figures]
+    captions = [
+        textwrap.fill(f"verdict: {summary(finding)}", 62)
+        for finding in findings.values()
+        for _ in finding.figures
+    ]
+    if figures:
+        save_sheet(figures, captions, folder / PICTURE)
+    write_text(folder / TABLE, markdown(findings, report))
+    write_text(folder / PAGE, page(findings, report))
+    write_json(folder / RESULTS, report)
+    return report
+
+
+def summary(finding: Finding) -> str:
+    """Verdicts of a claim's rows in one line: all alike once, others one by one."""
+    words = [row.word for row in finding.rows if row.verdict is not None]
+    if not words:
+        return finding.rows[0].word if finding.rows else ""
+    counts = {word: words.count(word) for word in dict.fromkeys(words)}
+    if len(counts) == 1:
+        return words[0] if len(words) == 1 else f"{words[0]} (all {len(words)} rows)"
+    return ", ".join(f"{word} ({count} of {len(words)})" for word, count in counts.items())
+
+
+def verdict_text(row: Row) -> str:
+    """A verdict with the difference that it is by."""
+    if row.verdict is None or row.verdict.difference is None:
+        return row.word
+    error = "" if row.verdict.error is None else f" ± {row.verdict.error:.2g}"
+    seeds = f"{row.verdict.seeds} seed{'s' if row.verdict.seeds > 1 else ''}"
+    return f"{row.word} ({row.verdict.difference:+.2g}{error}, {seeds})"
+
+
+def settings_text(report: Mapping[str, Any]) -> str:
+    """What was done, in words."""
+    settings, about = report["settings"], report["run"]
+    sizes = "; ".join(
+        f"width {s['hidden_size']}, depth {s['depth']} (ELIT {s['head']}-"
+        f"{s['depth'] - s['head'] - s['tail']}-{s['tail']}), {s['steps']} steps of the plain model "
+        f"at learning rate {s['lr']:g}"
+        for s in settings["sizes"]
+    )
+    return (
+        f"Scale {report['scale']}: {report['data']}; {settings['tokens'] ** 2} tokens in groups of "
+        f"{settings['group']}x{settings['group']}; {sizes}; batch {settings['batch_size']}, AdamW "
+        f"(0.9, 0.99), cosine after {settings['warmup_steps']} steps of warm-up, averaged weights "
+        f"(EMA {settings['ema']:g}), {settings['precision']}. Elastic models take as many steps as "
+        f"cost the same FLOPs by elit's own counter, mean over the budgets drawn. Loss: "
+        f"{settings['images']} held-out pictures at most, the same noise for all. "
+        f"{settings['seeds']} seeds of (a) to (e) and (g), {settings['few_seeds']} of the others; "
+        f"± is a standard error over seeds. Begun {about['started']} on {about['machine']}, "
+        f"{about['core_minutes']:.0f} core-minutes: `{about['command']}`."
+    )
+
+
+def table_rows(findings: Mapping[Claim, Finding]) -> list[tuple[str, ...]]:
+    """Cells of the table."""
+    return [
+        (f"({claim.letter}) {row.what}", row.paper, row.here, row.control, verdict_text(row))
+        for claim, finding in findings.items()
+        for row in finding.rows
+    ]
+
+
+def markdown(findings: Mapping[Claim, Finding], report: Mapping[str, Any]) -> str:
+    """The table as Markdown, what was done, and the rule."""
+    lines = ["| " + " | ".join(_HEADER) + " |", "|" + "---|" * len(_HEADER)]
+    lines += [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+        for row in table_rows(findings)
+    ]
+    text = "\n".join(lines)
+    return f"{text}\n\n{settings_text(report)}\n\n{RULE}\n"
+
+
+def page(findings: Mapping[Claim, Finding], report: Mapping[str, Any]) -> str:
+    """The page, which needs no other file."""
+    parts = [
+        f"<h1>The paper's claims, reproduced at scale {html.escape(report['scale'])}</h1>",
+        f"<p>{html.escape(RULE)}</p>",
+        _html_table(table_rows(findings)),
+    ]
+    for claim, finding in findings.items():
+        word = summary(finding)
+        parts.append(
+            f"<h2>({claim.letter}) {html.escape(claim.title)}</h2>"
+            f"<p>{html.escape(finding.sentence)} Verdict: {_word(word)}.</p>"
+            f'<div class="figures">{"".join(svg(figure) for figure in finding.figures)}</div>'
+        )
+    parts.append(f"<p><small>{html.escape(settings_text(report))}</small></p>")
+    body = "\n".join(parts)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Claims of the ELIT '
+        f"paper</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _html_table(rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in _HEADER)
+    lines = [f"<tr>{head}</tr>"]
+    for *cells, verdict in rows:
+        columns = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        word, bracket, rest = verdict.partition(" (")
+        lines.append(
+            f"<tr>{columns}<td>{_word(word)}<br><small>{html.escape(bracket[1:] + rest)}"
+            f"</small></td></tr>"
+        )
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _word(text: str) -> str:
+    colour = next((c for word, c in _COLOURS.items() if text.startswith(word)), "#555")
+    return f'<span class="word" style="color:{colour}">{html.escape(text)}</span>'

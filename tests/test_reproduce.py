@@ -1,0 +1,283 @@
+"""`elit reproduce`: the rule, equal FLOPs, spread pictures, and a micro study end to end."""
+
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from elit.cli import reproduce as command
+from elit.cli.config import load_config
+from elit.cli.main import main
+from elit.models.presets import create_model
+from elit.reproduce.claims import CLAIMS
+from elit.reproduce.claims_flops import first_below
+from elit.reproduce.report import PAGE, PICTURE, RESULTS, TABLE
+from elit.reproduce.runs import VARIANTS, Trainings, equal_steps
+from elit.reproduce.scales import PAPER, SCALES, Scale, Size
+from elit.reproduce.spread import SpreadDiT, build_spread_model, gather, spread
+from elit.reproduce.study import STAMP, reproduce
+from elit.reproduce.verdict import FAILS, HOLDS, UNDECIDED, judge, judge_order, standard_error
+from elit.training.config import DataConfig
+
+MICRO = Scale(
+    "micro", (Size("16x3", 16, 2, 3, 1, 1, steps=4, lr=3e-3),), seeds=2, few_seeds=1,
+    spread_steps=2, images=16, samples=64, sampling_steps=1, guidance_scales=(2.0,),
+    equal_steps=(1,), draw_budgets=(1.0, 1 / 4), inspected=4, sigmas=(0.5,), random_sets=1,
+    batch_size=4, validations=2,
+)  # fmt: skip
+DIGITS = DataConfig("digits")
+
+
+def study(folder: Path, claims: str = "a", scale: Scale = MICRO, **more):
+    return reproduce(scale, folder, DIGITS, list(claims), workers=1, progress=False, **more)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    assert study(folder, "fg").finished
+    return folder
+
+
+# ---- the rule ----
+
+
+def test_two_standard_errors_decide() -> None:
+    # Mean 2, standard deviation sqrt(2), so a standard error of 1: exactly two are not beyond.
+    assert standard_error([1.0, 3.0]) == pytest.approx(1.0)
+    assert judge([1.0, 3.0]).word == UNDECIDED
+    assert judge([1.01, 3.0]).word == HOLDS
+    assert judge([-1.01, -3.0]).word == FAILS
+    assert judge([5.0]).word == UNDECIDED
+    assert judge([]).difference is None
+    assert judge([0.0, 0.0]).word == UNDECIDED
+    found = judge([1.0, 2.0, 3.0])
+    assert (found.difference, found.seeds) == (2.0, 3)
+    assert found.error == pytest.approx(1 / math.sqrt(3))
+
+
+def test_one_step_against_the_order_is_enough() -> None:
+    rising = [[1.0, 1.1], [2.0, 2.1], [3.0, 3.1]]
+    assert judge_order(rising).word == HOLDS
+    assert judge_order(rising[::-1]).word == FAILS
+    assert judge_order([rising[0], [0.5, 0.6], rising[2]]).word == FAILS
+    wobbly = [rising[0], [0.0, 4.0], rising[2]]  # neither up nor down within its error
+    assert judge_order(wobbly).word == HOLDS
+
+
+def test_when_a_curve_is_first_below() -> None:
+    curve = [(10, 4.0), (20, 2.0), (30, 1.0)]
+    assert first_below(curve, 3.0) == 15
+    assert first_below(curve, 2.0) == 20
+    assert first_below(curve, 5.0) == 10
+    assert first_below(curve, 0.5) is None
+
+
+# ---- equal FLOPs ----
+
+
+def test_steps_of_equal_flops() -> None:
+    assert equal_steps(100, 3.0, 2.0) == 150
+    assert equal_steps(100, 2.0, 3.0) == 67
+    assert equal_steps(1, 1.0, 100.0) == 1
+
+
+def test_trainings_cost_alike(tmp_path) -> None:
+    trainings = Trainings(SCALES["small"], tmp_path, DIGITS)
+    plain = trainings.training("dit", 0)
+    for variant in VARIANTS:
+        if not VARIANTS[variant].spread and VARIANTS[variant].backbone == "dit":
+            training = trainings.training(variant, 0)
+            assert abs(training.flops / plain.flops - 1) < 0.5 / training.steps + 1e-9, variant
+    # Of a step: three forwards of each sample, of the widest blocks by hand. D = 64, N = 64.
+    block, rest = 24 * 64 * 64**2 + 4 * 64**2 * 64 + 12 * 64**2, plain.step_flops / (3 * 32)
+    assert rest / (6 * block) == pytest.approx(1, abs=0.03)
+    assert trainings.training("elit-mb", 0).steps > trainings.training("elit", 0).steps
+
+
+def test_spread_costs_more_and_group_sizes_are_told(tmp_path) -> None:
+    trainings = Trainings(MICRO, tmp_path, DIGITS)
+    size = MICRO.sizes[0]
+    for plain, wide in (("dit", "spread-dit"), ("elit", "spread-elit")):
+        assert trainings.step_flops(wide, size) > 3.9 * trainings.step_flops(plain, size)
+    groups = ("elit-1x1", "elit-2x2", "elit", "elit-whole")
+    models = [
+        trainings.on_meta(trainings.config(trainings.training(v, 0)), v) for v in groups
+    ]  # fmt: skip
+    assert [model.max_latents for model in models] == [1, 4, 16, 64]
+    assert [model.min_latents for model in models] == [1, 4, 16, 64]
+
+
+# ---- spread pictures ----
+
+
+def test_spread_puts_patches_where_it_says() -> None:
+    x = torch.arange(1.0, 17).view(1, 1, 4, 4)
+    wide = spread(x, (2, 2))
+    expected = torch.zeros(1, 1, 8, 8)
+    expected[0, 0, 0:2, 0:2] = torch.tensor([[1, 2], [5, 6]])
+    expected[0, 0, 0:2, 4:6] = torch.tensor([[3, 4], [7, 8]])
+    expected[0, 0, 4:6, 0:2] = torch.tensor([[9, 10], [13, 14]])
+    expected[0, 0, 4:6, 4:6] = torch.tensor([[11, 12], [15, 16]])
+    torch.testing.assert_close(wide, expected)
+    torch.testing.assert_close(gather(wide, (2, 2)), x)
+
+
+@pytest.mark.parametrize("name", ["dit-tiny/2", "elit-dit-tiny/2"])
+def test_a_spread_model_is_the_model_on_a_spread_picture(name) -> None:
+    plain = create_model(name)
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    wide = SpreadDiT.from_config(dict(plain.config))
+    wide.load_state_dict(plain.state_dict())
+    x, sigma, labels = torch.randn(2, 1, 16, 16), torch.tensor([0.3, 0.7]), torch.tensor([1, 2])
+    kept = {"num_latents": 3} if plain.is_elastic else {}
+    found = wide(x, sigma, labels, **kept).sample
+    canvas = torch.zeros(2, 1, 32, 32)
+    for row in range(8):
+        for column in range(8):
+            patch = x[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            canvas[:, :, 4 * row : 4 * row + 2, 4 * column : 4 * column + 2] = patch
+    whole = plain(canvas, sigma, labels, **kept).sample
+    for row in range(8):
+        for column in range(8):
+            torch.testing.assert_close(
+                found[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2],
+                whole[:, :, 4 * row : 4 * row + 2, 4 * column : 4 * column + 2],
+            )
+
+
+def test_a_spread_model_starts_from_the_same_weights(tmp_path) -> None:
+    trainings = Trainings(MICRO, tmp_path, DIGITS)
+    config = trainings.config(trainings.training("spread-dit", 0))
+    wide = build_spread_model(config, trainings.dataset)
+    plain = Trainings.make_model("dit")(config, trainings.dataset, {})
+    assert isinstance(wide, SpreadDiT)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(wide.state_dict()[name], value)
+
+
+# ---- a study ----
+
+
+def test_a_study_writes_its_report(finished) -> None:
+    assert {PAGE, PICTURE, RESULTS, TABLE, STAMP} <= {path.name for path in finished.iterdir()}
+    report = json.loads((finished / RESULTS).read_text())
+    assert list(report["claims"]) == ["f", "g"]
+    table = (finished / TABLE).read_text()
+    for letter, claim in report["claims"].items():
+        for row in claim["rows"]:
+            assert f"({letter}) {row['what']}" in table
+            assert row["word"] in (HOLDS, FAILS, UNDECIDED)
+    # A single seed decides nothing.
+    assert {row["word"] for row in report["claims"]["f"]["rows"]} == {UNDECIDED}
+    page = (finished / PAGE).read_text()
+    assert page.count("<svg") == 2
+    assert not re.search(r'(src|href)="(?!#)', page)  # it needs no other file
+
+
+def test_the_same_again_trains_nothing(finished) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished / "pieces").iterdir()}
+    report = (finished / RESULTS).read_bytes()
+    assert study(finished, "fg").finished
+    assert {path: path.stat().st_mtime_ns for path in (finished / "pieces").iterdir()} == before
+    assert (finished / RESULTS).read_bytes() == report
+
+
+def test_other_settings_are_refused(finished) -> None:
+    with pytest.raises(ValueError, match=r"other settings: scale.batch_size is 4 there and 8 now"):
+        study(finished, "f", replace(MICRO, batch_size=8))
+    with pytest.raises(ValueError, match=r"other settings: data is"):
+        reproduce(MICRO, finished, DataConfig("shapes"), ["f"], progress=False)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds something else; choose another folder"):
+        study(tmp_path)
+
+
+@pytest.mark.slow  # all claims, two seeds
+def test_all_claims(tmp_path) -> None:
+    result = study(tmp_path, "".join(CLAIMS), replace(MICRO, few_seeds=2))
+    assert result.finished
+    assert list(result.report["claims"]) == list("abcdefghi")
+    assert all(claim["rows"] for claim in result.report["claims"].values())
+
+
+KILLED = """
+import sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from test_reproduce import MICRO, study
+if __name__ == "__main__":
+    study(Path(sys.argv[1]), "ac")
+"""
+
+
+@pytest.mark.slow  # three processes that import torch
+def test_a_killed_study_goes_on_to_the_same_report(tmp_path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(path=[str(Path(__file__).parent), *sys.path[1:]]))
+    study(tmp_path / "whole", "ac")
+    broken = tmp_path / "broken"
+    for number, kind in ((1, signal.SIGKILL), (3, signal.SIGTERM)):
+        process = subprocess.Popen([sys.executable, str(script), str(broken)])
+        while len(list(broken.glob("pieces/*.json"))) < number:
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.kill(process.pid, kind)
+        process.wait(timeout=60)
+    time.sleep(1)  # the killed one's workers have seen it
+    assert study(broken, "ac").finished
+    one, other = (json.loads((f / RESULTS).read_text()) for f in (tmp_path / "whole", broken))
+    assert one.pop("run")
+    assert other.pop("run")
+    assert one == other
+
+
+# ---- the command ----
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--scale small", r"--scale small needs Fashion-MNIST.*give --data FOLDER.*--scale tiny"),
+        ("--scale base", r"--scale base needs Fashion-MNIST"),
+        ("--scale huge", r"'huge'"),
+        ("", r"--scale"),
+        ("--scale tiny --claims a z", r"claim 'z'"),
+        ("--scale tiny --workers 0", r"--workers"),
+        ("--scale paper --seeds 3", r"--seeds has no effect on --scale paper"),
+    ],
+)
+def test_a_mistake_is_told(line, message, capsys) -> None:
+    assert main(["reproduce", *line.split()]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_flags_and_tables_agree() -> None:
+    assert tuple(CLAIMS) == command.LETTERS
+    assert (*SCALES, PAPER) == command.SCALES
+    assert all(name == scale.name for name, scale in SCALES.items())
+
+
+def test_the_papers_commands_can_be_typed(capsys) -> None:
+    assert main(["reproduce", "--scale", "paper", "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert len(runs) == len(command.PAPER_CONFIGS)
+    for run in runs:
+        words = shlex.split(run["command"])
+        assert words[:5] == ["torchrun", "--nproc-per-node", "8", "-m", "elit"]
+        assert words[5] == "train"
+        load_config(words[6], {})
