@@ -92,16 +92,16 @@ class Scale:
 # Learning rates are tuned on both sides alike. Two cores: tiny 15 minutes, small 50.
 SCALES = {
     "tiny": Scale(
-        "tiny", (Size("64x6", 64, 2, 6, 1, 1, steps=400, lr=6e-3),),
+        "tiny", (Size("64x6", 64, 2, 6, 1, 1, steps=400, lr=1.5e-2),),
         seeds=3, few_seeds=2, spread_steps=120, images=1000, inspected=32,
     ),
     "small": Scale(
         "small",
         (
-            Size("64x6", 64, 2, 6, 1, 1, steps=1000, lr=6e-3),
-            Size("128x10", 128, 4, 10, 1, 1, steps=600, lr=3e-3),
+            Size("64x6", 64, 2, 6, 1, 1, steps=600, lr=1.5e-2),
+            Size("128x10", 128, 4, 10, 2, 2, steps=500, lr=1.2e-2),
         ),
-        seeds=3, few_seeds=3, spread_steps=150, images=2000, samples=1000,
+        seeds=3, few_seeds=2, spread_steps=150, images=2000, samples=1000,
         guidance_scales=(1.5, 3.0), validations=12,
     ),
     "base": Scale(
