@@ -73,11 +73,10 @@ def run(args: argparse.Namespace) -> int:
         config = load_config("digits", overrides)
     except ValueError as error:
         raise _with_own_flags(error) from error
-    own = load_config("digits", {}).model
-    if args.preset is not None and args.preset.lower() != own.preset:
-        config = replace(config, model=ModelConfig(args.preset))
-        dropped = ", ".join(f"{key}={value}" for key, value in own.overrides.items())
-        print(f"{args.preset} as it is: {dropped} are of {own.preset} alone", file=sys.stderr)
+    given, own = args.preset, load_config("digits", {}).model
+    other_model = given is not None and given.lower() != own.preset
+    if other_model:
+        config = replace(config, model=ModelConfig(given))
     folder = output_folder(args.out, "--out")
     try:
         check_config(config)
@@ -87,6 +86,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--preset {args.preset} has no budgets to choose; give elit-{args.preset}"
         )
+
+    if other_model:
+        left_out = ", ".join(f"{key}={value}" for key, value in own.overrides.items())
+        print(f"elit: {given} without the config's overrides: {left_out}", file=sys.stderr)
 
     from elit.training.quickstart import quickstart
 
