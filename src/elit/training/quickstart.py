@@ -18,7 +18,7 @@ from elit.data import ImageDataset, load_dataset
 from elit.evaluation.classifier import ClassifierFeatures, fit_classifier, fit_network
 from elit.evaluation.flops import ElasticFlops, default_budgets, forward_flops
 from elit.evaluation.frechet import Moments, frechet_distance
-from elit.flow.guidance import CFG, CheapCFG, Guidance
+from elit.flow.guidance import CFG, CheapCFG
 from elit.flow.objective import SigmaDensity
 from elit.interface.budget import format_budget
 from elit.models.elastic import ElasticMixin
@@ -180,79 +180,83 @@ def plain_model(model: ElasticMixin, preset: str) -> Any:
 def draw_and_judge(
     pipeline: ElitPipeline, config: TrainConfig, progress: bool
 ) -> tuple[list[BudgetRow], PlainRow, list[list[Image.Image]]]:
-    """Draw all classes at all budgets from the same noise; the first of each class as pictures.
-
-    Budgets and a plain model take turns, so that what else the machine does slows all of them.
-    """
+    """Draw all classes at all budgets from the same noise; the first of each class as pictures."""
     model, processor = pipeline.transformer, pipeline.image_processor
     plain = ElitPipeline(plain_model(model, config.model.preset), pipeline.scheduler)
     plain.to(pipeline.device)
-    num_classes, scale = model.config.num_classes, config.sample.guidance_scale
-    labels = list(range(num_classes)) * IMAGES_PER_CLASS
+    labels = list(range(model.config.num_classes)) * IMAGES_PER_CLASS
+    budgets = budgets_to_draw(model)
+    turns = [(pipeline, budget) for budget in budgets] + [(plain, 1.0)]
+    drawn, seconds = draw_in_turns(turns, labels, config, progress)
+    times = [1000 * statistics.median(took) / len(labels) for took in seconds]
 
-    def draw(budget: float | None, round_: int, steps: int) -> tuple[Tensor, float]:
-        """Images (B, C, H, W) in [0, 1], at a budget or by the plain model; seconds."""
-        drawing = plain if budget is None else pipeline
-        drawing.set_progress_bar_config(disable=True)
-        guidance: Guidance | None = None
-        if scale != 1:
-            guidance = CFG(scale) if budget is None else CheapCFG(scale)
-        first = round_ * len(labels)
-        started = time.perf_counter()
-        images = drawing(
-            labels,
-            budget=1.0 if budget is None else budget,
-            num_inference_steps=steps,
-            guidance=guidance,
-            generator=[generator(config.seed, "sheet", first + i) for i in range(len(labels))],
-            output_type="pt",
-            return_dict=False,
-        )[0]
-        return images.cpu(), time.perf_counter() - started
-
-    turns: list[float | None] = [*budgets_to_draw(model), None]
-    drawn: dict[float | None, list[Tensor]] = {turn: [] for turn in turns}
-    seconds: dict[float | None, list[float]] = {turn: [] for turn in turns}
-    for turn in turns:
-        draw(turn, 0, steps=1)  # the first call is slow
-    with tqdm(total=ROUNDS * len(turns), desc="drawing", disable=not progress) as bar:
-        for round_ in range(ROUNDS):
-            for turn in turns:
-                images, took = draw(turn, round_, config.sample.steps)
-                drawn[turn].append(images)
-                seconds[turn].append(took)
-                bar.update()
-
-    flops, full = ElasticFlops(model), model.max_latents
-    losses = held_out_losses(model, config, [model.resolve_budget(b) for b in turns if b])
+    flops, kept = ElasticFlops(model), [model.resolve_budget(budget) for budget in budgets]
+    full = flops(model.max_latents)
+    losses = held_out_losses(model, config, kept)
     judge = Judge(load_dataset(config.data.name, "train", **config.data.options))
     rows, pictures = [], []
-    for budget in turns:
-        if budget is None:
-            continue
-        n = model.resolve_budget(budget)
-        images = torch.cat(drawn[budget])
+    for n, images, ms in zip(kept, drawn, times, strict=False):  # the last is the plain model's
         accuracy, distance = judge(images * 2 - 1, torch.tensor(labels * ROUNDS))
         rows.append(
             BudgetRow(
                 budget=model.budget_of(n),
                 num_latents=n,
                 mflops=flops(n) / 1e6,
-                share=flops(n) / flops(full),
-                ms_per_image=1000 * statistics.median(seconds[budget]) / len(labels),
+                share=flops(n) / full,
+                ms_per_image=ms,
                 loss=losses[n],
                 accuracy=accuracy,
                 distance=distance,
             )
         )
-        pictures.append(processor.numpy_to_pil(processor.pt_to_numpy(images[:num_classes])))
+        first = images[: model.config.num_classes]
+        pictures.append(processor.numpy_to_pil(processor.pt_to_numpy(first)))
     cost = forward_flops(plain.transformer)
-    plain_row = PlainRow(
-        mflops=cost / 1e6,
-        share=cost / flops(full),
-        ms_per_image=1000 * statistics.median(seconds[None]) / len(labels),
-    )
-    return rows, plain_row, pictures
+    return rows, PlainRow(cost / 1e6, cost / full, ms_per_image=times[-1]), pictures
+
+
+def draw_in_turns(
+    turns: Sequence[tuple[ElitPipeline, float]],
+    labels: list[int],
+    config: TrainConfig,
+    progress: bool,
+) -> tuple[list[Tensor], list[list[float]]]:
+    """Draw these labels in several rounds, in each by every pipeline at its budget.
+
+    They take turns, so that what else the machine does slows all of them.
+
+    Returns:
+        Images (rounds * labels, C, H, W) in [0, 1] and the seconds of each round, for each turn.
+    """
+    scale = config.sample.guidance_scale
+
+    def draw(pipeline: ElitPipeline, budget: float, round_: int, steps: int) -> Tensor:
+        kind = CheapCFG if pipeline.transformer.is_elastic else CFG
+        first = round_ * len(labels)
+        images = pipeline(
+            labels,
+            budget=budget,
+            num_inference_steps=steps,
+            guidance=kind(scale) if scale != 1 else None,
+            generator=[generator(config.seed, "sheet", first + i) for i in range(len(labels))],
+            output_type="pt",
+            return_dict=False,
+        )[0]
+        return images.cpu()  # which waits for a device
+
+    drawn: list[list[Tensor]] = [[] for _ in turns]
+    seconds: list[list[float]] = [[] for _ in turns]
+    for pipeline, budget in turns:
+        pipeline.set_progress_bar_config(disable=True)
+        draw(pipeline, budget, 0, steps=1)  # the first call is slow
+    with tqdm(total=ROUNDS * len(turns), desc="drawing", disable=not progress) as bar:
+        for round_ in range(ROUNDS):
+            for turn, (pipeline, budget) in enumerate(turns):
+                started = time.perf_counter()
+                drawn[turn].append(draw(pipeline, budget, round_, config.sample.steps))
+                seconds[turn].append(time.perf_counter() - started)
+                bar.update()
+    return [torch.cat(images) for images in drawn], seconds
 
 
 def held_out_losses(
