@@ -308,7 +308,7 @@ def test_a_key_given_twice_is_an_error(yaml_file) -> None:
         (["--train.device", "meta"], r"device 'meta' is not usable"),
         (["--model.overrides.hiden_size", "8"], r"'hiden_size' of model.overrides.*'hidden_size'"),
         (["--model.overrides.hidden_size", "x"], r"overrides.hidden_size is 'x'; give a whole num"),
-        (["--model.overrides.group", "[3, 3]"], r"8x8 tokens cannot be cut into groups of 3x3"),
+        (["--model.overrides.group", "[3, 3]"], r"4x4 tokens cannot be cut into groups of 3x3"),
         (["--model.overrides.head", "9"], r"leave no core"),
         (["--data.name", "digit"], r"unknown data set 'digit'.*did you mean 'digits'\?"),
         (["--data.options.count", "5"], r"option 'count' of data set 'digits': no option"),

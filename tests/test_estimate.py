@@ -124,7 +124,7 @@ def config(**changes: str) -> TrainConfig:
         "latents.min": "4",
         "latents.max": "4",
     }
-    return load_config("digits", given | keys)
+    return load_config(None, given | keys)
 
 
 def test_flops_and_hours() -> None:

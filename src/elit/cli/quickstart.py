@@ -2,6 +2,9 @@
 
 import argparse
 import os
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from elit.cli.common import (
     Parser,
@@ -14,8 +17,12 @@ from elit.cli.common import (
 )
 from elit.cli.config import load_config
 from elit.cli.train import check_config
+from elit.training.config import ModelConfig
 
-POOR = 0.9  # accuracy below which something went wrong
+if TYPE_CHECKING:
+    from elit.training.quickstart import QuickstartSummary
+
+POOR = 0.9  # accuracy at full budget below which something went wrong
 
 
 def add_arguments(parser: Parser) -> None:
@@ -36,7 +43,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help="another tiny elastic model, such as elit-uvit-tiny/2 (default: elit-dit-tiny/2)",
+        help="another tiny elastic model, such as elit-uvit-tiny/4 (default: the config's)",
     )
     parser.add_argument(
         "--steps",
@@ -66,6 +73,10 @@ def run(args: argparse.Namespace) -> int:
         config = load_config("digits", overrides)
     except ValueError as error:
         raise _with_own_flags(error) from error
+    given, own = args.preset, load_config("digits", {}).model
+    other_model = given is not None and given.lower() != own.preset
+    if other_model:
+        config = replace(config, model=ModelConfig(given))
     folder = output_folder(args.out, "--out")
     try:
         check_config(config)
@@ -76,7 +87,10 @@ def run(args: argparse.Namespace) -> int:
             f"--preset {args.preset} has no budgets to choose; give elit-{args.preset}"
         )
 
-    from elit.interface.budget import format_budget
+    if other_model:
+        left_out = ", ".join(f"{key}={value}" for key, value in own.overrides.items())
+        print(f"elit: {given} without the config's overrides: {left_out}", file=sys.stderr)
+
     from elit.training.quickstart import quickstart
 
     with quiet_diffusers():
@@ -89,26 +103,49 @@ def run(args: argparse.Namespace) -> int:
     elif not summary.finished:
         print(f"stopped and saved: {folder}\nthe same command again goes on")
     else:
-        header = ["budget", "latents per group", "MFLOPs per forward", "ms per image", "accuracy"]
-        cells = [
-            [
-                format_budget(row.budget),
-                row.num_latents,
-                f"{row.mflops:.1f}",
-                f"{row.ms_per_image:.1f}",
-                f"{row.accuracy:.3f}",
-            ]
-            for row in summary.rows
-        ]
-        print(format_table(header, cells))
+        print(_table(summary))
         print(
             f"trained in {summary.train_seconds:.0f} s, {summary.total_seconds:.0f} s in all\n"
             f"picture: {folder / 'samples.png'}\n"
             f"more:    elit sample {folder} --labels 3 7 --budget 1 0.25"
         )
-        if min(row.accuracy for row in summary.rows) < POOR:
+        if summary.rows[0].accuracy < POOR:
             print("poor digits: trained too briefly? The default number of steps is enough")
     return 0 if summary.finished else 130
+
+
+def _table(summary: "QuickstartSummary") -> str:
+    """The rows, and the plain model below them."""
+    from elit.interface.budget import format_budget
+
+    header = [
+        "budget",
+        "latents per picture",
+        "MFLOPs per forward",
+        "of full",
+        "ms per image",
+        "held-out loss",
+        "accuracy",
+        "distance",
+    ]
+    cells = [
+        [
+            format_budget(row.budget),
+            str(row.num_latents * summary.num_groups),
+            f"{row.mflops:.1f}",
+            f"{row.share:.0%}",
+            f"{row.ms_per_image:.1f}",
+            f"{row.loss:.4f}",
+            f"{row.accuracy:.3f}",
+            f"{row.distance:.2f}",
+        ]
+        for row in summary.rows
+    ]
+    if summary.plain is not None:
+        plain = summary.plain
+        costs = [f"{plain.mflops:.1f}", f"{plain.share:.0%}", f"{plain.ms_per_image:.1f}"]
+        cells.append(["plain model, time only", "", *costs, "", "", ""])
+    return format_table(header, cells)
 
 
 def _with_own_flags(error: ValueError) -> ValueError:

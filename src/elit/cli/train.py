@@ -68,13 +68,13 @@ def run(args: argparse.Namespace) -> int:
     own = ("config", "dry_run", "json")
     overrides = {key: value for key, value in vars(args).items() if key not in own}
     config = load_config(args.config, overrides)
+    check_config(config, thorough=args.dry_run)
     kept = config.model.overrides
     if "model.preset" in overrides and kept and not any("overrides" in key for key in overrides):
         changes = ", ".join(f"{key}={value}" for key, value in kept.items())
         print(
             f"elit: {config.model.preset} with the config's overrides: {changes}", file=sys.stderr
         )
-    check_config(config, thorough=args.dry_run)
     if args.dry_run:
         print_config(config, args.json)
         return 0
