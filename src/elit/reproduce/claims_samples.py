@@ -1,37 +1,27 @@
 """Claims that samples decide, (d) guidance and (e) budget or steps; and (g), what is inside."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from elit.interface.budget import format_budget
 from elit.pipelines.operating_points import OperatingPoint
-from elit.reproduce.evidence import Claim, Finding, Row, Study, figure, less, series, with_error
+from elit.reproduce.evidence import (
+    FRECHET_AXIS,
+    Claim,
+    Finding,
+    Row,
+    Study,
+    figure,
+    less,
+    series,
+    with_error,
+)
 from elit.reproduce.pieces import Piece
 from elit.reproduce.verdict import judge, mean
 
 GUIDES = {"cfg": "CFG", "ag": "autoguidance", "ccfg": "cheap CFG"}
 MARGIN = 0.05  # "as good": at most so much worse
-FRECHET_AXIS = "Frechet distance (lower is better)"
 LOSS_ONLY = "not measured at this scale: loss only"
 INSIDE = "spearman_in_groups"  # Read's weights share out each group alike
-
-
-def draws(study: Study, point: OperatingPoint) -> list[Piece]:
-    """Samples of ELIT-MB at a point, for each seed."""
-    trainings = [study.training("elit-mb", seed) for seed in study.seeds()]
-    return [study.pieces.draw(training, point) for training in trainings]
-
-
-def values(study: Study, point: OperatingPoint, name: str = "frechet") -> list[float]:
-    """A score at a point, for each seed."""
-    return [study.of(piece)[name] for piece in draws(study, point)]
-
-
-def with_trainings(study: Study, points: Sequence[OperatingPoint]) -> list[Piece]:
-    """The samples of some points and the models that draw them."""
-    if not study.scale.samples:
-        return []
-    return study.train(["elit-mb"]) + [piece for point in points for piece in draws(study, point)]
 
 
 # ---- (d): guidance ----
@@ -42,22 +32,17 @@ def guided(study: Study, name: str, scale: float) -> OperatingPoint:
     return OperatingPoint(1.0, study.scale.sampling_steps, name, scale)
 
 
-def unguided(study: Study) -> OperatingPoint:
-    """The same without."""
-    return OperatingPoint(1.0, study.scale.sampling_steps)
-
-
 def needs_d(study: Study) -> list[Piece]:
     """List what claim (d) trains and measures."""
     scales = study.scale.guidance_scales
     points = [guided(study, name, scale) for name in GUIDES for scale in scales]
-    return with_trainings(study, [unguided(study), *points])
+    return study.draw("elit-mb", [study.unguided(), *points])
 
 
 def best_scale(study: Study, name: str) -> OperatingPoint:
     """The point of a guide with the least mean distance."""
     points = [guided(study, name, scale) for scale in study.scale.guidance_scales]
-    return min(points, key=lambda point: mean(values(study, point)))
+    return min(points, key=lambda point: mean(study.scores(point)))
 
 
 def find_d(study: Study) -> Finding:
@@ -66,11 +51,11 @@ def find_d(study: Study) -> Finding:
         return Finding(LOSS_ONLY, [Row("cheap CFG is as good as CFG", "-33 % FLOPs",
                                        "-", "-", note=LOSS_ONLY)])  # fmt: skip
     cfg, ag, ccfg = (best_scale(study, name) for name in GUIDES)
-    flops = {p: mean(values(study, p, "flops")) for p in (cfg, ag, ccfg, unguided(study))}
-    best, cheap = values(study, cfg), values(study, ccfg)
+    flops = {p: mean(study.scores(p, "flops")) for p in (cfg, ag, ccfg, study.unguided())}
+    best, cheap = study.scores(cfg), study.scores(ccfg)
     most = max(study.scale.guidance_scales)
     strong_cfg, strong_ag = guided(study, "cfg", most), guided(study, "ag", most)
-    plain, right = (values(study, p, "accuracy") for p in (unguided(study), cfg))
+    plain, right = (study.scores(p, "accuracy") for p in (study.unguided(), cfg))
     rows = [
         Row(
             f"cheap CFG is as good as CFG: at most {MARGIN:.0%} worse, each at its best scale",
@@ -96,16 +81,16 @@ def find_d(study: Study) -> Finding:
         Row(
             f"autoguidance has the lower distance at a large scale ({most:g})",
             "best FID at large scales",
-            f"Frechet {with_error(values(study, strong_ag), 2)}",
-            f"CFG: {with_error(values(study, strong_cfg), 2)}",
-            judge(less(values(study, strong_cfg), values(study, strong_ag))),
+            f"Frechet {with_error(study.scores(strong_ag), 2)}",
+            f"CFG: {with_error(study.scores(strong_cfg), 2)}",
+            judge(less(study.scores(strong_cfg), study.scores(strong_ag))),
         ),
         Row(
             f"autoguidance is less true to the class ({most:g})",
             "weaker class alignment",
-            f"accuracy {with_error(values(study, strong_ag, 'accuracy'), 3)}",
-            f"CFG: {with_error(values(study, strong_cfg, 'accuracy'), 3)}",
-            judge(less(*(values(study, p, "accuracy") for p in (strong_cfg, strong_ag)))),
+            f"accuracy {with_error(study.scores(strong_ag, 'accuracy'), 3)}",
+            f"CFG: {with_error(study.scores(strong_cfg, 'accuracy'), 3)}",
+            judge(less(*(study.scores(p, "accuracy") for p in (strong_cfg, strong_ag)))),
         ),
     ]
     return Finding(
@@ -122,9 +107,9 @@ def guidance_figure(study: Study, name: str, axis: str) -> dict[str, Any]:
     found = []
     for guide, title in {"none": "no guidance", **GUIDES}.items():
         points = [guided(study, guide, scale) for scale in study.scale.guidance_scales]
-        points = [unguided(study)] if guide == "none" else points
-        x = [mean(values(study, p, "flops")) / 1e9 for p in points]
-        found.append(series(title, x, [values(study, p, name) for p in points]))
+        points = [study.unguided()] if guide == "none" else points
+        x = [mean(study.scores(p, "flops")) / 1e9 for p in points]
+        found.append(series(title, x, [study.scores(p, name) for p in points]))
         found[-1]["texts"] = ["" if p.scale is None else f"{p.scale:g}" for p in points]
     title = f"(d) guidance: {'distance' if name == 'frechet' else 'accuracy'}"
     return figure("scatter", title, "sampling GFLOPs a picture", axis, series=found)
@@ -146,7 +131,7 @@ def equal_points(study: Study, steps: int) -> dict[float, OperatingPoint]:
 def needs_e(study: Study) -> list[Piece]:
     """List what claim (e) trains and measures."""
     rows = (equal_points(study, steps) for steps in study.scale.equal_steps)
-    return with_trainings(study, [point for row in rows for point in row.values()])
+    return study.draw("elit-mb", [point for row in rows for point in row.values()])
 
 
 def find_e(study: Study) -> Finding:
@@ -160,7 +145,7 @@ def find_e(study: Study) -> Finding:
     for budget in lower:
         found, control = (
             [mean(column) for column in zip(
-                *(values(study, points[b]) for points in targets.values()), strict=True)]
+                *(study.scores(points[b]) for points in targets.values()), strict=True)]
             for b in (budget, full)
         )  # fmt: skip
         rows.append(
@@ -176,9 +161,9 @@ def find_e(study: Study) -> Finding:
     lines = []
     for budget in study.scale.draw_budgets:
         points = [row[budget] for row in targets.values()]
-        x = [mean(values(study, point, "flops")) / 1e9 for point in points]
+        x = [mean(study.scores(point, "flops")) / 1e9 for point in points]
         lines.append(
-            series(f"budget {format_budget(budget)}", x, [values(study, p) for p in points])
+            series(f"budget {format_budget(budget)}", x, [study.scores(p) for p in points])
         )
         lines[-1]["texts"] = [str(point.steps) for point in points]
     shown = figure(

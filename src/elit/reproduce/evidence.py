@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from elit.pipelines.operating_points import OperatingPoint
 from elit.reproduce.pieces import Piece, Pieces
 from elit.reproduce.runs import VARIANTS, Training
 from elit.reproduce.scales import Scale, Size
 from elit.reproduce.verdict import Verdict, mean, standard_error
 
 LOSS_AXIS = "held-out loss (lower is better)"
+FRECHET_AXIS = "Frechet distance (lower is better)"
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,30 @@ class Study:
             return [result["random"][budget] for result in found]
         return [result["losses"][budget]["loss"] for result in found]
 
-    def budgets(self, variant: str) -> list[str]:
+    def budgets(self, variant: str, size: Size | None = None) -> list[str]:
         """Budgets at which a variant's loss is measured, the largest first."""
-        return list(self.of(self.train([variant])[0])["losses"])
+        return list(self.of(self.train([variant], size=size)[0])["losses"])
+
+    def draw(self, variant: str, points: Sequence[OperatingPoint]) -> list[Piece]:
+        """A variant's trainings and its samples at some points; none where loss is all."""
+        if not self.scale.samples:
+            return []
+        return self.train([variant]) + [
+            self.pieces.draw(self.training(variant, seed), point)
+            for point in points
+            for seed in self.seeds()
+        ]
+
+    def scores(
+        self, point: OperatingPoint, name: str = "frechet", variant: str = "elit-mb"
+    ) -> list[float]:
+        """A score of a variant's samples at a point, one for each seed."""
+        trainings = [self.training(variant, seed) for seed in self.seeds()]
+        return [self.of(self.pieces.draw(training, point))[name] for training in trainings]
+
+    def unguided(self, budget: float = 1.0) -> OperatingPoint:
+        """Samples without guidance."""
+        return OperatingPoint(budget, self.scale.sampling_steps)
 
     @staticmethod
     def title(variant: str) -> str:

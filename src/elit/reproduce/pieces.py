@@ -101,8 +101,6 @@ class Pieces:
 
     def budgets(self, training: Training) -> list[float]:
         """Budgets at which a training's loss is measured."""
-        if training.size != self.scale.sizes[0]:
-            return [1.0]
         return Trainings.measured_budgets(training.variant, self.scale.group)
 
     def random_sets(self, training: Training) -> int:
