@@ -97,7 +97,7 @@ class SiTRead(nn.Module):
         self.mlp = MLP(dim, ratio=1, bias=False)
 
     def reset_parameters(self) -> None:
-        """Start the learned vectors small; the modulation's gates are closed."""
+        """Start the learned vectors small and the gates closed, as the public format has it."""
         nn.init.normal_(self.latents, std=0.02)
         nn.init.normal_(self.latent_places, std=0.02)
         _torch_default(self.attention, self.mlp)

@@ -92,8 +92,8 @@ class Scale:
 # Learning rates are tuned on both sides alike. Two cores: tiny 15 minutes, small 50.
 SCALES = {
     "tiny": Scale(
-        "tiny", (Size("64x6", 64, 2, 6, 1, 1, steps=400, lr=1.5e-2),),
-        seeds=3, few_seeds=2, spread_steps=120, images=1000, inspected=32,
+        "tiny", (Size("64x6", 64, 2, 6, 1, 1, steps=300, lr=1e-2),),
+        seeds=3, few_seeds=2, spread_steps=80, images=1000, inspected=32, validations=10,
     ),
     "small": Scale(
         "small",
