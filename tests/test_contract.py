@@ -339,9 +339,6 @@ def test_without_write_it_is_the_plain_model_of_head_and_tail(case: Case) -> Non
             pytest.skip("the last block's text is another")
         for block in elastic.split_blocks(elastic.blocks)[1]:
             close(block.text.modulation)
-    # As at initialisation: Write's gate is closed, all else is open.
-    if case.cls is not SiT:
-        elastic.write.reset_parameters()
     close_write(elastic)
     interface = {"group", "head", "tail", "min_latents", "write_depth"}
     config = {k: v for k, v in case.config.items() if k not in interface}
@@ -373,6 +370,39 @@ def test_at_initialisation_the_gates_are_closed() -> None:
         last = model.blocks[-1]
         nn.init.normal_(getattr(last, "image", last).mlp[2].weight)  # behind a closed gate
         assert torch.equal(run(model, inputs), out)
+
+
+@ELASTIC
+def test_at_initialisation_the_core_learns_at_once(case: Case) -> None:
+    """As soon as the last layer isn't zero, each block of the core and Read have a gradient.
+
+    The public format's start, a SiT's, is another: there Write gives back nothing at first.
+    """
+    if case.cls is SiT:
+        pytest.skip("it has the public format's start")
+    model = case.cls(**case.config)
+    nn.init.normal_(model.project.linear.weight)
+    squared_error(model, make_inputs(model)).backward()
+    _, core, _ = model.split_blocks(model.blocks)
+    for block in core:
+        assert getattr(block, "image", block).modulation.linear.bias.grad.any()
+    for name, parameter in model.read.named_parameters():
+        assert parameter.grad.any(), name
+
+
+@ELASTIC
+def test_at_initialisation_latents_are_no_copies(case: Case) -> None:
+    if case.cls is SiT:
+        pytest.skip("it has the public format's start")
+    model = case.cls(**case.config)
+    seen: list[Tensor] = []
+    handle = model.read.register_forward_hook(lambda module, given, out: seen.append(out))
+    run(model, make_inputs(model))
+    handle.remove()
+    latents = seen[0].unflatten(1, (-1, model.max_latents))  # (B, G, J, D)
+    alike = torch.cosine_similarity(latents[:, :, :, None], latents[:, :, None], dim=-1)
+    others = alike.masked_select(~torch.eye(model.max_latents, dtype=torch.bool))
+    assert others.mean() < 0.5
 
 
 # ---- gradients ----
