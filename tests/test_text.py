@@ -519,7 +519,7 @@ def test_captions_train_and_become_images(capsys, tmp_path, monkeypatch) -> None
         (("sample", "run", "--prompts", "word " * 40), "a text of 41 tokens is too long"),
         (("flops", "dit-xl/2", "--text-tokens", 4), "draws classes, not texts"),
         (("train", "digits", "--model.preset", "elit-mmdit-tiny/2"), "has no captions; use data"),
-        (("train", "digits", "--text.max_length", 4), "text.* have no effect on 'elit-dit-tiny/2'"),
+        (("train", "digits", "--text.max_length", 4), "text.* have no effect on 'elit-dit-tiny/4'"),
         (("train", "captioned-shapes", "--text.encoder", "./no"), "the text encoder './no' cannot"),
     ):
         code, _, err = cli(capsys, *command)
