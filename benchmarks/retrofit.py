@@ -17,20 +17,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from elit import ElitPipeline, elasticize
+from elit import CheapCFG, ElitPipeline, elasticize
 from elit.cli.common import format_table
 from elit.cli.config import load_config, read_yaml
 from elit.data import load_dataset
+from elit.evaluation.classifier import fit_classifier
 from elit.interface.budget import format_budget
 from elit.training.build import build_parts
 from elit.training.config import TrainConfig
+from elit.training.distributed import World
 from elit.training.loop import train
-from elit.training.quickstart import draw_and_judge
 from elit.training.run import SigmaDensity
 from elit.training.validation import validation_losses
 
 SHARES = (0.02, 0.05, 0.10)
 KEPT = (16, 8, 4, 2, 1)
+EACH = 20  # images of each class
 # Name: settings beside those of configs/finetune.yaml.
 RECIPES = {
     "identity": {},
@@ -67,11 +69,12 @@ def losses_after(config: TrainConfig) -> list[float]:
         last = [json.loads(line) for line in lines if "validation" in line][-1]
         return [last[f"validation/loss_{format_budget(n / KEPT[0])}"] for n in KEPT]
     dataset = load_dataset(config.data.name, "validation", **config.data.options)
-    model, conditioning, _ = build_parts(config, dataset, torch.device("cpu"))
+    world = World(0, 1, torch.device("cpu"))
+    model, conditioning, _ = build_parts(config, dataset, world)
     objective = config.objective
     density = SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
     losses = validation_losses(
-        model.eval(), dataset, conditioning, density, KEPT, config.seed, torch.device("cpu")
+        model.eval(), dataset, conditioning, density, KEPT, config.seed, world
     )
     return [losses[n].mean().item() for n in KEPT]
 
@@ -79,10 +82,23 @@ def losses_after(config: TrainConfig) -> list[float]:
 def accuracies(folder: Path, config: TrainConfig, untrained: bool) -> list[float]:
     """Shares of drawn images that a classifier takes for what was asked, at KEPT."""
     pipeline = ElitPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
     if untrained:
         elasticize(pipeline.transformer, 2, 2, 4)
-    rows, _ = draw_and_judge(pipeline, config, progress=False)
-    return [row.accuracy for row in rows]
+    judge = fit_classifier(load_dataset(config.data.name, **config.data.options))
+    labels = list(range(pipeline.transformer.config.num_classes)) * EACH
+    shares = []
+    for n in KEPT:
+        images = pipeline(
+            labels,
+            budget=n / KEPT[0],
+            num_inference_steps=config.sample.steps,
+            guidance=CheapCFG(config.sample.guidance_scale),
+            generator=[torch.Generator().manual_seed(i) for i in range(len(labels))],
+            output_type="pt",
+        ).images  # (B, C, H, W) in [0, 1]
+        shares.append(judge.accuracy(images * 2 - 1, torch.tensor(labels)))
+    return shares
 
 
 def main() -> None:
