@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import re
 import shlex
 import signal
@@ -18,10 +19,13 @@ import torch
 from elit.cli import reproduce as command
 from elit.cli.config import load_config
 from elit.cli.main import main
+from elit.interface.budget import format_budget
 from elit.models.presets import create_model
 from elit.reproduce.claims import CLAIMS
-from elit.reproduce.claims_flops import first_below
-from elit.reproduce.report import PAGE, PICTURE, RESULTS, TABLE
+from elit.reproduce.claims_flops import first_below, judge_reach, reach_row
+from elit.reproduce.evidence import Study
+from elit.reproduce.pieces import Piece, Pieces
+from elit.reproduce.report import PAGE, PICTURE, RESULTS, TABLE, _word, summary
 from elit.reproduce.runs import VARIANTS, Trainings, equal_steps
 from elit.reproduce.scales import PAPER, SCALES, Scale, Size
 from elit.reproduce.spread import SpreadDiT, build_spread_model, gather, spread
@@ -81,6 +85,121 @@ def test_when_a_curve_is_first_below() -> None:
     assert first_below(curve, 2.0) == 20
     assert first_below(curve, 5.0) == 10
     assert first_below(curve, 0.5) is None
+
+
+# ---- made-up results ----
+
+MADE_UP = replace(
+    MICRO, seeds=3, few_seeds=3, spread_steps=7, sampling_steps=20, equal_steps=(4, 8),
+    guidance_scales=(2.0, 3.0), sigmas=(0.3, 0.5),
+)  # fmt: skip
+LOSSES = {
+    "dit": 1.0, "elit": 0.95, "elit-mb": 0.90, "elit-mb-random": 0.92, "elit-1x1": 1.0,
+    "elit-2x2": 0.97, "elit-whole": 1.0, "spread-dit": 1.05, "spread-elit": 0.85, "uvit": 1.0,
+    "elit-uvit": 0.95, "elit-uvit-mb": 0.90,
+}  # fmt: skip
+LOWER = {"elit": 0.2, "elit-uvit": 0.2}  # what halving the budget costs; others lose less
+
+
+def made_up(folder: Path, paper_is_right: bool) -> Study:
+    """A study whose results say in everything that the paper is right, or the opposite."""
+    made = Study(Pieces(Trainings(MADE_UP, folder, DIGITS)))
+    pieces = {p.key: p for claim in CLAIMS.values() for p in claim.needs(made)}
+    made.results = {key: made_up_result(made, piece) for key, piece in pieces.items()}
+    if not paper_is_right:
+        for result in made.results.values():
+            mirror(result)
+    return made
+
+
+def made_up_result(made: Study, piece: Piece) -> dict:
+    luck, variant = random.Random(piece.key).uniform(0, 0.002), piece.training.variant
+    if piece.kind == "look":
+        values = {"value": 0.3 + luck, "shuffled": 0.1}
+        return {"levels": [{"sigma": s, "spearman_in_groups": values} for s in MADE_UP.sigmas]}
+    if piece.kind == "draw":
+        point = piece.point
+        frechet, accuracy = {
+            "none": (8 - math.log2(point.budget) / 2, 0.7), "cfg": (6, 0.9), "ag": (5, 0.8),
+            "ccfg": (5, 0.85),
+        }[point.guidance]  # fmt: skip
+        if point.steps != MADE_UP.sampling_steps:  # of (e)
+            frechet = 8 + math.log2(point.budget)
+        return {
+            "frechet": (10 if variant == "dit" else frechet) + luck, "accuracy": accuracy + luck,
+            "real_accuracy": 0.95, "flops": made.pieces.sampling_flops(variant, point),
+        }  # fmt: skip
+    loss = LOSSES[variant] + luck
+    if variant == "elit" and "-steps" in piece.training.name and piece.training.steps != 7:
+        loss = 0.85 + luck  # of (b), at equal steps
+    budgets = made.pieces.budgets(piece.training)
+    ladder = {format_budget(b): loss - math.log2(b) * LOWER.get(variant, 0.02) for b in budgets}
+    return {
+        "losses": {budget: {"loss": value} for budget, value in ladder.items()},
+        "random": {budget: value + 0.01 for budget, value in ladder.items() if budget != "1"},
+        "curve": [[step, loss + 0.6 - 0.2 * step] for step in (1, 2, 3)],
+    }
+
+
+def mirror(result: dict) -> None:
+    """Turn a result round: the better one is the worse one."""
+    for level in result.get("levels", ()):
+        values = level["spearman_in_groups"]
+        level["spearman_in_groups"] = {"value": values["shuffled"], "shuffled": values["value"]}
+    if "frechet" in result:
+        result |= {"frechet": 20 - result["frechet"], "accuracy": 1 - result["accuracy"]}
+    for one in result.get("losses", {}).values():
+        one["loss"] = 2 - one["loss"]
+    for budget, value in result.get("random", {}).items():
+        result["random"][budget] = 2 - value
+    if "curve" in result:  # as it falls, to the other end
+        down = 2 * (1 - result["curve"][-1][1])
+        result["curve"] = [[step, loss + down] for step, loss in result["curve"]]
+
+
+@pytest.mark.parametrize("paper_is_right", [True, False])
+@pytest.mark.parametrize("letter", list("abcdefghi"))
+def test_no_claim_is_judged_the_wrong_way_round(letter, paper_is_right, tmp_path) -> None:
+    finding = CLAIMS[letter].find(made_up(tmp_path, paper_is_right))
+    words = {row.what: row.word for row in finding.rows if row.note != "counted"}
+    assert words
+    assert words == dict.fromkeys(words, HOLDS if paper_is_right else FAILS)
+
+
+def test_a_goal_that_is_not_reached_is_not_said_to_be(tmp_path) -> None:
+    made = made_up(tmp_path, paper_is_right=True)
+    size = MADE_UP.sizes[0]
+    trainings = made.train(["elit-mb"])
+    for left, word in ((3, HOLDS), (2, UNDECIDED), (1, UNDECIDED), (0, FAILS)):
+        row = reach_row(made, size)
+        assert row.word == word
+        assert f"reached by {left} of 3 seeds" in row.here
+        assert ("at least" in row.here) == (left < 3)
+        if left:
+            made.of(trainings[left - 1])["curve"][:] = [[1, 2.0], [3, 1.5]]
+    assert row.here.startswith("share at least 1;")
+    assert judge_reach([1.0], 0).word == UNDECIDED  # a single seed decides nothing
+
+
+def test_what_is_not_defined_is_told(tmp_path) -> None:
+    made = made_up(tmp_path, paper_is_right=True)
+    looks = [result for key, result in made.results.items() if key.startswith("look")]
+    looks[0]["levels"][0].pop("spearman_in_groups")
+    for look in looks:
+        look["levels"][1]["spearman_in_groups"] = {"value": None, "shuffled": None}
+    finding = CLAIMS["g"].find(made)
+    first, second = finding.rows
+    assert first.here.endswith("(of 2 of 3 seeds)")
+    assert (second.here, second.word) == ("-", "not defined")
+    assert summary(finding) == "holds (1 of 2), not defined (1 of 2)"
+    assert [series["x"] for series in finding.figures[0]["series"]] == [[0], [0]]
+
+
+def test_only_verdicts_that_agree_have_a_colour() -> None:
+    assert "#2e7d32" in _word("holds")
+    assert "#2e7d32" in _word("holds (all 3 rows)")
+    assert "#c62828" in _word("does not hold (all 2 rows)")
+    assert "#555" in _word("holds (1 of 3), does not hold (2 of 3)")
 
 
 # ---- equal FLOPs ----

@@ -1,16 +1,19 @@
 """Claims that samples decide, (d) guidance and (e) budget or steps; and (g), what is inside."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from elit.interface.budget import format_budget
 from elit.pipelines.operating_points import OperatingPoint
 from elit.reproduce.evidence import (
     FRECHET_AXIS,
+    NOT_DEFINED,
     Claim,
     Finding,
     Row,
     Study,
     figure,
+    in_words,
     less,
     series,
     with_error,
@@ -22,6 +25,7 @@ GUIDES = {"cfg": "CFG", "ag": "autoguidance", "ccfg": "cheap CFG"}
 MARGIN = 0.05  # "as good": at most so much worse
 LOSS_ONLY = "not measured at this scale: loss only"
 INSIDE = "spearman_in_groups"  # Read's weights share out each group alike
+OTHERS = "attention with the loss of other pictures"
 
 
 # ---- (d): guidance ----
@@ -134,6 +138,17 @@ def needs_e(study: Study) -> list[Piece]:
     return study.draw("elit-mb", [point for row in rows for point in row.values()])
 
 
+def over_targets(study: Study, points: Sequence[OperatingPoint], name: str) -> list[float]:
+    """Mean of a score over some points, one for each seed."""
+    columns = zip(*(study.scores(point, name) for point in points), strict=True)
+    return [mean(column) for column in columns]
+
+
+def apart(study: Study, one: OperatingPoint, other: OperatingPoint) -> float:
+    """How far from equal the FLOPs of two points are, as a share."""
+    return abs(mean(study.scores(one, "flops")) / mean(study.scores(other, "flops")) - 1)
+
+
 def find_e(study: Study) -> Finding:
     """Judge claim (e)."""
     claim = "at equal sampling FLOPs, fewer latents are better than fewer steps"
@@ -141,20 +156,22 @@ def find_e(study: Study) -> Finding:
         return Finding(LOSS_ONLY, [Row(claim, "so at all FLOPs", "-", "-", note=LOSS_ONLY)])
     targets = {steps: equal_points(study, steps) for steps in study.scale.equal_steps}
     full, *lower = study.scale.draw_budgets
+    real = study.real(next(iter(targets.values()))[full])
     rows = []
     for budget in lower:
-        found, control = (
-            [mean(column) for column in zip(
-                *(study.scores(points[b]) for points in targets.values()), strict=True)]
+        found, control, right, control_right = (
+            over_targets(study, [points[b] for points in targets.values()], name)
+            for name in ("frechet", "accuracy")
             for b in (budget, full)
-        )  # fmt: skip
+        )
+        off = max(apart(study, points[budget], points[full]) for points in targets.values())
         rows.append(
             Row(
                 f"{claim} (budget {format_budget(budget)}, mean over "
                 f"{', '.join(map(str, targets))} full steps' FLOPs)",
                 "fewer latents beat fewer steps",
-                f"Frechet {with_error(found, 2)}",
-                f"budget 1: {with_error(control, 2)}",
+                f"{in_words(found, right)}; FLOPs equal within {off:.1%}",
+                f"budget 1: {in_words(control, control_right)}; {real}",
                 judge(less(control, found)),
             )
         )
@@ -190,35 +207,38 @@ def needs_g(study: Study) -> list[Piece]:
 def find_g(study: Study) -> Finding:
     """Judge claim (g)."""
     looks = [study.of(study.pieces.look(study.training("elit-mb", s))) for s in study.seeds()]
-    rows, found, controls = [], [], []
+    rows, found, controls, places = [], [], [], []
     for i, sigma in enumerate(study.scale.sigmas):
-        levels = [look["levels"][i] for look in looks]
-        at_level = [(x.get(INSIDE) or {}) for x in levels]
+        at_level = [(look["levels"][i].get(INSIDE) or {}) for look in looks]
         sound = [x for x in at_level if None not in (x.get("value"), x.get("shuffled"))]
-        found.append([x["value"] for x in sound] or [0.0])
-        controls.append([x["shuffled"] for x in sound] or [0.0])
+        what = f"within a group, Read attends where the loss is high (noise level {sigma:g})"
+        paper = "high where the loss is high, shown in pictures"
+        if not sound:
+            rows.append(Row(what, paper, "-", "-", note=NOT_DEFINED))
+            continue
+        places.append(i)
+        found.append([x["value"] for x in sound])
+        controls.append([x["shuffled"] for x in sound])
+        count = "" if len(sound) == len(looks) else f" (of {len(sound)} of {len(looks)} seeds)"
         rows.append(
             Row(
-                f"within a group, Read attends where the loss is high (noise level {sigma:g})",
-                "high where the loss is high, shown in pictures",
-                f"rank correlation {with_error(found[-1], 3)}",
-                f"attention of another picture: {with_error(controls[-1], 3)}",
-                judge(less(found[-1], controls[-1]) if sound else []),
+                what,
+                paper,
+                f"rank correlation {with_error(found[-1], 3)}{count}",
+                f"{OTHERS}: {with_error(controls[-1], 3)}",
+                judge(less(found[-1], controls[-1])),
             )
         )
-    names = [f"{sigma:g}" for sigma in study.scale.sigmas]
-    places = range(len(names))
     shown = figure(
         "bars", "(g) Read's attention and the loss", "noise level", "rank correlation",
-        names=names, zero=True,
-        series=[series("same picture", places, found), series("shuffled", places, controls)],
+        names=[f"{sigma:g}" for sigma in study.scale.sigmas], zero=True,
+        series=[series("attention with the loss", places, found), series(OTHERS, places, controls)],
     )  # fmt: skip
     return Finding(
-        "Rank correlation of Read's weights with the loss of the same picture's tokens, within "
-        "groups, and the control: with the loss of other pictures; bars are standard errors over "
-        "seeds.",
+        f"Rank correlation of Read's weights with the loss of the same picture's tokens, within "
+        f"groups, and the control: {OTHERS}; bars are standard errors over seeds.",
         rows,
-        [shown],
+        [shown] if places else [],
     )
 
 

@@ -12,6 +12,7 @@ from elit.reproduce.verdict import Verdict, mean, standard_error
 
 LOSS_AXIS = "held-out loss (lower is better)"
 FRECHET_AXIS = "Frechet distance (lower is better)"
+NOT_DEFINED = "not defined"  # in place of a verdict, of a number that no seed has
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Row:
     """A line of the table.
 
     Attributes:
-        what: is claimed.
+        what: the claim.
         paper: its figure.
         here: ours.
         control: what it is held against.
@@ -148,6 +149,14 @@ class Study:
         trainings = [self.training(variant, seed) for seed in self.seeds()]
         return [self.of(self.pieces.draw(training, point))[name] for training in trainings]
 
+    def drawn(self, point: OperatingPoint, variant: str = "elit-mb") -> str:
+        """Distance and accuracy of a variant's samples at a point, in words."""
+        return in_words(*(self.scores(point, name, variant) for name in ("frechet", "accuracy")))
+
+    def real(self, point: OperatingPoint) -> str:
+        """The classifier's accuracy on real pictures, in words."""
+        return f"real pictures: accuracy {mean(self.scores(point, 'real_accuracy')):.3f}"
+
     def unguided(self, budget: float = 1.0) -> OperatingPoint:
         """Samples without guidance."""
         return OperatingPoint(budget, self.scale.sampling_steps)
@@ -163,6 +172,11 @@ def with_error(values: Sequence[float], digits: int = 4, unit: str = "") -> str:
     error = standard_error(values)
     text = f"{mean(values):.{digits}f}"
     return f"{text}{unit}" if error is None else f"{text} ± {error:.{digits}f}{unit}"
+
+
+def in_words(frechet: Sequence[float], accuracy: Sequence[float]) -> str:
+    """What samples were found to be."""
+    return f"Frechet {with_error(frechet, 2)}, accuracy {with_error(accuracy, 3)}"
 
 
 def less(one: Sequence[float], other: Sequence[float]) -> list[float]:

@@ -103,11 +103,20 @@ class Bench:
                 losses.append(flow_matching_loss(velocity, *moved).cpu())
         return [torch.cat(losses) for losses in found]
 
-    def ladder(self, model: Any, budgets: Sequence[float], random_sets: int) -> dict[str, Any]:
-        """Loss at each budget, of the first latents and, below full budget, of random ones."""
+    def ladder(
+        self, model: Any, budgets: Sequence[float], random_sets: int, seed: int
+    ) -> dict[str, Any]:
+        """Loss at each budget, of the first latents and, below full budget, of random ones.
+
+        Args:
+            model: class-conditional.
+            budgets: to measure at.
+            random_sets: sets of random latents at each of them.
+            seed: of these sets, each training's its own.
+        """
         kept = [model.resolve_budget(budget) for budget in budgets]
         chosen: list[tuple[int | None, Tensor | None]] = [(n, None) for n in kept]
-        draw = generator(0, "budget")
+        draw = generator(seed, "budget")
         for n in kept:
             for _ in range(random_sets if n and n < model.max_latents else 0):
                 order = torch.randperm(model.max_latents, generator=draw)

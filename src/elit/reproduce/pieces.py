@@ -140,7 +140,9 @@ class Pieces:
             raise StoppedError
         started = time.perf_counter()
         model = self._model(training, run)
-        found = self.bench.ladder(model, self.budgets(training), self.random_sets(training))
+        found = self.bench.ladder(
+            model, self.budgets(training), self.random_sets(training), training.seed
+        )
         result = {**describe(training), **found, "curve": curve(run)}
         return result, done.seconds + time.perf_counter() - started
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from elit._files import write_json, write_text
-from elit.reproduce.evidence import Claim, Finding, Row, Study
+from elit.reproduce.evidence import NOT_DEFINED, Claim, Finding, Row, Study
 from elit.reproduce.panels import save_sheet, svg
 from elit.reproduce.verdict import RULE
 
@@ -78,7 +78,7 @@ def write_report(
 
 def summary(finding: Finding) -> str:
     """Verdicts of a claim's rows in one line: all alike once, others one by one."""
-    words = [row.word for row in finding.rows if row.verdict is not None]
+    words = [row.word for row in finding.rows if row.verdict is not None or row.word == NOT_DEFINED]
     if not words:
         return finding.rows[0].word if finding.rows else ""
     counts = {word: words.count(word) for word in dict.fromkeys(words)}
@@ -174,5 +174,6 @@ def _html_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _word(text: str) -> str:
-    colour = next((c for word, c in _COLOURS.items() if text.startswith(word)), "#555")
+    """A verdict in its colour; verdicts that differ have none."""
+    colour = _COLOURS.get(text.partition(" (all ")[0], "#555")
     return f'<span class="word" style="color:{colour}">{html.escape(text)}</span>'

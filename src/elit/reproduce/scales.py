@@ -35,19 +35,19 @@ class Scale:
 
     Attributes:
         name: of the scale.
-        sizes: of models; the first is that of all claims, the others are for claim (a).
-        seeds: trainings of each model of claims (a), (b), (d), (e) and (g), and of (c).
+        sizes: of models; the first is that of all claims, the others are for (a) and (b), loss.
+        seeds: trainings of each model of claims (a) to (e) and (g).
         few_seeds: trainings of each model of claims (f), (h) and (i).
         spread_steps: training steps of each model of claim (f), plain or not.
         images: held-out pictures whose loss is measured, at most.
-        samples: drawn at each point of claims (d) and (e); 0 leaves both out.
-        sampling_steps: Euler steps of claim (d).
+        samples: drawn at each point of claims (a), (b), (d) and (e); 0 leaves them out.
+        sampling_steps: Euler steps, but for claim (e).
         guidance_scales: of claim (d).
         equal_steps: claim (e): what so many steps at full budget cost, at several budgets.
         draw_budgets: of claim (e).
         inspected: pictures of claim (g).
         sigmas: noise levels of claim (g).
-        random_sets: sets of random latents of claim (c), at each budget.
+        random_sets: sets of random latents of claim (c), at each budget, of each seed.
         tokens: along each side of a picture.
         group: tokens along each side of a group.
         batch_size: samples of a training step.
@@ -72,7 +72,7 @@ class Scale:
     draw_budgets: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 1 / 16)
     inspected: int = 64
     sigmas: tuple[float, ...] = (0.3, 0.5, 0.7)
-    random_sets: int = 2
+    random_sets: int = 8
     tokens: int = 8
     group: int = 4
     batch_size: int = 32
@@ -102,7 +102,7 @@ SCALES = {
             Size("128x10", 128, 4, 10, 2, 2, steps=500, lr=1.2e-2),
         ),
         seeds=3, few_seeds=2, spread_steps=150, images=2000, samples=1000,
-        guidance_scales=(1.5, 3.0), validations=12,
+        guidance_scales=(1.5, 3.0), random_sets=2, validations=12,
     ),
     "base": Scale(
         "base",
