@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -12,13 +13,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from elit.cli import reproduce as command
 from elit.cli.config import load_config
-from elit.cli.main import main
+from elit.cli.main import command_parser, main
 from elit.interface.budget import format_budget
 from elit.models.presets import create_model
 from elit.reproduce.claims import CLAIMS
@@ -29,9 +31,11 @@ from elit.reproduce.report import PAGE, PICTURE, RESULTS, TABLE, _word, summary
 from elit.reproduce.runs import VARIANTS, Trainings, equal_steps
 from elit.reproduce.scales import PAPER, SCALES, Scale, Size
 from elit.reproduce.spread import SpreadDiT, build_spread_model, gather, spread
-from elit.reproduce.study import STAMP, reproduce
+from elit.reproduce.study import STAMP, reproduce, way_out, without_words
 from elit.reproduce.verdict import FAILS, HOLDS, UNDECIDED, judge, judge_order, standard_error
+from elit.reproduce.workers import Workers
 from elit.training.config import DataConfig
+from elit.training.loop import TrainingDivergedError
 
 MICRO = Scale(
     "micro", (Size("16x3", 16, 2, 3, 1, 1, steps=4, lr=3e-3),), seeds=2, few_seeds=1,
@@ -316,8 +320,92 @@ def test_the_same_again_trains_nothing(finished) -> None:
 def test_other_settings_are_refused(finished) -> None:
     with pytest.raises(ValueError, match=r"other settings: scale.batch_size is 4 there and 8 now"):
         study(finished, "f", replace(MICRO, batch_size=8))
-    with pytest.raises(ValueError, match=r"other settings: data is"):
+    with pytest.raises(ValueError, match=r"other settings: the data are others; choose"):
         reproduce(MICRO, finished, DataConfig("shapes"), ["f"], progress=False)
+
+
+def test_a_study_of_other_code_is_refused(finished, monkeypatch) -> None:
+    monkeypatch.setattr("elit.reproduce.study.code_digest", lambda: "other")
+    with pytest.raises(ValueError, match=r"elit's code, or the version of Python, has changed"):
+        study(finished, "f")
+
+
+def test_only_what_code_does_counts() -> None:
+    one = without_words('"""Says."""\ndef f(x):\n    """Adds."""\n    return x + 1  # one\n')
+    assert one == without_words("def f(x):\n\n    return (x + 1)\n")
+    assert one != without_words("def f(x):\n    return x + 2\n")
+
+
+@pytest.mark.parametrize("name", ["workers", "seeds"])
+def test_none_of_them_is_refused(name, tmp_path) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is 0; give 1 or more"):
+        reproduce(MICRO, tmp_path / "new", DIGITS, **{name: 0})
+    assert not (tmp_path / "new").exists()
+
+
+class GoneProcess:
+    def __init__(self, exitcode: int):
+        self.exitcode = exitcode
+
+    def join(self, timeout: float) -> None:
+        del timeout
+
+
+def crew_of_one(exitcode: int) -> tuple[Workers, Any, Any]:
+    mine, theirs = multiprocessing.Pipe()
+    crew = Workers.__new__(Workers)
+    crew.busy, crew.failed, crew.processes = {}, None, {mine: GoneProcess(exitcode)}
+    return crew, mine, theirs
+
+
+def test_a_worker_that_is_gone_is_told(tmp_path) -> None:
+    piece, *_ = Study(Pieces(Trainings(MICRO, tmp_path, DIGITS))).train(["dit"])
+    crew, mine, theirs = crew_of_one(-9)
+    theirs.close()
+    with pytest.raises(ChildProcessError, match=r"exit code -9, perhaps for want of memory"):
+        crew.give(mine, piece)
+    with pytest.raises(ChildProcessError, match=r"exit code -9"):
+        crew.done(1)
+    crew, mine, theirs = crew_of_one(0)
+    theirs.send(("unable", (ValueError, "the data are gone", "")))
+    theirs.close()
+    with pytest.raises(ValueError, match=r"a worker could not start: the data are gone"):
+        crew.give(mine, piece)
+
+
+def test_a_diverged_training_names_a_way_out(tmp_path) -> None:
+    made = Study(Pieces(Trainings(replace(MICRO, seeds=3), tmp_path, DIGITS)))
+    needs = {letter: {p.key: p for p in CLAIMS[letter].needs(made)} for letter in "aci"}
+    piece = made.pieces.train(made.training("dit", 2))
+    crew, mine, theirs = crew_of_one(0)
+    crew.give(mine, piece)
+    theirs.send(("wrong", (TrainingDivergedError, "the loss is nan", "")))
+    with pytest.raises(TrainingDivergedError, match=rf"{piece.key}: the loss is nan"):
+        crew.done(1)
+    assert crew.failed is piece
+    assert way_out(needs, piece) == (
+        "the same happens each time, and claims a need this piece; without it there is "
+        "--claims c i or --seeds 2"
+    )
+
+
+UNGUARDED = """
+import sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from test_reproduce import study
+study(Path(sys.argv[1]), "h")
+"""
+
+
+@pytest.mark.slow  # two processes that import torch
+def test_a_script_without_a_guard_is_told(tmp_path) -> None:
+    script = tmp_path / "unguarded.py"
+    script.write_text(UNGUARDED.format(path=[str(Path(__file__).parent), *sys.path[1:]]))
+    line = [sys.executable, str(script), str(tmp_path / "out")]
+    found = subprocess.run(line, capture_output=True, text=True)
+    assert 'under `if __name__ == "__main__":`' in found.stderr.splitlines()[-1]
+    assert "another study" not in found.stderr  # which its worker would have said
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path) -> None:
@@ -378,11 +466,27 @@ def test_a_killed_study_goes_on_to_the_same_report(tmp_path) -> None:
         ("--scale tiny --claims a z", r"claim 'z'"),
         ("--scale tiny --workers 0", r"--workers"),
         ("--scale paper --seeds 3", r"--seeds has no effect on --scale paper"),
+        ("--scale tiny --data /nonexistent", r"--data /nonexistent is no folder of Fashion-MNIST"),
     ],
 )
 def test_a_mistake_is_told(line, message, capsys) -> None:
     assert main(["reproduce", *line.split()]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_torchrun_is_refused(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["reproduce", "--scale", "tiny"]) == 2
+    assert "starts its own processes" in capsys.readouterr().err
+
+
+def test_the_report_has_no_private_path() -> None:
+    parser = command_parser("reproduce")
+    line = "--scale tiny --data /home/me/mnist --out /home/me/mine --claims a b --seeds 2"
+    found = command.typed(parser.parse_args(line.split()))
+    assert found == ("elit reproduce --scale tiny --data FOLDER --out mine --claims a b --seeds 2")
+    default = parser.parse_args(["--scale", "tiny", "--out", "runs/reproduce-tiny/"])
+    assert command.typed(default) == "elit reproduce --scale tiny"
 
 
 def test_flags_and_tables_agree() -> None:

@@ -244,16 +244,21 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def words_on_core(core: dict[str, Any]) -> str:
-    """What the core as a whole is worth, in two lines."""
+    """What the core as a whole is worth, in two lines; in one with a single latent a group."""
     loss, alone, whole = (core[name] for name in ("loss", "without_core", "without_interface"))
     shares = [_cell(part["share"], ".1%") for part in (alone, whole)]
-    spread = [_cell(core[name], ".1%", "") for name in ("latent_spread_read", "latent_spread")]
-    return (
+    spreads = [core[name] for name in ("latent_spread_read", "latent_spread")]
+    worth = (
         f"at full budget the loss is {loss:.4f}; with latents that go from Read straight to Write "
         f"{alone['loss']:.4f} ({shares[0]}); without Read, core and Write "
-        f"{whole['loss']:.4f} ({shares[1]})\n"
-        f"the latents of a group differ in {spread[0]} of their variance after Read, in "
-        f"{spread[1]} after the core; 0% are copies of one another"
+        f"{whole['loss']:.4f} ({shares[1]})"
+    )
+    if spreads == [None, None]:
+        return worth
+    read, after = (_cell(spread, ".1%", "") for spread in spreads)
+    return (
+        f"{worth}\nthe latents of a group differ in {read} of their variance after Read, in "
+        f"{after} after the core; 0% are copies of one another"
     )
 
 

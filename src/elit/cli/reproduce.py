@@ -1,8 +1,9 @@
 """`elit reproduce`: the paper's claims, trained, measured and judged by one command."""
 
 import argparse
+import os
 import shlex
-import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elit.cli.common import (
@@ -43,7 +44,8 @@ scales:
   base   a GPU; needs --data
   paper  trains nothing: prints the commands of the paper's own runs and what they cost
 
-The same command again goes on where it was stopped or killed."""
+The same command again goes on where it was stopped or killed. With other --claims it uses what
+was done, and writes the report anew, of those claims alone, over the one that is there."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -56,7 +58,7 @@ def add_arguments(parser: Parser) -> None:
     add("--data", metavar="FOLDER", help="folder with the four idx files of Fashion-MNIST")
     add("--out", metavar="DIR", help="folder of the results (default: runs/reproduce-SCALE)")
     add("--claims", type=one_of(LETTERS, "claim"), nargs="+", metavar="LETTER",
-        help="which (default: all)")  # fmt: skip
+        help="which (default: all); the report is then of these alone")  # fmt: skip
     add("--workers", type=whole_number(1), metavar="N",
         help="processes, of one thread each (default: one for each core; at base one)")  # fmt: skip
     add("--seeds", type=whole_number(1), metavar="N",
@@ -68,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     """Train, measure, judge, print the table."""
     if args.scale == "paper":
         return print_paper(args)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("reproduce starts its own processes; run it without torchrun")
     if args.data is None and args.scale != "tiny":
         raise ValueError(
             f"--scale {args.scale} needs Fashion-MNIST, 30 MB: give --data FOLDER with its files "
@@ -76,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
             f"Debian's package dataset-fashion-mnist, or a mirror on the hub; --scale tiny goes "
             f"without"
         )
-    out = output_folder(args.out or f"runs/reproduce-{args.scale}", "--out")
+    if args.data is not None:
+        check_data(args.data)
+    out = output_folder(args.out or default_folder(args.scale), "--out")
     from elit.reproduce.panels import load_matplotlib
     from elit.reproduce.scales import SCALES as TABLE
     from elit.reproduce.study import reproduce
@@ -89,16 +95,41 @@ def run(args: argparse.Namespace) -> int:
     with quiet_diffusers():
         result = reproduce(
             TABLE[args.scale], out, data, args.claims or LETTERS, args.workers, args.seeds,
-            command=_typed(args.data),
+            command=typed(args),
         )  # fmt: skip
     show(result, args.json)
     return 0 if result.finished else 130
 
 
-def _typed(data: str | None) -> str:
-    """The command line, without where its user keeps the data."""
-    words = ["FOLDER" if word == data else word for word in sys.argv[1:]]
-    return shlex.join(["elit", *words])
+def default_folder(scale: str) -> str:
+    """Where the results of a scale go."""
+    return f"runs/reproduce-{scale}"
+
+
+def check_data(folder: str) -> None:
+    """Raise a ValueError if a folder has none of the files."""
+    from elit.data.idx import FILES, is_idx_folder
+
+    if not is_idx_folder(folder):
+        raise ValueError(
+            f"--data {folder} is no folder of Fashion-MNIST's files; give one with "
+            f"{', '.join(FILES)} in it, plain or as .gz"
+        )
+
+
+def typed(args: argparse.Namespace) -> str:
+    """The command line, without where its user keeps data and results."""
+    words = ["elit", "reproduce", "--scale", args.scale]
+    if args.data is not None:
+        words += ["--data", "FOLDER"]
+    if args.out is not None and Path(args.out) != Path(default_folder(args.scale)):
+        words += ["--out", Path(args.out).absolute().name]
+    if args.claims is not None:
+        words += ["--claims", *args.claims]
+    for flag in ("workers", "seeds"):
+        if getattr(args, flag) is not None:
+            words += [f"--{flag}", str(getattr(args, flag))]
+    return shlex.join(words)
 
 
 def show(result: "StudyResult", as_json: bool) -> None:

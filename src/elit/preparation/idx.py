@@ -4,9 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from elit.data.fashion_mnist import CLASS_NAMES
-from elit.data.idx import is_idx_folder, read_split
-
-__all__ = ["idx_tables", "is_idx_folder"]
+from elit.data.idx import read_split
 
 
 def idx_tables(datasets: Any, folder: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Worker processes that read, scale and cut pictures while the autoencoder is busy."""
 
 import errno
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from elit._devices import usable_cores
 from elit._signals import ignore_signals
 from elit.preparation.clips import MissingPackageError, read_clips
 from elit.preparation.images import buckets, fit, nearest_bucket, read_image
@@ -167,8 +167,7 @@ def reason_of(error: Exception, rows: Rows, number: int) -> str:
 
 def default_workers(local_processes: int = 1) -> int:
     """One for each processor that this process may use but one, which feeds the device."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(_MOST_WORKERS, (count or 2) // local_processes - 1))
+    return max(1, min(_MOST_WORKERS, usable_cores() // local_processes - 1))
 
 
 def read(

@@ -12,8 +12,9 @@ from elit._choices import check_choice
 from elit._extras import missing
 from elit._hub import hub_reason, not_fetched
 from elit.data import SPLITS
+from elit.data.idx import is_idx_folder
 from elit.preparation.columns import find_captions, find_classes, find_image, find_labels
-from elit.preparation.idx import idx_tables, is_idx_folder
+from elit.preparation.idx import idx_tables
 from elit.preparation.settings import PrepareSettings
 
 _BUILDERS = {

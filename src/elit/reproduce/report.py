@@ -99,6 +99,7 @@ def verdict_text(row: Row) -> str:
 def settings_text(report: Mapping[str, Any]) -> str:
     """What was done, in words."""
     settings, about = report["settings"], report["run"]
+    minutes = "core-minutes" if settings["device"] == "cpu" else "minutes of all pieces together"
     sizes = "; ".join(
         f"width {s['hidden_size']}, depth {s['depth']} (ELIT {s['head']}-"
         f"{s['depth'] - s['head'] - s['tail']}-{s['tail']}), {s['steps']} steps of the plain model "
@@ -114,7 +115,7 @@ def settings_text(report: Mapping[str, Any]) -> str:
         f"{settings['images']} held-out pictures at most, the same noise for all. "
         f"{settings['seeds']} seeds of (a) to (e) and (g), {settings['few_seeds']} of the others; "
         f"± is a standard error over seeds. Begun {about['started']} on {about['machine']}, "
-        f"{about['core_minutes']:.0f} core-minutes: `{about['command']}`."
+        f"{about['minutes']:.0f} {minutes}: `{about['command']}`."
     )
 
 

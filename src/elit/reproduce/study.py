@@ -1,5 +1,6 @@
 """A study: all pieces of its claims, done once, by processes side by side; then the report."""
 
+import ast
 import contextlib
 import hashlib
 import json
@@ -16,22 +17,32 @@ from tqdm import tqdm
 
 import elit
 from elit._choices import check_choice
+from elit._devices import usable_cores
 from elit._files import remove_leftovers, write_json
-from elit.data import ImageDataset
+from elit.data import ImageDataset, load_dataset
 from elit.reproduce.claims import CLAIMS
 from elit.reproduce.evidence import Study
 from elit.reproduce.pieces import Piece, Pieces
 from elit.reproduce.report import write_report
 from elit.reproduce.runs import Trainings
 from elit.reproduce.scales import Scale
-from elit.reproduce.workers import Workers
+from elit.reproduce.workers import Workers, end_if_imported
 from elit.training.config import DataConfig
 from elit.training.folder import lock_folder
+from elit.training.loop import TrainingDivergedError
 from elit.training.metrics import FILE as METRICS
 from elit.training.signals import stop_on_signals
 
 STAMP = "study.json"
-_ROOMS = ("layers", "interface", "models", "flow")  # whose code changes what is trained
+# Whose code changes what is trained and measured; judging may change.
+_ROOMS = (
+    "data", "evaluation", "flow", "interface", "layers", "models", "pipelines", "training",
+    "reproduce/measure.py", "reproduce/pieces.py", "reproduce/runs.py", "reproduce/spread.py",
+)  # fmt: skip
+_DIFFERS = {
+    "code": "elit's code, or the version of Python, has changed since",
+    "data": "the data are others",
+}
 _POLL = 1.0  # seconds
 
 
@@ -78,26 +89,32 @@ def reproduce(
         command: what was typed, for the report.
         progress: whether to show a bar.
     """
+    end_if_imported()
     for letter in claims:
         check_choice(letter, CLAIMS, "claim")
+    for name, value in (("workers", workers), ("seeds", seeds)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; give 1 or more")
     if seeds is not None:
         scale = replace(scale, seeds=seeds, few_seeds=seeds)
+    trainings = Trainings(scale, folder, data)
+    held_out = load_dataset(data.name, "validation", **data.options)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = lock_folder(folder)
     except ValueError as error:
         raise ValueError(f"another study runs in {folder}; wait for its end") from error
     with contextlib.closing(lock):
-        trainings = Trainings(scale, folder, data)
-        started = check_stamp(folder, scale, trainings.dataset)
+        started = check_stamp(folder, scale, [trainings.dataset, held_out])
         remove_leftovers(folder / "pieces")
         study = Study(Pieces(trainings))
         chosen = [CLAIMS[letter] for letter in sorted(set(claims), key=list(CLAIMS).index)]
-        pieces = {p.key: p for claim in chosen for p in claim.needs(study)}
-        count = workers or scale.workers or os.cpu_count() or 1
+        needs = {claim.letter: {p.key: p for p in claim.needs(study)} for claim in chosen}
+        pieces = {key: piece for needed in needs.values() for key, piece in needed.items()}
+        count = workers or scale.workers or usable_cores()
         todo = {k: p for k, p in pieces.items() if not p.file(folder).exists()}
         if todo:
-            do_all(pieces, todo, min(count, len(todo)), trainings, progress)
+            do_all(needs, todo, min(count, len(todo)), trainings, progress)
         left = sum(not p.file(folder).exists() for p in pieces.values())
         if left:
             return StudyResult(folder, False, len(pieces) - left, len(pieces))
@@ -107,14 +124,14 @@ def reproduce(
             "started": started,
             "machine": machine(scale.device),
             "command": command,
-            "core_minutes": sum(result["seconds"] for result in results.values()) / 60,
+            "minutes": sum(result["seconds"] for result in results.values()) / 60,
         }
         report = write_report(folder, study, chosen, about)
         return StudyResult(folder, True, len(pieces), len(pieces), report)
 
 
 def do_all(
-    pieces: Mapping[str, Piece],
+    needs: Mapping[str, Mapping[str, Piece]],
     todo: dict[str, Piece],
     count: int,
     trainings: Trainings,
@@ -123,13 +140,14 @@ def do_all(
     """Do what is to be done, the longest first, until all is done or a signal comes.
 
     Args:
-        pieces: of the study.
+        needs: pieces by their keys, of each claim.
         todo: those of them that are not done yet; emptied.
         count: processes.
         trainings: of the study.
         progress: whether to show a bar.
     """
     folder = trainings.folder
+    pieces = {key: piece for needed in needs.values() for key, piece in needed.items()}
     total = sum(p.cost for p in pieces.values()) / 1e12
     bar = tqdm(
         total=total, desc="reproducing", disable=not progress, dynamic_ncols=True,
@@ -144,21 +162,29 @@ def do_all(
                 if stop_requested():
                     bar.set_postfix_str("stopping")
                     break
-                for connection in crew.free:
-                    piece = _next(todo, folder)
-                    if piece is None:
-                        break
-                    crew.give(connection, todo.pop(piece.key))
                 try:
+                    for connection in crew.free:
+                        piece = _next(todo, folder)
+                        if piece is None:
+                            break
+                        crew.give(connection, todo.pop(piece.key))
                     crew.done(_POLL)
                 except ChildProcessError:
                     if not stop_requested():  # the signal may have come to all at once
                         raise
+                except TrainingDivergedError as error:
+                    assert crew.failed is not None
+                    raise TrainingDivergedError(
+                        f"{error}; {way_out(needs, crew.failed)}"
+                    ) from error
                 left = [p.cost for p in todo.values()]
                 left += [p.cost * (1 - _share(p, trainings)) for p in crew.busy.values()]
                 bar.n = max(bar.n, total - sum(left) / 1e12)
                 bar.set_postfix_str(f"{len(todo) + len(crew.busy)} pieces left", refresh=False)
-                bar.refresh() if not bar.disable and os.isatty(2) else bar.update(0)
+                if not bar.disable and os.isatty(2):
+                    bar.refresh()
+                else:
+                    bar.update(0)
         except BaseException:
             crew.stop()
             raise
@@ -166,6 +192,17 @@ def do_all(
             crew.stop()
         else:
             crew.end()
+
+
+def way_out(needs: Mapping[str, Mapping[str, Piece]], piece: Piece) -> str:
+    """What can be judged though a piece cannot be done."""
+    others = [letter for letter, needed in needs.items() if piece.key not in needed]
+    ways = [f"--claims {' '.join(others)}"] if others else []
+    if piece.training.seed > 1:
+        ways.append(f"--seeds {piece.training.seed}")
+    stuck = " ".join(letter for letter in needs if letter not in others)
+    known = f"; without it there is {' or '.join(ways)}" if ways else ""
+    return f"the same happens each time, and claims {stuck} need this piece{known}"
 
 
 def _next(todo: Mapping[str, Piece], folder: Path) -> Piece | None:
@@ -192,11 +229,11 @@ def _share(piece: Piece, trainings: Trainings) -> float:
         return 0.0
 
 
-def check_stamp(folder: Path, scale: Scale, dataset: ImageDataset) -> str:
+def check_stamp(folder: Path, scale: Scale, splits: Sequence[ImageDataset]) -> str:
     """Raise a ValueError if a folder's study is another one; the date when it began."""
     stamp = {
         "scale": json.loads(json.dumps(scale.settings())),
-        "data": data_digest(dataset),
+        "data": " ".join(data_digest(split) for split in splits),
         "elit": elit.__version__,
         "torch": torch.__version__,
         "code": code_digest(),
@@ -211,9 +248,10 @@ def check_stamp(folder: Path, scale: Scale, dataset: ImageDataset) -> str:
     there, here = dict(_flat(found)), dict(_flat(stamp))
     for key in [*here, *there]:
         if key != "started" and there.get(key) != here.get(key):
+            differs = _DIFFERS.get(key, f"{key} is {there.get(key)} there and {here.get(key)} now")
             raise ValueError(
-                f"{folder} holds a study of other settings: {key} is {there.get(key)} there and "
-                f"{here.get(key)} now; choose another folder, or remove that one"
+                f"{folder} holds a study of other settings: {differs}; choose another folder, or "
+                f"remove that one"
             )
     return found["started"]
 
@@ -227,7 +265,7 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def data_digest(dataset: ImageDataset) -> str:
-    """Digest of a data set: its own fingerprint, or of its labels and some pictures."""
+    """Digest of one split: its own fingerprint, or of its labels and some pictures."""
     if dataset.fingerprint is not None:
         return dataset.fingerprint
     rows = range(0, len(dataset), max(1, len(dataset) // 64))
@@ -236,12 +274,26 @@ def data_digest(dataset: ImageDataset) -> str:
 
 
 def code_digest() -> str:
-    """Digest of the code that says what a model is: a study of two versions would mean nothing."""
+    """Digest of the code that trains and measures: a study of two versions would mean nothing."""
     root, digest = Path(elit.__file__).parent, hashlib.sha256()
     for room in _ROOMS:
-        for file in sorted((root / room).rglob("*.py")):
-            digest.update(file.read_bytes())
+        place = root / room
+        for file in [place] if place.is_file() else sorted(place.rglob("*.py")):
+            digest.update(without_words(file.read_text(encoding="utf-8")).encode())
     return digest.hexdigest()[:16]
+
+
+def without_words(code: str) -> str:
+    """What code does, without comments, docstrings and layout."""
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [
+                line
+                for line in node.body
+                if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+            ]
+    return ast.dump(tree)
 
 
 def machine(device: str) -> str:
@@ -249,4 +301,4 @@ def machine(device: str) -> str:
     name = platform.processor() or platform.machine()
     if device.startswith("cuda") and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"
+    return f"{name}, {usable_cores()} cores, torch {torch.__version__}"

@@ -5,10 +5,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,10 +21,22 @@ from elit.training.config import DataConfig
 from elit.training.loop import TrainingDivergedError
 
 _PATIENCE = 60  # seconds in which a stopped worker has saved
+_UNGUARDED = 79  # exit code of a worker that would start workers
+_Told = tuple[type[Exception], str, str]  # of an error: what to raise, its text, where it was
+
+
+def end_if_imported() -> None:
+    """End a worker that runs a script from its top which calls `reproduce` without a guard."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(_UNGUARDED)
 
 
 class Workers:
     """So many processes of one thread each.
+
+    Attributes:
+        busy: what they do, by their connections.
+        failed: the piece that went wrong.
 
     Args:
         count: how many.
@@ -35,6 +48,7 @@ class Workers:
     def __init__(self, count: int, scale: Scale, folder: Path, data: DataConfig):
         context = multiprocessing.get_context("spawn")
         self.busy: dict[Any, Piece] = {}
+        self.failed: Piece | None = None
         self.processes: dict[Any, Any] = {}
         # Until they have handlers of their own; a signal to all is the main process's to tell.
         handler = _ignore_interrupts()
@@ -64,38 +78,62 @@ class Workers:
         return [connection for connection in self.processes if connection not in self.busy]
 
     def give(self, connection: Any, piece: Piece) -> None:
-        """Hand out a piece."""
-        connection.send(piece)
+        """Hand out a piece.
+
+        Raises:
+            ChildProcessError: if the worker is gone.
+        """
+        try:
+            connection.send(piece)
+        except OSError as error:
+            with contextlib.suppress(EOFError, ConnectionError):
+                while connection.poll():  # it may have said why
+                    self._hear(connection, *connection.recv())
+            raise self._gone(connection) from error
         self.busy[connection] = piece
 
-    def done(self, timeout: float) -> list[Piece]:
-        """Pieces that were done meanwhile.
+    def done(self, timeout: float) -> None:
+        """Take what was done meanwhile off those that are busy.
 
         Raises:
             ChildProcessError: if a worker is gone.
             ValueError: or another error, of a worker.
         """
-        found = []
-        for connection in wait(list(self.processes), timeout):
-            assert isinstance(connection, Connection)
+        ready: list[Any] = list(wait(list(self.processes), timeout))
+        for connection in ready:
             try:
-                word, told = connection.recv()
-            except (EOFError, ConnectionError):
-                self.processes[connection].join(1)
-                code = self.processes[connection].exitcode
-                raise ChildProcessError(
-                    f"a worker has ended with exit code {code}, perhaps for want of memory; "
-                    f"the same command goes on, with fewer --workers it needs less"
-                ) from None
-            if word == "stopped":
-                continue
-            piece = self.busy.pop(connection)
-            if word == "wrong":
-                kind, text, details = told
-                logging.getLogger(__name__).debug("%s", details)
-                raise kind(f"{piece.key}: {text}")
-            found.append(piece)
-        return found
+                self._hear(connection, *connection.recv())
+            except EOFError:
+                raise self._gone(connection) from None
+            except ConnectionError as error:
+                raise self._gone(connection) from error
+
+    def _hear(self, connection: Any, word: str, told: _Told | None) -> None:
+        """Take note of what a worker says."""
+        if word == "stopped":
+            return
+        piece = self.busy.pop(connection, None)
+        if told is not None:
+            kind, text, details = told
+            logging.getLogger(__name__).debug("%s", details)
+            if word == "unable" or piece is None:
+                raise kind(f"a worker could not start: {text}")
+            self.failed = piece
+            raise kind(f"{piece.key}: {text}")
+
+    def _gone(self, connection: Any) -> Exception:
+        """What to say of a worker that has ended."""
+        process = self.processes[connection]
+        process.join(5)
+        if process.exitcode == _UNGUARDED:
+            return ValueError(
+                'a script has to call reproduce() under `if __name__ == "__main__":`, for its '
+                "workers import the script"
+            )
+        return ChildProcessError(
+            f"a worker has ended with exit code {process.exitcode}, perhaps for want of memory; "
+            f"the same command goes on, with fewer --workers it needs less"
+        )
 
     def end(self) -> None:
         """Have them end: there is no more to do."""
@@ -125,15 +163,8 @@ def _work(connection: Any, scale: Scale, folder: Path, data: DataConfig) -> None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
-        import torch
-        from diffusers.utils import logging as diffusers_logging
-
-        torch.set_num_threads(1)
-        diffusers_logging.set_verbosity_error()
-        diffusers_logging.disable_progress_bar()
-        _log_to(folder / "workers.log")
-        pieces = Pieces(Trainings(scale, folder, data))
-        while (piece := connection.recv()) is not None:
+        pieces = _start(connection, scale, folder, data)
+        while pieces and (piece := connection.recv()) is not None:
             connection.send(_do(pieces, piece))
     except StoppedError:
         with contextlib.suppress(OSError):
@@ -142,18 +173,40 @@ def _work(connection: Any, scale: Scale, folder: Path, data: DataConfig) -> None
         pass
 
 
-def _do(pieces: Pieces, piece: Piece) -> tuple[str, Any]:
+def _start(connection: Any, scale: Scale, folder: Path, data: DataConfig) -> Pieces | None:
+    """What does the pieces; None where it cannot, and that is told."""
+    try:
+        import torch
+        from diffusers.utils import logging as diffusers_logging
+
+        torch.set_num_threads(1)
+        diffusers_logging.set_verbosity_error()
+        diffusers_logging.disable_progress_bar()
+        _log_to(folder / "workers.log")
+        return Pieces(Trainings(scale, folder, data))
+    except StoppedError:
+        raise
+    except Exception as error:
+        connection.send(("unable", _told(error)))
+        return None
+
+
+def _do(pieces: Pieces, piece: Piece) -> tuple[str, _Told | None]:
     try:
         pieces.do(piece)
         return "done", None
     except StoppedError:
         raise
     except Exception as error:
-        known: Sequence[type[Exception]] = (TrainingDivergedError, ValueError, OSError)
-        kind = next((kind for kind in known if isinstance(error, kind)), RuntimeError)
-        details = traceback.format_exc()
-        text = str(error) if kind is not RuntimeError else details
-        return "wrong", (kind, text, details)
+        return "wrong", _told(error)
+
+
+def _told(error: Exception) -> _Told:
+    """An error in types that any process knows."""
+    known: Sequence[type[Exception]] = (TrainingDivergedError, ValueError, OSError)
+    kind = next((kind for kind in known if isinstance(error, kind)), RuntimeError)
+    details = traceback.format_exc()
+    return kind, str(error) if kind is not RuntimeError else details, details
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
