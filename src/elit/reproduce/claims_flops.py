@@ -273,7 +273,7 @@ def find_b(study: Study) -> Finding:
         shown.append(
             figure(
                 "lines", "(b) distance over budgets", "budget (share of the latents kept)",
-                FRECHET_AXIS, series=lines, budgets=True,
+                FRECHET_AXIS, series=lines, budgets=True, log_y=True,
             )
         )  # fmt: skip
     return Finding(sentence, rows, shown)

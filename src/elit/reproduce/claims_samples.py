@@ -185,7 +185,7 @@ def find_e(study: Study) -> Finding:
         lines[-1]["texts"] = [str(point.steps) for point in points]
     shown = figure(
         "lines", "(e) budget or steps", "sampling GFLOPs a picture", FRECHET_AXIS, series=lines,
-        log_x=True,
+        log_x=True, log_y=True,
     )  # fmt: skip
     return Finding(
         "ELIT-MB without guidance, each line a budget, numbers are steps: at the same abscissa "

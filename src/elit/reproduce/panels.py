@@ -15,6 +15,10 @@ _COLUMNS = 3
 _SIZE = (5.2, 4.1)  # inches of a panel
 _COLOURS = ("#4e79a7", "#e15759", "#59a14f", "#b07aa1", "#9c755f")
 _MARKERS = "osD^v"
+# Each form of a model has one colour in all figures: its place among the colours.
+_FORMS = {
+    "DiT": 0, "U-ViT": 0, "ELIT": 1, "ELIT-U-ViT": 1, "ELIT-MB": 2, "ELIT-U-ViT-MB": 2,
+}  # fmt: skip
 _STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.alpha": 0.25, "legend.edgecolor": "none", "svg.hashsalt": "elit", "svg.fonttype": "path",
@@ -67,12 +71,13 @@ def draw(axis: Any, figure: dict[str, Any]) -> None:
     """Draw a figure on axes of matplotlib."""
     lines = figure["series"]
     for i, line in enumerate(lines):
-        colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
+        place = _FORMS.get(line["label"], i) % len(_COLOURS)
+        colour, marker = _COLOURS[place], _MARKERS[place]
         x, y, error = line["x"], line["y"], line["error"]
         if figure["kind"] == "bars":
             width = 0.8 / len(lines)
-            places = [place + (i - (len(lines) - 1) / 2) * width for place in x]
-            axis.bar(places, y, width, yerr=error, capsize=3, color=colour, label=line["label"])
+            middles = [value + (i - (len(lines) - 1) / 2) * width for value in x]
+            axis.bar(middles, y, width, yerr=error, capsize=3, color=colour, label=line["label"])
         elif figure.get("bands"):
             axis.plot(x, y, color=colour, label=line["label"])
             low = [a - b for a, b in zip(y, error, strict=True)]
@@ -97,13 +102,15 @@ def draw(axis: Any, figure: dict[str, Any]) -> None:
 
 def _scale(axis: Any, figure: dict[str, Any]) -> None:
     """Scales, limits and names of the axes."""
-    if figure.get("log_x"):
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    for name in ("x", "y"):
+        if figure.get(f"log_{name}"):
+            from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.set(**{f"{name}scale": "log"})
+            scale = getattr(axis, f"{name}axis")
+            scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            scale.set_minor_formatter(NullFormatter())
     if figure.get("budgets"):
         ticks = sorted({x for line in figure["series"] for x in line["x"]})
         axis.set_xscale("log", base=2)
