@@ -338,7 +338,10 @@ def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch) -> None:
     assert json.loads((tmp_path / "r" / "wandb.json").read_text()) == known
     files = sorted((tmp_path / "r" / "wandb").glob(f"offline-*/run-{known['id']}.wandb"))
     assert len(files) == 2
-    content = b"".join(file.read_bytes() for file in files)
+    content, deadline = b"", time.monotonic() + 20
+    while b"0.654321" not in content and time.monotonic() < deadline:  # W&B's core writes later
+        time.sleep(0.1)
+        content = b"".join(file.read_bytes() for file in files)
     assert b"0.654321" in content
     assert b"validation/loss_1" in content
 
