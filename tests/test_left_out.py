@@ -184,6 +184,7 @@ def start(model: DiT, std: float, gate: float) -> DiT:
         for vector in (*vectors, model.write.token_place):
             vector.normal_(std=std)
         model.read.modulation.linear.bias.zero_().view(3, -1)[2] = gate
+    model.write.modulation.open_gates(0)  # as the thresholds were measured
     return model
 
 
