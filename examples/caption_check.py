@@ -1,4 +1,4 @@
-"""Draw images of captions at two budgets and see whether shape and colour are what they say.
+"""Draw images of captions at three budgets and see whether shape and colour are what they say.
 
     python examples/caption_check.py runs/captioned-shapes
 
@@ -48,7 +48,7 @@ def main() -> None:
     report("real images", batch["images"])
     pipeline = ElitTextPipeline.from_pretrained(args.run)
     pipeline.set_progress_bar_config(disable=True)
-    for budget in (1, 0.25):
+    for budget in (1, 1 / 4, 1 / 16):
         images = pipeline(
             batch["captions"],
             budget=budget,

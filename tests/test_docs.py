@@ -339,7 +339,7 @@ def test_example_caption_check(there, capsys, monkeypatch) -> None:
     run_script(script, monkeypatch, "runs/captioned-shapes", "--count", "20", "--steps", "1")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("shape")[0].strip() for line in lines] == [
-        "real images", "budget 1", "budget 0.25"
+        "real images", "budget 1", "budget 0.25", "budget 0.0625"
     ]  # fmt: skip
     # Real images are judged right, and drawings of random weights are not.
     assert "shape 1.000, colour 1.000, both 1.000" in lines[0]
