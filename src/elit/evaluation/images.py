@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from elit._choices import nearest
@@ -158,8 +158,9 @@ def _of_folder(folder: Path, size: tuple[int, int] | None) -> Images:
     def picture(path: Path) -> Image.Image:
         try:
             image = read_image(str(path))
-        except (OSError, UnidentifiedImageError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+        except Exception as error:  # a file can be broken in any way, or too large
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{path} cannot be read as a picture: {reason}") from error
         return image if size is None else fit(image, size)
 
     width, height = picture(files[0]).size
