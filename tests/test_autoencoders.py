@@ -136,9 +136,7 @@ def test_sizes_that_an_autoencoder_does_not_give_back() -> None:
 
 
 def test_scales_that_cannot_be_undone_or_fit_no_channel() -> None:
-    with pytest.raises(
-        ValueError, match=r"AutoencoderKL scales its .* by 0.*'t be undone"
-    ):
+    with pytest.raises(ValueError, match=r"AutoencoderKL scales its .* by 0.*'t be undone"):
         scale_and_shift(tiny_vae(scaling_factor=0.0))
     with pytest.raises(ValueError, match="can't be undone; look at scaling_factor, latents_mean"):
         scale_and_shift(tiny_vae(latents_mean=[0.0, 0.0], latents_std=[1.0, 0.0]))

@@ -22,7 +22,7 @@ from elit.evaluation.parts import batches
 from elit.evaluation.weights import checksum_of
 from elit.interface.grid import format_size
 from elit.pipelines.autoencoder import decode
-from elit.preparation.images import fit, read_image
+from elit.preparation.images import READING, fit, read_image
 
 _UNREADABLE = (
     OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error,
@@ -182,7 +182,7 @@ def _of_folder(folder: Path, size: tuple[int, int] | None) -> Images:
     for at in range(0, len(files), max(1, len(files) // _HASHED)):
         entries[at].append(sha256_of(files[at]))
     words = f"{folder}" if size is None else f"{folder}, fitted to {format_size(size)}"
-    return Images(words, digest_of([entries, size]), len(files), (3, height, width), read)
+    return Images(words, digest_of([entries, size, READING]), len(files), (3, height, width), read)
 
 
 _KEYS = {"inception.pool": ("mu", "sigma"), "inception.spatial": ("mu_s", "sigma_s")}

@@ -75,6 +75,7 @@ def check_tensors(theirs: Mapping[str, Tensor]) -> None:
     """Raise a ValueError unless all are floating-point numbers that the file really holds."""
     if POSITIONS not in theirs:
         named = [key for key in theirs if key.endswith(f".{POSITIONS}")]
+        named = [key for key in named if key.count(".") == min(k.count(".") for k in named)]
         if named:
             raise ValueError(
                 f"it has {_some(named)} instead of {POSITIONS}: another model is around "

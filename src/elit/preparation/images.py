@@ -14,6 +14,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 WIDEST = 2.0  # ratio of the sides of a bucket, at most
 SPARE = 1 / 8  # of the pixels, by which a bucket may have more or fewer
 LONGEST = 8  # times the length that is cut out: what is scaled at most
+READING = 2  # another number whenever the pixels of `read_image` and `fit` change
 _WHITE = (255, 255, 255, 255)
 
 
