@@ -1,5 +1,6 @@
 """Training on prepared folders: what is read, in which order, what is refused, what comes out."""
 
+import dataclasses
 import logging
 import pickle
 from collections import Counter
