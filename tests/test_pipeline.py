@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_generators, randomise, tiny_dit, tiny_elastic
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from elit.flow.guidance import CFG, AutoGuidance, CheapCFG
@@ -411,6 +412,15 @@ def test_a_mean_and_a_scale_of_each_channel_among_the_weights() -> None:
 
 
 # ---- save and load ----
+
+
+def test_a_folder_saved_with_wrapped_names_says_which(tmp_path) -> None:
+    make_pipeline().save_pretrained(tmp_path)
+    (file,) = (tmp_path / "transformer").glob("*.safetensors")
+    save_file({f"_orig_mod.{k}": x for k, x in load_file(file).items()}, file, {"format": "pt"})
+    message = r"\d+ missing keys \(.*\d+ unexpected keys \(_orig_mod\."
+    with pytest.raises(ValueError, match=message):
+        ElitPipeline.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
