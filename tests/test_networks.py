@@ -222,9 +222,12 @@ def test_other_files_of_inception(inception, tmp_path) -> None:
         "Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(7),
     }
     save_file(more, tmp_path / "more.safetensors")
-    other = load_network("inception", weights=tmp_path / "more.safetensors")
+    wrapped = {f"module.{key}": value for key, value in weights.items()}  # as in training
+    torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "wrapped.pth")
     image = photographs()[:1]
-    assert torch.equal(other.features(image)["pool"], inception.features(image)["pool"])
+    for name in ("more.safetensors", "wrapped.pth"):
+        other = load_network("inception", weights=tmp_path / name)
+        assert torch.equal(other.features(image)["pool"], inception.features(image)["pool"])
 
     def refused(changed: dict[str, Tensor], message: str) -> None:
         save_file(changed, tmp_path / "wrong.safetensors")
@@ -267,7 +270,7 @@ def test_files_that_hold_no_weights(tmp_path) -> None:
         refused(bad, r"holds no weights that can be read .*give a .safetensors file or a .pth")
     (tmp_path / "bad.safetensors").write_bytes(b"12345")
     refused(tmp_path / "bad.safetensors", "holds no weights that can be read")
-    torch.save({"state_dict": {}, "epoch": 3}, bad)
+    torch.save({"weights": {}, "epoch": 3}, bad)
     refused(bad, "holds a dict that is no plain dictionary of tensors")
     torch.save([torch.ones(1)], bad)
     refused(bad, "holds a list")

@@ -16,6 +16,7 @@ from official_files import state as state
 from sit_reference import READ, make_state
 
 from elit import from_official_checkpoint
+from elit._wrappers import without_wrapping
 from elit.interop.convert import ConversionSettings, convert_official
 from elit.interop.pickles import check_bytes, read_pickle
 from elit.models.sit import SiT
@@ -345,10 +346,51 @@ def test_other_precisions_are_read(tmp_path, state, dtype) -> None:
     assert f"stored as {name}, as float32" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_wrapped_modules_are_read(tmp_path, state) -> None:
-    wrapped = {f"module._orig_mod.{key}": value for key, value in state.items()}
-    torch.save({"ema": wrapped}, tmp_path / "x.pt")
-    assert from_official_checkpoint(tmp_path / "x.pt", **TINY).split == (2, 2, 2)
+def _block(name: str, key: str) -> str:
+    return re.sub(r"^(blocks\.\d+)\.", rf"\1.{name}.", key)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda key: f"module._orig_mod.{key}",
+        lambda key: f"model.{key}",
+        lambda key: f"_fsdp_wrapped_module.{_block('_fsdp_wrapped_module', key)}",
+        lambda key: _block("_orig_mod", key),
+        lambda key: f"module.{_block('_fsdp_wrapped_module._checkpoint_wrapped_module', key)}",
+    ],
+)
+@pytest.mark.parametrize("holder", ["ema", "state_dict", None])
+def test_wrapped_modules_are_read(tmp_path, state, wrap, holder) -> None:
+    wrapped = {wrap(key): value for key, value in state.items()}
+    torch.save(wrapped if holder is None else {holder: wrapped}, tmp_path / "x.pt")
+    found = from_official_checkpoint(tmp_path / "x.pt", **TINY).state_dict()
+    wanted = from_official_checkpoint(public_file(tmp_path / "y.pt", state), **TINY).state_dict()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_wrapped_modules_of_torch_are_read(tmp_path) -> None:
+    """What torch itself makes of the names: AveragedModel, compiled and checkpointed blocks."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.optim.swa_utils import AveragedModel
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    wanted = model.state_dict()
+    model[0] = torch.compile(checkpoint_wrapper(model[0]))
+    for wrapped in (model, torch.compile(model), AveragedModel(model)):
+        found = without_wrapping(wrapped.state_dict())
+        assert found.keys() == wanted.keys()
+
+
+def test_two_models_in_one_state_dict_are_named(tmp_path, state) -> None:
+    both = {f"{name}.{key}": x for name in ("net", "teacher") for key, x in state.items()}
+    torch.save({"state_dict": both}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt cannot be .*net\.pos_embed, teacher\.pos_embed"):
+        from_official_checkpoint(tmp_path / "x.pt", **TINY)
+    twice = state | {f"_orig_mod.{key}": x for key, x in state.items()}
+    torch.save(twice, tmp_path / "y.pt")
+    with pytest.raises(ValueError, match=r"y\.pt cannot be converted: it has .* twice"):
+        from_official_checkpoint(tmp_path / "y.pt", **TINY)
 
 
 def test_safetensors_by_any_name(tmp_path) -> None:

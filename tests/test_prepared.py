@@ -1,5 +1,6 @@
 """Training on prepared folders: what is read, in which order, what is refused, what comes out."""
 
+import dataclasses
 import logging
 import pickle
 from collections import Counter
@@ -360,6 +361,10 @@ def test_the_autoencoder_is_the_one_that_encoded(
     missing.data.options["vae"] = str(vae[0])
     with pytest.raises(ValueError, match=f"SHA-256 {vae[1].sha256}, the data was .* of {'0' * 64}"):
         train(missing, progress=False)
+    scaled = dataclasses.replace(vae[1], scale=(0.5,))
+    write_prepared(tmp_path / "scaled", (20, 20), autoencoder=scaled)
+    with pytest.raises(ValueError, match="does not scale latents as when the data was encoded"):
+        train(config_of(tmp_path / "out2", tmp_path / "scaled", 1), progress=False)
 
 
 def test_sizes_that_do_not_fit_are_named(tmp_path: Path) -> None:

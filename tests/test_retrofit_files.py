@@ -38,6 +38,18 @@ def test_there_and_back(name: str, init: str, tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
 
 
+def test_an_interface_that_was_compiled_in_parts_is_read(tmp_path: Path) -> None:
+    model, given, path = filled("qwen"), inputs("qwen"), tmp_path / "a.safetensors"
+    wanted = model(**given, num_latents=3).sample
+    name, part = next(iter(model.elit.named_children()))
+    setattr(model.elit, name, torch.compile(part))
+    save_interface(model, path)
+    with safe_open(path, "pt") as file:
+        assert any("_orig_mod" in key for key in file.keys())  # noqa: SIM118
+    other = load_interface(make("qwen"), path)
+    assert torch.equal(other(**given, num_latents=3).sample, wanted)
+
+
 def test_the_fewest_latents_travel_along(tmp_path: Path) -> None:
     for model, other in ((filled("sd3"), make("sd3")), (None, Own())):
         layout = OWN if model is None else None

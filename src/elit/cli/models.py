@@ -143,22 +143,18 @@ def _vae_scales(file: Path) -> tuple[int, int]:
 
     if not file.exists():
         return 1, 1
-    import diffusers
     import torch
 
-    from elit.pipelines.autoencoder import spatial_scale, temporal_scale
+    from elit.pipelines.autoencoder import autoencoder_class, spatial_scale, temporal_scale
 
     config = read_config(file)
-    name = str(config.get("_class_name"))
-    vae_class = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
-    if vae_class is None:
-        raise ValueError(f"{file} is of a {name}, which is no autoencoder of diffusers'")
+    kind = autoencoder_class(file, config)
     try:
         with torch.device("meta"):
-            vae = vae_class.from_config(config)
+            vae = kind.from_config(config)
         return spatial_scale(vae), temporal_scale(vae)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} does not describe a {name}: {error}") from error
+        raise ValueError(f"{file} does not describe a {kind.__name__}: {error}") from error
 
 
 def _sample_size(saved: Any, resolution: int, scale: int) -> Any:

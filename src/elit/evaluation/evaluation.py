@@ -24,7 +24,7 @@ from elit.evaluation.reference import Reference, check_shapes, make_reference
 from elit.evaluation.score_names import SCORES
 from elit.evaluation.weights import checksum_of
 from elit.flow.schedulers import start_sampling
-from elit.pipelines.base import SamplesDivergedError
+from elit.pipelines.autoencoder import SamplesDivergedError
 from elit.pipelines.folder import weights_digest
 from elit.pipelines.operating_points import OperatingPoint
 from elit.pipelines.sweep_file import FORMAT

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from elit._choices import nearest
@@ -22,7 +22,7 @@ from elit.evaluation.parts import batches
 from elit.evaluation.weights import checksum_of
 from elit.interface.grid import format_size
 from elit.pipelines.autoencoder import decode
-from elit.preparation.images import fit, read_image
+from elit.preparation.images import READING, fit, read_image
 
 _UNREADABLE = (
     OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error,
@@ -158,8 +158,9 @@ def _of_folder(folder: Path, size: tuple[int, int] | None) -> Images:
     def picture(path: Path) -> Image.Image:
         try:
             image = read_image(str(path))
-        except (OSError, UnidentifiedImageError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+        except Exception as error:  # a file can be broken in any way, or too large
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{path} cannot be read as a picture: {reason}") from error
         return image if size is None else fit(image, size)
 
     width, height = picture(files[0]).size
@@ -181,7 +182,7 @@ def _of_folder(folder: Path, size: tuple[int, int] | None) -> Images:
     for at in range(0, len(files), max(1, len(files) // _HASHED)):
         entries[at].append(sha256_of(files[at]))
     words = f"{folder}" if size is None else f"{folder}, fitted to {format_size(size)}"
-    return Images(words, digest_of([entries, size]), len(files), (3, height, width), read)
+    return Images(words, digest_of([entries, size, READING]), len(files), (3, height, width), read)
 
 
 _KEYS = {"inception.pool": ("mu", "sigma"), "inception.spatial": ("mu_s", "sigma_s")}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from elit._files import sha256_of
 from elit._hub import hub_reason
+from elit._wrappers import HOLDERS, without_wrapping
 
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -102,7 +103,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors by their names, of a .safetensors file or one of PyTorch; runs no code of theirs."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return without_wrapping(load_file(path))
         with warnings.catch_warnings():  # of a TorchScript file, which is refused below
             warnings.simplefilter("ignore", UserWarning)
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -111,12 +112,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} holds no weights that can be read ({_reason(error)}); give a .safetensors "
             f"file or a .pth with a plain dictionary of tensors"
         ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+    for holder in HOLDERS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(holder), dict):
+            loaded = loaded[holder]
+    if not isinstance(loaded, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()
+    ):
         raise ValueError(
             f"{path} holds a {type(loaded).__name__} that is no plain dictionary of tensors; give "
             f"a file with a network's state dict alone"
         )
-    return loaded
+    return without_wrapping(loaded)
 
 
 def read_scripted(path: Path, device: torch.device) -> Any:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from elit._choices import check_choice
 from elit._numbers import is_whole
+from elit._wrappers import HOLDERS, without_wrapping
 from elit.interop.pickles import check_bytes, read_pickle
-from elit.interop.tensors import PROJECTORS, check_tensors, without_wrapping
+from elit.interop.tensors import PROJECTORS, check_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +96,13 @@ def _state_dict(path: Path, content: Any, weights: str) -> tuple[dict[str, Tenso
             f"{path} holds a {type(content).__name__}, not a checkpoint: a dictionary with 'ema' "
             f"and 'model', or with tensors by their names"
         )
+    holder = next((name for name in HOLDERS if isinstance(content.get(name), Mapping)), None)
+    if holder is not None and weights not in content:
+        content = content[holder]
     if content and all(isinstance(value, Tensor) for value in content.values()):
         if weights != "ema":
             logger.warning("%s has one set of weights, which is taken: no 'ema' or 'model'", path)
-        return without_wrapping(_by_name(path, content)), None
+        return _bare(path, content), None
     if weights not in content:
         others = [name for name in WEIGHTS if name in content]
         advice = f"give weights={others[0]!r}" if others else "it is no checkpoint of a DiT or SiT"
@@ -109,17 +113,18 @@ def _state_dict(path: Path, content: Any, weights: str) -> tuple[dict[str, Tenso
     chosen = content[weights]
     if not isinstance(chosen, Mapping) or not all(isinstance(v, Tensor) for v in chosen.values()):
         raise ValueError(f"{weights!r} in {path} is a {type(chosen).__name__}, not tensors by name")
-    return without_wrapping(_by_name(path, chosen)), weights
+    return _bare(path, chosen), weights
 
 
-def _by_name(path: Path, tensors: Mapping[Any, Tensor]) -> dict[str, Tensor]:
+def _bare(path: Path, tensors: Mapping[Any, Tensor]) -> dict[str, Tensor]:
     for key in tensors:
         if not isinstance(key, str):
             raise ValueError(
                 f"{path} has tensors by {type(key).__name__} ({key!r}), not by name: it is no "
                 f"checkpoint of a DiT or SiT"
             )
-    return dict(tensors)
+    with cannot_be_converted(path):
+        return without_wrapping(tensors)
 
 
 def as_whole(value: Any) -> int | None:

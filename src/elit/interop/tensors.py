@@ -12,16 +12,7 @@ from elit.models.presets import SIT_SIZES, SIZES
 
 POSITIONS = "pos_embed"  # a table that is computed here
 PROJECTORS = "projectors."  # of REPA: they are of training alone
-WRAPPINGS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def without_wrapping(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without what wrapped modules put before every key."""
-    for prefix in WRAPPINGS:
-        if theirs and all(key.startswith(prefix) for key in theirs):
-            return without_wrapping({key[len(prefix) :]: v for key, v in theirs.items()})
-    return theirs
 
 
 def count_of(theirs: Mapping[str, Tensor], prefix: str) -> int:
@@ -83,6 +74,13 @@ def heads_of(width: int, norm: Tensor | None, given: int | None) -> int:
 def check_tensors(theirs: Mapping[str, Tensor]) -> None:
     """Raise a ValueError unless all are floating-point numbers that the file really holds."""
     if POSITIONS not in theirs:
+        named = [key for key in theirs if key.endswith(f".{POSITIONS}")]
+        named = [key for key in named if key.count(".") == min(k.count(".") for k in named)]
+        if named:
+            raise ValueError(
+                f"it has {_some(named)} instead of {POSITIONS}: another model is around "
+                f"or beside the one that is wanted; save the state dict of that one alone"
+            )
         found = _some(theirs) or "no key at all"
         raise ValueError(
             f"it has no {POSITIONS}, which every DiT, SiT and ELIT-SiT has: it is another model, "

@@ -90,14 +90,18 @@ class ElasticMixin(StepCaching, ModelMixin):
         except TypeError as error:  # arguments of __init__ that another class's config lacks
             source = args[0] if args else "the checkpoint"
             raise ValueError(f"{source} does not hold a {cls.__name__}: {error}") from error
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[kind]:
-                names = ", ".join(sorted(map(str, info[kind]))[:3])
-                raise ValueError(
-                    f"{args[0] if args else 'the checkpoint'} does not hold the weights of this "
-                    f"{cls.__name__}: {len(info[kind])} {kind.replace('_', ' ')} ({names}, ...); "
-                    f"load it with the class and the config it was saved with"
-                )
+        wrong = [
+            f"{len(info[kind])} {kind.replace('_', ' ')} "
+            f"({', '.join(sorted(map(str, info[kind]))[:3])}, ...)"
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            if info[kind]
+        ]
+        if wrong:
+            raise ValueError(
+                f"{args[0] if args else 'the checkpoint'} does not hold the weights of this "
+                f"{cls.__name__}: {', '.join(wrong)}; load it with the class and the config it was "
+                f"saved with, and save the bare model"
+            )
         return (model, info) if wants_info else model
 
     def set_geometry(

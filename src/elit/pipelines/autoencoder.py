@@ -1,22 +1,86 @@
-"""What pipelines need to know of diffusers' autoencoders, of images and of clips."""
+"""What pipelines and `elit prepare` need to know of diffusers' autoencoders of images and clips."""
 
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from elit._choices import nearest
+
+# Classes that encode, but not in a way that latents of images or clips are decoded from alone
+UNFIT = {
+    "AutoencoderKLAllegro": "it works in tiles alone",
+    "AutoencoderKLHunyuanImageRefiner": "it is made for refining pictures, not for clips",
+    "AutoencoderKLMiniMaxH3": "it cuts clips into overlapping pieces of a length of its own",
+    "AutoencoderKLTemporalDecoder": "it makes clips from the latents of pictures",
+    "AutoencoderVidTok": "its clips come back shorter",
+    "RFD4ProteinaAutoencoder": "it is of proteins",
+    "UniDiffuserTextDecoder": "it is of texts",
+    **dict.fromkeys((
+        "AutoencoderKLKVAEAudio", "AutoencoderKLLTX2Audio", "AutoencoderKLMiniMaxH3Audio",
+        "AutoencoderOobleck", "AutoencoderSAME", "Cosmos3AVAEAudioTokenizer",
+        "LongCatAudioDiTVae", "MMAudioVAE",
+    ), "it is of sound"),
+}  # fmt: skip
+
+
+class SamplesDivergedError(ValueError):
+    """Sampling or decoding ended in numbers that are not finite."""
+
+
+def check_usable(kind: str, config: Any) -> None:
+    """Raise a ValueError for a class, or a config of it, that latents can't go through."""
+    reason = UNFIT.get(kind)
+    if config.get("timestep_conditioning"):
+        reason = "its decoder takes a time step, which pipelines here don't give it"
+    if reason is not None:
+        raise ValueError(f"a {kind} cannot be used here: {reason}; give another autoencoder")
+
+
+def autoencoder_class(name: Any, config: Any) -> Any:
+    """The class that an autoencoder's config names, or a ValueError with the name of its folder."""
+    import diffusers
+
+    kind = str(config.get("_class_name"))
+    found = getattr(diffusers, kind, None)
+    if not hasattr(found, "encode"):
+        near = nearest(kind, (n for n in dir(diffusers) if n.startswith("Autoencoder")))
+        hint = f"; did you mean {near}?" if near else ""
+        raise ValueError(
+            f"{name} holds a {kind}, which is no autoencoder of diffusers{hint}; give the folder "
+            f"of one, or of a pipeline"
+        )
+    check_usable(kind, config)
+    return found
 
 
 def spatial_scale(vae: Any) -> int:
     """Pixels per element of the VAE latents along each axis; 1 without a VAE."""
     if vae is None:
         return 1
-    # AutoencoderDC and those of clips have it
-    compression = getattr(vae, "spatial_compression_ratio", None)
-    return compression or 2 ** (len(vae.config.block_out_channels) - 1)
+    config = vae.config
+    if _is_rae(vae):
+        return config.patch_size
+    found = _told(vae, "scale_factor_spatial", "spatial_compression_ratio")
+    if not found:
+        levels = config.get("block_out_channels") or config.get("ch_mult")
+        if not levels:
+            raise ValueError(
+                f"a {type(vae).__name__} does not say how many pixels its latents stand for; give "
+                f"another autoencoder"
+            )
+        found = 2 ** (len(levels) - 1)
+    return found * _packed(vae)
 
 
 def has_time(vae: Any) -> bool:
-    """Whether an autoencoder is of clips: its weights have three axes of space and time."""
+    """Whether an autoencoder takes clips: it has weights or scales of space and time."""
+    if vae.config.get("temperal_downsample"):  # of Wan and Qwen-Image, as diffusers spells it
+        return True
     return any(parameter.ndim == 5 for parameter in vae.parameters())
 
 
@@ -24,9 +88,14 @@ def temporal_scale(vae: Any) -> int:
     """Frames per element of the VAE latents in time, the first frame having one of its own."""
     if vae is None:
         return 1
-    found = getattr(vae, "temporal_compression_ratio", None)  # of LTX and Hunyuan
-    found = found or getattr(vae.config, "scale_factor_temporal", None)  # of Wan
-    return found or getattr(vae.config, "temporal_compression_ratio", None) or 1
+    names = ("scale_factor_temporal", "temporal_compression_ratio", "temporal_compress_times")
+    return _told(vae, *names) or 2 ** sum(vae.config.get("temperal_downsample") or ())
+
+
+def _told(vae: Any, *names: str) -> int | None:
+    """What an autoencoder's config says or, as of LTX and AutoencoderDC, an attribute."""
+    found = (vae.config.get(name) or vars(vae).get(name) for name in names)
+    return next(filter(None, found), None)
 
 
 def latent_frames(frames: int, scale: int, name: str = "num_frames") -> int:
@@ -43,27 +112,44 @@ def latent_frames(frames: int, scale: int, name: str = "num_frames") -> int:
 def decode(vae: Any, samples: Tensor) -> Tensor:
     """Pictures in [-1, 1] of samples (B, C, h, w), or clips of (B, C, t, h, w).
 
-    As in diffusers' pipelines: latents / scaling_factor + shift_factor, or, where the autoencoder
-    knows a mean and a scale of each channel, latents * std / scaling_factor + mean.
+    As in diffusers' pipelines, by the numbers of `scale_and_shift`.
+
+    Raises:
+        ValueError: if the autoencoder can't take them, or makes another size of them.
+        SamplesDivergedError: if the pictures are not finite.
     """
-    samples = samples / (getattr(vae.config, "scaling_factor", None) or 1.0)
-    mean, std = (_of_channels(vae, name, samples) for name in ("latents_mean", "latents_std"))
-    if mean is not None and std is not None:
-        samples = samples * std + mean
-    else:
-        samples = samples + (getattr(vae.config, "shift_factor", None) or 0.0)
-    return vae.decode(samples.to(vae.dtype), return_dict=False)[0]
+    decoded, dtype = _decoded(vae, samples)
+    if not decoded.isfinite().all():
+        word = str(dtype).removeprefix("torch.")
+        helps = "look at its weights" if dtype == torch.float32 else "load it in float32"
+        raise SamplesDivergedError(
+            f"the {type(vae).__name__} makes pictures that are not finite in {word}; {helps}"
+        )
+    return decoded
 
 
-def _of_channels(vae: Any, name: str, like: Tensor) -> Tensor | None:
-    """A number for each channel, (1, C, 1, 1...), from the config or, as LTX has it, a buffer."""
-    numbers = getattr(vae.config, name, None)
-    if numbers is None:
-        numbers = dict(vae.named_buffers()).get(name)
-    if numbers is None:
-        return None
-    numbers = torch.as_tensor(numbers, device=like.device, dtype=like.dtype)
-    return numbers.view(1, -1, *(1,) * (like.ndim - 2))
+def _decoded(vae: Any, samples: Tensor) -> tuple[Tensor, torch.dtype]:
+    """What an autoencoder makes of samples, and the dtype that it computed in."""
+    name, alone = type(vae).__name__, samples.ndim == 4 and has_time(vae)
+    check_usable(name, vae.config)
+    *time, height, width = samples.shape[2:]
+    size, length = spatial_scale(vae), temporal_scale(vae)
+    _check_rae(vae, height * size, width * size)
+    scale, shift = (_of_channels(n, samples, name) for n in scale_and_shift(vae))
+    latents = samples / scale + shift
+    if _packed(vae) > 1:
+        latents = pixel_shuffle(latents, _packed(vae))  # (B, C, h, w)
+    if alone:  # Qwen-Image's is of clips
+        latents = latents[:, :, None]  # (B, C, 1, h, w)
+    with _computing(vae) as dtype:
+        found = vae.decode(latents.to(dtype))
+    decoded = getattr(found, "sample", found)
+    decoded = decoded[:, :, 0] if alone else decoded
+    if _is_rae(vae):  # its pictures are in [0, 1]
+        decoded = decoded * 2 - 1
+    wanted = [*((t - 1) * length + 1 for t in time), height * size, width * size]
+    _check_shape(name, "decodes latents", samples, decoded, wanted)
+    return decoded, dtype
 
 
 def encode(vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -72,23 +158,134 @@ def encode(vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
     The log-variance is None where an autoencoder has no posterior. What `decode` takes is
     (draw - shift) * scale, with the numbers of `scale_and_shift`.
     """
-    of_pictures = has_time(vae) and pictures.ndim == 4  # Qwen-Image's is of clips
-    encoded = vae.encode(pictures[:, :, None] if of_pictures else pictures)
+    name, alone = type(vae).__name__, pictures.ndim == 4 and has_time(vae)
+    check_usable(name, vae.config)
+    *time, height, width = pictures.shape[2:]
+    size, length = spatial_scale(vae), temporal_scale(vae)
+    _check_rae(vae, height, width)
+    given = pictures / 2 + 0.5 if _is_rae(vae) else pictures
+    with _computing(vae) as dtype:
+        encoded = vae.encode((given[:, :, None] if alone else given).to(dtype))
     posterior = getattr(encoded, "latent_dist", None)
-    if posterior is not None:
-        mean, logvar = posterior.mean, posterior.logvar
+    if posterior is None:
+        found = [encoded[0]]
+    elif hasattr(posterior, "logvar"):
+        found = [posterior.mean, posterior.logvar]
     else:
-        mean, logvar = encoded[0], None
-    if of_pictures:
-        mean, logvar = mean[:, :, 0], None if logvar is None else logvar[:, :, 0]
-    return mean, logvar
+        found = [posterior.mode()]  # Cosmos's is one point
+    if alone:
+        found = [x[:, :, 0] for x in found]
+    if _packed(vae) > 1:
+        found = [pixel_unshuffle(x, _packed(vae)) for x in found]
+    wanted = [*(latent_frames(t, length, "frames") for t in time), height // size, width // size]
+    _check_shape(name, "encodes pictures", pictures, found[0], wanted)
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def check_round_trip(vae: Any, name: str, pictures: Tensor) -> bool:
+    """Whether an autoencoder has a posterior; a ValueError if it can't do what is asked of it.
+
+    Args:
+        vae: that is tried.
+        name: of its folder.
+        pictures: as `encode` takes them; decoded is a corner of their latents.
+    """
+    try:
+        with torch.inference_mode():
+            mean, logvar = encode(vae, pictures)
+            _decoded(vae, torch.zeros_like(mean if _is_rae(vae) else mean[..., :4, :4]).float())
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the autoencoder {name} cannot be used: {reason}") from error
+    return logvar is not None
 
 
 def scale_and_shift(vae: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Numbers, one or one for each channel, that make latents of draws: (draw - shift) * scale."""
-    factor = getattr(vae.config, "scaling_factor", None) or 1.0
-    like = torch.empty(1, 1, 1)
-    mean, std = (_of_channels(vae, name, like) for name in ("latents_mean", "latents_std"))
+    """Numbers, one or one for each channel, that make latents of draws: (draw - shift) * scale.
+
+    From the config or, as LTX and Flux 2 have them, from buffers.
+    """
+    config = vae.config
+    if _is_rae(vae):  # it scales by itself
+        return (1.0,), (0.0,)
+    factor, shift = config.get("scaling_factor"), config.get("shift_factor")
+    factor = 1.0 if factor is None else factor
+    if type(vae).__name__ == "AutoencoderKLFlux2":
+        mean, std = vae.bn.running_mean, (vae.bn.running_var + config.batch_norm_eps).sqrt()
+    else:
+        buffers = dict(vae.named_buffers(recurse=False))
+        mean, std = (
+            buffers.get(name) if config.get(name) is None else torch.tensor(config[name])
+            for name in ("latents_mean", "latents_std")
+        )
+    scales, shifts = (factor,), (shift or 0.0,)
     if mean is not None and std is not None:
-        return tuple((factor / std).flatten().tolist()), tuple(mean.flatten().tolist())
-    return (factor,), (getattr(vae.config, "shift_factor", None) or 0.0,)
+        scales, shifts = (tuple(x.flatten().tolist()) for x in (factor / std.float(), mean))
+    if not all(math.isfinite(x) for x in (*scales, *shifts)) or 0 in scales:
+        raise ValueError(
+            f"the {type(vae).__name__} scales its latents by {min(scales)} to {max(scales)}, which "
+            f"can't be undone; look at scaling_factor, latents_mean and latents_std in its config"
+        )
+    return scales, shifts
+
+
+def upcasts(vae: Any, dtype: torch.dtype) -> bool:
+    """Whether an autoencoder overflows a dtype by its config, so that it computes in float32."""
+    return dtype == torch.float16 and bool(vae.config.get("force_upcast"))
+
+
+@contextmanager
+def _computing(vae: Any) -> Iterator[torch.dtype]:
+    """The dtype that an autoencoder computes in meanwhile."""
+    before = vae.dtype
+    if type(vae).__name__ == "AutoencoderKLHunyuanVideo15":  # fails on more than one at once
+        vae.enable_slicing()
+    if not upcasts(vae, before):
+        yield before
+        return
+    vae.to(torch.float32)
+    try:
+        yield torch.float32
+    finally:
+        vae.to(before)
+
+
+def _is_rae(vae: Any) -> bool:
+    return type(vae).__name__ == "AutoencoderRAE"
+
+
+def _check_rae(vae: Any, height: int, width: int) -> None:
+    """An AutoencoderRAE scales whatever it is given to its own size, and gives that back."""
+    if _is_rae(vae) and (height, width) != (vae.decoder_image_size,) * 2:
+        side = vae.decoder_image_size
+        raise ValueError(
+            f"this AutoencoderRAE is of pictures of {side}x{side} alone, not of {height}x{width}"
+        )
+
+
+def _packed(vae: Any) -> int:
+    """Side of the squares of latents that are one, as Flux 2's transformer takes them."""
+    return vae.config.patch_size[0] if type(vae).__name__ == "AutoencoderKLFlux2" else 1
+
+
+def _of_channels(numbers: Sequence[float], like: Tensor, name: str) -> Tensor:
+    """A number for each channel, (1, C, 1, 1...)."""
+    if len(numbers) not in (1, like.shape[1]):
+        raise ValueError(
+            f"the {name} scales {len(numbers)} channels, but the latents have {like.shape[1]}; "
+            f"look at latents_mean and latents_std in its config, or give another autoencoder"
+        )
+    column = torch.tensor(numbers, device=like.device, dtype=like.dtype)
+    return column.view(1, -1, *(1,) * (like.ndim - 2))
+
+
+def _check_shape(name: str, does: str, given: Tensor, found: Tensor, wanted: list[int]) -> None:
+    if list(found.shape[2:]) != wanted:
+        sizes = ("x".join(map(str, x)) for x in (given.shape[2:], found.shape[2:], wanted))
+        raise ValueError(
+            "the {} {} of {} to {}, not to {}; give another size or autoencoder".format(
+                name, does, *sizes
+            )
+        )

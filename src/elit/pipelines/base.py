@@ -19,6 +19,8 @@ from elit.flow.guidance import Condition, Guidance, at_least_float32
 from elit.flow.schedulers import start_sampling
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.autoencoder import (
+    SamplesDivergedError,
+    check_usable,
     decode,
     has_time,
     latent_frames,
@@ -53,10 +55,6 @@ def check_sample_dtype(dtype: torch.dtype, device_type: str) -> None:
         )
 
 
-class SamplesDivergedError(ValueError):
-    """Samples are no longer finite: these settings don't work with this model."""
-
-
 class ElasticPipeline(RunBudgets, DiffusionPipeline):
     """A pipeline whose transformer is one of ours.
 
@@ -70,11 +68,13 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
 
     def set_processors(self) -> None:
         """Make what turns tensors into pictures; the last thing that a subclass makes."""
-        if self.vae is not None and self.draws_clips != has_time(self.vae):
-            raise ValueError(
-                f"a {type(self.vae).__name__} is of {'clips' if has_time(self.vae) else 'images'}, "
-                f"the transformer draws the other; use the autoencoder that it was trained with"
-            )
+        if self.vae is not None:
+            check_usable(type(self.vae).__name__, self.vae.config)
+            if self.draws_clips and not has_time(self.vae):
+                raise ValueError(
+                    f"a {type(self.vae).__name__} is of images, the transformer draws clips; use "
+                    f"the autoencoder that it was trained with"
+                )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self.video_processor = VideoProcessor(vae_scale_factor=1)
 

@@ -1,6 +1,7 @@
 """The autoencoder that encodes pictures: any of diffusers', by the class that its config names."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elit._choices import nearest
 from elit._hub import hub_reason, not_fetched
 from elit.data.manifest import LATENTS, MOMENTS, PIXELS, Autoencoder
 from elit.pipelines.autoencoder import (
+    autoencoder_class,
+    check_round_trip,
     encode,
     has_time,
     latent_frames,
     scale_and_shift,
     spatial_scale,
     temporal_scale,
+    upcasts,
 )
 from elit.pipelines.folder import read_config
 from elit.preparation.reading import Sizes
 from elit.preparation.settings import DTYPES
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -84,15 +89,19 @@ def load_encoder(
     _check_sizes(vae, name, sizes)
     sha256 = weights_sha256(vae)  # before the cast: the same of any dtype
     scale, shift = scale_and_shift(vae)
+    if upcasts(vae, types[0]):
+        logger.warning(
+            "%s overflows fp16, its config says (force_upcast): it computes in fp32", name
+        )
+        types[0] = torch.float32
     about = Autoencoder(name, type(vae).__name__, sha256, scale, shift)
     vae = vae.to(device).eval().requires_grad_(False)
     if types[0] != torch.float32:
         vae = vae.to(types[0])
     smallest = min((size for sizes in sizes.choices for size in sizes), key=lambda s: s[0] * s[1])
-    black = torch.zeros(1, 3, *([sizes.frames] if sizes.frames else []), *smallest)
-    with torch.inference_mode():
-        _, logvar = encode(vae, black.to(device, types[0]) - 1)
-    return Encoder(LATENTS if logvar is None else MOMENTS, about, vae, device, *types)
+    black = torch.zeros(2, 3, *([sizes.frames] if sizes.frames else []), *smallest)
+    has_posterior = check_round_trip(vae, name, black.to(device, types[0]) - 1)
+    return Encoder(MOMENTS if has_posterior else LATENTS, about, vae, device, *types)
 
 
 def load_vae(name: str) -> tuple[Any, str]:
@@ -111,17 +120,9 @@ def load_vae(name: str) -> tuple[Any, str]:
         raise ValueError(f"there is no folder {name} of an autoencoder; give one, or a hub name")
     else:
         config, subfolder = _hub_config(diffusers, name)
-    kind = str(config.get("_class_name"))
-    found = getattr(diffusers, kind, None)
-    if found is None or not hasattr(found, "encode"):
-        near = nearest(kind, (n for n in dir(diffusers) if n.startswith("Autoencoder")))
-        hint = f"; did you mean {near}?" if near else ""
-        raise ValueError(
-            f"{name} holds a {kind}, which is no autoencoder of diffusers{hint}; give the folder "
-            f"of one, or of a pipeline"
-        )
+    kind = autoencoder_class(name, config)
     try:
-        vae, report = found.from_pretrained(
+        vae, report = kind.from_pretrained(
             str(path) if path.is_dir() else name, subfolder=subfolder,
             dtype=torch.float32, output_loading_info=True,
         )  # fmt: skip
@@ -130,7 +131,9 @@ def load_vae(name: str) -> tuple[Any, str]:
         raise ValueError(f"the autoencoder {name} cannot be loaded: {reason}") from error
     absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])})
     if absent:  # diffusers leaves what is missing random
-        raise ValueError(f"{name} lacks {len(absent)} of its weights, such as {absent[0]}")
+        extra = sorted(report["unexpected_keys"])
+        others = f", and has others, such as {extra[0]}" if extra else ""
+        raise ValueError(f"{name} lacks {len(absent)} of its weights, such as {absent[0]}{others}")
     return vae, name
 
 
@@ -163,7 +166,7 @@ def weights_sha256(model: Any) -> str:
 
 def _check_sizes(vae: Any, name: str, sizes: Sizes) -> None:
     """Raise a ValueError for pictures or clips that an autoencoder can't take."""
-    channels = getattr(vae.config, "in_channels", 3)
+    channels = vae.config.get("out_channels") or vae.config.get("out_ch") or 3  # of Mochi's 15 in
     if channels != 3:
         raise ValueError(f"{name} takes pictures of {channels} channels; give one of 3, of colours")
     scale = spatial_scale(vae)

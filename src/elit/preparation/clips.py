@@ -81,7 +81,7 @@ def _by_pil(animation: Image.Image) -> _Video:
     def shown() -> Iterator[tuple[Image.Image, float]]:
         for picture in ImageSequence.Iterator(animation):
             # PIL goes on with the same object
-            yield to_rgb(picture.convert("RGBA")), _duration(picture)
+            yield to_rgb(picture.copy()), _duration(picture)
 
     durations = []
     for picture in ImageSequence.Iterator(animation):

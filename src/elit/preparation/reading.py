@@ -120,6 +120,9 @@ class Reader(Dataset[Chunk]):
                 row = rows[number]
                 cut = self.sizes.cut(row.content)
             except Exception as error:  # a file can be broken in any way
+                if isinstance(error, MemoryError):
+                    name = _name_of(rows, number) or f"row {number} of {split}"
+                    error = OSError(errno.ENOMEM, "no memory left to read it", name)
                 if not is_of_file(error):
                     # Workers hand it over: what they raise loses its number
                     return Chunk(fault=error)
@@ -155,14 +158,19 @@ def reason_of(error: Exception, rows: Rows, number: int) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     if "<_io.BytesIO object" in reason:  # says where it lay in memory
         reason = "cannot identify image file"
-    try:
-        name = rows.name(number)
-    except Exception:  # the row itself cannot be read
-        name = None
+    name = _name_of(rows, number)
     if name is None:
         return reason
     reason = reason.replace(str(rows.folder / name), "it")
     return f"{name}: {reason}"
+
+
+def _name_of(rows: Rows, number: int) -> str | None:
+    """The file that a row is read from, where that is known."""
+    try:
+        return rows.name(number)
+    except Exception:  # the row itself cannot be read
+        return None
 
 
 def default_workers(local_processes: int = 1) -> int:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from elit._files import write_file
+from elit._wrappers import without_wrapping
 from elit.retrofit import elastic
 from elit.retrofit.elastic import PREFIX, ElasticTransformer
 from elit.retrofit.elasticize import elasticize, transformer_of, unelasticize, with_its_class
@@ -96,7 +97,7 @@ def load_interface(
     options = (settings.head, settings.tail, settings.group, settings.init, settings.rank)
     elasticize(transformer, *options, layout=layout)
     interface: Any = transformer.elit
-    state = {key.removeprefix(f"{PREFIX}."): tensor for key, tensor in tensors.items()}
+    state = without_wrapping({key.removeprefix(f"{PREFIX}."): x for key, x in tensors.items()})
     wrong = _misfits(interface.state_dict(), state)
     broken = [
         key for key, x in state.items() if not x.is_floating_point() or not x.isfinite().all()

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 from elit.data import ImageDataset
+from elit.pipelines.autoencoder import scale_and_shift
 from elit.preparation.autoencoder import load_vae, weights_sha256
 from elit.training.config import TrainConfig
 
@@ -33,5 +34,12 @@ def load_run_vae(config: TrainConfig, dataset: ImageDataset) -> Any | None:
         raise ValueError(
             f"the autoencoder {about.name} has weights of SHA-256 {found}, the data was encoded "
             f"with those of {about.sha256}; give the folder of the right one as data.options.vae"
+        )
+    scales = (about.scale, about.shift)
+    if scales != scale_and_shift(vae):
+        raise ValueError(
+            f"the autoencoder {about.name} does not scale latents as when the data was encoded: "
+            f"look at scaling_factor, shift_factor, latents_mean and latents_std in its config, or "
+            f"prepare the data anew"
         )
     return vae.eval().requires_grad_(False)
