@@ -59,7 +59,7 @@ class Layout:
     def of(cls, datasets: Any, settings: PrepareSettings) -> "Layout":
         """Of a folder, a file, or a pattern of them."""
         path = Path(settings.source).absolute()
-        files, left = [path], []
+        files, left = [path], list[str]()
         if path.is_dir():
             _refuse_configs(path)
             files, left = files_of(path)
@@ -86,7 +86,7 @@ class Layout:
         if packed:
             raise ValueError(
                 f"{self.root} holds {_count(pictures, 'picture', self.root)}, and "
-                f"{_count(packed, 'file', self.root)} of many rows; give one kind alone, such as "
+                f"{_count(packed, 'file of many rows', self.root)}; give one kind alone, such as "
                 f"{str(self.root / ('*' + packed[0].suffix))!r}"
             )
         metadata = [f for f in files if f.name.lower() in _METADATA]
@@ -143,7 +143,7 @@ class Layout:
             without = [p for p in of_split if labels[p] is None]
             if without and len(without) < len(of_split):
                 raise ValueError(
-                    f"{split} has {_count(without, 'picture', self.root)} beside the folders of "
+                    f"{split} has {_count(without, 'picture', self.root)}, beside the folders of "
                     f"its classes, {_listed(classes)}; move them into one, or leave classes out "
                     f"with --label-column {NONE}"
                 )
@@ -166,7 +166,7 @@ class Layout:
         self.notes.append(f"captions, from the {_TEXT} file beside each picture")
         if lack:
             self.notes.append(
-                f"{_count(lack, 'picture', self.root)} without a {_TEXT} file: the caption is empty"
+                f"{_count(lack, 'picture', self.root)}, without a {_TEXT} file: the caption is empty"
             )
         return {p: read.get(p.with_suffix(""), "") for p in pictures}
 
@@ -196,9 +196,11 @@ class Layout:
                 rows.append((picture, {"image": str(picture), **row}))
         absent = [p for p in pictures if p not in named]
         if missing or absent:
-            what = f"does not name {_count(absent, 'picture', self.root)}"
-            if missing:
-                what = f"names {_count(missing, 'file', self.root)} that is no picture there"
+            what = (
+                f"names {_count(missing, 'file', self.root)}, that is no picture there"
+                if missing
+                else f"does not name {_count(absent, 'picture', self.root)}"
+            )
             raise ValueError(f"{metadata[0]} {what}; make its file_name and the folder agree")
         self.notes.append(
             f"columns from {_listed(str(f.relative_to(self.root)) for f in metadata)}"
@@ -233,7 +235,7 @@ class Layout:
         plain = [f for f, split in named.items() if split is None]
         if plain and len(plain) < len(named):
             self.notes.append(
-                f"{_count(plain, 'file', self.root)} named like no split, so all rows are train"
+                f"{_count(plain, 'file', self.root)}, named like no split: so all rows are train"
             )
         for file, split in named.items():
             splits.setdefault("train" if plain else split or "", []).append(file)
@@ -350,7 +352,10 @@ def _refuse_configs(folder: Path) -> None:
 def _count(files: Sequence[Path], what: str, root: Path) -> str:
     first = files[0]
     name = first.relative_to(root) if first.is_relative_to(root) else first
-    return f"{len(files)} {what}{'s' if len(files) > 1 else ''}, such as {name},"
+    noun, _, rest = what.partition(" ")
+    return (
+        f"{len(files)} {noun}{'s' if len(files) > 1 else ''} {rest}".rstrip() + f", such as {name}"
+    )
 
 
 def _listed(names: Iterable[str]) -> str:

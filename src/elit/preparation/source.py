@@ -119,10 +119,10 @@ class Rows:
         from pyarrow import compute
 
         column = self.table.with_format("arrow")[rows.start : rows.stop][self.image]
-        if pa.types.is_struct(column.type):
-            if column.type.get_field_index("bytes") >= 0:  # not of a tar file
-                column = column.filter(compute.is_null(compute.struct_field(column, ["bytes"])))
-                column = compute.struct_field(column, ["path"])
+        kind = column.type
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:  # not of a tar file
+            column = column.filter(compute.is_null(compute.struct_field(column, ["bytes"])))
+            column = compute.struct_field(column, ["path"])
         text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
         paths = [self.folder / path for path in column.to_pylist() if path] if text else []
         return stamp([*self.files, *paths])
@@ -236,7 +236,10 @@ def open_source(settings: PrepareSettings) -> Source:
         raise ValueError(f"{settings.source} has no rows; give one with pictures in it")
     name = str(path.absolute()) if path.exists() else settings.source
     taken = {theirs for theirs, _, _ in chosen.values()}
-    notes = [f"{len(rows)} rows in {ours}, of {rows.of}" for ours, rows in splits.items()]
+    notes = [
+        f"{len(rows)} rows in {ours}{'' if rows.of == ours else f', of {rows.of}'}"
+        for ours, rows in splits.items()
+    ]
     notes += [f"{len(given[n])} rows of {n} are not used" for n in given if n not in taken]
     notes.append(f"{len(classes)} classes" if label else "no labels")
     notes.append(f"captions in {caption}" if caption else "no captions")
