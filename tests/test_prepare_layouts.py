@@ -154,7 +154,7 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
     "a text too few": (
         FOUR | {"0.txt": "null", "1.txt": "größer", "3.txt": ""},
         {"train": rows(*[None] * 4, captions=["null", "größer", "", ""])},
-        "1 picture, such as 2.png, without a .txt file: the caption is empty",
+        "1 picture, such as 2.png, without .txt: the caption is empty",
     ),
     "texts in classes": (
         classes("10_cat", "5_dog", count=1) | {"10_cat/0.txt": "a", "5_dog/0.txt": "b"},
@@ -222,7 +222,8 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
         "b.parquet and .*a.parquet differ in the column 'text'", "",
     ),
     "parquet beside pictures": (
-        {"a.parquet": columns(0), "0.png": 0}, "holds 1 picture, such as 0.png, and 1 file of many rows, such as a.parquet; give", ""
+        {"a.parquet": columns(0), "0.png": 0},
+        "holds 1 picture, such as 0.png, and 1 file of many rows, such as a.parquet; give", "",
     ),
     "tar": (
         {"a.tar": packed({"0.png": 0, "0.cls": "1", "0.txt": "null\n"}),

@@ -166,7 +166,7 @@ class Layout:
         self.notes.append(f"captions, from the {_TEXT} file beside each picture")
         if lack:
             self.notes.append(
-                f"{_count(lack, 'picture', self.root)}, without a {_TEXT} file: the caption is empty"
+                f"{_count(lack, 'picture', self.root)}, without {_TEXT}: the caption is empty"
             )
         return {p: read.get(p.with_suffix(""), "") for p in pictures}
 

@@ -247,7 +247,7 @@ def _finish(task: _Task, done: int, seconds: float) -> PrepareResult:
         cut.update(record.cut)
     for where, count in (+cut).items():
         total = sum(split.count for split in splits.values())
-        logger.warning("%d of %d captions were cut off, %s", count, total, where)
+        logger.warning("%d of %d captions were cut off at %s", count, total, where)
     mean, std = _statistics(list(records.values()))
     if std is not None and not USUAL_STD[0] < std < USUAL_STD[1]:
         logger.warning(

@@ -78,15 +78,16 @@ class TextEncoder:
 
 
 class _Watched:
-    """A tokenizer that remembers which texts it cut off.
+    """A tokenizer that remembers which texts it cut off, at `longest` tokens after `dropped`.
 
     Attributes:
         cut: whether it did, of each text of its last call.
-        where: after how many tokens.
+        where: at how many tokens of which.
     """
 
-    def __init__(self, tokenizer: Any, longest: int | None = None):
-        self._tokenizer, self._longest = tokenizer, longest
+    def __init__(self, tokenizer: Any, name: str, longest: int | None, dropped: int = 0):
+        self._tokenizer, self._name = tokenizer, name
+        self._longest, self._dropped = longest, dropped
         self.cut: list[bool] = []
         self.where = ""
 
@@ -94,8 +95,8 @@ class _Watched:
         if options.get("truncation"):
             longest = self._longest or options["max_length"]
             whole = self._tokenizer(texts, verbose=False)["input_ids"]
-            self.cut = [len(ids) > longest for ids in whole]
-            self.where = f"after {longest} tokens of {type(self._tokenizer).__name__}"
+            self.cut = [len(ids) - self._dropped > longest for ids in whole]
+            self.where = f"{longest} tokens of {self._name}"
         return self._tokenizer(texts, **options)
 
     def __getattr__(self, name: str) -> Any:
@@ -119,7 +120,7 @@ def load_texts(
         if max_length is not None and max_length > most:
             raise ValueError(f"max_text_length={max_length} is beyond the {most} of {name}")
         config = {**settings, "max_text_length": length}
-        watched = _Watched(tokenizer, length)
+        watched = _Watched(tokenizer, "its tokenizer", length)
 
         def make(texts: Sequence[str]) -> Encoding:
             found = encode(texts, config, watched, model, truncate=True, device=device)
@@ -138,9 +139,9 @@ def load_texts(
         model.to(device, computes).eval().requires_grad_(False)
 
     # Qwen-Image cuts what follows its template
-    longest = length + pipe.prompt_template_encode_start_idx if kind == _QWEN else None
+    limits = (length, pipe.prompt_template_encode_start_idx) if kind == _QWEN else (None,)
     tokenizers = [
-        (n, _Watched(t, longest)) for n, t in pipe.components.items() if "tokenizer" in n and t
+        (n, _Watched(t, n, *limits)) for n, t in pipe.components.items() if "tokenizer" in n and t
     ]
     for n, watching in tokenizers:
         object.__setattr__(pipe, n, watching)  # past the check for a class of a known library
