@@ -43,10 +43,13 @@ def rows(*classes: str | None, start: int = 0, captions: Any = None) -> list[Row
 
 
 def columns(*seeds: int, **more: Any) -> bytes:
-    """A parquet file."""
-    shown = [{"bytes": png(seed), "path": None} for seed in seeds]
+    """A parquet file of pictures."""
+    return table(image=[{"bytes": png(seed), "path": None} for seed in seeds], **more)
+
+
+def table(**columns: Any) -> bytes:
     file = io.BytesIO()
-    parquet.write_table(pa.table({"image": shown, **more}), file)
+    parquet.write_table(pa.table(columns), file)
     return file.getvalue()
 
 
@@ -193,6 +196,19 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
         FOUR | {"metadata.csv": "file_name,text\n" + "".join(f"{i}.png,a\n" for i in range(5))},
         "metadata.csv names 1 file, such as 4.png, that is no picture there", "",
     ),
+    "metadata.parquet": (
+        classes("a", "b", count=1) | {"metadata.parquet": table(
+            file_name=["b/0.png", "a/0.png", "b/0.png"], text=["None", "", "x"])},
+        {"train": [(1, None, "None"), (0, None, ""), (1, None, "x")]},
+        "2 pictures, of which some have several rows",
+    ),
+    "a table of another name": (
+        FOUR | {"captions.csv": "file_name,text\n0.png,a"}, {"train": PLAIN},
+        "1 table, such as captions.csv, not read: beside pictures only metadata.csv, ",
+    ),
+    "two columns of one name": (
+        FOUR | {"metadata.csv": "file_name,text,text\n"}, "two of its columns have one name", "",
+    ),
     "labels of two types": (
         pictures("0.png", "1.png") | {"metadata.jsonl": lines(
             {"file_name": "0.png", "label": "a"}, {"file_name": "1.png", "label": 1})},
@@ -212,6 +228,11 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
          "data/train-00001-of-00002.parquet": columns(1),
          "data/validation-00000-of-00001.parquet": columns(2)},
         {"train": rows(None, None), "validation": [(2, None, None)]}, "1 rows in validation",
+    ),
+    "several sets of the hub": (
+        {"README.md": "---\nconfigs:\n- config_name: a\n- config_name: b\n---\n",
+         "a/0.parquet": columns(0), "b/0.parquet": columns(1)},
+        "README.md tells of several data sets, a, b; give", "",
     ),
     "parquet of floats": (
         {"a.parquet": columns(0, 1, 2, label=[1.0, None, 0.0], text=["null", "NA", None])},
@@ -234,7 +255,8 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
     "tar with a late text": (
         {"a.tar": packed(FOUR | pictures(*(f"{i}.png" for i in range(4, 8)), start=4)
                          | {"7.txt": "seven"})},
-        {"train": rows(*[None] * 8, captions=[*[""] * 7, "seven"])}, "8 rows in train",
+        {"train": rows(*[None] * 8, captions=[*[""] * 7, "seven"])},
+        "7 of 8 captions in train are empty",
     ),
     "tar beside its parquet": (
         {"00000.tar": packed({"0.png": 0, "0.json": '{"caption": "a", "width": 1}'}),

@@ -118,3 +118,14 @@ def find_classes(tables: list[Any], label: str | None) -> tuple[tuple[str, ...],
             f"or leave labels out with --label-column {NONE}"
         )
     return names, numbers
+
+
+def count_empty(table: Any, column: str) -> int:
+    """How many texts of a column say nothing."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    values = table.select_columns([column]).with_format("arrow")[:][column]
+    if not pa.types.is_string(values.type) and not pa.types.is_large_string(values.type):
+        return values.null_count
+    return len(values) - (compute.sum(compute.not_equal(values, "")).as_py() or 0)

@@ -3,19 +3,15 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import cache
-from glob import escape
 from pathlib import Path
 from typing import Any
 
-from elit._files import digest_of, sha256_of
-from elit._hub import hub_reason, not_fetched
-from elit.preparation.listing import files_of, stamp
+from elit.preparation.listing import files_of
+from elit.preparation.packed import BUILDERS, load_files, read_tars
 from elit.preparation.settings import NONE, PrepareSettings
 from elit.preparation.tables import TABLES, as_table, columns_of, file_column, read_rows
-from elit.preparation.tars import read_tars
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -27,8 +23,8 @@ _SHARD = re.compile(r"(?:.+-)?([a-z]+)-\d{5}-of-\d{5}|([a-z]+)(?:[-_.]?\d[\w.-]*
 _VIDEOS = frozenset((".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"))
 _STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # names of formats that PIL doesn't read itself
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
-SUFFIXES = (".parquet", ".tar", ".arrow", *TABLES)
+PACKED = (".tar", *BUILDERS)
+SUFFIXES = (*PACKED, *TABLES)
 _TEXT = ".txt"
 _SHOWN = 3
 Parts = dict[Path, tuple[str, ...]]
@@ -81,7 +77,7 @@ class Layout:
     # ---- pictures, each a file ----
 
     def _read_pictures(self, files: list[Path], pictures: list[Path]) -> None:
-        packed = [f for f in files if f.suffix.lower() in (".parquet", ".tar", ".arrow")]
+        packed = [f for f in files if f.suffix.lower() in PACKED]
         packed = [f for f in packed if f.name.lower() not in _METADATA]
         if packed:
             raise ValueError(
@@ -89,33 +85,43 @@ class Layout:
                 f"{_count(packed, 'file of many rows', self.root)}; give one kind alone, such as "
                 f"{str(self.root / ('*' + packed[0].suffix))!r}"
             )
-        metadata = [f for f in files if f.name.lower() in _METADATA]
-        rows = self._by_metadata(metadata, pictures) if metadata else None
         splits = self._by_split(pictures)
+        metadata = [f for f in files if f.name.lower() in _METADATA]
         used = {*pictures, *metadata}
-        if rows is None:
-            labels = self._labels(splits)
+        if metadata:
+            found = self._by_metadata(metadata, pictures)
+            tables = {
+                split: columns_of([row for picture, row in found if picture in of_split])
+                for split, of_split in splits.items()
+            }
+        else:
             texts = {} if self.settings.caption_column == NONE else _texts(files)
             used |= {texts[p.with_suffix("")] for p in pictures if p.with_suffix("") in texts}
-            captions = self._captions(pictures, texts)
-        for split, of_split in splits.items():
-            if rows is None:
-                columns: dict[str, list[Any]] = {"image": [str(p) for p in of_split]}
-                if any(labels[p] is not None for p in of_split):
-                    columns["label"] = [labels[p] for p in of_split]
-                if captions:
-                    columns["caption"] = [captions[p] for p in of_split]
-            else:
-                within = set(of_split)
-                columns = columns_of([row for file, row in rows if file in within])
-            self.tables[split] = as_table(
-                self.datasets, columns, metadata[0] if metadata else self.root, self._left, "image"
+            labels, captions = self._labels(splits), self._captions(pictures, texts)
+            tables = {
+                split: {"image": [str(p) for p in of_split]}
+                | {
+                    name: [x[p] for p in of_split]
+                    for name, x in (("label", labels), ("caption", captions))
+                    if any(x.get(p) is not None for p in of_split)
+                }
+                for split, of_split in splits.items()
+            }
+        for split, columns in tables.items():
+            where = metadata[0] if metadata else self.root
+            self.tables[split] = as_table(self.datasets, columns, where, self._left, "image")
+        left = [f for f in files if f not in used]
+        self._left += [str(f.relative_to(self.root)) for f in left]
+        if spare := [f for f in left if f.suffix.lower() in TABLES]:
+            self.notes.append(
+                f"{_count(spare, 'table', self.root)}, not read: beside pictures only "
+                f"{', '.join(_METADATA)} are"
             )
-        self._left += [str(f.relative_to(self.root)) for f in files if f not in used]
 
     def _by_split(self, pictures: list[Path]) -> dict[str, Parts]:
         """Pictures by the folders named like splits that they lie in, if all do; paths below."""
-        parts = _below_one({p: p.relative_to(self.root).parts for p in pictures}, keep=True)
+        above = len(self.root.parts)
+        parts = _below_one({p: p.parts[above:] for p in pictures}, keep=True)
         tops = {names[0] if len(names) > 1 else "" for names in parts.values()}
         if not all(top.lower() in _OF_NAME for top in tops):
             flat = {names[0] for names in parts.values() if len(names) == 2}
@@ -153,6 +159,8 @@ class Layout:
     def _captions(self, pictures: list[Path], texts: dict[Path, Path]) -> dict[Path, str]:
         """The text beside each picture; empty if there are none at all."""
         read: dict[Path, str] = {}
+        if not texts:
+            return read
         for place in {p.with_suffix("") for p in pictures} & texts.keys():
             try:
                 read[place] = texts[place].read_text(encoding="utf-8-sig").strip()
@@ -193,7 +201,7 @@ class Layout:
                     continue
                 if named.setdefault(picture, file) != file:
                     raise ValueError(f"{picture} is in {file} and {named[picture]}; leave one")
-                rows.append((picture, {"image": str(picture), **row}))
+                rows.append((picture, {**row, "image": str(picture)}))
         absent = [p for p in pictures if p not in named]
         if missing or absent:
             what = (
@@ -203,8 +211,11 @@ class Layout:
             )
             raise ValueError(f"{metadata[0]} {what}; make its file_name and the folder agree")
         self.notes.append(
-            f"columns from {_listed(str(f.relative_to(self.root)) for f in metadata)}"
+            f"columns from {_listed(str(f.relative_to(self.root)) for f in metadata)}, none from "
+            f"folders"
         )
+        if len(rows) > len(named):
+            self.notes.append(f"{len(named)} pictures, of which some have several rows")
         return rows
 
     # ---- files of many rows ----
@@ -214,7 +225,7 @@ class Layout:
         parquet, tar = kinds[".parquet"], kinds[".tar"]
         if tar and {f.with_suffix("") for f in parquet} <= {f.with_suffix("") for f in tar}:
             kinds[".parquet"] = []  # as img2dataset writes them, of the same rows
-        found = [s for s in (".parquet", ".tar", ".arrow") if kinds[s]]
+        found = [s for s in PACKED if kinds[s]]
         found = found or [s for s in TABLES if kinds[s]]
         if len(found) != 1:
             others = Counter(f.suffix.lower() or f.name for f in files)
@@ -250,7 +261,7 @@ class Layout:
                 self.datasets, columns_of([r for f in files for r in read_rows(f)]), files[0],
                 self._left,
             )  # fmt: skip
-        return _load(self.datasets, kind, files)
+        return load_files(self.datasets, kind, files)
 
     def _tell_left(self, hidden: list[str]) -> None:
         left = [*self._left, *hidden]
@@ -286,54 +297,6 @@ def _below_one(parts: Parts, keep: bool = False) -> Parts:
 
 def _texts(files: Iterable[Path]) -> dict[Path, Path]:
     return {f.with_suffix(""): f for f in files if f.suffix.lower() == _TEXT}
-
-
-def _load(datasets: Any, kind: str, files: Sequence[Path]) -> Any:
-    """Rows of parquet or arrow files, by datasets, which keeps a copy for each state of theirs."""
-    if kind == ".parquet":
-        from pyarrow import ArrowInvalid, parquet
-
-        about = []
-        for file in files:
-            try:
-                about.append(parquet.ParquetFile(file))
-            except ArrowInvalid as error:
-                raise ValueError(f"{file} is no whole parquet file ({error})") from error
-    state = stamp(files) or digest_of([sha256_of(file) for file in files])
-    paths = {"train": [escape(str(file)) for file in files]}
-    with by_datasets(str(files[0])):
-        builder = _BUILDERS[kind]
-        table = datasets.load_dataset(builder, name=f"elit-{state}", data_files=paths)["train"]
-    if kind == ".parquet":
-        first = set(about[0].schema_arrow.names)
-        for file, one in zip(files, about, strict=True):
-            if differ := first ^ set(one.schema_arrow.names):
-                raise ValueError(
-                    f"{file} and {files[0]} differ in the column {sorted(differ)[0]!r}; give files "
-                    f"of the same columns"
-                )
-        listed = sum(one.metadata.num_rows for one in about)
-        if listed != len(table):
-            raise ValueError(f"{len(table)} of the {listed} rows of {files[0].parent} were read")
-    return table
-
-
-@contextmanager
-def by_datasets(name: str) -> Iterator[None]:
-    """Turns what datasets raises, of many kinds, into a ValueError about a source."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno:  # a full disk has its own message
-            raise
-        if not Path(name).exists() and hub_reason(error) is not None:
-            raise ValueError(not_fetched(name, error)) from error
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
-        raise ValueError(
-            f"{name} cannot be read by datasets ({reason}); give a folder of pictures, of parquet "
-            f"or of tar files, such a file, or a name on the hub"
-        ) from error
 
 
 def _refuse_configs(folder: Path) -> None:

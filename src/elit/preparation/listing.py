@@ -31,11 +31,13 @@ def files_of(folder: Path) -> tuple[list[Path], list[str]]:
         if (about.st_dev, about.st_ino) in above:
             left.append(f"{place.relative_to(folder)}, which leads back to a folder above it")
             return
-        for name in sorted(os.listdir(place)):
+        with os.scandir(place) as found:
+            entries = sorted((entry.name, entry.is_dir()) for entry in found)
+        for name, is_folder in entries:
             path = place / name
             if is_hidden(name):
                 left.append(f"{path.relative_to(folder)}, hidden")
-            elif path.is_dir():
+            elif is_folder:
                 walk(path, (*above, (about.st_dev, about.st_ino)))
             else:
                 files.append(path)

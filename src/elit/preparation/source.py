@@ -13,12 +13,18 @@ from elit._extras import missing
 from elit._files import sha256_of
 from elit.data import SPLITS
 from elit.data.idx import is_idx_folder
-from elit.preparation.columns import find_captions, find_classes, find_image, find_labels
+from elit.preparation.columns import (
+    count_empty,
+    find_captions,
+    find_classes,
+    find_image,
+    find_labels,
+)
 from elit.preparation.idx import idx_tables
-from elit.preparation.layout import SUFFIXES, Layout, by_datasets
+from elit.preparation.layout import SUFFIXES, Layout
 from elit.preparation.listing import files_of, stamp
+from elit.preparation.packed import OFFSET, by_datasets
 from elit.preparation.settings import PrepareSettings
-from elit.preparation.tars import OFFSET
 
 _SPLIT = re.compile(r"(?:(\w+)=)?(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _TEST = "test"  # held out where there is no validation
@@ -125,7 +131,8 @@ class Rows:
             column = compute.struct_field(column, ["path"])
         text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
         paths = [self.folder / path for path in column.to_pylist() if path] if text else []
-        return stamp([*self.files, *paths])
+        of_hub = not self.files and not paths
+        return self.table._fingerprint if of_hub else stamp([*self.files, *paths])
 
     def fingerprint(self) -> str:
         """Checksum of names and lengths of the pictures, labels and texts; not of the pixels."""
@@ -243,6 +250,10 @@ def open_source(settings: PrepareSettings) -> Source:
     notes += [f"{len(given[n])} rows of {n} are not used" for n in given if n not in taken]
     notes.append(f"{len(classes)} classes" if label else "no labels")
     notes.append(f"captions in {caption}" if caption else "no captions")
+    if caption and isinstance(found, Layout):
+        for ours, table in tables.items():
+            if empty := count_empty(table, caption):
+                notes.append(f"{empty} of {len(table)} captions in {ours} are empty")
     if spare := [n for n in first.features if n not in (image, label, caption)]:
         notes.append(f"columns that are not used: {', '.join(spare)}")
     return Source(name, settings.source_config, splits, classes, (*notes, *found.notes))

@@ -34,12 +34,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def _read_csv(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
+        names = list(reader.fieldnames or ())
+        if len(set(names)) < len(names):
+            raise ValueError(f"two of its columns have one name: {', '.join(names)}")
         rows: list[dict[str, Any]] = []
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(f"line {reader.line_num} has not as many fields as the first")
             rows.append(row)
-    for name in reader.fieldnames or ():
+    for name in names:
         values = {row[name] for row in rows} - {""}
         if values and all(map(_WHOLE.fullmatch, values)):
             for row in rows:
@@ -83,6 +86,8 @@ def as_table(
     for name, values in columns.items():
         try:
             kept[name] = pa.array(values)
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{error.object!r} is no UTF-8; give the file such a name") from error
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             if name.lower() in (*LABEL_NAMES, *CAPTION_NAMES):
                 raise ValueError(
