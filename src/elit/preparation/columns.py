@@ -102,22 +102,22 @@ def find_classes(tables: list[Any], label: str | None) -> tuple[tuple[str, ...],
         return tuple(feature.names), {}
     values = {v for table in tables for v in table.unique(label) if v not in (None, "") and v == v}
     if all(isinstance(value, str | bool) for value in values):
-        ordered = sorted(values)
-        names = tuple(map(str, ordered))
-        numbers = {value: number for number, value in enumerate(ordered)}
+        ordered = sorted(values | {False, True} if True in values or False in values else values)
+        names: Sequence[Any] = ordered
+        numbers: dict[Any, int] = {value: number for number, value in enumerate(ordered)}
     elif any(value % 1 for value in values):
         raise ValueError(
             f"label_column {label!r} holds numbers such as {next(v for v in values if v % 1)}; "
             f"give one of whole numbers or names, or {NONE} to leave it out"
         )
     else:
-        names, numbers = tuple(str(n) for n in range(int(max(values, default=-1)) + 1)), {}
+        names, numbers = range(int(max(values, default=-1)) + 1), {}
     if len(names) > MOST_CLASSES:
         raise ValueError(
             f"the column {label!r} makes {len(names)} classes; name another with --label-column, "
             f"or leave labels out with --label-column {NONE}"
         )
-    return names, numbers
+    return tuple(map(str, names)), numbers
 
 
 def count_empty(table: Any, column: str) -> int:

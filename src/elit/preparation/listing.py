@@ -32,15 +32,17 @@ def files_of(folder: Path) -> tuple[list[Path], list[str]]:
             left.append(f"{place.relative_to(folder)}, which leads back to a folder above it")
             return
         with os.scandir(place) as found:
-            entries = sorted((entry.name, entry.is_dir()) for entry in found)
-        for name, is_folder in entries:
+            entries = sorted((entry.name, entry.is_dir(), entry.is_file()) for entry in found)
+        for name, is_folder, is_file in entries:
             path = place / name
             if is_hidden(name):
                 left.append(f"{path.relative_to(folder)}, hidden")
             elif is_folder:
                 walk(path, (*above, (about.st_dev, about.st_ino)))
-            else:
+            elif is_file or not path.exists():  # a link to nothing is told when it is read
                 files.append(path)
+            else:
+                left.append(f"{path.relative_to(folder)}, no regular file")
 
     walk(folder, ())
     return files, left

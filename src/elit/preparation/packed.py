@@ -60,8 +60,11 @@ def _rows_of(
             }  # fmt: skip
         elif kind in _TEXTS:
             file = tar.extractfile(member)
-            text = file.read().decode("utf-8-sig") if file else ""
-            found = json.loads(text) if kind == "json" else {kind: text.strip()}
+            try:
+                text = file.read().decode("utf-8-sig") if file else ""
+                found = json.loads(text) if kind == "json" else {kind: text.strip()}
+            except ValueError as error:
+                raise ValueError(f"{member.name}: {error}") from error
             if not isinstance(found, dict):
                 raise ValueError(f"{member.name} is no JSON object")
             if kind == "cls" and text.strip().removeprefix("-").isdecimal():

@@ -24,7 +24,7 @@ from elit.preparation.idx import idx_tables
 from elit.preparation.layout import SUFFIXES, Layout
 from elit.preparation.listing import files_of, stamp
 from elit.preparation.packed import OFFSET, by_datasets
-from elit.preparation.settings import PrepareSettings
+from elit.preparation.settings import NONE, PrepareSettings
 
 _SPLIT = re.compile(r"(?:(\w+)=)?(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _TEST = "test"  # held out where there is no validation
@@ -225,7 +225,10 @@ def open_source(settings: PrepareSettings) -> Source:
         wanted = [column for column in (image, label, caption) if column is not None]
         lacks = [column for column in wanted if column not in table.column_names]
         if lacks:
-            raise ValueError(f"{name} has no column {lacks[0]!r}, which the other split has")
+            raise ValueError(
+                f"{name} has no column {lacks[0]!r}, which the other split has; choose columns of "
+                f"both, or {NONE}"
+            )
         kind = type(table.features[image])
         if kind in (datasets.Image, datasets.Video):
             table = table.cast_column(image, kind(decode=False))
