@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import random
 import tarfile
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +14,9 @@ import pytest
 from prepare_sources import picture, png, run, shard
 
 from elit.data.manifest import read_manifest
+from elit.preparation import PrepareSettings
 from elit.preparation.images import fit
+from elit.preparation.source import open_source
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
@@ -89,9 +93,10 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
     ),
     "hidden": (
         FOUR | pictures(
-            ".thumbnails/0.png", ".ipynb_checkpoints/1.png", "__MACOSX/._0.png", "._1.png",
+            ".thumbnails/0.png", ".ipynb_checkpoints/1.png", "__MACOSX/0.png", "._1.png",
+            "@eaDir/0.png",
         ),
-        {"train": PLAIN}, "left out: 4, such as ._1.png, hidden",
+        {"train": PLAIN}, "left out: 5, such as ._1.png, hidden",
     ),
     "other files": (
         FOUR | {"Thumbs.db": "x", "notes.md": "x", "clip.mp4": "x"}, {"train": PLAIN},
@@ -138,6 +143,10 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
     "Training and dev": (
         classes("Training", "dev"),
         {"train": rows(None, None), "validation": rows(None, None, start=2)}, "2 rows in train",
+    ),
+    "a split alone": (
+        classes("val/a", "val/b", count=1), {"train": rows("a", "b")},
+        "2 rows in train, of train=validation",
     ),
     "three splits": (
         classes("train", "valid", "test"),
@@ -320,3 +329,30 @@ def test_layout(name, tmp_path, caplog) -> None:
             assert captions == [text for _, _, text in wanted]
         else:
             assert {text for _, _, text in wanted} == {None}
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(2000, marks=pytest.mark.slow)])
+def test_no_picture_of_a_random_folder_is_lost(count, tmp_path) -> None:
+    """Each is a row, of a split that is said not to be used, or the folder is refused."""
+    names = ["train", "val", "test", "cat", "dog", "Train", "images", ".x", "__MACOSX", "[1]", "a*"]
+    refused = 0
+    for seed in range(count):
+        draw, folder = random.Random(seed), tmp_path / str(seed)
+        places = ["/".join(draw.choices(names, k=draw.choice([0, 1, 1, 2, 3]))) for _ in range(3)]
+        files = {f"{p}/{draw.choice(['x', 'test'])}-{i}.png": 0 for p in places for i in range(2)}
+        there = {
+            name.strip("/") for name in files
+            if not any(p.startswith(".") or p == "__MACOSX" for p in name.split("/"))
+        }  # fmt: skip
+        lay(folder, {name.strip("/"): 0 for name in files})
+        try:
+            source = open_source(PrepareSettings(str(folder), str(tmp_path / "out"), vae=None))
+        except ValueError:
+            refused += 1
+            continue
+        used = [rows.name(i) for rows in source.splits.values() for i in range(len(rows))]
+        unused = sum(int(note.split()[0]) for note in source.notes if "are not used" in note)
+        assert len(used) == len(set(used))
+        assert {os.path.normpath(name) for name in used} <= there
+        assert len(used) + unused == len(there), (seed, source.notes)
+    assert refused < count * 0.7

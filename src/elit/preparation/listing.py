@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-_PACKED = "__MACOSX"  # what macOS adds to its archives: hidden files by another name
+_LITTER = ("__MACOSX", "@eaDir")  # what systems keep beside pictures: hidden by another name
 _TICK = 2_000_000_000  # ns: within it a file may change twice at what a disk takes for one time
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is no one's data."""
-    return name.startswith(".") or name == _PACKED
+    return name.startswith(".") or name in _LITTER
 
 
 def files_of(folder: Path) -> tuple[list[Path], list[str]]:

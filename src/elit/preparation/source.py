@@ -303,7 +303,7 @@ Chosen = dict[str, tuple[str, tuple[str | None, str | None], str]]
 
 
 def _usual_splits(given: dict[str, Any], settings: PrepareSettings) -> list[str]:
-    """Train and validation, where there is none a test split like train, or else the first."""
+    """Train and validation, or a test split like train; without train the first alone."""
     wanted = [name for name in SPLITS if name in given]
     if wanted == ["train"] and _TEST in given:
         test = given[_TEST]
@@ -311,7 +311,7 @@ def _usual_splits(given: dict[str, Any], settings: PrepareSettings) -> list[str]
             label = find_labels(test.features, settings.label_column)
             if label is None or not {-1, None}.issuperset(test.unique(label)):  # none are hidden
                 wanted.append(f"validation={_TEST}")
-    return wanted or [f"train={next(iter(given))}"]
+    return wanted if "train" in given else [f"train={next(iter(given))}"]
 
 
 def _choose_splits(given: dict[str, Any], wanted: Sequence[str]) -> Chosen:
