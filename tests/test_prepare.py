@@ -734,6 +734,40 @@ def test_a_text_is_encoded_alike_whatever_else_is_there(kind, arguments, tmp_pat
     assert not found["encoder_hidden_states"][0, length:].any()
 
 
+@pytest.mark.parametrize(
+    ("kind", "cut"),
+    [
+        ("clip", {"16 tokens of its tokenizer": 2}),
+        ("flux", {"16 tokens of tokenizer": 2, "64 tokens of tokenizer_2": 2}),
+        (
+            "sd3",
+            {"16 tokens of tokenizer": 2, "16 tokens of tokenizer_2": 2,
+             "64 tokens of tokenizer_3": 2},
+        ),
+        ("qwen", {"512 tokens of tokenizer": 2}),
+    ],
+)  # fmt: skip
+def test_captions_that_are_cut_off_are_counted(kind, cut, tmp_path, caplog) -> None:
+    pytest.importorskip("transformers")
+    if kind == "clip":
+        from test_text import save_encoder
+
+        save_encoder("clip", tmp_path / "pipe")
+    else:
+        diffusers_pipeline(kind, tmp_path).save_pretrained(tmp_path / "pipe")
+    source = tmp_path / "images"
+    source.mkdir()
+    for number, words in enumerate([3, 100, 12, 100]):
+        (source / f"{number}.png").write_bytes(png(number))
+        (source / f"{number}.txt").write_text("red " * words)
+    length = {"clip": 16, "qwen": 512}.get(kind, 64)  # Qwen's template is long
+    options = {"text_encoder": str(tmp_path / "pipe"), "max_text_length": length, "batch_size": 2}
+    result = run(source, tmp_path / "out", part_size=2, **options)
+    assert result.cut == cut
+    for where, count in result.cut.items():
+        assert f"{count} of 4 captions were cut off at {where}" in caplog.text
+
+
 def test_texts_take_the_arguments_that_finetuning_feeds() -> None:
     from elit.preparation.texts import PIPELINES
     from elit.training.foreign import FLOW_TRANSFORMERS

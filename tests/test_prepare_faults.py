@@ -1,6 +1,7 @@
 """`elit prepare` when it is stopped, killed, shared between processes, or has a full disk."""
 
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -9,18 +10,22 @@ import resource
 import shutil
 import signal
 import subprocess
+import tarfile
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from prepare_sources import class_folder, command, contents, run, shard, tiny_vae
+from prepare_sources import class_folder, command, contents, picture, run, shard, tiny_vae
 
 from elit._files import remove_leftovers, write_file, write_json
 from elit.cli.main import main
+from elit.data import load_dataset
 from elit.data.manifest import read_manifest
 from elit.preparation import verify
+from elit.preparation.images import fit
 
 datasets = pytest.importorskip("datasets")
 
@@ -182,8 +187,8 @@ def test_what_is_there_is_not_made_again(source, tmp_path, whole) -> None:
     assert resumed.done == PART
     assert resumed.samples == {"train": COUNT - 1}
     assert contents(out) == whole
-    changed = {p.name for p in out.iterdir() if p.stat().st_mtime_ns != times[p.name]}
-    assert changed == {"train-00001-16x16.safetensors", "train-00001.json", "manifest.json"}
+    changed = {p.name for p in out.glob("*.saf*") if p.stat().st_mtime_ns != times[p.name]}
+    assert changed == {"train-00001-16x16.safetensors"}
 
 
 def test_damage_is_named_and_mended(source, tmp_path, whole, capsys) -> None:
@@ -235,6 +240,86 @@ def test_other_settings_are_refused(source, tmp_path) -> None:
     run(class_folder(tmp_path / "same", COUNT, broken=(3,)), out, tmp_path / "moved",
         part_size=PART)  # fmt: skip
     assert contents(out) == before
+
+
+def later(monkeypatch) -> None:
+    """Files that were just made count as long unchanged, so that their times are trusted."""
+    monkeypatch.setattr("elit.preparation.listing._TICK", -(10**12))
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("verify", [True, False])
+def test_pictures_replaced_in_place_are_noticed(fresh, verify, tmp_path, monkeypatch) -> None:
+    """Also where their sizes and times of change are those of before."""
+    if not fresh:
+        later(monkeypatch)
+    source, out = tmp_path / "images", tmp_path / "out"
+    source.mkdir()
+    for number in range(6):
+        (source / f"{number}.bmp").write_bytes(bmp(number))
+    run(source, out, part_size=PART)
+    before = contents(out)
+    assert run(source, out, part_size=PART, verify=verify).done == 0
+    place = source / "5.bmp"
+    about = place.stat()
+    place.write_bytes(bmp(9))
+    os.utime(place, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert (place.stat().st_size, place.stat().st_mtime_ns) == (about.st_size, about.st_mtime_ns)
+    with pytest.raises(ValueError, match=r"^5\.bmp of train is another picture than the one that "):
+        run(source, out, part_size=PART, verify=verify)
+    place.write_bytes(bmp(5))  # other times, the same picture
+    assert run(source, out, part_size=PART, verify=verify).finished
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar", "saved"])
+def test_files_of_many_pictures_replaced_in_place(kind, tmp_path) -> None:
+    def write(seed: int) -> Path:
+        if kind == "tar":
+            with tarfile.open(tmp_path / "a.tar", "w") as tar:
+                for number in range(2):
+                    entry = tarfile.TarInfo(f"{number}.bmp")
+                    entry.size = len(bmp(0))
+                    tar.addfile(entry, io.BytesIO(bmp(seed + number)))
+            return tmp_path / "a.tar"
+        shown = [{"bytes": bmp(seed + number), "path": None} for number in range(2)]
+        table = datasets.Dataset.from_dict({"image": shown})
+        if kind == "saved":
+            shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+            table.save_to_disk(tmp_path / "saved")
+            return tmp_path / "saved"
+        table.to_parquet(tmp_path / "a.parquet")
+        return tmp_path / "a.parquet"
+
+    run(write(0), tmp_path / "one")
+    path = write(0)
+    assert run(path, tmp_path / "one").done == 0
+    time = path.stat().st_mtime_ns
+    os.utime(write(5), ns=(time, time))
+    run(path, tmp_path / "two")
+    found = shard(tmp_path / "two")["images"].movedim(1, -1).numpy()
+    assert np.array_equal(found[0], fit(picture(5), (16, 16)))  # nothing of before was kept
+    with pytest.raises(ValueError, match="of train is another picture than the one"):
+        run(path, tmp_path / "one")
+
+
+def test_a_folder_of_an_older_elit_is_trained_on_and_not_gone_on_with(source, tmp_path) -> None:
+    out = tmp_path / "out"
+    run(source, out, part_size=PART)
+    for path in out.glob("train-*.json"):
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({k: content[k] for k in (
+            "start", "stop", "shards", "skipped", "sums")}))  # fmt: skip
+    assert len(load_dataset("prepared", path=out)) > 0
+    with pytest.raises(ValueError, match=r"train-00000\.json does not tell .* of an older elit: "):
+        run(source, out, part_size=PART)
+
+
+def bmp(seed: int) -> bytes:
+    """A picture whose file is as long as any other's."""
+    file = io.BytesIO()
+    picture(seed).save(file, "BMP")
+    return file.getvalue()
 
 
 def test_a_folder_with_other_things_is_left_alone(source, tmp_path) -> None:

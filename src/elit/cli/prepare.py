@@ -16,9 +16,9 @@ from elit.cli.common import (
 from elit.preparation.settings import DEFAULT_VAE, DTYPES, PrepareSettings
 
 _EPILOG = """\
-SOURCE: a folder with a subfolder for each class, or with metadata.csv or metadata.jsonl; a folder
-of parquet or tar files, one such file, or a pattern in quotes; a folder of MNIST's idx files; a
-name on the hub.
+SOURCE: a folder of pictures, with a subfolder for each class, with a .txt beside each picture, or
+with metadata.csv or metadata.jsonl; a folder of parquet or tar files, one such file, or a pattern
+in quotes; a folder of MNIST's idx files; a name on the hub. --dry-run says what it was taken for.
 The same command again goes on with what was stopped, also with another number of processes.
 `elit prepare OUT --verify` compares a finished folder with its checksums; with SOURCE and OUT it
 makes again what is damaged."""
@@ -114,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
         "missing_parts": result.missing,
         "samples": result.samples,
         "skipped": [list(what) for what in result.skipped],
+        "captions_cut": result.cut,
         "bytes": result.bytes,
         "read": result.done,
         "seconds": round(result.seconds, 3),
@@ -162,6 +163,7 @@ def _tell(settings: PrepareSettings, as_json: bool) -> int:
         "rows": {name: len(rows) for name, rows in source.splits.items()},
         "columns": columns,
         "classes": list(source.classes),
+        "notes": list(source.notes),
         "sizes": [f"{h}x{w}" for choice in sizes.choices for h, w in choice],
         "autoencoder": settings.vae,
         "text_encoder": settings.text_encoder,
@@ -169,9 +171,8 @@ def _tell(settings: PrepareSettings, as_json: bool) -> int:
     if as_json:
         print_json(report)
         return 0
-    print(f"{source.name}: " + ", ".join(f"{n} rows in {s}" for s, n in report["rows"].items()))
+    print(f"{source.name}:", *source.notes, sep="\n  ")
     print("columns: " + ", ".join(f"{what} {name or '-'}" for what, name in columns.items()))
-    print(f"classes: {len(source.classes)}" if source.classes else "no labels")
     print(f"sizes: {', '.join(report['sizes'])}")
     print(f"encoded by {settings.vae}" if settings.vae else "stored as pixels")
     return 0

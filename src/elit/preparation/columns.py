@@ -23,7 +23,7 @@ def find_image(features: Any, name: str | None) -> str:
                 f"image_column {name!r} holds {features[name]}; give a column of pictures"
             )
         return name
-    typed = [n for n, f in features.items() if type(f).__name__ in ("Image", "Video")]
+    typed = [n for n, f in features.items() if _is_shown(f)]
     named = [n for n in features if n.lower() in IMAGE_NAMES]
     if len(typed) == 1:
         return typed[0]
@@ -36,17 +36,25 @@ def find_image(features: Any, name: str | None) -> str:
     return found[0]
 
 
+def _is_shown(feature: Any) -> bool:
+    """Whether a column's type alone says that it holds pictures."""
+    return type(feature).__name__ in ("Image", "Video") or (
+        isinstance(feature, dict) and "offset" in feature  # of a tar file
+    )
+
+
 def _is_picture(feature: Any) -> bool:
-    kind = type(feature).__name__
-    return kind in ("Image", "Video") or str(getattr(feature, "dtype", "")) in ("binary", "string")
+    return _is_shown(feature) or str(getattr(feature, "dtype", "")) in ("binary", "string")
 
 
 def _is_label(feature: Any) -> bool:
     dtype = str(getattr(feature, "dtype", ""))
-    return "int" in dtype or "string" in dtype
+    return any(kind in dtype for kind in ("int", "string", "bool", "float"))
 
 
 def _is_caption(feature: Any) -> bool:
+    if "int" in str(getattr(feature, "dtype", "")):
+        return True
     inner = getattr(feature, "feature", None)  # several texts of one picture
     inner = feature[0] if isinstance(feature, list) else inner or feature
     return "string" in str(getattr(inner, "dtype", ""))
@@ -65,38 +73,59 @@ def find_captions(features: Any, name: str | None) -> str | None:
 def _find(
     features: Any, name: str | None, names: Sequence[str], what: str, fits: Callable[[Any], bool]
 ) -> str | None:
-    """The column that is named, or the first of the usual names that is there."""
+    """The column that is named, or the first of the usual names, which then has to fit."""
     if name == NONE:
         return None
     if name is None:
         lower = {column.lower(): column for column in features}
-        found = (lower[usual] for usual in names if usual in lower)
-        return next((column for column in found if fits(features[column])), None)
+        name = next((lower[usual] for usual in names if usual in lower), None)
+        if name is None:
+            return None
     if name not in features:
         near = nearest(name, features)
         hint = f"; did you mean {near!r}?" if near else ""
         raise ValueError(f"{what} {name!r} is none of {', '.join(features)}{hint}")
     if not fits(features[name]):
-        raise ValueError(f"{what} {name!r} holds {features[name]}; give one of a fitting type")
+        raise ValueError(
+            f"{what} {name!r} holds {features[name]}; give one of a fitting type, or {NONE} to "
+            f"leave it out"
+        )
     return name
 
 
-def find_classes(tables: list[Any], label: str | None) -> tuple[tuple[str, ...], dict[str, int]]:
+def find_classes(tables: list[Any], label: str | None) -> tuple[tuple[str, ...], dict[Any, int]]:
     """Names of the classes and, where the column has names and not numbers, their numbers."""
     if label is None:
         return (), {}
     feature = tables[0].features[label]
     if hasattr(feature, "names"):
         return tuple(feature.names), {}
-    values = {value for table in tables for value in table.unique(label) if value is not None}
-    if "string" in feature.dtype:
-        names = tuple(sorted(values))
-        numbers = {name: number for number, name in enumerate(names)}
+    values = {v for table in tables for v in table.unique(label) if v not in (None, "") and v == v}
+    if all(isinstance(value, str | bool) for value in values):
+        ordered = sorted(values | {False, True} if True in values or False in values else values)
+        names: Sequence[Any] = ordered
+        numbers: dict[Any, int] = {value: number for number, value in enumerate(ordered)}
+    elif any(value % 1 for value in values):
+        raise ValueError(
+            f"label_column {label!r} holds numbers such as {next(v for v in values if v % 1)}; "
+            f"give one of whole numbers or names, or {NONE} to leave it out"
+        )
     else:
-        names, numbers = tuple(str(n) for n in range(max(values, default=-1) + 1)), {}
+        names, numbers = range(int(max(values, default=-1)) + 1), {}
     if len(names) > MOST_CLASSES:
         raise ValueError(
             f"the column {label!r} makes {len(names)} classes; name another with --label-column, "
             f"or leave labels out with --label-column {NONE}"
         )
-    return names, numbers
+    return tuple(map(str, names)), numbers
+
+
+def count_empty(table: Any, column: str) -> int:
+    """How many texts of a column say nothing."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    values = table.select_columns([column]).with_format("arrow")[:][column]
+    if not pa.types.is_string(values.type) and not pa.types.is_large_string(values.type):
+        return values.null_count
+    return len(values) - (compute.sum(compute.not_equal(values, "")).as_py() or 0)

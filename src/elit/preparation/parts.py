@@ -41,6 +41,9 @@ class Record:
         shards: its files.
         skipped: row and reason of what could not be read.
         sums: sum, sum of squares and count of its latents, scaled as training draws them.
+        cut: captions that were cut off, by where.
+        content: checksum of each row's picture in the source; none of an older elit's.
+        seen: state of the source's files before they were read, see `Rows.seen`.
     """
 
     start: int
@@ -48,6 +51,9 @@ class Record:
     shards: tuple[Shard, ...]
     skipped: tuple[tuple[int, str], ...]
     sums: tuple[float, float, int]
+    cut: dict[str, int] = field(default_factory=dict)
+    content: tuple[str, ...] = ()
+    seen: str | None = None
 
 
 def stem(split: str, number: int) -> str:
@@ -62,7 +68,10 @@ def read_record(folder: Path, split: str, number: int, rows: range) -> Record | 
         shards = tuple(Shard(**{**s, "size": tuple(s["size"])}) for s in content["shards"])
         skipped = tuple((int(row), str(reason)) for row, reason in content["skipped"])
         total, squares, count = content["sums"]
-        record = Record(content["start"], content["stop"], shards, skipped, (total, squares, count))
+        record = Record(
+            content["start"], content["stop"], shards, skipped, (total, squares, count),
+            dict(content.get("cut", {})), tuple(content.get("content", ())), content.get("seen"),
+        )  # fmt: skip
         sizes = [(folder / shard.file).stat().st_size for shard in shards]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -96,14 +105,17 @@ class Part:
         texts: TextEncoder | None,
         batch_size: int,
         flips: bool,
+        seen: str | None = None,
     ):
         self.split, self.number, self.span = split, number, rows
         self.encoder, self.texts = encoder, texts
-        self.batch_size, self.flips = batch_size, flips
+        self.batch_size, self.flips, self.seen = batch_size, flips, seen
         self.rows: list[int] = []
         self.labels: list[int | None] = []
         self.captions: list[str | None] = []
         self.skipped: list[tuple[int, str]] = []
+        self.digests: list[str] = []
+        self.cut: dict[str, int] = {}
         self.taken = 0  # rows of the source
         self._sizes: dict[Size, _Samples] = {}
         self._sums = [0.0, 0.0, 0]
@@ -116,6 +128,7 @@ class Part:
         self.labels += chunk.labels
         self.captions += chunk.captions
         self.skipped += chunk.skipped
+        self.digests += chunk.digests
         for size, (positions, pictures) in chunk.pictures.items():
             samples = self._sizes.setdefault(size, _Samples())
             samples.at += [offset + position for position in positions]
@@ -160,13 +173,17 @@ class Part:
         texts = list(dict.fromkeys(caption or "" for caption in self.captions))
         number = {text: i for i, text in enumerate(texts)}
         batches, fault = [], []
+        cut: dict[str, list[bool]] = {}
         for start in range(0, len(texts), self.batch_size):
             computed = self.texts(texts[start : start + self.batch_size])
             batches.append(self.texts.stored(computed))
             each = [faults(x, batches[-1][name]) for name, x in computed.items()]
             fault.append(torch.stack(each).amax(0))
+            for where, which_are in self.texts.cut().items():
+                cut.setdefault(where, []).extend(which_are)
         encoding = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
         which = torch.tensor([number[caption or ""] for caption in self.captions])
+        self.cut = {where: int(torch.tensor(are)[which].sum()) for where, are in cut.items()}
         return encoding, torch.cat(fault), which
 
     def _good(self, of_texts: Tensor) -> list[bool]:
@@ -228,7 +245,7 @@ class Part:
         total, squares, count = self._sums
         record = Record(
             self.span.start, self.span.stop, shards, tuple(self.skipped),
-            (float(total), float(squares), int(count)),
+            (float(total), float(squares), int(count)), self.cut, tuple(self.digests), self.seen,
         )  # fmt: skip
         write_json(folder / f"{name}.json", asdict(record))
         return record

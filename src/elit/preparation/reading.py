@@ -93,6 +93,7 @@ class Chunk:
         captions: likewise.
         pictures: by size, positions in `rows` and pictures (n, H, W, 3) uint8.
         skipped: number and reason of the others.
+        digests: checksum of every row's picture as it lies in the source.
         count: rows that it is made of.
         fault: what stops the run.
     """
@@ -102,6 +103,7 @@ class Chunk:
     captions: list[str | None] = field(default_factory=list)
     pictures: dict[Size, tuple[list[int], Any]] = field(default_factory=dict)
     skipped: list[tuple[int, str]] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
     count: int = 0
     fault: Exception | None = None
 
@@ -116,7 +118,9 @@ class Reader(Dataset[Chunk]):
         chunk = Chunk(count=len(indices))
         for split, number in indices:
             rows = self.splits[split]
+            chunk.digests.append("")
             try:
+                chunk.digests[-1] = rows.digest(number)
                 row = rows[number]
                 cut = self.sizes.cut(row.content)
             except Exception as error:  # a file can be broken in any way

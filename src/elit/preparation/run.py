@@ -4,9 +4,10 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from elit.data.manifest import (
     size_name,
 )
 from elit.preparation.autoencoder import Encoder, load_encoder
-from elit.preparation.checksums import forget_damaged
+from elit.preparation.checksums import check_content, forget_damaged
 from elit.preparation.folder import check_same, json_types
 from elit.preparation.null import make_null, read_null
 from elit.preparation.parts import Part, Record, parts_of, read_record
@@ -56,6 +57,7 @@ class PrepareResult:
         samples: in the folder, by split, mirrored ones not counted.
         skipped: split, row and reason of all that could not be read.
         bytes: of all shards.
+        cut: captions that the text encoder's tokenizers cut off, by where.
         done: rows that this run read.
         seconds: that it took for them.
         mean: of the latents as training draws them; None for pixels.
@@ -72,6 +74,7 @@ class PrepareResult:
     seconds: float
     mean: float | None = None
     std: float | None = None
+    cut: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ def prepare(settings: PrepareSettings) -> PrepareResult:
         mine = [p for i, p in enumerate(task.parts) if i % process.world == process.rank]
         if settings.verify:
             forget_damaged(task.folder, mine)
+        for part in mine:
+            check_content(task.folder, part, task.source.splits[part[0]], settings.verify)
         if task.texts is not None and process.rank == 0:  # which makes the first part too
             make_null(task.folder, task.texts, task.encoder.dtype, settings.verify)
         start = time.perf_counter()
@@ -115,6 +120,8 @@ def _open(settings: PrepareSettings, process: Process) -> _Task:
     """The source and the models, and a folder whose settings are theirs."""
     sizes, folder = Sizes.of(settings), Path(settings.out)
     source = open_source(settings)
+    if process.rank == 0:
+        logger.info("%s: %s", source.name, "; ".join(source.notes))
     if settings.text_encoder is not None and not source.captions:
         raise ValueError("a text encoder needs captions; name their column with --caption-column")
     device = pick_device(settings.device, process.local_rank, share=True)
@@ -187,6 +194,7 @@ def _make(
         workers = default_workers(process.local_world)
     total = sum(len(rows) for _, _, rows in mine)
     spans = [(split, rows) for split, _, rows in parts]
+    seen = [task.source.splits[split].seen(rows) for split, rows in spans]  # before they are read
     bar = tqdm(
         total=total, initial=total - todo, unit="video" if settings.frames else "image",
         desc=f"prepare {process.rank + 1}/{process.world}" if process.world > 1 else "prepare",
@@ -201,7 +209,7 @@ def _make(
             if part is None:
                 part = Part(
                     split, index, rows, task.encoder, task.texts, settings.batch_size,
-                    settings.flips,
+                    settings.flips, seen[number],
                 )  # fmt: skip
             part.add(chunk)
             if part.taken == len(rows):
@@ -234,6 +242,12 @@ def _finish(task: _Task, done: int, seconds: float) -> PrepareResult:
             )
         check_same(task.folder, task.made_of)  # another run may have begun at the same moment
         _write_manifest(task, splits)
+    cut: Counter[str] = Counter()
+    for record in records.values():
+        cut.update(record.cut)
+    for where, count in (+cut).items():
+        total = sum(split.count for split in splits.values())
+        logger.warning("%d of %d captions were cut off at %s", count, total, where)
     mean, std = _statistics(list(records.values()))
     if std is not None and not USUAL_STD[0] < std < USUAL_STD[1]:
         logger.warning(
@@ -251,6 +265,7 @@ def _finish(task: _Task, done: int, seconds: float) -> PrepareResult:
         seconds=seconds,
         mean=mean,
         std=std,
+        cut=dict(+cut),
     )
 
 

@@ -10,20 +10,26 @@ from typing import Any
 
 from elit._choices import check_choice
 from elit._extras import missing
-from elit._hub import hub_reason, not_fetched
+from elit._files import sha256_of
 from elit.data import SPLITS
 from elit.data.idx import is_idx_folder
-from elit.preparation.columns import find_captions, find_classes, find_image, find_labels
+from elit.preparation.columns import (
+    count_empty,
+    find_captions,
+    find_classes,
+    find_image,
+    find_labels,
+)
 from elit.preparation.idx import idx_tables
-from elit.preparation.settings import PrepareSettings
+from elit.preparation.layout import SUFFIXES, Layout
+from elit.preparation.listing import files_of, stamp
+from elit.preparation.packed import OFFSET, by_datasets
+from elit.preparation.settings import NONE, PrepareSettings
 
-_BUILDERS = {
-    ".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow", ".json": "json",
-    ".jsonl": "json", ".csv": "csv",
-}  # fmt: skip
 _SPLIT = re.compile(r"(?:(\w+)=)?(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _TEST = "test"  # held out where there is no validation
 _HASHED_AT_A_TIME = 10_000  # rows
+_DIGITS = 32  # of a picture's checksum
 
 
 @dataclass(frozen=True)
@@ -47,15 +53,17 @@ class Rows:
         numbers: label of each class that the column names; empty where it has numbers.
         of: the split of the source that this is, as given.
         folder: that paths are taken relative to.
+        files: that hold all rows; none where each picture is a file of its own.
     """
 
     table: Any
     image: str
     label: str | None = None
     caption: str | None = None
-    numbers: dict[str, int] = field(default_factory=dict)
+    numbers: dict[Any, int] = field(default_factory=dict)
     of: str = ""
     folder: Path = field(default_factory=Path)
+    files: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -66,17 +74,22 @@ class Rows:
         label = caption = None
         if self.label is not None:
             value = found[self.label]
-            if value is None or (not self.numbers and value < 0):
-                raise ValueError(f"its {self.label} is {value}")
+            if value in (None, "") or value != value or (not self.numbers and value < 0):
+                raise ValueError(f"its {self.label} is {value if value != '' else 'empty'}")
             label = self.numbers[value] if self.numbers else int(value)
         if self.caption is not None:
-            caption = found[self.caption] or ""
-            if not isinstance(caption, str):  # several texts of one picture
-                caption = str(caption[0]) if caption else ""
+            caption = found[self.caption]
+            if isinstance(caption, list):  # several texts of one picture
+                caption = caption[0] if caption else None
+            caption = "" if caption is None else str(caption)
         return Row(self._content(found[self.image]), label, caption)
 
     def _content(self, value: Any) -> bytes | str:
         """Bytes, or a path, of what stands in the column."""
+        if isinstance(value, dict) and OFFSET in value:
+            with Path(value["tar"]).open("rb") as file:
+                file.seek(value[OFFSET])
+                return file.read(value["size"])
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if not value:
@@ -95,6 +108,31 @@ class Rows:
 
     def _inside(self, path: str) -> bool:
         return Path(path).is_relative_to(self.folder)
+
+    def digest(self, row: int) -> str:
+        """Checksum of a row's picture as it lies in the source, empty if there is none."""
+        try:
+            content = self._content(self.table[row][self.image])
+            if isinstance(content, str):
+                return sha256_of(Path(content))[:_DIGITS]
+            return hashlib.sha256(content).hexdigest()[:_DIGITS]
+        except (ValueError, FileNotFoundError):
+            return ""
+
+    def seen(self, rows: range) -> str | None:
+        """The state of the files of some rows in short, None where their times may deceive."""
+        import pyarrow as pa
+        from pyarrow import compute
+
+        column = self.table.with_format("arrow")[rows.start : rows.stop][self.image]
+        kind = column.type
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:  # not of a tar file
+            column = column.filter(compute.is_null(compute.struct_field(column, ["bytes"])))
+            column = compute.struct_field(column, ["path"])
+        text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        paths = [self.folder / path for path in column.to_pylist() if path] if text else []
+        of_hub = not self.files and not paths
+        return self.table._fingerprint if of_hub else stamp([*self.files, *paths])
 
     def fingerprint(self) -> str:
         """Checksum of names and lengths of the pictures, labels and texts; not of the pixels."""
@@ -115,12 +153,12 @@ def _summary(column: Any, folder: str) -> list[list[Any]]:
     from pyarrow import compute
 
     if pa.types.is_struct(column.type):
-        lengths, paths = (compute.struct_field(column, [name]) for name in ("bytes", "path"))
-        names = [p and p.removeprefix(folder) for p in paths.to_pylist()]
-        return [compute.binary_length(lengths).to_pylist(), names]
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return [[p and p.removeprefix(folder) for p in column.to_pylist()]]
-    return [compute.binary_length(column).to_pylist()]
+        fields = [column.type.field(i).name for i in range(column.type.num_fields)]
+        parts = (_summary(compute.struct_field(column, [name]), folder) for name in fields)
+        return [values for part in parts for values in part]
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        return [compute.binary_length(column).to_pylist()]
+    return [[v.removeprefix(folder) if isinstance(v, str) else v for v in column.to_pylist()]]
 
 
 @dataclass(frozen=True)
@@ -132,12 +170,14 @@ class Source:
         config: of a data set on the hub that has several.
         splits: rows of "train" and, perhaps, "validation".
         classes: names of the labels; empty without labels.
+        notes: what was decided about it.
     """
 
     name: str
     config: str | None
     splits: dict[str, Rows]
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def captions(self) -> bool:
@@ -173,7 +213,8 @@ def open_source(settings: PrepareSettings) -> Source:
     datasets = datasets_module()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    given = _load(datasets, settings)
+    found = _load(datasets, settings)
+    given = found.tables
     chosen = _choose_splits(given, settings.splits or _usual_splits(given, settings))
     tables = {ours: _cut(given[theirs], part) for ours, (theirs, part, _) in chosen.items()}
     first = next(iter(tables.values()))
@@ -184,7 +225,10 @@ def open_source(settings: PrepareSettings) -> Source:
         wanted = [column for column in (image, label, caption) if column is not None]
         lacks = [column for column in wanted if column not in table.column_names]
         if lacks:
-            raise ValueError(f"{name} has no column {lacks[0]!r}, which the other split has")
+            raise ValueError(
+                f"{name} has no column {lacks[0]!r}, which the other split has; choose columns of "
+                f"both, or {NONE}"
+            )
         kind = type(table.features[image])
         if kind in (datasets.Image, datasets.Video):
             table = table.cast_column(image, kind(decode=False))
@@ -193,55 +237,73 @@ def open_source(settings: PrepareSettings) -> Source:
     path = Path(settings.source)
     folder = (path if path.is_dir() else path.parent).absolute()
     splits = {
-        ours: Rows(table, image, label, caption, numbers, chosen[ours][2], folder)
+        ours: Rows(
+            table, image, label, caption, numbers, chosen[ours][2], folder, tuple(found.files)
+        )
         for ours, table in tables.items()
     }
     if not any(map(len, splits.values())):
         raise ValueError(f"{settings.source} has no rows; give one with pictures in it")
     name = str(path.absolute()) if path.exists() else settings.source
-    return Source(name, settings.source_config, splits, classes)
+    taken = {theirs for theirs, _, _ in chosen.values()}
+    notes = [
+        f"{len(rows)} rows in {ours}{'' if rows.of == ours else f', of {rows.of}'}"
+        for ours, rows in splits.items()
+    ]
+    notes += [f"{len(given[n])} rows of {n} are not used" for n in given if n not in taken]
+    notes.append(f"{len(classes)} classes" if label else "no labels")
+    notes.append(f"captions in {caption}" if caption else "no captions")
+    if caption and isinstance(found, Layout):
+        for ours, table in tables.items():
+            if empty := count_empty(table, caption):
+                notes.append(f"{empty} of {len(table)} captions in {ours} are empty")
+    if spare := [n for n in first.features if n not in (image, label, caption)]:
+        notes.append(f"columns that are not used: {', '.join(spare)}")
+    return Source(name, settings.source_config, splits, classes, (*notes, *found.notes))
 
 
-def _load(datasets: Any, settings: PrepareSettings) -> dict[str, Any]:
+@dataclass
+class _Found:
+    """Tables of datasets by split, the files that hold them, and what was decided."""
+
+    tables: dict[str, Any]
+    files: Sequence[Path] = ()
+    notes: Sequence[str] = ()
+
+
+def _load(datasets: Any, settings: PrepareSettings) -> _Found | Layout:
     """All splits that the source has, by name."""
     name, path = settings.source, Path(settings.source)
+    pattern = "*" in name and not path.exists()
     if Path(settings.out).absolute() == path.absolute():
         raise ValueError(f"{name} is the source and the folder to write; give another one")
     if path.is_dir() and not any(path.iterdir()):
         raise ValueError(f"{name} is an empty folder; give one with pictures in it")
-    local = name.startswith((".", "/", "~")) or path.suffix in _BUILDERS or "*" in name
-    if local and not path.exists() and "*" not in name:
+    local = name.startswith((".", "/", "~")) or path.suffix in SUFFIXES
+    if local and not path.exists() and not pattern:
         raise ValueError(f"there is no {name}; give a folder, a file, or a name on the hub")
+    if (path.exists() or pattern) and settings.source_config is not None:
+        raise ValueError(f"source_config is of data sets on the hub, and {name} is none")
     if is_idx_folder(path):
-        return idx_tables(datasets, path)
-    try:
-        if path.is_dir() and any((path / f).exists() for f in ("state.json", "dataset_dict.json")):
-            loaded = datasets.load_from_disk(name)
-        elif path.is_file() or "*" in name:
-            if path.suffix not in _BUILDERS:
-                raise ValueError(f"files of {path.suffix!r} are none of {', '.join(_BUILDERS)}")
-            loaded = datasets.load_dataset(_BUILDERS[path.suffix], data_files=name)
+        return _Found(idx_tables(datasets, path), files_of(path)[0])
+    kept = path.is_dir() and any((path / f).exists() for f in ("state.json", "dataset_dict.json"))
+    if (path.exists() and not kept) or pattern:
+        return Layout.of(datasets, settings)
+    with by_datasets(name):
+        if kept:
+            loaded, files = datasets.load_from_disk(name), files_of(path)[0]
         else:
-            loaded = datasets.load_dataset(name, settings.source_config)
-    except Exception as error:  # of many kinds, and all of what was given
-        if isinstance(error, OSError) and error.errno:  # a full disk has its own message
-            raise
-        if not path.exists() and "*" not in name and hub_reason(error) is not None:
-            raise ValueError(not_fetched(name, error)) from error
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
-        raise ValueError(
-            f"{name} cannot be read by datasets ({reason}); give a folder of pictures, of parquet "
-            f"or of tar files, such a file, or a name on the hub"
-        ) from error
-    return {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
+            loaded, files = datasets.load_dataset(name, settings.source_config), []
+    return _Found(
+        {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded), files
+    )
 
 
 Chosen = dict[str, tuple[str, tuple[str | None, str | None], str]]
 
 
 def _usual_splits(given: dict[str, Any], settings: PrepareSettings) -> list[str]:
-    """Train and validation, where there is none a test split like train, or else the first."""
+    """Train and validation, or a test split like train; without train the first alone."""
     wanted = [name for name in SPLITS if name in given]
     if wanted == ["train"] and _TEST in given:
         test = given[_TEST]
@@ -249,7 +311,7 @@ def _usual_splits(given: dict[str, Any], settings: PrepareSettings) -> list[str]
             label = find_labels(test.features, settings.label_column)
             if label is None or not {-1, None}.issuperset(test.unique(label)):  # none are hidden
                 wanted.append(f"validation={_TEST}")
-    return wanted or [f"train={next(iter(given))}"]
+    return wanted if "train" in given else [f"train={next(iter(given))}"]
 
 
 def _choose_splits(given: dict[str, Any], wanted: Sequence[str]) -> Chosen:

@@ -21,13 +21,13 @@ Encoding = dict[str, Tensor]
 INDEX = "model_index.json"
 _LONGEST = 256  # tokens, of an encoder that knows no limit
 _STATES, _MASK, _POOLED = "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"
-_QWEN_MASK = "encoder_hidden_states_mask"
+_QWEN, _QWEN_MASK = "QwenImagePipeline", "encoder_hidden_states_mask"
 # Pipeline: arguments of its transformer, in the order in which its encode_prompt gives them; None
 # is left out. They are those of training.foreign.FLOW_TRANSFORMERS.
 PIPELINES: dict[str, tuple[str | None, ...]] = {
     "StableDiffusion3Pipeline": (_STATES, None, _POOLED, None),
     "FluxPipeline": (_STATES, _POOLED, None),
-    "QwenImagePipeline": (_STATES, _QWEN_MASK),
+    _QWEN: (_STATES, _QWEN_MASK),
     "WanPipeline": (_STATES, None),
     "CogView4Pipeline": (_STATES, None),
 }
@@ -54,14 +54,20 @@ class TextEncoder:
         sha256: str,
         make: Callable[[Sequence[str]], Encoding],
         store: torch.dtype,
+        tokenizers: Sequence["_Watched"] = (),
     ):
         self.name, self.max_length, self.sha256 = name, max_length, sha256
-        self._make, self.store = make, store
+        self._make, self.store, self._tokenizers = make, store, tokenizers
 
     def __call__(self, texts: Sequence[str]) -> Encoding:
         """Tensors (B, ...) on the processor, by the argument of the model that takes them."""
+        self._texts = len(texts)
         with torch.inference_mode():
             return {name: x.cpu() for name, x in self._make(texts).items()}
+
+    def cut(self) -> dict[str, list[bool]]:
+        """By where: which of the texts encoded last were cut off there."""
+        return {tokenizer.where: tokenizer.cut[: self._texts] for tokenizer in self._tokenizers}
 
     def stored(self, encoding: Encoding) -> Encoding:
         """What is stored of them."""
@@ -69,6 +75,32 @@ class TextEncoder:
             name: (x.to(self.store) if x.is_floating_point() else x).contiguous()
             for name, x in encoding.items()
         }
+
+
+class _Watched:
+    """A tokenizer that remembers which texts it cut off, at `longest` tokens after `dropped`.
+
+    Attributes:
+        cut: whether it did, of each text of its last call.
+        where: at how many tokens of which.
+    """
+
+    def __init__(self, tokenizer: Any, name: str, longest: int | None, dropped: int = 0):
+        self._tokenizer, self._name = tokenizer, name
+        self._longest, self._dropped = longest, dropped
+        self.cut: list[bool] = []
+        self.where = ""
+
+    def __call__(self, texts: Sequence[str], **options: Any) -> Any:
+        if options.get("truncation"):
+            longest = self._longest or options["max_length"]
+            whole = self._tokenizer(texts, verbose=False)["input_ids"]
+            self.cut = [len(ids) - self._dropped > longest for ids in whole]
+            self.where = f"{longest} tokens of {self._name}"
+        return self._tokenizer(texts, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
 def load_texts(
@@ -88,12 +120,13 @@ def load_texts(
         if max_length is not None and max_length > most:
             raise ValueError(f"max_text_length={max_length} is beyond the {most} of {name}")
         config = {**settings, "max_text_length": length}
+        watched = _Watched(tokenizer, "its tokenizer", length)
 
         def make(texts: Sequence[str]) -> Encoding:
-            found = encode(texts, config, tokenizer, model, truncate=True, device=device)
+            found = encode(texts, config, watched, model, truncate=True, device=device)
             return _padded(found, length, _MASK)
 
-        return TextEncoder(full, length, sha256, make, stores)
+        return TextEncoder(full, length, sha256, make, stores, [watched])
     check_choice(kind, PIPELINES, "kind of pipeline", f" in {name}")
     pipe = _load_pipeline(name, kind)
     given = PIPELINES[kind]
@@ -105,6 +138,13 @@ def load_texts(
     for model in models:
         model.to(device, computes).eval().requires_grad_(False)
 
+    # Qwen-Image cuts what follows its template
+    limits = (length, pipe.prompt_template_encode_start_idx) if kind == _QWEN else (None,)
+    tokenizers = [
+        (n, _Watched(t, n, *limits)) for n, t in pipe.components.items() if "tokenizer" in n and t
+    ]
+    for n, watching in tokenizers:
+        object.__setattr__(pipe, n, watching)  # past the check for a class of a known library
     options: dict[str, Any] = {"device": device, "max_sequence_length": length}
     options |= {n: v for n, v in _OPTIONS.items() if n in signature and n not in options}
 
@@ -114,14 +154,14 @@ def load_texts(
         filler = ["word " * 2 * length] if kind == "CogView4Pipeline" else []
         out = pipe.encode_prompt(prompt=[*texts, *filler], **options)
         found = {n: x[: len(texts)] for n, x in zip(given, out, strict=True) if n and x is not None}
-        if kind != "QwenImagePipeline":
+        if kind != _QWEN:
             return found
         mask = found.get(_QWEN_MASK)  # None where all texts are of one length
         states = found[_STATES]
         found[_QWEN_MASK] = states.new_ones(states.shape[:2]) if mask is None else mask
         return _padded(found, length, _QWEN_MASK)
 
-    return TextEncoder(full, length, sha256, make_by_pipeline, stores)
+    return TextEncoder(full, length, sha256, make_by_pipeline, stores, [t for _, t in tokenizers])
 
 
 def _padded(encoding: Encoding, length: int, mask: str) -> Encoding:

@@ -1,0 +1,327 @@
+"""What a folder of files is: decided from their list alone, and said."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from elit.preparation.listing import files_of
+from elit.preparation.packed import BUILDERS, load_files, read_tars
+from elit.preparation.settings import NONE, PrepareSettings
+from elit.preparation.tables import TABLES, as_table, columns_of, file_column, read_rows
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+_OF_NAME = {word: split for split, words in _SPLITS.items() for word in words}
+_SHARD = re.compile(r"(?:.+-)?([a-z]+)-\d{5}-of-\d{5}|([a-z]+)(?:[-_.]?\d[\w.-]*)?")
+_VIDEOS = frozenset((".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"))
+_STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # names of formats that PIL doesn't read itself
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+PACKED = (".tar", *BUILDERS)
+SUFFIXES = (*PACKED, *TABLES)
+_TEXT = ".txt"
+_SHOWN = 3
+Parts = dict[Path, tuple[str, ...]]
+
+
+class Layout:
+    """The tables of a local source by split, and what there is to say of it.
+
+    Attributes:
+        tables: of datasets, by split.
+        files: that hold the rows of all tables; none where each picture is a file of its own.
+        notes: what was decided.
+    """
+
+    def __init__(self, datasets: Any, settings: PrepareSettings, files: list[Path], root: Path):
+        self.datasets, self.settings, self.root = datasets, settings, root
+        self.tables: dict[str, Any] = {}
+        self.files: list[Path] = []
+        self.notes: list[str] = []
+        self._left: list[str] = []
+        pictures = [f for f in files if f.suffix.lower() in self._pictures]
+        if pictures:
+            self._read_pictures(files, pictures)
+        else:
+            self._read_tables(files)
+
+    @classmethod
+    def of(cls, datasets: Any, settings: PrepareSettings) -> "Layout":
+        """Of a folder, a file, or a pattern of them."""
+        path = Path(settings.source).absolute()
+        files, left = [path], list[str]()
+        if path.is_dir():
+            _refuse_configs(path)
+            files, left = files_of(path)
+        elif not path.exists():
+            parts = path.parts
+            fixed = next(i for i, part in enumerate(parts) if "*" in part)
+            path = Path(*parts[:fixed])
+            files = sorted(f for f in path.glob("/".join(parts[fixed:])) if not f.is_dir())
+            if not files:
+                raise ValueError(f"no file fits {settings.source}; give another pattern")
+        found = cls(datasets, settings, files, path if path.is_dir() else path.parent)
+        found._tell_left(left)
+        return found
+
+    @property
+    def _pictures(self) -> frozenset[str]:
+        return _picture_suffixes() | (_VIDEOS if self.settings.frames else frozenset())
+
+    # ---- pictures, each a file ----
+
+    def _read_pictures(self, files: list[Path], pictures: list[Path]) -> None:
+        packed = [f for f in files if f.suffix.lower() in PACKED]
+        packed = [f for f in packed if f.name.lower() not in _METADATA]
+        if packed:
+            raise ValueError(
+                f"{self.root} holds {_count(pictures, 'picture', self.root)}, and "
+                f"{_count(packed, 'file of many rows', self.root)}; give one kind alone, such as "
+                f"{str(self.root / ('*' + packed[0].suffix))!r}"
+            )
+        splits = self._by_split(pictures)
+        metadata = [f for f in files if f.name.lower() in _METADATA]
+        used = {*pictures, *metadata}
+        if metadata:
+            found = self._by_metadata(metadata, pictures)
+            tables = {
+                split: columns_of([row for picture, row in found if picture in of_split])
+                for split, of_split in splits.items()
+            }
+        else:
+            texts = {} if self.settings.caption_column == NONE else _texts(files)
+            used |= {texts[p.with_suffix("")] for p in pictures if p.with_suffix("") in texts}
+            labels, captions = self._labels(splits), self._captions(pictures, texts)
+            tables = {
+                split: {"image": [str(p) for p in of_split]}
+                | {
+                    name: [x[p] for p in of_split]
+                    for name, x in (("label", labels), ("caption", captions))
+                    if any(x.get(p) is not None for p in of_split)
+                }
+                for split, of_split in splits.items()
+            }
+        for split, columns in tables.items():
+            where = metadata[0] if metadata else self.root
+            self.tables[split] = as_table(self.datasets, columns, where, self._left, "image")
+        left = [f for f in files if f not in used]
+        self._left += [str(f.relative_to(self.root)) for f in left]
+        if spare := [f for f in left if f.suffix.lower() in TABLES]:
+            self.notes.append(
+                f"{_count(spare, 'table', self.root)}, not read: beside pictures only "
+                f"{', '.join(_METADATA)} are"
+            )
+
+    def _by_split(self, pictures: list[Path]) -> dict[str, Parts]:
+        """Pictures by the folders named like splits that they lie in, if all do; paths below."""
+        above = len(self.root.parts)
+        parts = _below_one({p: p.parts[above:] for p in pictures}, keep=True)
+        tops = {names[0] if len(names) > 1 else "" for names in parts.values()}
+        if not all(top.lower() in _OF_NAME for top in tops):
+            flat = {names[0] for names in parts.values() if len(names) == 2}
+            deep = {n[0] for n in parts.values() if len(n) > 2 and n[0].lower() in _OF_NAME} - flat
+            if len({_OF_NAME[top.lower()] for top in deep}) > 1:
+                others = [top or "pictures" for top in sorted(tops - deep)]
+                raise ValueError(
+                    f"{self.root} has the splits {_listed(sorted(deep))}, and beside them "
+                    f"{_listed(others)}; move those into one, or elsewhere"
+                )
+            return {"train": parts}
+        splits: dict[str, Parts] = {split: {} for split in _SPLITS}
+        for picture, names in parts.items():
+            splits[_OF_NAME[names[0].lower()]][picture] = names[1:]
+        return {split: found for split, found in splits.items() if found}
+
+    def _labels(self, splits: dict[str, Parts]) -> dict[Path, str | None]:
+        """The class of each picture: the folder below its split that it lies in."""
+        parts = _below_one({p: names for of in splits.values() for p, names in of.items()})
+        labels = {p: names[0] if len(names) > 1 else None for p, names in parts.items()}
+        classes = sorted({name for name in labels.values() if name is not None})
+        if self.settings.label_column == NONE or not classes:
+            return dict.fromkeys(labels)
+        for split, of_split in splits.items():
+            without = [p for p in of_split if labels[p] is None]
+            if without and len(without) < len(of_split):
+                raise ValueError(
+                    f"{split} has {_count(without, 'picture', self.root)}, beside the folders of "
+                    f"its classes, {_listed(classes)}; move them into one, or leave classes out "
+                    f"with --label-column {NONE}"
+                )
+        self.notes.append(f"classes are the folders {_listed(classes)}")
+        return labels
+
+    def _captions(self, pictures: list[Path], texts: dict[Path, Path]) -> dict[Path, str]:
+        """The text beside each picture; empty if there are none at all."""
+        read: dict[Path, str] = {}
+        if not texts:
+            return read
+        for place in {p.with_suffix("") for p in pictures} & texts.keys():
+            try:
+                read[place] = texts[place].read_text(encoding="utf-8-sig").strip()
+            except ValueError as error:
+                raise ValueError(
+                    f"{texts[place]} is no UTF-8 ({error}); save it as such"
+                ) from error
+        if not read:
+            return {}
+        lack = [p for p in pictures if p.with_suffix("") not in read]
+        self.notes.append(f"captions, from the {_TEXT} file beside each picture")
+        if lack:
+            self.notes.append(
+                f"{_count(lack, 'picture', self.root)}, without {_TEXT}: the caption is empty"
+            )
+        return {p: read.get(p.with_suffix(""), "") for p in pictures}
+
+    def _by_metadata(
+        self, metadata: list[Path], pictures: list[Path]
+    ) -> list[tuple[Path, dict[str, Any]]]:
+        """Rows of metadata files, each with its picture; all pictures must be in one of them."""
+        twice = [folder for folder, n in Counter(f.parent for f in metadata).items() if n > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} has several of {', '.join(_METADATA)}; leave one")
+        there = {os.path.normpath(p): p for p in pictures}
+        rows: list[tuple[Path, dict[str, Any]]] = []
+        missing: list[Path] = []
+        named: dict[Path, Path] = {}
+        for file in metadata:
+            of_file = read_rows(file)
+            names = list(dict.fromkeys(name for row in of_file for name in row))
+            column = file_column(names, file)
+            for row in of_file:
+                name = os.path.normpath(file.parent / str(row.pop(column)))
+                picture = there.get(name)
+                if picture is None:
+                    missing.append(Path(name))
+                    continue
+                if named.setdefault(picture, file) != file:
+                    raise ValueError(f"{picture} is in {file} and {named[picture]}; leave one")
+                rows.append((picture, {**row, "image": str(picture)}))
+        absent = [p for p in pictures if p not in named]
+        if missing or absent:
+            what = (
+                f"names {_count(missing, 'file', self.root)}, that is no picture there"
+                if missing
+                else f"does not name {_count(absent, 'picture', self.root)}"
+            )
+            raise ValueError(f"{metadata[0]} {what}; make its file_name and the folder agree")
+        self.notes.append(
+            f"columns from {_listed(str(f.relative_to(self.root)) for f in metadata)}, none from "
+            f"folders"
+        )
+        if len(rows) > len(named):
+            self.notes.append(f"{len(named)} pictures, of which some have several rows")
+        return rows
+
+    # ---- files of many rows ----
+
+    def _read_tables(self, files: list[Path]) -> None:
+        kinds = {s: [f for f in files if f.suffix.lower() == s] for s in SUFFIXES}
+        parquet, tar = kinds[".parquet"], kinds[".tar"]
+        if tar and {f.with_suffix("") for f in parquet} <= {f.with_suffix("") for f in tar}:
+            kinds[".parquet"] = []  # as img2dataset writes them, of the same rows
+        found = [s for s in PACKED if kinds[s]]
+        found = found or [s for s in TABLES if kinds[s]]
+        if len(found) != 1:
+            others = Counter(f.suffix.lower() or f.name for f in files)
+            listed = _listed(f"{n} {suffix}" for suffix, n in others.most_common())
+            videos = any(f.suffix.lower() in _VIDEOS for f in files)
+            raise ValueError(
+                f"{self.root} holds {'no pictures' if not found else 'tables of several kinds'}: "
+                f"{listed or 'no files'}; give "
+                + ("--frames to make clips of the videos" if videos and not found else
+                   "a folder of pictures, of parquet or of tar files, such a file, or a name on "
+                   "the hub")
+            )  # fmt: skip
+        (kind,) = found
+        self.files = kinds[kind]
+        self._left += [str(f.relative_to(self.root)) for f in files if f not in set(self.files)]
+        splits: dict[str, list[Path]] = {}
+        named = {f: _split_of(f.relative_to(self.root)) for f in self.files}
+        plain = [f for f, split in named.items() if split is None]
+        if plain and len(plain) < len(named):
+            self.notes.append(
+                f"{_count(plain, 'file', self.root)}, named like no split: so all rows are train"
+            )
+        for file, split in named.items():
+            splits.setdefault("train" if plain else split or "", []).append(file)
+        for split, of_split in splits.items():
+            self.tables[split] = self._table(kind, of_split)
+
+    def _table(self, kind: str, files: list[Path]) -> Any:
+        if kind == ".tar":
+            return read_tars(self.datasets, files, self._pictures | _VIDEOS, self._left)
+        if kind in TABLES:
+            return as_table(
+                self.datasets, columns_of([r for f in files for r in read_rows(f)]), files[0],
+                self._left,
+            )  # fmt: skip
+        return load_files(self.datasets, kind, files)
+
+    def _tell_left(self, hidden: list[str]) -> None:
+        left = [*self._left, *hidden]
+        if left:
+            self.notes.append(f"left out: {len(left)}, such as {_listed(left)}")
+
+
+@cache
+def _picture_suffixes() -> frozenset[str]:
+    """Endings of all files that PIL reads."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    return frozenset(s for s, f in known.items() if f in Image.OPEN and f not in _STUBS)
+
+
+def _split_of(path: Path) -> str | None:
+    """Split that a file's folder, or its name, says."""
+    of_folders = [_OF_NAME[p.lower()] for p in path.parts[:-1] if p.lower() in _OF_NAME]
+    match = _SHARD.fullmatch(path.stem.lower())
+    return of_folders[-1] if of_folders else match and _OF_NAME.get(match[1] or match[2])
+
+
+def _below_one(parts: Parts, keep: bool = False) -> Parts:
+    """Paths from below the folders that all share; `keep` one that is named like a split."""
+    while len({n[0] if len(n) > 1 else "" for n in parts.values()}) == 1:
+        first = next(iter(parts.values()))
+        if len(first) == 1 or (keep and first[0].lower() in _OF_NAME):
+            break
+        parts = {path: names[1:] for path, names in parts.items()}
+    return parts
+
+
+def _texts(files: Iterable[Path]) -> dict[Path, Path]:
+    return {f.with_suffix(""): f for f in files if f.suffix.lower() == _TEXT}
+
+
+def _refuse_configs(folder: Path) -> None:
+    """A copy of a data set of the hub with several configurations: they are not one."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    header = text.split("\n---", 1)[0] if text.startswith("---") else ""
+    names = re.findall(r"^\s*-?\s*config_name:\s*(\S+)", header, re.MULTILINE)
+    if len(set(names)) > 1:
+        raise ValueError(
+            f"{card} tells of several data sets, {_listed(dict.fromkeys(names))}; give the folder "
+            f"or a pattern of one"
+        )
+
+
+def _count(files: Sequence[Path], what: str, root: Path) -> str:
+    first = files[0]
+    name = first.relative_to(root) if first.is_relative_to(root) else first
+    noun, _, rest = what.partition(" ")
+    return (
+        f"{len(files)} {noun}{'s' if len(files) > 1 else ''} {rest}".rstrip() + f", such as {name}"
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
