@@ -32,11 +32,25 @@ def per_axis(value: int | Sequence[int], num_axes: int, name: str) -> tuple[int,
     return values
 
 
-def _check_indices(indices: Any, num_latents: int, max_latents: int) -> None:
-    """Raise a ValueError unless it is a tensor that names so many latents, each once.
+def _can_look(value: Tensor) -> bool:
+    """Whether to look at values neither makes a device wait nor cuts a compiled graph."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return type(value) is Tensor and value.device.type == "cpu"
 
-    Values are looked at where that neither makes a device wait nor cuts a compiled graph.
-    """
+
+def check_range(value: Tensor, low: float, high: float, name: str, advice: str) -> None:
+    """Raise a ValueError if there is a number outside, or none, where it can be looked at."""
+    if not _can_look(value) or not value.numel():
+        return
+    least, most = (one.item() for one in value.detach().aminmax())
+    if not (low <= least and most <= high):  # nor NaN
+        wrong = least if not low <= least else most
+        raise ValueError(f"{name} {wrong:g} is outside {low:g} ... {high:g}; {advice}")
+
+
+def _check_indices(indices: Any, num_latents: int, max_latents: int) -> None:
+    """Raise a ValueError unless it is a tensor that names so many latents, each once."""
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"latent_indices {indices!r:.60} are no tensor of whole numbers, int32 or int64"
@@ -46,9 +60,7 @@ def _check_indices(indices: Any, num_latents: int, max_latents: int) -> None:
             f"latent_indices of shape {tuple(indices.shape)} do not name num_latents = "
             f"{num_latents} latents; pass num_latents=len(latent_indices)"
         )
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return
-    if type(indices) is not Tensor or indices.device.type != "cpu":
+    if not _can_look(indices):
         return
     named = indices.tolist()
     if any(not -max_latents <= i < max_latents for i in named):
@@ -181,13 +193,48 @@ class ElasticMixin(StepCaching, ModelMixin):
         """Numbers (B,) of (B,) or of one number for all samples of a batch like (B, ...)."""
         if value is None:
             raise ValueError(f"{name} is None; give one number for each sample, or one for all")
-        value = torch.as_tensor(value, device=like.device)
+        try:
+            value = torch.as_tensor(value, device=like.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"{name} {value!r:.60} is no number; give one for each sample, or one for all"
+            ) from None
         if tuple(value.shape) not in ((), (1,), (len(like),)):
             raise ValueError(
                 f"{name} of shape {tuple(value.shape)} does not fit a batch of {len(like)}; "
                 f"give one number for each sample"
             )
         return value.expand(len(like))
+
+    def noise_levels(self, timestep: Tensor | float, like: Tensor) -> Tensor:
+        """Noise levels (B,) of a batch like (B, ...)."""
+        levels = self.one_per_sample(timestep, "timestep", like)
+        if levels.dtype == torch.bool or levels.is_complex():
+            raise ValueError(f"timestep of {levels.dtype}; give noise levels from 0 to 1, floats")
+        advice = "it is the noise level sigma, of which diffusers' timestep is 1000 times"
+        check_range(levels, 0, 1 + 1e-3, "timestep", advice)
+        return levels
+
+    def check_input(self, x: Tensor, name: str = "hidden_states") -> None:
+        """Raise a ValueError unless it is a tensor of the model's dtype and device."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} {x!r:.60} is no tensor, but a {type(x).__name__}")
+        embed: Any = self.patch_embed
+        weight = embed.weight
+        if type(weight) not in (nn.Parameter, Tensor) or weight.element_size() == 1:
+            return  # sharded or quantised: what it becomes is not known here
+        moves = any(hasattr(m, h) for m in (self, embed) for h in ("_hf_hook", "_diffusers_hook"))
+        if x.device != weight.device and not (moves or weight.is_meta):
+            raise ValueError(
+                f"{name} on {x.device}, but this {type(self).__name__} is on {weight.device}; "
+                f"move one: {name}.to({str(weight.device)!r})"
+            )
+        casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        if x.dtype != weight.dtype and not (casts and x.is_floating_point()):
+            raise ValueError(
+                f"{name} of {x.dtype}, but this {type(self).__name__} is of {weight.dtype}; "
+                f"convert one: {name}.to({weight.dtype}), or model.to(...)"
+            )
 
     def example_condition(self, batch_size: int) -> dict[str, Tensor]:
         """What tells the model what to draw, by argument, for counting and measuring."""
@@ -237,6 +284,8 @@ class ElasticMixin(StepCaching, ModelMixin):
 
     def token_grid(self, x: Tensor) -> TokenGrid:
         """Token grid of an input (B, C, *space), checked against channels, patch and groups."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"hidden_states {x!r:.60} are no tensor, but a {type(x).__name__}")
         num_axes = len(self.patch_size)
         axes = "(batch, channels, height, width)"
         axes = axes if num_axes == 2 else axes.replace("height", "frames, height")

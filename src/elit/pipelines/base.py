@@ -16,7 +16,6 @@ from torch import Tensor
 
 from elit._numbers import is_whole
 from elit.flow.guidance import Condition, Guidance, at_least_float32
-from elit.flow.schedulers import start_sampling
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.autoencoder import (
     SamplesDivergedError,
@@ -137,8 +136,9 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
         device = self._execution_device
         check_sample_dtype(dtype, device.type)
         self._check_dtype(dtype)
-        samples = self._start(noise, generator, count, self.input_size(*size), device, dtype)
-        levels = start_sampling(self.scheduler, num_inference_steps, device, sigmas)
+        size = self.input_size(*size)
+        levels = self.start(num_inference_steps, device, sigmas, size)
+        samples = self._start(noise, generator, count, size, device, dtype)
         step_latents = self.latents_of_steps(budget, len(levels), guidance)
         if guidance and guidance.scale != 1 and not any(map(guidance.is_active, levels)):
             logger.warning("guidance has no effect: %s is active at none of the levels", guidance)
