@@ -36,14 +36,16 @@ def _can_look(value: Tensor) -> bool:
     """Whether to look at values neither makes a device wait nor cuts a compiled graph."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return type(value) is Tensor and value.device.type == "cpu"
+    is_plain = type(value) is Tensor and not torch._C._functorch.is_batchedtensor(value)
+    return is_plain and value.device.type == "cpu"
 
 
 def check_range(value: Tensor, low: float, high: float, name: str, advice: str) -> None:
     """Raise a ValueError if there is a number outside, or none, where it can be looked at."""
     if not _can_look(value) or not value.numel():
         return
-    least, most = (one.item() for one in value.detach().aminmax())
+    numbers = value.detach().double().numpy()
+    least, most = numbers.min(), numbers.max()
     if not (low <= least and most <= high):  # nor NaN
         wrong = least if not low <= least else most
         raise ValueError(f"{name} {wrong:g} is outside {low:g} ... {high:g}; {advice}")
@@ -215,10 +217,10 @@ class ElasticMixin(StepCaching, ModelMixin):
         check_range(levels, 0, 1 + 1e-3, "timestep", advice)
         return levels
 
-    def check_input(self, x: Tensor, name: str = "hidden_states") -> None:
-        """Raise a ValueError unless it is a tensor of the model's dtype and device."""
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} {x!r:.60} is no tensor, but a {type(x).__name__}")
+    def check_input(self, x: Tensor) -> None:
+        """Raise a ValueError unless the samples are a tensor of the model's dtype and device."""
+        if not isinstance(x, Tensor) or not x.ndim:
+            raise ValueError(f"hidden_states {x!r:.60} are no tensor (batch, channels, ...)")
         embed: Any = self.patch_embed
         weight = embed.weight
         if type(weight) not in (nn.Parameter, Tensor) or weight.element_size() == 1:
@@ -226,14 +228,15 @@ class ElasticMixin(StepCaching, ModelMixin):
         moves = any(hasattr(m, h) for m in (self, embed) for h in ("_hf_hook", "_diffusers_hook"))
         if x.device != weight.device and not (moves or weight.is_meta):
             raise ValueError(
-                f"{name} on {x.device}, but this {type(self).__name__} is on {weight.device}; "
-                f"move one: {name}.to({str(weight.device)!r})"
+                f"hidden_states on {x.device}, but this {type(self).__name__} is on {weight.device}; "
+                f"move one: hidden_states.to({str(weight.device)!r})"
             )
-        casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-        if x.dtype != weight.dtype and not (casts and x.is_floating_point()):
+        casts = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        can_be_cast = x.is_floating_point() and x.dtype != torch.float64
+        if x.dtype != weight.dtype and not (casts and can_be_cast):
             raise ValueError(
-                f"{name} of {x.dtype}, but this {type(self).__name__} is of {weight.dtype}; "
-                f"convert one: {name}.to({weight.dtype}), or model.to(...)"
+                f"hidden_states of {x.dtype}, but this {type(self).__name__} is of {weight.dtype}; "
+                f"convert one: hidden_states.to({weight.dtype}), or model.to(...)"
             )
 
     def example_condition(self, batch_size: int) -> dict[str, Tensor]:
@@ -284,8 +287,6 @@ class ElasticMixin(StepCaching, ModelMixin):
 
     def token_grid(self, x: Tensor) -> TokenGrid:
         """Token grid of an input (B, C, *space), checked against channels, patch and groups."""
-        if not isinstance(x, Tensor):
-            raise ValueError(f"hidden_states {x!r:.60} are no tensor, but a {type(x).__name__}")
         num_axes = len(self.patch_size)
         axes = "(batch, channels, height, width)"
         axes = axes if num_axes == 2 else axes.replace("height", "frames, height")
