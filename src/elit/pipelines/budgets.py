@@ -183,10 +183,10 @@ class RunBudgets:
         size: Size,
     ) -> tuple[float | Sequence[float], int, Guidance | None]:
         """Budget, steps and guidance of a run: those given, or those that "auto" chooses."""
-        if budget != AUTO:
+        if not isinstance(budget, str) or budget != AUTO:
             for name, value in (("max_flops", max_flops), ("max_ms", max_ms)):
                 if value is not None:
-                    raise ValueError(f"{name} has no effect at budget={budget}; give 'auto'")
+                    raise ValueError(f"{name} has no effect at budget={budget!s:.60}; give 'auto'")
             steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
             return budget, steps, guidance  # type: ignore[return-value]
         if guidance is not None:
