@@ -19,8 +19,16 @@ from helpers import make_inputs, randomise, tiny_dit, tiny_elastic
 from torch import Tensor, nn
 
 import elit
-from elit import CFG, AutoGuidance, CheapCFG, ElitPipeline, ElitTextPipeline, elasticize
-from elit import create_model, make_scheduler
+from elit import (
+    CFG,
+    AutoGuidance,
+    CheapCFG,
+    ElitPipeline,
+    ElitTextPipeline,
+    create_model,
+    elasticize,
+    make_scheduler,
+)
 from elit.flow.schedulers import SAMPLERS
 from elit.models.sit import SiT
 from elit.retrofit.layout import Layout, PerToken
@@ -31,9 +39,9 @@ FAILED_FIRST: dict[str, list[int]] = {"model": [], "pipeline": [18], "elasticize
 # What a person gives by mistake, or to see what happens.
 ODD = [
     None, True, False, 0, 1, -1, 2, 7, 10**6, 2**31, 10**80, 10**400, -3, 0.0, 0.5, 1.0, 2.5, -0.1,
-    1e-30, 1e30, float("nan"), float("inf"), float("-inf"), 1j, "", "1", "0.5", "auto", "all", b"x",
+    1e-30, 1e30, float("nan"), float("inf"), float("-inf"), 1j, "", "1", "0.5", "auto", b"x",
     [], [0], [1], [0.5], [None], ["a"], [[1]], [1, 0.5], [1, 2, 3], (), (1,), (0.2, 0.8), {}, {"a": 1},
-    object(), len, int, torch.float32, torch.float64, torch.tensor(1), torch.tensor(0.5),
+    "all", object(), len, int, torch.float32, torch.float64, torch.tensor(1), torch.tensor(0.5),
     torch.tensor([]), torch.tensor([1, 2]), torch.tensor([0.1, 0.9]), torch.tensor([True]),
     torch.zeros(1, 3), torch.Generator(),
 ]  # fmt: skip
@@ -83,7 +91,15 @@ def model_of(name: str) -> nn.Module:
     }.get(name, lambda: create_model(name).eval())()  # fmt: skip
 
 
-MODELS = ("dit", "elit-dit", "clips", "sit", "elit-uvit-tiny/2", "elit-hdit-tiny/2", "elit-mmdit-tiny/2")
+MODELS = (
+    "dit",
+    "elit-dit",
+    "clips",
+    "sit",
+    "elit-uvit-tiny/2",
+    "elit-hdit-tiny/2",
+    "elit-mmdit-tiny/2",
+)
 
 
 def model_case(rng: random.Random) -> None:

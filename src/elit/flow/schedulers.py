@@ -256,7 +256,8 @@ def _set_levels(
     num_tokens: int | None,
 ) -> list[float]:
     """Set the steps of a scheduler of diffusers, as its pipelines do, and give their levels."""
-    config, settings = scheduler.config, {}
+    config = scheduler.config
+    settings: dict[str, Any] = {}
     if sigmas is not None:
         if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(
@@ -284,7 +285,9 @@ def _set_levels(
 def _mu(config: "Mapping[str, Any]", num_tokens: int | None) -> float:
     """The shift of a number of tokens: on a line through two points, as Flux and LTX have it."""
     if num_tokens is None:
-        raise ValueError("this scheduler shifts its levels by the number of tokens: give num_tokens")
+        raise ValueError(
+            "this scheduler shifts its levels by the number of tokens: give num_tokens"
+        )
     first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return low + (high - low) * (num_tokens - first) / (last - first)
@@ -338,10 +341,10 @@ def _trial(scheduler: SchedulerMixin, steps: int, num_tokens: int | None) -> tup
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": torch.Generator().manual_seed(0)} if takes_generator else {}
     given, euler = noise, noise
-    for sigma, after, timestep in zip(
-        levels, [*levels[1:], 0.0], scheduler.timesteps, strict=True
-    ):
-        given = scheduler.step(velocity(given, sigma), timestep, given, **extra, return_dict=False)[0]
+    for sigma, after, timestep in zip(levels, [*levels[1:], 0.0], scheduler.timesteps, strict=True):
+        given = scheduler.step(velocity(given, sigma), timestep, given, **extra, return_dict=False)[
+            0
+        ]
         euler = euler + (after - sigma) * velocity(euler, sigma)
     if not given[0].sub(1.5).abs().max() <= 1e-3:
         return error(given), 1e-3

@@ -9,6 +9,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from elit._numbers import is_real, is_whole
+from elit._wide import wide
 from elit.caching.hooks import Block
 from elit.caching.mixin import StepCaching
 from elit.caching.ports import BlockPort
@@ -44,7 +45,7 @@ def check_range(value: Tensor, low: float, high: float, name: str, advice: str) 
     """Raise a ValueError if there is a number outside, or none, where it can be looked at."""
     if not _can_look(value) or not value.numel():
         return
-    numbers = value.detach().double().numpy()
+    numbers = value.detach().to(**wide(value.device)).numpy()
     least, most = numbers.min(), numbers.max()
     if not (low <= least and most <= high):  # nor NaN
         wrong = least if not low <= least else most
@@ -228,11 +229,11 @@ class ElasticMixin(StepCaching, ModelMixin):
         moves = any(hasattr(m, h) for m in (self, embed) for h in ("_hf_hook", "_diffusers_hook"))
         if x.device != weight.device and not (moves or weight.is_meta):
             raise ValueError(
-                f"hidden_states on {x.device}, but this {type(self).__name__} is on {weight.device}; "
-                f"move one: hidden_states.to({str(weight.device)!r})"
+                f"hidden_states on {x.device}, but this {type(self).__name__} is on "
+                f"{weight.device}; move one: hidden_states.to({str(weight.device)!r})"
             )
         casts = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        can_be_cast = x.is_floating_point() and x.dtype != torch.float64
+        can_be_cast = x.is_floating_point() and x.element_size() <= 4
         if x.dtype != weight.dtype and not (casts and can_be_cast):
             raise ValueError(
                 f"hidden_states of {x.dtype}, but this {type(self).__name__} is of {weight.dtype}; "

@@ -253,7 +253,9 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
         if width is None:
             check_range(text, 0, self.config.vocab_size - 1, "word", "see the tokenizer's size")
         elif not text.is_floating_point():
-            raise ValueError(f"a text of {text.dtype}; this model takes states of an encoder, floats")
+            raise ValueError(
+                f"a text of {text.dtype}; this model takes states of an encoder, floats"
+            )
         if mask is not None and (mask.shape != shape[:2] or mask.dtype != torch.bool):
             raise ValueError(
                 f"encoder_attention_mask of {tuple(mask.shape)} {mask.dtype} does not fit a text "

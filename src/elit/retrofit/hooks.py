@@ -69,11 +69,12 @@ class ElasticModelHook(ModelHook):
 
     def _run(self, module: Any, arguments: Mapping[str, Any], num_latents: int) -> Any:
         call = self._begin(module, arguments, num_latents)
-        with self.session.running(call), self._checkpointing(module, call):
-            result = self.fn_ref.original_forward(**arguments)
-        if call.groups is not None and not call.is_written:
-            raise ValueError(_SKIPPED.format("last", "Read without Write"))
-        return result
+        try:
+            with self.session.running(call), self._checkpointing(module, call):
+                return self.fn_ref.original_forward(**arguments)
+        finally:  # whatever the latents led to behind the core
+            if call.groups is not None and not (call.is_written or call.in_core):
+                raise ValueError(_SKIPPED.format("last", "Read without Write"))
 
     def _begin(self, module: Any, arguments: Mapping[str, Any], num_latents: int) -> Call:
         """A call with these arguments, or a ValueError if the interface doesn't fit them."""
@@ -174,6 +175,7 @@ class CoreHook(ModelHook):
             hidden_states = self._owned(self._read(call, arguments, hidden_states))
         arguments |= {signature.hidden_states: hidden_states, **call.selected}
         forward = self.compiled or self.fn_ref.original_forward
+        call.in_core = True
         if torch.compiler.is_compiling():
             result = forward(**arguments)
         else:
@@ -181,6 +183,7 @@ class CoreHook(ModelHook):
                 result = forward(**arguments)
         if self.session.leaves_out_core:
             result = self.port.result(self.port.rest(result), self.port.streams_in((), arguments))
+        call.in_core = False
         latents = signature.tokens_of(result)
         if self.is_last:
             result = signature.with_tokens(result, self._write(call, latents))
