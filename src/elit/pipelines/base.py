@@ -141,9 +141,9 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
         device = self._execution_device
         check_sample_dtype(dtype, device.type)
         self._check_dtype(dtype)
-        size = self.input_size(*size)
-        levels = self.start(num_inference_steps, device, sigmas, size)
-        samples = self._start(noise, generator, count, size, device, dtype)
+        input_size = self.input_size(*size)
+        levels = self.start(num_inference_steps, device, sigmas, input_size)
+        samples = self._start(noise, generator, count, input_size, device, dtype)
         step_latents = self.latents_of_steps(budget, len(levels), guidance)
         if guidance and guidance.scale != 1 and not any(map(guidance.is_active, levels)):
             logger.warning("guidance has no effect: %s is active at none of the levels", guidance)
