@@ -41,7 +41,8 @@ ODD = [
     None, True, False, 0, 1, -1, 2, 7, 10**6, 2**31, 10**80, 10**400, -3, 0.0, 0.5, 1.0, 2.5, -0.1,
     1e-30, 1e30, float("nan"), float("inf"), float("-inf"), 1j, "", "1", "0.5", "auto", b"x",
     [], [0], [1], [0.5], [None], ["a"], [[1]], [1, 0.5], [1, 2, 3], (), (1,), (0.2, 0.8), {},
-    {"a": 1}, "all", object(), len, int, torch.float32, torch.float64, torch.tensor(1), torch.tensor(0.5),
+    {"a": 1}, "all", object(), len, int, torch.float32, torch.float64, torch.tensor(1),
+    torch.tensor(0.5),
     torch.tensor([]), torch.tensor([1, 2]), torch.tensor([0.1, 0.9]), torch.tensor([True]),
     torch.zeros(1, 3), torch.Generator(),
 ]  # fmt: skip
