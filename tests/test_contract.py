@@ -5,6 +5,7 @@ constructor another value that must show in what the model computes.
 """
 
 import inspect
+import math
 from collections.abc import Container
 from dataclasses import dataclass
 from itertools import pairwise
@@ -680,6 +681,53 @@ def test_input_that_does_not_fit(case: Case) -> None:
     )
     with pytest.raises(ValueError, match=wrong):
         model(samples, rest[0], torch.zeros(2, dtype=torch.long), torch.zeros(2, 1, 8))
+
+
+@ALL
+def test_samples_of_another_type_than_the_model(case: Case) -> None:
+    model = case.build()
+    samples, *rest = make_inputs(model)
+    for dtype in (torch.float64, torch.bfloat16, torch.int64):
+        message = f"hidden_states of {dtype}, but this {case.cls.__name__} is of torch.float32"
+        with pytest.raises(ValueError, match=message):
+            run(model, (samples.to(dtype), *rest))
+    with pytest.raises(ValueError, match=r"hidden_states on meta, but this .* is on cpu; move one"):
+        run(model, (samples.to("meta"), *rest))
+    with pytest.raises(ValueError, match="are no tensor"):
+        run(model, (samples.tolist(), *rest))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(model, (samples.bfloat16(), *rest)).isfinite().all()
+        with pytest.raises(ValueError, match=r"of torch\.float64"):
+            run(model, (samples.double(), *rest))
+
+
+@ALL
+@pytest.mark.parametrize(
+    ("level", "message"),
+    [
+        (500.0, "timestep 500 is outside 0 ... .* 1000 times"),
+        (torch.tensor([0.5, math.nan]), "timestep nan is outside"),
+        (True, "timestep of torch.bool"),
+        ("0.5", "timestep '0.5' is no number"),
+    ],
+)
+def test_noise_levels_that_are_none(case: Case, level, message: str) -> None:
+    model = case.build()
+    samples, _, *rest = make_inputs(model)
+    with pytest.raises(ValueError, match=message):
+        run(model, (samples, level, *rest))
+
+
+def test_labels_and_words_out_of_range() -> None:
+    model = CASES["elit-dit"].build()
+    samples, levels, _ = make_inputs(model)
+    for label in (-1, 4):
+        with pytest.raises(ValueError, match=f"class label {label} is outside 0 ... 3; 3 means no"):
+            model(samples, levels, torch.tensor([0, label]))
+    model = CASES["mmdit-words"].build()
+    samples, levels, _, text = make_inputs(model)
+    with pytest.raises(ValueError, match="word -1 is outside"):
+        model(samples, levels, None, text * 0 - 1)
 
 
 @ELASTIC

@@ -241,6 +241,9 @@ def test_the_interval_holds_its_ends_in_a_schedulers_float32(step: int) -> None:
         ({"scale": -1.0}, r"guidance scale -1\.0 is not allowed; use 1 for none"),
         ({"scale": math.nan}, "guidance scale nan"),
         ({"scale": math.inf}, "guidance scale inf"),
+        ({"scale": "3"}, "guidance scale '3' is not allowed"),
+        ({"scale": 2, "interval": 0.5}, "guidance interval 0.5 is not allowed"),
+        ({"scale": 2, "interval": (0, 0.5, 1)}, "interval"),
         ({"scale": 2, "interval": (0.7, 0.3)}, r"interval \(0\.7, 0\.3\).* 0 <= low <= high <= 1"),
         ({"scale": 2, "interval": (-0.1, 0.3)}, "interval"),
         ({"scale": 2, "interval": (0.1, 1.3)}, "interval"),
@@ -354,6 +357,101 @@ def test_own_heun_is_diffusers_heun_on_the_same_levels() -> None:
 def test_heun_visits_each_inner_level_twice() -> None:
     levels = start_sampling(FlowMatchUniformHeunScheduler(), 4, "cpu")
     assert levels == [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]  # 2N - 1 calls
+
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+FLUX = {"shift": 3.0, "use_dynamic_shifting": True}
+LTX = {
+    "use_dynamic_shifting": True, "base_shift": 0.95, "max_shift": 2.05,
+    "base_image_seq_len": 1024, "shift_terminal": 0.1,
+}  # fmt: skip
+
+
+def of_diffusers(name: str, settings: dict):
+    return getattr(diffusers, name)(**settings)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 500}),
+        ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("FlowMatchEulerDiscreteScheduler", FLUX),
+        ("FlowMatchEulerDiscreteScheduler", FLUX | {"time_shift_type": "linear"}),
+        ("FlowMatchEulerDiscreteScheduler", LTX),
+        ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}),
+        ("UniPCMultistepScheduler", FLOW),
+        ("UniPCMultistepScheduler", FLOW | {"solver_order": 3, "flow_shift": 3.0}),
+        ("UniPCMultistepScheduler", FLOW | {"use_dynamic_shifting": True, "shift_terminal": 0.1}),
+        ("DPMSolverMultistepScheduler", FLOW | {"algorithm_type": "sde-dpmsolver++"}),
+        ("DPMSolverMultistepScheduler", FLOW | {"use_dynamic_shifting": True}),
+        ("DPMSolverSinglestepScheduler", FLOW | {"solver_order": 3}),
+    ],
+)
+def test_schedulers_of_diffusers_turn_noise_into_data(name: str, settings: dict, steps) -> None:
+    """Data in a point are reached by any method; a deviation within what Euler's steps lose."""
+    scheduler = of_diffusers(name, settings)
+    x = torch.randn(1, 1, 20_000, 1)
+    at_point, spread, factor = x, x, 1.0
+    for model in range(2):
+        levels = start_sampling(scheduler, steps, "cpu", num_tokens=1024)
+        extra = {"generator": torch.Generator().manual_seed(0)} if "sde" in str(settings) else {}
+        for sigma, timestep in zip(levels, scheduler.timesteps, strict=True):
+            if model == 0:
+                velocity = (at_point - MEAN) / sigma
+                at_point = scheduler.step(velocity, timestep, at_point, **extra).prev_sample
+            else:
+                velocity = gaussian_velocity(spread, sigma)
+                spread = scheduler.step(velocity, timestep, spread, **extra).prev_sample
+    for sigma, after in pairwise([*levels, 0.0]):  # Euler's method multiplies the deviation
+        variance = (1 - sigma) ** 2 * STD**2 + sigma**2
+        factor *= 1 + (after - sigma) * (sigma - (1 - sigma) * STD**2) / variance
+    torch.testing.assert_close(at_point, torch.full_like(x, MEAN), atol=1e-3, rtol=0)
+    assert spread.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert spread.std().item() == pytest.approx(STD, abs=1.1 * abs(factor - STD) + 0.02)
+
+
+@pytest.mark.parametrize("steps", [1, 8, 20])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("DEISMultistepScheduler", FLOW),
+        ("SASolverScheduler", FLOW),
+        ("DPMSolverMultistepInverseScheduler", FLOW),
+        ("FlowMatchLCMScheduler", {}),  # jumps to the mean of the data and draws new noise
+        ("HeliosScheduler", {}),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}),  # predicts "epsilon"
+        ("UniPCMultistepScheduler", FLOW | {"prediction_type": "v_prediction"}),
+        ("UniPCMultistepScheduler", FLOW | {"use_exponential_sigmas": True}),
+        ("DPMSolverMultistepScheduler", FLOW | {"prediction_type": "sample"}),
+        ("DPMSolverMultistepScheduler", FLOW | {"use_karras_sigmas": True}),
+        ("DPMSolverMultistepScheduler", FLOW | {"use_lu_lambdas": True}),
+        ("DPMSolverMultistepScheduler", FLOW | {"final_sigmas_type": "sigma_min"}),
+        ("DPMSolverMultistepScheduler", FLOW | {"thresholding": True}),
+    ],
+)
+def test_schedulers_that_would_leave_noise_are_refused(name: str, settings, steps: int) -> None:
+    message = rf"{name}.* (is off by|fails) .*; use make_scheduler with one of euler, "
+    with pytest.raises(ValueError, match=message):
+        start_sampling(of_diffusers(name, settings), steps, "cpu")
+
+
+def test_levels_shift_with_the_number_of_tokens_as_in_diffusers_pipelines() -> None:
+    flux, ltx = (of_diffusers("FlowMatchEulerDiscreteScheduler", one) for one in (FLUX, LTX))
+    for tokens, mu in ((256, 0.5), (1024, 0.63), (4096, 1.15)):
+        shifted = [math.exp(mu) / (math.exp(mu) + 1 / s - 1) for s in (1, 0.75, 0.5, 0.25)]
+        assert start_sampling(flux, 4, "cpu", num_tokens=tokens) == pytest.approx(shifted, abs=1e-3)
+    assert start_sampling(ltx, 1, "cpu", num_tokens=1024) == [1.0]
+    levels = start_sampling(ltx, 5, "cpu", num_tokens=1024)
+    assert levels[0] == 1
+    assert levels[-1] == pytest.approx(0.1)
+    assert ltx.config.shift_terminal == 0.1
+    with pytest.raises(ValueError, match="by the number of tokens: give num_tokens"):
+        start_sampling(flux, 4, "cpu")
 
 
 def test_a_scheduler_can_run_again() -> None:
@@ -513,7 +611,7 @@ def test_own_schedulers_save_and_load(sampler: str, tmp_path) -> None:
     assert start_sampling(loaded, 4, "cpu") == start_sampling(scheduler, 4, "cpu")
 
 
-@pytest.mark.parametrize("steps", [0, -3, 2.5])
+@pytest.mark.parametrize("steps", [0, -3, 2.5, 10**7])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_bad_number_of_steps(sampler: str, steps: float) -> None:
     with pytest.raises(ValueError, match=f"num_inference_steps {steps} .*; 40 is usual"):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from itertools import pairwise
 
 import diffusers
@@ -495,6 +496,15 @@ def test_moves_with_its_parts() -> None:
         ({"budget": [1, 0.5, 0]}, r"budget 0 is outside \(0, 1\]"),
         ({"budget": [1, 0.5]}, "2 budgets for 3 calls of the model in this run"),
         ({"num_inference_steps": 0}, "num_inference_steps 0 .*; 40 is usual"),
+        ({"num_inference_steps": 10**9}, "a whole number from 1 to 10000; 40 is usual"),
+        ({"height": 2**20}, "more than 256 times what this model was made for, 8x8"),
+        ({"noise": torch.zeros(1, 3, 8, 8).int()}, r"noise of torch.int32 is none; give floats"),
+        ({"class_labels": 1j}, "class_labels 1j are not labels"),
+        ({"class_labels": [10**400]}, "class_labels .* are not labels"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end 3 is no function"),
+        ({"callback_on_step_end": lambda *_: 3}, "the step callback gave 3; give a dict"),
+        ({"callback_on_step_end": lambda *_: {"samples": 1}}, "gave samples 1; give a tensor of"),
+        ({"sigmas": ["a"]}, r"sigmas \['a'\] are not allowed"),
         ({"num_inference_steps": 2.5}, r"num_inference_steps 2\.5 .*; 40 is usual"),
         ({"guidance": 3.0}, r"guidance 3\.0 is not a Guidance; .* CFG\(3\.0\)"),
         ({"guidance": CheapCFG(3.0, budget=2.0)}, r"budget 2\.0 is outside \(0, 1\]"),
@@ -594,6 +604,20 @@ def test_an_autoencoder_of_the_other_kind() -> None:
 def test_samples_that_are_not_finite_are_no_images() -> None:
     with pytest.raises(ValueError, match="no longer finite; a smaller guidance scale than 1e"):
         draw(make_pipeline(), guidance=CFG(1e38), output_type="pil")
+
+
+def test_levels_shift_with_the_size_that_is_drawn() -> None:
+    """Flux's settings: mu is .5 at 256 tokens, here with 4x4 and 8x8."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=64
+    )
+    pipeline = ElitPipeline(tiny_elastic(in_channels=3), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    for side, mu in ((4, 0.5), (8, 1.15)):
+        draw(pipeline, num_inference_steps=2, height=side, width=side)
+        expected = [1, math.exp(mu) / (math.exp(mu) + 1), 0]
+        assert scheduler.sigmas.tolist() == pytest.approx(expected, abs=1e-5)
+    assert len(pipeline.calls(1.0, 2)) == 2
 
 
 def test_a_scheduler_that_is_none_for_flows_is_refused() -> None:

@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -382,6 +383,63 @@ def test_models_that_cannot_be_patched() -> None:
     assert type(shared) is Own
     with pytest.raises(ValueError, match="doesn't say its hidden_size"):
         elasticize(Own(), 1, 1, 3, layout=Layout(blocks="layers", hidden_states="tokens"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 2}, "rank=2 asks for .* these are linear layers themselves; leave rank at 0"),
+        ({"group": 10**6}, r"the interface would take .* GiB.*group=\(1000000, 1000000\)"),
+        ({"rank": 10**12}, "rank=1000000000000 is not allowed"),
+        ({"layout": "blocks"}, "layout='blocks' is no Layout"),
+    ],
+)
+def test_what_cannot_be_attached_changes_nothing(arguments: dict, message: str) -> None:
+    model, x = nn.Module(), torch.randn(1, 4, 8)
+    model.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+    layout = Layout(blocks="blocks", hidden_size=8, num_heads=2)
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        elasticize(model, **{"head": 1, "tail": 1, "group": 2, "layout": layout} | arguments)
+    assert type(model) is nn.Module
+    assert list(model.state_dict()) == names
+    assert "forward" not in vars(model.blocks[1])
+    assert torch.equal(model.blocks[1](x), x @ model.blocks[1].weight.T + model.blocks[1].bias)
+    with pytest.raises(ValueError, match="hidden_size='8' is not allowed; give a positive"):
+        Layout(hidden_size="8")
+
+
+def test_an_interface_that_fails_half_way_is_taken_out_again() -> None:
+    class Fussy(Block):
+        """A block that refuses a second hook."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "forward":
+                raise TypeError("no hooks here")
+            super().__setattr__(name, value)
+
+    model, x = Own(), torch.randn(1, 36, 8)
+    model.layers[2] = Fussy(8)
+    wanted, names = model(x), list(model.state_dict())
+    with pytest.raises(TypeError, match="no hooks here"):
+        elasticize(model, 1, 1, 3, layout=OWN)
+    assert type(model) is Own
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize(("skipped", "edge"), [(1, "first"), (3, "last")])
+def test_skipping_read_or_write_is_an_error(skipped: int, edge: str) -> None:
+    model = elasticize(Own(), 1, 1, 3, layout=OWN)
+    model.layers[skipped].forward = lambda scale, tokens: (scale, tokens)  # as other code's hook
+    with pytest.raises(ValueError, match=f"the {edge} block of the core did not run"):
+        model(torch.randn(1, 36, 8), num_latents=2)
+
+
+def test_tokens_of_another_width_are_named() -> None:
+    model = elasticize(Own(), 1, 1, 3, layout=replace(OWN, hidden_size=16))
+    with pytest.raises(ValueError, match=r"width 8, but .* 16; give layout=Layout\(hidden_size=8"):
+        model(torch.randn(1, 36, 8))
 
 
 def test_sizes_that_groups_do_not_divide() -> None:

@@ -15,4 +15,7 @@ def is_whole(value: Any, least: int = 1, most: int = MOST) -> TypeGuard[int]:
 
 def is_real(value: Any) -> TypeGuard[float]:
     """Whether it is a finite number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False

@@ -23,7 +23,6 @@ from elit.evaluation.parts import Parts, part_size
 from elit.evaluation.reference import Reference, check_shapes, make_reference
 from elit.evaluation.score_names import SCORES
 from elit.evaluation.weights import checksum_of
-from elit.flow.schedulers import start_sampling
 from elit.pipelines.autoencoder import SamplesDivergedError
 from elit.pipelines.folder import weights_digest
 from elit.pipelines.operating_points import OperatingPoint
@@ -167,7 +166,7 @@ class Evaluation:
         scores = vars(Scores()) if failure else self._scores(parts, reference)
         calls = cost.calls(point)
         pipeline = self.drawing.pipeline
-        levels = start_sampling(pipeline.scheduler, point.steps, "cpu")
+        levels = pipeline.start(point.steps, "cpu")
         return {
             **point.to_dict(),
             "num_latents": pipeline.transformer.resolve_budget(point.budget),

@@ -8,8 +8,7 @@ label, its budget, or both:
     CheapCFG      no label     a low budget
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from elit._choices import check_choice
+from elit._numbers import is_real
 
 Condition = Mapping[str, Tensor]
 """What tells a model what to draw: its arguments by name, (B, ...) each: labels, or a text."""
@@ -46,11 +46,13 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.scale) and self.scale >= 0):
+        if not (is_real(self.scale) and self.scale >= 0):
             raise ValueError(
-                f"guidance scale {self.scale} is not allowed; use 1 for none, 1.5 to 5 are usual"
+                f"guidance scale {self.scale!r} is not allowed; use 1 for none, 1.5 to 5 are usual"
             )
-        if isinstance(self.budget, str) and self.budget != "lowest":
+        if not isinstance(self.drop_label, bool):
+            raise ValueError(f"drop_label={self.drop_label!r} is not allowed; give True or False")
+        if not (self.budget is None or self.budget == "lowest" or is_real(self.budget)):
             raise ValueError(
                 f"guide budget {self.budget!r} is unknown; give a fraction in (0, 1] or 'lowest'"
             )
@@ -59,10 +61,10 @@ class Guidance:
                 "a guide with the same label and the same budget guides nothing; "
                 "set drop_label=True (CFG), or a lower budget (AutoGuidance)"
             )
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
+        ends = self.interval if isinstance(self.interval, Sequence) else ()
+        if not (len(ends) == 2 and all(map(is_real, ends)) and 0 <= ends[0] <= ends[1] <= 1):
             raise ValueError(
-                f"guidance interval {self.interval} is not allowed; "
+                f"guidance interval {self.interval!r} is not allowed; "
                 f"give noise levels 0 <= low <= high <= 1"
             )
 

@@ -7,7 +7,7 @@ levels that are not rounded to float32.
 
 import inspect
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
@@ -22,7 +22,7 @@ from elit._numbers import is_whole
 from elit._wide import wide
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 def _grid(
@@ -125,6 +125,7 @@ class FlowMatchUniformHeunScheduler(_CountedSteps):
         return SchedulerOutput(prev_sample=result) if return_dict else (result,)
 
 
+MOST_STEPS = 10_000
 PATHS = ("linear", "cosine")
 
 
@@ -223,50 +224,150 @@ def start_sampling(
     num_inference_steps: int,
     device: torch.device | str,
     sigmas: "Sequence[float] | None" = None,
+    num_tokens: int | None = None,
 ) -> list[float]:
     """Set the steps of a run and give the noise level of each call of the model.
 
-    diffusers' Euler scheduler would end at sigma 0.001; here it gets the uniform grid, 1 to 0.
     The levels are read from `sigmas`, not from `timesteps`, which some schedulers round; ours give
     them as they are, not rounded to float32.
+
+    Args:
+        scheduler: one of ours, or one of diffusers that is right on a flow whose end is known.
+        num_inference_steps: steps, of no effect beside `sigmas`.
+        device: of the samples.
+        sigmas: noise levels, before any shift of the scheduler's.
+        num_tokens: of one sample, for a scheduler that shifts its levels by them.
     """
-    name = type(scheduler).__name__
-    if not (name.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas")):
-        raise ValueError(
-            f"{name} is not a flow-matching scheduler; "
-            f"use make_scheduler with one of {', '.join(SAMPLERS)}"
-        )
-    if sigmas is not None:
-        levels = _check_sigmas(sigmas)
-        if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
-            raise ValueError(f"{name} takes no sigmas; use euler, heun, euler-maruyama or unipc")
-        given = levels if isinstance(scheduler, _CountedSteps) else levels.astype(np.float32)
-        scheduler.set_timesteps(len(levels), device=device, sigmas=given)
-    elif isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        grid = np.asarray(_grid(num_inference_steps, None)[:-1], dtype=np.float32)
-        scheduler.set_timesteps(num_inference_steps, device=device, sigmas=grid)
-    else:
-        _check_steps(num_inference_steps)
-        scheduler.set_timesteps(num_inference_steps, device=device)
+    _check_steps(num_inference_steps)
+    levels = None if sigmas is None else _check_sigmas(sigmas)
     if isinstance(scheduler, _CountedSteps):
+        steps = num_inference_steps if levels is None else len(levels)
+        scheduler.set_timesteps(steps, device=device, sigmas=levels)
         return scheduler.levels[:-1]
+    _check_scheduler(scheduler, num_inference_steps, num_tokens)
+    return _set_levels(scheduler, num_inference_steps, device, levels, num_tokens)
+
+
+def _set_levels(
+    scheduler: SchedulerMixin,
+    steps: int,
+    device: torch.device | str,
+    sigmas: np.ndarray | None,
+    num_tokens: int | None,
+) -> list[float]:
+    """Set the steps of a scheduler of diffusers, as its pipelines do, and give their levels."""
+    config = scheduler.config
+    settings: dict[str, Any] = {}
+    if sigmas is not None:
+        if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(
+                f"{type(scheduler).__name__} takes no sigmas; use euler, heun, euler-maruyama or "
+                f"unipc"
+            )
+        steps, settings = len(sigmas), {"sigmas": sigmas.astype(np.float32)}
+    elif isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        # Its own grid would end at sigma 0.001.
+        settings = {"sigmas": np.asarray(_grid(steps, None)[:-1], dtype=np.float32)}
+    if config.get("use_dynamic_shifting"):
+        settings["mu"] = _mu(config, num_tokens)
+    terminal = config.get("shift_terminal")
+    stretches = terminal and steps > 1  # to have the last level there; a single one stays
+    if terminal and not stretches:
+        scheduler.register_to_config(shift_terminal=None)
+    try:
+        scheduler.set_timesteps(steps, device=device, **settings)
+    finally:
+        if terminal and not stretches:
+            scheduler.register_to_config(shift_terminal=terminal)
     return scheduler.sigmas.tolist()[: len(scheduler.timesteps)]
 
 
+def _mu(config: "Mapping[str, Any]", num_tokens: int | None) -> float:
+    """The shift of a number of tokens: on a line through two points, as Flux and LTX have it."""
+    if num_tokens is None:
+        raise ValueError(
+            "this scheduler shifts its levels by the number of tokens: give num_tokens"
+        )
+    first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return low + (high - low) * (num_tokens - first) / (last - first)
+
+
+def _check_scheduler(scheduler: SchedulerMixin, steps: int, num_tokens: int | None) -> None:
+    """Raise a ValueError unless a scheduler of diffusers turns noise into data along a flow."""
+    name, config = type(scheduler).__name__, scheduler.config
+    advice = f"use make_scheduler with one of {', '.join(SAMPLERS)}"
+    if not (name.startswith("FlowMatch") or config.get("use_flow_sigmas")):
+        raise ValueError(f"{name} is not a flow-matching scheduler; {advice}")
+    for count in {steps, 20}:
+        try:
+            with torch.device("cpu"):
+                error, allowed = _trial(scheduler, count, num_tokens)
+        except Exception as reason:
+            raise ValueError(f"{name} fails at {count} steps ({reason}); {advice}") from reason
+        if not error <= allowed:  # nor NaN
+            defaults = inspect.signature(type(scheduler)).parameters
+            own = [
+                f"{key}={value!r}"
+                for key, value in config.items()
+                if key in defaults and value != defaults[key].default
+            ]
+            raise ValueError(
+                f"{name}({', '.join(own)}) is off by {error:.2g} at {count} steps of a flow whose "
+                f"end is known, where {allowed:.2g} is allowed; {advice}"
+            )
+
+
+def _trial(scheduler: SchedulerMixin, steps: int, num_tokens: int | None) -> tuple[float, float]:
+    """Error of a scheduler on Gaussian data of known velocity, and the most that it may be.
+
+    Data in one point, which any method reaches, and data of mean 1.5 and deviation 0.5, whose
+    moments may be off as much as after Euler's method on the same levels.
+    """
+    scheduler = type(scheduler).from_config(scheduler.config)
+    levels = _set_levels(scheduler, steps, "cpu", None, num_tokens)
+    std = torch.tensor([0.0, 0.5]).view(2, 1, 1, 1)
+    even = torch.special.ndtri((torch.arange(2048) + 0.5) / 2048)
+    noise = even.view(1, 1, -1, 1).expand(2, -1, -1, -1)
+
+    def velocity(x: Tensor, sigma: float) -> Tensor:
+        gain = (sigma - (1 - sigma) * std**2) / ((1 - sigma) ** 2 * std**2 + sigma**2)
+        return gain * (x - (1 - sigma) * 1.5) - 1.5
+
+    def error(x: Tensor) -> float:
+        off = x[0] - 1.5, x[1].mean() - 1.5, x[1].std() - 0.5
+        return max(one.abs().max().item() for one in off)
+
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": torch.Generator().manual_seed(0)} if takes_generator else {}
+    given, euler = noise, noise
+    for sigma, after, timestep in zip(levels, [*levels[1:], 0.0], scheduler.timesteps, strict=True):
+        given = scheduler.step(velocity(given, sigma), timestep, given, **extra, return_dict=False)[
+            0
+        ]
+        euler = euler + (after - sigma) * velocity(euler, sigma)
+    if not given[0].sub(1.5).abs().max() <= 1e-3:
+        return error(given), 1e-3
+    return error(given), 1.2 * error(euler) + 0.03
+
+
 def _check_steps(num_inference_steps: int) -> None:
-    if not is_whole(num_inference_steps):
+    if not is_whole(num_inference_steps, 1, MOST_STEPS):
         raise ValueError(
             f"num_inference_steps {num_inference_steps!r} is not allowed; "
-            f"give a whole number, at least 1; 40 is usual"
+            f"give a whole number from 1 to {MOST_STEPS}; 40 is usual"
         )
 
 
 def _check_sigmas(sigmas: "Sequence[float]") -> np.ndarray:
-    levels = np.asarray(sigmas, dtype=float)
+    try:
+        levels = np.asarray(sigmas, dtype=float)
+    except (TypeError, ValueError, RuntimeError):
+        levels = np.empty(0)
     falling = levels.ndim == 1 and len(levels) > 0 and bool((np.diff(levels) < 0).all())
-    if not (falling and levels[0] <= 1 and levels[-1] > 0):
+    if not (falling and levels[0] <= 1 and levels[-1] > 0 and len(levels) <= MOST_STEPS):
         raise ValueError(
-            f"sigmas {sigmas} are not allowed; they must fall from at most 1 to above 0, "
+            f"sigmas {sigmas!s:.60} are not allowed; they must fall from at most 1 to above 0, "
             f"such as [1, 0.75, 0.5, 0.25]"
         )
     return levels

@@ -110,7 +110,7 @@ class DiT(ClassConditional, ModelMixin, ConfigMixin):
                 all groups (the paper's ablation of tail dropping).
             return_dict: whether to wrap the velocity in a Transformer2DModelOutput.
         """
-        self.check_no_text(encoder_hidden_states)
+        self.check_inputs(hidden_states, encoder_hidden_states)
         num_latents = self.check_num_latents(num_latents, latent_indices)
         head, core, tail = self.split_blocks(self.blocks)
         grid = self.token_grid(hidden_states)

@@ -9,6 +9,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from elit._numbers import is_real, is_whole
+from elit._wide import wide
 from elit.caching.hooks import Block
 from elit.caching.mixin import StepCaching
 from elit.caching.ports import BlockPort
@@ -32,11 +33,27 @@ def per_axis(value: int | Sequence[int], num_axes: int, name: str) -> tuple[int,
     return values
 
 
-def _check_indices(indices: Any, num_latents: int, max_latents: int) -> None:
-    """Raise a ValueError unless it is a tensor that names so many latents, each once.
+def _can_look(value: Tensor) -> bool:
+    """Whether to look at values neither makes a device wait nor cuts a compiled graph."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    is_plain = type(value) is Tensor and not torch._C._functorch.is_batchedtensor(value)
+    return is_plain and value.device.type == "cpu"
 
-    Values are looked at where that neither makes a device wait nor cuts a compiled graph.
-    """
+
+def check_range(value: Tensor, low: float, high: float, name: str, advice: str) -> None:
+    """Raise a ValueError if there is a number outside, or none, where it can be looked at."""
+    if not _can_look(value) or not value.numel():
+        return
+    numbers = value.detach().to(**wide(value.device)).numpy()
+    least, most = numbers.min(), numbers.max()
+    if not (low <= least and most <= high):  # nor NaN
+        wrong = least if not low <= least else most
+        raise ValueError(f"{name} {wrong:g} is outside {low:g} ... {high:g}; {advice}")
+
+
+def _check_indices(indices: Any, num_latents: int, max_latents: int) -> None:
+    """Raise a ValueError unless it is a tensor that names so many latents, each once."""
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"latent_indices {indices!r:.60} are no tensor of whole numbers, int32 or int64"
@@ -46,9 +63,7 @@ def _check_indices(indices: Any, num_latents: int, max_latents: int) -> None:
             f"latent_indices of shape {tuple(indices.shape)} do not name num_latents = "
             f"{num_latents} latents; pass num_latents=len(latent_indices)"
         )
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return
-    if type(indices) is not Tensor or indices.device.type != "cpu":
+    if not _can_look(indices):
         return
     named = indices.tolist()
     if any(not -max_latents <= i < max_latents for i in named):
@@ -181,13 +196,49 @@ class ElasticMixin(StepCaching, ModelMixin):
         """Numbers (B,) of (B,) or of one number for all samples of a batch like (B, ...)."""
         if value is None:
             raise ValueError(f"{name} is None; give one number for each sample, or one for all")
-        value = torch.as_tensor(value, device=like.device)
+        try:
+            value = torch.as_tensor(value, device=like.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"{name} {value!r:.60} is no number; give one for each sample, or one for all"
+            ) from None
         if tuple(value.shape) not in ((), (1,), (len(like),)):
             raise ValueError(
                 f"{name} of shape {tuple(value.shape)} does not fit a batch of {len(like)}; "
                 f"give one number for each sample"
             )
         return value.expand(len(like))
+
+    def noise_levels(self, timestep: Tensor | float, like: Tensor) -> Tensor:
+        """Noise levels (B,) of a batch like (B, ...)."""
+        levels = self.one_per_sample(timestep, "timestep", like)
+        if levels.dtype == torch.bool or levels.is_complex():
+            raise ValueError(f"timestep of {levels.dtype}; give noise levels from 0 to 1, floats")
+        advice = "it is the noise level sigma, of which diffusers' timestep is 1000 times"
+        check_range(levels, 0, 1 + 1e-3, "timestep", advice)
+        return levels
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise a ValueError unless the samples are a tensor of the model's dtype and device."""
+        if not isinstance(x, Tensor) or not x.ndim:
+            raise ValueError(f"hidden_states {x!r:.60} are no tensor (batch, channels, ...)")
+        embed: Any = self.patch_embed
+        weight = embed.weight
+        if type(weight) not in (nn.Parameter, Tensor) or weight.element_size() == 1:
+            return  # sharded or quantised: what it becomes is not known here
+        moves = any(hasattr(m, h) for m in (self, embed) for h in ("_hf_hook", "_diffusers_hook"))
+        if x.device != weight.device and not (moves or weight.is_meta):
+            raise ValueError(
+                f"hidden_states on {x.device}, but this {type(self).__name__} is on "
+                f"{weight.device}; move one: hidden_states.to({str(weight.device)!r})"
+            )
+        casts = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        can_be_cast = x.is_floating_point() and x.element_size() <= 4
+        if x.dtype != weight.dtype and not (casts and can_be_cast):
+            raise ValueError(
+                f"hidden_states of {x.dtype}, but this {type(self).__name__} is of {weight.dtype}; "
+                f"convert one: hidden_states.to({weight.dtype}), or model.to(...)"
+            )
 
     def example_condition(self, batch_size: int) -> dict[str, Tensor]:
         """What tells the model what to draw, by argument, for counting and measuring."""

@@ -17,7 +17,7 @@ from elit.layers.initialisation import init_weights
 from elit.layers.joint import JointBlock
 from elit.layers.positions import Rotary
 from elit.layers.text import WordEncoder
-from elit.models.elastic import ElasticMixin
+from elit.models.elastic import ElasticMixin, check_range
 
 
 class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
@@ -146,9 +146,10 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
             latent_indices: (num_latents,) latents to keep instead of the first ones.
             return_dict: whether to wrap the velocity in a Transformer2DModelOutput.
         """
+        self.check_input(hidden_states)
         mask = encoder_attention_mask
         text = self.check_text(
-            class_labels, encoder_hidden_states, mask, pooled_projections, len(hidden_states)
+            class_labels, encoder_hidden_states, mask, pooled_projections, hidden_states
         )
         num_latents = self.check_num_latents(num_latents, latent_indices)
         head, core, tail = self.split_blocks(self.blocks)
@@ -180,7 +181,7 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
 
     def embed_condition(self, timestep: Tensor, pooled: Tensor | None, like: Tensor) -> Tensor:
         """Condition (B, D) of all modulations, its nonlinearity applied once for all layers."""
-        condition = self.time_embed(self.one_per_sample(timestep, "timestep", like))
+        condition = self.time_embed(self.noise_levels(timestep, like))
         if pooled is not None:
             condition = condition + self.pooled_embed(pooled.to(self.dtype))
         return F.silu(condition)
@@ -218,18 +219,28 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
         text: Tensor | None,
         mask: Tensor | None,
         pooled: Tensor | None,
-        batch: int,
+        like: Tensor,
     ) -> Tensor:
         """The text, or a ValueError if it is not one that the model takes."""
         width, longest = self.config.text_dim, self.config.max_text_length
+        batch, device = len(like), like.device
         if class_labels is not None or text is None:
             raise ValueError(
                 "an MMDiT takes encoder_hidden_states, not class_labels; give it a text, as "
                 "ElitTextPipeline.encode_prompt makes it"
             )
         wanted = f"({batch}, up to {longest}" + (")" if width is None else f", {width})")
-        if not isinstance(text, Tensor):
-            raise ValueError(f"encoder_hidden_states {text!r:.60} are no tensor; give {wanted}")
+        for name, value in (
+            ("encoder_hidden_states", text),
+            ("encoder_attention_mask", mask),
+            ("pooled_projections", pooled),
+        ):
+            if value is not None and not isinstance(value, Tensor):
+                raise ValueError(f"{name} {value!r:.60} are no tensor; a text is {wanted}")
+            if value is not None and value.device != device:
+                raise ValueError(
+                    f"{name} on {value.device}, but the samples are on {device}; move one"
+                )
         shape, axes = tuple(text.shape), 2 if width is None else 3
         if len(shape) != axes or shape[0] != batch or (width is not None and shape[2] != width):
             raise ValueError(f"a text of shape {shape} does not fit; this model takes {wanted}")
@@ -239,6 +250,12 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
             )
         if width is None and text.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"a text of {text.dtype}; this model takes numbers of words, int64")
+        if width is None:
+            check_range(text, 0, self.config.vocab_size - 1, "word", "see the tokenizer's size")
+        elif not text.is_floating_point():
+            raise ValueError(
+                f"a text of {text.dtype}; this model takes states of an encoder, floats"
+            )
         if mask is not None and (mask.shape != shape[:2] or mask.dtype != torch.bool):
             raise ValueError(
                 f"encoder_attention_mask of {tuple(mask.shape)} {mask.dtype} does not fit a text "

@@ -65,7 +65,7 @@ class UViT(DiT):
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the velocity; the arguments are those of `DiT.forward`."""
-        self.check_no_text(encoder_hidden_states)
+        self.check_inputs(hidden_states, encoder_hidden_states)
         num_latents = self.check_num_latents(num_latents, latent_indices)
         head, core, tail = self.split_blocks(range(len(self.blocks)))
         grid = self.token_grid(hidden_states)

@@ -2,8 +2,9 @@
 
 import inspect
 import logging
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from elit._numbers import is_whole
 from elit.flow.guidance import Condition, Guidance, at_least_float32
-from elit.flow.schedulers import start_sampling
+from elit.interface.grid import format_size
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.autoencoder import (
     SamplesDivergedError,
@@ -32,6 +33,7 @@ from elit.pipelines.folder import check_pipeline_source, draws_images, loading_e
 
 logger = logging.getLogger(__name__)
 
+MOST_TIMES = 256  # the size that a model was made for: beyond, a run would not end
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[[Any, int, Tensor, dict], dict]
@@ -133,12 +135,15 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
         """
         generator = list(generator) if isinstance(generator, Sequence) else generator
         self._check_options(generator, count, output_type, guidance)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"callback_on_step_end {callback_on_step_end!r:.60} is no function")
         self._check_callback_names(callback_on_step_end_tensor_inputs)
         device = self._execution_device
         check_sample_dtype(dtype, device.type)
         self._check_dtype(dtype)
-        samples = self._start(noise, generator, count, self.input_size(*size), device, dtype)
-        levels = start_sampling(self.scheduler, num_inference_steps, device, sigmas)
+        input_size = self.input_size(*size)
+        levels = self.start(num_inference_steps, device, sigmas, input_size)
+        samples = self._start(noise, generator, count, input_size, device, dtype)
         step_latents = self.latents_of_steps(budget, len(levels), guidance)
         if guidance and guidance.scale != 1 and not any(map(guidance.is_active, levels)):
             logger.warning("guidance has no effect: %s is active at none of the levels", guidance)
@@ -158,8 +163,7 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
                 if callback_on_step_end is not None:
                     given = dict.fromkeys(callback_on_step_end_tensor_inputs, samples)
                     changed = callback_on_step_end(self, i, timestep, given)
-                    self._check_callback_names(changed or ())
-                    samples = (changed or {}).get("samples", samples)
+                    samples = self._changed(changed, samples)
                 progress_bar.update()
 
         if not samples.isfinite().all():
@@ -239,7 +243,7 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
                 f"{len(generator)} generators for {count} samples; "
                 f"give one generator for each, or a single one"
             )
-        if output_type not in OUTPUT_TYPES:
+        if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
             raise ValueError(
                 f"output_type {output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}"
             )
@@ -262,7 +266,24 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
                 f"FlowMatchUniformEulerScheduler, or make_scheduler with heun or euler-maruyama"
             )
 
+    def _changed(self, changed: Any, samples: Tensor) -> Tensor:
+        """The samples after a step's callback, which may have given others."""
+        if changed is None:
+            return samples
+        if not isinstance(changed, Mapping):
+            raise ValueError(f"the step callback gave {changed!r:.60}; give a dict of tensors")
+        self._check_callback_names(changed)
+        new = changed.get("samples", samples)
+        if not isinstance(new, Tensor) or new.shape != samples.shape or new.dtype != samples.dtype:
+            raise ValueError(
+                f"the step callback gave samples {new!r:.60}; give a tensor of shape "
+                f"{tuple(samples.shape)} and {samples.dtype}"
+            )
+        return new
+
     def _check_callback_names(self, names: Iterable[str]) -> None:
+        if not isinstance(names, Iterable) or isinstance(names, str):
+            raise ValueError(f"{names!r} are no names for the step callback; give a list of them")
         for name in names:
             if name not in self._callback_tensor_inputs:
                 allowed = ", ".join(map(repr, self._callback_tensor_inputs))
@@ -292,6 +313,12 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
                     f"the VAE's scale; use {-(-pixels // scale) * scale}"
                 )
             sizes.append(default if pixels is None else pixels // scale)
+        made_for = self.transformer.sample_size
+        if math.prod(sizes) > MOST_TIMES * math.prod(made_for):
+            raise ValueError(
+                f"an input of {format_size(sizes)} is more than {MOST_TIMES} times "
+                f"what this model was made for, {format_size(made_for)}; ask for a smaller size"
+            )
         return tuple(sizes)
 
     def pixel_size(self) -> tuple[int, ...]:
@@ -320,6 +347,8 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
         if not isinstance(noise, Tensor) or noise.shape != shape:
             found = tuple(noise.shape) if isinstance(noise, Tensor) else f"{noise!r:.60}"
             raise ValueError(f"noise {found} does not fit; give a tensor of shape {shape}")
+        if not noise.is_floating_point():
+            raise ValueError(f"noise of {noise.dtype} is none; give floats, as torch.randn does")
         return noise.to(device, dtype)
 
     @torch.no_grad()

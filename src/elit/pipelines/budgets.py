@@ -1,6 +1,7 @@
 """Budgets of a run: of each call of the model, and those that a pipeline chooses by itself."""
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,31 @@ class RunBudgets:
         sigmas: Sequence[float] | None = None,
     ) -> list[Forwards]:
         """Forwards of the model in each call of a run: latents per group, and batches in one."""
-        levels = start_sampling(self.scheduler, num_inference_steps, "cpu", sigmas)
+        levels = self.start(num_inference_steps, "cpu", sigmas)
         kept = self.latents_of_steps(budget, len(levels), guidance)
         if guidance is None:
             return [((n, 1),) for n, _ in kept]
         pairs = zip(levels, kept, strict=True)
         return [guidance.forwards(level, n, guide) for level, (n, guide) in pairs]
+
+    def start(
+        self,
+        num_inference_steps: int,
+        device: Any,
+        sigmas: Sequence[float] | None = None,
+        size: Sequence[int] | None = None,
+    ) -> list[float]:
+        """Begin a run: the noise level of each call of the model.
+
+        Args:
+            num_inference_steps: of the scheduler.
+            device: of the samples.
+            sigmas: levels to use instead of the scheduler's own.
+            size: of the model's input; by default what it was made for.
+        """
+        size, patch = size or self.transformer.sample_size, self.transformer.patch_size
+        tokens = math.prod(n // p for n, p in zip(size, patch, strict=True))
+        return start_sampling(self.scheduler, num_inference_steps, device, sigmas, tokens)
 
     def load_operating_points(self, file: Any = None) -> OperatingPoints:
         """Read what `elit sweep` measured, for budget="auto".
@@ -163,10 +183,10 @@ class RunBudgets:
         size: Size,
     ) -> tuple[float | Sequence[float], int, Guidance | None]:
         """Budget, steps and guidance of a run: those given, or those that "auto" chooses."""
-        if budget != AUTO:
+        if not isinstance(budget, str) or budget != AUTO:
             for name, value in (("max_flops", max_flops), ("max_ms", max_ms)):
                 if value is not None:
-                    raise ValueError(f"{name} has no effect at budget={budget}; give 'auto'")
+                    raise ValueError(f"{name} has no effect at budget={budget!s:.60}; give 'auto'")
             steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
             return budget, steps, guidance  # type: ignore[return-value]
         if guidance is not None:

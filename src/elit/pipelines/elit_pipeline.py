@@ -118,11 +118,12 @@ class ElitPipeline(ElasticPipeline):
         """Labels (B,) int64 on the CPU."""
         try:
             labels = torch.as_tensor(class_labels).cpu().reshape(-1)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             labels = torch.empty(0)
-        if not len(labels) or labels.is_floating_point() or labels.dtype == torch.bool:
+        is_whole = not (labels.is_floating_point() or labels.is_complex())
+        if not len(labels) or not is_whole or labels.dtype == torch.bool:
             raise ValueError(
-                f"class_labels {class_labels!r} are not labels; "
+                f"class_labels {class_labels!r:.60} are not labels; "
                 f"give one or more integers in 0..{self.null_label - 1}"
             )
         wrong = [label for label in labels.tolist() if not 0 <= label < self.null_label]

@@ -164,9 +164,6 @@ def default_home(name: str) -> Path:
 
 def check_cap(value: Any, name: str) -> float:
     """A cap on cost, or a ValueError."""
-    try:
-        if is_real(value) and value > 0:
-            return float(value)
-    except OverflowError:  # an integer of hundreds of digits
-        pass
+    if is_real(value) and value > 0:
+        return float(value)
     raise ValueError(f"{name}={value!r:.40} is not allowed; give a positive number")

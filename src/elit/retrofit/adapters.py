@@ -38,14 +38,20 @@ class LowRankAdapter(nn.Module):
 
 def make_adapters(blocks: list[nn.Module], rank: int) -> nn.ModuleList:
     """An adapter for every linear layer of every block, by the layer's name in it."""
+    layers = [linear_layers(block) for block in blocks]
+    if not any(layers) or any("" in by_name for by_name in layers):
+        what = "are linear layers themselves" if any(layers) else "have no linear layers"
+        raise ValueError(
+            f"rank={rank} asks for adapters within the blocks, but these {what}; leave rank at 0"
+        )
     return nn.ModuleList(
         nn.ModuleDict(
             {
                 _key(name): LowRankAdapter(layer.in_features, layer.out_features, rank)
-                for name, layer in linear_layers(block).items()
+                for name, layer in by_name.items()
             }
         )
-        for block in blocks
+        for by_name in layers
     )
 
 

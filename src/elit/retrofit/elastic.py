@@ -6,7 +6,7 @@ gives them by name, so that diffusers finds them when it loads a pipeline.
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, wraps
@@ -36,6 +36,7 @@ from elit.retrofit.settings import Settings
 
 PREFIX = "elit"  # of the new parameters
 CONFIG_KEY = "elastic"  # of the settings in the model's config
+MOST_BYTES = 2**30  # of an interface, or four times what the model has
 
 
 class ElasticTransformer(StepCaching):
@@ -238,12 +239,18 @@ def attach(model: Any, settings: Settings, layout: Layout) -> None:
         )
     weight = _weight_like(blocks[settings.head], model)
     max_latents = math.prod(settings.group)
+
+    def make(device: torch.device | str) -> LatentInterface:
+        with torch.device(device):
+            adapters = make_adapters(blocks, settings.rank) if settings.rank else None
+            return LatentInterface(
+                layout.width(model), layout.heads(model), max_latents, settings.init, adapters
+            )
+
+    _check_size(make, model, settings)
     # Parameters made in inference mode could never be trained.
-    with torch.inference_mode(False), torch.device(weight.device):
-        adapters = make_adapters(blocks, settings.rank) if settings.rank else None
-        interface = LatentInterface(
-            layout.width(model), layout.heads(model), max_latents, settings.init, adapters
-        )
+    with torch.inference_mode(False):
+        interface = make(weight.device)
         interface.apply(init_weights)
         interface.to(dtype=weight.dtype).train(model.training)
     session = Session(interface, layout, settings)
@@ -255,7 +262,25 @@ def attach(model: Any, settings: Settings, layout: Layout) -> None:
         model._repeated_blocks = sorted({type(block).__name__ for block in blocks})
     if hasattr(model, "register_to_config"):
         model.register_to_config(**{CONFIG_KEY: settings.to_config()})
-    _install(model, session)
+    try:
+        _install(model, session)
+    except Exception:
+        detach(model)  # nothing is left half patched
+        raise
+
+
+def _check_size(make: Callable[[str], nn.Module], model: nn.Module, settings: Settings) -> None:
+    """Raise a ValueError if the interface would be out of all proportion to the model."""
+    try:
+        size = sum(p.nbytes for p in make("meta").parameters())
+    except RuntimeError:  # more bytes than there are numbers for them
+        size = MOST_BYTES << 30
+    if size > max(MOST_BYTES, 4 * sum(p.nbytes for p in model.parameters())):
+        raise ValueError(
+            f"the interface would take {size / 2**30:,.0f} GiB, out of proportion to this "
+            f"{type(model).__name__}: group={settings.group}, rank={settings.rank} or the layout's "
+            f"hidden_size is too large"
+        )
 
 
 def _weight_like(block: nn.Module, model: nn.Module) -> Tensor:

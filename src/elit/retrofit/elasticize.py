@@ -66,7 +66,9 @@ def elasticize(
             f"this {type(transformer).__name__} has an attribute {PREFIX!r}, which is where the "
             f"interface goes"
         )
-    layout = layout or find_layout(transformer)
+    layout = find_layout(transformer) if layout is None else layout
+    if not isinstance(layout, Layout):
+        raise ValueError(f"layout={layout!r:.60} is no Layout; give layout=Layout(blocks=...)")
     blocks = layout.find_blocks(transformer)
     settings = Settings.check(len(blocks), head, tail, group, init, rank, layout.num_axes)
     for kind in {type(block): block for block in blocks}.values():

@@ -28,6 +28,10 @@ from elit.retrofit.layout import BlockSignature
 from elit.retrofit.places import latent_places
 from elit.retrofit.session import Call, Session
 
+_SKIPPED = (
+    "the {} block of the core did not run ({}): other code skips it; have it skip other blocks, or "
+    "switch it on before elasticize"
+)
 MODEL_HOOK, CORE_HOOK = "elit_model", "elit_core"
 
 
@@ -65,14 +69,20 @@ class ElasticModelHook(ModelHook):
 
     def _run(self, module: Any, arguments: Mapping[str, Any], num_latents: int) -> Any:
         call = self._begin(module, arguments, num_latents)
-        with self.session.running(call), self._checkpointing(module, call):
-            return self.fn_ref.original_forward(**arguments)
+        try:
+            with self.session.running(call), self._checkpointing(module, call):
+                return self.fn_ref.original_forward(**arguments)
+        finally:  # whatever the latents led to behind the core
+            if call.groups is not None and not (call.is_written or call.in_core):
+                raise ValueError(_SKIPPED.format("last", "Read without Write"))
 
     def _begin(self, module: Any, arguments: Mapping[str, Any], num_latents: int) -> Call:
         """A call with these arguments, or a ValueError if the interface doesn't fit them."""
         session, group = self.session, self.session.settings.group
         self._check(arguments)
         hidden_states = arguments[self.parameters[0]]
+        if not isinstance(hidden_states, Tensor):
+            raise ValueError(f"{self.parameters[0]} {hidden_states!r:.60} is no tensor")
         size = session.layout.size(module, arguments, hidden_states)
         if len(size) != len(group):
             raise ValueError(
@@ -118,12 +128,12 @@ class ElasticModelHook(ModelHook):
             yield
             return
 
-        def with_call(block: Any, *args: Any) -> Any:
-            def again(*args: Any) -> Any:
+        def with_call(block: Any, *args: Any, **kwargs: Any) -> Any:
+            def again(*args: Any, **kwargs: Any) -> Any:
                 with self.session.running(call):
-                    return block(*args)
+                    return block(*args, **kwargs)
 
-            return checkpoint(again, *args)
+            return checkpoint(again, *args, **kwargs)
 
         module._gradient_checkpointing_func = with_call
         self.session.reruns_blocks = True
@@ -165,6 +175,7 @@ class CoreHook(ModelHook):
             hidden_states = self._owned(self._read(call, arguments, hidden_states))
         arguments |= {signature.hidden_states: hidden_states, **call.selected}
         forward = self.compiled or self.fn_ref.original_forward
+        call.in_core = True
         if torch.compiler.is_compiling():
             result = forward(**arguments)
         else:
@@ -172,6 +183,7 @@ class CoreHook(ModelHook):
                 result = forward(**arguments)
         if self.session.leaves_out_core:
             result = self.port.result(self.port.rest(result), self.port.streams_in((), arguments))
+        call.in_core = False
         latents = signature.tokens_of(result)
         if self.is_last:
             result = signature.with_tokens(result, self._write(call, latents))
@@ -201,6 +213,11 @@ class CoreHook(ModelHook):
     def _read(self, call: Call, arguments: Mapping[str, Any], hidden_states: Tensor) -> Tensor:
         session, index, count = self.session, call.places.index, call.grid.num_tokens
         text, tokens = _split(hidden_states, count, session.layout.with_text)
+        if tokens.shape[-1] != session.interface.dim:
+            raise ValueError(
+                f"the tokens have width {tokens.shape[-1]}, but the interface was made for "
+                f"{session.interface.dim}; give layout=Layout(hidden_size={tokens.shape[-1]})"
+            )
         session.remember(hidden_states, call)
         for name, per_token in session.layout.per_token.items():
             if name in arguments:
@@ -213,12 +230,13 @@ class CoreHook(ModelHook):
 
     def _write(self, call: Call, hidden_states: Tensor) -> Tensor:
         if call.groups is None or call.latents is None:
-            raise RuntimeError("Write without Read: the first block of the core did not run")
+            raise ValueError(_SKIPPED.format("first", "Write without Read"))
         text, latents = _split(hidden_states, len(call.places.index), self.session.layout.with_text)
         groups = self.session.interface.into_tokens(
             call.groups, call.latents, latents, call.condition, call.grid, call.places
         )
         tokens = call.grid.from_groups(groups)
+        call.is_written = True
         if self.session.keeps_written:
             self.session.written = tokens
         return _join(text, tokens)

@@ -32,7 +32,7 @@ class LatentInterface(nn.Module):
     ):
         super().__init__()
         self.adapters = adapters
-        self.max_latents = max_latents
+        self.dim, self.max_latents = dim, max_latents
         self.is_lossless = init == "identity"
         self.time_embed = TimestepEmbedding(dim)
         if self.is_lossless:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from elit._choices import nearest
-from elit._numbers import is_whole
+from elit._numbers import is_real, is_whole
 from elit.caching.ports import registered
 
 Arguments = Mapping[str, Any]
@@ -95,6 +95,17 @@ class Layout:
     not_elastic: Sequence[str] = ()
     num_axes: int = 2
     guide_half: str | None = None
+
+    def __post_init__(self) -> None:
+        names = (self.blocks,) if isinstance(self.blocks, str) else self.blocks
+        if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"blocks={self.blocks!r} are no names of lists; give one or several")
+        for name in ("hidden_size", "num_heads", "num_axes"):
+            value = getattr(self, name)
+            if not is_whole(value) and (value is not None or name == "num_axes"):
+                raise ValueError(f"{name}={value!r} is not allowed; give a positive integer")
+        if not is_real(self.time_scale) or self.time_scale <= 0:
+            raise ValueError(f"time_scale={self.time_scale!r} is not allowed; give 1 or 1000")
 
     def block_names(self) -> tuple[str, ...]:
         """Names of the lists."""
@@ -191,16 +202,16 @@ class BlockSignature:
         parameters = inspect.signature(type(block).forward).parameters
         names = tuple(n for n, p in parameters.items() if p.kind != p.VAR_KEYWORD)[1:]  # no self
         odd = [n for n, p in parameters.items() if p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY)]
-        if odd:
+        if odd or not names:
             raise ValueError(
-                f"the blocks, {type(block).__name__}, take {odd[0]!r} by position alone: nothing "
-                f"can be found there; give their arguments names"
+                f"the blocks, {type(block).__name__}, take their arguments without names "
+                f"({', '.join(odd) or '**kwargs'}): tokens can't be found there; give them names"
             )
         metadata = registered(type(block))
         hidden, output = layout.hidden_states, layout.output
         if hidden is None:
             known = metadata and metadata.hidden_states_argument_name
-            hidden = known or (names[0] if names else "")
+            hidden = known or names[0]
         if output is None and metadata is not None:
             output = metadata.return_hidden_states_index
         for name in (hidden, *layout.per_token):
@@ -209,13 +220,19 @@ class BlockSignature:
                 raise ValueError(
                     f"the blocks, {type(block).__name__}, take no argument {name!r}; "
                     + (f"did you mean {near!r}? " if near else "")
-                    + f"they take {', '.join(names) or 'none by name'}"
+                    + f"they take {', '.join(names)}"
                 )
         return cls(names, hidden, output)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments by name: models give them by position when they are checkpointed."""
-        return dict(zip(self.names, args, strict=False)) | dict(kwargs)
+        arguments = dict(zip(self.names, args, strict=False)) | dict(kwargs)
+        if not isinstance(arguments.get(self.hidden_states), Tensor):
+            raise ValueError(
+                f"a block got no tokens as {self.hidden_states!r}, but {', '.join(arguments)}; "
+                f"give layout=Layout(hidden_states=...), the name of the right one"
+            )
+        return arguments
 
     def tokens_of(self, result: Any) -> Tensor:
         """The tokens in what a block returned."""

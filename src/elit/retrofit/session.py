@@ -29,6 +29,8 @@ class Call:
         leaves_out: whether to leave out what counts nothing, because the budget is full.
         groups: (B, G, P, D), the tokens that entered Read.
         latents: (B, G * n, D), as they left Read.
+        in_core: whether a block of the core runs, or has failed.
+        is_written: whether Write came after it.
         selected: the blocks' arguments that follow the tokens, at the latents' places.
     """
 
@@ -39,6 +41,8 @@ class Call:
     leaves_out: bool
     groups: Tensor | None = None
     latents: Tensor | None = None
+    in_core: bool = False
+    is_written: bool = False
     selected: dict[str, Any] = field(default_factory=dict)
 
 
