@@ -229,3 +229,15 @@ def test_a_model_of_texts_is_calibrated_too(folders, capsys) -> None:
     assert main(["calibrate", *words, "--degree", "1"]) == 0
     assert main(["sample", *words, "--guidance", "ccfg", "--teacache", "1e9"]) == 0
     assert "TeaCache skipped 4 of 8 calls of the blocks" in capsys.readouterr().out
+
+
+def test_a_calibration_of_other_weights_is_refused(folders, capsys) -> None:
+    words = ["--steps", "6", "--labels", "0", "--out", "x"]
+    assert main(["calibrate", "run", *words[:-2], "--degree", "2"]) == 0
+    assert main(["sample", "run", *words, "--teacache", "0.1"]) == 0
+    other = tiny_elastic(in_channels=1)
+    torch.nn.init.normal_(next(other.parameters()))
+    elit.ElitPipeline(other, elit.make_scheduler("euler")).save_pretrained("run")
+    assert main(["sample", "run", *words, "--teacache", "0.1"]) == 2
+    said = capsys.readouterr().err
+    assert "fitted to other weights than run holds now; run `elit calibrate run` again" in said

@@ -138,8 +138,8 @@ CONFIG_FLAGS = """
 """
 # Frozen: whoever removes or renames a flag breaks somebody's script, and says so in CHANGELOG.md.
 EVALUATION = (
-    "run --reference --split --fit --network --weights --samples --prompts --sampler --interval "
-    "--seed --size --frames --batch-size --device --dtype"
+    "run --variant --reference --split --fit --network --weights --samples --prompts --sampler "
+    "--interval --seed --size --frames --batch-size --device --dtype"
 )
 SURFACE = {
     "quickstart": "--out --seed --preset --steps --lr --json",
@@ -152,18 +152,18 @@ SURFACE = {
     "plan": f"[config] --gpus --gpu --mfu --json {CONFIG_FLAGS}",
     "finetune": "base [config] --dry-run --json "
     + CONFIG_FLAGS.replace("--model.preset --model.overrides ", "").replace("--retrofit.base ", ""),
-    "sample": "run --labels --prompts --negative-prompt --count --budget --sweep --max-gflops "
-    "--max-ms --steps --guidance --scale --guide-budget --interval --sampler --teacache --seed "
-    "--size --frames --video --batch-size --device --dtype --out --json",
+    "sample": "run --variant --labels --prompts --negative-prompt --count --budget --sweep "
+    "--max-gflops --max-ms --steps --guidance --scale --guide-budget --interval --sampler "
+    "--teacache --seed --size --frames --video --batch-size --device --dtype --out --json",
     "eval": f"{EVALUATION} --budget --steps --guidance --scale --guide-budget --save-npz --out "
     "--json",
     "sweep": f"{EVALUATION} --budgets --steps --guidance --scale --guide-budget --rank-by --out "
     "--json",
     "compare": "a b --out --json",
-    "calibrate": "run --labels --prompts --budget --steps --guidance --scale --guide-budget "
-    "--degree --seed --device --out --json",
-    "inspect": "run --images --draws --sigma --budget --steps --data --split --batch-size --seed "
-    "--device --out --json",
+    "calibrate": "run --variant --labels --prompts --budget --steps --guidance --scale "
+    "--guide-budget --degree --seed --device --out --json",
+    "inspect": "run --variant --images --draws --sigma --budget --steps --data --split "
+    "--batch-size --seed --device --out --json",
     "convert": "format file out --weights --encoder-depth --decoder-depth --num-heads --vae --json",
     "reproduce": "--scale --data --out --claims --workers --seeds --json",
     "flops": "model --resolution --frames --budgets --text-tokens --json",
@@ -220,6 +220,46 @@ print([main(line) for line in lines], sorted({"torch", "diffusers", "numpy", "js
     )
     zeros = ", ".join("0" * (2 + len(COMMANDS)))
     assert done.stdout.splitlines()[-1] == f"[{zeros}, 2, 2] []", done.stderr
+
+
+def test_paths_are_as_a_shell_reads_them(run, folders, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    shutil.copytree(folders / "tiny", tmp_path / "runs" / "tiny")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name, out in (("~/runs/tiny", "~/a"), ("$RUNS/tiny", "${RUNS}/b"), ("../runs/tiny", "c")):
+        assert run("sample", name, "--labels", 1, "--steps", 1, "--out", out)[0] == 0
+    for sheet in ("a", "runs/b", "elsewhere/c"):
+        assert (tmp_path / sheet / "samples.png").is_file()
+    assert os.listdir() == ["c"]  # and no folder named ~
+    code, _, err = run("sample", "$NO_SUCH/tiny")
+    assert (code, "the variable $NO_SUCH is not set" in err) == (2, True)
+
+
+def test_a_home_that_cannot_be_written_names_the_variable(run, tmp_path, monkeypatch) -> None:
+    (tmp_path / "run.yaml").write_text(TINY_RUN)
+    run("train", "run.yaml", "--output_dir", "r")
+    for name in ("ELIT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "home").write_text("no folder")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    code, _, err = run("eval", "r", "--samples", 4, "--steps", 1)
+    assert code == 2
+    assert "home/.cache/elit/classifiers: not a directory; set ELIT_CACHE to a folder" in err
+    monkeypatch.setenv("ELIT_CACHE", str(tmp_path / "cache"))
+    assert run("eval", "r", "--samples", 4, "--steps", 1)[0] == 0
+
+
+def test_weights_of_a_variant_are_drawn_with(run, folders, tmp_path) -> None:
+    folder = Path(shutil.copytree(folders / "tiny", tmp_path / "tiny")) / "transformer"
+    name = "diffusion_pytorch_model"
+    (folder / f"{name}.safetensors").rename(folder / f"{name}.fp16.safetensors")
+    line = ["sample", tmp_path / "tiny", "--labels", 1, "--steps", 1]
+    code, _, err = run(*line)
+    assert (code, "--variant fp16 on the command line" in err) == (2, True)
+    report = run_json(run, *line, "--variant", "fp16")
+    assert report["settings"]["variant"] == "fp16"
 
 
 def test_python_m_elit_is_the_same() -> None:

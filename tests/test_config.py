@@ -19,7 +19,7 @@ from elit.cli.config import (
 )
 from elit.cli.main import main
 from elit.cli.train import check_config
-from elit.training.config import LoopConfig, TrainConfig
+from elit.training.config import DataConfig, LoopConfig, TrainConfig
 
 
 @pytest.fixture
@@ -48,6 +48,35 @@ def test_defaults_yield_to_the_file_and_the_file_to_the_command_line(yaml_file) 
     assert config.optimizer.lr == 8e-3  # YAML 1.1 alone takes 8e-3 for text
     assert config.train.accumulation == LoopConfig.accumulation  # default
     assert config.data.options == {"count": 500}
+
+
+def test_paths_in_a_config_are_as_a_shell_reads_them(yaml_file, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA", str(tmp_path / "data"))
+    file = yaml_file(
+        "output_dir: ~/runs/a\ndata: {name: prepared, options: {path: $DATA/set, vae: ~/vae}}\n"
+        "text: {encoder: $DATA/clip}\nretrofit: {base: ~/base, start: $DATA/start}\n"
+    )
+    config = load_config("~/x.yaml" if file else None, {})
+    assert config.output_dir == f"{tmp_path}/runs/a"
+    assert config.data.options == {"path": f"{tmp_path}/data/set", "vae": f"{tmp_path}/vae"}
+    assert config.text.encoder == f"{tmp_path}/data/clip"
+    assert (config.retrofit.base, config.retrofit.start) == (
+        f"{tmp_path}/base",
+        f"{tmp_path}/data/start",
+    )
+    assert load_config(None, {"output_dir": "~/b"}).output_dir == f"{tmp_path}/b"
+    with pytest.raises(ValueError, match=r"\$NO_SUCH/x: the variable \$NO_SUCH is not set"):
+        load_config(None, {"output_dir": "$NO_SUCH/x"})
+
+
+def test_a_run_s_config_finds_its_data_from_anywhere(tmp_path, monkeypatch) -> None:
+    (tmp_path / "set").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig("runs/a", data=DataConfig("prepared", {"path": "set"}))
+    assert config.from_anywhere().data.options == {"path": str(tmp_path / "set")}
+    assert config.from_anywhere().output_dir == "runs/a"
+    assert config.data.options == {"path": "set"}
 
 
 def test_types_are_kept(yaml_file) -> None:

@@ -1,6 +1,7 @@
 """Evaluation as a whole: the same on any number of processes, after any kill, and honest."""
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -363,7 +364,12 @@ def test_a_sweep_of_other_settings_is_not_mixed_in(run, real, tmp_path) -> None:
     for changes, word in (({"count": 20}, "samples"), ({"seed": 4}, "seed")):
         with pytest.raises(ValueError, match=f"other {word}"):
             sweep(make_evaluation(run, real, tmp_path, **changes), grid, tmp_path)
-    assert (tmp_path / "sweep.json").read_bytes() == before
+    content = json.loads(before)
+    content["model"]["config"] = "of other settings"
+    (tmp_path / "sweep.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="other settings of the model"):
+        sweep(make_evaluation(run, real, tmp_path), grid, tmp_path)
+    (tmp_path / "sweep.json").write_bytes(before)
     (tmp_path / "sweep.json").write_text('{"rows": ')
     with pytest.raises(ValueError, match="no result of a sweep"):
         sweep(make_evaluation(run, real, tmp_path), grid, tmp_path)
@@ -405,6 +411,56 @@ def test_a_reference_is_made_once(run, real, tmp_path) -> None:
     other = replace(networks[0], checksum="another")
     make_reference(counted, [other], ONE, progress=False)
     assert read, "weights of another network must not share the statistics"
+
+
+def test_one_picture_of_many_that_was_replaced_makes_another_reference(tmp_path) -> None:
+    """In place, under its size and date, where only some contents used to be looked at."""
+    for i in range(2002):
+        Image.new("RGB", (2, 2), (i % 256, 0, 0)).save(tmp_path / f"{i:04d}.bmp")
+    before = open_images(str(tmp_path)).digest
+    assert open_images(str(tmp_path)).digest == before
+    picture, date = tmp_path / "0001.bmp", (tmp_path / "0001.bmp").stat().st_mtime_ns
+    size = picture.stat().st_size
+    Image.new("RGB", (2, 2), (0, 9, 0)).save(picture)
+    os.utime(picture, ns=(date, date))
+    assert picture.stat().st_size == size
+    assert open_images(str(tmp_path)).digest != before
+
+
+def test_hidden_pictures_are_none_and_linked_folders_are_read(real, tmp_path) -> None:
+    folder = tmp_path / "pictures"
+    for name in (".ipynb_checkpoints", ".thumbnails", "__MACOSX"):
+        shutil.copytree(real, folder / name)
+    with pytest.raises(ValueError, match="has no pictures in it"):
+        open_images(str(folder))
+    (folder / "class").symlink_to(real)
+    assert open_images(str(folder)).count == 60
+
+
+def test_prepared_data_that_was_changed_is_no_reference(tmp_path) -> None:
+    write_prepared(tmp_path / "p", kind="images", parts=(30, 12), channels=3)
+    open_images(str(tmp_path / "p"))
+    shard = tmp_path / "p" / "train-00001-32x32.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train-00001.* is damaged: its checksum is wrong; run"):
+        open_images(str(tmp_path / "p"))
+
+
+def test_another_scale_of_the_autoencoder_draws_anew(tmp_path) -> None:
+    run, keys = tmp_path / "run", []
+    model = tiny_elastic(in_channels=4)
+    ElitPipeline(model, make_scheduler("euler"), tiny_vae(0)).save_pretrained(run)
+    config = run / "vae" / "config.json"
+    for scale in (0.18215, 0.5):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": scale}))
+        drawing = Drawing(load_pipeline(run), [load_network(Corners(), device="cpu")], 4)
+        evaluation = Evaluation(
+            str(run), drawing, noise_images(3, 16, 16), ONE, tmp_path, progress=False
+        )
+        keys.append(evaluation.parts(POINT).folder.name)
+    assert keys[0] != keys[1]
 
 
 def test_mirrored_samples_are_no_more_images(tmp_path) -> None:

@@ -82,6 +82,15 @@ def test_velocity_is_the_pipelines() -> None:
     assert torch.equal(seen["timestep"], torch.tensor([0.25, 0.5]))
 
 
+def test_data_that_was_replaced_is_other_data(tmp_path: Path) -> None:
+    write_data("sd3", tmp_path / "data.safetensors")
+    before = load_dataset("tensors", path=tmp_path / "data.safetensors")
+    content = (tmp_path / "data.safetensors").read_bytes()
+    (tmp_path / "data.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    after = load_dataset("tensors", path=tmp_path / "data.safetensors")
+    assert before.fingerprint != after.fingerprint
+
+
 def test_dropped_texts_are_the_empty_one(tmp_path: Path) -> None:
     write_data("sd3", tmp_path / "data.safetensors")
     dataset = load_dataset("tensors", path=tmp_path / "data.safetensors")

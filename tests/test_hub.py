@@ -62,6 +62,12 @@ def test_an_unknown_repository_is_no_unreachable_hub(kind) -> None:
     assert hub_reason(error) == "it knows no such repository, or does not show it to you"
 
 
+def test_a_cache_that_cannot_be_written_names_its_variable(monkeypatch) -> None:
+    monkeypatch.setenv("HF_HOME", "/home/of/nobody/hf")
+    error = behind(PermissionError(13, "Permission denied", "/home/of/nobody"), raised_from=True)
+    assert "Permission denied; set HF_HOME to a folder" in not_fetched("a/b", error)
+
+
 def test_what_the_hub_did_not_say_is_told_as_it_came() -> None:
     error = behind(answered(EntryNotFoundError), raised_from=False)
     assert hub_reason(error) is None

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -466,6 +467,43 @@ def test_weights_that_do_not_fit_are_refused(tmp_path) -> None:
             ElitPipeline.from_pretrained(tmp_path)
         with pytest.raises(ValueError):
             type(pipeline.transformer).from_pretrained(tmp_path / "transformer")
+
+
+def _rename_weights(folder: Path, variant: str = "", as_bin: bool = False) -> None:
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    if as_bin:
+        torch.save(load_file(file), file.with_name(f"diffusion_pytorch_model{variant}.bin"))
+        file.unlink()
+    else:
+        file.rename(file.with_name(f"diffusion_pytorch_model{variant}.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("variant", "as_bin", "message", "options"),
+    [
+        (".fp16", False, r"no \.safetensors weights without a variant; load it with variant='fp16' "
+         r"\(--variant fp16 on the command line\)", {"variant": "fp16"}),
+        ("", True, r"load it with no variant and use_safetensors=False: pickles, which "
+         r"save_pretrained", {"use_safetensors": False}),
+        (".fp16", True, r"variant='fp16' .* and use_safetensors=False",
+         {"variant": "fp16", "use_safetensors": False}),
+        ("", False, "", {"use_safetensors": None}),
+    ],
+)  # fmt: skip
+def test_other_variants_and_formats_say_how_they_are_loaded(
+    tmp_path, variant, as_bin, message, options
+) -> None:
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    _rename_weights(tmp_path, variant, as_bin)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            ElitPipeline.from_pretrained(tmp_path)
+    again = ElitPipeline.from_pretrained(tmp_path, **options)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(again), draw(pipeline))
+    with pytest.raises(ValueError, match=r"no \..* weights of variant fp8; load it with"):
+        ElitPipeline.from_pretrained(tmp_path, **(options | {"variant": "fp8"}))
 
 
 def test_moves_with_its_parts() -> None:

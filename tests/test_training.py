@@ -85,6 +85,23 @@ def test_more_steps_go_on_from_the_last_checkpoint(tmp_path) -> None:
     assert [line["step"] for line in metrics(tmp_path / "a")] == list(range(1, 8))
 
 
+def test_a_cosine_that_is_made_longer_is_told(tmp_path, caplog) -> None:
+    options = {"optimizer_schedule": "cosine", "optimizer_warmup_steps": 1, "optimizer_lr": 1e-3}
+    train(tiny_config(tmp_path / "a", steps=4, **options), progress=False)
+    train(tiny_config(tmp_path / "a", steps=4, **options), progress=False)
+    assert "learning rate" not in caplog.text
+    train(tiny_config(tmp_path / "a", steps=8, **options), progress=False)
+    assert "the learning rate jumps from 0 to 0.0005 at step 4: train.steps was 4, now 8" in (
+        caplog.text
+    )
+    assert "give optimizer.schedule=constant" in caplog.text
+    caplog.clear()
+    constant = {"optimizer_lr": 1e-3, "optimizer_warmup_steps": 1}
+    for steps in (2, 4):
+        train(tiny_config(tmp_path / "b", steps=steps, **constant), progress=False)
+    assert "learning rate" not in caplog.text
+
+
 def test_only_the_last_checkpoints_are_kept(tmp_path) -> None:
     train(tiny_config(tmp_path, train_checkpoint_every=1, train_keep_checkpoints=2), progress=False)
     assert checkpoint_steps(tmp_path / "checkpoints") == [5, 6]
@@ -211,7 +228,9 @@ def test_a_torn_state_is_named(tmp_path) -> None:
     saved = json.loads(state.read_text())
     del saved["ema_steps"]
     state.write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match=r"step-00000002 cannot be read.*ema_steps"):
+    with pytest.raises(
+        ValueError, match=r"step-00000002 cannot be read.*state\.json is not as it was"
+    ):
         train(tiny_config(tmp_path, steps=4), progress=False)
 
 
@@ -279,6 +298,54 @@ def test_a_damaged_checkpoint_is_named(tmp_path) -> None:
         train(tiny_config(tmp_path, steps=4), progress=False)
 
 
+def _swap_two(file: Path) -> None:
+    with safe_open(file, framework="pt") as opened:
+        layout = opened.metadata()
+    tensors = load_file(file)
+    names = [n for n in sorted(tensors) if n.startswith("model.") and tensors[n].ndim == 2]
+    first = names[0]
+    second = next(n for n in names[1:] if tensors[n].shape == tensors[first].shape)
+    tensors[first], tensors[second] = tensors[second], tensors[first]
+    save_file(tensors, file, layout)
+
+
+def _flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+def _add_a_shard(file: Path) -> None:
+    file.with_name("shard-00002-model-00002-of-00002.safetensors").write_bytes(file.read_bytes())
+
+
+def _change_the_state(file: Path) -> None:
+    state = file.with_name("state.json")
+    state.write_text(state.read_text().replace('"ema_steps": 2', '"ema_steps": 1'))
+
+
+def _change_the_step(file: Path) -> None:
+    file.parent.rename(file.parent.with_name("step-00000003"))
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (_swap_two, "safetensors is not as it was written"),
+        (_flip_a_bit, "safetensors is not as it was written"),
+        (_add_a_shard, "is missing, or was put there"),
+        (_change_the_state, r"state\.json is not as it was written"),
+        (_change_the_step, r"state\.json is not as it was written"),
+    ],
+)
+def test_a_checkpoint_that_was_edited_is_refused(tmp_path, edit, reason) -> None:
+    train(tiny_config(tmp_path, steps=2), progress=False)
+    (file,) = (tmp_path / "checkpoints" / "step-00000002").glob("*.safetensors")
+    edit(file)
+    with pytest.raises(ValueError, match=rf"step-0000000. cannot be read.*{reason}"):
+        train(tiny_config(tmp_path, steps=4), progress=False)
+
+
 def test_a_checkpoint_with_a_weight_missing_is_named(tmp_path) -> None:
     train(tiny_config(tmp_path, steps=2), progress=False)
     (file,) = (tmp_path / "checkpoints" / "step-00000002").glob("*.safetensors")
@@ -289,7 +356,8 @@ def test_a_checkpoint_with_a_weight_missing_is_named(tmp_path) -> None:
     save_file(tensors, file, layout)
     state = file.with_name("state.json")
     known = json.loads(state.read_text())
-    known["files"][file.name] = file.stat().st_size
+    del known["digest"]
+    known["files"][file.name] = file.stat().st_size  # as early checkpoints have it
     state.write_text(json.dumps(known))
     with pytest.raises(ValueError, match=r"step-00000002 cannot be read.*read\.latents"):
         train(tiny_config(tmp_path, steps=4), progress=False)
@@ -473,6 +541,12 @@ def test_budgets_out_of_order_are_reported_beyond_noise_only() -> None:
     assert budgets_out_of_order({16: small, 8: worse}) == []
     assert budgets_out_of_order({16: noisy, 8: small}) == []
     assert budgets_out_of_order({None: small}) == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_single_held_out_sample_has_no_error_to_tell() -> None:
+    one = torch.tensor([0.5])
+    assert budgets_out_of_order({16: one + 1, 8: one}) == []
 
 
 def test_metrics_of_steps_that_were_lost_are_dropped(tmp_path) -> None:

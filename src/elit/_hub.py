@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from elit._files import cache_advice
+
 
 def hub_reason(error: BaseException) -> str | None:
     """Why the hub gave nothing, in words; None where the error says nothing of that.
@@ -19,6 +21,9 @@ def hub_reason(error: BaseException) -> str | None:
     errors = tuple(_behind(error))
     if any(isinstance(e, RepositoryNotFoundError) for e in errors):
         return "it knows no such repository, or does not show it to you"
+    for e in (e for e in errors if isinstance(e, OSError)):
+        if isinstance(e.filename, str) and (advice := cache_advice(e.filename)):
+            return f"{e.filename}: {e.strerror}; {advice}"
     kinds = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
     if not any(isinstance(e, kinds) for e in errors):
         return None

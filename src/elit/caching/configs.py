@@ -4,14 +4,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 
 from elit._choices import nearest
-from elit._files import write_json
+from elit._files import typed_path, write_json
 from elit._numbers import is_real, is_whole
 
 CALIBRATION_FILE = "teacache.json"  # beside a pipeline
@@ -38,6 +38,7 @@ class TeaCacheConfig:
         probe: name, within the first block, of the module whose input is compared. None takes
             the first one that gets tokens other than the block's own, and is no norm: the
             attention, or its first projection.
+        weights: digest of those that it was fitted to, where `elit calibrate` has noted it.
     """
 
     threshold: float = 0.1
@@ -45,6 +46,7 @@ class TeaCacheConfig:
     fitted_range: Sequence[float] | None = None
     num_inference_steps: int | None = None
     probe: str | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         if not is_real(self.threshold) or self.threshold < 0:
@@ -86,7 +88,7 @@ class TeaCacheConfig:
 
     def save(self, path: str | PathLike) -> None:
         """Write as JSON."""
-        write_json(Path(path), self.to_dict())
+        write_json(Path(typed_path(path)), self.to_dict())
 
     @classmethod
     def load(cls, path: str | PathLike, **changes: Any) -> "TeaCacheConfig":
@@ -96,9 +98,9 @@ class TeaCacheConfig:
             path: of the file.
             **changes: of what is in it, such as `threshold=0.2`.
         """
-        name = fspath(path)
+        name = typed_path(path)
         try:
-            values = json.loads(Path(path).read_text())
+            values = json.loads(Path(name).read_text())
         except FileNotFoundError:
             raise ValueError(f"{name} is not there; `elit calibrate` writes it") from None
         except (OSError, ValueError) as error:

@@ -12,10 +12,18 @@ from elit.cli.common import (
     number,
     one_of,
     output_folder,
+    path_text,
     print_json,
     whole_number,
 )
-from elit.cli.points import DEFAULT_SCALE, GUIDANCES, check_run, make_guidance, open_pipeline
+from elit.cli.points import (
+    DEFAULT_SCALE,
+    GUIDANCES,
+    add_run,
+    check_run,
+    make_guidance,
+    open_pipeline,
+)
 from elit.cli.sample import what_to_draw
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -29,7 +37,7 @@ def add_arguments(parser: Parser) -> None:
     """Flags of `elit calibrate`."""
     parser.usage = "elit calibrate RUN [--labels L ... | --prompts TEXT ...] [flags]"
     parser.epilog = _EPILOG
-    parser.add_argument("run", metavar="RUN", help="the folder of a pipeline")
+    add_run(parser)
     add = parser.add_argument
     add("--labels", type=whole_number(0), nargs="+", metavar="L",
         help="classes (default: all, up to 10)")  # fmt: skip
@@ -47,7 +55,7 @@ def add_arguments(parser: Parser) -> None:
     add("--seed", type=whole_number(0, 2**63 - 1), default=0, metavar="N",
         help="of the first image (default: 0)")  # fmt: skip
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (default: auto)")
-    add("--out", metavar="FILE", help="where to write (default: RUN/teacache.json)")
+    add("--out", type=path_text, metavar="FILE", help="where to write (default: RUN/teacache.json)")
     add_json_flag(parser)
     parser.set_defaults(interval=None, sampler=None, dtype="fp32", negative_prompt=None)
 
@@ -61,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     from elit.caching.calibration import calibrate_cache
     from elit.caching.configs import CALIBRATION_FILE
+    from elit.pipelines.folder import weights_digest
 
     model = pipeline.transformer
     wanted = what_to_draw(args, model)
@@ -76,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
                      guidance=guidance, generator=generators, output_type="latent")  # fmt: skip
 
     calibration = calibrate_cache(model, draw, args.degree)
-    calibration.teacache().save(file)
+    calibration.teacache(weights=weights_digest(Path(args.run))).save(file)
     calls = calibration.num_steps
     report: dict[str, Any] = {
         "out": str(file),

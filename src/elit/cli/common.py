@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from elit._choices import check_choice, nearest
+from elit._files import cache_advice, typed_path
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,6 +133,14 @@ def one_of(allowed: Sequence[str], what: str) -> Callable[[str], str]:
     return parse
 
 
+def path_text(text: str) -> str:
+    """A path, with `~` and `$VARIABLES` replaced; names of the hub and of data sets stay."""
+    try:
+        return typed_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_json_flag(parser: argparse.ArgumentParser) -> None:
     """`--json`, alike in all commands."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -230,7 +239,9 @@ def one_line(error: Exception) -> str:
         reason = error.strerror[0].lower() + error.strerror[1:]
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return f"{place}{reason}; make room, then run the same command again"
-        return f"{place}{reason}; check that it exists and that you may read and write there"
+        advice = cache_advice(error.filename) if isinstance(error.filename, str) else None
+        advice = advice or "check that it exists and that you may read and write there"
+        return f"{place}{reason}; {advice}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elit._files import write_json, write_text
-from elit.cli.common import Parser, add_json_flag, format_table, output_folder, print_json
+from elit.cli.common import (
+    Parser,
+    add_json_flag,
+    format_table,
+    output_folder,
+    path_text,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from elit.viz.charts import ScoreInfo
@@ -26,10 +33,14 @@ def add_arguments(parser: Parser) -> None:
     """Flags of `elit compare`."""
     parser.usage = "elit compare A B [--out FILE] [--json]"
     parser.epilog = _EPILOG
-    parser.add_argument("a", metavar="A", help="a swept run, or a sweep.json")
-    parser.add_argument("b", metavar="B", help="the other")
+    parser.add_argument("a", type=path_text, metavar="A", help="a swept run, or a sweep.json")
+    parser.add_argument("b", type=path_text, metavar="B", help="the other")
     parser.add_argument(
-        "--out", default=PAGE, metavar="FILE", help=f"the page to write (default: {PAGE})"
+        "--out",
+        type=path_text,
+        default=PAGE,
+        metavar="FILE",
+        help=f"the page to write (default: {PAGE})",
     )
     add_json_flag(parser)
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import elit
 from elit._choices import check_choice, nearest
+from elit._files import typed_path
 from elit.training.config import TrainConfig
 
 BASE = "base"  # key of a YAML file: another one, whose values hold where this one has none
@@ -49,7 +50,7 @@ def config_fields(config_class: type = TrainConfig, prefix: str = "") -> Iterato
 
 def find_config(name: str) -> Path:
     """A YAML file by its path, or a built-in one by its name."""
-    path = Path(name)
+    path = Path(typed_path(name))
     built_in = built_in_configs()
     if path.is_file():
         return path
@@ -224,8 +225,8 @@ def _find_base(path: Path, base: Any) -> Path:
             f"{path}: {BASE} is {base!r}; give one file, relative to this one, or leave it out"
         )
     built_in = built_in_configs()
-    if (path.parent / base).is_file():
-        return path.parent / base
+    if (path.parent / typed_path(base)).is_file():
+        return path.parent / typed_path(base)
     if base in built_in:
         return built_in[base]
     raise ValueError(

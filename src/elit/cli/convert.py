@@ -12,6 +12,7 @@ from elit.cli.common import (
     format_count,
     one_of,
     output_folder,
+    path_text,
     print_json,
     quiet_diffusers,
     tell_of_hub,
@@ -35,8 +36,8 @@ def add_arguments(parser: Parser) -> None:
     parser.epilog = _EPILOG
     add = parser.add_argument
     add("format", type=one_of(FORMATS, "format"), metavar="FORMAT", help=", ".join(FORMATS))
-    add("file", metavar="FILE", help="the checkpoint")
-    add("out", metavar="OUT", help="the folder to write, new or empty")
+    add("file", type=path_text, metavar="FILE", help="the checkpoint")
+    add("out", type=path_text, metavar="OUT", help="the folder to write, new or empty")
     add("--weights", type=one_of(WEIGHTS, "weights"), default="ema", metavar="NAME",
         help="ema, the average over training, or model (default: ema)")  # fmt: skip
     add("--encoder-depth", type=whole_number(0), default=8, metavar="N",
@@ -45,7 +46,7 @@ def add_arguments(parser: Parser) -> None:
         help="blocks after the Write (default: 4 of L and XL, 2 of S and B)")  # fmt: skip
     add("--num-heads", type=whole_number(1), metavar="N",
         help="attention heads (default: those of the public model of this width)")  # fmt: skip
-    add("--vae", metavar="NAME",
+    add("--vae", type=path_text, metavar="NAME",
         help="autoencoder to put in, of the hub or a folder (default: none)")  # fmt: skip
     add_json_flag(parser)
 
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check_paths(args: argparse.Namespace) -> None:
     """Raise a ValueError for paths that cannot do, as far as it costs no import."""
-    out, file = Path(args.out).expanduser(), Path(args.file).expanduser()
+    out, file = Path(args.out), Path(args.file)
     output_folder(out, "OUT")
     if args.vae == "":
         raise ValueError("--vae is empty; give a folder or a name of the hub, or leave it out")

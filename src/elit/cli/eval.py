@@ -12,6 +12,7 @@ from elit.cli.common import (
     format_table,
     number,
     one_of,
+    path_text,
     print_json,
     whole_number,
 )
@@ -50,7 +51,12 @@ def add_arguments(parser: Parser) -> None:
         help="the guide's budget, for ag and ccfg (default: the lowest trained)")  # fmt: skip
     add("--save-npz", action="store_true",
         help="write all samples too, as other evaluation tools read them")  # fmt: skip
-    add("--out", metavar="DIR", help="folder of the results (default: RUN/evaluated)")
+    add(
+        "--out",
+        type=path_text,
+        metavar="DIR",
+        help="folder of the results (default: RUN/evaluated)",
+    )
     add_json_flag(parser)
 
 

@@ -4,8 +4,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elit.cli.common import Parser, number, one_of, output_folder, quiet_diffusers, whole_number
-from elit.cli.points import SAMPLERS, check_draws_images, open_pipeline
+from elit._files import typed_path
+from elit.cli.common import (
+    Parser,
+    number,
+    one_of,
+    output_folder,
+    path_text,
+    quiet_diffusers,
+    whole_number,
+)
+from elit.cli.points import SAMPLERS, add_run, check_draws_images, open_pipeline
 from elit.data import SPLITS
 
 if TYPE_CHECKING:
@@ -28,22 +37,22 @@ data set, or ADM's .npz; its statistics are kept in the cache (ELIT_CACHE, or ~/
 
 def add_evaluation_flags(parser: Parser, samples: int) -> None:
     """Flags of what is drawn and compared, whatever the operating point."""
-    parser.add_argument("run", metavar="RUN", help="a pipeline's folder, or its name on the hub")
+    add_run(parser)
     add = parser.add_argument
-    add("--reference", metavar="DATA",
+    add("--reference", type=path_text, metavar="DATA",
         help="real images: folder, .npz or data set (default: RUN's training data)")  # fmt: skip
     add("--split", type=one_of(SPLITS, "split"), metavar="NAME",
         help="of a data set: train or validation (default: train)")  # fmt: skip
     add("--fit", action="store_true",
         help="scale and cut the pictures of a folder to the model's size")  # fmt: skip
-    add("--network", nargs="+", metavar="NAME", dest="networks",
+    add("--network", type=path_text, nargs="+", metavar="NAME", dest="networks",
         help=f"{', '.join(NETWORKS)}, or a TorchScript file (default: inception and dinov2, "
         f"below {LARGE} px classifier)")  # fmt: skip
     add("--weights", nargs="+", metavar="NAME=PATH", default=[],
         help="weights of a network: a file, a folder or a name on the hub")  # fmt: skip
     add("--samples", type=whole_number(2, MOST_SAMPLES), default=samples, metavar="N",
         help="of each operating point (default: %(default)s)")  # fmt: skip
-    add("--prompts", metavar="FILE",
+    add("--prompts", type=path_text, metavar="FILE",
         help="file of texts, one a line (default: the reference's)")  # fmt: skip
     add("--sampler", type=one_of(SAMPLERS, "sampler"), metavar="NAME",
         help=f"{', '.join(SAMPLERS)} (default: the one saved in RUN)")  # fmt: skip
@@ -88,6 +97,7 @@ def open_evaluation(args: argparse.Namespace, home: Path, keep_images: bool) -> 
         process=process,
         home=home,
         training=_training(args.run, config),
+        variant=args.variant,
     )  # fmt: skip
 
 
@@ -167,7 +177,7 @@ def _weights(args: argparse.Namespace) -> dict[str, str]:
                 f"--weights {text!r} is not understood; give NAME=PATH with one of "
                 f"{', '.join(NETWORKS)}"
             )
-        found[name] = path
+        found[name] = typed_path(path)
     return found
 
 

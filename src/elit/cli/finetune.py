@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from elit.cli.common import Parser, quiet_diffusers
+from elit.cli.common import Parser, path_text, quiet_diffusers
 from elit.cli.config import built_in_names, load_config, read_yaml
 from elit.cli.train import add_config_flags, check_config, print_config, train_config
 
@@ -20,7 +20,9 @@ def add_arguments(parser: Parser) -> None:
     """Flags of `elit finetune`: those of `elit train`, and the base."""
     parser.usage = "elit finetune BASE [CONFIG] [--dry-run] [--json] [--key.sub VALUE ...]"
     parser.epilog = _EPILOG
-    parser.add_argument("base", metavar="BASE", help="pretrained pipeline: folder or hub name")
+    parser.add_argument(
+        "base", type=path_text, metavar="BASE", help="pretrained pipeline: folder or hub name"
+    )
     parser.add_argument(
         "config",
         metavar="CONFIG",

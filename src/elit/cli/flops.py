@@ -11,6 +11,7 @@ from elit.cli.common import (
     format_count,
     format_input,
     format_table,
+    path_text,
     print_json,
     whole_number,
 )
@@ -27,7 +28,10 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.epilog = _EPILOG
     parser.add_argument(
-        "model", metavar="NAME_OR_PATH", help="a preset, or the folder of a pipeline or a model"
+        "model",
+        type=path_text,
+        metavar="NAME_OR_PATH",
+        help="a preset, or the folder of a pipeline or a model",
     )
     parser.add_argument(
         "--resolution",

@@ -12,6 +12,7 @@ from elit.cli.common import (
     format_count,
     format_input,
     format_table,
+    path_text,
     print_json,
 )
 
@@ -30,6 +31,7 @@ def add_arguments(parser: Parser) -> None:
     """Flags of `elit info`."""
     parser.add_argument(
         "model",
+        type=path_text,
         metavar="NAME_OR_PATH",
         nargs="?",
         help="a preset, or the folder of a pipeline or a model (default: all presets)",

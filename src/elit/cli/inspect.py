@@ -15,12 +15,13 @@ from elit.cli.common import (
     format_table,
     one_of,
     output_folder,
+    path_text,
     print_json,
     quiet_diffusers,
     whole_number,
     with_error,
 )
-from elit.cli.points import check_run
+from elit.cli.points import add_run, check_run
 from elit.data import SPLITS
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def add_arguments(parser: Parser) -> None:
     parser.usage = "elit inspect RUN [--sigma S ...] [--budget B ...] [flags]"
     parser.epilog = _EPILOG
     parser.open_flags = ("--data.options.",)
-    parser.add_argument("run", metavar="RUN", help="a pipeline's folder, or its name on the hub")
+    add_run(parser)
     add = parser.add_argument
     add("--images", type=whole_number(2), default=32, metavar="N",
         help="images to look at, spread over the data (default: 32)")  # fmt: skip
@@ -52,7 +53,12 @@ def add_arguments(parser: Parser) -> None:
         help="fractions of the latents to look at (default: 1 1/4)")  # fmt: skip
     add("--steps", type=whole_number(1), default=20, metavar="N",
         help="steps of the samples that are compared (default: 20)")  # fmt: skip
-    add("--data", metavar="NAME", help="data set (default: the one that RUN was trained on)")
+    add(
+        "--data",
+        type=path_text,
+        metavar="NAME",
+        help="data set (default: the one that RUN was trained on)",
+    )
     add("--split", type=one_of(SPLITS, "split"), default="validation", metavar="NAME",
         help="train or validation (default: validation)")  # fmt: skip
     add("--batch-size", type=whole_number(1), default=32, metavar="N",
@@ -60,7 +66,9 @@ def add_arguments(parser: Parser) -> None:
     add("--seed", type=whole_number(0, 2**63 - 1), default=0, metavar="N",
         help="of the noise and the shuffles (default: 0)")  # fmt: skip
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (default: auto)")
-    add("--out", metavar="DIR", help="folder to write into (default: RUN/inspected)")
+    add(
+        "--out", type=path_text, metavar="DIR", help="folder to write into (default: RUN/inspected)"
+    )
     add_json_flag(parser)
 
 
@@ -96,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
     device = pick_device(args.device)
     with quiet_diffusers():
-        pipeline = load_pipeline(args.run)
+        pipeline = load_pipeline(args.run, variant=args.variant)
         pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     model = pipeline.transformer

@@ -188,7 +188,7 @@ class Sheets:
                 bar_chart(
                     "rise of the loss without one latent, mean over the noise levels",
                     [float(c.mean()) for c in costs],
-                    [float(c.std() / len(c) ** 0.5) for c in costs],
+                    [float(c.std() / len(c) ** 0.5) if len(c) > 1 else 0.0 for c in costs],
                     [str(i + 1) for i in without],
                     "latent that is left out; lines: one standard error over images",
                 )

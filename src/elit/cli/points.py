@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from elit.cli.common import budget, quiet_diffusers, tell_of_hub
+from elit.cli.common import Parser, budget, path_text, quiet_diffusers, tell_of_hub
 
 if TYPE_CHECKING:
     from elit.flow.guidance import Guidance
@@ -15,6 +15,16 @@ SAMPLERS = ("euler", "heun", "euler-maruyama", "unipc", "dpm-solver")
 GUIDANCES = ("none", "cfg", "ag", "ccfg")
 DEFAULT_SCALE, DEFAULT_STEPS = 2.0, 40
 AUTO = "auto"
+
+
+def add_run(parser: Parser) -> None:
+    """RUN, and which of its weights."""
+    parser.add_argument(
+        "run", type=path_text, metavar="RUN", help="a pipeline's folder, or its name on the hub"
+    )
+    parser.add_argument(
+        "--variant", metavar="NAME", help="of the files of weights, such as fp16 (default: none)"
+    )
 
 
 def check_run(name: str) -> None:
@@ -131,7 +141,7 @@ def open_pipeline(args: argparse.Namespace, local_rank: int = 0) -> "ElasticPipe
     device = pick_device(args.device, local_rank, share=True)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     with quiet_diffusers():
-        pipeline = load_pipeline(args.run, dtype=dtype)
+        pipeline = load_pipeline(args.run, dtype=dtype, variant=args.variant)
         pipeline.to(device)
     if args.sampler is not None:
         pipeline.scheduler = make_scheduler(args.sampler)

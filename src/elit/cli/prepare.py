@@ -9,6 +9,7 @@ from elit.cli.common import (
     number,
     one_of,
     output_folder,
+    path_text,
     print_json,
     quiet_diffusers,
     whole_number,
@@ -29,8 +30,10 @@ def add_arguments(parser: Parser) -> None:
     """Flags of `elit prepare`."""
     parser.usage = "elit prepare SOURCE OUT [flags]"
     parser.epilog = _EPILOG
-    parser.add_argument("source", metavar="SOURCE", help="pictures or clips, and what they are")
-    parser.add_argument("out", metavar="OUT", nargs="?", help="the folder to write")
+    parser.add_argument(
+        "source", type=path_text, metavar="SOURCE", help="pictures or clips, and what they are"
+    )
+    parser.add_argument("out", type=path_text, metavar="OUT", nargs="?", help="the folder to write")
     add = parser.add_argument
     add("--source-config", metavar="NAME", help="of a data set on the hub that has several")
     add("--split", nargs="+", default=(), metavar="NAME",
@@ -52,10 +55,10 @@ def add_arguments(parser: Parser) -> None:
     add("--clips-per-video", type=whole_number(1), default=1, metavar="N",
         help="at most: as many as fit without overlap, evenly spread "
         "(default: 1, of its middle)")  # fmt: skip
-    add("--vae", default=DEFAULT_VAE, metavar="NAME",
+    add("--vae", type=path_text, default=DEFAULT_VAE, metavar="NAME",
         help=f"autoencoder of diffusers, hub or folder (default: {DEFAULT_VAE})")  # fmt: skip
     add("--pixels", action="store_true", help="store the pictures themselves, without a VAE")
-    add("--text-encoder", metavar="NAME",
+    add("--text-encoder", type=path_text, metavar="NAME",
         help="encode captions too: by a CLIP, T5 or Qwen, or as a diffusers pipeline does; on the "
         "hub or a folder")  # fmt: skip
     add("--max-text-length", type=whole_number(1), metavar="N",

@@ -11,6 +11,7 @@ from elit.cli.common import (
     add_json_flag,
     format_table,
     output_folder,
+    path_text,
     print_json,
     quiet_diffusers,
     whole_number,
@@ -33,6 +34,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--out",
+        type=path_text,
         metavar="DIR",
         default="runs/quickstart",
         help="folder of the run (default: %(default)s)",

@@ -12,6 +12,7 @@ from elit.cli.common import (
     format_table,
     one_of,
     output_folder,
+    path_text,
     print_json,
     quiet_diffusers,
     whole_number,
@@ -55,8 +56,18 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--scale", type=one_of(SCALES, "scale"), required=True, metavar="SCALE",
         help="tiny, small, base or paper")  # fmt: skip
-    add("--data", metavar="FOLDER", help="folder with the four idx files of Fashion-MNIST")
-    add("--out", metavar="DIR", help="folder of the results (default: runs/reproduce-SCALE)")
+    add(
+        "--data",
+        type=path_text,
+        metavar="FOLDER",
+        help="folder with the four idx files of Fashion-MNIST",
+    )
+    add(
+        "--out",
+        type=path_text,
+        metavar="DIR",
+        help="folder of the results (default: runs/reproduce-SCALE)",
+    )
     add("--claims", type=one_of(LETTERS, "claim"), nargs="+", metavar="LETTER",
         help="which (default: all); the report is then of these alone")  # fmt: skip
     add("--workers", type=whole_number(1), metavar="N",

@@ -17,6 +17,7 @@ from elit.cli.common import (
     format_table,
     number,
     one_of,
+    path_text,
     print_json,
     whole_number,
 )
@@ -26,6 +27,7 @@ from elit.cli.points import (
     DEFAULT_STEPS,
     GUIDANCES,
     SAMPLERS,
+    add_run,
     budget_or_auto,
     check_auto,
     check_draws_images,
@@ -54,7 +56,7 @@ def add_arguments(parser: Parser) -> None:
     # RUN first: behind --labels or --budget it would be taken for one of their values.
     parser.usage = "elit sample RUN [--labels L ... | --prompts TEXT ...] [--budget B ...] [flags]"
     parser.epilog = _EPILOG
-    parser.add_argument("run", metavar="RUN", help="a pipeline's folder, or its name on the hub")
+    add_run(parser)
     add = parser.add_argument
     add(
         "--labels",
@@ -70,7 +72,7 @@ def add_arguments(parser: Parser) -> None:
     add("--budget", type=budget_or_auto, nargs="+", default=[1.0], metavar="B",
         help="fractions of the latents to keep, such as 1 0.5 1/4, or auto: what `elit sweep` "
         "found best within a cap (default: 1)")  # fmt: skip
-    add("--sweep", metavar="FILE",
+    add("--sweep", type=path_text, metavar="FILE",
         help="of budget auto (default: RUN/swept/sweep.json)")  # fmt: skip
     add("--max-gflops", type=number, metavar="G", help="cap of budget auto for an image")
     add("--max-ms", type=number, metavar="MS",
@@ -100,7 +102,12 @@ def add_arguments(parser: Parser) -> None:
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", type=one_of(("fp32", "bf16"), "dtype"), default="fp32", metavar="NAME",
         help="fp32 or bf16 (default: fp32)")  # fmt: skip
-    add("--out", metavar="DIR", help="folder of the images (default: a new one in RUN)")
+    add(
+        "--out",
+        type=path_text,
+        metavar="DIR",
+        help="folder of the images (default: a new one in RUN)",
+    )
     add_json_flag(parser)
 
 
@@ -125,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {
         "run": args.run,
         "weights": weights_digest(Path(args.run)),
+        **({} if args.variant is None else {"variant": args.variant}),
         "prompts" if model.takes_text else "labels": wanted,
         **({"negative_prompt": args.negative_prompt} if model.takes_text else {}),
         **{key: getattr(args, key) for key in ("count", "steps", "guidance", "scale")},
@@ -210,8 +218,16 @@ def load_teacache(args: argparse.Namespace) -> "TeaCacheConfig | None":
     if args.teacache is None:
         return None
     from elit.caching.configs import CALIBRATION_FILE, TeaCacheConfig
+    from elit.pipelines.folder import weights_digest
 
-    return TeaCacheConfig.load(Path(args.run) / CALIBRATION_FILE, threshold=args.teacache)
+    file = Path(args.run) / CALIBRATION_FILE
+    cache = TeaCacheConfig.load(file, threshold=args.teacache)
+    if cache.weights not in (None, weights_digest(Path(args.run))):
+        raise ValueError(
+            f"{file} was fitted to other weights than {args.run} holds now; run `elit calibrate "
+            f"{args.run}` again"
+        )
+    return cache
 
 
 def draw_rows(

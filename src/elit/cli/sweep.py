@@ -14,6 +14,7 @@ from elit.cli.common import (
     format_table,
     number,
     one_of,
+    path_text,
     print_json,
     whole_number,
 )
@@ -55,7 +56,7 @@ def add_arguments(parser: Parser) -> None:
         help="the guide's budgets, for ag and ccfg (default: the lowest trained)")  # fmt: skip
     add("--rank-by", metavar="SCORE", help="score of the fronts and of budget auto (default: "
         "the Frechet distance of the first network)")  # fmt: skip
-    add("--out", metavar="DIR", help="folder of the results (default: RUN/swept)")
+    add("--out", type=path_text, metavar="DIR", help="folder of the results (default: RUN/swept)")
     add_json_flag(parser)
 
 

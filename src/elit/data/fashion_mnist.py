@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from elit._choices import check_choice
+from elit._files import typed_path
 from elit.data import SPLITS, ImageDataset
 from elit.data.idx import FILES, is_idx_folder, read_split
 from elit.data.shapes import whole_number
@@ -51,7 +52,8 @@ class FashionMNIST(ImageDataset):
         check_choice(split, SPLITS, "split")
         if count is not None:
             count = whole_number("count", count, 1, "images", sys.maxsize)
-        if not isinstance(path, str | os.PathLike) or not is_idx_folder(path):
+        path = typed_path(path) if isinstance(path, str | os.PathLike) else path
+        if not isinstance(path, str) or not is_idx_folder(path):
             given = path if path is None else repr(str(path))
             raise ValueError(
                 f"data.options.path={given} is no folder of Fashion-MNIST's files; give "

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from elit._choices import check_choice
-from elit._files import sha256_of
+from elit._files import checksums, sha256_of, typed_path
 from elit._numbers import is_whole
 from elit.data import SPLITS, ImageDataset
 from elit.data.buckets import Bucket
@@ -81,7 +81,8 @@ class Prepared(ImageDataset):
             raise ValueError(f"data.options.window={window!r}: give a whole number of samples")
         if not isinstance(verify, bool):
             raise ValueError(f"data.options.verify={verify!r}: give true or false")
-        if not isinstance(path, (str, os.PathLike)) or not path or not Path(path).is_dir():
+        path = typed_path(path) if isinstance(path, str | os.PathLike) else ""
+        if not path or not Path(path).is_dir():
             raise ValueError(
                 f"data.options.path={str(path)!r} is no folder; give the output of `elit prepare`"
             )
@@ -121,6 +122,18 @@ class Prepared(ImageDataset):
             "%s is left out with its %d samples: %s", self.folder / shard.file, shard.count, reason
         )
         return False
+
+    def check_unchanged(self) -> None:
+        """Raise a ValueError if a shard is no longer what the manifest says.
+
+        Shards that have not been touched since they were last compared are not read again.
+        """
+        paths = [self.folder / shard.file for shard in self.table.shards]
+        for path, shard, found in zip(
+            paths, self.table.shards, checksums(self.folder, paths), strict=True
+        ):
+            if found != shard.sha256:
+                raise damage_error(path, "its checksum is wrong")
 
     def _make_buckets(self, window: int | None) -> tuple[Bucket, ...]:
         table, once = self.table, len(self.table)
@@ -281,7 +294,7 @@ def _autoencoder(manifest: Manifest, vae: str | None) -> Autoencoder | None:
         if vae is not None:
             raise ValueError(f"data.options.vae={vae!r} has no effect on pixels; leave it out")
         return manifest.autoencoder
-    return dataclasses.replace(manifest.autoencoder, name=str(vae))
+    return dataclasses.replace(manifest.autoencoder, name=typed_path(vae))
 
 
 def _fingerprint(manifest: Manifest) -> str:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from elit._choices import check_choice
+from elit._files import checksums, typed_path
 from elit.data import SPLITS, ImageDataset
 
 LATENTS, NULL = "latents", "null."
@@ -32,7 +33,8 @@ class Tensors(ImageDataset):
 
     def __init__(self, split: str = "train", path: str | os.PathLike = "") -> None:
         check_choice(split, SPLITS, "split")
-        if not path or not Path(path).is_file():
+        path = typed_path(path) if isinstance(path, str | os.PathLike) else ""
+        if not Path(path).is_file():
             raise ValueError(
                 f"data.options.path={str(path)!r} is no file; give a safetensors file with latents"
             )
@@ -51,7 +53,8 @@ class Tensors(ImageDataset):
         count = len(self.images)
         rows = torch.arange(count)
         held = rows % _HOLD_OUT == 0
-        self.split = split
+        self.split, file = split, Path(path)
+        (self.fingerprint,) = checksums(file.parent, [file])
         self.rows = rows[held if split == "validation" else ~held]
         self.labels = torch.zeros(len(self.rows), dtype=torch.long)
         self.image_shape = tuple(self.images.shape[1:])

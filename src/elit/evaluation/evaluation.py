@@ -49,6 +49,7 @@ class Evaluation:
         home: folder of the samples' features; each operating point has one of its own in it.
         training: what is known of the model's training: steps and EFLOPs.
         progress: whether to show bars.
+        variant: of the files that the weights were read from.
     """
 
     run: str
@@ -58,6 +59,7 @@ class Evaluation:
     home: Path
     training: dict[str, Any] | None = None
     progress: bool = True
+    variant: str | None = None
 
     def __post_init__(self) -> None:
         check_shapes(self.images, self.drawing.image_shape(), self.run)
@@ -84,6 +86,14 @@ class Evaluation:
             return None
         return weights_digest(Path(self.run), part) or checksum_of(module)[:16]
 
+    def _text_encoder(self) -> str | None:
+        """Digest of the text encoder's weights and settings, and of its tokenizer's files."""
+        encoder = getattr(self.drawing.pipeline, "text_encoder", None)
+        if encoder is None:
+            return None
+        tokenizer = weights_digest(Path(self.run), "tokenizer", "*")
+        return digest_of([self._weights("text_encoder"), encoder.config.to_dict(), tokenizer])
+
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Everything that all scores depend on but the operating point."""
@@ -95,16 +105,18 @@ class Evaluation:
             "samples": drawing.count,
             "seed": drawing.seed,
             "drawn": _texts_digest(drawing.texts) if drawing.texts else "classes, balanced",
-            "text_encoder": self._weights("text_encoder"),
+            "text_encoder": self._text_encoder(),
             "text_tokens": pipeline.check_prompt(list(drawing.texts)) if drawing.texts else None,
             "sampler": type(pipeline.scheduler).__name__,
             "sampler_settings": digest_of(describe(pipeline.scheduler)),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": str(model.dtype).removeprefix("torch.")
+            + (f" of {self.variant}" if self.variant else ""),
             "batch_size": drawing.batch_size,
             "size": list(shape[1:]),
             "eight_bit": True,
             "vae": None if vae is None else {
                 "class": type(vae).__name__, "weights": self._weights("vae"),
+                "config": digest_of(describe(vae)),
             },
             "networks": [
                 {"name": n.name, "weights": n.checksum, "preprocessing": n.preprocessing}

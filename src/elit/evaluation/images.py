@@ -1,7 +1,6 @@
 """Real images to compare with: a folder, a data set, what `elit prepare` wrote, an ADM .npz."""
 
 import hashlib
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from elit._choices import nearest
-from elit._files import digest_of, sha256_of
+from elit._files import checksums, digest_of, files_in, typed_path
 from elit.data import DATASETS, ImageDataset, load_dataset
 from elit.data.manifest import MANIFEST
 from elit.evaluation.parts import batches
@@ -27,7 +26,6 @@ from elit.preparation.images import READING, fit, read_image
 _UNREADABLE = (
     OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-_HASHED = 1000  # pictures of a folder whose contents are in its digest
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -37,7 +35,7 @@ class Images:
 
     Attributes:
         name: what they are, in words.
-        digest: of the data, without reading all of it.
+        digest: of the data.
         count: how many.
         shape: (C, H, W), of clips (C, T, H, W).
         read: uint8 (n, *shape) of some numbers.
@@ -80,6 +78,7 @@ def open_images(
         vae: autoencoder that decodes what is stored as latents.
         options: of a built-in data set.
     """
+    name = typed_path(name)
     path = Path(name)
     if has_splits(name) and not path.exists():
         return of_dataset(load_dataset(name, split, **options or {}), f"{name}, {split}", vae)
@@ -88,7 +87,8 @@ def open_images(
     if path.suffix == ".npz":
         return _of_npz(path)
     if (path / MANIFEST).exists():
-        dataset = load_dataset("prepared", split, path=name)
+        dataset: Any = load_dataset("prepared", split, path=name)
+        dataset.check_unchanged()
         return of_dataset(dataset, f"{name}, {split}", vae)
     if path.is_dir():
         return _of_folder(path, fit_to)
@@ -147,11 +147,7 @@ def _captions(dataset: ImageDataset, numbers: Sequence[int]) -> list[str]:
 
 
 def _of_folder(folder: Path, size: tuple[int, int] | None) -> Images:
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
+    files = [path for path in files_in(folder) if path.suffix.lower() in SUFFIXES]
     if not files:
         raise ValueError(f"{folder} has no pictures in it ({', '.join(SUFFIXES)})")
 
@@ -177,10 +173,11 @@ def _of_folder(folder: Path, size: tuple[int, int] | None) -> Images:
         stacked = np.stack([np.asarray(image) for image in pictures])
         return torch.from_numpy(stacked).movedim(-1, 1).contiguous()
 
-    # Names and lengths of all, contents of some: a copy elsewhere has the same digest.
-    entries: list[list[Any]] = [[str(p.relative_to(folder)), os.stat(p).st_size] for p in files]
-    for at in range(0, len(files), max(1, len(files) // _HASHED)):
-        entries[at].append(sha256_of(files[at]))
+    # Of names, lengths and contents: a copy elsewhere has the same digest.
+    entries = [
+        [str(path.relative_to(folder)), path.stat().st_size, checksum]
+        for path, checksum in zip(files, checksums(folder, files), strict=True)
+    ]
     words = f"{folder}" if size is None else f"{folder}, fitted to {format_size(size)}"
     return Images(words, digest_of([entries, size, READING]), len(files), (3, height, width), read)
 

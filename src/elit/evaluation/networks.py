@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from elit._choices import check_choice
-from elit._files import sha256_of
+from elit._files import sha256_of, typed_path
 from elit.data import ImageDataset
 from elit.evaluation import inception
 from elit.evaluation.classifier import ClassifierFeatures, fit_network
@@ -162,7 +162,7 @@ def load_network(
         network.eval()
         return _own(name, network, checksum_of(network), device)
     if network not in NETWORKS and Path(network).suffix in _OF_FILES:
-        return _own_file(Path(network), device)
+        return _own_file(Path(typed_path(network)), device)
     check_choice(network, NETWORKS, "feature network", ", which is no .pt, .ts or .pt2 file either")
     return _LOADERS[network](weights, device, dataset)
 
@@ -183,7 +183,7 @@ def _inception(weights: str | Path | None, device: torch.device, _: Any) -> Feat
 
 
 def _dinov2(weights: str | Path | None, device: torch.device, _: Any) -> FeatureNetwork:
-    name = str(weights or DINOV2)
+    name = typed_path(weights or DINOV2)
     module, prepare, words = load_dinov2(name)
     return FeatureNetwork(
         name="dinov2",
@@ -198,7 +198,7 @@ def _dinov2(weights: str | Path | None, device: torch.device, _: Any) -> Feature
 
 
 def _clip(weights: str | Path | None, device: torch.device, _: Any) -> FeatureNetwork:
-    name = str(weights or CLIP)
+    name = typed_path(weights or CLIP)
     module, prepare, words = load_clip(name)
     return FeatureNetwork(
         name="clip",

@@ -136,7 +136,8 @@ def _earlier(file: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
     """Rows of an earlier sweep with the same settings, or an error if they differ."""
     try:
         content = json.loads(file.read_text())
-        settings, weights, rows = content["settings"], content["model"]["weights"], content["rows"]
+        settings, model = dict(content["settings"]), dict(content["model"])
+        rows = content["rows"]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -147,8 +148,9 @@ def _earlier(file: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
         for name in mine
         if name not in _MAY_DIFFER and json.loads(json.dumps(mine[name])) != settings.get(name)
     ]
-    if weights != evaluation.model["weights"]:
-        differing.insert(0, "weights")
+    for name, what in (("config", "settings of the model"), ("weights", "weights")):
+        if model.get(name) != evaluation.model[name]:
+            differing.insert(0, what)
     if differing:
         raise ValueError(
             f"{file} is a sweep with other {', '.join(differing)}; choose another folder with "

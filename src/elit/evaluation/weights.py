@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from elit._files import sha256_of
+from elit._files import cache_advice, sha256_of, typed_path
 from elit._hub import hub_reason
 from elit._wrappers import HOLDERS, without_wrapping
 
@@ -48,10 +48,11 @@ def find_inception(weights: str | Path | None = None) -> Path:
                 weights_only=True,
             )  # fmt: skip
     except (URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        blocked = isinstance(getattr(error, "filename", None), str)
+        advice = f"or {cache_advice(folder)}" if blocked else f"or put it into {folder}"
         raise ValueError(
             f"the weights of inception cannot be fetched ({_reason(error)}); get "
-            f"{INCEPTION_URL} and give its path as the weights or in {INCEPTION_VARIABLE}, or put "
-            f"it into {folder}"
+            f"{INCEPTION_URL} and give its path as the weights or in {INCEPTION_VARIABLE}, {advice}"
         ) from error
     return folder / INCEPTION_URL.rpartition("/")[2]
 
@@ -69,8 +70,8 @@ def find_i3d(weights: str | Path | None = None) -> Path:
 
 def find_file(weights: str | Path, network: str) -> Path:
     """A file here, or one of the hub: "user/repository/file", also with "hf://" before it."""
-    text = str(weights)
-    path = Path(weights).expanduser()
+    text = typed_path(weights)
+    path = Path(text)
     if not text.startswith("hf://"):
         if path.is_file():
             return path
@@ -78,7 +79,7 @@ def find_file(weights: str | Path, network: str) -> Path:
             raise ValueError(f"the weights of {network} are a file, but {text} is a folder")
     parts = text.removeprefix("hf://").split("/")
     on_hub = text.startswith("hf://") or (path.suffix and not path.is_absolute())
-    if not on_hub or len(parts) < 3 or not all(parts) or parts[0] in (".", "..", "~"):
+    if not on_hub or len(parts) < 3 or not all(parts) or parts[0] in (".", ".."):
         raise ValueError(
             f"no file {text} with the weights of {network}; give the path of a file, or "
             f"user/repository/file of one on the hub"

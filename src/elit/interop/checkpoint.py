@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from elit._choices import check_choice
+from elit._files import typed_path
 from elit._numbers import is_whole
 from elit._wrappers import HOLDERS, without_wrapping
 from elit.interop.pickles import check_bytes, read_pickle
@@ -79,13 +80,13 @@ def cannot_be_converted(path: Path) -> Iterator[None]:
 
 
 def as_path(path: str | os.PathLike) -> Path:
-    """A path that may begin with ~, or a ValueError."""
+    """A path as it may be typed, or a ValueError."""
     try:
         name = os.fspath(path)
         if not isinstance(name, str):
             raise TypeError(f"a path of {type(name).__name__}")
-        return Path(name).expanduser()
-    except (TypeError, RuntimeError) as error:  # RuntimeError: there is no such user
+        return Path(typed_path(name))
+    except TypeError as error:
         raise ValueError(f"{path!r} is no path ({error}); give a checkpoint's file") from None
 
 

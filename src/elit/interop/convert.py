@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
 from safetensors import SafetensorError
 
 from elit._choices import check_choice
-from elit._files import as_os_error, json_text, open_to_others, sha256_of, write_folder
+from elit._files import as_os_error, json_text, open_to_others, sha256_of, typed_path, write_folder
 from elit.flow.schedulers import FlowMatchUniformEulerScheduler
 from elit.interop.cards import model_card
 from elit.interop.checkpoint import Checkpoint
@@ -63,12 +63,12 @@ def convert_official(
     """
     settings = ConversionSettings() if settings is None else settings
     check_choice(settings.format, FORMATS, "format")
-    file, out = Path(file).expanduser(), Path(out).expanduser().resolve()
+    file, out = Path(typed_path(file)), Path(typed_path(out)).resolve()
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give a new folder to write")
     if out.is_dir() and any(out.iterdir()):
         return _same_conversion(out, file, settings)
-    vae = None if settings.vae is None else load_vae(settings.vae)[0]
+    vae = None if settings.vae is None else load_vae(typed_path(settings.vae))[0]
     if file.is_file():
         logger.info("reading %s, %.2f GB", file, file.stat().st_size / 1e9)
     model, checkpoint = _read(file, settings)

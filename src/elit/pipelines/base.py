@@ -15,6 +15,7 @@ from diffusers.video_processor import VideoProcessor
 from safetensors import SafetensorError
 from torch import Tensor
 
+from elit._files import typed_path
 from elit._numbers import is_whole
 from elit.flow.guidance import Condition, Guidance, at_least_float32
 from elit.interface.grid import format_size
@@ -89,7 +90,7 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
         A missing, damaged or foreign checkpoint is a ValueError; no weight is ever left random.
         Weights are read from safetensors alone, unless `use_safetensors` says otherwise.
         """
-        name = os.fspath(pretrained_model_name_or_path)
+        name = typed_path(pretrained_model_name_or_path)
         check_pipeline_source(name, cls, kwargs)
         kwargs.setdefault("use_safetensors", True)
         try:
@@ -104,7 +105,7 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save as diffusers does, also a transformer that became elastic in the pipeline."""
         self.register_modules(transformer=self.transformer)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(typed_path(save_directory), **kwargs)
 
     @torch.no_grad()
     def sample(

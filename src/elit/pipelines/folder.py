@@ -7,9 +7,10 @@ class; here each is an error that says what to do. Without torch, which takes se
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,21 @@ from elit._hub import not_fetched
 _ADVICE = "give the output_dir of `elit train`, or a folder that save_pretrained wrote"
 OURS = ("ElitPipeline", "ElitTextPipeline")
 ELASTIC_MODULE = "elit.retrofit.elastic"  # makes classes of retrofits when asked by name
+_SHARD = r"(?:-\d+-of-\d+)?"
+_WEIGHTS = re.compile(
+    rf"\w+(?:\.(?P<first>\w+))?{_SHARD}(?:\.(?P<last>\w+))?\.(?P<format>safetensors|bin)"
+)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def check_pipeline_source(name: str, pipeline_class: type, given: Collection[str]) -> None:
+def check_pipeline_source(name: str, pipeline_class: type, given: Mapping[str, Any]) -> None:
     """Raise a ValueError unless `name` is a sound pipeline folder, or may be a name on the hub.
 
     Args:
         name: folder or hub name.
         pipeline_class: class that is to be loaded.
-        given: components that the caller brings along, which the folder need not hold.
+        given: arguments of `from_pretrained`: components, which the folder need not hold then,
+            `variant` and `use_safetensors`.
     """
     folder = check_pipeline_folder(name)
     if folder is not None:
@@ -59,7 +65,9 @@ def may_be_on_hub(name: str) -> bool:
 def loading_error(name: str, error: Exception) -> ValueError:
     """The error to raise where diffusers could not load `name`."""
     if not Path(name).is_dir():
-        return ValueError(not_fetched(name, error))
+        other = ". Weights of another kind need variant='fp16' or use_safetensors=False"
+        is_other = "variant" in str(error) or "safetensors" in str(error)
+        return ValueError(not_fetched(name, error) + (other if is_other else ""))
     reason = re.split(r"(?<=[a-z)\]'])[.] | \(Cannot find ", " ".join(str(error).split()))[0]
     return ValueError(f"{name} cannot be loaded: {reason[:300].rstrip('. ')}; {_ADVICE}")
 
@@ -77,10 +85,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def weights_digest(run: Path, part: str = "transformer") -> str | None:
-    """What tells the weights of a part from those of an earlier time; None without a folder."""
+def weights_digest(
+    run: Path, part: str = "transformer", pattern: str = "*.safetensors"
+) -> str | None:
+    """What tells the files of a part from those of an earlier time; None without a folder."""
     digest = hashlib.sha256()
-    files = sorted((run / part).glob("*.safetensors"))
+    files = sorted((run / part).glob(pattern))
     for file in files:
         with file.open("rb") as weights:
             digest.update(hashlib.file_digest(weights, "sha256").digest())
@@ -119,7 +129,7 @@ def model_class_of(path: Path, library: Any, class_name: Any) -> type:
     )
 
 
-def _check_folder(folder: Path, pipeline_class: type, given: Collection[str]) -> None:
+def _check_folder(folder: Path, pipeline_class: type, given: Mapping[str, Any]) -> None:
     index = read_config(folder / "model_index.json")
     found, wanted = index.get("_class_name"), [c.__name__ for c in pipeline_class.__mro__]
     if found not in wanted:
@@ -134,9 +144,13 @@ def _check_folder(folder: Path, pipeline_class: type, given: Collection[str]) ->
         if name in given or (name == "vae" and index.get(name) in (None, [None, None])):
             continue
         _check_component(folder, name, index.get(name))
+        if name != "scheduler":
+            _check_weights(folder / name, given)
     for name in ("text_encoder", "tokenizer"):  # diffusers makes an empty tokenizer of no files
         entry = index.get(name)
         if name in given or entry in (None, [None, None]) or any((folder / name).glob("*")):
+            if name == "text_encoder" and name not in given and entry not in (None, [None, None]):
+                _check_weights(folder / name, given)
             continue
         raise ValueError(f"{folder} names a {name}, but has no folder of that name; {_ADVICE}")
 
@@ -156,10 +170,35 @@ def _check_component(folder: Path, name: str, entry: Any) -> None:
         )
     if name == "transformer":
         check_model_config(config_file, config, model_class_of(index_file, library, class_name))
-    found = sorted((folder / name).glob("*.safetensors"))
-    if not found and name != "scheduler" and not any((folder / name).glob("*.bin")):
-        raise ValueError(f"{folder / name} holds no weights (*.safetensors); {_ADVICE}")
-    for weights in found:
+
+
+def _check_weights(folder: Path, given: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless a part has weights of the variant and format that are asked for.
+
+    As diffusers does it: a part that has none of the variant is loaded without, but ours must.
+    """
+    variant, is_safe = given.get("variant"), given.get("use_safetensors", True)
+    found = {
+        (match["first"] or match["last"], match["format"] == "safetensors")
+        for match in (_WEIGHTS.fullmatch(file.name) for file in folder.iterdir())
+        if match
+    }
+    if not found:
+        raise ValueError(f"{folder} holds no weights (*.safetensors); {_ADVICE}")
+    variants = (variant,) if folder.name == "transformer" else (variant, None)
+    formats = (True, False) if is_safe is None else (bool(is_safe),)
+    if not found.intersection(itertools.product(variants, formats)):
+        there = [
+            (f"variant={name!r} (--variant {name} on the command line)" if name else "no variant")
+            + ("" if safe else " and use_safetensors=False: pickles, which save_pretrained renews")
+            for name, safe in sorted(found, key=str)
+        ]
+        raise ValueError(
+            f"{folder} has no {'.bin' if is_safe is False else '.safetensors'} weights "
+            f"{f'of variant {variant}' if variant else 'without a variant'}; load it with "
+            f"{', or with '.join(there)}"
+        )
+    for weights in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(weights, framework="pt"):
                 pass  # reads the header and compares the file's length with it

@@ -5,6 +5,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from elit._files import typed_path
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.pipelines.folder import check_pipeline_folder, loading_error, read_config
@@ -20,7 +21,7 @@ def load_pipeline(name: str | os.PathLike, **kwargs: Any) -> ElasticPipeline:
         name: of the folder, or on the hub.
         **kwargs: of `from_pretrained`.
     """
-    name = os.fspath(name)
+    name = typed_path(name)
     folder = check_pipeline_folder(name)
     if folder is not None:
         index = read_config(folder / "model_index.json")

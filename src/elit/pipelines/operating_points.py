@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from elit._files import typed_path
 from elit._numbers import is_real
 from elit.flow.guidance import Guidance, make_guidance
 from elit.interface.budget import format_budget
@@ -114,7 +115,7 @@ class OperatingPoints:
     @classmethod
     def load(cls, file: str | os.PathLike) -> "OperatingPoints":
         """Read `sweep.json`, or the folder that it lies in."""
-        path = Path(file)
+        path = Path(typed_path(file))
         path = path / "sweep.json" if path.is_dir() else path
         if not path.exists():
             raise ValueError(f"there is no {path}; `elit sweep RUN` measures and writes it")

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from elit._extras import missing
+from elit._files import typed_path
 from elit._hub import hub_reason
 from elit.layers.text import pad, tokenize
 
@@ -30,6 +31,7 @@ ENCODERS = {
 
 def load_text_encoder(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Tokenizer and frozen text encoder of transformers, by name on the hub or folder."""
+    name = typed_path(name)
     with _loading(name) as transformers:
         kind = _encoder_class(transformers, transformers.AutoConfig.from_pretrained(name))
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -43,6 +45,7 @@ def load_text_encoder(name: str, dtype: torch.dtype = torch.float32) -> tuple[An
 
 def encoder_settings(name: str) -> dict[str, Any]:
     """Arguments of a model that reads an encoder's states; looks at the encoder's config alone."""
+    name = typed_path(name)
     with _loading(name) as transformers:
         config = transformers.AutoConfig.from_pretrained(name)
         kind, width = _encoder_class(transformers, config), text_width(config)

@@ -1,9 +1,11 @@
 """What to prepare, from what and how: the settings of `prepare`, and which of them are allowed."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elit._choices import check_choice
+from elit._files import typed_path
 from elit._numbers import is_real, is_whole
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
@@ -71,6 +73,11 @@ class PrepareSettings:
     device: str = "auto"
     workers: int | None = None
     verify: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("source", "out", "vae", "text_encoder"):
+            if isinstance(path := getattr(self, name), str | os.PathLike):
+                object.__setattr__(self, name, typed_path(path))
 
     def check(self) -> None:
         """Raise a ValueError for what is not allowed."""

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from elit._files import write_file
+from elit._files import typed_path, write_file
 from elit._wrappers import without_wrapping
 from elit.retrofit import elastic
 from elit.retrofit.elastic import PREFIX, ElasticTransformer
@@ -37,7 +37,7 @@ def save_interface(transformer: Any, path: str | Path) -> None:
         transformer: from `elasticize`.
         path: of the file, which ends in `.safetensors`; it is replaced if it is there.
     """
-    path = Path(path)
+    path = Path(typed_path(path))
     if not isinstance(transformer, ElasticTransformer):
         raise ValueError(
             f"this {type(transformer).__name__} is not elastic: it has no interface to save; "
@@ -128,6 +128,7 @@ def load_elastic(name: str | Path, **kwargs: Any) -> Any:
     Raises:
         ValueError: if it is not an elastic transformer.
     """
+    name = typed_path(name)
     where = {key: kwargs[key] for key in _WHERE if key in kwargs}
     try:
         config = AutoModel.load_config(name, **where)
@@ -149,13 +150,12 @@ _WHERE = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "fo
 
 def _find(name: str | Path, weight_name: str, revision: str | None) -> Path:
     """The file, fetched from the hub if it has to be."""
-    path = Path(name)
-    path = path / weight_name if path.is_dir() else path
+    given = Path(typed_path(name))
+    path = given / weight_name if given.is_dir() else given
     if path.exists():
         return path
-    parts = Path(name).parts
-    is_hub_name = isinstance(name, str) and len(parts) == 2 and not name.endswith(".safetensors")
-    if not is_hub_name or Path(name).is_dir():
+    is_hub_name = isinstance(name, str) and len(given.parts) == 2 and given.suffix != ".safetensors"
+    if not is_hub_name or given.is_dir():
         raise ValueError(f"there is no file {path}; give the one that save_interface wrote")
     from huggingface_hub import hf_hub_download
 

@@ -3,7 +3,7 @@
 checkpoints/step-00001000/
 shard-00001-model-00001-of-00001.safetensors   of each process that held something of its own:
                                                model.NAME, ema.NAME, optimizer.NAME/MOMENT
-state.json                                     step and what else the loop must know
+state.json                                     step, what else the loop must know, and checksums
 
 Each process writes what it holds, in the background, into a folder aside that the first one renames
 when all have finished. Another number of processes reads them back, sharded or not.
@@ -30,11 +30,13 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 from torch.distributed.tensor import DTensor
 
+from elit._files import digest_of, json_text, sha256_of
 from elit.training.distributed import World, is_of_connection
 from elit.training.folder import remove_folder, rename_folder
 
 _NAME = re.compile(r"step-(\d{8,})")
 STATE = "state.json"
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -104,8 +106,9 @@ class Checkpoints:
     def _name(self, step: int, state: Mapping[str, Any]) -> None:
         """Give a checkpoint that all have written its name, and remove the oldest."""
         aside = self._aside(step)
-        files = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
-        (aside / STATE).write_text(json.dumps({"step": step, **state, "files": files}, indent=2))
+        files = {file.name: sha256_of(file) for file in sorted(aside.iterdir())}
+        whole = {"step": step, **json.loads(json.dumps(state)), "files": files}
+        (aside / STATE).write_text(json_text({**whole, "digest": digest_of(whole)}))
         rename_folder(aside, self.folder / f"step-{step:08d}")
         for old in checkpoint_steps(self.folder)[: -self.keep]:
             remove_folder(self.folder / f"step-{old:08d}")
@@ -146,7 +149,7 @@ class Checkpoints:
         state, problem = {}, None
         try:
             state = json.loads((path / STATE).read_text())
-            _check_files(path, state["files"])
+            self._check_files(path, step, state)
             _check_names(reader, tensors)
             state = {key: state[key] for key in keys}
         except Exception as error:  # of many kinds: the files may hold anything
@@ -171,6 +174,24 @@ class Checkpoints:
             raise _read_error(path, error) from error
         return state
 
+    def _check_files(self, path: Path, step: int, state: Mapping[str, Any]) -> None:
+        """Raise a ValueError for a checkpoint that is not as it was written.
+
+        Each process reads its share of the files. Early checkpoints know their sizes alone.
+        """
+        files = state["files"]
+        found = {file.name for file in path.glob("*.safetensors")}
+        if different := sorted(found ^ files.keys()):
+            raise ValueError(f"{different[0]} is missing, or was put there by something else")
+        whole = {key: value for key, value in state.items() if key != "digest"}
+        is_early = all(isinstance(written, int) for written in files.values())
+        if state["step"] != step or not (is_early or state.get("digest") == digest_of(whole)):
+            raise ValueError(f"{STATE} is not as it was written")
+        for name, written in list(files.items())[self.world.rank :: self.world.size]:
+            file = path / name
+            if written != (file.stat().st_size if isinstance(written, int) else sha256_of(file)):
+                raise ValueError(f"{name} is not as it was written")
+
 
 def read_state(path: Path) -> dict[str, Any]:
     """The state of a checkpoint, as far as it can be read: `load` says what is wrong with it."""
@@ -179,14 +200,6 @@ def read_state(path: Path) -> dict[str, Any]:
         return state if isinstance(state, dict) else {}
     except (OSError, ValueError):
         return {}
-
-
-def _check_files(path: Path, files: Mapping[str, int]) -> None:
-    """Raise an OSError for a file that is missing or cut off: its tensors would not be filled."""
-    for name, size in files.items():
-        found = (path / name).stat().st_size
-        if found != size:
-            raise OSError(f"{name} has {found} bytes, but {size} were written")
 
 
 def _check_names(reader: HuggingFaceStorageReader, tensors: Mapping[str, Tensor]) -> None:
@@ -260,10 +273,15 @@ def frozen_names(model: nn.Module) -> set[str]:
 
 
 def frozen_digest(model: nn.Module) -> str | None:
-    """A fingerprint of the parameters that a checkpoint leaves out: of a few numbers of each."""
+    """A fingerprint of the parameters that a checkpoint leaves out: first numbers, and all summed.
+
+    Sums of the bits, as whole numbers: no device rounds them.
+    """
     digest, frozen = hashlib.sha256(), frozen_names(model)
     for name, parameter in model.named_parameters():
         if name in frozen:
             some = parameter.detach().flatten()[:64].float().cpu()
             digest.update(name.encode() + some.numpy().tobytes())
+            bits = parameter.detach().contiguous().view(_BITS[parameter.element_size()])
+            digest.update(str(int(bits.sum(dtype=torch.int64))).encode())
     return digest.hexdigest() if frozen else None

@@ -3,11 +3,14 @@
 The defaults are the paper's; the YAML files in `configs/` say where a run differs.
 """
 
+import copy
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from elit._files import typed_path
 from elit.training.rules import check_values
 
 WORDS = "words"  # the built-in reader of captions
@@ -249,6 +252,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ValueError("output_dir is empty; give a folder, such as runs/train")
+        self._map_paths(typed_path)
         check_values(self)
         if self.optimizer.final_lr and self.optimizer.schedule == "constant":
             raise ValueError(
@@ -297,6 +301,25 @@ class TrainConfig:
         if self.latents.draws > 1 and self.latents.order == "random":
             raise ValueError("latents.draws above 1 has no effect on latents.order=random")
 
+    def _map_paths(self, change: Callable[[str | os.PathLike], str]) -> None:
+        """Change all paths of the config, and names that may be paths."""
+        options = self.data.options = dict(self.data.options)
+        places = [
+            (vars(self), "output_dir"), (vars(self.text), "encoder"),
+            *((vars(self.retrofit), key) for key in ("base", "start")),
+            *((options, key) for key in ("path", "vae")),
+        ]  # fmt: skip
+        for holder, key in places:
+            if isinstance(path := holder.get(key), str | os.PathLike):
+                holder[key] = change(path)
+
+    def from_anywhere(self) -> "TrainConfig":
+        """The same config with what it reads by paths from the root: it means the same anywhere."""
+        config = copy.deepcopy(self)
+        config._map_paths(lambda path: os.path.abspath(path) if os.path.exists(path) else str(path))
+        config.output_dir = self.output_dir
+        return config
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for YAML and JSON."""
         return json.loads(json.dumps(asdict(self)))  # tuples become lists
@@ -309,16 +332,10 @@ def fixed_settings(config: TrainConfig, fingerprint: str | None = None) -> dict[
         config: of the run.
         fingerprint: of its data set, where that may change.
     """
-    settings = config.to_dict()
+    settings = config.from_anywhere().to_dict()
     del settings["data"]["num_workers"]  # changes no sample
     if fingerprint is not None:
         for option in _FREE_OPTIONS:
             settings["data"]["options"].pop(option, None)
         settings["data"]["fingerprint"] = fingerprint
-    encoder = settings["text"]["encoder"]
-    if os.path.isdir(encoder):  # one name for a folder, however it is written
-        settings["text"]["encoder"] = os.path.abspath(encoder)
-    for key in ("base", "start"):
-        if (folder := settings["retrofit"][key]) and os.path.isdir(folder):
-            settings["retrofit"][key] = os.path.abspath(folder)
     return {key: settings[key] for key in ("seed", "model", "data", "text", "retrofit")}

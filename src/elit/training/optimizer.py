@@ -1,16 +1,28 @@
 """AdamW with what surrounds it: schedule, clipping, and the scale of the loss in fp16."""
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from elit.training.config import TrainConfig
+from elit.training.config import OptimizerConfig, TrainConfig
 from elit.training.parallel import whole
 from elit.training.retrofit import parameter_groups
 
 LEAST_SCALE = 1.0  # of the loss: if gradients overflow even there, the run has diverged
+
+
+def learning_rate(options: OptimizerConfig, steps: int, step: int) -> float:
+    """Warm-up, then constant or cosine: a function of the step."""
+    factor = min(1.0, (step + 1) / max(1, options.warmup_steps))
+    if options.schedule == "cosine" and step >= options.warmup_steps:
+        length = max(1, steps - options.warmup_steps - 1)
+        done = min(1.0, (step - options.warmup_steps) / length)
+        cosine = (1 + math.cos(math.pi * done)) / 2
+        factor = options.final_lr + (1 - options.final_lr) * cosine
+    return options.lr * factor
 
 
 class Optimizer:
@@ -45,16 +57,10 @@ class Optimizer:
         return self.adamw.param_groups[0]["lr"]
 
     def set_learning_rate(self, step: int) -> None:
-        """Warm-up, then constant or cosine: a function of the step."""
-        options = self.config.optimizer
-        factor = min(1.0, (step + 1) / max(1, options.warmup_steps))
-        if options.schedule == "cosine" and step >= options.warmup_steps:
-            length = max(1, self.config.train.steps - options.warmup_steps - 1)
-            done = (step - options.warmup_steps) / length
-            cosine = (1 + math.cos(math.pi * done)) / 2
-            factor = options.final_lr + (1 - options.final_lr) * cosine
+        """Set the rate of a step."""
+        rate = learning_rate(self.config.optimizer, self.config.train.steps, step)
         for group in self.adamw.param_groups:
-            group["lr"] = options.lr * factor * group["scale"]
+            group["lr"] = rate * group["scale"]
 
     def backward(self, loss: Tensor) -> None:
         """Add a loss's gradients."""
@@ -85,8 +91,9 @@ class Optimizer:
         self.scaler.load_state_dict({**self.scaler.state_dict(), "_growth_tracker": 0})
 
     def state(self) -> dict[str, Any]:
-        """What is no tensor."""
-        return {"scaler": self.scaler.state_dict()}
+        """What is no tensor, and what the learning rate follows from."""
+        schedule = {"steps": self.config.train.steps, "optimizer": asdict(self.config.optimizer)}
+        return {"scaler": self.scaler.state_dict(), **schedule}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""

@@ -3,11 +3,13 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from elit.data import ImageDataset
 from elit.training.checkpoint import read_state
-from elit.training.config import TrainConfig, fixed_settings
+from elit.training.config import OptimizerConfig, TrainConfig, fixed_settings
 from elit.training.distributed import World
+from elit.training.optimizer import learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -65,14 +67,32 @@ def check_same_run(
             f"{config.output_dir} holds another run ({'; '.join(different)}); "
             f"choose another output_dir, or give the settings of that run"
         )
-    if state.get("frozen") != frozen:
+    if state.get("base", frozen) != frozen:
         raise ValueError(
             f"checkpoint {path} was trained on another base: retrofit.base has changed since; "
             f"put that one back, or choose another output_dir"
         )
+    _tell_of_rate(path, state, config)
     if state.get("in_use", dataset.in_use) != dataset.in_use:
         logger.warning(
             "%s: other shards can be read now than when %s was written; from here on the samples "
             "come in another order, and some may come twice or late in this epoch",
             config.data.options.get("path"), path,
+        )  # fmt: skip
+
+
+def _tell_of_rate(path: Path, state: dict[str, Any], config: TrainConfig) -> None:
+    """Warn where the learning rate jumps, as it does where a cosine is made longer."""
+    try:
+        steps, step = int(state["steps"]), int(state["step"])
+        before = learning_rate(OptimizerConfig(**state["optimizer"]), steps, step)
+    except (KeyError, TypeError, ValueError):
+        return  # of an early version, or damaged: loading says so
+    now = learning_rate(config.optimizer, config.train.steps, step)
+    if step < config.train.steps and abs(now - before) > 0.01 * max(now, before):
+        logger.warning(
+            "%s: the learning rate jumps from %.3g to %.3g at step %d: train.steps was %d, now %d, "
+            "or optimizer.* has changed; a longer run keeps its cosine only if it is begun anew; "
+            "to go on at a low rate, give optimizer.schedule=constant and a small optimizer.lr",
+            path, before, now, step, steps, config.train.steps,
         )  # fmt: skip

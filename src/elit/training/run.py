@@ -102,7 +102,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(self.folder)
             remove_leftovers(self.folder)
-            text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+            text = yaml.safe_dump(config.from_anywhere().to_dict(), sort_keys=False)
             write_file(self.folder / "config.yaml", lambda aside: aside.write_text(text))
         loop = config.train
         self.log = MetricsLog(
@@ -281,7 +281,7 @@ class Run:
         return {
             "ema_steps": self.average.steps,
             "seconds": self.seconds,
-            "frozen": self.frozen,
+            "base": self.frozen,
             "in_use": self.dataset.in_use,
             "config": fixed_settings(self.config, self.dataset.fingerprint),
             **self.optimizer.state(),
@@ -306,7 +306,7 @@ class Run:
             check_not_taken(self.folder)
             return 0
         check_same_run(folder / f"step-{step:08d}", self.config, self.frozen, self.dataset)
-        state = self.checkpoints.load(step, self._tensors(), tuple(self._state()))
+        state = self.checkpoints.load(step, self._tensors(), ("ema_steps", "seconds", "scaler"))
         self.average.steps = state["ema_steps"]
         self._seconds_before = state["seconds"]
         self.optimizer.load_state(state)

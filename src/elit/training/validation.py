@@ -164,6 +164,8 @@ def budgets_out_of_order(losses: dict[int | None, Tensor]) -> list[str]:
     messages = []
     for larger, smaller in itertools.pairwise(kept):
         difference = losses[larger] - losses[smaller]
+        if len(difference) < 2:
+            continue  # a single sample has no standard error
         error = difference.std() / len(difference) ** 0.5
         least = 0.005 * losses[smaller].mean()
         if difference.mean() > torch.maximum(2 * error, least):
