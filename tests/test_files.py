@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from elit import _files
-from elit._files import cache_advice, checksums, files_in, sha256_of, typed_path
+from elit import _listing
+from elit._files import cache_advice, sha256_of, typed_path
+from elit._listing import checksums, files_of
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_linked_folders_are_read_and_hidden_ones_are_not(tmp_path) -> None:
     (tmp_path / "set/d").symlink_to(tmp_path / "elsewhere")  # twice is meant
     (tmp_path / "set/b/round").symlink_to(tmp_path / "set")
     (tmp_path / "set/e.png").symlink_to(tmp_path / "set/a.png")
-    found = [str(path.relative_to(tmp_path / "set")) for path in files_in(tmp_path / "set")]
+    found = [str(path.relative_to(tmp_path / "set")) for path in files_of(tmp_path / "set")[0]]
     assert found == ["a.png", "b/2.png", "c/deep/1.png", "d/deep/1.png", "e.png"]
 
 
@@ -68,7 +69,7 @@ def test_a_change_of_content_is_noticed_under_the_same_size_and_date(home, monke
     for file in files:
         file.write_bytes(b"one")
         os.utime(file, ns=(10**18, 10**18))
-    monkeypatch.setattr(_files, "_SETTLED", 0)
+    monkeypatch.setattr(_listing, "_TICK", 0)
     time.sleep(0.05)
     before = checksums(home, files)
     assert before == [sha256_of(file) for file in files]
@@ -84,7 +85,7 @@ def test_what_is_unchanged_is_not_read_again(home, monkeypatch) -> None:
     file.write_bytes(b"one")
     first = checksums(home, [file])
     assert not list((home / "cache").rglob("*.json"))  # it has changed just now
-    monkeypatch.setattr(_files, "_SETTLED", 0)
+    monkeypatch.setattr(_listing, "_TICK", 0)
     time.sleep(0.05)
     assert checksums(home, [file]) == first
     file.chmod(0)

@@ -244,7 +244,7 @@ def test_other_settings_are_refused(source, tmp_path) -> None:
 
 def later(monkeypatch) -> None:
     """Files that were just made count as long unchanged, so that their times are trusted."""
-    monkeypatch.setattr("elit.preparation.listing._TICK", -(10**12))
+    monkeypatch.setattr("elit._listing._TICK", -(10**12))
 
 
 @pytest.mark.parametrize("fresh", [True, False])

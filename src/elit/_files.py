@@ -1,6 +1,5 @@
 """Files that are never half there."""
 
-import contextlib
 import errno
 import functools
 import hashlib
@@ -11,15 +10,13 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 _ASIDE = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part(\.\w+)?")
 _NO_LONGER_WRITTEN = 24 * 3600  # seconds after the last change
 _VARIABLE = re.compile(r"\$(\{[A-Za-z_]\w*\}|[A-Za-z_]\w*)")
-_LITTER = ("__MACOSX", "@eaDir")  # folders of previews that systems leave beside pictures
-_SETTLED = 2 * 10**9  # nanoseconds after which a file system's clock tells two changes apart
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -150,50 +147,6 @@ def cache_advice(path: str | os.PathLike[str]) -> str | None:
     found = found or [name for name, place in places.items() if place.is_relative_to(path)]
     names = " and ".join(found) if len(found) < len(places) else "XDG_CACHE_HOME"
     return f"set {names} to a folder that you may write into" if found else None
-
-
-def files_in(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """All files in a folder and the folders in it, linked ones too, in order of their names.
-
-    Hidden files and folders are left out, and the previews that systems keep.
-    """
-    real = os.path.realpath(folder)
-    if real in above:
-        return  # a link to a folder that it lies in
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith(".") or entry.name in _LITTER:
-            continue
-        if entry.is_dir():
-            yield from files_in(Path(entry.path), above | {real})
-        else:
-            yield Path(entry.path)
-
-
-def checksums(folder: Path, files: Sequence[Path]) -> list[str]:
-    """SHA-256 of files in a folder, read again only if they may have changed.
-
-    The cache remembers them by size, times and inode. Nobody can set the time of a file's last
-    change (ctime): contents that were replaced under their old size and date are noticed. What
-    changed just now is not remembered, as its clock may not have moved on since.
-    """
-    memory = cache_folder() / "contents" / f"{digest_of(os.path.realpath(folder))}.json"
-    try:
-        before = dict(json.loads(memory.read_text()))
-    except (OSError, ValueError, TypeError):
-        before = {}
-    now, found, settled = time.time_ns(), [], dict(before)
-    for file in files:
-        name, at = str(file.relative_to(folder)), file.stat()
-        state = [at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_dev, at.st_ino]
-        kept: Any = before.get(name)
-        is_same = isinstance(kept, list) and kept[:-1] == state
-        found.append(kept[-1] if is_same else sha256_of(file))
-        if os.name != "nt" and max(at.st_mtime_ns, at.st_ctime_ns) < now - _SETTLED:
-            settled[name] = [*state, found[-1]]
-    if settled != before:
-        with contextlib.suppress(OSError):  # then they are read again
-            write_json(memory, settled)
-    return found
 
 
 def remove_leftovers(folder: Path, pattern: str = ".*.part*") -> None:

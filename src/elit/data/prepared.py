@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from elit._choices import check_choice
-from elit._files import checksums, sha256_of, typed_path
+from elit._files import sha256_of, typed_path
+from elit._listing import checksums
 from elit._numbers import is_whole
 from elit.data import SPLITS, ImageDataset
 from elit.data.buckets import Bucket

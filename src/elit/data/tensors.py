@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from elit._choices import check_choice
-from elit._files import checksums, typed_path
+from elit._files import typed_path
+from elit._listing import checksums
 from elit.data import SPLITS, ImageDataset
 
 LATENTS, NULL = "latents", "null."

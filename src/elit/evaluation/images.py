@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from elit._choices import nearest
-from elit._files import checksums, digest_of, files_in, typed_path
+from elit._files import digest_of, typed_path
+from elit._listing import checksums, files_of
 from elit.data import DATASETS, ImageDataset, load_dataset
 from elit.data.manifest import MANIFEST
 from elit.evaluation.parts import batches
@@ -147,7 +148,7 @@ def _captions(dataset: ImageDataset, numbers: Sequence[int]) -> list[str]:
 
 
 def _of_folder(folder: Path, size: tuple[int, int] | None) -> Images:
-    files = [path for path in files_in(folder) if path.suffix.lower() in SUFFIXES]
+    files = [path for path in files_of(folder)[0] if path.suffix.lower() in SUFFIXES]
     if not files:
         raise ValueError(f"{folder} has no pictures in it ({', '.join(SUFFIXES)})")
 

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from elit.preparation.listing import files_of
+from elit._listing import files_of
 from elit.preparation.packed import BUILDERS, load_files, read_tars
 from elit.preparation.settings import NONE, PrepareSettings
 from elit.preparation.tables import TABLES, as_table, columns_of, file_column, read_rows

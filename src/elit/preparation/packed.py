@@ -10,7 +10,7 @@ from typing import Any
 
 from elit._files import digest_of, sha256_of
 from elit._hub import hub_reason, not_fetched
-from elit.preparation.listing import is_hidden, stamp
+from elit._listing import is_hidden, stamp
 from elit.preparation.tables import as_table, columns_of
 
 _TEXTS = ("cls", "json", "txt", "text", "caption")

@@ -11,6 +11,7 @@ from typing import Any
 from elit._choices import check_choice
 from elit._extras import missing
 from elit._files import sha256_of
+from elit._listing import files_of, stamp
 from elit.data import SPLITS
 from elit.data.idx import is_idx_folder
 from elit.preparation.columns import (
@@ -22,7 +23,6 @@ from elit.preparation.columns import (
 )
 from elit.preparation.idx import idx_tables
 from elit.preparation.layout import SUFFIXES, Layout
-from elit.preparation.listing import files_of, stamp
 from elit.preparation.packed import OFFSET, by_datasets
 from elit.preparation.settings import NONE, PrepareSettings
 

@@ -1,10 +1,15 @@
 """Which files a folder holds, and whether they are still the same."""
 
+import contextlib
 import hashlib
+import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+from elit._files import cache_folder, digest_of, sha256_of, write_json
 
 _LITTER = ("__MACOSX", "@eaDir")  # what systems keep beside pictures: hidden by another name
 _TICK = 2_000_000_000  # ns: within it a file may change twice at what a disk takes for one time
@@ -61,3 +66,30 @@ def stamp(files: Iterable[str | Path]) -> str | None:
         digest.update(f"{about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}\n".encode())
         newest = max(newest, about.st_mtime_ns, about.st_ctime_ns)
     return None if time.time_ns() - newest < _TICK else digest.hexdigest()[:32]
+
+
+def checksums(folder: Path, files: Sequence[Path]) -> list[str]:
+    """SHA-256 of files in a folder, read again only if they may have changed.
+
+    The cache remembers them by size, times and inode. Nobody can set the time of a file's last
+    change (ctime): contents that were replaced under their old size and date are noticed. What
+    changed just now is not remembered, as its clock may not have moved on since.
+    """
+    memory = cache_folder() / "contents" / f"{digest_of(os.path.realpath(folder))}.json"
+    try:
+        before = dict(json.loads(memory.read_text()))
+    except (OSError, ValueError, TypeError):
+        before = {}
+    now, found, settled = time.time_ns(), [], dict(before)
+    for file in files:
+        name, at = str(file.relative_to(folder)), file.stat()
+        state = [at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_dev, at.st_ino]
+        kept: Any = before.get(name)
+        is_same = isinstance(kept, list) and kept[:-1] == state
+        found.append(kept[-1] if is_same else sha256_of(file))
+        if os.name != "nt" and max(at.st_mtime_ns, at.st_ctime_ns) < now - _TICK:
+            settled[name] = [*state, found[-1]]
+    if settled != before:
+        with contextlib.suppress(OSError):  # then they are read again
+            write_json(memory, settled)
+    return found
