@@ -49,9 +49,9 @@ def save_sheets(
         "worth.png": sheets.of_worths(worths),
     }
     written = []
-    for name, picture in pictures.items():
-        if picture is not None:
-            save_image(picture, folder / name)
+    for name, sheet in pictures.items():
+        if sheet is not None:
+            save_image(sheet, folder / name)
             written.append(folder / name)
         else:
             (folder / name).unlink(missing_ok=True)  # of an earlier call

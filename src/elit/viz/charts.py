@@ -33,7 +33,8 @@ RAMPS = {
 INK, FAINT, GRID, PAPER = "#202124", "#5f656d", "#e4e6ea", "#ffffff"
 _THEME = {INK: "ink", FAINT: "faint", GRID: "grid", PAPER: "paper"}  # variables of a page's style
 _STYLE = {
-    "font.size": 9, "font.family": "DejaVu Sans", "text.color": INK, "text.parse_math": False, "axes.labelcolor": INK,
+    "font.size": 9, "font.family": "DejaVu Sans", "text.color": INK, "text.parse_math": False,
+    "axes.labelcolor": INK,
     "axes.edgecolor": FAINT, "axes.spines.top": False, "axes.spines.right": False,
     "axes.titlelocation": "left", "axes.titlesize": 10, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": GRID, "grid.linewidth": 0.8, "xtick.color": FAINT, "ytick.color": FAINT,
@@ -230,9 +231,10 @@ def _scale(axis: Any, chart: Chart) -> None:
         if getattr(chart, f"log_{name}"):
             axis.set(**{f"{name}scale": "log"})
     if chart.kind == "bars" and not chart.zero:  # differences are small
-        errors = [b.error if len(b.error) else np.zeros(len(b.y)) for b in chart.series]
         ends = [
-            np.add(b.y, s * np.asarray(e)) for b, e in zip(chart.series, errors) for s in (1, -1)
+            np.add(bars.y, sign * np.asarray(bars.error if len(bars.error) else 0))
+            for bars in chart.series
+            for sign in (1, -1)
         ]
         low, high = np.min(np.concatenate(ends)), np.max(np.concatenate(ends))
         margin = 0.25 * (high - low) or 0.01
@@ -267,7 +269,8 @@ def _mark_log(scale: Any) -> None:
 
     low, high = scale.get_view_interval()
     decades = math.log10(high / low)
-    subs = (1, 2, 3, 5, 7) if decades < 1.2 else (1, 2, 5) if decades < 3 else (1, 3)
+    fine = {1.2: (1, 2, 3, 5, 7), 3: (1, 2, 5), 5: (1, 3), math.inf: (1,)}
+    subs = next(subs for most, subs in fine.items() if decades < most)
     wide = decades > 0.7
     scale.set_major_locator(LogLocator(subs=subs) if wide else MaxNLocator(5))
     scale.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}") if wide else ScalarFormatter())
@@ -302,4 +305,4 @@ def _with_rows(group: re.Match[str]) -> str:
     style = re.search(r'<use [^>]*?( style="[^"]*")/>', text)
     if style is None:
         return text
-    return text.replace(style[1] + "/>", "/>").replace("<g id=", f"<g{style[1]} id=", 1)
+    return re.sub("<g id=[^>]*", f"<g{style[1]}", text.replace(style[1] + "/>", "/>"), count=1)

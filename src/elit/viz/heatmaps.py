@@ -55,7 +55,7 @@ def colours(values: Array, low: float, high: float) -> Array:
     values = np.ma.masked_invalid(np.asarray(values, float))
     share = (values - low) / (high - low) if high > low else values * 0 + 0.5
     paint = colormaps["inferno"].with_extremes(bad="#808080")
-    return paint(share, bytes=True)[..., :3]
+    return np.asarray(paint(np.ma.atleast_1d(share), bytes=True))[..., :3].reshape(*values.shape, 3)
 
 
 def heatmap(

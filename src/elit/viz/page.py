@@ -126,28 +126,7 @@ def _page(
         },
         "steps": {str(count): str(count) for count in steps},
     }
-    first = {what: next(iter(own), None) for what, own in options.items()}
     themes = THEMES if several else [ramp(len(rows.budgets), theme) for theme in RAMPS]
-    palette = themes[0]
-
-    def draw(chart: Chart | None, **picks: str) -> list[dict[str, Any]]:
-        if chart is None:
-            return []
-        hidden = any(first[what] != value for what, value in picks.items())
-        drawn = svg(replace(chart, title=""), palette)
-        return [{"svg": drawn, "caption": chart.title, "picks": picks, "hidden": hidden}]
-
-    figures: dict[str, list[dict[str, Any]]] = {"cost": [], "steps": [], "guidance": []}
-    for name, info in shown.items():
-        for cost in COSTS:
-            figures["cost"] += draw(cost_chart(rows, name, info, cost), score=name)
-        for k, guide in enumerate(guides[:_MOST_GUIDES]):
-            chart = budgets_chart(rows, name, info, guide)
-            figures["steps"] += draw(chart, score=name, guide=str(k))
-    for count in steps:
-        for name, info in shown.items():
-            figures["guidance"] += draw(guidance_chart(rows, name, info, count), steps=str(count))
-
     stamps = {name: stamp(report) for name, report in reports.items()}
     alike = len(set(stamps.values())) == 1
     names = rows.names if several else [f"budget {format_budget(b)}" for b in rows.budgets]
@@ -156,17 +135,17 @@ def _page(
         words,
         data=_finite(data),
         themes=themes,
-        colours=[(k % len(palette), name) for k, name in enumerate(names)],
+        colours=[(k % len(themes[0]), name) for k, name in enumerate(names)],
         signs=[(_SIGNS[k], KINDS[k]) for k in KINDS if any(r["guidance"] == k for r in rows.rows)],
         models=[(name, training_flops(report)) for name, report in reports.items()],
         several=several,
         options=options,
-        figures=figures,
+        figures=_figures(rows, shown, options, themes[0]),
         scores=shown,
         guides_note=_guides_note(guides),
         timed=any(row.get("ms_per_image") is not None for row in rows.rows),
         stamp=next(iter(stamps.values())) if alike else "; ".join(map(": ".join, stamps.items())),
-        best={name: _best_table(rows, name, info) for name, info in shown.items()} if several else {},
+        best={name: _best_table(rows, name, info) for name, info in shown.items() if several},
         sheets=[(caption, picture.size, _data_uri(picture)) for caption, picture in sheets],
         ranked=next(iter(shown.values())).axis() if shown and not several else "",
         columns=_columns(rows, shown),
@@ -175,6 +154,31 @@ def _page(
         count=len(rows.rows),
         facts={label: [one.get(label, "-") for one in facts] for own in facts for label in own},
     )  # fmt: skip
+
+
+def _figures(
+    rows: Rows, scores: Mapping[str, ScoreInfo], options: Mapping[str, Any], colours: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """All charts by their sections, those that the pickers' first options don't choose hidden."""
+    first = {what: next(iter(own), None) for what, own in options.items()}
+    figures: dict[str, list[dict[str, Any]]] = {"cost": [], "steps": [], "guidance": []}
+
+    def add(section: str, chart: Chart | None, **picks: str) -> None:
+        if chart is not None:
+            drawn = svg(replace(chart, title=""), colours)
+            hidden = any(first[what] != value for what, value in picks.items())
+            figure = {"svg": drawn, "caption": chart.title, "picks": picks, "hidden": hidden}
+            figures[section].append(figure)
+
+    for name, info in scores.items():
+        for cost in COSTS:
+            add("cost", cost_chart(rows, name, info, cost), score=name)
+        for k, guide in enumerate(rows.guides()[:_MOST_GUIDES]):
+            add("steps", budgets_chart(rows, name, info, guide), score=name, guide=str(k))
+    for count in options["steps"]:
+        for name, info in scores.items():
+            add("guidance", guidance_chart(rows, name, info, int(count)), steps=count)
+    return figures
 
 
 def _guides_note(guides: Sequence[Guide]) -> str:
@@ -314,7 +318,7 @@ def _columns(rows: Rows, scores: Mapping[str, ScoreInfo]) -> dict[str, list[str]
 
 
 def _best_table(rows: Rows, score: str, info: ScoreInfo) -> list[tuple[str, list[tuple]]]:
-    """The best score of each model at or below each cost: whether it wins, and how it is reached."""
+    """The best score of each model at or below each cost, if it wins, and how it is reached."""
     lines = []
     for cost, best in best_at_costs(rows, score, info):
         values = [None if i is None else rows.score(i, score) for i in best.values()]
