@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,27 +15,16 @@ from PIL import Image
 
 from elit._pareto import is_number, pareto_front
 from elit.interface.budget import format_budget
+from elit.viz import sweeps
 from elit.viz.charts import INK, RAMPS, THEMES, Chart, Line, ramp, svg
-from elit.viz.sweeps import (
-    KINDS,
-    Guide,
-    Rows,
-    ScoreInfo,
-    best_at_costs,
-    facts_of,
-    grouped,
-    guide_name,
-    guide_of,
-    in_words,
-    stamp,
-    training_flops,
-)
+from elit.viz.sweeps import KINDS, Guide, Point, Rows, ScoreInfo, grouped, guide_name, guide_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-Sheets = Sequence[tuple[str, Image.Image]]
-Points = Sequence[tuple[float, float, int]]
+Report = Mapping[str, Any]
+Scores = Mapping[str, ScoreInfo]  # title and direction of each, in the order to show them
+Sheets = Sequence[tuple[str, Image.Image]]  # captions and pictures
 
 COSTS = {"gflops_per_image": "GFLOPs per image", "ms_per_image": "ms per image"}
 # Outlines of a point for each kind of guidance, of kinds unknown here the first.
@@ -45,52 +35,28 @@ _MOST_GUIDES = 12  # of the charts over steps and budgets
 _LOG_RATIO = 10  # of the largest to the smallest score, beyond which they get a log axis
 
 
-def sweep_page(
-    report: Mapping[str, Any], scores: Mapping[str, ScoreInfo], sheets: Sheets = ()
-) -> str:
-    """HTML page of one sweep.
-
-    Args:
-        report: as `elit sweep` writes it.
-        scores: title and direction of each score that the rows have, in the order to show them.
-        sheets: captions and pictures: the same noise over the budgets.
-    """
-    model = report.get("model", {})
-    name = str(model.get("path", "model"))
-    rows = Rows({name: report})
-    parameters = model.get("parameters")
-    about = [str(model["class"])] if model.get("class") else []
-    about += [f"{parameters:,} parameters"] if isinstance(parameters, int) else []
-    about += ["elastic" if model.get("elastic") else "plain", training_flops(report)]
-    counts = Counter(str(text) for row in rows.rows for text in row.get("warnings") or ())
-    return _page(
-        {name: report}, rows, scores, sheets, data=report, title=name,
-        heading=f"{name}: quality against cost", about=", ".join(about),
-        notes=[f"{k} of {len(rows.rows)} rows: {text}" for text, k in counts.most_common(5)],
-    )  # fmt: skip
+def sweep_page(report: Report, scores: Scores, sheets: Sheets = ()) -> str:
+    """HTML page of one sweep's report, with sheets that have the same noise over the budgets."""
+    name = str(report.get("model", {}).get("path", "model"))
+    warnings = Counter(str(text) for row in report["rows"] for text in row.get("warnings") or ())
+    notes = [f"{k} of {len(report['rows'])} rows: {text}" for text, k in warnings.most_common(5)]
+    return _page(report, {name: report}, scores, sheets, notes)
 
 
 def compare_page(
-    reports: Mapping[str, Mapping[str, Any]],
-    scores: Mapping[str, ScoreInfo],
-    sheets: Sheets = (),
-    notes: Sequence[str] = (),
+    reports: Mapping[str, Report], scores: Scores, sheets: Sheets = (), notes: Sequence[str] = ()
 ) -> str:
     """HTML page of two or more sweeps side by side, a colour for each model.
 
     Args:
         reports: by the models' names.
-        scores: title and direction of each score, in the order to show them.
-        sheets: captions and pictures.
+        scores: that the rows have.
+        sheets: to show below the charts.
         notes: what a reader must know of this comparison.
     """
     if len(reports) < 2:
         raise ValueError(f"{len(reports)} sweeps cannot be compared; give two or more")
-    title = " and ".join(reports)
-    return _page(
-        reports, Rows(reports), scores, sheets, data={"reports": reports}, title=title,
-        heading=f"{title} side by side", notes=notes,
-    )  # fmt: skip
+    return _page({"reports": reports}, reports, scores, sheets, notes)
 
 
 @cache
@@ -98,66 +64,47 @@ def templates() -> "Environment":
     """The templates of all pages; what they are given is escaped."""
     from jinja2 import Environment, FileSystemLoader
 
-    return Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    folder = FileSystemLoader(Path(__file__).parent / "templates")
+    return Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def _page(
-    reports: Mapping[str, Mapping[str, Any]],
-    rows: Rows,
-    scores: Mapping[str, ScoreInfo],
-    sheets: Sheets,
-    data: Any,
-    **words: Any,
+    data: Any, reports: Mapping[str, Report], scores: Scores, sheets: Sheets, notes: Sequence[str]
 ) -> str:
-    several = len(reports) > 1
-    first_report = next(iter(reports.values()))
-    shown = _shown_scores(rows, scores, first_report.get("ranked_by"))
+    rows, several = Rows(reports), len(reports) > 1
+    shown = _shown_scores(rows, scores, next(iter(reports.values())).get("ranked_by"))
     guides = rows.guides()
     steps = sorted({row["steps"] for row in rows.rows if is_number(row.get("scale"))}, reverse=True)
-    samplers = {row.get("sampler") for row in rows.rows}
+    sampler = len({row.get("sampler") for row in rows.rows}) > 1
+    names = [guide_name(guide) + f", {guide[-1]}" * sampler for guide in guides[:_MOST_GUIDES]]
     options = {
         "score": {name: info.title for name, info in shown.items()},
-        "guide": {
-            str(k): guide_name(guide) + (f", {guide[-1]}" if len(samplers) > 1 else "")
-            for k, guide in enumerate(guides[:_MOST_GUIDES])
-        },
+        "guide": {str(k): name for k, name in enumerate(names)},
         "steps": {str(count): str(count) for count in steps},
     }
     themes = THEMES if several else [ramp(len(rows.budgets), theme) for theme in RAMPS]
-    stamps = {name: stamp(report) for name, report in reports.items()}
+    best = {info.column(): info.best(rows.score(i, name) for i in rows.scored(name))
+            for name, info in shown.items()}  # fmt: skip
+    facts = [sweeps.facts_of(report) for report in reports.values()]
+    stamps = {name: sweeps.stamp(report) for name, report in reports.items()}
     alike = len(set(stamps.values())) == 1
-    names = rows.names if several else [f"budget {format_budget(b)}" for b in rows.budgets]
-    facts = [facts_of(report) for report in reports.values()]
     return templates().get_template("sweep.html").render(
-        words,
-        data=_finite(data),
-        themes=themes,
-        colours=[(k % len(themes[0]), name) for k, name in enumerate(names)],
-        signs=[(_SIGNS[k], KINDS[k]) for k in KINDS if any(r["guidance"] == k for r in rows.rows)],
-        models=[(name, training_flops(report)) for name, report in reports.items()],
-        several=several,
-        options=options,
+        title=" and ".join(reports), several=several, reports=reports, rows=rows, notes=notes,
+        data=json.loads(json.dumps(data), parse_constant=lambda _: None),  # of NaN and infinity
+        themes=themes, names=rows.names if several else list(map(_budget_name, rows.budgets)),
+        kinds=[(_SIGNS[kind], KINDS[kind]) for kind in KINDS if kind in rows.kinds],
+        scores=shown, options=options, guides=len(guides), about=sweeps,
         figures=_figures(rows, shown, options, themes[0]),
-        scores=shown,
-        guides_note=_guides_note(guides),
-        timed=any(row.get("ms_per_image") is not None for row in rows.rows),
-        stamp=next(iter(stamps.values())) if alike else "; ".join(map(": ".join, stamps.items())),
         best={name: _best_table(rows, name, info) for name, info in shown.items() if several},
         sheets=[(caption, picture.size, _data_uri(picture)) for caption, picture in sheets],
-        ranked=next(iter(shown.values())).axis() if shown and not several else "",
-        columns=_columns(rows, shown),
-        winners={info.column(): _cell(info.best(rows.score(i, name) for i in rows.scored(name)))
-                 for name, info in shown.items()},
-        count=len(rows.rows),
+        columns=_columns(rows, shown), winners={title: _cell(value) for title, value in best.items()},
         facts={label: [one.get(label, "-") for one in facts] for own in facts for label in own},
+        stamp=stamps[rows.names[0]] if alike else "; ".join(map(": ".join, stamps.items())),
     )  # fmt: skip
 
 
 def _figures(
-    rows: Rows, scores: Mapping[str, ScoreInfo], options: Mapping[str, Any], colours: Sequence[str]
+    rows: Rows, scores: Scores, options: Mapping[str, Any], colours: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
     """All charts by their sections, those that the pickers' first options don't choose hidden."""
     first = {what: next(iter(own), None) for what, own in options.items()}
@@ -181,28 +128,19 @@ def _figures(
     return figures
 
 
-def _guides_note(guides: Sequence[Guide]) -> str:
-    if len(guides) > _MOST_GUIDES:
-        return f"Of {len(guides)} guides, the {_MOST_GUIDES} with the most rows are here."
-    return f"Drawn with {guide_name(guides[0])}." if len(guides) == 1 else ""
-
-
 # ---- charts ----
 
 
 def cost_chart(rows: Rows, score: str, info: ScoreInfo, cost: str) -> Chart | None:
     """A score against a cost, the Pareto front of each model joined; None without points."""
     points = rows.points(rows.scored(score), cost, score)
-    series = []
-    for (colour, kind), own in grouped(
-        range(len(points)), lambda k: (rows.colours[points[k][2]], rows.kinds[points[k][2]])
-    ).items():
-        series.append(_line([points[k] for k in own], colour, kind, style=""))
-    for number, name in enumerate(rows.names):
-        own = [point for point in points if rows.models[point[2]] == name]
+    kinds = grouped(points, lambda p: (rows.colours[p[2]], rows.kinds[p[2]]))
+    series = [_line(rows, own, style="") for own in kinds.values()]
+    several = len(rows.names) > 1
+    for own in grouped(points, lambda p: rows.models[p[2]]).values():
         front = pareto_front([p[0] for p in own], [p[1] for p in own], info.lower_is_better)
-        colour = number if len(rows.names) > 1 else INK
-        series.append(_path([own[k] for k in front], colour, style="--"))
+        line = _path(rows, [own[k] for k in front], style="--")
+        series.append(line if several else replace(line, colour=INK))
     title = "Each point is a row of the table; the dashed line joins the Pareto front: what "
     return _chart(f"{title}nothing cheaper matches.", COSTS[cost], info, series)
 
@@ -210,14 +148,12 @@ def cost_chart(rows: Rows, score: str, info: ScoreInfo, cost: str) -> Chart | No
 def budgets_chart(rows: Rows, score: str, info: ScoreInfo, guide: Guide) -> Chart | None:
     """Budget versus steps, the paper's figure: fewer latents or fewer steps, at the same cost."""
     own = [i for i in rows.scored(score) if guide_of(rows.rows[i]) == guide]
+    points = rows.points(own, "gflops_per_image", score)
     series = []
-    for (_, steps), members in grouped(own, lambda i: rows.of(i, "steps")).items():
-        points = rows.points(members, "gflops_per_image", score)
-        series.append(_path(points, INK, f"{steps} steps", style=":"))
-    for (_, budget), members in grouped(own, lambda i: rows.of(i, "budget")).items():
-        points = rows.points(members, "gflops_per_image", score)
-        width = 3 if budget == rows.budgets[-1] else 1.2
-        series.append(_line(points, rows.colours[members[0]], guide[0], width=width))
+    for (_, steps), equal in grouped(points, lambda p: rows.of(p[2], "steps")).items():
+        series.append(_path(rows, equal, f"{steps} steps", style=":", colour=INK))
+    for (_, budget), equal in grouped(points, lambda p: rows.of(p[2], "budget")).items():
+        series.append(_line(rows, equal, width=3 if budget == rows.budgets[-1] else 1.2))
     title = "Fewer latents or fewer steps at the same cost: a line for each budget, over the "
     title += "steps, the strong one at the highest; a dotted line joins equal steps."
     return _chart(title, COSTS["gflops_per_image"], info, series)
@@ -229,65 +165,64 @@ def guidance_chart(rows: Rows, score: str, info: ScoreInfo, steps: int) -> Chart
     At scale 1 every guide is no guidance: there each line starts, if that was measured.
     """
 
-    def start_of(i: int) -> tuple[str, Any, float]:
+    def start_of(i: int) -> tuple[Any, ...]:
         """What a guided row shares with the unguided one that it starts from."""
-        return rows.models[i], rows.rows[i].get("sampler"), rows.rows[i]["budget"]
+        return (*rows.of(i, "budget"), rows.rows[i].get("sampler"))
 
     own = [i for i in rows.scored(score) if rows.rows[i]["steps"] == steps]
-    plain = {start_of(i): i for i in own if rows.kinds[i] == "none"}
-    guided = [i for i in own if is_number(rows.rows[i].get("scale"))]
-    series, starts = [], {}
-    for (start, (kind, *_)), members in grouped(
-        guided, lambda i: (start_of(i), guide_of(rows.rows[i] | {"scale": None}))
-    ).items():
-        points = rows.points(members, "scale", score)
-        colour, joined = rows.colours[members[0]], points
-        if start in plain and points[0][0] > 1:
-            i = plain[start]
-            starts[i] = (1.0, rows.score(i, score) or 0.0, i)
-            joined = [starts[i], *points]
-        label = f"budget {format_budget(start[2])}"
-        series.append(_path(joined, colour, label=label, style=_DASHES.get(kind, "-")))
-        series.append(_line(points, colour, kind, style=""))
-    series += [_line([starts[i]], rows.colours[i], "none") for i in sorted(starts)]
+    starts = {start_of(i): (1.0, rows.score(i, score) or 0.0, i)
+              for i in own if rows.kinds[i] == "none"}  # fmt: skip
+    lines = grouped(
+        rows.points(own, "scale", score),
+        lambda p: (start_of(p[2]), guide_of(rows.rows[p[2]] | {"scale": None})),
+    )
+    series, used = [], set()
+    for (start, (kind, *_)), points in lines.items():
+        before = [starts[start]] if start in starts and points[0][0] > 1 else []
+        used.update(before)
+        dashes = _DASHES.get(kind, "-")
+        series.append(_path(rows, before + points, _budget_name(start[1]), style=dashes))
+        series.append(_line(rows, points, style=""))
+    series += [_line(rows, [start]) for start in sorted(used)]
     title = f"{info.title} over the scale at {steps} steps, a line for each guide and budget."
     return _chart(title, "guidance scale", info, series, log_x=False)
 
 
-def _line(points: Points, colour: int | str, kind: str, label: str = "", **how: Any) -> Line:
-    x, y, rows = zip(*points, strict=True) if points else ((), (), ())
-    marker = _MARKERS.get(kind, "o")
-    return Line(x, y, label, colour=colour, marker=marker, rows=rows, **how)
+def _line(rows: Rows, points: Sequence[Point], label: str = "", /, **how: Any) -> Line:
+    x, y, numbers = zip(*points, strict=True)
+    look = {
+        "colour": rows.colours[numbers[0]], "rows": numbers,
+        "marker": _MARKERS.get(rows.kinds[numbers[0]], "o"),
+    }  # fmt: skip
+    return Line(x, y, label, **(look | how))
 
 
-def _path(points: Points, colour: int | str, label: str = "", style: str = "-") -> Line:
+def _path(rows: Rows, points: Sequence[Point], label: str = "", /, **how: Any) -> Line:
     """A thin line without its points."""
-    line = _line(points, colour, "none", label, style=style, width=1.2, alpha=0.75)
-    return replace(line, marker="", rows=())
+    return _line(rows, points, label, marker="", rows=(), width=1.2, alpha=0.75, **how)
 
 
 def _chart(
-    title: str,
-    x: str,
-    info: ScoreInfo,
-    series: Sequence[Line],
-    log_x: bool = True,
+    title: str, x: str, info: ScoreInfo, series: Sequence[Line], log_x: bool = True
 ) -> Chart | None:
-    series = [line for line in series if line.x]
-    heights = [y for line in series for y in line.y]
-    if not heights:
+    if not series:
         return None
-    log_y = min(heights) > 0 and max(heights) / min(heights) > _LOG_RATIO
+    low, high = (which(y for line in series for y in line.y) for which in (min, max))
+    log_y = low > 0 and high / low > _LOG_RATIO
     return Chart(
         title, x + " (log scale)" * log_x, info.axis() + " (log scale)" * log_y, series,
         log_x=log_x, log_y=log_y, labels="start",
     )  # fmt: skip
 
 
+def _budget_name(budget: float) -> str:
+    return f"budget {format_budget(budget)}"
+
+
 # ---- tables ----
 
 
-def _columns(rows: Rows, scores: Mapping[str, ScoreInfo]) -> dict[str, list[str]]:
+def _columns(rows: Rows, scores: Scores) -> dict[str, list[str]]:
     """Columns of the table of all rows, those in which some row has something."""
 
     def of(key: str, write: Callable[[Any], Any] = lambda value: value) -> list[Any]:
@@ -320,11 +255,10 @@ def _columns(rows: Rows, scores: Mapping[str, ScoreInfo]) -> dict[str, list[str]
 def _best_table(rows: Rows, score: str, info: ScoreInfo) -> list[tuple[str, list[tuple]]]:
     """The best score of each model at or below each cost, if it wins, and how it is reached."""
     lines = []
-    for cost, best in best_at_costs(rows, score, info):
+    for cost, best in sweeps.best_at_costs(rows, score, info):
         values = [None if i is None else rows.score(i, score) for i in best.values()]
-        winner = info.best(values)
-        how = ["-" if i is None else in_words(rows.rows[i]) for i in best.values()]
-        wins = [value == winner for value in values]
+        how = ["-" if i is None else sweeps.in_words(rows.rows[i]) for i in best.values()]
+        wins = [value == info.best(values) for value in values]
         lines.append((_cell(cost), list(zip(map(_cell, values), wins, how, strict=True))))
     return lines
 
@@ -336,10 +270,7 @@ def _cell(value: Any) -> str:
     return str(value) if value or value == 0 else "-"
 
 
-# ---- data ----
-
-
-def _shown_scores(rows: Rows, scores: Mapping[str, ScoreInfo], first: Any) -> dict[str, ScoreInfo]:
+def _shown_scores(rows: Rows, scores: Scores, first: Any) -> dict[str, ScoreInfo]:
     """Scores that some row has, the one that the sweep ranks by first."""
     there = {name for row in rows.rows for name in row["scores"]}
     if unknown := sorted(there - set(scores)):
@@ -354,12 +285,3 @@ def _data_uri(picture: Image.Image) -> str:
     file = io.BytesIO()
     picture.save(file, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _finite(value: Any) -> Any:
-    """Plain types without what JSON has no word for."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from elit._pareto import best_within, is_number, pareto_front
 from elit.interface.budget import format_budget
 
 Row = dict[str, Any]
 Guide = tuple[Any, ...]
+Point = tuple[float, float, int]  # x, score, row
+Item = TypeVar("Item")
 
 KINDS = {"none": "no guidance", "cfg": "CFG", "ag": "autoguidance", "ccfg": "cheap CFG"}
 _LABELS = {
@@ -78,8 +80,8 @@ class Rows:
         """Rows that have the score."""
         return [i for i in range(len(self.rows)) if self.score(i, name) is not None]
 
-    def points(self, rows: Iterable[int], x: str, score: str) -> list[tuple[float, float, int]]:
-        """(x, score, row) by x, of the rows that have both and x above 0."""
+    def points(self, rows: Iterable[int], x: str, score: str) -> list[Point]:
+        """Points by x, of the rows that have both and x above 0."""
         points = ((self.rows[i].get(x), self.score(i, score), i) for i in rows)
         return sorted(
             (float(x), y, i) for x, y, i in points if is_number(x) and x > 0 and y is not None
@@ -92,37 +94,31 @@ class Rows:
         return sorted(often, key=lambda guide: -len(groups[guide]))
 
 
-def grouped(rows: Iterable[int], key: Callable[[int], Hashable]) -> dict[Any, list[int]]:
-    """Rows of each key, keys in the order of their first rows."""
-    groups: dict[Any, list[int]] = {}
-    for i in rows:
-        groups.setdefault(key(i), []).append(i)
+def grouped(items: Iterable[Item], key: Callable[[Item], Hashable]) -> dict[Any, list[Item]]:
+    """Items of each key, keys in the order of their first items."""
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return groups
 
 
 def best_at_costs(
     rows: Rows, score: str, info: ScoreInfo, most: int = 12
 ) -> list[tuple[float, dict[str, int | None]]]:
-    """The best row of each model at or below a cost, for the costs at which a front has a step.
+    """GFLOPs per image, and the row of each model that is best at or below them.
 
-    Args:
-        rows: of all models.
-        score: its name.
-        info: its direction.
-        most: costs, evenly chosen, the lowest and the highest among them.
-
-    Returns:
-        (GFLOPs per image, row of each model or None).
+    The costs are those at which a front has a step: at most so many, evenly chosen, the lowest and
+    the highest among them. Rows are None where a model has none.
     """
-    own = {name: [i for i, model in enumerate(rows.models) if model == name] for name in rows.names}
+    own = grouped(range(len(rows.rows)), lambda i: rows.models[i])
+    own = {name: own.get(name, []) for name in rows.names}
     costs = {n: [rows.rows[i].get("gflops_per_image") for i in own[n]] for n in own}
     values = {n: [rows.score(i, score) for i in own[n]] for n in own}
-    lower = info.lower_is_better
-    caps = sorted({float(costs[n][k] or 0) for n in own
-                   for k in pareto_front(costs[n], values[n], lower)})  # fmt: skip
+    fronts = {n: pareto_front(costs[n], values[n], info.lower_is_better) for n in own}
+    caps = sorted({float(costs[n][k] or 0) for n in own for k in fronts[n]})
     if len(caps) > most:
         caps = [caps[round(k * (len(caps) - 1) / (most - 1))] for k in range(most)]
-    best = {n: best_within(costs[n], values[n], lower, caps) for n in own}
+    best = {n: best_within(costs[n], values[n], info.lower_is_better, caps) for n in own}
     places = {n: [None if k is None else own[n][k] for k in best[n]] for n in own}
     return [(cap, {n: places[n][i] for n in own}) for i, cap in enumerate(caps)]
 
