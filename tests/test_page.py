@@ -5,10 +5,12 @@ import io
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -570,6 +572,30 @@ def test_warnings_of_rows_stand_on_top(pages) -> None:
 def test_a_direction_is_named() -> None:
     assert ScoreInfo("FID", True).axis() == "FID, lower is better"
     assert INFOS["is"].axis() == "Inception Score, higher is better"
+
+
+ALONE = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from elit.viz import heatmaps, page, sheet
+from elit.viz.charts import Chart, Line, picture, svg
+assert not {"matplotlib", "jinja2"} & set(sys.modules)
+charts = [Chart(f"t{i}", "x", "y", [Line((1, 2), (i, 3), rows=(0, 1))]) for i in range(8)]
+with ThreadPoolExecutor(4) as pool:
+    drawn = list(pool.map(svg, charts))
+assert drawn == [svg(chart) for chart in charts]
+assert picture(charts[:1]).size == (800, 400)
+import matplotlib
+assert "matplotlib.pyplot" not in sys.modules
+assert matplotlib.rcParams["svg.hashsalt"] is None
+assert matplotlib.rcParams["axes.grid"] is False
+"""
+
+
+def test_charts_need_no_home_no_display_and_leave_matplotlib_as_it_was() -> None:
+    """Matplotlib is imported when something is drawn; threads may draw at once."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "DISPLAY")}
+    subprocess.run([sys.executable, "-c", ALONE], check=True, env=environment, timeout=120)
 
 
 # ---- in a browser, where there is one ----

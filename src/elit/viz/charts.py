@@ -34,8 +34,8 @@ INK, FAINT, GRID, PAPER = "#202124", "#5f656d", "#e4e6ea", "#ffffff"
 _THEME = {INK: "ink", FAINT: "faint", GRID: "grid", PAPER: "paper"}  # variables of a page's style
 _STYLE = {
     "font.size": 9, "font.family": "DejaVu Sans", "text.color": INK, "text.parse_math": False,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.labelcolor": INK, "axes.edgecolor": FAINT, "axes.spines.top": False,
+    "axes.spines.right": False,
     "axes.titlelocation": "left", "axes.titlesize": 10, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": GRID, "grid.linewidth": 0.8, "xtick.color": FAINT, "ytick.color": FAINT,
     "legend.frameon": False, "legend.fontsize": 8, "svg.fonttype": "none",
@@ -210,10 +210,8 @@ def _draw(axis: Any, chart: Chart, colours: Sequence[str]) -> None:
             linestyle="" if chart.kind == "points" else line.style, linewidth=line.width,
             label=line.label, gid="rows-" + "-".join(map(str, line.rows)),
         )  # fmt: skip
-        for x, y, text in zip(line.x, line.y, line.texts, strict=False):
-            axis.annotate(
-                text, (x, y), (4, 4), textcoords="offset points", fontsize=7, color=colour
-            )
+        for *at, text in zip(line.x, line.y, line.texts, strict=False):
+            axis.annotate(text, at, (4, 4), textcoords="offset points", fontsize=7, color=colour)
     _scale(axis, chart)
     axis.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
     if not any(len(line.x) for line in chart.series):
@@ -227,15 +225,11 @@ def _draw(axis: Any, chart: Chart, colours: Sequence[str]) -> None:
 
 def _scale(axis: Any, chart: Chart) -> None:
     """Scales, limits and marks of the axes."""
-    for name in ("x", "y"):
-        if getattr(chart, f"log_{name}"):
-            axis.set(**{f"{name}scale": "log"})
+    axis.set_xscale("log" if chart.log_x else "linear")
+    axis.set_yscale("log" if chart.log_y else "linear")
     if chart.kind == "bars" and not chart.zero:  # differences are small
-        ends = [
-            np.add(bars.y, sign * np.asarray(bars.error if len(bars.error) else 0))
-            for bars in chart.series
-            for sign in (1, -1)
-        ]
+        ends = [np.add(bars.y, np.multiply(sign, bars.error if len(bars.error) else 0))
+                for bars in chart.series for sign in (1, -1)]  # fmt: skip
         low, high = np.min(np.concatenate(ends)), np.max(np.concatenate(ends))
         margin = 0.25 * (high - low) or 0.01
         axis.set_ylim(low - margin, high + margin)

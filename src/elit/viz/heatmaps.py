@@ -18,21 +18,13 @@ _INSET = 4  # pixels between a bar's end and its number: bars stand side by side
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a sheet: what it is, and its pictures or its maps.
-
-    Attributes:
-        title: in words.
-        images: a picture for each row; or
-        maps: (rows, h, w) numbers, which get one scale for the whole column.
-        low: number of the darkest colour; None is the least of the maps.
-        high: number of the lightest one; None is their largest.
-    """
+    """A column of a sheet: what it is, and its pictures or its maps."""
 
     title: str
-    images: Sequence[Image.Image] = ()
-    maps: Array | None = None
-    low: float | None = None
-    high: float | None = None
+    images: Sequence[Image.Image] = ()  # one for each row; or
+    maps: Array | None = None  # (rows, h, w) numbers, which get one scale for the whole column
+    low: float | None = None  # number of the darkest colour; None is the least of the maps
+    high: float | None = None  # number of the lightest one; None is their largest
 
     @property
     def scale(self) -> tuple[float, float] | None:
@@ -61,12 +53,9 @@ def colours(values: Array, low: float, high: float) -> Array:
 def heatmap(
     values: Array, size: tuple[int, int], scale: tuple[float, float] | None = None
 ) -> Image.Image:
-    """A map (h, w) as a picture of some (width, height), each number a rectangle.
+    """A map (h, w) as a picture of some (width, height) in pixels, each number a rectangle.
 
-    Args:
-        values: numbers.
-        size: pixels, at least one for each number.
-        scale: numbers of the darkest and the lightest colour; None are the map's own.
+    `scale` has the numbers of the darkest and the lightest colour; None are the map's own.
     """
     values = np.asarray(values, float)
     if values.ndim != 2 or not values.size:

@@ -83,7 +83,7 @@ def _page(
         "steps": {str(count): str(count) for count in steps},
     }
     themes = THEMES if several else [ramp(len(rows.budgets), theme) for theme in RAMPS]
-    best = {info.column(): info.best(rows.score(i, name) for i in rows.scored(name))
+    best = {info.column(): _cell(info.best(rows.score(i, name) for i in rows.scored(name)))
             for name, info in shown.items()}  # fmt: skip
     facts = [sweeps.facts_of(report) for report in reports.values()]
     stamps = {name: sweeps.stamp(report) for name, report in reports.items()}
@@ -97,7 +97,7 @@ def _page(
         figures=_figures(rows, shown, options, themes[0]),
         best={name: _best_table(rows, name, info) for name, info in shown.items() if several},
         sheets=[(caption, picture.size, _data_uri(picture)) for caption, picture in sheets],
-        columns=_columns(rows, shown), winners={title: _cell(value) for title, value in best.items()},
+        columns=_columns(rows, shown), winners=best,
         facts={label: [one.get(label, "-") for one in facts] for own in facts for label in own},
         stamp=stamps[rows.names[0]] if alike else "; ".join(map(": ".join, stamps.items())),
     )  # fmt: skip
@@ -228,14 +228,13 @@ def _columns(rows: Rows, scores: Scores) -> dict[str, list[str]]:
     def of(key: str, write: Callable[[Any], Any] = lambda value: value) -> list[Any]:
         return [None if row.get(key) is None else write(row[key]) for row in rows.rows]
 
+    samplers = of("sampler")
     columns = {
         "model": rows.models if len(rows.names) > 1 else [],
         "budget": of("budget", format_budget),
         "latents": of("num_latents"),
         "steps": of("steps"),
-        "sampler": of("sampler")
-        if len(set(of("sampler"))) > 1
-        else [],  # else the settings name it
+        "sampler": samplers if len(set(samplers)) > 1 else [],  # else the settings name it
         "guidance": of("guidance", lambda kind: KINDS.get(kind, kind)),
         "scale": of("scale"),
         "guide budget": of("guide_budget", format_budget),

@@ -43,29 +43,21 @@ class ScoreInfo:
 class Rows:
     """The rows of one or more reports.
 
-    Attributes:
-        rows: all of them; a row's number is its place.
-        models: name of the model of each.
-        kinds: of guidance of each.
-        names: of the models.
-        budgets: that occur, lowest first.
-        colours: number of each row's colour: of its budget, or of its model where there are
-            several.
+    A row's number is its place in all of them. Colours are numbers: of the rows' budgets, or of
+    their models where there are several.
     """
 
     def __init__(self, reports: Mapping[str, Mapping[str, Any]]):
-        self.names = list(reports)
         pairs = [(name, row) for name, report in reports.items() for row in report["rows"]]
         if not pairs:
             raise ValueError("nothing to show: the sweep has no rows; run `elit sweep` first")
-        self.models = [name for name, _ in pairs]
         self.rows: list[Row] = [row for _, row in pairs]
+        self.names, self.models = list(reports), [name for name, _ in pairs]  # of the reports, rows
         self.kinds = [row["guidance"] for row in self.rows]
         self.budgets = sorted({row["budget"] for row in self.rows})
-        if len(self.names) > 1:
-            self.colours = [self.names.index(name) for name in self.models]
-        else:
-            self.colours = [self.budgets.index(row["budget"]) for row in self.rows]
+        by_model = [self.names.index(name) for name in self.models]
+        by_budget = [self.budgets.index(row["budget"]) for row in self.rows]
+        self.colours = by_model if len(self.names) > 1 else by_budget
 
     def of(self, number: int, key: str) -> tuple[str, Any]:
         """The model of a row, and something of the row."""
@@ -125,14 +117,8 @@ def best_at_costs(
 
 def guide_of(row: Row) -> Guide:
     """What a row's guidance depends on."""
-    interval = row.get("interval")
-    return (
-        row["guidance"],
-        row.get("scale"),
-        row.get("guide_budget"),
-        None if interval is None else tuple(interval),
-        row.get("sampler"),
-    )
+    interval = None if row.get("interval") is None else tuple(row["interval"])
+    return row["guidance"], row.get("scale"), row.get("guide_budget"), interval, row.get("sampler")
 
 
 def guide_name(guide: Guide) -> str:
@@ -148,9 +134,8 @@ def guide_name(guide: Guide) -> str:
 
 def in_words(row: Row) -> str:
     """How a row was drawn: 'budget 1/4, 20 steps, cheap CFG 3, guide 1/16'."""
-    return (
-        f"budget {format_budget(row['budget'])}, {row['steps']} steps, {guide_name(guide_of(row))}"
-    )
+    guide = guide_name(guide_of(row))
+    return f"budget {format_budget(row['budget'])}, {row['steps']} steps, {guide}"
 
 
 def facts_of(report: Mapping[str, Any]) -> dict[str, str]:
