@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -42,7 +43,8 @@ def contact_sheet(
     font = ImageFont.load_default(size=15)
     left = max((int(font.getlength(text)) for text in row_captions), default=-MARGIN)
     left += 2 * MARGIN
-    column_captions = [_wrap(text, width, font) for text in column_captions]
+    letters = max(1, width // 7)  # of a line, about
+    column_captions = [fill(text, letters, break_long_words=False) for text in column_captions]
     most_lines = max((text.count("\n") + 1 for text in column_captions), default=0)
     top = MARGIN + 18 * most_lines
     columns = max(map(len, rows))
@@ -62,18 +64,6 @@ def contact_sheet(
             enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (left + i * (width + MARGIN), y))
     return sheet
-
-
-def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    """Break a text into lines of at most some pixels, where it has spaces."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)
 
 
 def enlargement(size: tuple[int, int], cell: int) -> int:
