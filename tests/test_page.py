@@ -370,6 +370,17 @@ def test_scores_that_differ_much_get_a_log_axis() -> None:
     assert low - middle == pytest.approx(middle - high, abs=0.2)
 
 
+def test_budgets_go_evenly_from_the_full_one_down() -> None:
+    budgets = (1 / 16, 1 / 4, 1 / 2, 1)
+    line = Line(budgets, (4.0, 3.0, 2.0, 1.0), rows=(4, 2, 1, 0))
+    text = svg(Chart("", "budget", "loss", [line], budgets=True))
+    points = points_of(text)
+    assert linear(list(points), [x for x, _ in points.values()])
+    assert points[0][0] < 60
+    assert points[4][0] > 300  # of 331
+    assert [e["text"] for e in Page(text).all("text")][:4] == ["1/16", "1/4", "1/2", "1"]
+
+
 def test_labels_stand_apart() -> None:
     """Also where all lines begin nearly in one point."""
     for spread in (0.0, 0.001, 1.0, 50.0):

@@ -218,7 +218,7 @@ def _draw(axis: Any, chart: Chart, colours: Sequence[str]) -> None:
         axis.text(0.5, 0.5, "nothing yet", transform=axis.transAxes, ha="center", color=FAINT)
     elif chart.labels == "start":
         _name_starts(axis, chart.series)
-    elif sum(bool(line.label) for line in chart.series) > 1:
+    elif sum(bool(line.label) for line in chart.series) > (chart.labels == "right"):
         right = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
         axis.legend(**(right if chart.labels == "right" else {}))
 
@@ -239,7 +239,8 @@ def _scale(axis: Any, chart: Chart) -> None:
         axis.set_ylim(top=chart.top)
     if chart.bottom is not None and chart.bottom < axis.get_ylim()[1]:
         axis.set_ylim(bottom=chart.bottom)
-    axis.set_xlim(left=chart.left)
+    if chart.left is not None:
+        axis.set_xlim(left=chart.left)
     if chart.kind == "points":
         axis.set_xlim(-0.5, len(chart.names) - 0.5)
     for scale in (axis.xaxis, axis.yaxis):
@@ -263,9 +264,15 @@ def _mark_log(scale: Any) -> None:
 
     low, high = scale.get_view_interval()
     decades = math.log10(high / low)
-    fine = {1.2: (1, 2, 3, 5, 7), 3: (1, 2, 5), 5: (1, 3), math.inf: (1,)}
+    fine = {
+        0.8: (1, 1.5, 2, 3, 4, 5, 7),
+        1.5: (1, 2, 3, 5, 7),
+        3: (1, 2, 5),
+        5: (1, 3),
+        math.inf: (1,),
+    }
     subs = next(subs for most, subs in fine.items() if decades < most)
-    wide = decades > 0.7
+    wide = decades > 0.35
     scale.set_major_locator(LogLocator(subs=subs) if wide else MaxNLocator(5))
     scale.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}") if wide else ScalarFormatter())
     scale.minorticks_off()
