@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from elit.evaluation.score_names import SCORES
-from elit.viz.charts import ScoreInfo
+from elit.viz.sweeps import ScoreInfo
 
 INFOS = {name: ScoreInfo(*entry) for name, entry in SCORES.items()}
 GUIDES: list[dict[str, Any]] = [

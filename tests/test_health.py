@@ -37,7 +37,7 @@ from elit.training.metrics import MetricsLog, draw_curves, read_metrics
 from elit.training.monitor import StepCost, peak_memory
 from elit.training.probe import watch_interface
 from elit.training.run import Run
-from elit.viz.curves import Curve, line_charts
+from elit.viz.charts import picture, run_chart
 
 # ---- Read's attention ----
 
@@ -281,8 +281,8 @@ def test_a_healthy_run_is_silent_and_tells_its_numbers(tmp_path, caplog) -> None
     names -= {f"validation/latent_spread{end}_1/16" for end in ("", "_read")}  # of one latent
     worth = {f"validation/worth_of_{part}" for part in ("core", "interface")}
     assert set(validation[0]) == {"step", *names, *worth}
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.size == (640, 900)
+    with Image.open(tmp_path / "curves.png") as drawing:
+        assert drawing.size == (800, 1200)
 
 
 def test_the_cost_of_a_step_is_that_of_its_parts() -> None:
@@ -375,19 +375,27 @@ def test_metrics_are_read_back_without_a_torn_line(tmp_path) -> None:
     )
     assert read_metrics(path) == {"loss": [(1, 2.0), (2, 1.0)], "lr": [(2, 0.1)]}
     draw_curves(tmp_path)
-    assert Image.open(tmp_path / "curves.png").size == (640, 600)
+    assert Image.open(tmp_path / "curves.png").size == (800, 800)
 
 
-def test_curves_rise_and_fall_where_the_numbers_do() -> None:
-    falling = Curve("a", [(step, 10.0 / step) for step in range(1, 100)])
-    picture = np.asarray(line_charts([("one", [falling])]).convert("RGB"), int)
-    blue = (picture - np.array([0x1F, 0x5F, 0xBF])).__abs__().sum(-1) < 60
+def test_curves_are_the_numbers_with_running_means() -> None:
+    points = [(step, 10.0 / step) for step in range(1, 100)]
+    chart = run_chart("one", "loss", {"a": points}, smooth=True)
+    pale, mean = chart.series
+    assert list(zip(pale.x, pale.y, strict=True)) == points
+    assert mean.y[40] == pytest.approx((10 / 40 * 10 / 41 * 10 / 42) ** (1 / 3))
+    assert chart.bottom < 10 / 99 < 10 < chart.top
+    spike = run_chart("s", "loss", {"a": [*points * 10, (999, 1e9)]})
+    assert spike.top < 20  # or it would press the rest into a line
+    drawn = np.asarray(picture([run_chart("one", "loss", {"a": points})]), int)
+    blue = np.abs(drawn - np.array([0x1F, 0x5F, 0xBF])).sum(-1) < 60
     heights = [np.flatnonzero(column).mean() for column in blue.T if column.any()]
     assert heights[0] < heights[len(heights) // 2] < heights[-1]  # pixels count downwards
-    odd = [Curve("b", [(1, float("nan")), (2, 0.0), (3, 5.0)]), Curve("c", [])]
-    assert line_charts([("two", odd), ("none", [])]).size == (640, 600)
+    odd = run_chart("two", "loss", {"b": [(1, float("nan")), (2, 0.0), (3, 5.0)], "c": []})
+    assert [list(line.y) for line in odd.series] == [[5.0], []]
+    assert picture([odd, run_chart("none", "loss", {})]).size == (800, 800)
     with pytest.raises(ValueError, match="at least one chart"):
-        line_charts([])
+        picture([])
 
 
 def test_the_log_of_a_quiet_process_writes_nothing(tmp_path: Path) -> None:

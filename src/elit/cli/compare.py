@@ -17,8 +17,7 @@ from elit.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from elit.viz.charts import ScoreInfo
-    from elit.viz.figures import Rows
+    from elit.viz.sweeps import Rows, ScoreInfo
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +52,8 @@ def run(args: argparse.Namespace) -> int:
     output_folder(page.parent, "--out")
     from elit.evaluation.comparison import check_comparable, notes_on, ranking_of, read_sweeps
     from elit.evaluation.score_names import SCORES
-    from elit.viz.charts import ScoreInfo
-    from elit.viz.figures import Rows
     from elit.viz.page import compare_page
+    from elit.viz.sweeps import Rows, ScoreInfo
 
     check_out(page)
     reports = read_sweeps(args.a, args.b)
@@ -103,7 +101,7 @@ def report_of(
 ) -> dict[str, Any]:
     """What the JSON file holds."""
     from elit.evaluation.comparison import differences, shared_points
-    from elit.viz.figures import best_at_costs
+    from elit.viz.sweeps import best_at_costs
 
     differing = differences(reports)
     settings = next(iter(reports.values()))["settings"]
@@ -128,8 +126,7 @@ def report_of(
 
 
 def _print(found: dict[str, Any], reports: dict[str, dict[str, Any]], info: "ScoreInfo") -> None:
-    from elit.viz.facts import stamp, training_flops
-    from elit.viz.table import in_words
+    from elit.viz.sweeps import in_words, stamp, training_flops
 
     names, score = list(reports), found["ranked_by"]
     for name, report in reports.items():

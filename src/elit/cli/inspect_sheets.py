@@ -1,6 +1,6 @@
 """The sheets of `elit inspect`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,9 @@ from elit.evaluation.left_out import PARTS
 from elit.interface.budget import format_budget
 from elit.interface.grid import TokenGrid
 from elit.pipelines.base import ElasticPipeline
-from elit.viz.bars import bar_chart
-from elit.viz.curves import Curve, line_charts
-from elit.viz.heatmaps import Column, map_sheet, overlay, stack
-from elit.viz.sheet import film_strip, save_image
+from elit.viz.charts import Chart, Line, picture
+from elit.viz.heatmaps import Column, map_sheet, overlay
+from elit.viz.sheet import enlargement, film_strip, save_image, stack
 
 _FRAMES = 4  # of a clip
 _LATENTS = 8  # columns of the sheet of latents: the first half of them and the last half
@@ -50,9 +49,9 @@ def save_sheets(
         "worth.png": sheets.of_worths(worths),
     }
     written = []
-    for name, picture in pictures.items():
-        if picture is not None:
-            save_image(picture, folder / name)
+    for name, sheet in pictures.items():
+        if sheet is not None:
+            save_image(sheet, folder / name)
             written.append(folder / name)
         else:
             (folder / name).unlink(missing_ok=True)  # of an earlier call
@@ -175,34 +174,49 @@ class Sheets:
         """Loss over the number of first latents, what leaving out each one costs, and the loss
         without the core.
         """
-        curves = [
-            Curve(f"sigma {w.sigma:g}", [(n, float(x.mean())) for n, x in w.first.items()])
-            for w in worths
+        loss = "squared error of the velocity"
+
+        def line(values: Mapping[int, Tensor], label: str = "", x: Sequence[int] = ()) -> Line:
+            """Means over the images and their standard errors."""
+            means = [float(v.mean()) for v in values.values()]
+            errors = [
+                float(v.std() / len(v) ** 0.5) if len(v) > 1 else 0.0 for v in values.values()
+            ]
+            return Line(x or list(values), means, label, error=errors)
+
+        curves = [line(w.first, f"noise level {w.sigma:g}") for w in worths]
+        bars = "; lines: one standard error over images"
+        charts = [
+            Chart(
+                "loss with the first latents of each group alone",
+                "first latents" + bars,
+                f"{loss} (log scale)",
+                curves,
+                log_y=True,
+                labels="right",
+            )
         ]
-        charts = [line_charts([("loss with the first latents of each group alone", curves)])]
         mean = mean_over_levels(worths)
         without, full = mean.without, mean.first[self.model.max_latents]
         if without:
-            costs = [losses - full for losses in without.values()]
+            costs = line({i: losses - full for i, losses in without.items()}, x=range(len(without)))
             charts.append(
-                bar_chart(
+                Chart(
                     "rise of the loss without one latent, mean over the noise levels",
-                    [float(c.mean()) for c in costs],
-                    [float(c.std() / len(c) ** 0.5) if len(c) > 1 else 0.0 for c in costs],
-                    [str(i + 1) for i in without],
-                    "latent that is left out; lines: one standard error over images",
+                    "latent that is left out" + bars,
+                    f"rise of the {loss}",
+                    [costs],
+                    kind="bars",
+                    names=[str(i + 1) for i in without],
+                    zero=True,
                 )
             )
-        losses = [full, *(mean.without_part[part] for part in PARTS)]
-        charts.append(
-            bar_chart(
-                "loss at full budget and without the core, mean over the noise levels",
-                [float(x.mean()) for x in losses],
-                [None] * len(losses),
-                ["all", "without the core", "without Read, core and Write"],
-            )
-        )
-        return stack(charts)
+        losses = dict(enumerate([full, *(mean.without_part[part] for part in PARTS)]))
+        charts.append(Chart(
+            "loss at full budget and without the core, mean over the noise levels",
+            "what is left out" + bars, loss, [line(losses)], kind="bars", zero=True,
+            names=["nothing", "the core", "Read, core and Write"]))  # fmt: skip
+        return picture(charts)
 
     def budget(self, one: Maps) -> str:
         """Budget of maps in words."""
@@ -211,6 +225,6 @@ class Sheets:
     def large_images(self) -> list[Image.Image]:
         """The images enlarged, for what is laid over them."""
         height, width = self.images[0].height, self.images[0].width
-        factor = max(1, -(-self.cell // max(height, width)))
+        factor = enlargement((width, height), self.cell)
         size = (width * factor, height * factor)
         return [image.resize(size, Image.Resampling.NEAREST) for image in self.images]

@@ -94,12 +94,10 @@ def run(args: argparse.Namespace) -> int:
     if args.data is not None:
         check_data(args.data)
     out = output_folder(args.out or default_folder(args.scale), "--out")
-    from elit.reproduce.panels import load_matplotlib
     from elit.reproduce.scales import SCALES as TABLE
     from elit.reproduce.study import reproduce
     from elit.training.config import DataConfig
 
-    load_matplotlib()  # or an error, now and not after the work
     data = DataConfig("digits")
     if args.data is not None:
         data = DataConfig("fashion-mnist", {"path": args.data})

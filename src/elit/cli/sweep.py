@@ -113,8 +113,8 @@ def check_guidance(args: argparse.Namespace) -> None:
 def write_files(report: dict[str, Any], evaluation: "Evaluation", home: Path) -> None:
     """The table as CSV, and the page."""
     from elit.evaluation.score_names import SCORES
-    from elit.viz.charts import ScoreInfo
     from elit.viz.page import sweep_page
+    from elit.viz.sweeps import ScoreInfo
 
     write_text(home / "sweep.csv", csv_of(report))
     scores = {name: ScoreInfo(*about) for name, about in SCORES.items()}

@@ -52,7 +52,7 @@ class Finding:
     Attributes:
         sentence: what the figures show.
         rows: of the table.
-        figures: plain types; `panels.py` draws them.
+        figures: plain types; `report.py` draws them.
     """
 
     sentence: str

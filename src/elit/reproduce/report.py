@@ -1,28 +1,26 @@
 """The report of a study: a page, a picture, JSON, and a table in Markdown."""
 
-import html
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from elit._files import write_json, write_text
 from elit.reproduce.evidence import NOT_DEFINED, Claim, Finding, Row, Study
-from elit.reproduce.panels import save_sheet, svg
 from elit.reproduce.verdict import RULE
+from elit.viz.charts import THEMES, Chart, Line, picture, svg
+from elit.viz.page import templates
+from elit.viz.sheet import save_image
 
 PAGE, PICTURE, RESULTS, TABLE = "claims.html", "claims.png", "results.json", "claims.md"
 _HEADER = ("claim", "paper", "here", "control", "verdict")
-_COLOURS = {"holds": "#2e7d32", "does not hold": "#c62828", "undecided": "#8a6d00"}
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1150px; padding: 0 1rem;
-  color: #222; background: #fff }
-table { border-collapse: collapse; width: 100%; font-size: 13px }
-th, td { border-bottom: 1px solid #ddd; padding: .35rem .6rem; text-align: left;
-  vertical-align: top }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem } svg { max-width: 100%; height: auto }
-.word { font-weight: 600; white-space: nowrap } small { color: #555 }
-"""
+_WORDS = {"holds": "good", "does not hold": "bad", "undecided": "open"}
+# Each form of a model has one colour in all figures: its number among the colours.
+_FORMS = {
+    "DiT": 0, "U-ViT": 0, "ELIT": 1, "ELIT-U-ViT": 1, "ELIT-MB": 2, "ELIT-U-ViT-MB": 2,
+}  # fmt: skip
+_MARKERS = "osD^v"
 
 
 def write_report(
@@ -62,14 +60,13 @@ def write_report(
         },
         "run": dict(about),
     }  # fmt: skip
-    figures = [figure for finding in findings.values() for figure in finding.figures]
-    captions = [
-        textwrap.fill(f"verdict: {summary(finding)}", 62)
-        for finding in findings.values()
-        for _ in finding.figures
-    ]
-    if figures:
-        save_sheet(figures, captions, folder / PICTURE)
+    panels = []
+    for finding in findings.values():
+        verdict = textwrap.fill(f"verdict: {summary(finding)}", 62)
+        for chart in map(chart_of, finding.figures):
+            panels.append(replace(chart, x=f"{chart.x}\n\n{verdict}\n"))
+    if panels:
+        save_image(picture(panels, size=(5.2, 5.0), columns=3), folder / PICTURE)
     write_text(folder / TABLE, markdown(findings, report))
     write_text(folder / PAGE, page(findings, report))
     write_json(folder / RESULTS, report)
@@ -141,40 +138,21 @@ def markdown(findings: Mapping[Claim, Finding], report: Mapping[str, Any]) -> st
 
 def page(findings: Mapping[Claim, Finding], report: Mapping[str, Any]) -> str:
     """The page, which needs no other file."""
-    parts = [
-        f"<h1>The paper's claims, reproduced at scale {html.escape(report['scale'])}</h1>",
-        f"<p>{html.escape(RULE)}</p>",
-        _html_table(table_rows(findings)),
+    claims = [
+        (claim.letter, report["claims"][claim.letter], [svg(chart_of(f)) for f in finding.figures])
+        for claim, finding in findings.items()
     ]
-    for claim, finding in findings.items():
-        word = summary(finding)
-        parts.append(
-            f"<h2>({claim.letter}) {html.escape(claim.title)}</h2>"
-            f"<p>{html.escape(finding.sentence)} Verdict: {_word(word)}.</p>"
-            f'<div class="figures">{"".join(svg(figure) for figure in finding.figures)}</div>'
-        )
-    parts.append(f"<p><small>{html.escape(settings_text(report))}</small></p>")
-    body = "\n".join(parts)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Claims of the ELIT '
-        f"paper</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
+    return templates().get_template("claims.html").render(
+        title="Claims of the ELIT paper", themes=THEMES, scale=report["scale"], rule=RULE,
+        header=_HEADER, rows=table_rows(findings), claims=claims, words=_WORDS,
+        settings=settings_text(report),
+    )  # fmt: skip
 
 
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in _HEADER)
-    lines = [f"<tr>{head}</tr>"]
-    for *cells, verdict in rows:
-        columns = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        word, bracket, rest = verdict.partition(" (")
-        lines.append(
-            f"<tr>{columns}<td>{_word(word)}<br><small>{html.escape(bracket[1:] + rest)}"
-            f"</small></td></tr>"
-        )
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _word(text: str) -> str:
-    """A verdict in its colour; verdicts that differ have none."""
-    colour = _COLOURS.get(text.partition(" (all ")[0], "#555")
-    return f'<span class="word" style="color:{colour}">{html.escape(text)}</span>'
+def chart_of(figure: Mapping[str, Any]) -> Chart:
+    """What draws a finding's figure."""
+    series = []
+    for i, line in enumerate(figure["series"]):
+        place = _FORMS.get(line["label"], i) % len(_MARKERS)
+        series.append(Line(**line, colour=place, marker=_MARKERS[place]))
+    return Chart(**{**figure, "series": series})

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
 from elit._extras import missing
 from elit._files import write_file, write_json
-from elit.viz.curves import Curve, line_charts
+from elit.viz.charts import COLOURS, picture, ramp, run_chart
 from elit.viz.sheet import save_image
 
 FILE = "metrics.jsonl"
@@ -183,16 +184,19 @@ def draw_curves(folder: Path) -> None:
     """Draw a run's losses over its steps into its folder: curves.png."""
     series = read_metrics(folder / FILE)
     prefix = "validation/loss_"
-    validation = [
-        Curve(f"budget {name.removeprefix(prefix)}", points)
-        for name, points in series.items()
-        if name.startswith(prefix)
+    budgets = [name.removeprefix(prefix) for name in series if name.startswith(prefix)]
+    budgets.sort(key=lambda budget: float(Fraction(budget)))
+    validation = {f"budget {budget}": series[prefix + budget] for budget in budgets}
+    colours = ramp(len(budgets))
+    charts = [
+        run_chart("validation loss at each budget, averaged weights", "loss", validation, colours)
     ]
-    charts = [("validation loss at each budget, averaged weights", validation)]
-    for name, title in (("loss", "training loss"), ("grad_norm", "gradient norm")):
+    for name, title in (("loss", "training loss and its running mean"),
+                        ("grad_norm", "gradient norm and its running mean")):  # fmt: skip
         if name in series:
-            charts.append((title, [Curve(name, series[name], smooth=True)]))
-    save_image(line_charts(charts), folder / "curves.png")
+            own = {name: series[name]}
+            charts.append(run_chart(title, name.replace("_", " "), own, COLOURS, smooth=True))
+    save_image(picture(charts), folder / "curves.png")
 
 
 def _step_of(line: str) -> float:

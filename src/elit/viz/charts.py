@@ -1,247 +1,309 @@
-"""Charts for a page, as SVG whose colours and shapes the page's style sheet gives.
+"""Charts drawn by matplotlib, as SVG for a page or as a picture; it is imported when one is drawn.
 
-Points are markers on the corners of a path, the shortest way to write them, and carry the numbers
-of the rows that they stand for, for the page's script to name.
+Nothing of matplotlib's global state stays changed: figures belong to no window system, and its
+settings, which a process shares, are set and reset under a lock.
 """
 
+import io
 import math
-from collections.abc import Iterable, Sequence
+import re
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import cycle
+from typing import Any
 
-from elit.viz.axes import distinct, even_values, round_values
+import numpy as np
+from PIL import Image
 
-# In units of the drawing, which is scaled to the place that it gets.
-WIDTH, HEIGHT = 440, 300
-BOX = 50.0, 30.0, 428.0, 258.0  # left, top, right, bottom of the axes
-_LETTER = 6.2  # width of one, about
-_LOG_RATIO = 10  # of the largest to the smallest value, beyond which scores get a log axis
+from elit.interface.budget import format_budget
 
-# Outlines of a point, one for each kind of guidance; the first for kinds unknown here.
-SHAPES = {
-    "none": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
-    "cfg": "M-3.5-3.5h7v7h-7z",
-    "ag": "M0-4.6l4.3 7.8h-8.6z",
-    "ccfg": "M0-5l5 5-5 5-5-5z",
+COLOURS = (
+    "#1f5fbf", "#d9662b", "#2a9d6f", "#a63d8f", "#b8901d", "#5b6475", "#c23b3b", "#3aa6b9",
+)  # fmt: skip
+# The colours of a light and a dark page.
+THEMES = COLOURS, tuple(f"color-mix(in srgb, {colour} 65%, white)" for colour in COLOURS)
+# Of budgets, from the lowest to the full one, which stands out most. Their lightness only rises or
+# only falls, so that they are told apart without seeing their hues.
+RAMPS = {
+    "light": ("#bf8215", "#cf4f5a", "#6f3d96", "#1a2455"),
+    "dark": ("#7f63cf", "#dc6480", "#f2a65a", "#fbeaa6"),
 }
+INK, FAINT, GRID, PAPER = "#202124", "#5f656d", "#e4e6ea", "#ffffff"
+_THEME = {INK: "ink", FAINT: "faint", GRID: "grid", PAPER: "paper"}  # variables of a page's style
+_STYLE = {
+    "font.size": 9, "font.family": "DejaVu Sans", "text.color": INK, "text.parse_math": False,
+    "axes.labelcolor": INK, "axes.edgecolor": FAINT, "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left", "axes.titlesize": 10, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": GRID, "grid.linewidth": 0.8, "xtick.color": FAINT, "ytick.color": FAINT,
+    "legend.frameon": False, "legend.fontsize": 8, "svg.fonttype": "none",
+}  # fmt: skip
+_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
-class ScoreInfo:
-    """What a score is called, and whether lower is better."""
+class Line:
+    """Points of one colour, and perhaps a line through them."""
+
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
+    label: str = ""
+    error: Sequence[float] = ()  # half length of each point's error bar
+    texts: Sequence[str] = ()  # beside the points
+    colour: int | str | None = None  # number of a colour, by default the line's own number
+    marker: str = "o"  # matplotlib's sign of a shape; "" draws no points
+    style: str = "-"  # matplotlib's sign of dashes; "" draws no line
+    width: float = 1.5  # in points
+    alpha: float = 1.0
+    rows: Sequence[int] = ()  # number of each point, by which a page's script finds its row
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What a chart shows; x and y name the axes with their units and directions."""
 
     title: str
-    lower_is_better: bool
+    x: str
+    y: str
+    series: Sequence[Line]
+    kind: str = "lines"  # or "points", which are not joined, or "bars"
+    names: Sequence[str] = ()  # of the places 0, 1, ... along x
+    budgets: bool = False  # whether x is a budget, drawn from the full one down
+    log_x: bool = False
+    log_y: bool = False
+    bands: bool = False  # whether errors are bands along the lines
+    zero: bool = False  # whether to draw a line at 0, from which bars stand
+    top: float | None = None
+    bottom: float | None = None
+    left: float | None = None
+    labels: str = "inside"  # where lines are named: also "right" of all, or at their "start"
 
-    def axis(self) -> str:
-        """Title with its direction."""
-        return f"{self.title}, {'lower' if self.lower_is_better else 'higher'} is better"
 
+def svg(chart: Chart, colours: Sequence[str] = COLOURS) -> str:
+    """A chart as an <svg> element, in the colours that the page names --c0, --c1, ..., --ink, ...
 
-@dataclass(frozen=True)
-class Series:
-    """Points of one colour and shape, and perhaps a line through them.
-
-    Attributes:
-        points: (x, y, number of the row).
-        colour: number of a colour of the page; None is the ink of the text.
-        kind: guidance, which gives points their shape.
-        line: classes of the line: thin, strong, front, dashed; "" draws none.
-        dots: whether to draw the points.
-        label: stands above the first point, or before it where all lines begin at one x.
+    A point of a row has its number as data-row. `colours` are those that the lines count.
     """
-
-    points: Sequence[tuple[float, float, int]]
-    colour: int | None = None
-    kind: str = "none"
-    line: str = ""
-    dots: bool = True
-    label: str = ""
-
-
-class Axis:
-    """A range of values, and where in it a value lies.
-
-    Args:
-        values: at least one; above 0 on a logarithmic axis.
-        log: whether it is logarithmic.
-        ticks: values to mark; else round ones.
-        room: to leave free before the lowest, a share of the range.
-    """
-
-    def __init__(
-        self,
-        values: Iterable[float],
-        *,
-        log: bool = False,
-        ticks: Sequence[float] = (),
-        room: float = 0.0,
-    ):
-        values = list(values)
-        self.log, low, high = log, min(values), max(values)
-        if log:
-            margin = max(0.05 * math.log(high / low), 0.05)
-            span = math.log(high / low) + 2 * margin
-            self.low, self.high = low * math.exp(-margin - room * span), high * math.exp(margin)
-        else:
-            margin = max(0.06 * (high - low), 0.005 * max(abs(low), abs(high))) or 0.5
-            span = high - low + 2 * margin
-            self.low, self.high = low - margin - room * span, high + margin
-        self.ticks = list(ticks) or self._round_ticks()
-
-    def _round_ticks(self) -> list[float]:
-        if self.log:
-            return round_values(self.low, self.high)
-        return even_values(self.high, (self.high - self.low) / 6, self.low)
-
-    def share(self, value: float) -> float:
-        """0 at the lowest value, 1 at the highest."""
-        if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
-
-
-def chart(
-    series: Sequence[Series],
-    x_title: str,
-    y_title: str,
-    *,
-    log_x: bool = True,
-    x_ticks: Sequence[float] = (),
-) -> str:
-    """SVG of a chart; its score axis is logarithmic where the scores differ much.
-
-    Args:
-        series: at least one point in all; on a log axis, x above 0.
-        x_title: what goes along, with its unit.
-        y_title: what goes up, with its direction.
-        log_x: whether x is logarithmic.
-        x_ticks: values to mark; else round ones.
-    """
-    points = [point for one in series for point in one.points]
-    heights = [y for _, y, _ in points]
-    log_y = min(heights) > 0 and max(heights) / min(heights) > _LOG_RATIO
-    before = len({one.points[0][0] for one in series if one.label}) == 1
-    longest = max((len(one.label) for one in series), default=0) if before else 0
-    room = longest * _LETTER / (BOX[2] - BOX[0])
-    x = Axis((point[0] for point in points), log=log_x, ticks=x_ticks, room=room)
-    y = Axis(heights, log=log_y)
-    y_title += " (log scale)" if log_y else ""
-    paths = "".join(_path(one, x, y) for one in series)
-    name = escape(f"{y_title}; {x_title}")
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">'
-        f"{_x_axis(x, x_title)}{_y_axis(y, y_title)}{paths}"
-        f"{_labels(series, x, y, before)}</svg>"
+    file = io.StringIO()
+    _save(file, [chart], colours, (4.6, 3.2), format="svg", transparent=True,
+          metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))  # fmt: skip
+    text = re.sub(r"<!--.*?-->", "", file.getvalue(), flags=re.DOTALL)
+    text = " ".join(text[text.index("<svg") :].split())
+    text = re.sub(r'<g id="rows-([\d-]+)">.*?</g> </g>', _with_rows, text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # each drawing has the same ones
+    text = re.sub(r"font-family: [^;]*; ", "", text)  # the page's own
+    text = re.sub(
+        r' (?:d|x|y|transform)="[^"]*"', lambda a: re.sub(r"(\.\d)\d+", r"\1", a[0]), text
     )
+    variables = _THEME | {colour: f"c{k}" for k, colour in enumerate(colours)}
+    for colour, name in variables.items():
+        text = text.replace(colour, f"var(--{name})")
+    name = escape("; ".join(filter(None, (chart.title, chart.y, chart.x))))
+    return text.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
 
 
-def _place(point: tuple[float, float, int], x: Axis, y: Axis) -> tuple[float, float]:
-    left, top, right, bottom = BOX
-    return left + (right - left) * x.share(point[0]), bottom - (bottom - top) * y.share(point[1])
+def picture(
+    charts: Sequence[Chart],
+    colours: Sequence[str] = COLOURS,
+    size: tuple[float, float] = (6.4, 3.2),
+    columns: int = 1,
+) -> Image.Image:
+    """Charts as a picture, row by row; the size of each is in inches, of 125 pixels."""
+    if not charts:
+        raise ValueError("nothing to draw: give at least one chart")
+    file = io.BytesIO()
+    _save(file, charts, colours, size, min(columns, len(charts)), format="png", dpi=125)
+    return Image.open(file).convert("RGB")
 
 
-def _path(one: Series, x: Axis, y: Axis) -> str:
-    places = (_place(point, x, y) for point in one.points)
-    path = " ".join(f"{_brief(px)} {_brief(py)}" for px, py in places)
-    alone = "h0" if len(one.points) == 1 else ""  # or it would have no corner to mark
-    classes = [f"line {one.line}"] if one.line else []
-    classes += ["dots"] if one.dots else []
-    rows = " ".join(str(row) for _, _, row in one.points)
-    numbered = f' data-rows="{rows}"' if one.dots else ""
-    names = " ".join([*classes, *colour_and_shape(one.colour, one.kind)])
-    return f'<path class="{names}"{numbered} d="M{path}{alone}"/>'
+def run_chart(
+    title: str,
+    y: str,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    colours: Sequence[str] = COLOURS,
+    smooth: bool = False,
+) -> Chart:
+    """Values of a run by their names, as (step, value) pairs, on a logarithmic axis.
 
-
-def colour_and_shape(colour: int | None, kind: str) -> tuple[str, str]:
-    """The classes of a mark."""
-    return "ink" if colour is None else f"c{colour}", f"k-{kind if kind in SHAPES else 'none'}"
-
-
-def markers(colours: int) -> tuple[str, str]:
-    """An SVG of no size with the marks of so many colours, and the style that puts them there."""
-    marks, rules = [], []
-    for colour in (None, *range(colours)):
-        for kind, shape in SHAPES.items():
-            name = "-".join(colour_and_shape(colour, kind))
-            marks.append(
-                f'<marker id="{name}" viewBox="-6 -6 12 12" markerWidth="12" markerHeight="12" '
-                f'markerUnits="userSpaceOnUse"><path class="{name.split("-")[0]}" d="{shape}"/>'
-                "</marker>"
-            )
-            classes = ".".join(colour_and_shape(colour, kind))
-            rules.append(f".dots.{classes}{{marker:url(#{name})}}")
-    return f'<svg class="marks" aria-hidden="true">{"".join(marks)}</svg>', "\n".join(rules)
-
-
-def _x_axis(axis: Axis, title: str) -> str:
-    left, top, right, bottom = BOX
-    parts, free = [], -math.inf
-    for value, text in zip(axis.ticks, distinct(axis.ticks), strict=True):
-        x = left + (right - left) * axis.share(value)
-        parts.append(f'<path class="grid" d="M{_brief(x)} {_brief(top)}V{_brief(bottom)}"/>')
-        half = len(text) * _LETTER / 2
-        if x - half > free:  # else it would cover the one before
-            parts.append(_text(min(x, WIDTH - half), bottom + 16, text, "tick middle"))
-            free = x + half + 4
-    return "".join(parts) + _text((left + right) / 2, HEIGHT - 8, title, "middle")
-
-
-def _y_axis(axis: Axis, title: str) -> str:
-    left, top, right, bottom = BOX
-    parts = []
-    for value, text in zip(axis.ticks, distinct(axis.ticks), strict=True):
-        y = bottom - (bottom - top) * axis.share(value)
-        parts.append(f'<path class="grid" d="M{_brief(left)} {_brief(y)}H{_brief(right)}"/>')
-        parts.append(_text(left - 6, y + 4, text, "tick end"))
-    return "".join(parts) + _text(4, 16, title, "")
-
-
-def _labels(series: Sequence[Series], x: Axis, y: Axis, before: bool) -> str:
-    """Labels before or above the first points, those left out that would cover others.
-
-    Before them they are moved apart, as far as there is room; lines that begin in one point share
-    their label.
+    What is not positive and finite is left out, a few spikes leave the axis, and smooth curves are
+    running means over pale lines.
     """
-    starts = {(one.label, one.points[0][:2]): one.points[0] for one in series if one.label}
-    places = [_place(point, x, y) for point in starts.values()]
-    heights = [py + 4 if before else max(py - 9, BOX[1] + 6) for _, py in places]
-    if before:
-        heights = _apart(heights, BOX[1] + 6, BOX[3])
-    parts: list[str] = []
-    taken: list[tuple[float, float, float]] = []
-    for (label, _), (px, _), py in zip(starts, places, heights, strict=True):
-        half = len(label) * _LETTER / 2
-        px = min(max(px - half - 8 if before else px, BOX[0] + half), WIDTH - half)
-        if all(abs(px - x) > half + h + 3 or abs(py - y) > 11 for x, y, h in taken):
-            taken.append((px, py, half))
-            parts.append(_text(px, py, label, "label middle"))
-    return "".join(parts)
+    lines, logs = [], [np.zeros(0)]
+    for (name, points), colour in zip(curves.items(), cycle(colours), strict=False):
+        drawn = np.array([p for p in points if 0 < p[1] < math.inf], float).reshape(-1, 2)
+        steps, heights = drawn.T
+        logs.append(np.log(heights))
+        if smooth and len(steps) > 2:
+            lines.append(Line(steps, heights, colour=colour, marker="", width=1, alpha=0.3))
+            window = np.ones(2 * max(1, len(steps) // 50) + 1)
+            counts = np.convolve(np.ones(len(steps)), window, "same")
+            heights = np.exp(np.convolve(logs[-1], window, "same") / counts)
+        marker = "o" if len(steps) < 30 else ""
+        lines.append(Line(steps, heights, name, colour=colour, marker=marker))
+    low, high = np.quantile(np.concatenate(logs), (0.002, 0.998)) if any(map(len, logs)) else (0, 0)
+    margin = max(0.06 * (high - low), 0.02)
+    return Chart(
+        title, "training step", f"{y} (log scale)", lines, log_y=True, labels="right", left=0,
+        bottom=math.exp(low - margin), top=math.exp(high + margin),
+    )  # fmt: skip
 
 
-def _apart(heights: Sequence[float], low: float, high: float, gap: float = 12) -> list[float]:
-    """Heights in their order, moved as little as keeps them apart and within; or as they are."""
-    count = len(heights)
-    if (count - 1) * gap > high - low:
-        return list(heights)
-    order = sorted(range(count), key=heights.__getitem__)
-    blocks: list[tuple[float, int]] = []  # mean of what moves as one, less its gaps, and how many
-    for k, i in enumerate(order):
-        mean, size = heights[i] - k * gap, 1
-        while blocks and blocks[-1][0] > mean:
-            other, more = blocks.pop()
-            mean, size = (mean * size + other * more) / (size + more), size + more
-        blocks.append((mean, size))
-    means = (mean for mean, size in blocks for _ in range(size))
-    moved = [0.0] * count
-    for k, (i, mean) in enumerate(zip(order, means, strict=True)):
-        moved[i] = min(max(mean, low), high - (count - 1) * gap) + k * gap
-    return moved
+def ramp(count: int, theme: str = "light") -> list[str]:
+    """So many colours of budgets, the full one last."""
+    from matplotlib.colors import LinearSegmentedColormap, to_hex
+
+    blend = LinearSegmentedColormap.from_list("budgets", RAMPS[theme])
+    return [to_hex(blend(place)) for place in np.linspace(1 if count == 1 else 0, 1, count)]
 
 
-def _text(x: float, y: float, text: str, classes: str) -> str:
-    return f'<text x="{_brief(x)}" y="{_brief(y)}" class="{classes}">{escape(text)}</text>'
+def _save(
+    file: Any,
+    charts: Sequence[Chart],
+    colours: Sequence[str],
+    size: tuple[float, float],
+    columns: int = 1,
+    **how: Any,
+) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Names within a drawing follow from what it shows: the same each time, others in each chart.
+    style: dict[Any, Any] = _STYLE | {"svg.hashsalt": repr(charts)}
+    with _LOCK, matplotlib.rc_context(style):
+        rows = math.ceil(len(charts) / columns)
+        alone = how["format"] == "svg"  # a page has many: a layout by hand takes half the time
+        figure = Figure(
+            (size[0] * columns, size[1] * rows), layout=None if alone else "constrained"
+        )
+        if alone:
+            figure.subplots_adjust(0.125, 0.15, 0.985, 0.98 - 0.08 * bool(charts[0].title))
+        axes = figure.subplots(rows, columns, squeeze=False).flat
+        for axis, chart in zip(axes, charts, strict=False):
+            _draw(axis, chart, colours)
+        for axis in figure.axes[len(charts) :]:
+            axis.set_axis_off()
+        figure.savefig(file, **how)
 
 
-def _brief(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")
+def _draw(axis: Any, chart: Chart, colours: Sequence[str]) -> None:
+    for i, line in enumerate(chart.series):
+        number = i if line.colour is None else line.colour
+        colour = number if isinstance(number, str) else colours[number % len(colours)]
+        errors = np.asarray(line.error) if len(line.error) else None
+        if chart.kind == "bars":
+            width = 0.8 / len(chart.series)
+            middles = np.asarray(line.x) + (i - (len(chart.series) - 1) / 2) * width
+            axis.bar(
+                middles, line.y, width, yerr=errors, capsize=3, color=colour, ecolor=INK,
+                label=line.label,
+            )  # fmt: skip
+            continue
+        if chart.bands and errors is not None:
+            low, high = np.asarray(line.y) - errors, np.asarray(line.y) + errors
+            axis.fill_between(line.x, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.errorbar(
+            line.x, line.y, yerr=None if chart.bands else errors, capsize=3, color=colour,
+            alpha=line.alpha, marker="" if chart.bands else line.marker,
+            markersize=6.5 if line.rows else 4.5, markeredgecolor=PAPER, markeredgewidth=0.6,
+            linestyle="" if chart.kind == "points" else line.style, linewidth=line.width,
+            label=line.label, gid="rows-" + "-".join(map(str, line.rows)),
+        )  # fmt: skip
+        for *at, text in zip(line.x, line.y, line.texts, strict=False):
+            axis.annotate(text, at, (4, 4), textcoords="offset points", fontsize=7, color=colour)
+    _scale(axis, chart)
+    axis.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
+    if not any(len(line.x) for line in chart.series):
+        axis.text(0.5, 0.5, "nothing yet", transform=axis.transAxes, ha="center", color=FAINT)
+    elif chart.labels == "start":
+        _name_starts(axis, chart.series)
+    elif sum(bool(line.label) for line in chart.series) > (chart.labels == "right"):
+        right = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+        axis.legend(**(right if chart.labels == "right" else {}))
+
+
+def _scale(axis: Any, chart: Chart) -> None:
+    """Scales, limits and marks of the axes."""
+    axis.set_xscale("log" if chart.log_x else "linear")
+    axis.set_yscale("log" if chart.log_y else "linear")
+    if chart.kind == "bars" and not chart.zero:  # differences are small
+        ends = [np.add(bars.y, np.multiply(sign, bars.error if len(bars.error) else 0))
+                for bars in chart.series for sign in (1, -1)]  # fmt: skip
+        low, high = np.min(np.concatenate(ends)), np.max(np.concatenate(ends))
+        margin = 0.25 * (high - low) or 0.01
+        axis.set_ylim(low - margin, high + margin)
+    if chart.zero:
+        axis.axhline(0, color=INK, linewidth=0.8)
+    if chart.top is not None and chart.top > (-math.inf if chart.bottom is None else chart.bottom):
+        axis.set_ylim(top=chart.top)
+    if chart.bottom is not None and chart.bottom < axis.get_ylim()[1]:
+        axis.set_ylim(bottom=chart.bottom)
+    if chart.left is not None:
+        axis.set_xlim(left=chart.left)
+    if chart.kind == "points":
+        axis.set_xlim(-0.5, len(chart.names) - 0.5)
+    for scale in (axis.xaxis, axis.yaxis):
+        if scale.get_scale() == "log":
+            _mark_log(scale)
+    if chart.budgets:
+        ticks = sorted({x for line in chart.series for x in line.x})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [format_budget(x) for x in ticks])
+        axis.invert_xaxis()
+        axis.xaxis.minorticks_off()
+    elif chart.names:
+        every = math.ceil(len(chart.names) / 20)
+        axis.set_xticks(range(0, len(chart.names), every), chart.names[::every])
+        axis.grid(visible=False, axis="x")
+
+
+def _mark_log(scale: Any) -> None:
+    """Mark a few round numbers of a logarithmic axis, also where it has less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, ScalarFormatter
+
+    low, high = scale.get_view_interval()
+    decades = math.log10(high / low)
+    fine = {
+        0.8: (1, 1.5, 2, 3, 4, 5, 7),
+        1.5: (1, 2, 3, 5, 7),
+        3: (1, 2, 5),
+        5: (1, 3),
+        math.inf: (1,),
+    }
+    subs = next(subs for most, subs in fine.items() if decades < most)
+    wide = decades > 0.35
+    scale.set_major_locator(LogLocator(subs=subs) if wide else MaxNLocator(5))
+    scale.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}") if wide else ScalarFormatter())
+    scale.minorticks_off()
+
+
+def _name_starts(axis: Any, lines: Sequence[Line]) -> None:
+    """Labels before the first points, each once, moved up where they would cover another."""
+    room = axis.transAxes.transform((-0.17, 0))
+    axis.set_ylim(axis.get_ylim())  # else they are set when it is drawn
+    axis.set_xlim(left=axis.transData.inverted().transform(room)[0])
+    starts = {(line.label, line.x[0], line.y[0]) for line in lines if line.label and len(line.x)}
+    taken: list[tuple[float, float]] = []
+    for label, x, y in sorted(starts, key=lambda start: (start[2], start[0])):
+        px, py = axis.transData.transform((x, y)) * 72 / axis.figure.dpi
+        place = max([py, *(above + 9 for beside, above in taken if abs(beside - px) < 50)])
+        taken.append((px, place))
+        axis.annotate(
+            label, (x, y), (-6, place - py), textcoords="offset points", fontsize=7.5,
+            ha="right", va="center",
+        )  # fmt: skip
+
+
+def _with_rows(group: re.Match[str]) -> str:
+    """The points of a line, each with the number of its row, their common style once."""
+    rows = iter(group[1].split("-"))
+    text = re.sub(
+        r'<use xlink:href="(#\w+)"( x="[^"]*" y="[^"]*") style="([^"]*)"/>',
+        lambda use: f'<use href="{use[1]}"{use[2]} data-row="{next(rows)}" style="{use[3]}"/>',
+        group[0],
+    )
+    style = re.search(r'<use [^>]*?( style="[^"]*")/>', text)
+    if style is None:
+        return text
+    return re.sub("<g id=[^>]*", f"<g{style[1]}", text.replace(style[1] + "/>", "/>"), count=1)

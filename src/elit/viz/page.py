@@ -1,212 +1,286 @@
-"""Pages that show a sweep: one HTML file each, which needs nothing else and asks nobody."""
+"""Pages that show sweeps: one HTML file each, which needs nothing else and asks nobody."""
 
 import base64
 import io
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from elit.viz.axes import cycle, pale, ramp
-from elit.viz.charts import ScoreInfo, markers
-from elit.viz.facts import facts_of, stamp, training_flops
-from elit.viz.figures import Rows
-from elit.viz.sections import charts, hidden, key
-from elit.viz.table import best_table, facts_table, rows_table
+from elit._pareto import is_number, pareto_front
+from elit.interface.budget import format_budget
+from elit.viz import sweeps
+from elit.viz.charts import INK, RAMPS, THEMES, Chart, Line, ramp, svg
+from elit.viz.sweeps import KINDS, Guide, Point, Rows, ScoreInfo, grouped, guide_name, guide_of
 
-Sheets = Sequence[tuple[str, Image.Image]]
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
-# Of budgets, from the lowest to the full one, which stands out most. Their lightness only rises or
-# only falls, so that they are told apart without seeing their hues.
-RAMPS = {
-    "light": ("#bf8215", "#cf4f5a", "#6f3d96", "#1a2455"),
-    "dark": ("#7f63cf", "#dc6480", "#f2a65a", "#fbeaa6"),
-}
+Report = Mapping[str, Any]
+Scores = Mapping[str, ScoreInfo]  # title and direction of each, in the order to show them
+Sheets = Sequence[tuple[str, Image.Image]]  # captions and pictures
+
+COSTS = {"gflops_per_image": "GFLOPs per image", "ms_per_image": "ms per image"}
+# Outlines of a point for each kind of guidance, of kinds unknown here the first.
+_MARKERS = {"none": "o", "cfg": "s", "ag": "^", "ccfg": "D"}
+_SIGNS = {"none": "●", "cfg": "■", "ag": "▲", "ccfg": "◆"}  # the same, of a legend
+_DASHES = {"ag": "--", "ccfg": ":"}
+_MOST_GUIDES = 12  # of the charts over steps and budgets
+_LOG_RATIO = 10  # of the largest to the smallest score, beyond which they get a log axis
 
 
-def sweep_page(
-    report: Mapping[str, Any], scores: Mapping[str, ScoreInfo], sheets: Sheets = ()
-) -> str:
-    """HTML page of one sweep.
-
-    Args:
-        report: as `elit sweep` writes it.
-        scores: title and direction of each score that the rows have, in the order to show them.
-        sheets: captions and pictures: the same noise over the budgets.
-    """
-    model = report.get("model", {})
-    name = str(model.get("path", "model"))
-    rows = Rows({name: report})
-    shown = _shown_scores(rows, scores, report.get("ranked_by"))
-    parameters = model.get("parameters")
-    about = [str(model["class"])] if model.get("class") else []
-    about += [f"{parameters:,} parameters"] if isinstance(parameters, int) else []
-    about += ["elastic" if model.get("elastic") else "plain", training_flops(report)]
-    header = f"<h1>{escape(name)}: quality against cost</h1><p>{escape(', '.join(about))}</p>"
-    header += _warnings(rows)
-    front = f"The fronts are by {_title(shown, report)}." if shown else ""
-    sections = (
-        header,
-        charts(rows, shown, stamp(report)),
-        _sheets(sheets),
-        _table_section(rows, shown, front),
-        _settings({name: report}),
-    )
-    return _page(name, sections, report, rows)
+def sweep_page(report: Report, scores: Scores, sheets: Sheets = ()) -> str:
+    """HTML page of one sweep's report, with sheets that have the same noise over the budgets."""
+    name = str(report.get("model", {}).get("path", "model"))
+    warnings = Counter(str(text) for row in report["rows"] for text in row.get("warnings") or ())
+    notes = [f"{k} of {len(report['rows'])} rows: {text}" for text, k in warnings.most_common(5)]
+    return _page(report, {name: report}, scores, sheets, notes)
 
 
 def compare_page(
-    reports: Mapping[str, Mapping[str, Any]],
-    scores: Mapping[str, ScoreInfo],
-    sheets: Sheets = (),
-    notes: Sequence[str] = (),
+    reports: Mapping[str, Report], scores: Scores, sheets: Sheets = (), notes: Sequence[str] = ()
 ) -> str:
     """HTML page of two or more sweeps side by side, a colour for each model.
 
     Args:
         reports: by the models' names.
-        scores: title and direction of each score, in the order to show them.
-        sheets: captions and pictures.
+        scores: that the rows have.
+        sheets: to show below the charts.
         notes: what a reader must know of this comparison.
     """
     if len(reports) < 2:
         raise ValueError(f"{len(reports)} sweeps cannot be compared; give two or more")
-    rows = Rows(reports)
-    ranked_by = next(iter(reports.values())).get("ranked_by")
-    shown = _shown_scores(rows, scores, ranked_by)
-    title = " and ".join(reports)
-    models = "".join(
-        f"<li>{key(k, 'none')}{escape(name)}: {escape(training_flops(report))}</li>"
-        for k, (name, report) in enumerate(reports.items())
-    )
-    header = f'<h1>{escape(title)} side by side</h1><ul class="legend">{models}</ul>' + "".join(
-        f'<p class="warning">{escape(note)}</p>' for note in notes
-    )
-    best = "".join(
-        f'<div class="wide" data-score="{escape(score)}"{hidden(k)}>'
-        f"{best_table(rows, score, info)}</div>"
-        for k, (score, info) in enumerate(shown.items())
-    )
-    stamps = {name: stamp(report) for name, report in reports.items()}
+    return _page({"reports": reports}, reports, scores, sheets, notes)
+
+
+@cache
+def templates() -> "Environment":
+    """The templates of all pages; what they are given is escaped."""
+    from jinja2 import Environment, FileSystemLoader
+
+    folder = FileSystemLoader(Path(__file__).parent / "templates")
+    return Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+
+def _page(
+    data: Any, reports: Mapping[str, Report], scores: Scores, sheets: Sheets, notes: Sequence[str]
+) -> str:
+    rows, several = Rows(reports), len(reports) > 1
+    shown = _shown_scores(rows, scores, next(iter(reports.values())).get("ranked_by"))
+    guides = rows.guides()
+    steps = sorted({row["steps"] for row in rows.rows if is_number(row.get("scale"))}, reverse=True)
+    sampler = len({row.get("sampler") for row in rows.rows}) > 1
+    names = [guide_name(guide) + f", {guide[-1]}" * sampler for guide in guides[:_MOST_GUIDES]]
+    options = {
+        "score": {name: info.title for name, info in shown.items()},
+        "guide": {str(k): name for k, name in enumerate(names)},
+        "steps": {str(count): str(count) for count in steps},
+    }
+    themes = THEMES if several else [ramp(len(rows.budgets), theme) for theme in RAMPS]
+    best = {info.column(): _cell(info.best(rows.score(i, name) for i in rows.scored(name)))
+            for name, info in shown.items()}  # fmt: skip
+    facts = [sweeps.facts_of(report) for report in reports.values()]
+    stamps = {name: sweeps.stamp(report) for name, report in reports.items()}
     alike = len(set(stamps.values())) == 1
-    stamped = stamps[rows.names[0]] if alike else "; ".join(map(": ".join, stamps.items()))
-    best = f'<section id="best"><h2>Best score at or below a cost</h2>{best}</section>'
-    sections = (
-        header,
-        charts(rows, shown, stamped),
-        best,
-        _sheets(sheets),
-        _table_section(rows, shown, ""),
-        _settings(reports),
+    return templates().get_template("sweep.html").render(
+        title=" and ".join(reports), several=several, reports=reports, rows=rows, notes=notes,
+        data=json.loads(json.dumps(data), parse_constant=lambda _: None),  # of NaN and infinity
+        themes=themes, names=rows.names if several else list(map(_budget_name, rows.budgets)),
+        kinds=[(_SIGNS[kind], KINDS[kind]) for kind in KINDS if kind in rows.kinds],
+        scores=shown, options=options, guides=len(guides), about=sweeps,
+        figures=_figures(rows, shown, options, themes[0]),
+        best={name: _best_table(rows, name, info) for name, info in shown.items() if several},
+        sheets=[(caption, picture.size, _data_uri(picture)) for caption, picture in sheets],
+        columns=_columns(rows, shown), winners=best,
+        facts={label: [one.get(label, "-") for one in facts] for own in facts for label in own},
+        stamp=stamps[rows.names[0]] if alike else "; ".join(map(": ".join, stamps.items())),
+    )  # fmt: skip
+
+
+def _figures(
+    rows: Rows, scores: Scores, options: Mapping[str, Any], colours: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """All charts by their sections, those that the pickers' first options don't choose hidden."""
+    first = {what: next(iter(own), None) for what, own in options.items()}
+    figures: dict[str, list[dict[str, Any]]] = {"cost": [], "steps": [], "guidance": []}
+
+    def add(section: str, chart: Chart | None, **picks: str) -> None:
+        if chart is not None:
+            drawn = svg(replace(chart, title=""), colours)
+            hidden = any(first[what] != value for what, value in picks.items())
+            figure = {"svg": drawn, "caption": chart.title, "picks": picks, "hidden": hidden}
+            figures[section].append(figure)
+
+    for name, info in scores.items():
+        for cost in COSTS:
+            add("cost", cost_chart(rows, name, info, cost), score=name)
+        for k, guide in enumerate(rows.guides()[:_MOST_GUIDES]):
+            add("steps", budgets_chart(rows, name, info, guide), score=name, guide=str(k))
+    for count in options["steps"]:
+        for name, info in scores.items():
+            add("guidance", guidance_chart(rows, name, info, int(count)), steps=count)
+    return figures
+
+
+# ---- charts ----
+
+
+def cost_chart(rows: Rows, score: str, info: ScoreInfo, cost: str) -> Chart | None:
+    """A score against a cost, the Pareto front of each model joined; None without points."""
+    points = rows.points(rows.scored(score), cost, score)
+    kinds = grouped(points, lambda p: (rows.colours[p[2]], rows.kinds[p[2]]))
+    series = [_line(rows, own, style="") for own in kinds.values()]
+    several = len(rows.names) > 1
+    for own in grouped(points, lambda p: rows.models[p[2]]).values():
+        front = pareto_front([p[0] for p in own], [p[1] for p in own], info.lower_is_better)
+        line = _path(rows, [own[k] for k in front], style="--")
+        series.append(line if several else replace(line, colour=INK))
+    title = "Each point is a row of the table; the dashed line joins the Pareto front: what "
+    return _chart(f"{title}nothing cheaper matches.", COSTS[cost], info, series)
+
+
+def budgets_chart(rows: Rows, score: str, info: ScoreInfo, guide: Guide) -> Chart | None:
+    """Budget versus steps, the paper's figure: fewer latents or fewer steps, at the same cost."""
+    own = [i for i in rows.scored(score) if guide_of(rows.rows[i]) == guide]
+    points = rows.points(own, "gflops_per_image", score)
+    series = []
+    for (_, steps), equal in grouped(points, lambda p: rows.of(p[2], "steps")).items():
+        series.append(_path(rows, equal, f"{steps} steps", style=":", colour=INK))
+    for (_, budget), equal in grouped(points, lambda p: rows.of(p[2], "budget")).items():
+        series.append(_line(rows, equal, width=3 if budget == rows.budgets[-1] else 1.2))
+    title = "Fewer latents or fewer steps at the same cost: a line for each budget, over the "
+    title += "steps, the strong one at the highest; a dotted line joins equal steps."
+    return _chart(title, COSTS["gflops_per_image"], info, series)
+
+
+def guidance_chart(rows: Rows, score: str, info: ScoreInfo, steps: int) -> Chart | None:
+    """A score over the scale of guidance at one number of steps, a line for a guide and a budget.
+
+    At scale 1 every guide is no guidance: there each line starts, if that was measured.
+    """
+
+    def start_of(i: int) -> tuple[Any, ...]:
+        """What a guided row shares with the unguided one that it starts from."""
+        return (*rows.of(i, "budget"), rows.rows[i].get("sampler"))
+
+    own = [i for i in rows.scored(score) if rows.rows[i]["steps"] == steps]
+    starts = {start_of(i): (1.0, rows.score(i, score) or 0.0, i)
+              for i in own if rows.kinds[i] == "none"}  # fmt: skip
+    lines = grouped(
+        rows.points(own, "scale", score),
+        lambda p: (start_of(p[2]), guide_of(rows.rows[p[2]] | {"scale": None})),
     )
-    return _page(title, sections, {"reports": reports}, rows)
+    series, used = [], set()
+    for (start, (kind, *_)), points in lines.items():
+        before = [starts[start]] if start in starts and points[0][0] > 1 else []
+        used.update(before)
+        dashes = _DASHES.get(kind, "-")
+        series.append(_path(rows, before + points, _budget_name(start[1]), style=dashes))
+        series.append(_line(rows, points, style=""))
+    series += [_line(rows, [start]) for start in sorted(used)]
+    title = f"{info.title} over the scale at {steps} steps, a line for each guide and budget."
+    return _chart(title, "guidance scale", info, series, log_x=False)
 
 
-def _warnings(rows: Rows) -> str:
-    """What the rows warn of, each warning once, with the number of its rows."""
-    counts = Counter(text for row in rows.rows for text in row.get("warnings") or ())
-    return "".join(
-        f'<p class="warning">{count} of {len(rows.rows)} rows: {escape(str(text))}</p>'
-        for text, count in counts.most_common(5)
-    )
+def _line(rows: Rows, points: Sequence[Point], label: str = "", /, **how: Any) -> Line:
+    x, y, numbers = zip(*points, strict=True)
+    look = {
+        "colour": rows.colours[numbers[0]], "rows": numbers,
+        "marker": _MARKERS.get(rows.kinds[numbers[0]], "o"),
+    }  # fmt: skip
+    return Line(x, y, label, **(look | how))
 
 
-def _page(title: str, sections: Sequence[str], data: Any, rows: Rows) -> str:
-    """A file that holds all that it needs: style, script and numbers."""
-    here = Path(__file__).parent
-    style = (here / "page.css").read_text(encoding="utf-8")
-    script = (here / "page.js").read_text(encoding="utf-8")
-    colours, theme = _colours(rows)
-    marks, rules = markers(colours)
-    # A "<" could end the element that holds it.
-    numbers = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)
-    numbers = numbers.replace("<", "\\u003c")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title>\n<style>\n{style}{theme}{rules}</style></head>\n"
-        f"<body>{marks}<main>" + "\n".join(filter(None, sections)) + "</main>\n"
-        '<div id="tip" hidden></div>\n'
-        f'<script type="application/json" id="report">{numbers}</script>\n'
-        f"<script>\n{script}</script></body></html>\n"
-    )
+def _path(rows: Rows, points: Sequence[Point], label: str = "", /, **how: Any) -> Line:
+    """A thin line without its points."""
+    return _line(rows, points, label, marker="", rows=(), width=1.2, alpha=0.75, **how)
 
 
-def _shown_scores(rows: Rows, scores: Mapping[str, ScoreInfo], first: Any) -> dict[str, ScoreInfo]:
+def _chart(
+    title: str, x: str, info: ScoreInfo, series: Sequence[Line], log_x: bool = True
+) -> Chart | None:
+    if not series:
+        return None
+    low, high = (which(y for line in series for y in line.y) for which in (min, max))
+    log_y = low > 0 and high / low > _LOG_RATIO
+    return Chart(
+        title, x + " (log scale)" * log_x, info.axis() + " (log scale)" * log_y, series,
+        log_x=log_x, log_y=log_y, labels="start",
+    )  # fmt: skip
+
+
+def _budget_name(budget: float) -> str:
+    return f"budget {format_budget(budget)}"
+
+
+# ---- tables ----
+
+
+def _columns(rows: Rows, scores: Scores) -> dict[str, list[str]]:
+    """Columns of the table of all rows, those in which some row has something."""
+
+    def of(key: str, write: Callable[[Any], Any] = lambda value: value) -> list[Any]:
+        return [None if row.get(key) is None else write(row[key]) for row in rows.rows]
+
+    samplers = of("sampler")
+    columns = {
+        "model": rows.models if len(rows.names) > 1 else [],
+        "budget": of("budget", format_budget),
+        "latents": of("num_latents"),
+        "steps": of("steps"),
+        "sampler": samplers if len(set(samplers)) > 1 else [],  # else the settings name it
+        "guidance": of("guidance", lambda kind: KINDS.get(kind, kind)),
+        "scale": of("scale"),
+        "guide budget": of("guide_budget", format_budget),
+        "noise levels": of("interval", lambda i: "{:g} to {:g}".format(*i) * (tuple(i) != (0, 1))),
+        "calls": of("calls"),
+        "GFLOPs": of("gflops_per_image"),
+        "ms": of("ms_per_image"),
+    }
+    for name, info in scores.items():
+        columns[info.column()] = [rows.score(i, name) for i in range(len(rows.rows))]
+    fronts = ({"FLOPs": row.get("front_flops"), "ms": row.get("front_ms")} for row in rows.rows)
+    columns["front"] = [", ".join(n for n, on in front.items() if on) for front in fronts]
+    written = {title: list(map(_cell, cells)) for title, cells in columns.items()}
+    return {title: cells for title, cells in written.items() if set(cells) - {"-"}}
+
+
+def _best_table(rows: Rows, score: str, info: ScoreInfo) -> list[tuple[str, list[tuple]]]:
+    """The best score of each model at or below each cost, if it wins, and how it is reached."""
+    lines = []
+    for cost, best in sweeps.best_at_costs(rows, score, info):
+        values = [None if i is None else rows.score(i, score) for i in best.values()]
+        how = ["-" if i is None else sweeps.in_words(rows.rows[i]) for i in best.values()]
+        wins = [value == info.best(values) for value in values]
+        lines.append((_cell(cost), list(zip(map(_cell, values), wins, how, strict=True))))
+    return lines
+
+
+def _cell(value: Any) -> str:
+    """Text of a value; "-" of what is missing."""
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else "-"
+    return str(value) if value or value == 0 else "-"
+
+
+def _shown_scores(rows: Rows, scores: Scores, first: Any) -> dict[str, ScoreInfo]:
     """Scores that some row has, the one that the sweep ranks by first."""
-    there = {name for i, row in enumerate(rows.rows) for name in row["scores"]}
+    there = {name for row in rows.rows for name in row["scores"]}
     if unknown := sorted(there - set(scores)):
         raise ValueError(
             f"score {unknown[0]!r} has no title and no direction; give a ScoreInfo of it"
         )
     shown = [name for name in scores if rows.scored(name)]
-    shown.sort(key=lambda name: name != first)
-    return {name: scores[name] for name in shown}
-
-
-def _table_section(rows: Rows, scores: Mapping[str, ScoreInfo], note: str) -> str:
-    note = f"{note} Click a heading to sort. GFLOPs and ms are for one image, all calls together."
-    return (
-        f'<section id="table"><h2>All rows: {len(rows.rows)}</h2><p class="note">{escape(note)}</p>'
-        f'<div class="wide">{rows_table(rows, scores)}</div></section>'
-    )
-
-
-def _settings(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    facts = {name: facts_of(report) for name, report in reports.items()}
-    return (
-        '<section id="settings"><h2>What these scores depend on</h2><div class="wide">'
-        f"{facts_table(facts)}</div></section>"
-    )
-
-
-def _sheets(sheets: Sheets) -> str:
-    figures = "".join(
-        f'<figure><img src="{_data_uri(picture)}" width="{picture.width}" '
-        f'height="{picture.height}" alt="{escape(caption)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-        for caption, picture in sheets
-    )
-    if not figures:
-        return ""
-    return f'<section id="sheets"><h2>Samples</h2><div class="sheets">{figures}</div></section>'
+    return {name: scores[name] for name in sorted(shown, key=lambda name: name != first)}
 
 
 def _data_uri(picture: Image.Image) -> str:
     file = io.BytesIO()
     picture.save(file, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _colours(rows: Rows) -> tuple[int, str]:
-    """How many colours, and a class for each, light and dark."""
-    if len(rows.names) > 1:
-        light = cycle(len(rows.names))
-        dark = [pale(colour, 0.65) for colour in light]
-    else:
-        light, dark = (ramp(RAMPS[theme], len(rows.budgets)) for theme in ("light", "dark"))
-    day, night = (
-        "\n".join(f".c{k} {{ color: {colour}; }}" for k, colour in enumerate(theme))
-        for theme in (light, dark)
-    )
-    return len(light), f"{day}\n@media (prefers-color-scheme: dark) {{\n{night}\n}}\n"
-
-
-def _title(scores: Mapping[str, ScoreInfo], report: Mapping[str, Any]) -> str:
-    info = scores.get(str(report.get("ranked_by"))) or next(iter(scores.values()))
-    return info.axis()
-
-
-def _finite(value: Any) -> Any:
-    """Plain types without what JSON has no word for."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

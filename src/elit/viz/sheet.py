@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from elit._extras import missing
 from elit._files import write_file
 
-_MARGIN = 6
+MARGIN = 6
 
 
 def contact_sheet(
@@ -37,43 +38,50 @@ def contact_sheet(
         if captions and len(captions) != count:
             raise ValueError(f"{len(captions)} captions for {count} {what}; give one for each")
     width, height = rows[0][0].size
-    factor = max(1, -(-cell // max(width, height)))
+    factor = enlargement(rows[0][0].size, cell)
     width, height = width * factor, height * factor
     font = ImageFont.load_default(size=15)
-    left = max((int(font.getlength(text)) for text in row_captions), default=-_MARGIN)
-    left += 2 * _MARGIN
-    column_captions = [_wrap(text, width, font) for text in column_captions]
+    left = max((int(font.getlength(text)) for text in row_captions), default=-MARGIN)
+    left += 2 * MARGIN
+    letters = max(1, width // 7)  # of a line, about
+    column_captions = [fill(text, letters, break_long_words=False) for text in column_captions]
     most_lines = max((text.count("\n") + 1 for text in column_captions), default=0)
-    top = _MARGIN + 18 * most_lines
+    top = MARGIN + 18 * most_lines
     columns = max(map(len, rows))
-    size = (left + columns * (width + _MARGIN), top + len(rows) * (height + _MARGIN))
+    size = (left + columns * (width + MARGIN), top + len(rows) * (height + MARGIN))
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for i, text in enumerate(column_captions):
-        x = left + i * (width + _MARGIN) + width // 2
+        x = left + i * (width + MARGIN) + width // 2
         first_line = (x, top - 8 - 18 * text.count("\n"))
         draw.text(first_line, text, fill="black", font=font, anchor="ms", align="center", spacing=3)
     for j, row in enumerate(rows):
-        y = top + j * (height + _MARGIN)
+        y = top + j * (height + MARGIN)
         if row_captions:
-            middle = (_MARGIN, y + height // 2)
+            middle = (MARGIN, y + height // 2)
             draw.text(middle, row_captions[j], fill="black", font=font, anchor="lm")
         for i, image in enumerate(row):
             enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (left + i * (width + _MARGIN), y))
+            sheet.paste(enlarged, (left + i * (width + MARGIN), y))
     return sheet
 
 
-def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    """Break a text into lines of at most some pixels, where it has spaces."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)
+def enlargement(size: tuple[int, int], cell: int) -> int:
+    """The least whole number that makes an image's longer side at least `cell` pixels."""
+    return max(1, -(-cell // max(size)))
+
+
+def stack(sheets: Sequence[Image.Image], gap: int = 10) -> Image.Image:
+    """Sheets one below the other."""
+    if not sheets:
+        raise ValueError("nothing to stack: give at least one sheet")
+    height = sum(sheet.height for sheet in sheets) + gap * (len(sheets) - 1)
+    whole = Image.new("RGB", (max(sheet.width for sheet in sheets), height), "white")
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height + gap
+    return whole
 
 
 def film_strip(frames: Sequence[Image.Image], count: int = 4) -> Image.Image:
@@ -93,7 +101,7 @@ def save_clip(frames: Sequence[Image.Image], path: Path, fps: int = 8) -> None:
     from diffusers.utils import export_to_gif, export_to_video
 
     width, height = frames[0].size
-    factor = max(1, -(-64 // max(width, height)))
+    factor = enlargement(frames[0].size, 64)
     size = (width * factor, height * factor)
     large = [frame.resize(size, Image.Resampling.NEAREST) for frame in frames]
     if path.suffix == ".gif":
