@@ -212,7 +212,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
 import sys
 from elit.cli.main import main
 lines = [["--version"], ["--help"], *([name, "--help"] for name in %r), ["sampel"], ["sample"]]
-print([main(line) for line in lines], sorted({"torch", "diffusers", "numpy", "jsonargparse",
+print([main(line) for line in lines], sorted({"torch", "diffusers", "numpy",
     "yaml", "PIL", "sklearn", "tqdm"} & set(sys.modules)))
 """
     done = subprocess.run(

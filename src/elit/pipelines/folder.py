@@ -8,7 +8,6 @@ import hashlib
 import importlib
 import inspect
 import itertools
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from elit._hub import not_fetched
+from elit._plain import read_json
 
 _ADVICE = "give the output_dir of `elit train`, or a folder that save_pretrained wrote"
 OURS = ("ElitPipeline", "ElitTextPipeline")
@@ -74,15 +74,7 @@ def loading_error(name: str, error: Exception) -> ValueError:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The JSON object in a file, or a ValueError that says why there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}; {_ADVICE}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}), perhaps cut off; {_ADVICE}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {content!r:.60} instead of a JSON object; {_ADVICE}")
-    return content
+    return read_json(path, _ADVICE)
 
 
 def weights_digest(
