@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,11 +116,9 @@ def damage_file(draw: random.Random, path: Path) -> None:
     """Cut off, empty, remove, rename, extend or overwrite a part of a file."""
     content = path.read_bytes()
     size = len(content)
-    kind = draw.choice(("cut", "cut", "empty", "remove", "rename", "extend", "noise", "folder"))
-    if kind in ("remove", "folder"):
+    kind = draw.choice(("cut", "cut", "empty", "remove", "rename", "extend", "noise"))
+    if kind == "remove":
         path.unlink()
-        if kind == "folder":
-            path.mkdir()
     elif kind == "rename":
         path.rename(path.with_name("x" + path.name))
     else:
@@ -181,7 +180,11 @@ def run_cases(
             with time_limit():
                 fault = case(random.Random(seed), place)
         except (Exception, TookTooLongError) as error:
-            fault = f"{type(error).__name__}: {str(error)[:300]}"
+            at = [
+                f"{Path(f.filename).name}:{f.lineno}"
+                for f in traceback.extract_tb(error.__traceback__)
+            ]
+            fault = f"{type(error).__name__}: {str(error)[:300]} ({', '.join(at[-4:])})"
         if fault is not None:
             wrong.append(f"seed {seed}: {fault}")
         shutil.rmtree(place)

@@ -27,6 +27,7 @@ from elit.cli.config import config_fields
 from elit.cli.main import main
 from elit.data.manifest import MANIFEST
 from elit.data.prepared import Prepared
+from elit.flow.schedulers import make_scheduler
 from elit.models.dit import DiT
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.pipelines.load import load_pipeline
@@ -36,7 +37,7 @@ from elit.training.loop import train
 MANY = int(os.environ.get("ELIT_FUZZ", "2000"))
 
 
-def told(error: Exception | str, *names: str) -> str | None:
+def told(error: Exception | str, *names: str | None) -> str | None:
     """What is wrong with a message: it is one line and has one of the names."""
     text = str(error)
     if "\n" in text or len(text) > 1500:
@@ -62,6 +63,7 @@ OPTIONS = {
     "tensors": ("path",),
     "fashion-mnist": ("path",),
 }
+WORDS = {"num_heads": "heads", "hidden_size": "width", "patch_size": "patches"}
 PRESETS = (
     "elit-dit-tiny/2",
     "dit-tiny/4",
@@ -83,7 +85,7 @@ def random_value(draw: random.Random, key: str) -> Any:
 
 
 def config_case(draw: random.Random, folder: Path, capsys: Any) -> str | None:
-    values = {"output_dir": str(folder / "run")}
+    values: dict[str, Any] = {"output_dir": str(folder / "run")}
     for _ in range(draw.choice((1, 1, 2, 3))):
         kind = draw.random()
         if kind < 0.6:
@@ -120,15 +122,15 @@ def config_case(draw: random.Random, folder: Path, capsys: Any) -> str | None:
     out, err = capsys.readouterr()
     if code == 2:
         lines = [line for line in err.splitlines() if line.startswith("elit: error: ")]
-        names = [name for key in values for name in (key, *key.split("."))]
+        names = [name for key in values for name in (*key.split("."), WORDS.get(key[16:]))]
         return told(err.strip(), *names) if len(lines) == 1 else f"{len(lines)} errors: {err}"
     if code != 0:
         return f"exit {code}: {err[:300]}"
     found = yaml.safe_load(out)
     for key, field in FIELDS.items():
         value = found
-        for name in key.split("."):
-            value = value[name]
+        for part in key.split("."):
+            value = value[part]
         if not field.is_mapping and typing.get_origin(field.hint) is not tuple:
             if not (
                 fits_type(value, field.hint) or typing.get_origin(field.hint) is typing.Literal
@@ -140,7 +142,8 @@ def config_case(draw: random.Random, folder: Path, capsys: Any) -> str | None:
         if field.is_mapping or value == given or str(value) == str(given):
             continue
         if not (isinstance(given, str) and yaml.safe_load(given) == value) and key in values:
-            if _as_number(given) != value:
+            same = _as_number(given) == value or json.dumps(given) in (value, json.dumps(value))
+            if not same:
                 return f"{key} became {value!r} of {given!r}"
     return None
 
@@ -226,11 +229,12 @@ def manifest_case(draw: random.Random, folder: Path, bases: list[Path]) -> str |
 
 def make_pipelines(folder: Path) -> list[Path]:
     torch.manual_seed(0)
+    scheduler = make_scheduler("euler")
     for number, group in enumerate(((4, 4), None)):
         split = {} if group is None else {"head": 1, "tail": 1}
         model = DiT(sample_size=8, in_channels=1, patch_size=2, hidden_size=8, num_heads=2, depth=3,
                     num_classes=3, group=None if group is None else (2, 2), **split)  # fmt: skip
-        ElitPipeline(model).save_pretrained(folder / str(number))
+        ElitPipeline(model, scheduler).save_pretrained(folder / str(number))
     return [folder / "0", folder / "1"]
 
 
@@ -238,8 +242,9 @@ def pipeline_case(draw: random.Random, folder: Path, bases: list[Path]) -> str |
     copy = folder / "pipeline"
     shutil.copytree(draw.choice(bases), copy)
     file = draw.choice([path for path in sorted(copy.rglob("*")) if path.is_file()])
+    names = []
     if file.suffix == ".json":
-        write_tree(draw, file, json.loads(file.read_text()))
+        names = write_tree(draw, file, json.loads(file.read_text()))
     else:
         draw.choice((damage_file, damage_tensors))(draw, file)
     try:
@@ -248,7 +253,7 @@ def pipeline_case(draw: random.Random, folder: Path, bases: list[Path]) -> str |
         generator = torch.Generator().manual_seed(0)
         image = pipe([0], num_inference_steps=2, generator=generator, output_type="pt").images
     except (ValueError, OSError) as error:
-        return told(error, str(copy), "samples are no longer finite")
+        return told(error, str(copy), *names, "samples are no longer finite")
     if image.shape != (1, pipe.transformer.in_channels, *pipe.transformer.sample_size):
         return f"draws {tuple(image.shape)}"
     return None if image.isfinite().all() else "draws what is not finite"
@@ -301,14 +306,10 @@ def sweep_case(draw: random.Random, folder: Path, capsys: Any) -> str | None:
             other.write_text(json.dumps(sweep_report(seed=1, budgets=(0.25, 1), steps=(5, 20))))
             capsys.readouterr()
             code = main(["compare", str(file), str(other), "--out", str(folder / "c.html")])
-            out, err = capsys.readouterr()
-            return (
-                None
-                if code == 0
-                else told(err.strip(), str(folder))
-                if code == 2
-                else f"exit {code}"
-            )
+            err = capsys.readouterr().err.strip()
+            if code == 2:
+                return told(err, str(folder), *names, "differ")
+            return f"exit {code}" if code else None
         points = OperatingPoints.load(file)
     except (ValueError, OSError) as error:
         return told(error, str(file))

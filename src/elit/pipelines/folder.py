@@ -11,12 +11,13 @@ import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from safetensors import SafetensorError, safe_open
 
+from elit._choices import check_choice
 from elit._hub import not_fetched
-from elit._plain import read_json
+from elit._plain import from_plain, read_json
 
 _ADVICE = "give the output_dir of `elit train`, or a folder that save_pretrained wrote"
 OURS = ("ElitPipeline", "ElitTextPipeline")
@@ -102,6 +103,29 @@ def check_model_config(path: Path, config: dict[str, Any], model_class: type) ->
             f"{path} has settings that this version's {model_class.__name__} does not know: "
             f"{', '.join(unknown)}; use the version of elit that wrote it, or a newer one"
         )
+    if model_class.__module__.startswith("elit.models."):
+        hints = get_type_hints(model_class.__init__)
+        for key, value in config.items():
+            if not key.startswith("_"):
+                from_plain(hints[key], value, f"{path}: {key}")
+
+
+def _check_scheduler_config(path: Path, config: dict[str, Any], scheduler_class: Any) -> None:
+    """Raise a ValueError for settings that no such scheduler knows, or of another type.
+
+    Settings of a scheduler that this one was made from are kept in its file.
+    """
+    known = inspect.signature(scheduler_class).parameters
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    if unknown := own.keys() - known:
+        others = map(inspect.signature, scheduler_class._get_compatibles())
+        everywhere = {*known, *(key for other in others for key in other.parameters)}
+        for key in unknown:
+            check_choice(key, everywhere, "key", f" of {path}")
+    for key in own.keys() & known:
+        kind = type(known[key].default)  # diffusers' annotations are wrong at places
+        if kind in (bool, int, float, str):
+            from_plain(kind, own[key], f"{path}: {key}")
 
 
 def draws_images(in_channels: int) -> bool:
@@ -132,6 +156,10 @@ def _check_folder(folder: Path, pipeline_class: type, given: Mapping[str, Any]) 
         else:
             advice = _ADVICE
         raise ValueError(f"{folder} holds a pipeline {found}, not {wanted[0]}; {advice}")
+    for name in index:
+        if not name.startswith("_"):
+            parts = inspect.signature(pipeline_class).parameters
+            check_choice(name, parts, "part", f" in {folder / 'model_index.json'}")
     for name in ("transformer", "scheduler", "vae"):
         if name in given or (name == "vae" and index.get(name) in (None, [None, None])):
             continue
@@ -147,6 +175,12 @@ def _check_folder(folder: Path, pipeline_class: type, given: Mapping[str, Any]) 
         raise ValueError(f"{folder} names a {name}, but has no folder of that name; {_ADVICE}")
 
 
+def _scheduler_class(library: str, class_name: str) -> Any:
+    if library not in ("diffusers", "elit.flow.schedulers"):
+        return None  # loading it says so
+    return getattr(importlib.import_module(library), class_name, None)
+
+
 def _check_component(folder: Path, name: str, entry: Any) -> None:
     index_file = folder / "model_index.json"
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
@@ -160,6 +194,8 @@ def _check_component(folder: Path, name: str, entry: Any) -> None:
             f"{config_file} is of a {config.get('_class_name')}, but {index_file} names a "
             f"{class_name}; {_ADVICE}"
         )
+    if name == "scheduler" and (found := _scheduler_class(library, class_name)) is not None:
+        _check_scheduler_config(config_file, config, found)
     if name == "transformer":
         check_model_config(config_file, config, model_class_of(index_file, library, class_name))
 
