@@ -67,8 +67,9 @@ def from_plain(hint: Any, value: Any, where: str = "", wrong: ValueError | None 
                 for i, (k, v) in enumerate(zip(kinds, value, strict=True))
             ]
             return items if origin is list else tuple(items)
-    elif hint is float and is_real(value):
-        return float(value)
+    elif hint is float:
+        if is_real(value):
+            return float(value)
     elif type(value) is hint:
         return value
     raise wrong

@@ -9,6 +9,7 @@ null.json                        its record, with the checksum
 manifest.json                    written when all parts are done
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 
 from elit._choices import check_choice
 from elit._files import json_text, write_text
-from elit._numbers import is_whole
+from elit._numbers import MOST, is_whole
 from elit._plain import from_plain, read_json
 
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
@@ -152,7 +153,7 @@ class Manifest:
                 raise ValueError(
                     f"count {shard.count} and bytes {shard.bytes} of {shard.file} are not both above 0"
                 )
-            if Path(shard.file).name != shard.file:
+            if not re.fullmatch(r"[\w.-]+\.safetensors", shard.file):
                 raise ValueError(f"the file {shard.file!r} is none in this folder")
         for what, names in (("file", [s.file for s in shards]), ("class", self.classes)):
             if twice := [name for name, times in Counter(names).items() if times > 1]:
@@ -164,7 +165,7 @@ class Manifest:
         for name in ("scale", "shift") if self.autoencoder else ():
             numbers = getattr(self.autoencoder, name)
             fits = all(len(numbers) in (1, shape[0]) for shape in self.shapes.values())
-            if not fits or (name == "scale" and 0 in numbers):
+            if not fits or (name == "scale" and 0 in numbers) or max(map(abs, numbers)) > MOST:
                 raise ValueError(
                     f"autoencoder.{name} is {numbers}; give one number, or one for each channel"
                 )

@@ -123,8 +123,9 @@ def _check_scheduler_config(path: Path, config: dict[str, Any], scheduler_class:
         for key in unknown:
             check_choice(key, everywhere, "key", f" of {path}")
     for key in own.keys() & known:
-        kind = type(known[key].default)  # diffusers' annotations are wrong at places
-        if kind in (bool, int, float, str):
+        default = known[key].default  # diffusers' annotations are wrong at places
+        kind = type(own[key] if default is None else default)
+        if kind in (bool, int, float, str) and own[key] != default:
             from_plain(kind, own[key], f"{path}: {key}")
 
 

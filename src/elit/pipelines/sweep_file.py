@@ -57,6 +57,7 @@ _ROW: dict[str, Callable[[Any], bool]] = {
     "budget": _is_share,
     "steps": is_whole,
     "guidance": lambda x: isinstance(x, str) and x in GUIDANCES,
+    "sampler": _or_none(lambda x: isinstance(x, str)),
     "scale": _or_none(is_real),
     "guide_budget": _or_none(_is_share),
     "interval": _or_none(_is_interval),

@@ -75,7 +75,7 @@ def make_conditioning(
 def check_draws(config: TrainConfig, chunks: int) -> None:
     """Raise a ValueError if a micro-batch, one of `chunks` of a step, is too small to be shared."""
     samples, draws = config.data.batch_size // chunks, config.latents.draws
-    if draws > samples:
+    if draws > max(samples, 1):  # that none are left is told where the batch is cut
         raise ValueError(
             f"latents.draws={draws} shares a micro-batch of {samples} samples; lower it, or raise "
             f"data.batch_size to {draws * chunks}"
