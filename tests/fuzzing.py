@@ -21,10 +21,10 @@ HUGE = 10**400  # beyond every float
 VALUES = (
     None, True, False, 0, 1, -1, 2, 3, 4, 7, 16, 100, 2**31, 2**63, -(2**70), 10**80, HUGE, 0.0,
     0.5, -0.5, 1.0, 1.5, 1e-320, 1e308, math.inf, -math.inf, math.nan, "", " ", "a", "1", "0.5",
-    "nan", "1e400", "true", "null", "digits", "shapes", "elit-dit-tiny/2", "../x", "a/b", "x" * 300, "\0",
-    "žluť", "train", "32x32", "axb", "-1x4", [], [1], [0.5], [1, 0.5], [2, 2], [4, 4], [0, 0],
-    [-1, 4], [2, 2, 2], [None], ["a"], [[]], [[1, 2], 3], [HUGE], [math.nan, 0.9], [True, False],
-    {}, {"a": 1}, {"count": 5}, {"depth": "2"}, {"a": {"b": [None]}}, {"": []},
+    "nan", "1e400", "true", "null", "digits", "shapes", "elit-dit-tiny/2", "../x", "a/b", "\0",
+    "x" * 300, "žluť", "train", "32x32", "axb", "-1x4", [], [1], [0.5], [1, 0.5], [2, 2], [4, 4],
+    [0, 0], [-1, 4], [2, 2, 2], [None], ["a"], [[]], [[1, 2], 3], [HUGE], [math.nan, 0.9],
+    [True, False], {}, {"a": 1}, {"count": 5}, {"depth": "2"}, {"a": {"b": [None]}}, {"": []},
 )  # fmt: skip
 
 

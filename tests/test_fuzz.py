@@ -8,17 +8,21 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import typing
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from fuzzing import VALUES, damage_file, damage_tensors, run_cases, write_tree
+from fuzzing import HUGE, VALUES, damage_file, damage_tensors, run_cases, write_tree
 from prepared_data import write_prepared
 from runs import tiny_config
+from safetensors.torch import load_file, save_file
 from sweeps import sweep_report
 
 from elit._plain import fits_type
@@ -28,11 +32,14 @@ from elit.cli.main import main
 from elit.data.manifest import MANIFEST
 from elit.data.prepared import Prepared
 from elit.flow.schedulers import make_scheduler
+from elit.interface.budget import format_budget
 from elit.models.dit import DiT
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.pipelines.load import load_pipeline
 from elit.pipelines.operating_points import OperatingPoints
+from elit.training.checkpoint import read_state
 from elit.training.loop import train
+from elit.training.metrics import read_metrics
 
 MANY = int(os.environ.get("ELIT_FUZZ", "2000"))
 
@@ -336,43 +343,195 @@ def calibration_case(draw: random.Random, folder: Path) -> str | None:
     return None
 
 
-AREAS = ("configs", "manifests", "pipelines", "checkpoints", "sweeps", "calibrations")
+AREAS = {
+    "configs": 80, "manifests": 70, "pipelines": 40, "checkpoints": 15, "sweeps": 40,
+    "calibrations": 20,
+}  # fmt: skip
 
 
 def fuzz(area: str, seeds: range, folder: Path, capsys: Any) -> list[str]:
+    """What went wrong in the cases of an area, by their seeds."""
+    case: Callable[[random.Random, Path], str | None]
     if area == "configs":
-        return run_cases(lambda draw, place: config_case(draw, place, capsys), seeds, folder)
-    if area == "manifests":
-        bases = make_prepared(folder / "bases")
-        return run_cases(lambda draw, place: manifest_case(draw, place, bases), seeds, folder)
-    if area == "pipelines":
-        bases = make_pipelines(folder / "bases")
-        return run_cases(lambda draw, place: pipeline_case(draw, place, bases), seeds, folder)
-    if area == "checkpoints":
+        case = partial(config_case, capsys=capsys)
+    elif area == "manifests":
+        case = partial(manifest_case, bases=make_prepared(folder / "bases"))
+    elif area == "pipelines":
+        case = partial(pipeline_case, bases=make_pipelines(folder / "bases"))
+    elif area == "checkpoints":
         base = make_run(folder / "base")
         shutil.copytree(base, folder / "three")
-        train(
-            tiny_config(
-                folder / "three",
-                steps=3,
-                model_overrides={"depth": 3, "hidden_size": 8, "num_heads": 2},
-            ),
-            progress=False,
-        )
-        return run_cases(lambda draw, place: checkpoint_case(draw, place, base), seeds, folder)
-    if area == "sweeps":
-        return run_cases(lambda draw, place: sweep_case(draw, place, capsys), seeds, folder)
-    return run_cases(lambda draw, place: calibration_case(draw, place), seeds, folder)
+        make_run(folder / "three", 3)
+        case = partial(checkpoint_case, base=base)
+    elif area == "sweeps":
+        case = partial(sweep_case, capsys=capsys)
+    else:
+        case = calibration_case
+    return run_cases(case, seeds, folder)
 
 
 @pytest.mark.parametrize("area", AREAS)
-def test_a_few(area: str, tmp_path: Path, capsys: Any) -> None:
-    wrong = fuzz(area, range(50), tmp_path, capsys)
+def test_a_few_wrong_inputs(area: str, tmp_path: Path, capsys: Any) -> None:
+    wrong = fuzz(area, range(AREAS[area]), tmp_path, capsys)
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("area", AREAS)
-def test_many(area: str, tmp_path: Path, capsys: Any) -> None:
+def test_many_wrong_inputs(area: str, tmp_path: Path, capsys: Any) -> None:
     wrong = fuzz(area, range(1000, 1000 + MANY), tmp_path, capsys)
     assert not wrong, "\n".join(wrong)
+
+
+# ---- what failed first ----
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer: {lr: 1" + 400 * "0" + "}", r"optimizer.lr is 10+\d*; give a number"),
+        ("seed: 1" + 80 * "0", r"seed=10+ is not allowed; give a number from 0 to 2\^63 - 1"),
+        ("train: {steps: 1" + 80 * "0" + "}", r"train.steps=10+ .* at least 1, at most 2147483647"),
+        ("objective: {logit_mean: -.inf}", "objective.logit_mean is -inf; give a number"),
+        ("model: {overrides: {sample_size: [[1, 2], 3]}}", "overrides.sample_size is "),
+        ("model: {overrides: {patch_size: {a: 1}}}", "overrides.patch_size is {'a': 1}; give a wh"),
+        ("model: {overrides: {mlp_ratio: 1.0e+308}}", r"mlp_ratio=1e\+308 is not allowed"),
+        ("model: {overrides: {depth: 2147483648}}", "depth=2147483648 .* at most 1000"),
+        ("model: {overrides: {hidden_size: 2147483640}}", "'hidden_size': 2147483640} is too la"),
+        ("data: {name: shapes, options: {size: 2147483647}}", "size=2147483647: .* at most 16384"),
+        ("data: {name: tensors, options: {path: 3}}", "data.options.path='?3'? is no file"),
+    ],
+)
+def test_configs(text: str, message: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    assert main(["train", str(tmp_path / "x.yaml"), "--dry-run"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert re.search(message, err), err
+
+
+@pytest.mark.parametrize(
+    ("kind", "way", "value", "message"),
+    [
+        (0, ["shapes", "32x32"], [3, 32, 32, 32], r"size '32x32' of shape \(3, 32, 32, 32\)"),
+        (1, ["shapes", "32x32"], [7, 8, 8], r"moments is \(6, 8, 8, 8\), but manifest.json has"),
+        (1, ["shapes", "32x32"], ["4", 8, 8], r"shapes.32x32 is \['4', 8, 8\]; give a list of w"),
+        (1, ["shapes", "32x32"], [4, 8, 8.0], r"give a list of whole numbers"),
+        (1, ["shapes", "32_x32"], [4, 8, 8], "a size '32_x32' of shape"),
+        (1, ["classes"], ["ant", "bee"], "labels 0 to 2 are not all of 2 classes"),
+        (1, ["classes"], ["ant", "bee", "ant"], "class 'ant' is named twice"),
+        (1, ["classes"], "ant", "classes is 'ant'; give a list"),
+        (1, ["flips"], 1, "flips is 1; give true or false"),
+        (0, ["flips"], True, "it has no images_flipped"),
+        (1, ["captions"], "yes", "captions is 'yes'; give true or false"),
+        (1, ["captions"], True, "it has no caption_ends"),
+        (1, ["kind"], "latents", "it has no latents, but"),
+        (0, ["kind"], [], r"kind is \[\]; give text"),
+        (1, ["autoencoder"], None, "autoencoder is None, which moments can't have"),
+        (1, ["autoencoder", "scale"], [1, 2, 3], r"autoencoder.scale is .*; give one number, or"),
+        (1, ["autoencoder", "scale"], [0], r"autoencoder.scale is \(0.0,\)"),
+        (1, ["autoencoder", "scale"], [1e308], r"autoencoder.scale is \(1e\+308,\)"),
+        (1, ["autoencoder", "shift"], ["a"], r"autoencoder.shift is \['a'\]; give a list of n"),
+        (1, ["autoencoder", "class_name"], 5, "autoencoder.class_name is 5; give text"),
+        (1, ["resolutions"], 3, "resolutions is 3; give keys with values"),
+        (1, ["resolutions", "32x32"], [32], r"resolutions.32x32 is \[32\]; give a whole number"),
+        (2, ["resolutions", "32x"], 32, "unknown size '32x' in resolutions"),
+        (3, ["max_text_length"], "abc", "max_text_length is 'abc'; give a whole number, or null"),
+        (1, ["text_encoder"], 3, "text_encoder is 3; give text, or null"),
+        (1, ["splits", "VALIDATION"], {}, "unknown split 'VALIDATION'.*'validation'"),
+        (1, ["splits", "train", "shards", 0, "file"], [], r"shards\[0\].file is \[\]; give text"),
+        (1, ["splits", "train", "shards", 0, "file"], "\0", r"the file '\\x00' is none in this"),
+        (1, ["splits", "train", "shards", 0, "size"], [8, 8], "unknown size '8x8' of train-0000"),
+        (1, ["splits", "train", "shards", 0, "count"], -1, "count -1 and bytes"),
+        (1, ["splits", "train", "skipped"], [["a", 1]], r"splits.train.skipped is \[\['a', 1\]\]"),
+        (1, ["null"], 5, "null is 5; give keys with values"),
+        (1, ["sauce"], 5, "unknown key 'sauce'.*'source'"),
+    ],
+)  # fmt: skip
+def test_manifests(kind: int, way: list, value: Any, message: str, tmp_path: Path) -> None:
+    write_prepared(tmp_path, (6, 4), **KINDS[kind])
+    tree = at = json.loads((tmp_path / MANIFEST).read_text())
+    for step in way[:-1]:
+        at = at[step]
+    at[way[-1]] = value
+    (tmp_path / MANIFEST).write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=message) as raised:
+        whole_set(Prepared("train", tmp_path))
+    assert str(tmp_path) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("latents", lambda x: x.double(), "latents is of F64, not of F32 or F16 or BF16"),
+        ("latents", lambda x: x[..., :4].clone(), r"latents is \(6, 4, 8, 4\), but manifest.json"),
+        ("class_labels", lambda x: x.int(), "class_labels is of I32, not of I64"),
+        ("caption_ends", lambda x: x.flip(0), "caption_ends don't fit its captions"),
+        ("caption_ends", lambda x: x - 1, "caption_ends don't fit its captions"),
+    ],
+)
+def test_shards(name: str, change: Any, message: str, tmp_path: Path) -> None:
+    manifest = write_prepared(tmp_path, (6, 4), **KINDS[2])
+    first = manifest.splits["train"].shards[0]
+    tensors = load_file(tmp_path / first.file)
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, tmp_path / first.file)
+    size = (tmp_path / first.file).stat().st_size
+    text = (tmp_path / MANIFEST).read_text().replace(f'"bytes": {first.bytes}', f'"bytes": {size}')
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(ValueError, match=rf"{first.file} is damaged: {message}"):
+        whole_set(Prepared("train", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("model_index.json", "va", [None, None], "unknown part 'va'.*'vae'"),
+        ("scheduler/scheduler_config.json", "shfit", 3, "unknown key 'shfit' of .*'shift'"),
+        ("scheduler/scheduler_config.json", "shift", "3", "config.json: shift is '3'; give a num"),
+        ("scheduler/scheduler_config.json", "shift_terminal", math.inf, "shift_terminal is inf"),
+        ("scheduler/scheduler_config.json", "shift_terminal", [1], r"terminal is \[1\]; give a n"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", [], r"timesteps is \[\]; give"),
+        ("transformer/config.json", "hidden_size", "8", "config.json: hidden_size is '8'; give"),
+        ("transformer/config.json", "sample_size", 7, "sample_size of its transformer: input of"),
+        ("transformer/config.json", "group", [None], r"config.json: group is \[None\]; give"),
+    ],
+)
+def test_pipelines(file: str, key: str, value: Any, message: str, tmp_path: Path) -> None:
+    folder = make_pipelines(tmp_path)[0]
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, key: value}))
+    with pytest.raises(ValueError, match=message) as raised:
+        load_pipeline(folder)
+    assert str(folder) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("scale", None), ("sampler", ["a"]), ("guidance", ["cfg"]), ("budget", HUGE), ("steps", 1.5)],
+)
+def test_sweeps(key: str, value: Any, tmp_path: Path) -> None:
+    report = sweep_report(budgets=(1,), steps=(5,))
+    report["rows"][1][key] = value
+    (tmp_path / "sweep.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=rf"sweep.json is no result of .*: row 1: {key} "):
+        OperatingPoints.load(tmp_path)
+
+
+def test_the_smallest_budgets_have_a_name() -> None:
+    assert format_budget(1e-320) == "9.99989e-321"
+    assert format_budget(1 / 1024) == "1/1024"
+
+
+def test_a_state_of_another_shape_is_refused_or_passed_over(tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+    for config in ([], 3, {"data": 4}, {"data": []}):
+        state.write_text(json.dumps({"config": config}))
+        assert read_state(tmp_path) == {}
+    state.write_text(json.dumps({"config": {"data": {"name": "digits"}}}))
+    assert read_state(tmp_path)["config"] == {"data": {"name": "digits"}}
+
+
+def test_metrics_that_were_edited_are_left_out(tmp_path: Path) -> None:
+    lines = ['{"step": 1, "loss": 2}', '{"step": 2, "loss": []}', "[1]", '{"step": 1e999}', "{"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert read_metrics(tmp_path / "metrics.jsonl") == {"loss": [(1, 2.0)]}

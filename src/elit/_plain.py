@@ -45,7 +45,7 @@ def from_plain(hint: Any, value: Any, where: str = "", wrong: ValueError | None 
     if origin in _UNIONS:
         if value is None and type(None) in args:
             return None
-        for kind in args:
+        for kind in (arg for arg in args if arg is not type(None)):
             try:
                 return from_plain(kind, value, where, wrong)
             except ValueError as error:

@@ -150,9 +150,8 @@ class Manifest:
         shards = [shard for split in self.splits.values() for shard in split.shards]
         for shard in (*shards, *([self.null] if self.null else [])):
             if not (is_whole(shard.count, most=2**62) and is_whole(shard.bytes, most=2**62)):
-                raise ValueError(
-                    f"count {shard.count} and bytes {shard.bytes} of {shard.file} are not both above 0"
-                )
+                counts = f"count {shard.count} and bytes {shard.bytes}"
+                raise ValueError(f"{counts} of {shard.file} are not both above 0")
             if not re.fullmatch(r"[\w.-]+\.safetensors", shard.file):
                 raise ValueError(f"the file {shard.file!r} is none in this folder")
         for what, names in (("file", [s.file for s in shards]), ("class", self.classes)):
@@ -191,11 +190,14 @@ class Manifest:
                 return f"{name} is {shape}, not of {shard.count} samples"
             if name in wanted and shape[1:] != wanted[name]:
                 return f"{name} is {shape}, but {MANIFEST} has {(shard.count, *wanted[name])}"
-            whole = name in (LABELS, ROWS, CAPTION_ENDS)
-            allowed = ("I64",) if whole else ("U8",) if name in (CAPTIONS, PIXELS) else ()
-            if name.removesuffix(FLIPPED) in (MOMENTS, LATENTS):
+            allowed: tuple[str, ...] = (kind,)
+            if name in (LABELS, ROWS, CAPTION_ENDS):
+                allowed = ("I64",)
+            elif name == CAPTIONS or name.removesuffix(FLIPPED) == PIXELS:
+                allowed = ("U8",)
+            elif name.removesuffix(FLIPPED) in (MOMENTS, LATENTS):
                 allowed = ("F32", "F16", "BF16")
-            if allowed and kind not in allowed:
+            if kind not in allowed:
                 return f"{name} is of {kind}, not of {' or '.join(allowed)}"
         return None
 

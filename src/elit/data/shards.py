@@ -95,15 +95,10 @@ class ShardReader:
             raise damage_error(path, str(error)) from error
         labels, ends = tensors.get(LABELS), tensors.get(CAPTION_ENDS)
         if self.num_classes and labels is not None and len(labels):
-            if (
-                not 0
-                <= (low := int(labels.min()))
-                <= (high := int(labels.max()))
-                < self.num_classes
-            ):
-                raise damage_error(
-                    path, f"labels {low} to {high} are not all of {self.num_classes} classes"
-                )
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= self.num_classes:
+                reason = f"labels {low} to {high} are not all of {self.num_classes} classes"
+                raise damage_error(path, reason)
         if ends is not None and len(ends):
             steps = ends.diff(prepend=ends.new_zeros(1))
             if steps.min() < 0 or ends[-1] != len(tensors[CAPTIONS]):

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from elit._choices import check_choice
 from elit._hub import not_fetched
+from elit._numbers import is_real
 from elit._plain import from_plain, read_json
 
 _ADVICE = "give the output_dir of `elit train`, or a folder that save_pretrained wrote"
@@ -104,7 +105,7 @@ def check_model_config(path: Path, config: dict[str, Any], model_class: type) ->
             f"{', '.join(unknown)}; use the version of elit that wrote it, or a newer one"
         )
     if model_class.__module__.startswith("elit.models."):
-        hints = get_type_hints(model_class.__init__)
+        hints = get_type_hints(inspect.unwrap(vars(model_class)["__init__"]))
         for key, value in config.items():
             if not key.startswith("_"):
                 from_plain(hints[key], value, f"{path}: {key}")
@@ -123,10 +124,13 @@ def _check_scheduler_config(path: Path, config: dict[str, Any], scheduler_class:
         for key in unknown:
             check_choice(key, everywhere, "key", f" of {path}")
     for key in own.keys() & known:
-        default = known[key].default  # diffusers' annotations are wrong at places
-        kind = type(own[key] if default is None else default)
-        if kind in (bool, int, float, str) and own[key] != default:
-            from_plain(kind, own[key], f"{path}: {key}")
+        default, value = known[key].default, own[key]
+        if value == default:
+            continue
+        if type(default) in (bool, int, float, str):  # annotations are wrong at places
+            from_plain(type(default), value, f"{path}: {key}")
+        elif not is_real(value) and type(value).__name__ not in str(known[key].annotation):
+            raise ValueError(f"{path}: {key} is {value!r:.80}; give a number, or leave it out")
 
 
 def draws_images(in_channels: int) -> bool:

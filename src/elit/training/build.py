@@ -206,7 +206,15 @@ def build_model(
     arguments = preset_config(config.model.preset, resolution, arguments)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, "weights").initial_seed())
-        return preset_model(config.model.preset)(**arguments)
+        try:
+            return preset_model(config.model.preset)(**arguments)
+        except (RuntimeError, OverflowError) as error:
+            if "overflow" not in str(error).lower() and "too large" not in str(error):
+                raise
+            raise ValueError(
+                f"{config.model.preset!r} for {'x'.join(map(str, dataset.image_shape))} of "
+                f"{config.data.name!r} with model.overrides={config.model.overrides} is too large"
+            ) from error
 
 
 def condition_arguments(
