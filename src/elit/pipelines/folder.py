@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from elit._choices import check_choice
 from elit._hub import not_fetched
-from elit._numbers import is_real
+from elit._numbers import MOST, is_real, is_whole
 from elit._plain import from_plain, read_json
 
 _ADVICE = "give the output_dir of `elit train`, or a folder that save_pretrained wrote"
@@ -129,7 +129,15 @@ def _check_scheduler_config(path: Path, config: dict[str, Any], scheduler_class:
             continue
         if type(default) in (bool, int, float, str):  # annotations are wrong at places
             from_plain(type(default), value, f"{path}: {key}")
-        elif not is_real(value) and type(value).__name__ not in str(known[key].annotation):
+            if type(default) is int and not is_whole(value, least := min(default, 1)):
+                raise ValueError(
+                    f"{path}: {key} is {value!r:.80}; give at least {least}, to {MOST}"
+                )
+            if key in ("shift", "flow_shift") and not 1e-3 <= value <= 1e3:
+                raise ValueError(f"{path}: {key} is {value!r:.80}; give 0.001 to 1000, 1 is none")
+        elif not is_real(value) and (
+            isinstance(value, float) or type(value).__name__ not in str(known[key].annotation)
+        ):
             raise ValueError(f"{path}: {key} is {value!r:.80}; give a number, or leave it out")
 
 
