@@ -118,14 +118,14 @@ def test_a_config_is_a_small_file(tmp_path) -> None:
         TeaCacheConfig.load(tmp_path / "broken.json")
 
     for text, reason in (
-        ("{", "cannot be read as JSON"),
-        ("[]", "is no TeaCache's; `elit calibrate` writes one"),
-        ('{"cache": "TeaCache", "treshold": 1}', "'treshold'; did you mean threshold"),
-        ('{"cache": "TeaCache", "threshold": -1}', "threshold -1 is not allowed"),
+        ("{", "is not JSON"),
+        ("[]", "`elit calibrate` writes"),
+        ('{"cache": "TeaCache", "treshold": 1}', "'treshold'.*did you mean 'threshold'"),
+        ('{"cache": "TeaCache", "threshold": -1}', "threshold -1.0 is not allowed"),
     ):
         with pytest.raises(ValueError, match=reason):
             load(text)
-    with pytest.raises(ValueError, match="is not there; `elit calibrate` writes it"):
+    with pytest.raises(ValueError, match=r"there is no .*; `elit calibrate` writes it"):
         TeaCacheConfig.load(tmp_path / "absent.json")
 
 
@@ -204,7 +204,7 @@ def test_calibrate_prints_a_table(folders, capsys) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("sample run --teacache 0.1", "run/teacache.json is not there; `elit calibrate` writes it"),
+        ("sample run --teacache 0.1", "there is no run/teacache.json; `elit calibrate` writes it"),
         ("sample run --teacache much", "'much' is not allowed; give a number"),
         ("calibrate run --steps 5", "4 different changes from step to step are too few"),
         ("calibrate run --steps 2", "give a whole number, at least 3"),

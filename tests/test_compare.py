@@ -137,7 +137,7 @@ def test_training_and_times_that_differ_are_told(compare, tmp_path) -> None:
         ("elit nowhere", "there is no nowhere; give a run's folder, or a sweep.json"),
         ("elit empty", r"there is no empty/swept/sweep.json; `elit sweep empty` measures"),
         ("elit torn.json", "torn.json is not JSON .* run `elit sweep` again"),
-        ("elit list.json", r"list.json holds \[1\] and no result of `elit sweep`"),
+        ("elit list.json", r"list.json holds \[1\] instead of a JSON object; run `elit sweep`"),
         (
             "elit dit --out page.txt",
             "--out page.txt is not a page; give a name that .*html",

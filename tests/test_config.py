@@ -8,13 +8,12 @@ import pytest
 import yaml
 from idx_files import idx_folder
 
+from elit._plain import describe_type, fits_type
 from elit.cli.config import (
     Field,
     built_in_configs,
     config_fields,
-    describe_type,
     find_config,
-    fits_type,
     load_config,
 )
 from elit.cli.main import main

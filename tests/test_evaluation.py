@@ -371,7 +371,7 @@ def test_a_sweep_of_other_settings_is_not_mixed_in(run, real, tmp_path) -> None:
         sweep(make_evaluation(run, real, tmp_path), grid, tmp_path)
     (tmp_path / "sweep.json").write_bytes(before)
     (tmp_path / "sweep.json").write_text('{"rows": ')
-    with pytest.raises(ValueError, match="no result of a sweep"):
+    with pytest.raises(ValueError, match=r"sweep\.json is not JSON"):
         sweep(make_evaluation(run, real, tmp_path), grid, tmp_path)
 
 

@@ -1,6 +1,5 @@
 """The caches that work at any budget, and why others don't."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,9 +9,9 @@ from typing import Any
 
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 
-from elit._choices import nearest
 from elit._files import typed_path, write_json
 from elit._numbers import is_real, is_whole
+from elit._plain import from_plain, read_json
 
 CALIBRATION_FILE = "teacache.json"  # beside a pipeline
 MAX_DEGREE = 4  # of the polynomial
@@ -99,20 +98,13 @@ class TeaCacheConfig:
             **changes: of what is in it, such as `threshold=0.2`.
         """
         name = typed_path(path)
-        try:
-            values = json.loads(Path(name).read_text())
-        except FileNotFoundError:
-            raise ValueError(f"{name} is not there; `elit calibrate` writes it") from None
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{name} cannot be read as JSON: {error}") from None
-        if not isinstance(values, dict) or values.pop("cache", None) != "TeaCache":
+        values = read_json(Path(name), "`elit calibrate` writes it")
+        if values.pop("cache", None) != "TeaCache":
             raise ValueError(f"{name} is no TeaCache's; `elit calibrate` writes one")
-        for key in values:
-            if key not in cls.__dataclass_fields__:
-                near = nearest(key, cls.__dataclass_fields__)
-                hint = f"; did you mean {near}?" if near else ""
-                raise ValueError(f"{name} has an unknown setting {key!r}{hint}")
-        return replace(cls(**values), **changes)
+        try:
+            return replace(from_plain(cls, values), **changes)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def _numbers(values: Any, name: str, least: int, most: int) -> tuple[float, ...]:

@@ -1,21 +1,18 @@
-"""The config of a run: defaults < base of the YAML file < the file < the command line.
-
-Types are checked by jsonargparse.
-"""
+"""The config of a run: defaults < base of the YAML file < the file < the command line."""
 
 import dataclasses
 import inspect
 import re
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import elit
-from elit._choices import check_choice, nearest
+from elit._choices import nearest
 from elit._files import typed_path
+from elit._plain import describe_type, fits_type, from_plain
 from elit.training.config import TrainConfig
 
 BASE = "base"  # key of a YAML file: another one, whose values hold where this one has none
@@ -111,88 +108,46 @@ def load_config(
         overrides: dotted key: value as typed.
         under: sections and keys that the file may change.
     """
-    parser = _parser()
     values = dict(under or {})
     for path, own in read_chain(find_config(config)) if config is not None else []:
         _check_tree(own, TrainConfig, str(path))
-        # A wrong type is told with its file; the defaults are right.
-        _parse(partial(parser.parse_object, defaults=False), own, str(path), own)
         values = _merge(values, own)
-    base = _parse(parser.parse_object, values, config, values)
-    if overrides:
-        words = [f"--{key}={value}" for key, value in overrides.items()]
-        base = _parse(lambda w: parser.parse_args(w, namespace=base), words, None, overrides)
-    return _build(TrainConfig, base.as_dict())
+    fields = {field.key: field for field in config_fields()}
+    for key, text in overrides.items():
+        field = fields.get(key)
+        value = text if field is not None and _is_text(field.hint, text) else _read_flag(key, text)
+        if field is not None:
+            value = from_plain(field.hint, value, f"--{key}")
+        _put(values, key.split("."), value)
+    return from_plain(TrainConfig, values)
 
 
-@cache
-def _parser() -> Any:
-    from jsonargparse import ArgumentParser  # 0.2 s
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TrainConfig)
-    return parser
+def _is_text(hint: Any, text: str) -> bool:
+    """Whether what was typed stands for itself."""
+    is_literal = typing.get_origin(hint) is Literal
+    return is_literal or hint is str or (hint == (str | None) and text != "null")
 
 
-def _parse(parse: Any, given: Any, origin: str | None, values: Mapping[str, Any]) -> Any:
-    """Call jsonargparse, and say what it has to say in one line."""
-    from argparse import ArgumentError
-
+def _read_flag(key: str, text: str) -> Any:
     try:
-        return parse(given)
-    except (ArgumentError, TypeError) as error:
-        text = str(error)
-        found = re.search(r'[Kk]ey "([\w.]+)"', text)
-        field = next((f for f in config_fields() if found and f.key == found[1]), None)
-        if field is None:
-            raise ValueError(f"{origin or 'command line'}: {' '.join(text.split())}") from error
-        value = values.get(field.key, _lookup(values, field.key))
-        name = f"{origin}: {field.key}" if origin else f"--{field.key}"
-        raise ValueError(_wrong_type(name, value, field)) from error
+        return _load_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"--{key} is {text!r:.80}, which is not YAML: {error}") from error
 
 
-def _wrong_type(name: str, value: Any, field: Field) -> str:
-    if typing.get_origin(field.hint) is Literal:
-        try:
-            check_choice(value, typing.get_args(field.hint), "value", f" of {name}")
-        except ValueError as error:
-            return str(error)
-    return f"{name} is {value!r}; give {describe_type(field.hint)}"
-
-
-_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-
-
-def describe_type(hint: Any) -> str:
-    """A type in words: int | None -> 'a whole number, or null'."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint in _TYPES:
-        return _TYPES[hint]
-    if origin is Literal:
-        return " or ".join(map(str, args))
-    if origin is tuple:
-        return f"{len(args)} numbers, such as [0.9, 0.99]"
-    if origin in (list, Sequence):
-        example = "whole numbers, such as [4, 4]" if args[0] is int else "numbers, such as [1, 0.5]"
-        return f"a list of {example}"
-    if origin is dict:
-        return "keys with values, such as {count: 500}"
-    if origin in (typing.Union, types.UnionType):
-        inner = [describe_type(arg) for arg in args if arg is not type(None)]
-        return f"{' or '.join(inner)}, or null"
-    return str(hint)
-
-
-def fits_type(value: Any, hint: Any) -> bool:
-    """Whether a value of a YAML file is of a type."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(fits_type(value, arg) for arg in args)
-    if origin in (list, Sequence):
-        return isinstance(value, list) and all(fits_type(item, args[0]) for item in value)
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+def _put(values: dict[str, Any], way: Sequence[str], value: Any) -> None:
+    """Set what lies at the end of a way through mappings, none of which is changed in place."""
+    name, *rest = way
+    if rest:
+        inner = values.get(name) or {}
+        if not isinstance(inner, Mapping):
+            raise ValueError(
+                f"{name}={inner!r:.80} has no key {rest[0]}; give one of the two flags"
+            )
+        inner = dict(inner)
+        _put(inner, rest, value)
+        value = inner
+    values[name] = value
 
 
 def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,18 +192,10 @@ def _find_base(path: Path, base: Any) -> Path:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a file, or a ValueError that says why there are none."""
-    import yaml
-
     try:
-        text = path.read_text(encoding="utf-8")
-        content, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, not UTF-8
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not YAML: {reason}") from error
-    try:
-        _check_unique(tree, str(path))
-    except RecursionError:
-        raise ValueError(f"{path} refers to itself (& and *); write the values out") from None
+        content = _load_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -259,20 +206,45 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_unique(node: Any, path: str) -> None:
+def _load_yaml(text: str) -> Any:
+    """Plain values of YAML, or a ValueError of one line."""
+    import yaml
+
+    try:
+        _check_unique(yaml.compose(text, _loader()))
+        return yaml.load(text, _loader())
+    except RecursionError:
+        raise ValueError("it refers to itself (& and *) or is too deep; write it out") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date that is none, not UTF-8
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+@cache
+def _loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1 alone takes 8e-3 for text."""
+
+    exponent = re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, [*"-+0123456789"])
+    return Loader
+
+
+def _check_unique(node: Any) -> None:
     """Raise a ValueError for a key given twice: YAML would take the last one without a word."""
     pairs = node.value if isinstance(getattr(node, "value", None), list) else []
     names = [pair[0].value for pair in pairs if isinstance(pair, tuple)]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{path}: key {name} is given twice; remove one of them")
+            raise ValueError(f"key {name} is given twice; remove one of them")
     for pair in pairs:
         for child in pair if isinstance(pair, tuple) else (pair,):
-            _check_unique(child, path)
+            _check_unique(child)
 
 
 def _check_tree(values: dict[str, Any], config_class: type, path: str, prefix: str = "") -> None:
-    """Raise a ValueError for a key that the tree of dataclasses doesn't have."""
+    """Raise a ValueError for a key that the tree of dataclasses doesn't have, or a wrong type."""
     hints = typing.get_type_hints(config_class)
     for name, value in list(values.items()):
         key = f"{prefix}{name}"
@@ -299,6 +271,8 @@ def _check_tree(values: dict[str, Any], config_class: type, path: str, prefix: s
             raise ValueError(
                 f"{path}: {key} has no value; give {describe_type(hints[name])}, or leave it out"
             )
+        else:
+            from_plain(hints[name], value, f"{path}: {key}")
 
 
 def _meant(key: str, siblings: Mapping[str, Any], prefix: str) -> str:
@@ -313,24 +287,6 @@ def _meant(key: str, siblings: Mapping[str, Any], prefix: str) -> str:
     if near:
         return f"did you mean {everywhere[near]}?"
     return f"use one of {', '.join(prefix + name for name in siblings)}"
-
-
-def _lookup(values: Any, key: str) -> Any:
-    for part in key.split("."):
-        values = values.get(part) if isinstance(values, Mapping) else None
-    return values
-
-
-def _build(config_class: type, values: Mapping[str, Any]) -> Any:
-    """Dataclasses of nested mappings."""
-    hints = typing.get_type_hints(config_class)
-    arguments = {
-        name: _build(typing.cast(type, hints[name]), value)
-        if dataclasses.is_dataclass(hints[name])
-        else value
-        for name, value in values.items()
-    }
-    return config_class(**arguments)
 
 
 def _attribute_docs(config_class: type) -> dict[str, str]:

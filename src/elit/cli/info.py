@@ -20,7 +20,6 @@ _PACKAGES = (
     "torch",
     "diffusers",
     "safetensors",
-    "jsonargparse",
     "scikit-learn",
     "tensorboard",
     "datasets",

@@ -8,14 +8,9 @@ from collections.abc import Collection
 from typing import Any, get_type_hints
 
 from elit._choices import check_choice
+from elit._plain import describe_type, from_plain
 from elit.cli.common import Parser, add_json_flag, output_folder, print_json
-from elit.cli.config import (
-    built_in_names,
-    config_fields,
-    describe_type,
-    fits_type,
-    load_config,
-)
+from elit.cli.config import built_in_names, config_fields, load_config
 from elit.training.config import TrainConfig
 
 _EPILOG = """\
@@ -153,9 +148,7 @@ def _check_overrides(preset: str, overrides: dict[str, Any]) -> None:
     names = [name for name in hints if name != "return"]
     for name, value in overrides.items():
         check_choice(name, names, "key", " of model.overrides")
-        if not fits_type(value, hints[name]):
-            wanted = describe_type(hints[name])
-            raise ValueError(f"model.overrides.{name} is {value!r}; give {wanted}")
+        from_plain(hints[name], value, f"model.overrides.{name}")
 
 
 def print_config(config: TrainConfig, as_json: bool) -> None:

@@ -9,13 +9,17 @@ null.json                        its record, with the checksum
 manifest.json                    written when all parts are done
 """
 
-import json
+import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from elit._choices import check_choice
 from elit._files import json_text, write_text
-from elit._numbers import is_whole
+from elit._numbers import MOST, is_whole
+from elit._plain import from_plain, read_json
 
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 NULL, NULL_RECORD = "null.safetensors", "null.json"
@@ -124,6 +128,79 @@ class Manifest:
     resolutions: dict[str, int] = field(default_factory=dict)
     null: Shard | None = None
 
+    def check(self) -> None:
+        """Raise a ValueError for parts that don't belong together."""
+        check_choice(self.kind, KINDS, "kind")
+        for name, shape in self.shapes.items():
+            sides = name.split("x")
+            if not all(side.isdecimal() for side in sides) or len(sides) != len(shape) - 1:
+                raise ValueError(
+                    f"a size {name!r} of shape {shape} is none; give 256x256: (C, h, w)"
+                )
+            if not all(is_whole(number) for number in (*map(int, sides), *shape)):
+                raise ValueError(
+                    f"{name} of shape {shape} has a side that is no whole number above 0"
+                )
+        for name in self.resolutions:
+            check_choice(name, self.shapes, "size", " in resolutions")
+        for name, split in self.splits.items():
+            check_choice(name, ("train", "validation"), "split")
+            for shard in split.shards:
+                check_choice(size_name(shard.size), self.shapes, "size", f" of {shard.file}")
+        shards = [shard for split in self.splits.values() for shard in split.shards]
+        for shard in (*shards, *([self.null] if self.null else [])):
+            if not (is_whole(shard.count, most=2**62) and is_whole(shard.bytes, most=2**62)):
+                counts = f"count {shard.count} and bytes {shard.bytes}"
+                raise ValueError(f"{counts} of {shard.file} are not both above 0")
+            if not re.fullmatch(r"[\w.-]+\.safetensors", shard.file):
+                raise ValueError(f"the file {shard.file!r} is none in this folder")
+        for what, names in (("file", [s.file for s in shards]), ("class", self.classes)):
+            if twice := [name for name, times in Counter(names).items() if times > 1]:
+                raise ValueError(f"{what} {twice[0]!r} is named twice")
+        if (self.autoencoder is None) != (self.kind == PIXELS):
+            raise ValueError(f"autoencoder is {self.autoencoder}, which {self.kind} can't have")
+        if self.max_text_length is not None and not is_whole(self.max_text_length):
+            raise ValueError(f"max_text_length is {self.max_text_length}; give 1 or more, or null")
+        for name in ("scale", "shift") if self.autoencoder else ():
+            numbers = getattr(self.autoencoder, name)
+            fits = all(len(numbers) in (1, shape[0]) for shape in self.shapes.values())
+            if not fits or (name == "scale" and 0 in numbers) or max(map(abs, numbers)) > MOST:
+                raise ValueError(
+                    f"autoencoder.{name} is {numbers}; give one number, or one for each channel"
+                )
+
+    def misfit(self, shard: Shard, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
+        """What of a shard's tensors is not as this says, or None.
+
+        Args:
+            shard: one of its shards.
+            found: safetensors' type and the shape of each tensor, by name.
+        """
+        channels, *space = self.shapes[size_name(shard.size)]
+        image = (channels * (2 if self.kind == MOMENTS else 1), *space)
+        wanted: dict[str, tuple[int, ...]] = {self.kind: image}
+        wanted |= {f"{self.kind}{FLIPPED}": image} if self.flips else {}
+        wanted |= {LABELS: ()} if self.classes else {}
+        wanted |= {CAPTION_ENDS: ()} if self.captions else {}
+        for name in (*wanted, *([CAPTIONS] if self.captions else [])):
+            if name not in found:
+                return f"it has no {name}, but {', '.join(sorted(found))}"
+        for name, (kind, shape) in found.items():
+            if name != CAPTIONS and shape[:1] != (shard.count,):
+                return f"{name} is {shape}, not of {shard.count} samples"
+            if name in wanted and shape[1:] != wanted[name]:
+                return f"{name} is {shape}, but {MANIFEST} has {(shard.count, *wanted[name])}"
+            allowed: tuple[str, ...] = (kind,)
+            if name in (LABELS, ROWS, CAPTION_ENDS):
+                allowed = ("I64",)
+            elif name == CAPTIONS or name.removesuffix(FLIPPED) == PIXELS:
+                allowed = ("U8",)
+            elif name.removesuffix(FLIPPED) in (MOMENTS, LATENTS):
+                allowed = ("F32", "F16", "BF16")
+            if kind not in allowed:
+                return f"{name} is of {kind}, not of {' or '.join(allowed)}"
+        return None
+
     def write(self, folder: Path) -> None:
         """Write it into a prepared folder, unless the same is there."""
         path = folder / MANIFEST
@@ -141,49 +218,18 @@ def read_manifest(folder: Path) -> Manifest:
             f"is no prepared folder: it has no {MANIFEST}; give the output of `elit prepare`"
         )  # fmt: skip
         raise ValueError(f"{folder} {what}")
+    advice = "prepare the data again into an empty folder"
+    content = read_json(path, advice)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("format") != FORMAT:
+        if content.pop("format", None) != FORMAT:
             raise ValueError("it is of something else")
-        if (version := content.pop("version")) != VERSION:
+        if (version := content.pop("version", None)) != VERSION:
             raise ValueError(f"it is of version {version}, this elit reads {VERSION}")
-        return _manifest(content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
-        raise ValueError(
-            f"{path} cannot be read ({reason}); prepare the data again into an empty folder"
-        ) from error
-
-
-def _manifest(content: dict[str, Any]) -> Manifest:
-    if content["kind"] not in KINDS:
-        raise ValueError(f"kind {content['kind']!r} is none of {', '.join(KINDS)}")
-    splits = {
-        name: Split(
-            tuple(map(_shard, split["shards"])),
-            tuple((int(row), str(reason)) for row, reason in split["skipped"]),
-        )
-        for name, split in content.pop("splits").items()
-    }
-    if autoencoder := content.pop("autoencoder"):
-        for name in ("scale", "shift"):
-            autoencoder[name] = tuple(autoencoder[name])
-        autoencoder = Autoencoder(**autoencoder)
-    null = content.pop("null", None)
-    shapes = {size: tuple(shape) for size, shape in content.pop("shapes").items()}
-    classes = tuple(content.pop("classes"))
-    return Manifest(
-        shapes=shapes, splits=splits, classes=classes, autoencoder=autoencoder,
-        null=_shard(null) if null else None, **content,
-    )  # fmt: skip
-
-
-def _shard(content: dict[str, Any]) -> Shard:
-    shard = Shard(**{**content, "size": tuple(content["size"])})
-    for name in ("count", "bytes"):
-        if not is_whole(getattr(shard, name), most=2**62):
-            raise ValueError(f"{name} of {shard.file} is {getattr(shard, name)!r}")
-    return shard
+        manifest = from_plain(Manifest, content)
+        manifest.check()
+        return manifest
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); {advice}") from error
 
 
 def size_name(size: tuple[int, ...]) -> str:

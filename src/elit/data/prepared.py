@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,14 @@ from elit.data.manifest import (
     MOMENTS,
     NULL,
     PIXELS,
+    RESERVED,
     Autoencoder,
     Manifest,
     Shard,
     read_manifest,
     size_name,
 )
-from elit.data.shards import MEND, ShardReader, damage_error, encodings_of, what_is_wrong
+from elit.data.shards import MEND, ShardReader, damage_error, what_is_wrong
 from elit.data.table import Table, main_size, shards_of, sizes_of
 
 logger = logging.getLogger(__name__)
@@ -95,12 +96,13 @@ class Prepared(ImageDataset):
         self.has_posterior = manifest.kind == MOMENTS
         self.fingerprint = _fingerprint(manifest)
 
+        self._texts: dict[str, tuple[str, tuple[int, ...]]] | None = None  # of the first shard
         shards, self.hold_out = shards_of(manifest, split, self.sizes, self.folder)
         whole = [self._is_whole(shard, verify) for shard in shards]
         self.table = Table(shards, whole, self.hold_out, split)
         names = [shard.file for shard, is_whole in zip(shards, whole, strict=True) if is_whole]
         self.in_use = hashlib.sha256("\n".join(names).encode()).hexdigest()
-        self.reader = ShardReader(self.folder, self.table.shards, manifest.kind)
+        self.reader = ShardReader(self.folder, self.table.shards, len(manifest.classes))
         self.image_shape = manifest.shapes[main_size(self.sizes, shards)]
         self.copies = 2 if manifest.flips and split == "train" else 1
         self._warned: set[int] = set()
@@ -114,7 +116,7 @@ class Prepared(ImageDataset):
 
     def _is_whole(self, shard: Shard, verify: bool) -> bool:
         """Whether a shard can be read: else it is refused, or skipped with a warning."""
-        reason = what_is_wrong(self.folder, shard, _checksum if verify else None)
+        reason = what_is_wrong(self.folder, shard, _checksum if verify else None, self._misfit)
         if reason is None:
             return True
         if not self.skips:
@@ -136,6 +138,14 @@ class Prepared(ImageDataset):
             if found != shard.sha256:
                 raise damage_error(path, "its checksum is wrong")
 
+    def _misfit(self, shard: Shard, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
+        """What of a shard's tensors is wrong, or None: texts are as in the first shard."""
+        if reason := self.manifest.misfit(shard, found):
+            return reason
+        texts = {n: (kind, shape[1:]) for n, (kind, shape) in found.items() if n not in RESERVED}
+        self._texts = texts if self._texts is None else self._texts
+        return None if texts == self._texts else f"its texts are {texts}, others' {self._texts}"
+
     def _make_buckets(self, window: int | None) -> tuple[Bucket, ...]:
         table, once = self.table, len(self.table)
         total = once * self.copies
@@ -151,7 +161,7 @@ class Prepared(ImageDataset):
 
     def _encoded_texts(self, verify: bool) -> tuple[tuple[str, ...], dict[str, Tensor]]:
         """Names of the encoded texts, and what they are of the empty text."""
-        shapes = encodings_of(self.folder / self.table.shards[0].file)
+        shapes = {name: shape for name, (_, shape) in (self._texts or {}).items()}
         path = self.folder / NULL
         if about := self.manifest.null:
             if reason := what_is_wrong(self.folder, about, _checksum if verify else None):

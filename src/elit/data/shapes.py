@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from elit._choices import check_choice
-from elit._numbers import MOST, is_whole
+from elit._numbers import is_whole
 from elit.data import SPLITS, ImageDataset
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Field = Callable[[Array, Array], Array]
 
 MIN_SIZE = 8  # below, a star is a disc
+_MOST_SIDE = 2**14  # pixels or frames
 _CHUNK = 64  # images made at a time: their fields stay in the processor's cache
 
 
@@ -222,7 +223,7 @@ def pick(palette: Array, draw: Array) -> Array:
     return palette[(draw.reshape(-1) * len(palette)).astype(np.int64)][..., None, None]
 
 
-def whole_number(name: str, value: Any, least: int, unit: str, most: int = MOST) -> int:
+def whole_number(name: str, value: Any, least: int, unit: str, most: int = _MOST_SIDE) -> int:
     """Value of an option that counts something, or the error that says what is allowed."""
     if not is_whole(value, least, most):
         bounds = f"at least {least}"

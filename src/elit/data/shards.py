@@ -1,6 +1,5 @@
 """Reading a prepared folder: which shards are whole, and the tensors that they hold, mapped."""
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from elit.data.manifest import CAPTION_ENDS, CAPTIONS, LABELS, RESERVED, Shard
+from elit.data.manifest import CAPTION_ENDS, CAPTIONS, LABELS, Shard
 
 _MOST_OPEN = 512  # mapped at a time by one process
 MEND = "run its `elit prepare SOURCE OUT` again with --verify, which makes it anew"
@@ -18,7 +17,10 @@ Tensors = dict[str, Tensor]
 
 
 def what_is_wrong(
-    folder: Path, shard: Shard, checksum: Callable[[Path], str] | None = None
+    folder: Path,
+    shard: Shard,
+    checksum: Callable[[Path], str] | None = None,
+    misfit: Callable[[Shard, dict[str, tuple[str, tuple[int, ...]]]], str | None] | None = None,
 ) -> str | None:
     """Why a shard can't be read, or None.
 
@@ -26,6 +28,7 @@ def what_is_wrong(
         folder: that it is in.
         shard: as the manifest or a record has it.
         checksum: makes the SHA-256 of a file, which is read whole for it; None doesn't compare it.
+        misfit: says what of the types and shapes of its tensors is wrong, or None.
     """
     path = folder / shard.file
     try:
@@ -37,10 +40,13 @@ def what_is_wrong(
     if found.st_size != shard.bytes:
         return f"it has {found.st_size} bytes instead of {shard.bytes}"
     try:
-        with safe_open(path, framework="pt"):
-            pass  # reads the header and compares the file's length with it
+        with safe_open(path, framework="pt") as file:  # which compares its length with its header
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {n: (t.get_dtype(), tuple(t.get_shape())) for n, t in parts.items()}
     except (SafetensorError, OSError) as error:
         return f"its header is broken ({error})"
+    if misfit is not None and (reason := misfit(shard, tensors)):
+        return reason
     if checksum is not None and checksum(path) != shard.sha256:
         return "its checksum is wrong"
     return None
@@ -59,11 +65,11 @@ class ShardReader:
     Args:
         folder: that they are in.
         shards: all of them.
-        kind: of tensor that a shard must hold.
+        num_classes: that labels must be of.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], kind: str):
-        self.folder, self.shards, self.kind = folder, shards, kind
+    def __init__(self, folder: Path, shards: Sequence[Shard], num_classes: int):
+        self.folder, self.shards, self.num_classes = folder, shards, num_classes
         self._open: OrderedDict[int, Tensors] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
@@ -87,12 +93,16 @@ class ShardReader:
             tensors = load_file(path)  # mapped, not read
         except (SafetensorError, OSError) as error:
             raise damage_error(path, str(error)) from error
-        if self.kind not in tensors:
-            raise damage_error(path, f"it has no {self.kind}, but {', '.join(sorted(tensors))}")
-        for name, tensor in tensors.items():
-            if name != CAPTIONS and (not tensor.ndim or len(tensor) != shard.count):
-                shape = tuple(tensor.shape)
-                raise damage_error(path, f"{name} is {shape}, not of {shard.count} samples")
+        labels, ends = tensors.get(LABELS), tensors.get(CAPTION_ENDS)
+        if self.num_classes and labels is not None and len(labels):
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= self.num_classes:
+                reason = f"labels {low} to {high} are not all of {self.num_classes} classes"
+                raise damage_error(path, reason)
+        if ends is not None and len(ends):
+            steps = ends.diff(prepend=ends.new_zeros(1))
+            if steps.min() < 0 or ends[-1] != len(tensors[CAPTIONS]):
+                raise damage_error(path, f"{CAPTION_ENDS} don't fit its captions")
         return tensors
 
     def labels(self, number: int) -> Tensor:
@@ -110,14 +120,3 @@ class ShardReader:
         except (KeyError, UnicodeDecodeError) as error:
             path = self.folder / self.shards[number].file
             raise damage_error(path, f"its captions can't be read ({error})") from error
-
-
-def encodings_of(path: Path) -> dict[str, tuple[int, ...]]:
-    """Encoded texts of a shard: the shape of one sample's, by name."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return {
-        name: tuple(entry["shape"][1:])
-        for name, entry in header.items()
-        if name not in (*RESERVED, "__metadata__")
-    }

@@ -22,6 +22,7 @@ from elit.evaluation.measure import possible_scores
 from elit.evaluation.parts import Parts
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.operating_points import OperatingPoint
+from elit.pipelines.sweep_file import read_sweep
 
 logger = logging.getLogger(__name__)
 
@@ -134,14 +135,10 @@ def sweep(
 
 def _earlier(file: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
     """Rows of an earlier sweep with the same settings, or an error if they differ."""
-    try:
-        content = json.loads(file.read_text())
-        settings, model = dict(content["settings"]), dict(content["model"])
-        rows = content["rows"]
-    except FileNotFoundError:
+    if not file.exists():
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no result of a sweep; choose another --out") from error
+    content = read_sweep(file)
+    settings, model, rows = content["settings"], content["model"], content["rows"]
     mine = evaluation.settings
     differing = [
         name

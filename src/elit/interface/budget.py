@@ -26,8 +26,8 @@ def resolve_budget(budget: float, max_latents: int) -> int:
 
 def format_budget(budget: float) -> str:
     """0.25 -> '1/4'; what is no simple fraction stays a number: 0.3 -> '0.3'."""
-    if budget == 1:
-        return "1"
+    if budget == 1 or budget < 1e-9:
+        return f"{budget:g}"
     inverse = round(1 / budget)
     return f"1/{inverse}" if abs(budget * inverse - 1) < 1e-9 else f"{budget:.3g}"
 

@@ -14,8 +14,8 @@ class MLP(nn.Sequential):
     """Two linear layers with a tanh-approximated GELU between."""
 
     def __init__(self, dim: int, ratio: float, bias: bool = True):
-        hidden = round(ratio * dim) if is_real(ratio) else 0
-        if not is_whole(hidden):
+        hidden = ratio * dim if is_real(ratio) else 0
+        if not is_real(hidden) or not is_whole(hidden := round(hidden)):
             raise ValueError(f"mlp_ratio={ratio!r} is not allowed; give a number above 0, as 4")
         super().__init__(
             nn.Linear(dim, hidden, bias), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim, bias)

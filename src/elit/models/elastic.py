@@ -20,6 +20,7 @@ from elit.layers.neighborhood import Neighborhood
 from elit.layers.positions import Rotary, pairs_per_axis, rotary_embedding
 
 _T = TypeVar("_T")
+_MOST_BLOCKS = 1000  # the largest models have tens; making one takes milliseconds
 
 
 def per_axis(value: int | Sequence[int], num_axes: int, name: str) -> tuple[int, ...]:
@@ -159,8 +160,10 @@ class ElasticMixin(StepCaching, ModelMixin):
             tail: blocks of the tail.
             always: whether a plain model has head and tail too.
         """
-        if not is_whole(depth):
-            raise ValueError(f"depth={depth!r} is not allowed; give a positive integer")
+        if not is_whole(depth, most=_MOST_BLOCKS):
+            raise ValueError(
+                f"depth={depth!r} is not allowed; give a positive integer, at most {_MOST_BLOCKS}"
+            )
         if not (is_whole(head, 0) and is_whole(tail, 0)):
             raise ValueError(
                 f"a head of {head!r} and a tail of {tail!r} blocks are not allowed; give whole "

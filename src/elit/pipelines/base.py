@@ -100,6 +100,11 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
         if not isinstance(pipeline.transformer, ElasticMixin):  # one from the hub
             kind = type(pipeline.transformer).__name__
             raise ValueError(f"{name} has a {kind}, which is no transformer of elit's")
+        model = pipeline.transformer
+        try:
+            model.token_grid(torch.empty(1, model.in_channels, *model.sample_size, device="meta"))
+        except ValueError as error:
+            raise ValueError(f"{name}: sample_size of its transformer: {error}") from error
         return pipeline
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:

@@ -8,15 +8,17 @@ import hashlib
 import importlib
 import inspect
 import itertools
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from safetensors import SafetensorError, safe_open
 
+from elit._choices import check_choice
 from elit._hub import not_fetched
+from elit._numbers import MOST, is_real, is_whole
+from elit._plain import from_plain, read_json
 
 _ADVICE = "give the output_dir of `elit train`, or a folder that save_pretrained wrote"
 OURS = ("ElitPipeline", "ElitTextPipeline")
@@ -74,15 +76,7 @@ def loading_error(name: str, error: Exception) -> ValueError:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The JSON object in a file, or a ValueError that says why there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}; {_ADVICE}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}), perhaps cut off; {_ADVICE}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {content!r:.60} instead of a JSON object; {_ADVICE}")
-    return content
+    return read_json(path, _ADVICE)
 
 
 def weights_digest(
@@ -110,6 +104,41 @@ def check_model_config(path: Path, config: dict[str, Any], model_class: type) ->
             f"{path} has settings that this version's {model_class.__name__} does not know: "
             f"{', '.join(unknown)}; use the version of elit that wrote it, or a newer one"
         )
+    if model_class.__module__.startswith("elit.models."):
+        hints = get_type_hints(inspect.unwrap(vars(model_class)["__init__"]))
+        for key, value in config.items():
+            if not key.startswith("_"):
+                from_plain(hints[key], value, f"{path}: {key}")
+
+
+def _check_scheduler_config(path: Path, config: dict[str, Any], scheduler_class: Any) -> None:
+    """Raise a ValueError for settings that no such scheduler knows, or of another type.
+
+    Settings of a scheduler that this one was made from are kept in its file.
+    """
+    known = inspect.signature(scheduler_class).parameters
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    if unknown := own.keys() - known:
+        others = map(inspect.signature, scheduler_class._get_compatibles())
+        everywhere = {*known, *(key for other in others for key in other.parameters)}
+        for key in unknown:
+            check_choice(key, everywhere, "key", f" of {path}")
+    for key in own.keys() & known:
+        default, value = known[key].default, own[key]
+        if value == default:
+            continue
+        if type(default) in (bool, int, float, str):  # annotations are wrong at places
+            from_plain(type(default), value, f"{path}: {key}")
+            if type(default) is int and not is_whole(value, least := min(default, 1)):
+                raise ValueError(
+                    f"{path}: {key} is {value!r:.80}; give at least {least}, to {MOST}"
+                )
+            if key in ("shift", "flow_shift") and not 1e-3 <= value <= 1e3:
+                raise ValueError(f"{path}: {key} is {value!r:.80}; give 0.001 to 1000, 1 is none")
+        elif not is_real(value) and (
+            isinstance(value, float) or type(value).__name__ not in str(known[key].annotation)
+        ):
+            raise ValueError(f"{path}: {key} is {value!r:.80}; give a number, or leave it out")
 
 
 def draws_images(in_channels: int) -> bool:
@@ -140,6 +169,10 @@ def _check_folder(folder: Path, pipeline_class: type, given: Mapping[str, Any]) 
         else:
             advice = _ADVICE
         raise ValueError(f"{folder} holds a pipeline {found}, not {wanted[0]}; {advice}")
+    for name in index:
+        if not name.startswith("_"):
+            parts = inspect.signature(pipeline_class).parameters
+            check_choice(name, parts, "part", f" in {folder / 'model_index.json'}")
     for name in ("transformer", "scheduler", "vae"):
         if name in given or (name == "vae" and index.get(name) in (None, [None, None])):
             continue
@@ -155,6 +188,12 @@ def _check_folder(folder: Path, pipeline_class: type, given: Mapping[str, Any]) 
         raise ValueError(f"{folder} names a {name}, but has no folder of that name; {_ADVICE}")
 
 
+def _scheduler_class(library: str, class_name: str) -> Any:
+    if library not in ("diffusers", "elit.flow.schedulers"):
+        return None  # loading it says so
+    return getattr(importlib.import_module(library), class_name, None)
+
+
 def _check_component(folder: Path, name: str, entry: Any) -> None:
     index_file = folder / "model_index.json"
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
@@ -168,6 +207,8 @@ def _check_component(folder: Path, name: str, entry: Any) -> None:
             f"{config_file} is of a {config.get('_class_name')}, but {index_file} names a "
             f"{class_name}; {_ADVICE}"
         )
+    if name == "scheduler" and (found := _scheduler_class(library, class_name)) is not None:
+        _check_scheduler_config(config_file, config, found)
     if name == "transformer":
         check_model_config(config_file, config, model_class_of(index_file, library, class_name))
 

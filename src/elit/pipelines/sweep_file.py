@@ -1,11 +1,11 @@
 """What `elit sweep` writes, read back and checked: files are edited, cut off, or something else."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from elit._numbers import is_real, is_whole
+from elit._plain import read_json
 from elit.flow.guidance import GUIDANCES
 
 SWEEP_FILE = Path("swept") / "sweep.json"  # within a pipeline's folder
@@ -56,7 +56,8 @@ _SETTINGS: dict[str, Callable[[Any], bool]] = {
 _ROW: dict[str, Callable[[Any], bool]] = {
     "budget": _is_share,
     "steps": is_whole,
-    "guidance": lambda x: x in GUIDANCES,
+    "guidance": lambda x: isinstance(x, str) and x in GUIDANCES,
+    "sampler": _or_none(lambda x: isinstance(x, str)),
     "scale": _or_none(is_real),
     "guide_budget": _or_none(_is_share),
     "interval": _or_none(_is_interval),
@@ -69,14 +70,7 @@ _ROW: dict[str, Callable[[Any], bool]] = {
 
 def read_sweep(file: Path) -> dict[str, Any]:
     """A report as `elit sweep` writes it, or a ValueError that says what is wrong with the file."""
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{file} is not JSON ({error}), perhaps cut off; run `elit sweep` again"
-        ) from error
-    if not isinstance(report, dict):
-        raise ValueError(f"{file} holds {report!r:.60} and no result of `elit sweep`")
+    report = read_json(file, "run `elit sweep` again")
     if report.get("format") != FORMAT:
         raise ValueError(
             f"{file} is no result of `elit sweep`, or of another version of elit; run `elit sweep` "
@@ -87,6 +81,8 @@ def read_sweep(file: Path) -> dict[str, Any]:
     _check(report["settings"], _SETTINGS, file, "settings: ")
     for number, row in enumerate(report["rows"]):
         _check(row, _ROW, file, f"row {number}: ")
+        if row["guidance"] != "none":
+            _check(row, {"scale": is_real}, file, f"row {number}: ")
     if not report["rows"]:
         raise ValueError(f"{file} has no rows; run `elit sweep` to its end")
     return report
@@ -96,11 +92,7 @@ def _check(
     found: Mapping[str, Any], wanted: Mapping[str, Callable[[Any], bool]], file: Path, where: str
 ) -> None:
     for name, is_right in wanted.items():
-        try:
-            right = is_right(found.get(name))
-        except (OverflowError, TypeError):  # a number of hundreds of digits, a list for a word
-            right = False
-        if not right:
+        if not is_right(found.get(name)):
             what = f"{name} {found[name]!r:.40}" if name in found else f"no {name}"
             raise ValueError(
                 f"{file} is no result of `elit sweep`: {where}{what}; run it again, or take the "

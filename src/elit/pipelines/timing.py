@@ -1,6 +1,5 @@
 """What the calls of a pipeline's model take on this device, measured once and kept."""
 
-import json
 import logging
 import platform
 import statistics
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from elit._devices import synchronize
 from elit._files import cache_folder, digest_of, write_json
+from elit._plain import from_plain, read_json
 from elit.flow.guidance import CFG, CheapCFG, Forwards, Guidance
 
 if TYPE_CHECKING:
@@ -89,8 +89,9 @@ class CallTimes:
         self._seconds: dict[str, float] = {}
         if self.file is not None and self.file.exists():
             try:
-                self._seconds = dict(json.loads(self.file.read_text())["seconds"])
-            except (ValueError, KeyError, TypeError, OSError):
+                kept = read_json(self.file, "remove it")
+                self._seconds = from_plain(dict[str, float], kept.get("seconds"))
+            except (ValueError, OSError):
                 logger.warning("%s is damaged; it is made anew", self.file)
 
     def ms_per_image(self, calls: Sequence[Forwards]) -> float:

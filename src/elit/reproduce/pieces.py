@@ -1,6 +1,5 @@
 """The pieces of a study's work: each is done once, and its result is a JSON file."""
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elit._files import write_json
+from elit._plain import read_json
 from elit.pipelines.operating_points import OperatingPoint
 from elit.reproduce.measure import Bench, curve
 from elit.reproduce.runs import Training, Trainings, describe
@@ -117,7 +117,7 @@ class Pieces:
         folder = self.trainings.folder
         file = piece.file(folder)
         if file.exists():
-            return json.loads(file.read_text())
+            return read_json(file, "remove it, and the same command makes it anew")
         started = time.perf_counter()
         run = folder / "runs" / piece.training.name
         if piece.kind == "train":
@@ -131,7 +131,7 @@ class Pieces:
             seconds = 0.0
         seconds = seconds or time.perf_counter() - started
         write_json(file, {"key": piece.key, **result, "seconds": seconds})
-        return json.loads(file.read_text())
+        return read_json(file, "remove it, and the same command makes it anew")
 
     def _train(self, training: Training, run: Path) -> tuple[Mapping[str, Any], float]:
         config = self.trainings.config(training)

@@ -19,6 +19,7 @@ import elit
 from elit._choices import check_choice
 from elit._devices import usable_cores
 from elit._files import remove_leftovers, write_json
+from elit._plain import read_json
 from elit.data import ImageDataset, load_dataset
 from elit.reproduce.claims import CLAIMS
 from elit.reproduce.evidence import Study
@@ -118,7 +119,10 @@ def reproduce(
         left = sum(not p.file(folder).exists() for p in pieces.values())
         if left:
             return StudyResult(folder, False, len(pieces) - left, len(pieces))
-        results = {k: json.loads(p.file(folder).read_text()) for k, p in pieces.items()}
+        results = {
+            k: read_json(p.file(folder), "remove it, and the same command makes it anew")
+            for k, p in pieces.items()
+        }
         study.results = results
         about = {
             "started": started,
@@ -244,7 +248,7 @@ def check_stamp(folder: Path, scale: Scale, splits: Sequence[ImageDataset]) -> s
             raise ValueError(f"{folder} holds something else; choose another folder, or remove it")
         write_json(file, {**stamp, "started": date.today().isoformat()})
         return date.today().isoformat()
-    found = json.loads(file.read_text())
+    found = read_json(file, "choose another folder")
     there, here = dict(_flat(found)), dict(_flat(stamp))
     for key in [*here, *there]:
         if key != "started" and there.get(key) != here.get(key):

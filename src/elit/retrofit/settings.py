@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from elit._choices import check_choice
 from elit._numbers import is_whole
+from elit._plain import from_plain
 
 Init = Literal["identity", "learned"]
 INITS = ("identity", "learned")
@@ -69,8 +70,8 @@ class Settings:
     def from_config(cls, values: Mapping[str, Any]) -> "Settings":
         """Settings as `to_config` wrote them."""
         try:
-            return cls(**{**values, "group": tuple(values["group"])})
-        except (KeyError, TypeError) as error:
+            return from_plain(cls, values)
+        except ValueError as error:
             raise ValueError(f"settings {values!r} are not those of a retrofit: {error}") from None
 
     def to_config(self) -> dict[str, Any]:

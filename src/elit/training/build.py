@@ -75,7 +75,7 @@ def make_conditioning(
 def check_draws(config: TrainConfig, chunks: int) -> None:
     """Raise a ValueError if a micro-batch, one of `chunks` of a step, is too small to be shared."""
     samples, draws = config.data.batch_size // chunks, config.latents.draws
-    if draws > samples:
+    if draws > max(samples, 1):  # that none are left is told where the batch is cut
         raise ValueError(
             f"latents.draws={draws} shares a micro-batch of {samples} samples; lower it, or raise "
             f"data.batch_size to {draws * chunks}"
@@ -206,7 +206,15 @@ def build_model(
     arguments = preset_config(config.model.preset, resolution, arguments)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, "weights").initial_seed())
-        return preset_model(config.model.preset)(**arguments)
+        try:
+            return preset_model(config.model.preset)(**arguments)
+        except (RuntimeError, OverflowError) as error:
+            if "overflow" not in str(error).lower() and "too large" not in str(error):
+                raise
+            raise ValueError(
+                f"{config.model.preset!r} for {'x'.join(map(str, dataset.image_shape))} of "
+                f"{config.data.name!r} with model.overrides={config.model.overrides} is too large"
+            ) from error
 
 
 def condition_arguments(

@@ -197,8 +197,8 @@ def read_state(path: Path) -> dict[str, Any]:
     """The state of a checkpoint, as far as it can be read: `load` says what is wrong with it."""
     try:
         state = json.loads((path / STATE).read_text())
-        return state if isinstance(state, dict) else {}
-    except (OSError, ValueError):
+        return state if isinstance(state.get("config", {}).get("data", {}), dict) else {}
+    except (OSError, ValueError, AttributeError):
         return {}
 
 

@@ -173,10 +173,11 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
         try:
             values = json.loads(line)
             step = int(values.pop("step"))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            points = {name: (step, float(value)) for name, value in values.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             continue  # the torn last line of a killed run
-        for name, value in values.items():
-            series.setdefault(name, []).append((step, float(value)))
+        for name, point in points.items():
+            series.setdefault(name, []).append(point)
     return series
 
 
@@ -203,5 +204,5 @@ def _step_of(line: str) -> float:
     """Step of a line; infinity for the torn last line of a killed run."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return float("inf")

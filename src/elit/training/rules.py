@@ -9,15 +9,15 @@ from elit._choices import check_choice
 from elit._numbers import MOST
 
 Rule = tuple[Callable[[Any], bool], str]
-_AT_LEAST_0: Rule = (lambda value: 0 <= value < math.inf, "a number of at least 0")
-_AT_LEAST_1: Rule = (lambda value: value >= 1, "a number of at least 1")
+_AT_LEAST_0: Rule = (lambda value: 0 <= value <= MOST, f"a number of at least 0, at most {MOST}")
+_AT_LEAST_1: Rule = (lambda value: 1 <= value <= MOST, f"a number of at least 1, at most {MOST}")
 _POSITIVE: Rule = (lambda value: 0 < value < math.inf, "a number above 0")
 _SHARE: Rule = (lambda value: 0 <= value < 1, "a number in [0, 1)")
 _SHARES: Rule = (lambda values: all(0 <= value < 1 for value in values), "numbers in [0, 1)")
 
 RULES: dict[str, Rule] = {
-    "seed": _AT_LEAST_0,
-    "data.batch_size": (lambda value: 1 <= value <= MOST, f"a number from 1 to {MOST}"),
+    "seed": (lambda value: 0 <= value < 2**63, "a number from 0 to 2^63 - 1"),
+    "data.batch_size": _AT_LEAST_1,
     "data.num_workers": _AT_LEAST_0,
     "text.max_length": (
         lambda value: value is None or 1 <= value <= MOST,
