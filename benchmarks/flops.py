@@ -7,6 +7,7 @@ import argparse
 import functools
 
 from elit.evaluation.flops import FlopsReport, flops_report, on_meta
+
 from elit.models.presets import preset_config, preset_model
 
 PAPER_BUDGETS = (1, 3 / 4, 1 / 2, 1 / 4)

@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable
 
 import torch
+from elit.evaluation.flops import ElasticFlops, forward_flops
 
 from elit import create_model
-from elit.evaluation.flops import ElasticFlops, forward_flops
 from elit.models.elastic import ElasticMixin
 from elit.models.presets import preset_inputs
 

@@ -25,12 +25,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from diffusers.training_utils import EMAModel
-
-from elit import create_model
-from elit.cli.config import built_in_configs, load_config
 from elit.evaluation.devices import peak_flops
 from elit.evaluation.flops import forward_flops, on_meta
 from elit.evaluation.memory import saved_bytes
+
+from elit import create_model
+from elit.cli.config import built_in_configs, load_config
 from elit.flow.objective import flow_matching_loss
 from elit.models.presets import preset_config, preset_model
 from elit.training.estimate import estimate

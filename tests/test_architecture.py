@@ -25,6 +25,7 @@ TIERS = [
     {"caching"},  # a model can have a step cache on
     {"models", "flow"},
     {"retrofit"},
+    {"cost"},
     {"pipelines"},
     {"preparation"},
     {"evaluation", "interop", "viz"},
@@ -283,7 +284,7 @@ BAD = [
     (check_foreign_imports, "elit.models.dit", "import torch.distributed as dist"),
     (check_foreign_imports, "elit.models.dit", "from torch import distributed"),
     (check_foreign_imports, "elit.cli.main", "from torch.distributed import barrier"),
-    (check_foreign_imports, "elit.evaluation.flops", "torch.distributed.barrier()"),
+    (check_foreign_imports, "elit.cost.flops", "torch.distributed.barrier()"),
     (check_print, "elit.training.loop", "def f():\n    print('loss')"),
     (check_wide_types, "elit.flow.objective", "x = t.to(torch.float64)"),
     (check_wide_types, "elit.layers.positions", "x = t.double()"),

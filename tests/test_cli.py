@@ -21,7 +21,7 @@ from elit import __version__
 from elit._choices import check_choice
 from elit.cli import common, sample
 from elit.cli.main import COMMANDS, command_parser, main
-from elit.evaluation.flops import forward_flops
+from elit.cost.flops import forward_flops
 
 # A run of moments: 16x16 images and a model of few parameters.
 TINY_RUN = """

@@ -72,14 +72,11 @@ def test_adapters_cost_their_rank_below_full_budget(name: str) -> None:
     assert counts[0][1] < counts[1][1] < 1.5 * counts[0][1]
 
 
-@pytest.mark.parametrize("budgets", [(6, 16), pytest.param(range(1, 17), marks=pytest.mark.slow)])
-def test_counting_leaves_the_model_alone(budgets) -> None:
-    """`forward_flops` of an elasticized DiT of ours, by three counts and by one each."""
-    from elit.evaluation.flops import ElasticFlops, forward_flops
+def test_counting_leaves_the_model_alone() -> None:
+    from elit.cost.flops import count_flops
 
     model = elasticize(make("ours"), HEAD, TAIL, 4, rank=2)
     given = inputs("ours")
     wanted = model(**given, num_latents=3).sample
-    flops = ElasticFlops(model)
-    assert [flops(n) for n in budgets] == [forward_flops(model, n) for n in budgets]
+    count_flops(model, 3)
     assert torch.equal(model(**given, num_latents=3).sample, wanted)

@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     check_guidance(args)
     home = home_of(args, "swept")
     evaluation = open_evaluation(args, home, keep_images=False)
-    from elit.evaluation.flops import default_budgets
     from elit.evaluation.sweep import Grid, sweep
+    from elit.interface.budget import default_budgets
 
     model = evaluation.drawing.pipeline.transformer
     if model.is_elastic:

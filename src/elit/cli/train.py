@@ -86,8 +86,8 @@ def check_config(config: TrainConfig, thorough: bool = False) -> None:
     import torch
 
     from elit._devices import pick_device
+    from elit.cost.flops import cost_of
     from elit.data import load_dataset
-    from elit.evaluation.flops import forward_flops
     from elit.flow.objective import SigmaDensity
     from elit.models.elastic import ElasticMixin
     from elit.training.build import (
@@ -135,7 +135,7 @@ def check_config(config: TrainConfig, thorough: bool = False) -> None:
     if thorough and not is_foreign(model):
         load_run_vae(config, dataset)
     if isinstance(model, ElasticMixin):
-        forward_flops(model)  # runs it: do the groups divide the grid?
+        cost_of(model)  # or an error: do the groups divide the grid?
     tail_dropping(config, model)
     latents_to_show(model, config.sample.budgets)
 

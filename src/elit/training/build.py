@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from elit.cost.flops import cost_of
 from elit.data import ImageDataset
-from elit.evaluation.flops import forward_flops
 from elit.interface.budget import TailDropping
 from elit.models.elastic import ElasticMixin
 from elit.models.presets import DEFAULT_VOCAB_SIZE, nearest_resolution, preset_config, preset_model
@@ -40,7 +40,7 @@ def build_parts(
         model, teacher = build_retrofit(config, dataset)
         check_condition(config, dataset, model)
         if isinstance(model, ElasticMixin):
-            forward_flops(model)  # runs it: do the groups divide the grid?
+            cost_of(model)  # or an error: do the groups divide the grid?
     else:
         make_model = make_model or build_model
         model = make_model(config, dataset, text_settings(config.text, dataset))

@@ -1,6 +1,5 @@
 """What a run will take: FLOPs, hours and memory, from its config alone."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,20 +7,17 @@ from typing import Any
 
 import torch
 
+from elit.cost.devices import ACCELERATORS, accelerator
+from elit.cost.flops import cost_of, mean_flops
+from elit.cost.memory import SavedBytes, saved_bytes, state_bytes
 from elit.data import ImageDataset, load_dataset
-from elit.evaluation.devices import ACCELERATORS, accelerator
-from elit.evaluation.flops import ElasticFlops, forward_flops
-from elit.evaluation.memory import SavedBytes, saved_bytes
-from elit.interface.budget import TailDropping
-from elit.models.presets import preset_inputs, preset_model
+from elit.models.presets import preset_inputs
 from elit.training.build import build_model, tail_dropping
 from elit.training.config import ModelConfig, RetrofitConfig, TrainConfig
 
 # Models of ours that are as large as well-known ones, to count retrofits of those.
 STAND_INS = {"Qwen/Qwen-Image": "elit-mmdit-qwen/2"}
 
-_FP32 = 4  # bytes: weights, gradients, moments and averages stay in float32 under autocast
-_HALF = 2
 _GPUS_OF_A_MACHINE = 8
 
 
@@ -95,7 +91,7 @@ def estimate(config: TrainConfig, gpus: int = 8, gpu: str = "h100", mfu: float =
     Args:
         config: the run.
         gpus: how many processes, a GPU each.
-        gpu: a name that `elit.evaluation.devices` knows.
+        gpu: a name that `elit.cost.devices` knows.
         mfu: share of a GPU's peak that the model's FLOPs reach.
 
     Raises:
@@ -118,16 +114,17 @@ def estimate(config: TrainConfig, gpus: int = 8, gpu: str = "h100", mfu: float =
         model = build_model(plan, _data(plan)).requires_grad_(False)
     dropping = tail_dropping(plan, model)
     most = None if dropping is None else dropping.max_latents
-    forward = mean_flops(model, dropping, config.latents.draws)
-    teacher = forward_flops(model) if _teaches(retrofit) else 0
+    cost = cost_of(model)
+    forward = mean_flops(cost, dropping, config.latents.draws)
+    teacher = cost.flops() if _teaches(retrofit) else 0
     step = config.data.batch_size * (3 * forward + teacher)
     shared = _share(config, gpus)
-    state, gathered = _state_bytes(model, retrofit, shared)
+    state, gathered = state_bytes(model, shared, with_teacher=_teaches(retrofit))
     kept = _saved(config, model, samples, most, shared > 1)
     seconds = step / (gpus * chip.tflops * 1e12 * mfu)
     return Estimate(
         model=plan.model.preset,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=cost.parameters,
         batch_size=config.data.batch_size,
         samples=samples,
         step_tflops=step / 1e12,
@@ -146,24 +143,6 @@ def estimate(config: TrainConfig, gpus: int = 8, gpu: str = "h100", mfu: float =
     )
 
 
-def mean_flops(model: Any, dropping: TailDropping | None, draws: int = 1) -> float:
-    """FLOPs of one forward of one sample, mean over the numbers of latents that training draws.
-
-    Args:
-        model: best on the meta device.
-        dropping: what draws; None of a plain model.
-        draws: numbers in a step: of one they are uniform, of more log-uniform.
-    """
-    if dropping is None:
-        return forward_flops(model)
-    low, high = dropping.min_latents, dropping.max_latents
-    if low == high:
-        return forward_flops(model, high)
-    flops = ElasticFlops(model)
-    weights = {n: 1.0 if draws == 1 else math.log((n + 1) / n) for n in range(low, high + 1)}
-    return sum(flops(n) * weight for n, weight in weights.items()) / sum(weights.values())
-
-
 class ExpectedData(ImageDataset):
     """Data that is not there yet: as the preset sees it."""
 
@@ -180,7 +159,7 @@ class ExpectedData(ImageDataset):
         space = (size, size) if isinstance(size, int) else tuple(size)
         self.image_shape = (given.in_channels, *space)
         self.class_names = tuple(map(str, range(given.num_classes or 0)))
-        self.has_captions = preset_model(preset).takes_text
+        self.has_captions = given.max_text_length is not None
 
 
 def _data(config: TrainConfig) -> ImageDataset:
@@ -220,21 +199,6 @@ def _share(config: TrainConfig, gpus: int) -> int:
     if config.train.parallel == "fsdp":
         return gpus
     return min(gpus, config.train.shard_size or _GPUS_OF_A_MACHINE)
-
-
-def _state_bytes(model: Any, options: RetrofitConfig, shared: int) -> tuple[float, float]:
-    """What is there all the time, and what FSDP gathers of it for a while."""
-    count = sum(p.numel() for p in model.parameters())
-    copies = 5  # weights, gradients, two moments, averages
-    if _teaches(options):
-        copies += 1
-    if shared == 1:
-        return copies * _FP32 * count, 0
-    in_blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-    rest = count - sum(in_blocks)
-    # This block's weights and the next one's in 16 bits, one's gradients in 32, and the rest.
-    gathered = max(in_blocks) * (2 * _HALF + _FP32) + rest * (_HALF + _FP32)
-    return copies * _FP32 * count / shared, gathered
 
 
 def _saved(
