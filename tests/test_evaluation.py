@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from tiny_clip import save_tiny_clip
 from torch import nn
 
 from elit import ElitPipeline, ElitTextPipeline, create_model, load_pipeline, make_scheduler
-from elit.cost.flops import count_flops, forward_flops
+from elit.cost.flops import CountedCost, forward_flops
 from elit.data import load_dataset
 from elit.evaluation import parts as parts_module
 from elit.evaluation.drawing import Drawing
@@ -248,7 +247,8 @@ def costs() -> Drawing:
 @pytest.fixture(scope="module")
 def counted(costs) -> Callable[[int], int]:
     """Flops of a forward at a number of latents, each counted once."""
-    return cache(partial(count_flops, costs.pipeline.transformer))
+    model = costs.pipeline.transformer
+    return CountedCost(type(model), model.config).flops
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm-solver"])

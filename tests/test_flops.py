@@ -60,11 +60,11 @@ def test_what_was_counted_is_not_mistaken_for_another_model() -> None:
 def test_a_group_of_one_token_has_one_budget() -> None:
     model = on_meta(DiT, preset_config("elit-dit-tiny/2", 16, {"group": 1}))
     report = flops_report(cost_of(model), "x", 16)
-    assert [(row.budget, row.num_latents) for row in report.rows] == [(1.0, 1)]
+    assert [(row["budget"], row["num_latents"]) for row in report["rows"]] == [(1.0, 1)]
 
 
 def test_rows_show_the_budgets_that_run() -> None:
     model = on_meta(DiT, preset_config("elit-dit-tiny/2", 16))
     report = flops_report(cost_of(model), "x", 16, budgets=[1, 0.3, 0.31, 0.01])
-    assert [(row.budget, row.num_latents) for row in report.rows] == [
+    assert [(row["budget"], row["num_latents"]) for row in report["rows"]] == [
         (1.0, 16), (5 / 16, 5), (1 / 16, 1)]  # fmt: skip

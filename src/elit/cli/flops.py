@@ -67,8 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from elit.cost.flops import flops_report
 
     shape = load_shape(args.model, args.resolution, args.frames, args.text_tokens)
-    counted = flops_report(shape.cost, shape.name, shape.resolution, args.budgets, shape.frames)
-    report: dict[str, Any] = counted.to_dict()
+    report = flops_report(shape.cost, shape.name, shape.resolution, args.budgets, shape.frames)
     if args.json:
         print_json(report)
     else:

@@ -5,11 +5,9 @@ A multiply-add counts as 2, attention included; element-wise work is not counted
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from elit.cost.formulas import Cost, ModelCost
@@ -39,7 +37,7 @@ def cost_of(
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
     if ours:
         return ModelCost(kind.__name__, config, sample_size, text_tokens)
-    return _Counted(kind, config, sample_size, text_tokens)
+    return CountedCost(kind, config, sample_size, text_tokens)
 
 
 def forward_flops(
@@ -49,47 +47,34 @@ def forward_flops(
     return cost_of(model, sample_size).flops(num_latents)
 
 
-class _Counted(ModelCost):
-    """Cost of a class that no formula knows, such as one derived from ours."""
+class CountedCost(ModelCost):
+    """Cost of a class that no formula knows, such as one derived from ours: PyTorch counts it."""
 
     def __init__(
         self,
         model_class: Any,
-        config: dict[str, Any],
-        sample_size: Sequence[int] | None,
-        text_tokens: int | None,
+        config: Mapping[str, Any],
+        sample_size: Sequence[int] | None = None,
+        text_tokens: int | None = None,
     ):
         super().__init__(model_class.__name__, config, sample_size, text_tokens)
         own = {} if text_tokens is None else {"max_text_length": text_tokens}
-        self.made = model_class, json.dumps(config | own)
+        self.made = model_class, dict(config) | own
+        self.cost = cache(self._count)  # type: ignore[method-assign]
 
-    def cost(self, num_latents: int | None = None) -> Cost:
-        return _count(*self.made, num_latents, self.sample_size)
+    def _count(self, num_latents: int | None = None) -> Cost:
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.utils.flop_counter import FlopCounterMode
 
-
-def count_flops(
-    model: Any, num_latents: int | None = None, sample_size: Sequence[int] | None = None
-) -> int:
-    """The same as `forward_flops`, but counted by running the model on the meta device."""
-    size = tuple(sample_size or model.sample_size)
-    model_class: Any = type(model)
-    return _count(model_class, model.to_json_string(), num_latents, size).flops
-
-
-@lru_cache(maxsize=1024)
-def _count(model_class: Any, config: str, num_latents: int | None, size: tuple[int, ...]) -> Cost:
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = on_meta(model_class, json.loads(config))
-    kwargs = {} if num_latents is None else {"num_latents": num_latents}
-    # As matrix products: the counter misses what attention has of its own on a CPU.
-    products = sdpa_kernel(SDPBackend.MATH)
-    with torch.device("meta"), products, FlopCounterMode(display=False) as counter:
-        sample = torch.zeros(1, model.in_channels, *size)
-        model(sample, torch.zeros(1), **model.example_condition(1), **kwargs)
-    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops())
+        model = on_meta(*self.made)
+        kwargs = {} if num_latents is None else {"num_latents": num_latents}
+        # As matrix products: the counter misses what attention has of its own on a CPU.
+        products = sdpa_kernel(SDPBackend.MATH)
+        with torch.device("meta"), products, FlopCounterMode(display=False) as counter:
+            sample = torch.zeros(1, model.in_channels, *self.sample_size)
+            model(sample, torch.zeros(1), **model.example_condition(1), **kwargs)
+        return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops())
 
 
 def on_meta(model_class: Any, config: dict[str, Any]) -> Any:
@@ -130,61 +115,28 @@ def mean_flops(cost: ModelCost, dropping: TailDropping | None, draws: int = 1) -
     return sum(cost.flops(n) * weight for n, weight in weights.items()) / sum(weights.values())
 
 
-@dataclass(frozen=True)
-class FlopsRow:
-    """Cost of one forward of one sample at one budget; num_latents is None for a plain model."""
-
-    budget: float
-    num_latents: int | None
-    gflops: float
-
-
-@dataclass(frozen=True)
-class FlopsReport:
-    """Cost of a model.
-
-    Attributes:
-        model: its name.
-        resolution: pixels of an image's side, or of height and width.
-        parameters: number of parameters.
-        train_tflops: one training step at full budget, batch 256.
-        train_tflops_multi_budget: one step with tail dropping, batch 384, averaged over 1 to
-            all latents per group, as the paper counts it; None for a plain model.
-        rows: forward costs.
-        text_tokens: length of the text that a text-conditional model reads; else None.
-        frames: of a clip; None of an image.
-    """
-
-    model: str
-    resolution: int | list[int]
-    parameters: int
-    train_tflops: float
-    train_tflops_multi_budget: float | None
-    rows: list[FlopsRow]
-    text_tokens: int | None = None
-    frames: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON."""
-        return asdict(self)
-
-
 def flops_report(
     cost: ModelCost,
     name: str,
     resolution: int | list[int],
     budgets: Sequence[float] | None = None,
     frames: int | None = None,
-) -> FlopsReport:
-    """Cost of a model at several budgets.
+) -> dict[str, Any]:
+    """Cost of a model at several budgets, as plain types for JSON.
 
     Args:
         cost: of the model.
         name: what to call it.
-        resolution: what to say of its input.
+        resolution: what to say of its input: pixels of a side, or of height and width.
         budgets: budgets of the rows, each shown as the one that really runs; by default halves
             of 1 down to the fewest latents the model is meant for.
         frames: what to say of its input, of a clip.
+
+    Returns:
+        "parameters"; "rows" of "budget", "num_latents" (None of a plain model) and "gflops" of a
+        forward; "train_tflops", one training step at full budget, batch 256;
+        "train_tflops_multi_budget", one with tail dropping, batch 384, averaged over 1 to all
+        latents per group, as the paper counts it; "text_tokens", length of the text.
     """
     most = cost.max_latents
     if budgets is None:
@@ -194,13 +146,16 @@ def flops_report(
     if cost.is_elastic:
         mean = mean_flops(cost, TailDropping(1, most, most))
         multi_budget = 3 * TRAIN_BATCH_MULTI_BUDGET * mean / 1e12
-    return FlopsReport(
-        model=name,
-        resolution=resolution,
-        parameters=cost.parameters,
-        train_tflops=3 * TRAIN_BATCH * cost.flops() / 1e12,
-        train_tflops_multi_budget=multi_budget,
-        rows=[FlopsRow(cost.budget_of(n), n, cost.flops(n) / 1e9) for n in kept],
-        text_tokens=cost.text_tokens,
-        frames=frames,
-    )
+    return {
+        "model": name,
+        "resolution": resolution,
+        "parameters": cost.parameters,
+        "train_tflops": 3 * TRAIN_BATCH * cost.flops() / 1e12,
+        "train_tflops_multi_budget": multi_budget,
+        "rows": [
+            {"budget": cost.budget_of(n), "num_latents": n, "gflops": cost.flops(n) / 1e9}
+            for n in kept
+        ],
+        "text_tokens": cost.text_tokens,
+        "frames": frames,
+    }
