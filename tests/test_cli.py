@@ -184,12 +184,6 @@ def test_surface_is_frozen(name) -> None:
     assert words == ["-h", "--help", *SURFACE[name].split()]
 
 
-def test_samplers_are_those_of_the_library() -> None:
-    from elit.flow.schedulers import SAMPLERS
-
-    assert sample.SAMPLERS == SAMPLERS
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_says_what_every_flag_does(run, name) -> None:
     code, out, err = run(name, "--help")

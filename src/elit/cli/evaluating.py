@@ -14,8 +14,9 @@ from elit.cli.common import (
     quiet_diffusers,
     whole_number,
 )
-from elit.cli.points import SAMPLERS, add_run, check_draws_images, open_pipeline
+from elit.cli.points import add_run, check_draws_images, open_pipeline
 from elit.data import SPLITS
+from elit.flow.words import SAMPLERS
 
 if TYPE_CHECKING:
     from elit.evaluation.evaluation import Evaluation

@@ -25,8 +25,6 @@ from elit.cli.points import (
     AUTO,
     DEFAULT_SCALE,
     DEFAULT_STEPS,
-    GUIDANCES,
-    SAMPLERS,
     add_run,
     budget_or_auto,
     check_auto,
@@ -37,6 +35,7 @@ from elit.cli.points import (
     open_pipeline,
 )
 from elit.cli.sample_folder import choose_folder, save_picture, save_sheet
+from elit.flow.words import GUIDANCES, SAMPLERS
 
 if TYPE_CHECKING:
     from elit.caching.configs import TeaCacheConfig

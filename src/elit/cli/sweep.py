@@ -27,7 +27,8 @@ from elit.cli.evaluating import (
     interval_of,
     open_evaluation,
 )
-from elit.cli.points import DEFAULT_SCALE, GUIDANCES, check_run
+from elit.cli.points import DEFAULT_SCALE, check_run
+from elit.flow.words import GUIDANCES
 
 if TYPE_CHECKING:
     from PIL import Image

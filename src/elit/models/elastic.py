@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from elit._numbers import is_real, is_whole
 from elit._wide import wide
-from elit.caching.hooks import Block
 from elit.caching.mixin import StepCaching
-from elit.caching.ports import BlockPort
+from elit.caching.ports import Block, BlockPort
 from elit.interface.budget import check_num_latents, resolve_budget
 from elit.interface.grid import TokenGrid
 from elit.layers.attention import head_dim

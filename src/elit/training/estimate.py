@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from elit.cost.devices import ACCELERATORS, accelerator
+from elit.cost.devices import known_accelerator
 from elit.cost.flops import cost_of, mean_flops
 from elit.cost.memory import SavedBytes, saved_bytes, state_bytes
 from elit.data import ImageDataset, load_dataset
@@ -98,9 +98,7 @@ def estimate(config: TrainConfig, gpus: int = 8, gpu: str = "h100", mfu: float =
         ValueError: if the GPU is unknown, the batch can't be shared, or the base of a retrofit
             has no known size.
     """
-    chip = accelerator(gpu)
-    if chip is None:
-        raise ValueError(f"gpu {gpu!r} is unknown; give one of {', '.join(ACCELERATORS)}")
+    chip = known_accelerator(gpu)
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu={mfu} is not allowed; give a share above 0, at most 1")
     samples, rest = divmod(config.data.batch_size, gpus * config.train.accumulation)
