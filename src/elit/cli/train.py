@@ -95,22 +95,23 @@ def check_config(config: TrainConfig, thorough: bool = False) -> None:
         check_buckets,
         check_condition,
         check_draws,
+        latents_to_show,
         tail_dropping,
     )
     from elit.training.conditioning import text_settings
     from elit.training.foreign import is_foreign
-    from elit.training.metrics import summary_writer_class, wandb_module
     from elit.training.parallel import check_parallel
     from elit.training.randomness import StepBatches
-    from elit.training.retrofit import build_retrofit
-    from elit.training.vae import load_run_vae
-    from elit.training.validation import latents_to_show
 
     output_folder(config.output_dir, "--output_dir")
     pick_device(config.train.device, int(os.environ.get("LOCAL_RANK", 0)))
     if config.train.tensorboard:
+        from elit.training.metrics import summary_writer_class
+
         summary_writer_class()
     if config.train.wandb is not None:
+        from elit.training.metrics import wandb_module
+
         wandb_module()
     objective, data = config.objective, config.data
     SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
@@ -124,6 +125,8 @@ def check_config(config: TrainConfig, thorough: bool = False) -> None:
     if config.retrofit.base is not None:
         if not thorough:
             return
+        from elit.training.retrofit import build_retrofit
+
         model, _ = build_retrofit(config, dataset)
         check_condition(config, dataset, model)
     else:
@@ -133,6 +136,8 @@ def check_config(config: TrainConfig, thorough: bool = False) -> None:
             model = build_model(config, dataset, of_texts).requires_grad_(False)
     check_buckets(model, dataset)
     if thorough and not is_foreign(model):
+        from elit.training.vae import load_run_vae
+
         load_run_vae(config, dataset)
     if isinstance(model, ElasticMixin):
         cost_of(model)  # or an error: do the groups divide the grid?
