@@ -201,21 +201,6 @@ def test_without_a_command_the_help_is_printed(run) -> None:
     assert run("--version") == (0, f"elit {__version__}\n", "")
 
 
-def test_help_and_version_import_nothing_heavy() -> None:
-    code = """
-import sys
-from elit.cli.main import main
-lines = [["--version"], ["--help"], *([name, "--help"] for name in %r), ["sampel"], ["sample"]]
-print([main(line) for line in lines], sorted({"torch", "diffusers", "numpy",
-    "yaml", "PIL", "sklearn", "tqdm"} & set(sys.modules)))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code % list(COMMANDS)], capture_output=True, text=True, timeout=60
-    )
-    zeros = ", ".join("0" * (2 + len(COMMANDS)))
-    assert done.stdout.splitlines()[-1] == f"[{zeros}, 2, 2] []", done.stderr
-
-
 def test_paths_are_as_a_shell_reads_them(run, folders, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))

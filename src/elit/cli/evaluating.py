@@ -139,7 +139,7 @@ def _training(run: str, config: Any) -> dict[str, Any] | None:
     steps = max(found, default=config.train.steps)
     try:
         config = replace(config, train=replace(config.train, steps=steps))
-        return {"steps": steps, "eflops": estimate(config, gpus=1).total_eflops}
+        return {"steps": steps, "eflops": estimate(config, gpus=1)["total_eflops"]}
     except ValueError:  # a retrofit of a base that has no known size
         return {"steps": steps, "eflops": None}
 

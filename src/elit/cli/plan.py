@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, overrides)
     from elit.training.estimate import estimate
 
-    found = estimate(config, args.gpus, args.gpu, args.mfu).to_dict()
+    found = estimate(config, args.gpus, args.gpu, args.mfu)
     if args.json:
         print_json(found)
     else:

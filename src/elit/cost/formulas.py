@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from elit._numbers import MOST
 from elit.interface.budget import check_num_latents, resolve_budget
-from elit.interface.grid import TokenGrid
+from elit.interface.grid import TokenGrid, format_size
 from elit.layers.tiles import slab_size
 from elit.retrofit.settings import interface_heads
 
@@ -142,6 +143,11 @@ class ModelCost:
         self.patch_size = axes(config["patch_size"], count)
         self.group = None if config["group"] is None else axes(config["group"], count)
         self.grid = TokenGrid.of_input(self.sample_size, self.patch_size, self.group)
+        if self.grid.num_tokens > MOST:
+            raise ValueError(
+                f"an input of size {format_size(self.sample_size)} has {self.grid.num_tokens} "
+                f"tokens: a size is too large; choose a smaller one"
+            )
         self.is_elastic = self.group is not None
         self.takes_text = self.kind == "MMDiT"
         self.max_latents = math.prod(self.group or (0,))

@@ -155,12 +155,9 @@ class Trainings:
 
     def forward_flops(self, variant: str, budget: float) -> int:
         """FLOPs of one forward of one picture, of the scale's first size."""
-        key = f"forward of {variant} at {budget}", ""
-        if key not in self._flops:
-            config = self.config(Training("count", variant, self.scale.sizes[0], 0, 1, 0))
-            model = self.on_meta(config, variant)
-            self._flops[key] = cost_of(model).flops(model.resolve_budget(budget))
-        return int(self._flops[key])
+        config = self.config(Training("count", variant, self.scale.sizes[0], 0, 1, 0))
+        cost = cost_of(self.on_meta(config, variant))
+        return cost.flops(cost.resolve_budget(budget))
 
     def config(self, training: Training) -> TrainConfig:
         """The config of a training; its folder is in the study's."""

@@ -1,7 +1,6 @@
 """What a run will take: FLOPs, hours and memory, from its config alone."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,68 +20,9 @@ STAND_INS = {"Qwen/Qwen-Image": "elit-mmdit-qwen/2"}
 _GPUS_OF_A_MACHINE = 8
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a run will take. Memory is in 10^9 bytes, of each GPU.
-
-    Attributes:
-        model: the preset; of a retrofit, one as large as its base.
-        parameters: of the model.
-        batch_size: samples of a step.
-        samples: of them in one forward of one GPU.
-        step_tflops: a training step, three forwards of each sample, mean over the budgets drawn.
-        total_eflops: all steps.
-        gpus: how many.
-        gpu: which.
-        peak_tflops: of one, dense bf16.
-        mfu: share of that which the model's FLOPs reach; assumed.
-        step_seconds: of a step.
-        hours: of all steps.
-        state_gb: weights, gradients, AdamW's moments, averages; of a retrofit the original too.
-        gathered_gb: of FSDP, the blocks that are whole at a time.
-        activations_gb: what a forward keeps for its backward, at the largest budget.
-        checkpointed_gb: the same with `train.gradient_checkpointing`.
-        gpu_gb: memory of one.
-    """
-
-    model: str
-    parameters: int
-    batch_size: int
-    samples: int
-    step_tflops: float
-    total_eflops: float
-    gpus: int
-    gpu: str
-    peak_tflops: float
-    mfu: float
-    step_seconds: float
-    hours: float
-    state_gb: float
-    gathered_gb: float
-    activations_gb: float
-    checkpointed_gb: float
-    gpu_gb: float
-
-    @property
-    def memory_gb(self) -> float:
-        """All of it, without gradient checkpointing."""
-        return self.state_gb + self.gathered_gb + self.activations_gb
-
-    @property
-    def memory_checkpointed_gb(self) -> float:
-        """All of it, with gradient checkpointing."""
-        return self.state_gb + self.gathered_gb + self.checkpointed_gb
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON."""
-        sums = {
-            "memory_gb": self.memory_gb,
-            "memory_checkpointed_gb": self.memory_checkpointed_gb,
-        }
-        return asdict(self) | sums
-
-
-def estimate(config: TrainConfig, gpus: int = 8, gpu: str = "h100", mfu: float = 0.5) -> Estimate:
+def estimate(
+    config: TrainConfig, gpus: int = 8, gpu: str = "h100", mfu: float = 0.5
+) -> dict[str, Any]:
     """Count what a run will take, without its data and without memory.
 
     Data that is not there yet is taken to be what the preset was made for, at
@@ -93,6 +33,17 @@ def estimate(config: TrainConfig, gpus: int = 8, gpu: str = "h100", mfu: float =
         gpus: how many processes, a GPU each.
         gpu: a name that `elit.cost.devices` knows.
         mfu: share of a GPU's peak that the model's FLOPs reach.
+
+    Returns:
+        "parameters" of "model", the preset, of a retrofit one as large as its base; "batch_size",
+        and "samples" of it in one forward of one GPU; "step_tflops", three forwards of each
+        sample, mean over the budgets drawn, and "total_eflops" of all steps; "step_seconds", and
+        "hours" of all steps; in 10^9 bytes of each GPU: "state_gb", weights, gradients, AdamW's
+        moments, averages, of a retrofit the original too; "gathered_gb", of FSDP, the blocks that
+        are whole at a time; "activations_gb", what a forward keeps for its backward at the largest
+        budget; "checkpointed_gb", the same with `train.gradient_checkpointing`; "memory_gb" and
+        "memory_checkpointed_gb", all of it; and what was given: "gpus", "gpu", "mfu",
+        "peak_tflops", dense bf16, and "gpu_gb".
 
     Raises:
         ValueError: if the GPU is unknown, the batch can't be shared, or the base of a retrofit
@@ -120,25 +71,30 @@ def estimate(config: TrainConfig, gpus: int = 8, gpu: str = "h100", mfu: float =
     state, gathered = state_bytes(model, shared, with_teacher=_teaches(retrofit))
     kept = _saved(config, model, samples, most, shared > 1)
     seconds = step / (gpus * chip.tflops * 1e12 * mfu)
-    return Estimate(
-        model=plan.model.preset,
-        parameters=cost.parameters,
-        batch_size=config.data.batch_size,
-        samples=samples,
-        step_tflops=step / 1e12,
-        total_eflops=step * config.train.steps / 1e18,
-        gpus=gpus,
-        gpu=gpu,
-        peak_tflops=chip.tflops,
-        mfu=mfu,
-        step_seconds=seconds,
-        hours=seconds * config.train.steps / 3600,
-        state_gb=state / 1e9,
-        gathered_gb=gathered / 1e9,
-        activations_gb=kept.whole / 1e9,
-        checkpointed_gb=kept.checkpointed / 1e9,
-        gpu_gb=chip.memory,
-    )
+    memory = {
+        "state_gb": state,
+        "gathered_gb": gathered,
+        "activations_gb": kept.whole,
+        "checkpointed_gb": kept.checkpointed,
+        "memory_gb": state + gathered + kept.whole,
+        "memory_checkpointed_gb": state + gathered + kept.checkpointed,
+    }
+    return {
+        "model": plan.model.preset,
+        "parameters": cost.parameters,
+        "batch_size": config.data.batch_size,
+        "samples": samples,
+        "step_tflops": step / 1e12,
+        "total_eflops": step * config.train.steps / 1e18,
+        "gpus": gpus,
+        "gpu": gpu,
+        "peak_tflops": chip.tflops,
+        "mfu": mfu,
+        "step_seconds": seconds,
+        "hours": seconds * config.train.steps / 3600,
+        **{name: size / 1e9 for name, size in memory.items()},
+        "gpu_gb": chip.memory,
+    }
 
 
 class ExpectedData(ImageDataset):
