@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 import torch
-from elit.evaluation.devices import peak_flops
-from elit.evaluation.flops import forward_flops
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from elit import create_model
+from elit.cost.devices import peak_flops
+from elit.cost.flops import forward_flops
 from elit.data import WholeBatches, load_dataset
 from elit.data.manifest import Autoencoder, Manifest, Shard, Split
 from elit.models.presets import preset_config, preset_model
