@@ -5,9 +5,11 @@ python benchmarks/flops.py
 
 import argparse
 import functools
+from typing import Any
 
-from elit.evaluation.flops import FlopsReport, flops_report, on_meta
-from elit.models.presets import preset_config, preset_model
+from elit.cost.flops import flops_report
+from elit.cost.formulas import ModelCost
+from elit.models.presets import preset_class, preset_config
 
 PAPER_BUDGETS = (1, 3 / 4, 1 / 2, 1 / 4)
 # Backbone, resolution, and the paper's training TFLOPs: plain, elastic, multi-budget.
@@ -25,17 +27,17 @@ QWEN_BUDGETS = (1, 1 / 2, 1 / 4, 1 / 8)
 
 
 @functools.cache
-def report(name: str, resolution: int) -> FlopsReport:
-    """Counts of a preset."""
-    model = on_meta(preset_model(name), preset_config(name, resolution))
-    budgets = (*PAPER_BUDGETS, *BUDGETS) if model.is_elastic else None
-    return flops_report(model, name, resolution, budgets)
+def report(name: str, resolution: int) -> dict[str, Any]:
+    """Cost of a preset."""
+    cost = ModelCost(preset_class(name), preset_config(name, resolution))
+    budgets = (*PAPER_BUDGETS, *BUDGETS) if cost.is_elastic else None
+    return flops_report(cost, name, resolution, budgets)
 
 
 def gflops(name: str, resolution: int, budget: float = 1) -> float:
     """GFLOPs of one forward."""
-    rows = report(name, resolution).rows
-    return next(row.gflops for row in rows if row.budget == budget)
+    rows = report(name, resolution)["rows"]
+    return next(row["gflops"] for row in rows if row["budget"] == budget)
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -53,7 +55,7 @@ def beside_the_paper() -> str:
     """Every figure of the paper that is a count."""
     plain, elastic = "DiT-XL/2", "ELIT-DiT-XL/2"
     figures = [
-        (f"{name}, parameters", "M", paper, report(name.lower(), 256).parameters / 1e6)
+        (f"{name}, parameters", "M", paper, report(name.lower(), 256)["parameters"] / 1e6)
         for name, paper in ((plain, 675), (elastic, 698))
     ]
     for side, paper in ((256, 237.2), (512, 1049.0)):
@@ -67,10 +69,12 @@ def beside_the_paper() -> str:
             f"{name}-XL/2 at {side} px, training step",
             report(f"{name}-xl/2".lower(), side),
         )
-        figures.append((what, "TFLOPs", baseline, ours.train_tflops))
+        figures.append((what, "TFLOPs", baseline, ours["train_tflops"]))
         what, ours = f"ELIT-{what}", report(f"elit-{name}-xl/2".lower(), side)
-        figures.append((what, "TFLOPs", single, ours.train_tflops))
-        figures.append((f"{what}, multi-budget", "TFLOPs", multi, ours.train_tflops_multi_budget))
+        figures.append((what, "TFLOPs", single, ours["train_tflops"]))
+        figures.append(
+            (f"{what}, multi-budget", "TFLOPs", multi, ours["train_tflops_multi_budget"])
+        )
     rows = [
         (what, unit, f"{paper:g}", f"{ours:.1f}", deviation(ours, paper))
         for what, unit, paper, ours in figures
@@ -82,16 +86,15 @@ def qwen_image() -> str:
     """Sampling with cheap CFG, relative to the plain model's with CFG, beside the paper's."""
     counts = {}
     for name in ("mmdit-qwen/2", "elit-mmdit-qwen/2"):
-        config = preset_config(name, 1024, {"max_text_length": QWEN_TEXT})
-        model = on_meta(preset_model(name), config)
-        budgets = QWEN_BUDGETS if model.is_elastic else None
-        counts[name] = flops_report(model, name, 1024, budgets).rows
+        cost = ModelCost("MMDiT", preset_config(name, 1024), text_tokens=QWEN_TEXT)
+        budgets = QWEN_BUDGETS if cost.is_elastic else None
+        counts[name] = flops_report(cost, name, 1024, budgets)["rows"]
     (plain,) = counts["mmdit-qwen/2"]
-    guide = counts["elit-mmdit-qwen/2"][-1].gflops
+    guide = counts["elit-mmdit-qwen/2"][-1]["gflops"]
     rows = []
     for row, paper in zip(counts["elit-mmdit-qwen/2"], (0.69, 0.49, 0.41, 0.37), strict=True):
-        share = (row.gflops + guide) / (2 * plain.gflops)
-        latents, cost = str(int(4096 * row.budget)), f"{row.gflops / 1e3:.1f}"
+        share = (row["gflops"] + guide) / (2 * plain["gflops"])
+        latents, cost = str(int(4096 * row["budget"])), f"{row['gflops'] / 1e3:.1f}"
         rows.append((latents, cost, f"{paper}", f"{share:.3f}"))
     header = ("latents at 1024 px", "TFLOPs of a forward", "share of CFG, paper", "here")
     return table(header, rows)

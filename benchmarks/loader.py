@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from elit import create_model
+from elit.cost.devices import peak_flops
+from elit.cost.flops import forward_flops
 from elit.data import WholeBatches, load_dataset
 from elit.data.manifest import Autoencoder, Manifest, Shard, Split
-from elit.evaluation.devices import peak_flops
-from elit.evaluation.flops import forward_flops
 from elit.models.presets import preset_config, preset_model
 from elit.training.randomness import StepBatches
 

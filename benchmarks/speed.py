@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 
 from elit import create_model
-from elit.evaluation.flops import ElasticFlops, forward_flops
+from elit.cost.flops import cost_of
 from elit.models.elastic import ElasticMixin
 from elit.models.presets import preset_inputs
 
@@ -101,7 +101,7 @@ def compare(args: argparse.Namespace, batch_size: int, device: torch.device) -> 
             seconds = seconds_of(elastic, n)
             pairs[n].append((seconds, first if plain_first else seconds_of(plain, None)))
 
-    flops, plain_flops = ElasticFlops(elastic), forward_flops(plain)
+    flops, plain_flops = cost_of(elastic).flops, cost_of(plain).flops()
     fastest_plain = min(beside for timings in pairs.values() for _, beside in timings)
     rows = []
     for n in kept:

@@ -28,9 +28,9 @@ from diffusers.training_utils import EMAModel
 
 from elit import create_model
 from elit.cli.config import built_in_configs, load_config
-from elit.evaluation.devices import peak_flops
-from elit.evaluation.flops import forward_flops, on_meta
-from elit.evaluation.memory import saved_bytes
+from elit.cost.devices import peak_flops
+from elit.cost.flops import forward_flops, on_meta
+from elit.cost.memory import saved_bytes
 from elit.flow.objective import flow_matching_loss
 from elit.models.presets import preset_config, preset_model
 from elit.training.estimate import estimate
@@ -73,13 +73,13 @@ def paper_rows(names: list[str] | None = None) -> Iterator[list[str]]:
         figures = re.search(r"FID (\d+\.\d), FDD (\d+\.\d), (?:IS|FVD) (\d+\.\d)", top_of(name))
         yield [
             f"`{name}`",
-            f"{found.parameters / 1e6:.0f} M",
-            f"{found.step_tflops:.0f}",
-            f"{found.total_eflops:.0f}",
-            f"{found.hours:.1f}",
-            f"{gpus} x {found.samples}",
-            f"{found.memory_gb:.0f}",
-            f"{found.memory_checkpointed_gb:.0f}",
+            f"{found['parameters'] / 1e6:.0f} M",
+            f"{found['step_tflops']:.0f}",
+            f"{found['total_eflops']:.0f}",
+            f"{found['hours']:.1f}",
+            f"{gpus} x {found['samples']}",
+            f"{found['memory_gb']:.0f}",
+            f"{found['memory_checkpointed_gb']:.0f}",
             " / ".join(figures.groups()) if figures else "",
         ]
 

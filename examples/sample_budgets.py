@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from elit import CFG, AutoGuidance, CheapCFG, ElitPipeline
-from elit.evaluation.flops import forward_flops
+from elit.cost.flops import forward_flops
 from elit.interface.budget import format_budget
 from elit.viz.sheet import contact_sheet, save_image
 

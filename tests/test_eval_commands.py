@@ -15,7 +15,7 @@ import torch
 from helpers import tiny_elastic
 
 from elit import ElitPipeline, make_scheduler
-from elit.cli import evaluating, points
+from elit.cli import evaluating
 from elit.cli.main import main
 
 TINY_RUN = """
@@ -44,10 +44,8 @@ def run(tmp_path_factory) -> Path:
 
 def test_the_lists_of_the_flags_are_the_library_s() -> None:
     from elit.evaluation.networks import NETWORKS
-    from elit.flow.guidance import GUIDANCES
 
     assert evaluating.NETWORKS == NETWORKS
-    assert points.GUIDANCES == GUIDANCES
 
 
 def test_eval_scores_a_run(run, tmp_path, capsys) -> None:

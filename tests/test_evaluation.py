@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +20,11 @@ from tiny_clip import save_tiny_clip
 from torch import nn
 
 from elit import ElitPipeline, ElitTextPipeline, create_model, load_pipeline, make_scheduler
+from elit.cost.flops import CountedCost, forward_flops
 from elit.data import load_dataset
 from elit.evaluation import parts as parts_module
-from elit.evaluation.drawing import Drawing, SamplingCost
+from elit.evaluation.drawing import Drawing
 from elit.evaluation.evaluation import Evaluation, evaluate, save_npz
-from elit.evaluation.flops import forward_flops
 from elit.evaluation.frechet import Moments, frechet_distance
 from elit.evaluation.images import Images, open_images
 from elit.evaluation.networks import load_network
@@ -239,16 +238,17 @@ def test_a_network_of_images_sees_each_frame_of_a_clip(tmp_path) -> None:
 
 
 @pytest.fixture(scope="module")
-def costs() -> SamplingCost:
+def costs() -> Drawing:
     pipeline = ElitPipeline(tiny_elastic(in_channels=1), make_scheduler("euler"))
     pipeline.set_progress_bar_config(disable=True)
-    return SamplingCost(Drawing(pipeline, [], 1))
+    return Drawing(pipeline, [], 1)
 
 
 @pytest.fixture(scope="module")
 def counted(costs) -> Callable[[int], int]:
     """Flops of a forward at a number of latents, each counted once."""
-    return cache(partial(forward_flops, costs.pipeline.transformer))
+    model = costs.pipeline.transformer
+    return CountedCost(type(model), model.config).flops
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm-solver"])
@@ -281,7 +281,7 @@ def test_the_cost_is_that_of_the_forwards_that_run(sampler, point, costs, counte
 
 def test_a_plain_model_costs_its_forwards() -> None:
     pipeline = ElitPipeline(tiny_dit(in_channels=1), make_scheduler("euler"))
-    cost = SamplingCost(Drawing(pipeline, [], 1))
+    cost = Drawing(pipeline, [], 1)
     full = forward_flops(pipeline.transformer)
     assert cost.flops(OperatingPoint(1.0, 5)) == 5 * full
     assert cost.flops(OperatingPoint(1.0, 5, "cfg", 2.0)) == 10 * full

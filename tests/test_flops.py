@@ -1,25 +1,15 @@
-"""FLOPs: the closed form of the paper, and the interpolation over the budgets."""
+"""FLOPs: the closed form of the paper, the budgets of a report, and what no formula knows."""
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from elit.evaluation.flops import ElasticFlops, flops_report, forward_flops, on_meta
+from elit.cost.flops import cost_of, flops_report, forward_flops, on_meta
 from elit.models.dit import DiT
-from elit.models.presets import preset_config, preset_model
+from elit.models.presets import preset_config
+from elit.reproduce.spread import SpreadDiT
 
 
 def paper_block(tokens: int, width: int) -> int:
     return 24 * tokens * width**2 + 4 * tokens**2 * width + 12 * width**2
-
-
-@pytest.mark.parametrize(("resolution", "tokens"), [(256, 256), (512, 1024)])
-def test_a_plain_model_costs_what_the_closed_form_says(resolution: int, tokens: int) -> None:
-    config = preset_config("dit-b/2", resolution)
-    width, depth, patch_dim = config["hidden_size"], config["depth"], 4 * 2 * 2
-    expected = depth * paper_block(tokens, width)
-    expected += 4 * tokens * width * patch_dim + 6 * width**2 + 512 * width
-    assert forward_flops(on_meta(DiT, config)) == expected
 
 
 @pytest.mark.parametrize("num_latents", [1, 5, 16])
@@ -38,22 +28,11 @@ def test_an_elastic_model_costs_what_the_closed_form_says(num_latents: int) -> N
     assert forward_flops(on_meta(DiT, config), num_latents) == expected
 
 
-def test_three_counts_give_all_budgets() -> None:
-    model = on_meta(DiT, preset_config("elit-dit-tiny/2", 16))
-    flops = ElasticFlops(model)
-    assert len(flops.counts) == 3
-    assert [flops(n) for n in range(1, 17)] == [forward_flops(model, n) for n in range(1, 17)]
-
-
-@pytest.mark.parametrize("name", ["elit-uvit-tiny/2", "elit-hdit-tiny/2", "elit-mmdit-tiny/2"])
-def test_a_block_that_repeats_costs_what_it_costs_when_it_runs(name: str) -> None:
-    model = on_meta(preset_model(name), preset_config(name, overrides={"depth": 7}))
-    inputs = torch.empty(1, model.in_channels, *model.sample_size, device="meta")
-    condition = {k: v.to("meta") for k, v in model.example_condition(1).items()}
-    with FlopCounterMode(display=False) as counter:  # no block is left out
-        model(inputs, torch.empty(1, device="meta"), **condition, num_latents=3)
-    assert forward_flops(model, 3) == counter.get_total_flops()
-    assert all("forward" not in vars(block) for block in model.blocks)  # as it was
+def test_a_class_of_another_forward_is_counted() -> None:
+    """Its formula is not known, though it is derived from one whose is."""
+    model = on_meta(SpreadDiT, preset_config("elit-dit-tiny/2", 16))
+    assert cost_of(model).parameters == cost_of(on_meta(DiT, dict(model.config))).parameters
+    assert forward_flops(model, 3) > 3.5 * forward_flops(on_meta(DiT, dict(model.config)), 3)
 
 
 def test_what_was_counted_is_not_mistaken_for_another_model() -> None:
@@ -71,20 +50,12 @@ def test_what_was_counted_is_not_mistaken_for_another_model() -> None:
 
 def test_a_group_of_one_token_has_one_budget() -> None:
     model = on_meta(DiT, preset_config("elit-dit-tiny/2", 16, {"group": 1}))
-    report = flops_report(model, "x", 16)
-    assert [(row.budget, row.num_latents) for row in report.rows] == [(1.0, 1)]
+    report = flops_report(cost_of(model), "x", 16)
+    assert [(row["budget"], row["num_latents"]) for row in report["rows"]] == [(1.0, 1)]
 
 
 def test_rows_show_the_budgets_that_run() -> None:
     model = on_meta(DiT, preset_config("elit-dit-tiny/2", 16))
-    report = flops_report(model, "x", 16, budgets=[1, 0.3, 0.31, 0.01])
-    assert [(row.budget, row.num_latents) for row in report.rows] == [
+    report = flops_report(cost_of(model), "x", 16, budgets=[1, 0.3, 0.31, 0.01])
+    assert [(row["budget"], row["num_latents"]) for row in report["rows"]] == [
         (1.0, 16), (5 / 16, 5), (1 / 16, 1)]  # fmt: skip
-
-
-def test_counting_leaves_a_real_model_as_it_is() -> None:
-    model = DiT(**preset_config("elit-dit-tiny/2", 16))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert forward_flops(model) == forward_flops(on_meta(DiT, preset_config("elit-dit-tiny/2", 16)))
-    assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
-    assert all((value == before[name]).all() for name, value in model.state_dict().items())

@@ -15,7 +15,7 @@ from runs import CPU, metrics, tiny_config
 
 from elit import elasticize
 from elit.cli.main import main
-from elit.evaluation.flops import forward_flops
+from elit.cost.flops import cost_of, forward_flops, step_flops
 from elit.interface.attention_maps import (
     attention_coverage,
     attention_entropy,
@@ -34,7 +34,7 @@ from elit.training.health import (
 )
 from elit.training.loop import train
 from elit.training.metrics import MetricsLog, draw_curves, read_metrics
-from elit.training.monitor import StepCost, peak_memory
+from elit.training.monitor import peak_memory
 from elit.training.probe import watch_interface
 from elit.training.run import Run
 from elit.viz.charts import picture, run_chart
@@ -287,16 +287,12 @@ def test_a_healthy_run_is_silent_and_tells_its_numbers(tmp_path, caplog) -> None
 
 def test_the_cost_of_a_step_is_that_of_its_parts() -> None:
     model = tiny_elastic()
-    cost, shape, kept = StepCost(model), torch.Size((5, 2, 8, 8)), [7, 3]
-    assert not cost.knows([shape], kept)
-    cost.learn([shape], kept)
     wanted = 3 * (3 * forward_flops(model, 7) + 2 * forward_flops(model, 3))
-    assert cost(shape, kept) == wanted
+    assert step_flops(cost_of(model), 5, [7, 3]) == wanted
     plain = tiny_dit()
-    cost, wide = StepCost(plain), torch.Size((5, 2, 8, 16))  # of two buckets
-    cost.learn([shape, wide], [None])
-    assert cost(shape, [None]) == 3 * 5 * forward_flops(plain)
-    assert cost(wide, [None]) > 1.9 * cost(shape, [None])
+    narrow, wide = (step_flops(cost_of(plain, size), 5, [None]) for size in ((8, 8), (8, 16)))
+    assert narrow == 3 * 5 * forward_flops(plain)
+    assert wide > 1.9 * narrow
     before = peak_memory(CPU.device)
     assert before > 50e6
     block = np.ones(2**26, np.uint8)

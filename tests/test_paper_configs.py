@@ -13,9 +13,10 @@ from elit import load_elastic
 from elit.cli.config import built_in_configs, load_config
 from elit.cli.main import main
 from elit.cli.train import check_config
+from elit.cost.flops import cost_of, mean_flops
 from elit.training.build import build_model, tail_dropping
 from elit.training.config import TrainConfig
-from elit.training.estimate import ExpectedData, mean_flops
+from elit.training.estimate import ExpectedData
 
 # FID, FDD, IS, TFLOPs of a training step; PAPER.md.
 FIGURES = {
@@ -59,7 +60,7 @@ def step_tflops(config: TrainConfig) -> float:
     with torch.device("meta"):
         data = ExpectedData(config.model.preset, config.data.options["resolution"])
         model = build_model(config, data).requires_grad_(False)
-    flops = mean_flops(model, tail_dropping(config, model), config.latents.draws)
+    flops = mean_flops(cost_of(model), tail_dropping(config, model), config.latents.draws)
     return 3 * config.data.batch_size * flops / 1e12
 
 
@@ -98,10 +99,7 @@ def test_the_budgets_and_what_to_expect(side: int, name: str) -> None:
     assert f"FID {fid}, FDD {fdd}, IS {score}, {tflops} TFLOPs a step" in top.replace("\n# ", " ")
 
 
-@pytest.mark.parametrize(
-    ("side", "name"),
-    [pytest.param(*run, marks=() if run in RUNS[:3] else pytest.mark.slow) for run in RUNS],
-)
+@pytest.mark.parametrize(("side", "name"), RUNS)
 def test_a_step_costs_what_the_paper_says(side: int, name: str) -> None:
     found = step_tflops(load_config(f"imagenet-{side}/{name}", {}))
     backbone = name.removeprefix("elit-").removesuffix("-mb")

@@ -5,13 +5,10 @@ import re
 
 import pytest
 import torch
-from helpers import make_inputs
-from torch.utils.flop_counter import FlopCounterMode
 
+from elit.cost.flops import forward_flops
 from elit.models.dit import DiT
 from elit.models.presets import PRESETS, SIZES, create_model, preset_config, preset_inputs
-
-SLOW = pytest.mark.slow
 
 
 @functools.cache
@@ -26,11 +23,7 @@ def count_parameters(model: DiT) -> int:
 
 def gigaflops(model: DiT, budget: float = 1.0) -> float:
     """GFLOPs of one forward pass of one sample; a multiply-add counts as 2."""
-    inputs = (x.to("meta") for x in make_inputs(model, batch=1))
-    counter = FlopCounterMode(display=False)
-    with counter:
-        model(*inputs, num_latents=model.resolve_budget(budget))
-    return counter.get_total_flops() / 1e9
+    return forward_flops(model, model.resolve_budget(budget)) / 1e9
 
 
 def expected_gigaflops(width: int, depth: int, tokens: int) -> float:
@@ -70,16 +63,7 @@ def test_flops_are_the_papers_formula(size: str) -> None:
     assert gigaflops(model) == pytest.approx(expected, rel=2e-3)
 
 
-@pytest.mark.parametrize(
-    ("budget", "figure"),
-    [
-        (1, 1083),
-        pytest.param(0.75, 877, marks=SLOW),
-        pytest.param(0.5, 685, marks=SLOW),
-        (0.25, 503),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("budget", "figure"), [(1, 1083), (0.75, 877), (0.5, 685), (0.25, 503)])
 def test_flops_of_the_elastic_xl_at_512_px(budget: float, figure: float) -> None:
     """At most 1 % above the paper's; below, because dropped latents are never made."""
     assert 0.96 * figure <= gigaflops(make("elit-dit-xl/2", 512), budget) <= 1.01 * figure

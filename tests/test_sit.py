@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import elit
 from elit import ElitPipeline, create_model, from_official_checkpoint
-from elit.evaluation.flops import forward_flops
+from elit.cost.flops import forward_flops
 from elit.flow.schedulers import (
     FlowMatchEulerMaruyamaScheduler,
     FlowMatchUniformEulerScheduler,

@@ -19,3 +19,14 @@ def is_real(value: Any) -> TypeGuard[float]:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer of hundreds of digits
         return False
+
+
+def latent_frames(frames: int, scale: int, name: str = "num_frames") -> int:
+    """Length in time of the VAE latents of a clip, or a ValueError if no length is its own."""
+    if (frames - 1) % scale:
+        nearest = (frames - 1) // scale * scale + 1
+        raise ValueError(
+            f"{name}={frames} is not a multiple of {scale}, the VAE's scale in time, and "
+            f"one more; use {nearest} or {nearest + scale}"
+        )
+    return (frames - 1) // scale + 1

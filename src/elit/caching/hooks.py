@@ -22,12 +22,11 @@ from torch import Tensor, nn
 
 from elit.caching.configs import TeaCacheConfig
 from elit.caching.policies import first_block_skips, mag_skips, tea_skips
-from elit.caching.ports import BlockPort
+from elit.caching.ports import Block, BlockPort
 from elit.caching.state import BranchState, Steps
 
 CALL_HOOK, BLOCK_HOOK = "elit_cache_call", "elit_cache_block"
 FULL_GRAPH = "a step cache decides between the blocks; use compile_repeated_blocks(fullgraph=False)"
-Block = tuple[nn.Module, BlockPort]
 
 
 class CallHook(ModelHook):

@@ -1,22 +1,15 @@
-"""What a model has of step caches: `enable_cache`, `disable_cache`, `cache_context`."""
+"""Step caches as methods of a model: `enable_cache`, `disable_cache`, `cache_context`.
+
+diffusers' hooks bring peft along, so they are imported when a cache is switched on.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
 from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 
-from elit.caching.configs import check_cache
-from elit.caching.hooks import (
-    FULL_GRAPH,
-    Block,
-    cache_counts,
-    install_cache,
-    remove_cache,
-    reset_cache,
-)
-from elit.caching.ports import BlockPort
+from elit.caching.ports import Block, BlockPort
 
 
 class StepCaching(CacheMixin):
@@ -42,6 +35,9 @@ class StepCaching(CacheMixin):
             ValueError: of another cache, with what keeps it from working, or if the blocks were
                 compiled to full graphs.
         """
+        from elit.caching.configs import check_cache
+        from elit.caching.hooks import FULL_GRAPH, install_cache
+
         check_cache(self, config)
         blocks = self.cache_blocks()
         if self._is_full_graph and any(block._compiled_call_impl for block, _ in blocks):
@@ -52,6 +48,8 @@ class StepCaching(CacheMixin):
     def disable_cache(self) -> None:
         """Switch it off; without one, nothing happens."""
         if self.is_cache_enabled:
+            from elit.caching.hooks import remove_cache
+
             remove_cache(self)
             self._cache_config = None
 
@@ -59,17 +57,23 @@ class StepCaching(CacheMixin):
         """Compile the blocks as diffusers does; with a cache on, not to full graphs."""
         full = bool(kwargs.get("fullgraph"))
         if full and self.is_cache_enabled:
+            from elit.caching.hooks import FULL_GRAPH
+
             raise ValueError(f"a step cache is on; {FULL_GRAPH}")
         super().compile_repeated_blocks(*args, **kwargs)
         self._is_full_graph = full
 
     def cache_counts(self) -> tuple[int, int]:
         """How often the blocks were computed, and how often skipped, since the cache is on."""
+        from elit.caching.hooks import cache_counts
+
         return cache_counts(self)
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """Begin a new run; pipelines call it."""
         del recurse
+        from elit.caching.hooks import reset_cache
+
         reset_cache(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -81,6 +85,8 @@ class StepCaching(CacheMixin):
 
 def stock_blocks(transformer: nn.Module) -> list[Block]:
     """All blocks of a diffusers transformer, from the lists in which its own caches look."""
+    from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
+
     lists = [
         child
         for name, child in transformer.named_children()
@@ -118,6 +124,9 @@ def enable_step_cache(
     if isinstance(transformer, StepCaching) and blocks is None:
         transformer.enable_cache(config)
         return
+    from elit.caching.configs import check_cache
+    from elit.caching.hooks import install_cache
+
     check_cache(transformer, config)
     install_cache(transformer, blocks_of(transformer, blocks), config)
     transformer._cache_config = config  # what diffusers' models look at
@@ -128,5 +137,7 @@ def disable_step_cache(transformer: nn.Module) -> None:
     if isinstance(transformer, StepCaching):
         transformer.disable_cache()
     else:
+        from elit.caching.hooks import remove_cache
+
         remove_cache(transformer)
         transformer._cache_config = None  # type: ignore[assignment]

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from torch import Tensor, nn
 
 Streams = tuple[Tensor, Tensor | None]
@@ -84,8 +83,15 @@ class BlockPort:
         return type(mould)(items)
 
 
-def registered(block_class: type) -> TransformerBlockMetadata | None:
+Block = tuple[nn.Module, BlockPort]
+
+
+def registered(block_class: type) -> Any:
     """What diffusers' registry says of its own blocks; None of others."""
+    if block_class.__module__.startswith("elit."):  # without the hooks' import, which takes long
+        return None
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
     try:
         return TransformerBlockRegistry.get(block_class)
     except ValueError:

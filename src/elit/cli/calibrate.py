@@ -18,13 +18,13 @@ from elit.cli.common import (
 )
 from elit.cli.points import (
     DEFAULT_SCALE,
-    GUIDANCES,
     add_run,
     check_run,
     make_guidance,
     open_pipeline,
 )
 from elit.cli.sample import what_to_draw
+from elit.flow.words import GUIDANCES
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.8)
 

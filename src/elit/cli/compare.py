@@ -52,12 +52,13 @@ def run(args: argparse.Namespace) -> int:
     output_folder(page.parent, "--out")
     from elit.evaluation.comparison import check_comparable, notes_on, ranking_of, read_sweeps
     from elit.evaluation.score_names import SCORES
-    from elit.viz.page import compare_page
-    from elit.viz.sweeps import Rows, ScoreInfo
 
     check_out(page)
     reports = read_sweeps(args.a, args.b)
     check_comparable(reports)
+    from elit.viz.page import compare_page
+    from elit.viz.sweeps import Rows, ScoreInfo
+
     score = ranking_of(reports)
     notes = notes_on(reports)
     for note in notes:

@@ -24,7 +24,8 @@ from elit.cli.evaluating import (
     interval_of,
     open_evaluation,
 )
-from elit.cli.points import DEFAULT_SCALE, GUIDANCES, check_run, make_guidance
+from elit.cli.points import DEFAULT_SCALE, check_run, make_guidance
+from elit.flow.words import GUIDANCES
 
 SAMPLES = 50_000  # as papers have it
 

@@ -14,8 +14,9 @@ from elit.cli.common import (
     quiet_diffusers,
     whole_number,
 )
-from elit.cli.points import SAMPLERS, add_run, check_draws_images, open_pipeline
+from elit.cli.points import add_run, check_draws_images, open_pipeline
 from elit.data import SPLITS
+from elit.flow.words import SAMPLERS
 
 if TYPE_CHECKING:
     from elit.evaluation.evaluation import Evaluation
@@ -138,7 +139,7 @@ def _training(run: str, config: Any) -> dict[str, Any] | None:
     steps = max(found, default=config.train.steps)
     try:
         config = replace(config, train=replace(config.train, steps=steps))
-        return {"steps": steps, "eflops": estimate(config, gpus=1).total_eflops}
+        return {"steps": steps, "eflops": estimate(config, gpus=1)["total_eflops"]}
     except ValueError:  # a retrofit of a base that has no known size
         return {"steps": steps, "eflops": None}
 

@@ -1,4 +1,4 @@
-"""`elit flops`: what a forward and a training step cost, counted without memory."""
+"""`elit flops`: what a forward and a training step cost, without making the model."""
 
 import argparse
 from typing import Any
@@ -64,11 +64,10 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Count and print."""
     from elit.cli.models import load_shape
-    from elit.evaluation.flops import flops_report
+    from elit.cost.flops import flops_report
 
     shape = load_shape(args.model, args.resolution, args.frames, args.text_tokens)
-    counted = flops_report(shape.model, shape.name, shape.resolution, args.budgets, shape.frames)
-    report: dict[str, Any] = counted.to_dict()
+    report = flops_report(shape.cost, shape.name, shape.resolution, args.budgets, shape.frames)
     if args.json:
         print_json(report)
     else:
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_report(report: dict[str, Any], config: dict[str, Any]) -> None:
-    from elit.evaluation.flops import TRAIN_BATCH, TRAIN_BATCH_MULTI_BUDGET
+    from elit.cost.flops import TRAIN_BATCH, TRAIN_BATCH_MULTI_BUDGET
     from elit.interface.budget import format_budget
 
     rows = report["rows"]

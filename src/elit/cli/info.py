@@ -54,14 +54,16 @@ def run(args: argparse.Namespace) -> int:
 
 def installed() -> dict[str, str | None]:
     """Versions of what matters, None where it is missing, and the device that "auto" picks."""
-    from elit._devices import pick_device
-
     found: dict[str, str | None] = {"elit": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
+    if str(found["torch"]).endswith("+cpu"):  # it knows no other: no need to ask it
+        return found | {"device": "cpu"}
+    from elit._devices import pick_device
+
     return found | {"device": str(pick_device("auto"))}
 
 
@@ -83,18 +85,18 @@ def describe(name: str) -> dict[str, Any]:
     from elit.cli.models import load_shape
 
     shape = load_shape(name)
-    model, most = shape.model, shape.model.max_latents
-    kept = range(model.min_latents, most + 1) if model.is_elastic else []
+    cost = shape.cost
+    kept = range(cost.min_latents, cost.max_latents + 1) if cost.is_elastic else []
     return {
         "model": shape.name,
         "resolution": shape.resolution,
         "frames": shape.frames,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "split": list(model.split),
-        "group": None if model.group is None else list(model.group),
-        "max_latents": most,
-        "min_latents": model.min_latents,
-        "budgets": [model.budget_of(n) for n in kept] or [1.0],
+        "parameters": cost.parameters,
+        "split": list(cost.split),
+        "group": None if cost.group is None else list(cost.group),
+        "max_latents": cost.max_latents,
+        "min_latents": cost.min_latents,
+        "budgets": [cost.budget_of(n) for n in kept] or [1.0],
         "config": shape.config,
     }
 

@@ -1,46 +1,59 @@
-"""Models by name, presets and checkpoints alike: their shapes, without their weights."""
+"""Models by name, presets and checkpoints alike: their sizes and cost, without their weights."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from elit._choices import nearest
+from elit._numbers import latent_frames
+from elit.cost.formulas import ModelCost
+from elit.models.presets import (
+    MODELS,
+    PRESETS,
+    model_class,
+    preset_class,
+    preset_config,
+    preset_frames_per_latent,
+    preset_inputs,
+)
+
 
 @dataclass(frozen=True)
 class Shape:
-    """A model on the meta device and what is known of it.
+    """A model's sizes and what is known of it.
 
     Attributes:
         name: as given.
-        model: the model, without memory.
+        kind: name of its class.
         config: its arguments.
         vae_scale: pixels per element of its input along an axis.
         time_scale: frames per element of its input in time.
+        text_tokens: length of the text; None is the longest that the model takes.
     """
 
     name: str
-    model: Any
+    kind: str
     config: dict[str, Any]
     vae_scale: int
     time_scale: int
+    text_tokens: int | None = None
+
+    @property
+    def cost(self) -> ModelCost:
+        """Sizes, parameters and FLOPs."""
+        return ModelCost(self.kind, self.config, text_tokens=self.text_tokens)
 
     @property
     def resolution(self) -> int | list[int]:
         """Pixels of an image's side, or of height and width."""
-        *_, height, width = (side * self.vae_scale for side in self.model.sample_size)
+        *_, height, width = (side * self.vae_scale for side in self.cost.sample_size)
         return height if height == width else [height, width]
 
     @property
     def frames(self) -> int | None:
         """Frames of a clip; None of an image."""
-        length = self.model.sample_size[:-2]
+        length = self.cost.sample_size[:-2]
         return (length[0] - 1) * self.time_scale + 1 if length else None
-
-    def changed(self, **config: Any) -> "Shape":
-        """The model with other arguments."""
-        from elit.evaluation.flops import on_meta
-
-        config = self.config | config
-        return replace(self, model=on_meta(type(self.model), config), config=config)
 
 
 def load_shape(
@@ -61,39 +74,27 @@ def load_shape(
     if frames is not None:
         if shape.frames is None:
             raise ValueError(f"--frames: {name} draws images, not clips; leave it out")
-        from elit.pipelines.autoencoder import latent_frames
-
         length = latent_frames(frames, shape.time_scale, "frames")
-        shape = shape.changed(sample_size=[length, *shape.model.sample_size[1:]])
+        size = [length, *shape.cost.sample_size[1:]]
+        shape = replace(shape, config=shape.config | {"sample_size": size})
     if text_tokens is None:
         return shape
-    if not shape.model.takes_text:
+    if not shape.cost.takes_text:
         raise ValueError(f"--text-tokens: {name} draws classes, not texts; leave it out")
     longest = shape.config["max_text_length"]
     if text_tokens > longest:
         raise ValueError(
             f"--text-tokens: {name} takes texts of {longest} tokens at most, not {text_tokens}"
         )
-    return shape.changed(max_text_length=text_tokens)
+    return replace(shape, text_tokens=text_tokens)
 
 
 def _find_shape(name: str, resolution: int | None) -> Shape:
-    from elit._choices import nearest
-    from elit.evaluation.flops import on_meta
-    from elit.models.presets import (
-        PRESETS,
-        preset_config,
-        preset_frames_per_latent,
-        preset_inputs,
-        preset_model,
-    )
-
     if name.lower() in PRESETS:
         config = preset_config(name, resolution)
         known, given = next(iter(preset_inputs(name).items()))
-        model = on_meta(preset_model(name), config)
         scales = given.scale(known), preset_frames_per_latent(name)
-        return Shape(name.lower(), model, config, *scales)
+        return Shape(name.lower(), preset_class(name), config, *scales)
     if Path(name).is_dir():
         return _checkpoint_shape(Path(name), resolution)
     near = nearest(name, PRESETS)
@@ -105,10 +106,7 @@ def _find_shape(name: str, resolution: int | None) -> Shape:
 
 
 def _checkpoint_shape(folder: Path, resolution: int | None) -> Shape:
-    from elit.evaluation.flops import on_meta
-    from elit.models.presets import MODELS
     from elit.pipelines.folder import check_model_config, read_config
-    from elit.retrofit.elastic import elastic_class
 
     is_pipeline = (folder / "transformer" / "config.json").exists()
     file = folder / "transformer" / "config.json" if is_pipeline else folder / "config.json"
@@ -119,22 +117,26 @@ def _checkpoint_shape(folder: Path, resolution: int | None) -> Shape:
         )
     config = read_config(file)
     class_name = str(config.get("_class_name"))
-    elastic = {f"Elastic{name}": elastic_class(kind) for name, kind in MODELS.items()}
-    models = MODELS | elastic
-    if class_name not in models:
+    base = class_name.removeprefix("Elastic")
+    if base not in MODELS:
         raise ValueError(
             f"{file} is of a {class_name}: only elit's own models are known, {', '.join(MODELS)}"
         )
-    model_class = models[class_name]
-    check_model_config(file, config, model_class)
+    from elit.cost.flops import on_meta
+    from elit.retrofit.elastic import elastic_class
+
+    model: Any = model_class(base)
+    model = model if class_name == base else elastic_class(model)
+    check_model_config(file, config, model)
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     scales = _vae_scales(folder / "vae" / "config.json") if is_pipeline else (1, 1)
     if resolution is not None:
         config["sample_size"] = _sample_size(config["sample_size"], resolution, scales[0])
     try:
-        return Shape(str(folder), on_meta(model_class, config), config, *scales)
+        on_meta(model, config)  # or an error
     except TypeError as error:
         raise ValueError(f"{file} does not describe a {class_name}: {error}") from error
+    return Shape(str(folder), class_name, config, *scales)
 
 
 def _vae_scales(file: Path) -> tuple[int, int]:

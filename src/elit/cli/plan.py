@@ -6,6 +6,7 @@ from typing import Any
 from elit.cli.common import Parser, format_count, format_table, print_json, whole_number
 from elit.cli.config import built_in_names, load_config
 from elit.cli.train import add_config_flags
+from elit.cost.devices import known_accelerator
 
 _EPILOG = """\
 Nothing is made, and nothing read but the config. Data that is not there yet counts as what the
@@ -43,10 +44,11 @@ def run(args: argparse.Namespace) -> int:
     """Count and print."""
     own = ("config", "gpus", "gpu", "mfu", "json")
     overrides = {key: value for key, value in vars(args).items() if key not in own}
+    known_accelerator(args.gpu)  # before the imports, as all mistakes
     config = load_config(args.config, overrides)
     from elit.training.estimate import estimate
 
-    found = estimate(config, args.gpus, args.gpu, args.mfu).to_dict()
+    found = estimate(config, args.gpus, args.gpu, args.mfu)
     if args.json:
         print_json(found)
     else:

@@ -10,9 +10,6 @@ if TYPE_CHECKING:
     from elit.flow.guidance import Guidance
     from elit.pipelines.base import ElasticPipeline
 
-# A test compares them with those of the library, whose import would bring torch.
-SAMPLERS = ("euler", "heun", "euler-maruyama", "unipc", "dpm-solver")
-GUIDANCES = ("none", "cfg", "ag", "ccfg")
 DEFAULT_SCALE, DEFAULT_STEPS = 2.0, 40
 AUTO = "auto"
 

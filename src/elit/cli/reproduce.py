@@ -178,7 +178,7 @@ def print_paper(args: argparse.Namespace) -> int:
     for name in PAPER_CONFIGS:
         found = estimate(load_config(name, {}), gpus=_GPUS)
         command = f"torchrun --nproc-per-node {_GPUS} -m elit train {name}"
-        runs.append({"command": command, **found.to_dict()})
+        runs.append({"command": command, **found})
     if args.json:
         print_json({"runs": runs})
         return 0

@@ -25,8 +25,6 @@ from elit.cli.points import (
     AUTO,
     DEFAULT_SCALE,
     DEFAULT_STEPS,
-    GUIDANCES,
-    SAMPLERS,
     add_run,
     budget_or_auto,
     check_auto,
@@ -37,6 +35,7 @@ from elit.cli.points import (
     open_pipeline,
 )
 from elit.cli.sample_folder import choose_folder, save_picture, save_sheet
+from elit.flow.words import GUIDANCES, SAMPLERS
 
 if TYPE_CHECKING:
     from elit.caching.configs import TeaCacheConfig
@@ -163,9 +162,9 @@ def run(args: argparse.Namespace) -> int:
         model.enable_cache(cache)
     # The settings come first: what a killed call leaves is known to be theirs.
     report: dict[str, Any] = {"out": str(folder), "settings": settings}
-    gflops = [cost / 1e9 for cost in flops_of(pipeline, kept, args, text_tokens)]
+    cost = pipeline.forward_cost(args.frames, pixels[0], pixels[1], text_tokens)
     write_json(folder / "samples.json", report)
-    costs = list(zip(kept, gflops, strict=True))
+    costs = [(n, cost.flops(n) / 1e9) for n in kept]
     rows = list(draw_rows(pipeline, args, wanted * args.count, costs, options, folder))
     sheet = folder / "samples.png"
     save_sheet(sheet, [row.pop("images") for row in rows], rows, wanted, pipeline)
@@ -277,27 +276,6 @@ def draw_rows(
             "files": files,
             "images": [film_strip(i) for i in images] if pipeline.draws_clips else images,
         }
-
-
-def flops_of(
-    pipeline: "ElasticPipeline",
-    kept: Sequence[int | None],
-    args: argparse.Namespace,
-    text_tokens: int | None,
-) -> list[int]:
-    """Cost of a forward of one sample at each number of latents, at the size and text drawn."""
-    from elit.evaluation.flops import forward_flops, on_meta
-
-    model = pipeline.transformer
-    size = [side // pipeline.vae_scale for side in args.size] if args.size else None
-    if pipeline.draws_clips and (size or args.frames):
-        length = args.frames and pipeline.latent_frames(args.frames)
-        size = [length or model.sample_size[0], *(size or model.sample_size[1:])]
-    config = dict(model.config)
-    if text_tokens is not None:
-        config["max_text_length"] = text_tokens
-    shape = on_meta(type(model), config)
-    return [forward_flops(shape, n, size) for n in kept]
 
 
 def _generators(seeds: Sequence[int]) -> list[Any]:

@@ -27,7 +27,8 @@ from elit.cli.evaluating import (
     interval_of,
     open_evaluation,
 )
-from elit.cli.points import DEFAULT_SCALE, GUIDANCES, check_run
+from elit.cli.points import DEFAULT_SCALE, check_run
+from elit.flow.words import GUIDANCES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
     check_guidance(args)
     home = home_of(args, "swept")
     evaluation = open_evaluation(args, home, keep_images=False)
-    from elit.evaluation.flops import default_budgets
     from elit.evaluation.sweep import Grid, sweep
+    from elit.interface.budget import default_budgets
 
     model = evaluation.drawing.pipeline.transformer
     if model.is_elastic:

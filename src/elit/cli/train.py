@@ -86,8 +86,8 @@ def check_config(config: TrainConfig, thorough: bool = False) -> None:
     import torch
 
     from elit._devices import pick_device
+    from elit.cost.flops import cost_of
     from elit.data import load_dataset
-    from elit.evaluation.flops import forward_flops
     from elit.flow.objective import SigmaDensity
     from elit.models.elastic import ElasticMixin
     from elit.training.build import (
@@ -95,22 +95,23 @@ def check_config(config: TrainConfig, thorough: bool = False) -> None:
         check_buckets,
         check_condition,
         check_draws,
+        latents_to_show,
         tail_dropping,
     )
     from elit.training.conditioning import text_settings
     from elit.training.foreign import is_foreign
-    from elit.training.metrics import summary_writer_class, wandb_module
     from elit.training.parallel import check_parallel
     from elit.training.randomness import StepBatches
-    from elit.training.retrofit import build_retrofit
-    from elit.training.vae import load_run_vae
-    from elit.training.validation import latents_to_show
 
     output_folder(config.output_dir, "--output_dir")
     pick_device(config.train.device, int(os.environ.get("LOCAL_RANK", 0)))
     if config.train.tensorboard:
+        from elit.training.metrics import summary_writer_class
+
         summary_writer_class()
     if config.train.wandb is not None:
+        from elit.training.metrics import wandb_module
+
         wandb_module()
     objective, data = config.objective, config.data
     SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
@@ -124,6 +125,8 @@ def check_config(config: TrainConfig, thorough: bool = False) -> None:
     if config.retrofit.base is not None:
         if not thorough:
             return
+        from elit.training.retrofit import build_retrofit
+
         model, _ = build_retrofit(config, dataset)
         check_condition(config, dataset, model)
     else:
@@ -133,9 +136,11 @@ def check_config(config: TrainConfig, thorough: bool = False) -> None:
             model = build_model(config, dataset, of_texts).requires_grad_(False)
     check_buckets(model, dataset)
     if thorough and not is_foreign(model):
+        from elit.training.vae import load_run_vae
+
         load_run_vae(config, dataset)
     if isinstance(model, ElasticMixin):
-        forward_flops(model)  # runs it: do the groups divide the grid?
+        cost_of(model)  # or an error: do the groups divide the grid?
     tail_dropping(config, model)
     latents_to_show(model, config.sample.budgets)
 

@@ -1,1 +1,1 @@
-"""What a model costs and how good its samples are."""
+"""How good a model's samples are, and what is inside."""

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from elit._devices import synchronize
-from elit.evaluation.flops import ElasticFlops, forward_flops, on_meta
+from elit.cost.formulas import ModelCost
 from elit.evaluation.images import to_bytes
 from elit.evaluation.networks import FeatureNetwork
 from elit.evaluation.parts import batches
@@ -72,6 +73,26 @@ class Drawing:
         height, width = self.size or (height, width)
         return (3, *([self.frames or frames[0]] if frames else []), height, width)
 
+    @cached_property
+    def text_tokens(self) -> int | None:
+        """Length of the longest text, of a model that draws texts."""
+        pipeline: Any = self.pipeline
+        return pipeline.check_prompt(list(self.texts)) if self.texts else None
+
+    @cached_property
+    def cost(self) -> ModelCost:
+        """Of a forward at the size and the text length drawn."""
+        height, width = self.size or (None, None)
+        return self.pipeline.forward_cost(self.frames, height, width, self.text_tokens)
+
+    def calls(self, point: OperatingPoint) -> list[Forwards]:
+        """Forwards of each call of a run."""
+        return self.pipeline.calls(point.budget, point.steps, point.make_guidance())
+
+    def flops(self, point: OperatingPoint) -> int:
+        """Of one image, guides included, the VAE's apart; a multiply-add counts as 2."""
+        return sum(self.cost.flops(n) * times for call in self.calls(point) for n, times in call)
+
     def draw(self, point: OperatingPoint, samples: Sequence[int]) -> dict[str, Tensor]:
         """Features of some samples, their labels, pictures and the seconds that each took.
 
@@ -127,35 +148,3 @@ class Drawing:
             "seconds": share * (drawn - started),
             "decode_seconds": share * (decoded - drawn),
         }
-
-
-class SamplingCost:
-    """Operations of all calls of the model for one image, guides included, the VAE's apart.
-
-    Args:
-        drawing: what is drawn: its size, frames and the longest of its texts count.
-    """
-
-    def __init__(self, drawing: Drawing):
-        self.pipeline = pipeline = drawing.pipeline
-        model = pipeline.transformer
-        config = dict(model.config)
-        if drawing.texts:
-            self.text_tokens = pipeline.check_prompt(list(drawing.texts))
-            config["max_text_length"] = self.text_tokens
-        input_size = pipeline.input_size(drawing.frames, *(drawing.size or (None, None)))
-        shape = on_meta(type(model), config)
-        if model.is_elastic:
-            flops = ElasticFlops(shape, input_size)
-            self._flops = lambda kept: flops(kept or model.max_latents)
-        else:
-            full = forward_flops(shape, None, input_size)
-            self._flops = lambda _: full
-
-    def calls(self, point: OperatingPoint) -> list[Forwards]:
-        """Forwards of each call of a run."""
-        return self.pipeline.calls(point.budget, point.steps, point.make_guidance())
-
-    def flops(self, point: OperatingPoint) -> int:
-        """Of one image; a multiply-add counts as 2."""
-        return sum(self._flops(n) * times for call in self.calls(point) for n, times in call)

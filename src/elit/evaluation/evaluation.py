@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elit._files import digest_of, write_file, write_json
-from elit.evaluation.drawing import Drawing, SamplingCost
+from elit.evaluation.drawing import Drawing
 from elit.evaluation.images import Images
 from elit.evaluation.measure import Scores, measure
 from elit.evaluation.parts import Parts, part_size
@@ -106,7 +106,7 @@ class Evaluation:
             "seed": drawing.seed,
             "drawn": _texts_digest(drawing.texts) if drawing.texts else "classes, balanced",
             "text_encoder": self._text_encoder(),
-            "text_tokens": pipeline.check_prompt(list(drawing.texts)) if drawing.texts else None,
+            "text_tokens": drawing.text_tokens,
             "sampler": type(pipeline.scheduler).__name__,
             "sampler_settings": digest_of(describe(pipeline.scheduler)),
             "dtype": str(model.dtype).removeprefix("torch.")
@@ -170,13 +170,11 @@ class Evaluation:
         failed = parts.folder / FAILED
         return json.loads(failed.read_text())["reason"] if failed.exists() else None
 
-    def row(
-        self, point: OperatingPoint, parts: Parts, reference: Reference, cost: SamplingCost
-    ) -> dict[str, Any]:
+    def row(self, point: OperatingPoint, parts: Parts, reference: Reference) -> dict[str, Any]:
         """Scores of a point whose parts are all there, with its settings and its FLOPs."""
         failure = self.failure(parts)
         scores = vars(Scores()) if failure else self._scores(parts, reference)
-        calls = cost.calls(point)
+        calls = self.drawing.calls(point)
         pipeline = self.drawing.pipeline
         levels = pipeline.start(point.steps, "cpu")
         return {
@@ -185,7 +183,7 @@ class Evaluation:
             "sampler": type(pipeline.scheduler).__name__,
             "calls": len(calls),
             "grid": [round(level, 6) for level in levels],
-            "gflops_per_image": cost.flops(point) / 1e9,
+            "gflops_per_image": self.drawing.flops(point) / 1e9,
             "scores": scores["values"],
             "scores_of": scores["of"],
             "deviations": scores["deviations"],
@@ -193,13 +191,13 @@ class Evaluation:
             "drawn_on": [] if failure else parts.origins(),
         }
 
-    def add_times(self, rows: Sequence[dict[str, Any]], cost: SamplingCost) -> None:
+    def add_times(self, rows: Sequence[dict[str, Any]]) -> None:
         """Measure what an image of each row takes, now that nothing else runs here."""
         drawing = self.drawing
         size = drawing.frames, *(drawing.size or (None, None))
         wanted = [drawing.wanted(i) for i in range(min(drawing.batch_size, drawing.count))]
         times = CallTimes(drawing.pipeline, wanted, size, progress=self.progress)
-        runs = [cost.calls(OperatingPoint.from_dict(row)) for row in rows]
+        runs = [drawing.calls(OperatingPoint.from_dict(row)) for row in rows]
         times.measure(call for run in runs for call in run)
         for row, run in zip(rows, runs, strict=True):
             row["ms_per_image"] = times.ms_per_image(run)
@@ -253,7 +251,6 @@ def evaluate(evaluation: Evaluation, point: OperatingPoint) -> dict[str, Any] | 
         The report, in the first process.
     """
     reference = evaluation.make_reference()
-    cost = SamplingCost(evaluation.drawing)
     todo = evaluation.parts(point).todo()
     hidden = not evaluation.progress or evaluation.process.rank > 0
     with tqdm(total=todo, desc="drawing", unit="image", disable=hidden) as bar:
@@ -264,8 +261,8 @@ def evaluate(evaluation: Evaluation, point: OperatingPoint) -> dict[str, Any] | 
     assert reference is not None
     if failure := evaluation.failure(parts):
         raise ValueError(f"{point}: {failure}")
-    row = evaluation.row(point, parts, reference, cost)
-    evaluation.add_times([row], cost)
+    row = evaluation.row(point, parts, reference)
+    evaluation.add_times([row])
     drawn = statistics.median(parts.whole("seconds").tolist())  # a check of what was timed
     row["drawn_ms_per_image"] = 1000 * drawn
     return report(evaluation, [row], ranking_score(row["scores"]))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from elit._choices import check_choice
 from elit._files import write_json
 from elit._pareto import pareto_front
-from elit.evaluation.drawing import SHOWN, SamplingCost
+from elit.evaluation.drawing import SHOWN
 from elit.evaluation.evaluation import FAILED, Evaluation, ranking_score, report
 from elit.evaluation.measure import possible_scores
 from elit.evaluation.parts import Parts
@@ -103,7 +103,6 @@ def sweep(
     file = out / "sweep.json"
     earlier = _earlier(file, evaluation) if evaluation.process.rank == 0 else []
     reference = evaluation.make_reference()
-    cost = SamplingCost(evaluation.drawing)
     is_main = evaluation.process.rank == 0
     todo = sum(evaluation.parts(point).todo() for point in points)
     rows: list[dict[str, Any]] = []
@@ -120,9 +119,9 @@ def sweep(
             parts.wait(bar, (parts.folder / FAILED).exists)
     assert reference is not None
     for point in tqdm(points, desc="scoring", unit="point", disable=not evaluation.progress):
-        rows.append(evaluation.row(point, evaluation.parts(point), reference, cost))
+        rows.append(evaluation.row(point, evaluation.parts(point), reference))
     rows = merged(earlier, rows)
-    evaluation.add_times(rows, cost)  # all on one device
+    evaluation.add_times(rows)  # all on one device
     scored = [row["scores"] for row in rows if row["scores"]]
     if not scored:
         raise ValueError(f"no point could be drawn: {rows[0]['warnings'][0]}")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from elit._choices import check_choice
 from elit._numbers import is_real
+from elit.flow.words import GUIDANCES
 
 Condition = Mapping[str, Tensor]
 """What tells a model what to draw: its arguments by name, (B, ...) each: labels, or a text."""
@@ -24,8 +25,6 @@ Velocity = Callable[[Tensor, float, Condition, int | None], Tensor]
 """(samples (B, ...), sigma, condition, num_latents) -> velocities (B, ...)"""
 Forwards = tuple[tuple[int | None, int], ...]
 """Forwards that make one velocity: latents per group, and how many batches in one, of each."""
-
-GUIDANCES = ("none", "cfg", "ag", "ccfg")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from elit._choices import check_choice
 from elit._numbers import is_whole
 from elit._wide import wide
+from elit.flow.words import SAMPLERS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -198,9 +199,6 @@ class FlowMatchEulerMaruyamaScheduler(_CountedSteps):
             return (2 - sigma) * velocity + sample
         angle = math.pi * sigma / 2
         return (1 + 2 * sigma / (math.pi * math.tan(angle))) * velocity + sigma * sample
-
-
-SAMPLERS = ("euler", "heun", "euler-maruyama", "unipc", "dpm-solver")
 
 
 def make_scheduler(sampler: str) -> SchedulerMixin:

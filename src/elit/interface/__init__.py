@@ -6,9 +6,25 @@ tokens -> head -> Read -> core, on a budget of latents -> Write -> tail -> token
 cross-attentions, `budget.py` says how many latents are kept.
 """
 
-from elit.interface.budget import TailDropping, resolve_budget
-from elit.interface.grid import TokenGrid
-from elit.interface.read import Read
-from elit.interface.write import Write
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from elit.interface.budget import TailDropping, resolve_budget
+    from elit.interface.grid import TokenGrid
+    from elit.interface.read import Read
+    from elit.interface.write import Write
+
+_HOME = {
+    "Read": "read", "TailDropping": "budget", "TokenGrid": "grid", "Write": "write",
+    "resolve_budget": "budget",
+}  # fmt: skip
 
 __all__ = ["Read", "TailDropping", "TokenGrid", "Write", "resolve_budget"]
+
+
+def __getattr__(name: str) -> object:
+    """Names when they are used: budgets and grids need no torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,10 +1,13 @@
 """Budgets: what a person types, what a module takes, what training draws."""
 
+from __future__ import annotations
+
 import numbers
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def resolve_budget(budget: float, max_latents: int) -> int:
@@ -34,8 +37,8 @@ def format_budget(budget: float) -> str:
 
 def check_num_latents(num_latents: int, max_latents: int, name: str = "num_latents") -> int:
     """`num_latents`, or the error that says what is allowed."""
-    # torch.export passes a SymInt
-    if isinstance(num_latents, bool) or not isinstance(num_latents, int | torch.SymInt):
+    whole = isinstance(num_latents, int) or _is_symbolic(num_latents)
+    if not whole or isinstance(num_latents, bool):
         raise ValueError(
             f"{name} {num_latents!r} is not an integer; give one in 1..{max_latents}, "
             f"or turn a budget into it with resolve_budget"
@@ -46,6 +49,21 @@ def check_num_latents(num_latents: int, max_latents: int, name: str = "num_laten
             f"a fraction is turned into it by resolve_budget"
         )
     return num_latents
+
+
+def _is_symbolic(number: Any) -> bool:
+    """Whether it is the number that torch.export passes in place of an integer."""
+    import torch
+
+    return isinstance(number, torch.SymInt)
+
+
+def default_budgets(min_latents: int, max_latents: int) -> list[float]:
+    """1, 1/2, 1/4, ... down to `min_latents` of `max_latents`."""
+    budgets = [1.0]
+    while budgets[-1] / 2 * max_latents >= min_latents:
+        budgets.append(budgets[-1] / 2)
+    return budgets
 
 
 @dataclass(frozen=True)
@@ -79,6 +97,8 @@ class TailDropping:
 
     def draw(self, generator: torch.Generator) -> int:
         """Draw the number of latents per group."""
+        import torch
+
         return int(
             torch.randint(self.min_latents, self.max_latents + 1, (), generator=generator).item()
         )
@@ -90,6 +110,8 @@ class TailDropping:
         """
         if count == 1:
             return [self.draw(generator)]
+        import torch
+
         ratio = (self.max_latents + 1) / self.min_latents
         drawn = torch.rand(count, generator=generator).tolist()
         kept = [self.min_latents * ratio ** ((i + u) / count) for i, u in enumerate(drawn)]
@@ -99,4 +121,6 @@ class TailDropping:
         """Indices (num_latents,) of the latents to keep, or None for the first ones."""
         if self.order == "first":
             return None
+        import torch
+
         return torch.randperm(self.total, generator=generator)[:num_latents].sort().values

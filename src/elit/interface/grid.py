@@ -4,13 +4,18 @@ Tokens are ordered group by group from the first layer to the last, so that grou
 reshape of contiguous memory; only patchify and unpatchify know where a token lies.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 from einops import rearrange
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def format_size(size: Sequence[int]) -> str:
@@ -40,6 +45,21 @@ class TokenGrid:
         for tokens, per_group in zip(self.size, self.group, strict=True):
             if tokens < 1 or per_group < 1 or tokens % per_group:
                 raise ValueError(self._misfit(tokens, per_group))
+
+    @classmethod
+    def of_input(
+        cls, space: Sequence[int], patch_size: Sequence[int], group: Sequence[int] | None
+    ) -> TokenGrid:
+        """Grid of an input of size (t,) h, w; without groups its tokens are one group."""
+        sizes = list(zip(space, patch_size, group or (1,) * len(space), strict=True))
+        if any(n % p for n, p, _ in sizes):
+            nearest = [math.ceil(n / (p * g)) * p * g for n, p, g in sizes]
+            raise ValueError(
+                f"input of size {format_size(space)} cannot be cut into patches of "
+                f"{format_size(patch_size)}; resize or pad it to {format_size(nearest)}"
+            )
+        size = tuple(n // p for n, p, _ in sizes)
+        return cls(size, tuple(group or size))
 
     def _misfit(self, tokens: int, per_group: int) -> str:
         grid = f"a grid of {format_size(self.size)} tokens cannot be cut into groups of "
@@ -96,6 +116,8 @@ class TokenGrid:
 
     def token_places(self, device: torch.device | str | None = None) -> Tensor:
         """Place of every token on the grid, (N, axes) float32, group by group."""
+        import torch
+
         axes = [torch.arange(n, device=device, dtype=torch.float32) for n in self.size]
         places = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (axes, *size)
         return self.patchify(places[None], (1,) * len(self.size))[0]  # (N, axes)
@@ -105,7 +127,7 @@ class TokenGrid:
         places = self.token_places(device).unflatten(0, (self.num_groups, -1))  # (G, P, axes)
         return places.mean(1).repeat_interleave(num_latents, dim=0)
 
-    def _lengths(self, patch_size: tuple[int, ...] = ()) -> tuple["_Names", dict[str, int]]:
+    def _lengths(self, patch_size: tuple[int, ...] = ()) -> tuple[_Names, dict[str, int]]:
         """The einops names of all axes, and the lengths that einops cannot infer."""
         names = _NAMES[len(self.size)]
         lengths = {}

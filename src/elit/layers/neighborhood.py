@@ -17,11 +17,7 @@ from torch import Tensor
 
 from elit.layers.attention import SelfAttention
 from elit.layers.positions import Rotary
-
-# Most tokens of a tile along an axis. Smaller tiles copy each key into more slabs, larger ones
-# attend to more keys in vain: with 7 neighbours, 4, 8 and 16 read 6.2, 3.1 and 1.9 keys per query
-# and attend to 100, 196 and 484.
-TILE = 8
+from elit.layers.tiles import slab_size, tile_size
 
 
 class Neighborhood(NamedTuple):
@@ -42,11 +38,6 @@ class Neighborhood(NamedTuple):
     kernel: tuple[int, ...]
     keys: Tensor
     mask: Tensor
-
-
-def tile_size(size: tuple[int, ...]) -> tuple[int, ...]:
-    """Tokens of a tile along each axis: the most up to TILE that divide the grid."""
-    return tuple(max(t for t in range(1, TILE + 1) if n % t == 0) for n in size)
 
 
 def neighborhood(
@@ -70,8 +61,8 @@ def neighborhood(
     tiles, count = len(per_tile), per_tile.shape[1]
     keys = torch.zeros(tiles, 1, dtype=torch.long, device=places.device)
     mask = torch.ones(tiles, count, 1, dtype=torch.bool, device=places.device)
-    for axis, (n, t, k) in enumerate(zip(size, tile, kernels, strict=True)):
-        slab = min(k + t - 1, n)
+    slabs_of = zip(size, slab_size(size, kernel), kernels, strict=True)
+    for axis, (n, slab, k) in enumerate(slabs_of):
         half, along = k // 2, per_tile[:, :, axis]  # (T, Q)
         offsets = torch.arange(slab, device=places.device)
         seen = (along[:, 0] - half).clamp(0, n - slab)[:, None] + offsets  # (T, s)

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from elit._numbers import is_real, is_whole
 from elit._wide import wide
-from elit.caching.hooks import Block
 from elit.caching.mixin import StepCaching
-from elit.caching.ports import BlockPort
+from elit.caching.ports import Block, BlockPort
 from elit.interface.budget import check_num_latents, resolve_budget
-from elit.interface.grid import TokenGrid, format_size
+from elit.interface.grid import TokenGrid
 from elit.layers.attention import head_dim
 from elit.layers.neighborhood import Neighborhood
 from elit.layers.positions import Rotary, pairs_per_axis, rotary_embedding
@@ -302,16 +301,7 @@ class ElasticMixin(StepCaching, ModelMixin):
         space = tuple(x.shape[2:])
         if len(x) < 1:
             raise ValueError("a batch of no samples; give at least one")
-        if any(n % p for n, p in zip(space, self.patch_size, strict=True)):
-            group = self.group or (1,) * num_axes
-            whole = [p * g for p, g in zip(self.patch_size, group, strict=True)]
-            nearest = [math.ceil(n / w) * w for n, w in zip(space, whole, strict=True)]
-            raise ValueError(
-                f"input of size {format_size(space)} cannot be cut into patches of "
-                f"{format_size(self.patch_size)}; resize or pad it to {format_size(nearest)}"
-            )
-        size = tuple(n // p for n, p in zip(space, self.patch_size, strict=True))
-        return TokenGrid(size, self.group or size)  # a plain model's tokens are one group
+        return TokenGrid.of_input(space, self.patch_size, self.group)
 
     def split_blocks(self, blocks: Iterable[_T]) -> tuple[list[_T], ...]:
         """Head, core and tail of the blocks."""

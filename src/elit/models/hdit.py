@@ -14,7 +14,8 @@ from elit.layers.attention import head_dim
 from elit.layers.block import FinalLayer, NeighborhoodBlock, TransformerBlock
 from elit.layers.embeddings import LabelEmbedding, TimestepEmbedding
 from elit.layers.initialisation import init_weights
-from elit.layers.neighborhood import neighborhood, tile_size
+from elit.layers.neighborhood import neighborhood
+from elit.layers.tiles import tile_size
 from elit.models.class_conditional import ClassConditional
 
 

@@ -1,16 +1,16 @@
-"""Sizes of the named models, a line each."""
+"""Sizes of the named models, a line each; a table that needs no torch."""
 
+from __future__ import annotations
+
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elit._choices import check_choice
-from elit.models.dit import DiT
-from elit.models.elastic import ElasticMixin
-from elit.models.hdit import HDiT
-from elit.models.mmdit import MMDiT
-from elit.models.sit import SiT
-from elit.models.uvit import UViT
+
+if TYPE_CHECKING:
+    from elit.models.elastic import ElasticMixin
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Family:
     """A backbone: its class, and the patch sizes of each of its named sizes.
 
     Attributes:
-        model: the class.
+        model: name of its class.
         patches: patch sizes by name of the size.
         always_split: whether head and tail are there in the plain model too.
         pixels: inputs of the tiny size.
@@ -128,7 +128,7 @@ class Family:
         frames_per_latent: frames per element of the input in time; of the tiny size, 1.
     """
 
-    model: type[ElasticMixin]
+    model: str
     patches: dict[str, tuple[int, ...]]
     always_split: bool = False
     pixels: Mapping[int, Input] = field(default_factory=lambda: PIXEL_INPUTS)
@@ -148,15 +148,15 @@ _SOME_SIZES = {"tiny": (2, 4), "b": (2,), "xl": (2,)}
 
 # A new backbone is one line here and one file.
 FAMILIES = {
-    "dit": Family(DiT, _ALL_SIZES),
+    "dit": Family("DiT", _ALL_SIZES),
     # 256 px, 500k steps, no guidance: FID 8.3 plain, 7.5 elastic, 7.1 multi-budget.
     # 512 px: 11.6, 8.9, 7.7.
-    "uvit": Family(UViT, _SOME_SIZES),
+    "uvit": Family("UViT", _SOME_SIZES),
     # 256 px: 12.8, 9.4, 9.4. 512 px: 13.0, 10.1, 9.6.
-    "hdit": Family(HDiT, _SOME_SIZES, always_split=True),
+    "hdit": Family("HDiT", _SOME_SIZES, always_split=True),
     # Kinetics-700, 29 frames, no guidance: FVD 135.9 plain, 116.5 elastic.
     "video-dit": Family(
-        DiT,
+        "DiT",
         {"tiny": (2,), "b": (2,), "xl": (2,)},
         pixels=VIDEO_PIXEL_INPUTS,
         latents=VIDEO_LATENT_INPUTS,
@@ -164,7 +164,7 @@ FAMILIES = {
         frames_per_latent=4,
     ),
     "mmdit": Family(
-        MMDiT,
+        "MMDiT",
         {"tiny": (2, 4), "b": (2,), "sd3": (2,), "qwen": (2,)},
         pixels=_with_text(PIXEL_INPUTS, _WORDS),
         latents=_with_text(LATENT_INPUTS, _CLIP),
@@ -174,7 +174,7 @@ FAMILIES = {
         },
     ),
     "video-mmdit": Family(
-        MMDiT,
+        "MMDiT",
         {"tiny": (2,), "b": (2,)},
         pixels=_with_text(VIDEO_PIXEL_INPUTS, _WORDS),
         latents=_with_text(VIDEO_LATENT_INPUTS, _CLIP),
@@ -184,10 +184,10 @@ FAMILIES = {
     # The public checkpoints. 256 px, no guidance: FID 18.97 plain, 11.23 elastic, 9.98
     # multi-budget (8.93 at 2M steps). 512 px: 21.82, 10.28, 9.65 (8.77 at 1M).
     "sit": Family(
-        SiT, dict.fromkeys(("tiny", *SIT_SIZES), (2,)), sizes=SIT_SIZES | {"tiny": SIZES["tiny"]}
+        "SiT", dict.fromkeys(("tiny", *SIT_SIZES), (2,)), sizes=SIT_SIZES | {"tiny": SIZES["tiny"]}
     ),
 }
-MODELS = {family.model.__name__: family.model for family in FAMILIES.values()}
+MODELS = tuple(dict.fromkeys(family.model for family in FAMILIES.values()))
 
 PRESETS = tuple(
     f"{form}{name}-{size}/{patch}"
@@ -206,9 +206,19 @@ def _parts(name: str) -> tuple[Family, str, int, bool]:
     return FAMILIES[family], size, int(patch), name.lower().startswith("elit-")
 
 
+def model_class(name: str) -> type[ElasticMixin]:
+    """One of MODELS; its module, named as it is, takes seconds to import."""
+    return getattr(importlib.import_module(f"{__package__}.{name.lower()}"), name)
+
+
+def preset_class(name: str) -> str:
+    """Name of the class of the model that a preset's name stands for."""
+    return _parts(name)[0].model
+
+
 def preset_model(name: str) -> type[ElasticMixin]:
     """Class of the model that a preset's name stands for."""
-    return _parts(name)[0].model
+    return model_class(preset_class(name))
 
 
 def preset_inputs(name: str) -> Mapping[int, Input]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from elit._choices import nearest
+from elit._numbers import latent_frames
 
 # Classes that encode, but not in a way that latents of images or clips are decoded from alone
 UNFIT = {
@@ -96,17 +97,6 @@ def _told(vae: Any, *names: str) -> int | None:
     """What an autoencoder's config says or, as of LTX and AutoencoderDC, an attribute."""
     found = (vae.config.get(name) or vars(vae).get(name) for name in names)
     return next(filter(None, found), None)
-
-
-def latent_frames(frames: int, scale: int, name: str = "num_frames") -> int:
-    """Length in time of the VAE latents of a clip, or a ValueError if no length is its own."""
-    if (frames - 1) % scale:
-        nearest = (frames - 1) // scale * scale + 1
-        raise ValueError(
-            f"{name}={frames} is not a multiple of {scale}, the VAE's scale in time, and "
-            f"one more; use {nearest} or {nearest + scale}"
-        )
-    return (frames - 1) // scale + 1
 
 
 def decode(vae: Any, samples: Tensor) -> Tensor:

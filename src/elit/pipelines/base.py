@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from elit._files import typed_path
-from elit._numbers import is_whole
+from elit._numbers import is_whole, latent_frames
+from elit.cost.flops import cost_of
+from elit.cost.formulas import ModelCost
 from elit.flow.guidance import Condition, Guidance, at_least_float32
 from elit.interface.grid import format_size
 from elit.models.elastic import ElasticMixin
@@ -25,7 +27,6 @@ from elit.pipelines.autoencoder import (
     check_usable,
     decode,
     has_time,
-    latent_frames,
     spatial_scale,
     temporal_scale,
 )
@@ -326,6 +327,24 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
                 f"what this model was made for, {format_size(made_for)}; ask for a smaller size"
             )
         return tuple(sizes)
+
+    def forward_cost(
+        self,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        text_tokens: int | None = None,
+    ) -> ModelCost:
+        """Cost of a forward at a size in frames and pixels; `.flops(num_latents)` is of a sample.
+
+        Args:
+            num_frames: of clips; by default what the model was made for, as are the others.
+            height: of the images.
+            width: of the images.
+            text_tokens: length of the text.
+        """
+        size = self.input_size(num_frames, height, width)
+        return cost_of(self.transformer, size, text_tokens)
 
     def pixel_size(self) -> tuple[int, ...]:
         """Height and width, or frames, height and width, that the model was made for."""

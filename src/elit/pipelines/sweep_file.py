@@ -6,7 +6,7 @@ from typing import Any
 
 from elit._numbers import is_real, is_whole
 from elit._plain import read_json
-from elit.flow.guidance import GUIDANCES
+from elit.flow.words import GUIDANCES
 
 SWEEP_FILE = Path("swept") / "sweep.json"  # within a pipeline's folder
 FORMAT = 1  # of the file

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from elit._hub import hub_reason, not_fetched
+from elit._numbers import latent_frames
 from elit.data.manifest import LATENTS, MOMENTS, PIXELS, Autoencoder
 from elit.pipelines.autoencoder import (
     autoencoder_class,
     check_round_trip,
     encode,
     has_time,
-    latent_frames,
     scale_and_shift,
     spatial_scale,
     temporal_scale,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from elit._devices import pick_device
 from elit.data import ImageDataset, load_dataset
-from elit.evaluation.drawing import Drawing, SamplingCost
+from elit.evaluation.drawing import Drawing
 from elit.evaluation.frechet import Moments, frechet_distance
 from elit.evaluation.images import to_bytes
 from elit.evaluation.inspection import Inspector, Subject
@@ -149,7 +149,7 @@ class Bench:
         right = found[_LOGITS].argmax(1) == found["labels"]
         return {
             **point.to_dict(),
-            "flops": SamplingCost(drawing).flops(point),
+            "flops": drawing.flops(point),
             "frechet": frechet_distance(
                 moments.mean, moments.covariance, real.mean, real.covariance
             ),

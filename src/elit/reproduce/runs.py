@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from elit.cost.flops import cost_of, mean_flops, on_meta
 from elit.data import ImageDataset, load_dataset
-from elit.evaluation.flops import ElasticFlops, default_budgets, forward_flops, on_meta
+from elit.interface.budget import default_budgets
 from elit.models.presets import preset_model
 from elit.reproduce.scales import Scale, Size
 from elit.reproduce.spread import SpreadDiT, build_spread_model
@@ -23,7 +24,6 @@ from elit.training.config import (
     SampleConfig,
     TrainConfig,
 )
-from elit.training.estimate import mean_flops
 
 SHOWN_BUDGETS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 
@@ -141,7 +141,7 @@ class Trainings:
         if key not in self._flops:
             config = self.config(Training("count", variant, size, 0, 1, 0))
             model = self.on_meta(config, variant)
-            forward = mean_flops(model, tail_dropping(config, model))
+            forward = mean_flops(cost_of(model), tail_dropping(config, model))
             self._flops[key] = 3 * self.scale.batch_size * forward
         return self._flops[key]
 
@@ -155,14 +155,9 @@ class Trainings:
 
     def forward_flops(self, variant: str, budget: float) -> int:
         """FLOPs of one forward of one picture, of the scale's first size."""
-        key = f"forward of {variant} at {budget}", ""
-        if key not in self._flops:
-            config = self.config(Training("count", variant, self.scale.sizes[0], 0, 1, 0))
-            model = self.on_meta(config, variant)
-            kept = model.resolve_budget(budget)
-            flops = ElasticFlops(model)(kept) if kept else forward_flops(model)
-            self._flops[key] = flops
-        return int(self._flops[key])
+        config = self.config(Training("count", variant, self.scale.sizes[0], 0, 1, 0))
+        cost = cost_of(self.on_meta(config, variant))
+        return cost.flops(cost.resolve_budget(budget))
 
     def config(self, training: Training) -> TrainConfig:
         """The config of a training; its folder is in the study's."""

@@ -18,9 +18,8 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
 from torch import Tensor, nn
 
-from elit.caching.hooks import Block
 from elit.caching.mixin import StepCaching
-from elit.caching.ports import BlockPort
+from elit.caching.ports import Block, BlockPort
 from elit.interface.budget import check_num_latents, resolve_budget
 from elit.layers.initialisation import init_weights
 from elit.models.dit import DiT

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from elit._choices import nearest
 from elit._numbers import is_real, is_whole
 from elit.caching.ports import registered
+from elit.retrofit.settings import interface_heads
 
 Arguments = Mapping[str, Any]
-
-LEAST_HEADS = 8  # of Read and Write: fewer gather too little from a group (docs/elasticize.md)
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class Layout:
         if self.num_heads is not None:
             return self.num_heads
         heads = _look_up(model, ("num_attention_heads", "num_heads", "heads"), "num_heads")
-        return max(heads, LEAST_HEADS) if self.width(model) % LEAST_HEADS == 0 else heads
+        return interface_heads(heads, self.width(model))
 
     def size(
         self, model: nn.Module, arguments: Arguments, hidden_states: Tensor

@@ -10,6 +10,7 @@ from elit._plain import from_plain
 
 Init = Literal["identity", "learned"]
 INITS = ("identity", "learned")
+LEAST_HEADS = 8  # of Read and Write: fewer gather too little from a group (docs/elasticize.md)
 
 
 @dataclass(frozen=True)
@@ -82,3 +83,8 @@ class Settings:
     def edges(self) -> tuple[int, int]:
         """Numbers of the core's first and last block."""
         return self.head, self.depth - self.tail - 1
+
+
+def interface_heads(heads: int, width: int) -> int:
+    """Attention heads of the Read and Write of a transformer with so many."""
+    return max(heads, LEAST_HEADS) if width % LEAST_HEADS == 0 else heads

@@ -1,13 +1,15 @@
 """What a config describes, made: the model and the sampler of its tail dropping."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from elit.cost.flops import cost_of
 from elit.data import ImageDataset
-from elit.evaluation.flops import forward_flops
-from elit.interface.budget import TailDropping
+from elit.interface.budget import TailDropping, default_budgets
 from elit.models.elastic import ElasticMixin
 from elit.models.presets import DEFAULT_VOCAB_SIZE, nearest_resolution, preset_config, preset_model
 from elit.training.conditioning import (
@@ -23,8 +25,10 @@ from elit.training.distributed import World
 from elit.training.foreign import TensorConditioning, is_foreign
 from elit.training.parallel import place
 from elit.training.randomness import generator
-from elit.training.retrofit import Distillation, build_retrofit
 from elit.training.vae import load_run_vae
+
+if TYPE_CHECKING:
+    from elit.training.retrofit import Distillation
 
 MakeModel = Callable[[TrainConfig, ImageDataset, Mapping[str, Any]], Any]
 """(config, data set, arguments that follow from the text encoder) -> model on the CPU"""
@@ -37,10 +41,12 @@ def build_parts(
     device = world.device
     teacher = None
     if config.retrofit.base is not None:
+        from elit.training.retrofit import build_retrofit
+
         model, teacher = build_retrofit(config, dataset)
         check_condition(config, dataset, model)
         if isinstance(model, ElasticMixin):
-            forward_flops(model)  # runs it: do the groups divide the grid?
+            cost_of(model)  # or an error: do the groups divide the grid?
     else:
         make_model = make_model or build_model
         model = make_model(config, dataset, text_settings(config.text, dataset))
@@ -52,6 +58,8 @@ def build_parts(
     if teacher is not None:
         if teacher is not model:
             place(teacher, config.train, world)
+        from elit.training.retrofit import Distillation
+
         distillation = Distillation(model, teacher, config.retrofit, conditioning)
     return model, conditioning, distillation
 
@@ -279,3 +287,25 @@ def tail_dropping(config: TrainConfig, model: ElasticMixin) -> TailDropping | No
                 f"retrofit.train={options.train} changes nothing; give at most {total - 1}"
             )
     return TailDropping(low, high, total, latents.order)
+
+
+def latents_to_show(
+    model: ElasticMixin, budgets: Sequence[float] | None, most: int | None = None
+) -> list[int | None]:
+    """Latents per group at each budget, most first; [None] for a plain model.
+
+    Args:
+        model: the model.
+        budgets: budgets to show; None are those trained, halves of `most` latents.
+        most: most latents that training keeps; None are all.
+    """
+    if budgets is not None and not budgets:
+        raise ValueError("sample.budgets is empty; give one or more, such as [1, 0.25]")
+    if not model.is_elastic:
+        return [model.resolve_budget(budget) for budget in (budgets or [1])][:1]
+    if budgets is None:
+        most = most or model.max_latents
+        share = most / model.max_latents
+        budgets = [share * b for b in default_budgets(model.min_latents, most)]
+    kept = {model.resolve_budget(budget) for budget in budgets}
+    return sorted(kept, key=lambda n: n or 0, reverse=True)

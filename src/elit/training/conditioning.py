@@ -1,9 +1,11 @@
 """What tells a model what to draw: labels or captions of a batch, as the model takes them."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,12 +13,14 @@ from torch import Tensor
 from elit.data import ImageDataset
 from elit.flow.schedulers import make_scheduler
 from elit.models.elastic import ElasticMixin
-from elit.pipelines.base import ElasticPipeline
-from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.pipelines.text_encoder import encode, encoder_settings, load_text_encoder
-from elit.pipelines.text_pipeline import ElitTextPipeline
 from elit.training.config import PREPARED, WORDS, TextConfig
 from elit.training.foreign import TensorConditioning, stored_texts
+
+if TYPE_CHECKING:  # they bring all of diffusers' autoencoders
+    from elit.pipelines.base import ElasticPipeline
+    from elit.pipelines.elit_pipeline import ElitPipeline
+    from elit.pipelines.text_pipeline import ElitTextPipeline
 
 Arguments = dict[str, Tensor]
 
@@ -85,6 +89,8 @@ class LabelConditioning(OwnConditioning):
 
     def pipeline(self) -> ElitPipeline:
         """A pipeline that draws with the model."""
+        from elit.pipelines.elit_pipeline import ElitPipeline
+
         return ElitPipeline(self.model, make_scheduler("euler"), self.vae)
 
     def to_show(
@@ -151,6 +157,8 @@ class TextConditioning(OwnConditioning):
 
     def pipeline(self) -> ElitTextPipeline:
         """A pipeline that draws with the model; a text encoder is saved by its name alone."""
+        from elit.pipelines.text_pipeline import ElitTextPipeline
+
         return ElitTextPipeline(
             self.model,
             make_scheduler("euler"),
@@ -187,6 +195,8 @@ class StoredTextConditioning(OwnConditioning):
 
     def pipeline(self) -> ElitTextPipeline:
         """A pipeline that loads the texts' encoder by its name when it draws."""
+        from elit.pipelines.text_pipeline import ElitTextPipeline
+
         return ElitTextPipeline(
             self.model, make_scheduler("euler"), self.vae, text_encoder_name=self.encoder_name
         )

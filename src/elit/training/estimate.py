@@ -1,92 +1,28 @@
 """What a run will take: FLOPs, hours and memory, from its config alone."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from elit.cost.devices import known_accelerator
+from elit.cost.flops import cost_of, mean_flops
+from elit.cost.memory import SavedBytes, saved_bytes, state_bytes
 from elit.data import ImageDataset, load_dataset
-from elit.evaluation.devices import ACCELERATORS, accelerator
-from elit.evaluation.flops import ElasticFlops, forward_flops
-from elit.evaluation.memory import SavedBytes, saved_bytes
-from elit.interface.budget import TailDropping
-from elit.models.presets import preset_inputs, preset_model
+from elit.models.presets import preset_inputs
 from elit.training.build import build_model, tail_dropping
 from elit.training.config import ModelConfig, RetrofitConfig, TrainConfig
 
 # Models of ours that are as large as well-known ones, to count retrofits of those.
 STAND_INS = {"Qwen/Qwen-Image": "elit-mmdit-qwen/2"}
 
-_FP32 = 4  # bytes: weights, gradients, moments and averages stay in float32 under autocast
-_HALF = 2
 _GPUS_OF_A_MACHINE = 8
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a run will take. Memory is in 10^9 bytes, of each GPU.
-
-    Attributes:
-        model: the preset; of a retrofit, one as large as its base.
-        parameters: of the model.
-        batch_size: samples of a step.
-        samples: of them in one forward of one GPU.
-        step_tflops: a training step, three forwards of each sample, mean over the budgets drawn.
-        total_eflops: all steps.
-        gpus: how many.
-        gpu: which.
-        peak_tflops: of one, dense bf16.
-        mfu: share of that which the model's FLOPs reach; assumed.
-        step_seconds: of a step.
-        hours: of all steps.
-        state_gb: weights, gradients, AdamW's moments, averages; of a retrofit the original too.
-        gathered_gb: of FSDP, the blocks that are whole at a time.
-        activations_gb: what a forward keeps for its backward, at the largest budget.
-        checkpointed_gb: the same with `train.gradient_checkpointing`.
-        gpu_gb: memory of one.
-    """
-
-    model: str
-    parameters: int
-    batch_size: int
-    samples: int
-    step_tflops: float
-    total_eflops: float
-    gpus: int
-    gpu: str
-    peak_tflops: float
-    mfu: float
-    step_seconds: float
-    hours: float
-    state_gb: float
-    gathered_gb: float
-    activations_gb: float
-    checkpointed_gb: float
-    gpu_gb: float
-
-    @property
-    def memory_gb(self) -> float:
-        """All of it, without gradient checkpointing."""
-        return self.state_gb + self.gathered_gb + self.activations_gb
-
-    @property
-    def memory_checkpointed_gb(self) -> float:
-        """All of it, with gradient checkpointing."""
-        return self.state_gb + self.gathered_gb + self.checkpointed_gb
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON."""
-        sums = {
-            "memory_gb": self.memory_gb,
-            "memory_checkpointed_gb": self.memory_checkpointed_gb,
-        }
-        return asdict(self) | sums
-
-
-def estimate(config: TrainConfig, gpus: int = 8, gpu: str = "h100", mfu: float = 0.5) -> Estimate:
+def estimate(
+    config: TrainConfig, gpus: int = 8, gpu: str = "h100", mfu: float = 0.5
+) -> dict[str, Any]:
     """Count what a run will take, without its data and without memory.
 
     Data that is not there yet is taken to be what the preset was made for, at
@@ -95,16 +31,25 @@ def estimate(config: TrainConfig, gpus: int = 8, gpu: str = "h100", mfu: float =
     Args:
         config: the run.
         gpus: how many processes, a GPU each.
-        gpu: a name that `elit.evaluation.devices` knows.
+        gpu: a name that `elit.cost.devices` knows.
         mfu: share of a GPU's peak that the model's FLOPs reach.
+
+    Returns:
+        "parameters" of "model", the preset, of a retrofit one as large as its base; "batch_size",
+        and "samples" of it in one forward of one GPU; "step_tflops", three forwards of each
+        sample, mean over the budgets drawn, and "total_eflops" of all steps; "step_seconds", and
+        "hours" of all steps; in 10^9 bytes of each GPU: "state_gb", weights, gradients, AdamW's
+        moments, averages, of a retrofit the original too; "gathered_gb", of FSDP, the blocks that
+        are whole at a time; "activations_gb", what a forward keeps for its backward at the largest
+        budget; "checkpointed_gb", the same with `train.gradient_checkpointing`; "memory_gb" and
+        "memory_checkpointed_gb", all of it; and what was given: "gpus", "gpu", "mfu",
+        "peak_tflops", dense bf16, and "gpu_gb".
 
     Raises:
         ValueError: if the GPU is unknown, the batch can't be shared, or the base of a retrofit
             has no known size.
     """
-    chip = accelerator(gpu)
-    if chip is None:
-        raise ValueError(f"gpu {gpu!r} is unknown; give one of {', '.join(ACCELERATORS)}")
+    chip = known_accelerator(gpu)
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu={mfu} is not allowed; give a share above 0, at most 1")
     samples, rest = divmod(config.data.batch_size, gpus * config.train.accumulation)
@@ -118,50 +63,38 @@ def estimate(config: TrainConfig, gpus: int = 8, gpu: str = "h100", mfu: float =
         model = build_model(plan, _data(plan)).requires_grad_(False)
     dropping = tail_dropping(plan, model)
     most = None if dropping is None else dropping.max_latents
-    forward = mean_flops(model, dropping, config.latents.draws)
-    teacher = forward_flops(model) if _teaches(retrofit) else 0
+    cost = cost_of(model)
+    forward = mean_flops(cost, dropping, config.latents.draws)
+    teacher = cost.flops() if _teaches(retrofit) else 0
     step = config.data.batch_size * (3 * forward + teacher)
     shared = _share(config, gpus)
-    state, gathered = _state_bytes(model, retrofit, shared)
+    state, gathered = state_bytes(model, shared, with_teacher=_teaches(retrofit))
     kept = _saved(config, model, samples, most, shared > 1)
     seconds = step / (gpus * chip.tflops * 1e12 * mfu)
-    return Estimate(
-        model=plan.model.preset,
-        parameters=sum(p.numel() for p in model.parameters()),
-        batch_size=config.data.batch_size,
-        samples=samples,
-        step_tflops=step / 1e12,
-        total_eflops=step * config.train.steps / 1e18,
-        gpus=gpus,
-        gpu=gpu,
-        peak_tflops=chip.tflops,
-        mfu=mfu,
-        step_seconds=seconds,
-        hours=seconds * config.train.steps / 3600,
-        state_gb=state / 1e9,
-        gathered_gb=gathered / 1e9,
-        activations_gb=kept.whole / 1e9,
-        checkpointed_gb=kept.checkpointed / 1e9,
-        gpu_gb=chip.memory,
-    )
-
-
-def mean_flops(model: Any, dropping: TailDropping | None, draws: int = 1) -> float:
-    """FLOPs of one forward of one sample, mean over the numbers of latents that training draws.
-
-    Args:
-        model: best on the meta device.
-        dropping: what draws; None of a plain model.
-        draws: numbers in a step: of one they are uniform, of more log-uniform.
-    """
-    if dropping is None:
-        return forward_flops(model)
-    low, high = dropping.min_latents, dropping.max_latents
-    if low == high:
-        return forward_flops(model, high)
-    flops = ElasticFlops(model)
-    weights = {n: 1.0 if draws == 1 else math.log((n + 1) / n) for n in range(low, high + 1)}
-    return sum(flops(n) * weight for n, weight in weights.items()) / sum(weights.values())
+    memory = {
+        "state_gb": state,
+        "gathered_gb": gathered,
+        "activations_gb": kept.whole,
+        "checkpointed_gb": kept.checkpointed,
+        "memory_gb": state + gathered + kept.whole,
+        "memory_checkpointed_gb": state + gathered + kept.checkpointed,
+    }
+    return {
+        "model": plan.model.preset,
+        "parameters": cost.parameters,
+        "batch_size": config.data.batch_size,
+        "samples": samples,
+        "step_tflops": step / 1e12,
+        "total_eflops": step * config.train.steps / 1e18,
+        "gpus": gpus,
+        "gpu": gpu,
+        "peak_tflops": chip.tflops,
+        "mfu": mfu,
+        "step_seconds": seconds,
+        "hours": seconds * config.train.steps / 3600,
+        **{name: size / 1e9 for name, size in memory.items()},
+        "gpu_gb": chip.memory,
+    }
 
 
 class ExpectedData(ImageDataset):
@@ -180,7 +113,7 @@ class ExpectedData(ImageDataset):
         space = (size, size) if isinstance(size, int) else tuple(size)
         self.image_shape = (given.in_channels, *space)
         self.class_names = tuple(map(str, range(given.num_classes or 0)))
-        self.has_captions = preset_model(preset).takes_text
+        self.has_captions = given.max_text_length is not None
 
 
 def _data(config: TrainConfig) -> ImageDataset:
@@ -220,21 +153,6 @@ def _share(config: TrainConfig, gpus: int) -> int:
     if config.train.parallel == "fsdp":
         return gpus
     return min(gpus, config.train.shard_size or _GPUS_OF_A_MACHINE)
-
-
-def _state_bytes(model: Any, options: RetrofitConfig, shared: int) -> tuple[float, float]:
-    """What is there all the time, and what FSDP gathers of it for a while."""
-    count = sum(p.numel() for p in model.parameters())
-    copies = 5  # weights, gradients, two moments, averages
-    if _teaches(options):
-        copies += 1
-    if shared == 1:
-        return copies * _FP32 * count, 0
-    in_blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-    rest = count - sum(in_blocks)
-    # This block's weights and the next one's in 16 bits, one's gradients in 32, and the rest.
-    gathered = max(in_blocks) * (2 * _HALF + _FP32) + rest * (_HALF + _FP32)
-    return copies * _FP32 * count / shared, gathered
 
 
 def _saved(

@@ -17,7 +17,6 @@ from elit._choices import nearest
 from elit._hub import not_fetched
 from elit.data import ImageDataset
 from elit.pipelines.folder import may_be_on_hub, read_config
-from elit.retrofit.files import save_interface
 
 Arguments = dict[str, Any]
 
@@ -146,4 +145,6 @@ class TensorConditioning:
         """Write the transformer whole, and its interface alone where the base is as it was."""
         model.save_pretrained(folder / "transformer")
         if self.keeps_base:
+            from elit.retrofit.files import save_interface
+
             save_interface(model, folder / "interface.safetensors")

@@ -1,23 +1,21 @@
 """What a run says of itself as it goes: speed, cost, memory, and warnings of what looks wrong."""
 
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, partial
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from elit.cost.devices import peak_flops
+from elit.cost.flops import cost_of, step_flops
 from elit.data import ImageDataset
-from elit.evaluation.devices import peak_flops
-from elit.evaluation.flops import ElasticFlops, forward_flops, on_meta
 from elit.interface.budget import format_budget
-from elit.models.elastic import ElasticMixin
 from elit.training.config import TrainConfig
 from elit.training.distributed import World
 from elit.training.health import (
@@ -65,7 +63,8 @@ class Monitor:
             rows_of,
         )
         self.model, self.since = model, step
-        self.cost = StepCost(model) if config.retrofit.base is None else None
+        # By size of the input.
+        self.cost = cache(partial(cost_of, model)) if config.retrofit.base is None else None
         self.peak = None if config.train.peak_tflops is None else config.train.peak_tflops * 1e12
         if self.peak is None and world.device.type == "cuda":
             self.peak = peak_flops(torch.cuda.get_device_name(world.device))
@@ -111,10 +110,8 @@ class Monitor:
             grad_norm: before clipping.
         """
         if self.cost is not None:
-            if not self.cost.knows(self._shapes, kept):
-                with self.paused():
-                    self.cost.learn(self._shapes, kept)
-            self._flops += sum(self.cost(shape, kept) for shape in self._shapes)
+            for samples, _, *size in self._shapes:
+                self._flops += step_flops(self.cost(tuple(size)), samples, kept)
         self._shapes.clear()
         self._pending.append((kept, loss, grad_norm))
         every = self.config.train.log_every
@@ -209,44 +206,6 @@ class Monitor:
     def _rows(self, step: int) -> str:
         """The rows of a step, for a message."""
         return describe_rows(self.rows_of(step - 1)) if self.world.is_main else ""
-
-
-class StepCost:
-    """Model FLOPs of training on batches: three forwards, as forward and backward cost.
-
-    What gradient checkpointing computes again isn't counted: MFU is of what the model needs.
-    """
-
-    def __init__(self, model: ElasticMixin):
-        self.kind: tuple[type, str] = type(model), model.to_json_string()
-        self.max_latents = model.max_latents
-        self._known: dict[tuple[torch.Size, int | None], int] = {}
-
-    def knows(self, shapes: Sequence[torch.Size], kept: Kept) -> bool:
-        """Whether the cost is at hand: it takes a moment at first."""
-        return all((shape[2:], n) in self._known for shape in shapes for n in kept)
-
-    def learn(self, shapes: Sequence[torch.Size], kept: Kept) -> None:
-        """Count what is not known."""
-        for size in {shape[2:] for shape in shapes}:
-            flops = _flops(*self.kind, size)
-            for n in kept:
-                full = self.max_latents if n is None else n
-                self._known[size, n] = flops if isinstance(flops, int) else flops(full)
-
-    def __call__(self, shape: torch.Size, kept: Kept) -> int:
-        """FLOPs of a batch of this shape, whose parts keep these latents."""
-        rest = shape[0] % len(kept)  # the first parts have one sample more: `tensor_split`
-        counts = (shape[0] // len(kept) + (part < rest) for part in range(len(kept)))
-        size = shape[2:]
-        return 3 * sum(c * self._known[size, n] for c, n in zip(counts, kept, strict=True))
-
-
-@lru_cache(maxsize=64)  # runs of one process are often of one model
-def _flops(model_class: type, config: str, size: torch.Size) -> ElasticFlops | int:
-    """FLOPs of a forward of one sample, by its latents per group where it has any."""
-    model = on_meta(model_class, json.loads(config))
-    return ElasticFlops(model, size) if model.is_elastic else forward_flops(model, None, size)
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from elit._devices import pick_device
 from elit._files import write_json
+from elit.cost.flops import cost_of
 from elit.data import ImageDataset, load_dataset
 from elit.evaluation.classifier import ClassifierFeatures, fit_classifier, fit_network
-from elit.evaluation.flops import ElasticFlops, default_budgets, forward_flops
 from elit.evaluation.frechet import Moments, frechet_distance
 from elit.flow.guidance import CFG, CheapCFG
 from elit.flow.objective import SigmaDensity
-from elit.interface.budget import format_budget
+from elit.interface.budget import default_budgets, format_budget
 from elit.models.elastic import ElasticMixin
 from elit.models.presets import preset_config
 from elit.pipelines.elit_pipeline import ElitPipeline
@@ -190,8 +190,8 @@ def draw_and_judge(
     drawn, seconds = draw_in_turns(turns, labels, config, progress)
     times = [1000 * statistics.median(took) / len(labels) for took in seconds]
 
-    flops, kept = ElasticFlops(model), [model.resolve_budget(budget) for budget in budgets]
-    full = flops(model.max_latents)
+    flops, kept = cost_of(model).flops, [model.resolve_budget(budget) for budget in budgets]
+    full = flops()
     losses = held_out_losses(model, config, kept)
     judge = Judge(load_dataset(config.data.name, "train", **config.data.options))
     rows, pictures = [], []
@@ -211,7 +211,7 @@ def draw_and_judge(
         )
         first = images[: model.config.num_classes]
         pictures.append(processor.numpy_to_pil(processor.pt_to_numpy(first)))
-    cost = forward_flops(plain.transformer)
+    cost = cost_of(plain.transformer).flops()
     return rows, PlainRow(cost / 1e6, cost / full, ms_per_image=times[-1]), pictures
 
 

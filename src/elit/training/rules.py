@@ -7,6 +7,8 @@ from typing import Any
 
 from elit._choices import check_choice
 from elit._numbers import MOST
+from elit.data import DATASETS
+from elit.models.presets import preset_class
 
 Rule = tuple[Callable[[Any], bool], str]
 _AT_LEAST_0: Rule = (lambda value: 0 <= value <= MOST, f"a number of at least 0, at most {MOST}")
@@ -75,6 +77,8 @@ CHOICES = {
 
 def check_values(config: Any) -> None:
     """Raise a ValueError for a setting whose value is not allowed."""
+    preset_class(config.model.preset)  # or an error
+    check_choice(config.data.name, DATASETS, "data set")
     for key, words in CHOICES.items():
         check_choice(operator.attrgetter(key)(config), words, key)
     for key, (allowed, rule) in RULES.items():

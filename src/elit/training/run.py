@@ -22,7 +22,13 @@ from elit.data import WholeBatches, load_dataset
 from elit.flow.objective import SigmaDensity
 from elit.interface.budget import format_budget
 from elit.training.average import Average
-from elit.training.build import MakeModel, build_parts, check_draws, tail_dropping
+from elit.training.build import (
+    MakeModel,
+    build_parts,
+    check_draws,
+    latents_to_show,
+    tail_dropping,
+)
 from elit.training.checkpoint import (
     Checkpoints,
     checkpoint_steps,
@@ -43,7 +49,6 @@ from elit.training.resume import check_not_taken, check_same_data, check_same_ru
 from elit.training.retrofit import without_lora
 from elit.training.validation import (
     budgets_out_of_order,
-    latents_to_show,
     sample_sheet,
     validation_losses,
     worth_of_parts,

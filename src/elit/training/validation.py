@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from elit.data import ImageDataset
-from elit.evaluation.flops import default_budgets
 from elit.evaluation.left_out import PARTS, has_original_core, leave_out
 from elit.flow.guidance import CheapCFG
 from elit.flow.objective import SigmaDensity, flow_matching_loss
@@ -28,28 +27,6 @@ from elit.viz.sheet import contact_sheet, film_strip
 logger = logging.getLogger(__name__)
 
 MAX_SAMPLES = 512
-
-
-def latents_to_show(
-    model: ElasticMixin, budgets: Sequence[float] | None, most: int | None = None
-) -> list[int | None]:
-    """Latents per group at each budget, most first; [None] for a plain model.
-
-    Args:
-        model: the model.
-        budgets: budgets to show; None are those trained, halves of `most` latents.
-        most: most latents that training keeps; None are all.
-    """
-    if budgets is not None and not budgets:
-        raise ValueError("sample.budgets is empty; give one or more, such as [1, 0.25]")
-    if not model.is_elastic:
-        return [model.resolve_budget(budget) for budget in (budgets or [1])][:1]
-    if budgets is None:
-        most = most or model.max_latents
-        share = most / model.max_latents
-        budgets = [share * b for b in default_budgets(model.min_latents, most)]
-    kept = {model.resolve_budget(budget) for budget in budgets}
-    return sorted(kept, key=lambda n: n or 0, reverse=True)
 
 
 @torch.no_grad()

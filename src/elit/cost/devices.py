@@ -41,6 +41,14 @@ def accelerator(name: str) -> Accelerator | None:
     return next(found, None)
 
 
+def known_accelerator(name: str) -> Accelerator:
+    """An accelerator by its short name, or a ValueError."""
+    chip = accelerator(name)
+    if chip is None:
+        raise ValueError(f"gpu {name!r} is unknown; give one of {', '.join(ACCELERATORS)}")
+    return chip
+
+
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of an accelerator, or None where it is not in the table.
 

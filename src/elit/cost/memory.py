@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from elit.models.elastic import ElasticMixin
 
+_FP32 = 4  # bytes: weights, gradients, moments and averages stay in float32 under autocast
+_HALF = 2
+
 
 @dataclass(frozen=True)
 class SavedBytes:
@@ -86,6 +89,25 @@ def _key(tensor: Tensor) -> Any:
 
 def _size(tensors: Iterable[Tensor]) -> int:
     return sum(x.untyped_storage().nbytes() for x in tensors)
+
+
+def state_bytes(model: Any, shared: int, with_teacher: bool = False) -> tuple[float, float]:
+    """Bytes of a GPU that are taken all the time, and those that FSDP gathers for a while.
+
+    Args:
+        model: best on the meta device.
+        shared: GPUs that share one copy of weights, gradients, moments and averages.
+        with_teacher: whether the original of a retrofit is there too.
+    """
+    count = sum(p.numel() for p in model.parameters())
+    copies = 6 if with_teacher else 5  # weights, gradients, two moments, averages
+    if shared == 1:
+        return copies * _FP32 * count, 0
+    in_blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    rest = count - sum(in_blocks)
+    # This block's weights and the next one's in 16 bits, one's gradients in 32, and the rest.
+    gathered = max(in_blocks) * (2 * _HALF + _FP32) + rest * (_HALF + _FP32)
+    return copies * _FP32 * count / shared, gathered
 
 
 def saved_bytes(

@@ -1,0 +1,59 @@
+"""What each command imports before it says something: torch takes a second, diffusers four."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+
+from elit.cli.main import COMMANDS
+
+HEAVY = (
+    "torch", "torch._dynamo", "diffusers", "transformers", "peft", "accelerate", "sklearn", "scipy",
+    "pandas", "datasets", "numpy", "PIL", "matplotlib", "tensorboard", "huggingface_hub",
+)  # fmt: skip
+# Help, a preset's sizes, and every mistake in a command, a name or a flag.
+NOTHING = [
+    "--help", "--version", "sampel", *(f"{name} --help" for name in COMMANDS),
+    "info", "info elit-dit-xl/2", "info dit-xxl/2", "flops elit-dit-xl/2",
+    "flops elit-mmdit-qwen/2 --resolution 1024 --text-tokens 64", "flops video-dit-b/2 --frames 5",
+    "flops dit-xl/2 --budgets 0", "flops nowhere", "flops dit-xl/2 --resolutio 512",
+    "sample nowhere", "sample nowhere --sampler eulr", "sample nowhere --guidance cgf",
+    "eval nowhere", "eval nowhere --split tests", "sweep nowhere --guidance cgf",
+    "compare nowhere elsewhere", "calibrate nowhere", "inspect nowhere", "finetune nowhere",
+    "convert nowhere out", "prepare nowhere", "reproduce --scale huge", "quickstart --sed 1",
+    "train nowhere.yaml", "train digits --model.preset dit-xxl/2", "train digits --data.name digit",
+    "train digits --optimizer.lr fast", "train digits --optimiser.lr 1", "plan digits --gpu h10",
+    "quickstart --preset dit-xxl/2",
+]  # fmt: skip
+DRY_RUN = "train moving-shapes --model.preset elit-video-dit-tiny/2 --dry-run"
+
+
+def imported(lines: list[str]) -> dict[str, list[str]]:
+    """Run command lines in a fresh process; the heavy modules that each was the first to import."""
+    code = f"""
+import contextlib, io, json, sys
+from elit.cli.main import main
+found, seen = {{}}, set()
+for line in {lines!r}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        main(line.split())
+    now = set({HEAVY!r}) & set(sys.modules)
+    found[line], seen = sorted(now - seen), now
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_mistakes_help_and_presets_import_nothing_heavy() -> None:
+    asks_torch = not version("torch").endswith("+cpu")  # `info`, which device there is
+    lines = [line for line in NOTHING if not (asks_torch and line == "info")]
+    assert not {line: new for line, new in imported(lines).items() if new}
+
+
+def test_a_dry_run_imports_what_its_model_needs() -> None:
+    """Not what draws, decodes, scores or adapts."""
+    (found,) = imported([DRY_RUN]).values()
+    assert {"torch", "diffusers"} <= set(found)
+    assert not {"peft", "sklearn", "scipy", "pandas", "datasets", "matplotlib"} & set(found)
