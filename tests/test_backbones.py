@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from elit.interface import TokenGrid
-from elit.layers.block import NeighborhoodBlock, TransformerBlock
 from elit.layers.neighborhood import (
     NeighborhoodAttention,
+    NeighborhoodBlock,
     attend_natten,
     attend_neighborhood,
     from_rows,
@@ -21,7 +21,7 @@ from elit.layers.neighborhood import (
     tile_size,
     to_rows,
 )
-from elit.layers.positions import rotary_embedding
+from elit.layers.transformer import TransformerBlock, rotary_embedding
 from elit.models.dit import DiT
 from elit.models.hdit import HDiT
 from elit.models.uvit import SkipBlock, UViT
@@ -120,7 +120,7 @@ def test_rows_and_back() -> None:
 
 
 def test_a_neighbourhood_of_everything_is_self_attention() -> None:
-    from elit.layers.attention import SelfAttention
+    from elit.layers.transformer import SelfAttention
 
     grid = TokenGrid((4, 8), tile_size((4, 8)))
     places = grid.token_places()

@@ -545,8 +545,8 @@ def test_the_first_latents_by_index_are_the_first_latents(case: Case) -> None:
         expected = run(model, inputs, **budget)
         assert torch.equal(run(model, inputs, **budget, latent_indices=torch.arange(n)), expected)
         for indices in (torch.arange(n, dtype=torch.int32), torch.arange(n) - model.max_latents):
-            found = run(model, inputs, **budget, latent_indices=indices)
-            assert torch.equal(found, expected), indices
+            named = run(model, inputs, **budget, latent_indices=indices)
+            assert torch.equal(named, expected), indices
         if 1 < n <= model.max_latents // 2:
             last = torch.arange(model.max_latents - n, model.max_latents)
             assert distance(run(model, inputs, **budget, latent_indices=last), expected) > 1e-3
@@ -556,19 +556,20 @@ def test_the_first_latents_by_index_are_the_first_latents(case: Case) -> None:
 
 
 @ELASTIC
-def test_budget_and_number_of_latents(case: Case) -> None:
+def test_every_latent_changes_the_output(case: Case) -> None:
     model = case.build()
     inputs = make_inputs(model)
     assert torch.equal(run(model, inputs), run(model, inputs, num_latents=model.max_latents))
     outputs = [run(model, inputs, **budget) for budget in budgets(model)]
     for n, (before, after) in enumerate(pairwise(outputs), 1):
         assert distance(after, before) > 1e-4, f"latent {n} changes nothing"
-        assert model.resolve_budget(n / model.max_latents) == n
-        assert model.budget_of(n) == n / model.max_latents
-    assert model.budget_of(None) == 1
 
 
-def test_a_plain_model_has_one_budget() -> None:
+def test_budgets_of_plain_and_elastic_models(dit: DiT) -> None:
+    for n in range(1, 17):
+        assert dit.resolve_budget(n / 16) == n
+        assert dit.budget_of(n) == n / 16
+    assert dit.budget_of(None) == 1
     model = CASES["dit"].build()
     assert model.resolve_budget(1) is None
     assert model.budget_of(None) == 1
@@ -663,103 +664,105 @@ def test_needs_no_process_group_and_no_random_numbers(case: Case) -> None:
     assert not torch.distributed.is_initialized()
 
 
-# ---- bad input ----
+# ---- bad input: each forward checks; what it checks is its base class's, and asked of one ----
+
+
+def refuses(message: str, model: nn.Module, *inputs, **given) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(model, inputs, **given)
 
 
 @ALL
-def test_input_that_does_not_fit(case: Case) -> None:
+def test_every_forward_checks_its_inputs(case: Case) -> None:
     model = case.build()
-    samples, *rest = make_inputs(model)
-    with pytest.raises(ValueError, match=r"input of shape .* takes \(batch, .* with 2 channels"):
-        run(model, (samples[:, :1], *rest))
-    with pytest.raises(ValueError, match="input of shape"):
-        run(model, (samples[..., 0], *rest))
-    wrong = (
-        "takes encoder_hidden_states, not class_labels"
-        if model.takes_text
-        else "takes class_labels, not encoder_hidden_states"
-    )
-    with pytest.raises(ValueError, match=wrong):
-        model(samples, rest[0], torch.zeros(2, dtype=torch.long), torch.zeros(2, 1, 8))
+    samples, levels, *condition = make_inputs(model)
+    refuses("input of shape .* with 2 channels", model, samples[:, :1], levels, *condition)
+    message = f"of torch.float64, but this {case.cls.__name__} is of torch.float32"
+    refuses(message, model, samples.double(), levels, *condition)
+    refuses("timestep 500 is outside 0 ... .* 1000 times", model, samples, 500.0, *condition)
+    both = (torch.zeros(2, dtype=torch.long), torch.zeros(2, 1, 8))
+    name = "encoder_hidden_states, not class_l" if model.takes_text else "class_labels, not encoder"
+    refuses(f"takes {name}", model, samples, levels, *both)
+    if not model.takes_text:
+        refuses("class_labels of torch.float32", model, samples, levels, condition[0].float())
+    if case.is_elastic:
+        for wrong in (0, 99):
+            message = rf"num_latents {wrong} .*1\.\.{model.max_latents}"
+            refuses(message, model, samples, levels, *condition, num_latents=wrong)
+        twice = {"num_latents": 2, "latent_indices": torch.tensor([1, 1])}
+        refuses("name a latent twice", model, samples, levels, *condition, **twice)
 
 
-@ALL
-def test_samples_of_another_type_than_the_model(case: Case) -> None:
-    model = case.build()
-    samples, *rest = make_inputs(model)
-    for dtype in (torch.float64, torch.bfloat16, torch.int64):
-        message = f"hidden_states of {dtype}, but this {case.cls.__name__} is of torch.float32"
-        with pytest.raises(ValueError, match=message):
-            run(model, (samples.to(dtype), *rest))
-    with pytest.raises(ValueError, match=r"hidden_states on meta, but this .* is on cpu; move one"):
-        run(model, (samples.to("meta"), *rest))
-    with pytest.raises(ValueError, match="are no tensor"):
-        run(model, (samples.tolist(), *rest))
+@pytest.fixture(scope="module")
+def dit() -> DiT:
+    return CASES["elit-dit"].build()
+
+
+def test_samples_that_are_none(dit: DiT) -> None:
+    samples, *rest = make_inputs(dit)
+    refuses(r"takes \(batch, channels, height, width\) with 2", dit, samples[..., 0], *rest)
+    refuses("a batch of no samples", dit, samples[:0], *rest)
+    for dtype in (torch.bfloat16, torch.int64):
+        refuses(f"hidden_states of {dtype}, but this DiT", dit, samples.to(dtype), *rest)
+    refuses("hidden_states on meta, but .* is on cpu; move one", dit, samples.to("meta"), *rest)
+    refuses("are no tensor", dit, samples.tolist(), *rest)
     with torch.autocast("cpu", torch.bfloat16):
-        assert run(model, (samples.bfloat16(), *rest)).isfinite().all()
-        with pytest.raises(ValueError, match=r"of torch\.float64"):
-            run(model, (samples.double(), *rest))
+        assert run(dit, (samples.bfloat16(), *rest)).isfinite().all()
+        refuses(r"of torch\.float64", dit, samples.double(), *rest)
 
 
-@ALL
 @pytest.mark.parametrize(
     ("level", "message"),
     [
-        (500.0, "timestep 500 is outside 0 ... .* 1000 times"),
         (torch.tensor([0.5, math.nan]), "timestep nan is outside"),
+        (-0.1, "timestep -0.1 is outside"),
         (True, "timestep of torch.bool"),
         ("0.5", "timestep '0.5' is no number"),
+        (None, "timestep is None; give one number for each sample"),
+        (torch.zeros(3), r"timestep of shape \(3,\) does not fit a batch of 2"),
     ],
 )
-def test_noise_levels_that_are_none(case: Case, level, message: str) -> None:
-    model = case.build()
-    samples, _, *rest = make_inputs(model)
-    with pytest.raises(ValueError, match=message):
-        run(model, (samples, level, *rest))
+def test_noise_levels_that_are_none(dit: DiT, level, message: str) -> None:
+    samples, _, *rest = make_inputs(dit)
+    refuses(message, dit, samples, level, *rest)
 
 
-def test_labels_and_words_out_of_range() -> None:
-    model = CASES["elit-dit"].build()
-    samples, levels, _ = make_inputs(model)
+def test_labels_and_words_out_of_range(dit: DiT) -> None:
+    samples, levels, _ = make_inputs(dit)
     for label in (-1, 4):
-        with pytest.raises(ValueError, match=f"class label {label} is outside 0 ... 3; 3 means no"):
-            model(samples, levels, torch.tensor([0, label]))
+        message = f"class label {label} is outside 0 ... 3; 3 means no"
+        refuses(message, dit, samples, levels, torch.tensor([0, label]))
+    one = run(dit, (samples, levels, torch.tensor([1, 1])))
+    torch.testing.assert_close(run(dit, (samples, levels, 1)), one)
     model = CASES["mmdit-words"].build()
     samples, levels, _, text = make_inputs(model)
-    with pytest.raises(ValueError, match="word -1 is outside"):
-        model(samples, levels, None, text * 0 - 1)
+    refuses("word -1 is outside", model, samples, levels, None, text * 0 - 1)
 
 
-@ELASTIC
-@pytest.mark.parametrize("wrong", [0, -1, 99, 0.25, 2.0, True])
-def test_number_of_latents_out_of_range(case: Case, wrong: float) -> None:
-    model = case.build()
-    with pytest.raises(ValueError, match=rf"num_latents {wrong} .*1\.\.{model.max_latents}"):
-        run(model, make_inputs(model), num_latents=wrong)
+@pytest.mark.parametrize("wrong", [-1, 0.25, 2.0, True])
+def test_numbers_of_latents_that_are_none(dit: DiT, wrong: float) -> None:
+    refuses(rf"num_latents {wrong} .*1\.\.16", dit, *make_inputs(dit), num_latents=wrong)
 
 
-@ELASTIC
-def test_latent_indices_of_another_number(case: Case) -> None:
-    model = case.build()
-    with pytest.raises(ValueError, match=r"latent_indices of shape \(2,\).*num_latents = 3"):
-        run(model, make_inputs(model), num_latents=3, latent_indices=torch.arange(2))
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (torch.arange(2), r"latent_indices of shape \(2,\).*num_latents = 1"),
+        (torch.tensor([99]), r"latent_indices \[99\] are outside 0 \.\.\. 15"),
+        (torch.tensor([-99]), r"latent_indices \[-99\] are outside"),
+        ([0], "are no tensor of whole numbers"),
+        (torch.tensor([0.0]), "are no tensor of whole numbers"),
+        (torch.tensor([True]), "are no tensor of whole numbers"),
+    ],
+)
+def test_latent_indices_that_are_none(dit: DiT, indices, message: str) -> None:
+    refuses(message, dit, *make_inputs(dit), num_latents=1, latent_indices=indices)
 
 
-@ELASTIC
-@pytest.mark.parametrize("index", [99, -99])
-def test_latent_indices_out_of_range(case: Case, index: int) -> None:
-    model = case.build()
-    with pytest.raises(ValueError, match=r"latent_indices \[-?99\] are outside 0 \.\.\. "):
-        run(model, make_inputs(model), num_latents=1, latent_indices=torch.tensor([index]))
-
-
-@ELASTIC
-def test_latent_indices_name_a_latent_once(case: Case) -> None:
-    model = case.build()
-    for twice in ([1, 1], [model.max_latents - 1, -1]):
-        with pytest.raises(ValueError, match=r"latent_indices \[.*\] name a latent twice; give"):
-            run(model, make_inputs(model), num_latents=2, latent_indices=torch.tensor(twice))
-    run(model, make_inputs(model), num_latents=2, latent_indices=torch.tensor([-1, 0]))
+def test_latent_indices_from_the_end_name_a_latent_once(dit: DiT) -> None:
+    inputs, twice = make_inputs(dit), torch.tensor([15, -1])
+    refuses("name a latent twice; give", dit, *inputs, num_latents=2, latent_indices=twice)
+    run(dit, inputs, num_latents=2, latent_indices=torch.tensor([-1, 0]))
 
 
 def test_looking_for_latents_named_twice_cuts_no_graph() -> None:
@@ -774,28 +777,6 @@ def test_looking_for_latents_named_twice_cuts_no_graph() -> None:
         torch.testing.assert_close(run(compiled, inputs, **chosen), expected)
     assert counter.frame_count == 1
     torch._dynamo.reset()
-
-
-@ELASTIC
-@pytest.mark.parametrize(
-    "indices", [[0], torch.tensor([0.0]), torch.tensor([True])], ids=["list", "float", "bool"]
-)
-def test_latent_indices_that_are_no_indices(case: Case, indices) -> None:
-    model = case.build()
-    with pytest.raises(ValueError, match=r"latent_indices .* are no tensor of whole numbers"):
-        run(model, make_inputs(model), num_latents=1, latent_indices=indices)
-
-
-@pytest.mark.parametrize("cls", [DiT, UViT, HDiT, SiT])
-def test_labels_and_levels_of_a_wrong_type(cls: type) -> None:
-    model = cls(**HOURGLASS if cls is HDiT else TINY)
-    samples, levels, labels = make_inputs(model)
-    with pytest.raises(ValueError, match=r"class_labels of torch.float32; give whole numbers in"):
-        model(samples, levels, labels.float())
-    with pytest.raises(ValueError, match="timestep is None; give one number for each sample"):
-        model(samples, None, labels)
-    out = model(samples, levels, torch.tensor([1, 1])).sample
-    torch.testing.assert_close(model(samples, levels, 1).sample, out)
 
 
 @pytest.mark.parametrize(

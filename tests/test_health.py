@@ -22,7 +22,7 @@ from elit.interface.attention_maps import (
     attention_weights,
     watch_attention,
 )
-from elit.layers.attention import CrossAttention
+from elit.layers.transformer import CrossAttention
 from elit.training.health import (
     InterfaceWatch,
     SpeedWatch,

@@ -13,10 +13,9 @@ from elit.cli.main import main
 from elit.data import load_dataset
 from elit.data.captioned_shapes import GROUNDS, NOUNS, PAINTS
 from elit.flow.guidance import CFG, AutoGuidance, CheapCFG
-from elit.layers.block import TransformerBlock
-from elit.layers.joint import JointBlock
-from elit.layers.positions import rotary_embedding
 from elit.layers.text import BEGIN, PADDING, pad, tokenize
+from elit.layers.transformer import TransformerBlock, rotary_embedding
+from elit.models.mmdit import JointBlock
 from elit.pipelines.text_encoder import _warn_of_cut, encode, load_text_encoder
 
 SIZES = {

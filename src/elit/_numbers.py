@@ -13,6 +13,14 @@ def is_whole(value: Any, least: int = 1, most: int = MOST) -> TypeGuard[int]:
     return whole and least <= int(value) <= most
 
 
+def check_whole(
+    value: Any, name: str, least: int = 1, most: int = MOST, advice: str = "a positive integer"
+) -> None:
+    """Raise a ValueError unless it is a whole number, from `least` to `most`."""
+    if not is_whole(value, least, most):
+        raise ValueError(f"{name}={value!r} is not allowed; give {advice}")
+
+
 def is_real(value: Any) -> TypeGuard[float]:
     """Whether it is a finite number."""
     try:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,50 +12,28 @@ from torch import Tensor, nn
 
 from elit._numbers import is_whole
 from elit.caching.configs import MAX_DEGREE, TeaCacheConfig
-from elit.caching.hooks import (
-    BlockHook,
-    CallHook,
-    TeaLeader,
-    check_can_cache,
-    put_hooks,
-    remove_cache,
-)
+from elit.caching.hooks import BlockHook, TeaLeader, put_hooks, relative_change, remove_hooks
 from elit.caching.mixin import blocks_of
-from elit.caching.policies import relative_change
-from elit.caching.ports import BlockPort
 from elit.caching.state import BranchState, Steps
 
 
 @dataclass(frozen=True)
 class StepChange:
-    """What one step of one branch changed against the step before.
+    """Change of one branch from one step to the next."""
 
-    Attributes:
-        step: of its run, at least 1.
-        input: relative change of the first block's modulated input.
-        output: relative change of the tokens that leave the last block.
-        ratio: magnitude of what the blocks added, over that of the step before.
-    """
-
-    step: int
-    input: float
-    output: float
-    ratio: float
+    step: int  # of its run, at least 1
+    input: float  # relative change of the first block's modulated input
+    output: float  # relative change of the tokens that leave the last block
+    ratio: float  # magnitude of what the blocks added, over that of the step before
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was seen in runs of a model, and what fits it.
-
-    Attributes:
-        changes: of all steps.
-        coefficients: of the polynomial from the input's change to the output's, highest first.
-        fit_error: root mean square of what the polynomial misses, over the mean change.
-    """
+    """Changes that were seen in runs of a model, and caches that fit them."""
 
     changes: tuple[StepChange, ...]
-    coefficients: tuple[float, ...]
-    fit_error: float
+    coefficients: tuple[float, ...]  # from the input's change to the output's, highest power first
+    fit_error: float  # root mean square of what the polynomial misses, over the mean change
 
     @property
     def num_steps(self) -> int:
@@ -133,12 +111,7 @@ def calibrate_cache(
 def fit_polynomial(
     inputs: Sequence[float], outputs: Sequence[float], degree: int
 ) -> tuple[tuple[float, ...], float]:
-    """Least squares.
-
-    Returns:
-        The coefficients, highest power first, and the root mean square of what they miss, over
-        the mean of the outputs.
-    """
+    """Least squares: coefficients, highest power first, and the error as in `Calibration`."""
     x, y = np.asarray(inputs), np.asarray(outputs)
     distinct = len(np.unique(x))
     if distinct <= degree or not (np.isfinite(x).all() and np.isfinite(y).all()):
@@ -159,46 +132,39 @@ def fit_polynomial(
 def recording(
     transformer: nn.Module, probe: str | None = None, blocks: Sequence[nn.Module] | None = None
 ) -> Iterator[list[StepChange]]:
-    """Collect the changes of all steps; nothing is skipped."""
-    parts = blocks_of(transformer, blocks)
-    check_can_cache(transformer, parts)
+    """Collect the changes of all steps, none of which is skipped."""
     steps, changes = Steps(), list[StepChange]()
-    leader = _Watch(steps, parts[0][1], TeaCacheConfig(0.0, probe=probe))
-    last = _Record(steps, parts[-1][1], leader, changes)
-    middle = [BlockHook(steps, port, i + 1, False) for i, (_, port) in enumerate(parts[1:-1])]
-    put_hooks(transformer, [part for part, _ in parts], CallHook(steps), [leader, *middle, last])
+    config = TeaCacheConfig(0.0, probe=probe)
+
+    class Watch(TeaLeader):
+        """Compares the modulated input with that of the step before."""
+
+        change: float | None = None
+
+        def skips(self, state: BranchState, probed: Tensor) -> bool:
+            before, state.before = state.before, probed
+            Watch.change = None if before is None else relative_change(probed, before)
+            return False
+
+    class Record(BlockHook):
+        """Compares what leaves the last block with that of the step before."""
+
+        before: ClassVar[dict[str, Tensor]] = {}  # by the name of the branch
+
+        def keep(self, state: BranchState, result: Any) -> None:
+            old = state.residual
+            super().keep(state, result)
+            tokens, name = self.port.streams_out(result)[0], self.steps.context.name
+            if Watch.change is not None and old is not None and state.residual is not None:
+                norms = [torch.linalg.norm(x[0].float(), dim=-1) for x in (state.residual, old)]
+                ratio = float((norms[0] / (norms[1] + 1e-8)).mean())
+                change = relative_change(tokens, self.before[name])
+                changes.append(StepChange(state.step, Watch.change, change, ratio))
+            self.before[name] = tokens
+
+    parts = blocks_of(transformer, blocks)
+    put_hooks(transformer, parts, steps, lambda port: Watch(steps, port, config), Record)
     try:
         yield changes
     finally:
-        remove_cache(transformer)
-
-
-class _Watch(TeaLeader):
-    """Compares the modulated input with that of the step before."""
-
-    change: float | None = None
-
-    def skips(self, state: BranchState, probed: Tensor) -> bool:
-        before, state.before = state.before, probed
-        self.change = None if before is None else relative_change(probed, before)
-        return False
-
-
-class _Record(BlockHook):
-    """Compares what leaves the last block with that of the step before."""
-
-    def __init__(self, steps: Steps, port: BlockPort, watch: _Watch, changes: list[StepChange]):
-        super().__init__(steps, port, index=-1, is_last=True)
-        self.watch, self.changes = watch, changes
-        self.before: dict[str, Tensor] = {}  # by the name of the branch
-
-    def keep(self, state: BranchState, result: Any) -> None:
-        old = state.residual
-        super().keep(state, result)
-        tokens, name = self.port.streams_out(result)[0], self.steps.context.name
-        if self.watch.change is not None and old is not None and state.residual is not None:
-            magnitudes = [torch.linalg.norm(x[0].float(), dim=-1) for x in (state.residual, old)]
-            ratio = float((magnitudes[0] / (magnitudes[1] + 1e-8)).mean())
-            change = relative_change(tokens, self.before[name])
-            self.changes.append(StepChange(state.step, self.watch.change, change, ratio))
-        self.before[name] = tokens
+        remove_hooks(transformer)

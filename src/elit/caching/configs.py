@@ -1,4 +1,4 @@
-"""The caches that work at any budget, and why others don't."""
+"""Caches that work at any budget, and why others don't."""
 
 import math
 from collections.abc import Sequence
@@ -91,12 +91,7 @@ class TeaCacheConfig:
 
     @classmethod
     def load(cls, path: str | PathLike, **changes: Any) -> "TeaCacheConfig":
-        """Read what `save` or `elit calibrate` wrote.
-
-        Args:
-            path: of the file.
-            **changes: of what is in it, such as `threshold=0.2`.
-        """
+        """Read what `save` or `elit calibrate` wrote, with changes such as `threshold=0.2`."""
         name = typed_path(path)
         values = read_json(Path(name), "`elit calibrate` writes it")
         if values.pop("cache", None) != "TeaCache":
@@ -117,20 +112,16 @@ def _numbers(values: Any, name: str, least: int, most: int) -> tuple[float, ...]
 
 CACHES = (FirstBlockCacheConfig, MagCacheConfig, TeaCacheConfig)
 
+_OF_EARLIER = "which has another number of latents when the budget has changed"
 _REFUSED = {
-    "PyramidAttentionBroadcastConfig": (
-        "it gives a block the attention of an earlier step, which has another number of latents "
-        "when the budget has changed"
-    ),
-    "TaylorSeerCacheConfig": (
-        "it extrapolates what each block gave at earlier steps, which has another number of "
-        "latents when the budget has changed"
-    ),
-    "FasterCacheConfig": (
+    "PyramidAttentionBroadcastConfig":
+        f"it gives a block the attention of an earlier step, {_OF_EARLIER}",
+    "TaylorSeerCacheConfig":
+        f"it extrapolates what each block gave at earlier steps, {_OF_EARLIER}",
+    "FasterCacheConfig":
         "it needs both branches of guidance in one batch of one budget, which cheap guidance "
-        "doesn't have, and keeps attention of earlier steps"
-    ),
-}
+        "doesn't have, and keeps attention of earlier steps",
+}  # fmt: skip
 
 
 def check_cache(model: Any, config: Any) -> None:

@@ -1,9 +1,7 @@
-"""The hooks that leave blocks out, in diffusers' style: on the model, and on each of its blocks.
+"""Hooks that leave blocks out, in diffusers' style: on the model, and on each of its blocks.
 
 model         a call begins: which step of which run                      `CallHook`
-first block   skip or not?  FirstBlockCache: after it has run, because    `LeaderHook`
-              what it adds is compared; MagCache: before; TeaCache: while
-              it runs, as soon as its modulated input is there
+first block   skip or not? each cache decides in a way of its own         `LeaderHook`
 other blocks  run, or give back what they got                             `BlockHook`
 last block    keeps what was added, or adds it                            `BlockHook`
 
@@ -11,18 +9,17 @@ What stands between the blocks runs at skipped steps too, on whatever it is give
 gives the right tokens all the same. Calls with gradients are never skipped.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, MagCacheConfig, ModelHook
+from diffusers.hooks.mag_cache import nearest_interp
 from torch import Tensor, nn
 
-from elit.caching.configs import TeaCacheConfig
-from elit.caching.policies import first_block_skips, mag_skips, tea_skips
-from elit.caching.ports import Block, BlockPort
+from elit.caching.configs import TeaCacheConfig, check_cache
+from elit.caching.ports import Block, BlockPort, argument_names
 from elit.caching.state import BranchState, Steps
 
 CALL_HOOK, BLOCK_HOOK = "elit_cache_call", "elit_cache_block"
@@ -30,7 +27,7 @@ FULL_GRAPH = "a step cache decides between the blocks; use compile_repeated_bloc
 
 
 class CallHook(ModelHook):
-    """Around the transformer: counts the steps of a run."""
+    """Counts the steps of a run, around the transformer."""
 
     _is_stateful = True
 
@@ -39,19 +36,16 @@ class CallHook(ModelHook):
         self.steps = steps
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
-        """Find the noise level among the forward's arguments."""
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        self.place = names.index("timestep") if "timestep" in names else None
+        """Learn the names of the forward's arguments, among which is the noise level."""
+        self.names = argument_names(module)
         return module
 
     @torch.compiler.disable
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         """Begin a call."""
         del module
-        timestep = kwargs.get("timestep")
-        if timestep is None and self.place is not None and self.place < len(args):
-            timestep = args[self.place]
-        self.steps.begin_call(timestep)
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        self.steps.begin_call(given.get("timestep"))
         return args, kwargs
 
     def reset_state(self, module: nn.Module) -> nn.Module:
@@ -60,8 +54,18 @@ class CallHook(ModelHook):
         return module
 
 
+# ---- the first block: each cache's own decision ----
+
+
+def relative_change(new: Tensor, old: Tensor) -> float:
+    """mean |new - old| / mean |old|, in float32; infinite where old is all zeros."""
+    new, old = new.float(), old.float()
+    change = float((new - old).abs().mean() / old.abs().mean())
+    return math.inf if math.isnan(change) else change
+
+
 class LeaderHook(ModelHook):
-    """Around the first block: decides whether the step is skipped. The decision is a subclass's."""
+    """Decides whether the step is skipped, around the first block."""
 
     def __init__(self, steps: Steps, port: BlockPort, config: Any):
         super().__init__()
@@ -69,155 +73,162 @@ class LeaderHook(ModelHook):
 
     @torch.compiler.disable(reason=FULL_GRAPH)
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The block's forward, or nothing."""
+        """Run the block, or give back what it got."""
+        del module
+        forward = self.fn_ref.original_forward
         if torch.is_grad_enabled():
             self.steps.current = None  # the other blocks follow no cache
-            return self.fn_ref.original_forward(*args, **kwargs)
-        streams = self.port.streams_in(args, kwargs)
+            return forward(*args, **kwargs)
+        streams = self.port.streams_in(self.port.arguments(args, kwargs))
         state = self.steps.begin_branch(streams)
         state.anchor = streams
-        result = self.run(state, module, *args, **kwargs)
+        result = self.decide(state, streams[0], lambda: forward(*args, **kwargs))
         if state.skips and result is None:
             return self.port.result(state.moulds.get(0), streams)
         state.moulds[0] = self.port.rest(result)
         return result
 
-    def run(self, state: BranchState, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Decide, and run the block or return None."""
+    def decide(self, state: BranchState, tokens: Tensor, run: Callable[[], Any]) -> Any:
+        """Set `state.skips`; run the block on its tokens and return its result, or return None."""
         raise NotImplementedError
 
 
 class FirstBlockLeader(LeaderHook):
-    """FirstBlockCache: the first block always runs, and what it adds decides."""
+    """FirstBlockCache: skips while the first block adds what it added at the last computed step."""
 
     config: FirstBlockCacheConfig
 
-    def run(self, state: BranchState, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        del module
-        result = self.fn_ref.original_forward(*args, **kwargs)
-        before = self.port.streams_in(args, kwargs)
+    def decide(self, state: BranchState, tokens: Tensor, run: Callable[[], Any]) -> Any:
+        result = run()
         state.anchor = after = self.port.streams_out(result)
-        state.skips = first_block_skips(self.config, state, after[0] - before[0])
+        added = after[0] - tokens
+        if state.before is not None and not (
+            relative_change(added, state.before) > self.config.threshold
+        ):
+            state.skips = state.residual is not None
+        else:
+            state.before = added
         return result
 
 
 class MagLeader(LeaderHook):
-    """MagCache: the number of the step decides."""
+    """MagCache: skips while the residual's magnitude has moved little, by calibrated ratios."""
 
     config: MagCacheConfig
 
-    def run(self, state: BranchState, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        del module
-        state.skips = mag_skips(self.config, state, self.steps)
-        return None if state.skips else self.fn_ref.original_forward(*args, **kwargs)
+    def decide(self, state: BranchState, tokens: Tensor, run: Callable[[], Any]) -> Any:
+        del tokens
+        state.skips = self.skips(state)
+        return None if state.skips else run()
+
+    def skips(self, state: BranchState) -> bool:
+        """Whether the step is skipped."""
+        config, step = self.config, self.steps.step
+        num_steps = self.steps.num_steps or config.num_inference_steps
+        ratios: Any = config.mag_ratios
+        if len(ratios) != num_steps:  # a pipeline told of another number of steps
+            ratios = nearest_interp(torch.as_tensor(ratios), num_steps)
+        if step < int(config.retention_ratio * num_steps + 0.5):
+            return False
+        state.ratio *= float(ratios[step]) if step < len(ratios) else 1.0
+        state.skipped += 1
+        state.total += abs(1.0 - state.ratio)
+        if (
+            state.residual is not None
+            and state.total <= config.threshold
+            and state.skipped <= config.max_skip_steps
+        ):
+            return True
+        state.ratio, state.skipped, state.total = 1.0, 0, 0.0
+        return False
 
 
 class TeaLeader(LeaderHook):
-    """TeaCache: the modulated input decides. Of a skipped block nothing runs but what makes it."""
+    """TeaCache: skips until the output is likely to have changed by the threshold.
+
+    It decides while the block runs, as soon as its modulated input is there: of a skipped block
+    nothing runs but what makes that.
+    """
 
     config: TeaCacheConfig
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
-        """Listen to the block's parts."""
-        self.probe = Probe(module, self.config.probe)
+        """Listen to the named part, or to all that are no norm until one gets the tokens."""
+        parts, name = dict(module.named_modules()), self.config.probe
+        self.block_name = type(module).__name__
+        if name is not None and name not in parts:
+            listed = ", ".join(part for part in parts if part and "." not in part)
+            raise ValueError(
+                f"the first block, a {self.block_name}, has no part {name!r}, which the "
+                f"TeaCacheConfig's probe names; it has {listed}"
+            )
+        heard = [parts[name]] if name else [
+            part for part in parts.values()
+            if part is not module and "norm" not in type(part).__name__.lower()
+        ]  # fmt: skip
+        self.handles = {
+            part: part.register_forward_pre_hook(self._hear, with_kwargs=True) for part in heard
+        }
+        self.listening: tuple[BranchState, Tensor] | None = None
         return module
 
     def deinitalize_hook(self, module: nn.Module) -> nn.Module:
         """Listen no more."""
-        self.probe.remove()
+        for handle in self.handles.values():
+            handle.remove()
         return module
 
-    def run(self, state: BranchState, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        def decide(probed: Tensor) -> None:
-            state.skips = self.skips(state, probed)
-            if state.skips:
-                raise _SkipError
-
-        tokens = self.port.streams_in(args, kwargs)[0]
+    def decide(self, state: BranchState, tokens: Tensor, run: Callable[[], Any]) -> Any:
+        self.listening = state, tokens
         try:
-            with self.probe.listening(tokens, decide):
-                result = self.fn_ref.original_forward(*args, **kwargs)
+            result = run()
         except _SkipError:
             return None
-        if not self.probe.was_heard:
+        finally:
+            was_heard, self.listening = self.listening is None, None
+        if not was_heard:
             raise ValueError(
-                f"TeaCache finds no modulated input in the first block, {type(module).__name__}: "
+                f"TeaCache finds no modulated input in the first block, {self.block_name}: "
                 f"none of its parts that ran got tokens of shape {tuple(tokens.shape)}; name the "
                 f"part whose input is to be compared: TeaCacheConfig(probe='attn')"
             )
         return result
 
+    def _hear(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        value = kwargs.get("hidden_states", args[0] if args else None)
+        if self.listening is None or not isinstance(value, Tensor):
+            return
+        state, tokens = self.listening
+        if not self.config.probe and (value is tokens or value.shape != tokens.shape):
+            return
+        for other in [other for other in self.handles if other is not part]:
+            self.handles.pop(other).remove()  # it is found: the others need not listen on
+        self.listening = None
+        state.skips = self.skips(state, value)
+        if state.skips:
+            raise _SkipError
+
     def skips(self, state: BranchState, probed: Tensor) -> bool:
-        """Whether the step is skipped, where the modulated input is this one."""
-        return tea_skips(self.config, state, self.steps, probed)
+        """Whether the step is skipped, of a modulated input (B, N, D)."""
+        before, state.before = state.before, probed
+        if before is not None:
+            state.total += self.config.output_change(relative_change(probed, before))
+        goes_on = state.residual is not None and not self.steps.is_last_step
+        if goes_on and state.total < self.config.threshold:
+            return True
+        state.total = 0.0
+        return False
 
 
 class _SkipError(Exception):
     """Leaves a block that need not run on."""
 
 
-class Probe:
-    """Hears the modulated input of a block: what its first part gets that is no norm.
-
-    Args:
-        block: to listen to.
-        name: of the part; None finds it at the first call.
-    """
-
-    def __init__(self, block: nn.Module, name: str | None):
-        parts = dict(block.named_modules())
-        if name is not None and name not in parts:
-            listed = ", ".join(part for part in parts if part and "." not in part)
-            raise ValueError(
-                f"the first block, a {type(block).__name__}, has no part {name!r}, which the "
-                f"TeaCacheConfig's probe names; it has {listed}"
-            )
-        self.is_named = name is not None
-        heard = [parts[name]] if name else [
-            part for part in parts.values()
-            if part is not block and "norm" not in type(part).__name__.lower()
-        ]  # fmt: skip
-        self.handles = {
-            part: part.register_forward_pre_hook(self._hear, with_kwargs=True) for part in heard
-        }
-        self._stop()
-
-    def _stop(self) -> None:
-        self.tokens: Tensor | None = None
-        self.tell: Callable[[Tensor], None] | None = None
-
-    @contextmanager
-    def listening(self, tokens: Tensor, tell: Callable[[Tensor], None]) -> Iterator[None]:
-        """Tell of the modulated input, once, while a block runs on these tokens."""
-        self.tokens, self.tell, self.was_heard = tokens, tell, False
-        try:
-            yield
-        finally:
-            self._stop()
-
-    def _hear(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.tell is None or self.tokens is None:
-            return
-        value = kwargs.get("hidden_states", args[0] if args else None)
-        if not isinstance(value, Tensor):
-            return
-        if not self.is_named and (value is self.tokens or value.shape != self.tokens.shape):
-            return
-        if len(self.handles) > 1:  # it is found: the others need not listen on
-            for other in [other for other in self.handles if other is not part]:
-                self.handles.pop(other).remove()
-        tell, self.was_heard = self.tell, True
-        self._stop()
-        tell(value)
-
-    def remove(self) -> None:
-        """Take the hooks away."""
-        for handle in self.handles.values():
-            handle.remove()
+# ---- the other blocks ----
 
 
 class BlockHook(ModelHook):
-    """Around every block but the first: runs it, or hands on what it got."""
+    """Runs a block, or hands on what it got, around every block but the first."""
 
     def __init__(self, steps: Steps, port: BlockPort, index: int, is_last: bool):
         super().__init__()
@@ -225,7 +236,7 @@ class BlockHook(ModelHook):
 
     @torch.compiler.disable(recursive=False, reason=FULL_GRAPH)  # blocks share graphs then
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The block's forward, or nothing."""
+        """Run the block, or give back what it got."""
         del module
         state = self.steps.current
         if state is None:
@@ -236,7 +247,7 @@ class BlockHook(ModelHook):
             self.steps.computed += not state.skips
         # A block that the computed step left out, as skip_layers do, has no mould; it just runs.
         if state.skips and self.index in state.moulds:
-            streams = self.port.streams_in(args, kwargs)
+            streams = self.port.streams_in(self.port.arguments(args, kwargs))
             if self.is_last:
                 streams = state.skip_to(streams)
             return self.port.result(state.moulds[self.index], streams)
@@ -253,6 +264,8 @@ class BlockHook(ModelHook):
         state.keep(self.port.streams_out(result))
 
 
+# ---- on and off ----
+
 LEADERS: dict[type, type[LeaderHook]] = {
     FirstBlockCacheConfig: FirstBlockLeader,
     MagCacheConfig: MagLeader,
@@ -260,59 +273,47 @@ LEADERS: dict[type, type[LeaderHook]] = {
 }
 
 
-def check_can_cache(model: nn.Module, blocks: Sequence[Block]) -> None:
-    """Raise a ValueError if no cache can be put on now."""
+def install_cache(model: nn.Module, blocks: Sequence[Block], config: Any) -> None:
+    """Put a cache around the blocks of a model, in the order in which tokens pass them."""
+    check_cache(model, config)
+    kind = next(leader for known, leader in LEADERS.items() if isinstance(config, known))
+    steps = Steps(getattr(config, "num_inference_steps", None))
+    put_hooks(model, blocks, steps, lambda port: kind(steps, port, config))
+
+
+def put_hooks(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    steps: Steps,
+    leader: Callable[[BlockPort], LeaderHook],
+    last: type[BlockHook] = BlockHook,
+) -> None:
+    """Register a hook on the model and one on each block, or raise a ValueError."""
     if len(blocks) < 2:
         raise ValueError(
             f"this {type(model).__name__} has {len(blocks)} block; a step cache needs two, one "
             f"where tokens come in and one where they come out"
         )
-    if getattr(model, "is_cache_enabled", False) or _registry(model).get_hook(CALL_HOOK):
+    registry = registry_of(model)
+    if getattr(model, "is_cache_enabled", False) or registry.get_hook(CALL_HOOK):
         raise ValueError("a step cache is on already; call disable_cache() first")
-
-
-def install_cache(model: nn.Module, blocks: Sequence[Block], config: Any) -> None:
-    """Put a cache around the blocks of a model, in the order in which tokens pass them."""
-    check_can_cache(model, blocks)
-    steps = Steps(getattr(config, "num_inference_steps", None))
-    kind = next(leader for known, leader in LEADERS.items() if isinstance(config, known))
-    leader = kind(steps, blocks[0][1], config)
-    hooks: list[ModelHook] = [
-        BlockHook(steps, port, index, is_last=index == len(blocks) - 1)
-        for index, (_, port) in enumerate(blocks)
-    ]
-    put_hooks(model, [block for block, _ in blocks], CallHook(steps), [leader, *hooks[1:]])
-
-
-def put_hooks(
-    model: nn.Module, blocks: Sequence[nn.Module], call: ModelHook, hooks: Sequence[ModelHook]
-) -> None:
-    """Register a hook on the model and one on each block."""
-    _registry(blocks[0]).register_hook(hooks[0], BLOCK_HOOK)  # the one that may not fit comes first
-    for block, hook in zip(blocks[1:], hooks[1:], strict=True):
-        _registry(block).register_hook(hook, BLOCK_HOOK)
-    _registry(model).register_hook(call, CALL_HOOK)
-    _registry(model).invalidate_child_registries_cache()
-
-
-def remove_cache(model: nn.Module) -> None:
-    """Take the hooks away again."""
-    registry = _registry(model)
-    registry.remove_hook(CALL_HOOK, recurse=False)
-    registry.remove_hook(BLOCK_HOOK, recurse=True)
+    first, end = blocks[0], len(blocks) - 1
+    registry_of(first[0]).register_hook(leader(first[1]), BLOCK_HOOK)  # may not fit: it comes first
+    for index, (block, port) in enumerate(blocks[1:], 1):
+        kind = last if index == end else BlockHook
+        registry_of(block).register_hook(kind(steps, port, index, index == end), BLOCK_HOOK)
+    registry.register_hook(CallHook(steps), CALL_HOOK)
     registry.invalidate_child_registries_cache()
 
 
-def reset_cache(model: nn.Module) -> None:
-    """Forget what was kept: the next call begins a run."""
-    _registry(model).reset_stateful_hooks()
+def remove_hooks(model: nn.Module, model_hook: str = CALL_HOOK, hook: str = BLOCK_HOOK) -> None:
+    """Take hooks of these names away, from the model and from all that is in it."""
+    registry = registry_of(model)
+    registry.remove_hook(model_hook, recurse=False)
+    registry.remove_hook(hook, recurse=True)
+    registry.invalidate_child_registries_cache()
 
 
-def cache_counts(model: nn.Module) -> tuple[int, int]:
-    """How often the blocks were computed, and how often skipped, since the cache is on."""
-    hook = _registry(model).get_hook(CALL_HOOK)
-    return (0, 0) if hook is None else (hook.steps.computed, hook.steps.skipped)
-
-
-def _registry(module: nn.Module) -> HookRegistry:
+def registry_of(module: nn.Module) -> HookRegistry:
+    """diffusers' register of a module's hooks."""
     return HookRegistry.check_if_exists_or_initialize(module)

@@ -22,35 +22,28 @@ class StepCaching(CacheMixin):
     _is_full_graph = False  # what the blocks were compiled to last
 
     def cache_blocks(self) -> list[Block]:
-        """What a cache may leave out, in the order in which tokens pass it, and its streams."""
+        """Blocks that a cache may leave out, in the order in which tokens pass them."""
         raise NotImplementedError
 
     def enable_cache(self, config: Any) -> None:
-        """Switch a step cache on.
+        """Switch on a FirstBlockCacheConfig or MagCacheConfig of diffusers, or a TeaCacheConfig.
 
-        Args:
-            config: a FirstBlockCacheConfig or MagCacheConfig of diffusers, or a TeaCacheConfig.
-
-        Raises:
-            ValueError: of another cache, with what keeps it from working, or if the blocks were
-                compiled to full graphs.
+        A ValueError says of another cache what keeps it from working.
         """
-        from elit.caching.configs import check_cache
-        from elit.caching.hooks import FULL_GRAPH, install_cache
+        from elit.caching import hooks
 
-        check_cache(self, config)
         blocks = self.cache_blocks()
         if self._is_full_graph and any(block._compiled_call_impl for block, _ in blocks):
-            raise ValueError(f"the blocks were compiled to full graphs; {FULL_GRAPH}")
-        install_cache(self, blocks, config)
+            raise ValueError(f"the blocks were compiled to full graphs; {hooks.FULL_GRAPH}")
+        hooks.install_cache(self, blocks, config)
         self._cache_config = config
 
     def disable_cache(self) -> None:
         """Switch it off; without one, nothing happens."""
         if self.is_cache_enabled:
-            from elit.caching.hooks import remove_cache
+            from elit.caching.hooks import remove_hooks
 
-            remove_cache(self)
+            remove_hooks(self)
             self._cache_config = None
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
@@ -65,16 +58,17 @@ class StepCaching(CacheMixin):
 
     def cache_counts(self) -> tuple[int, int]:
         """How often the blocks were computed, and how often skipped, since the cache is on."""
-        from elit.caching.hooks import cache_counts
+        from elit.caching.hooks import CALL_HOOK, registry_of
 
-        return cache_counts(self)
+        hook = registry_of(self).get_hook(CALL_HOOK)
+        return (0, 0) if hook is None else (hook.steps.computed, hook.steps.skipped)
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """Begin a new run; pipelines call it."""
         del recurse
-        from elit.caching.hooks import reset_cache
+        from elit.caching.hooks import registry_of
 
-        reset_cache(self)
+        registry_of(self).reset_stateful_hooks()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse a copy with a cache on: its hooks would go on running this model's blocks."""
@@ -83,51 +77,44 @@ class StepCaching(CacheMixin):
         return super().__reduce_ex__(protocol)
 
 
-def stock_blocks(transformer: nn.Module) -> list[Block]:
-    """All blocks of a diffusers transformer, from the lists in which its own caches look."""
-    from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
-
-    lists = [
-        child
-        for name, child in transformer.named_children()
-        if name in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS and isinstance(child, nn.ModuleList)
-    ]
-    if not lists:
-        raise ValueError(
-            f"{type(transformer).__name__} has none of the lists of blocks that a cache looks for: "
-            f"{', '.join(sorted(_ALL_TRANSFORMER_BLOCK_IDENTIFIERS))}; give blocks=[...]"
-        )
-    return [(block, BlockPort.of(block)) for blocks in lists for block in blocks]
-
-
 def blocks_of(transformer: nn.Module, blocks: Sequence[nn.Module] | None = None) -> list[Block]:
-    """The blocks of any transformer: those given, those it names itself, or the stock ones."""
-    if blocks is not None:
-        return [(block, BlockPort.of(block)) for block in blocks]
-    if isinstance(transformer, StepCaching):
+    """The blocks of any transformer: those given, those it names, or those in diffusers' lists."""
+    if blocks is None and isinstance(transformer, StepCaching):
         return transformer.cache_blocks()
-    return stock_blocks(transformer)
+    if blocks is None:
+        from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
+
+        lists = [
+            child
+            for name, child in transformer.named_children()
+            if name in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS and isinstance(child, nn.ModuleList)
+        ]
+        if not lists:
+            raise ValueError(
+                f"{type(transformer).__name__} has none of the lists of blocks that a cache looks "
+                f"for: {', '.join(sorted(_ALL_TRANSFORMER_BLOCK_IDENTIFIERS))}; give blocks=[...]"
+            )
+        blocks = [block for some in lists for block in some]
+    return [(block, BlockPort.of(block)) for block in blocks]
 
 
 def enable_step_cache(
     transformer: nn.Module, config: Any, blocks: Sequence[nn.Module] | None = None
 ) -> None:
-    """Switch a step cache on, for a transformer that isn't elastic and doesn't know TeaCache.
+    """Switch a step cache on, for a transformer of diffusers', or a module of your own.
 
     diffusers' pipelines name the branches of guidance and begin runs as with caches of its own.
 
     Args:
-        transformer: any of diffusers', or a module of your own.
+        transformer: any.
         config: a FirstBlockCacheConfig, MagCacheConfig or TeaCacheConfig.
         blocks: in order; by default those in diffusers' usual lists.
     """
     if isinstance(transformer, StepCaching) and blocks is None:
         transformer.enable_cache(config)
         return
-    from elit.caching.configs import check_cache
     from elit.caching.hooks import install_cache
 
-    check_cache(transformer, config)
     install_cache(transformer, blocks_of(transformer, blocks), config)
     transformer._cache_config = config  # what diffusers' models look at
 
@@ -137,7 +124,7 @@ def disable_step_cache(transformer: nn.Module) -> None:
     if isinstance(transformer, StepCaching):
         transformer.disable_cache()
     else:
-        from elit.caching.hooks import remove_cache
+        from elit.caching.hooks import remove_hooks
 
-        remove_cache(transformer)
+        remove_hooks(transformer)
         transformer._cache_config = None  # type: ignore[assignment]

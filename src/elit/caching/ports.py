@@ -13,52 +13,51 @@ Streams = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class BlockPort:
-    """The streams among a block's arguments, and among the values that it returns.
+    """The streams among a block's arguments, and among the values that it returns."""
 
-    Attributes:
-        names: of the arguments, in order.
-        tokens: argument with the tokens.
-        text: argument with the text, if there is one.
-        tokens_out: index of the tokens in a tuple that is returned.
-        text_out: the same of the text; None where the block gives no text back.
-    """
-
-    names: tuple[str, ...]
-    tokens: str
-    text: str | None = None
-    tokens_out: int = 0
-    text_out: int | None = None
+    names: tuple[str, ...]  # of the arguments, in order
+    tokens: str  # argument with the tokens
+    text: str | None = None  # argument with the text, if there is one
+    tokens_out: int = 0  # index of the tokens in a tuple that is returned
+    text_out: int | None = None  # the same of the text; None where the block gives none back
 
     @classmethod
     def of(cls, block: nn.Module, tokens: str | None = None, out: int | None = None) -> "BlockPort":
-        """The port of a block.
+        """Find the port of a block, where the tokens' argument or index may be known.
 
         diffusers' registry knows those of its own blocks. Another one takes its tokens as
         `hidden_states`, or first, and its text as `encoder_hidden_states`; of two values that it
         returns, one is the tokens, by default the first, and the other the text.
-
-        Args:
-            block: of a transformer.
-            tokens: argument with the tokens, if known.
-            out: index of the tokens in what the block returns, if known.
         """
-        names = tuple(inspect.signature(type(block).forward).parameters)[1:]  # without self
-        known = registered(type(block))
-        if known is not None:
+        names = argument_names(block)
+        if not names:
+            raise ValueError(f"{type(block).__name__} takes no arguments: it is no block")
+        known = _registered(type(block))
+        if known is None:
+            text: str | None = "encoder_hidden_states"
+            text_out = 1 - (out or 0) if (out or 0) < 2 else None
+            tokens = tokens or ("hidden_states" if "hidden_states" in names else names[0])
+        else:
             text = known.encoder_hidden_states_argument_name
             text_out = known.return_encoder_hidden_states_index
             tokens = tokens or known.hidden_states_argument_name
             out = known.return_hidden_states_index if out is None else out
-        else:
-            text, text_out = "encoder_hidden_states", 1 - (out or 0) if (out or 0) < 2 else None
-            tokens = tokens or ("hidden_states" if "hidden_states" in names else names[0])
         if text not in names or text_out is None:
-            return cls(names, tokens, None, out or 0)
+            text = text_out = None
         return cls(names, tokens, text, out or 0, text_out)
 
-    def streams_in(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Streams:
-        """The streams among the arguments of a call."""
+    def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of a call by name: models give them by position when they are checkpointed."""
         arguments = dict(zip(self.names, args, strict=False)) | dict(kwargs)
+        if not isinstance(arguments.get(self.tokens), Tensor):
+            raise ValueError(
+                f"a block got no tokens as {self.tokens!r}, but {', '.join(arguments)}; "
+                f"give layout=Layout(hidden_states=...), the name of the right one"
+            )
+        return arguments
+
+    def streams_in(self, arguments: Mapping[str, Any]) -> Streams:
+        """The streams among the arguments of a call."""
         return arguments[self.tokens], None if self.text is None else arguments.get(self.text)
 
     def streams_out(self, result: Any) -> Streams:
@@ -86,8 +85,8 @@ class BlockPort:
 Block = tuple[nn.Module, BlockPort]
 
 
-def registered(block_class: type) -> Any:
-    """What diffusers' registry says of its own blocks; None of others."""
+def _registered(block_class: type) -> Any:
+    """Entry of diffusers' registry for a block of its own; None of others."""
     if block_class.__module__.startswith("elit."):  # without the hooks' import, which takes long
         return None
     from diffusers.hooks._helpers import TransformerBlockRegistry
@@ -96,3 +95,9 @@ def registered(block_class: type) -> Any:
         return TransformerBlockRegistry.get(block_class)
     except ValueError:
         return None
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the forward's arguments, in order."""
+    parameters = inspect.signature(type(module).forward).parameters
+    return tuple(n for n, p in parameters.items() if p.kind != p.VAR_KEYWORD)[1:]  # without self

@@ -1,6 +1,6 @@
-"""What a cache remembers: of each branch of guidance by its name, and where a run is."""
+"""Memory of a cache: each branch of guidance by its name, and the place in a run."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,37 +14,22 @@ UNNAMED = "unnamed"  # the branch of calls outside of any `cache_context`
 
 @dataclass
 class BranchState(BaseState):
-    """A branch: what its last steps left.
+    """Memory of a branch of guidance."""
 
-    Attributes:
-        step: the last one that it took part in.
-        entered: shape, dtype and device of the streams that entered the blocks at that step.
-        anchor: the streams that the residual adds to, of the step that runs.
-        skips: whether the step that runs is skipped.
-        residual: what the blocks added to the anchor at the last computed step.
-        moulds: of what each block returned then, without the streams.
-        before: what is compared from step to step, of the step before.
-        total: changes since the last computed step, added up.
-        ratio: ratios of magnitudes since then, multiplied up.
-        skipped: steps in a row that were skipped, or could have been.
-    """
-
-    step: int = -1
-    entered: tuple[Any, ...] = ()
-    anchor: Streams | None = None
-    skips: bool = False
-    residual: Streams | None = None
-    moulds: dict[int, Any] = field(default_factory=dict)
-    before: Tensor | None = None
-    total: float = 0.0
-    ratio: float = 1.0
-    skipped: int = 0
+    step: int = -1  # the last one that it took part in
+    entered: tuple[Any, ...] = ()  # shape, dtype, device of the streams that entered at that step
+    anchor: Streams | None = None  # the streams that the residual adds to, of the step that runs
+    skips: bool = False  # whether the step that runs is skipped
+    residual: Streams | None = None  # what the blocks added to the last computed step's anchor
+    moulds: dict[int, Any] = field(default_factory=dict)  # of what each block returned then
+    before: Tensor | None = None  # what is compared from step to step, of the step before
+    total: float = 0.0  # changes since the last computed step, added up
+    ratio: float = 1.0  # ratios of magnitudes since then, multiplied up
+    skipped: int = 0  # steps in a row that were skipped, or could have been
 
     def reset(self) -> None:
         """Forget everything."""
-        new = BranchState()
-        for name in (entry.name for entry in fields(self)):
-            setattr(self, name, getattr(new, name))
+        self.__dict__.update(vars(BranchState()))
 
     def keep(self, out: Streams) -> None:
         """Take the residual of a computed step, from what left the last block."""
@@ -56,11 +41,7 @@ class BranchState(BaseState):
         self.residual = out[0][:, -tokens.shape[1] :] - tokens, text_residual
 
     def skip_to(self, given: Streams) -> tuple[Tensor, Tensor | None]:
-        """What leaves the last block at a skipped step: the anchor and the cached residual.
-
-        Args:
-            given: what came to the last block.
-        """
+        """The anchor and the cached residual: what leaves the last block at a skipped step."""
         (tokens, text), (residual, text_residual) = self.anchor, self.residual  # type: ignore[misc]
         tokens = tokens + residual
         before = given[0].shape[1] - tokens.shape[1]
@@ -77,23 +58,17 @@ class Steps(StateManager):
     A run starts where the noise level jumps back, after as many steps as it has, at step 0 of a
     pipeline that counts, and after `reset`. It starts too where a branch is at its first level
     again, or at another one for a third time: Heun's method is at all but the first level twice.
-
-    Attributes:
-        step: of the run, from 0.
-        num_steps: of the run, if known.
-        current: the branch whose blocks run, and follow a cache.
-        computed, skipped: calls of the blocks so far, in all runs.
     """
 
     def __init__(self, num_steps: int | None = None):
         super().__init__(BranchState)
         self.default_num_steps = num_steps
-        self.computed = self.skipped = 0
+        self.computed = self.skipped = 0  # calls of the blocks so far, in all runs
         self._rewind()
 
     def _rewind(self) -> None:
-        self.step, self.num_steps = -1, self.default_num_steps
-        self.current: BranchState | None = None
+        self.step, self.num_steps = -1, self.default_num_steps  # None is not known
+        self.current: BranchState | None = None  # whose blocks run, and follow a cache
         self._time: float | None = None
         self._visits = 0  # steps in a row at this level
         self._direction: int | None = -1  # noise levels go down, until they turn out to go up
@@ -110,11 +85,7 @@ class Steps(StateManager):
         self._rewind()
 
     def begin_call(self, timestep: Any) -> None:
-        """A call of the transformer begins; find the step that it belongs to.
-
-        Args:
-            timestep: of the call; the largest counts. None if there is none.
-        """
+        """Find the step that a call belongs to, by the largest of its timesteps."""
         context, index = self.context, self.context.step_index
         time = None
         if index is not None:
@@ -149,11 +120,7 @@ class Steps(StateManager):
         return turns
 
     def begin_branch(self, streams: Streams) -> BranchState:
-        """The blocks of a branch begin; its state, empty if it doesn't go on from the last step.
-
-        Args:
-            streams: which enter the blocks.
-        """
+        """State of a branch whose blocks begin: empty if it doesn't go on from the last step."""
         state: BranchState = self.get_state()
         entered = tuple(x if x is None else (x.shape, x.dtype, x.device) for x in streams)
         goes_on = state.residual is not None and state.step == self.step - 1

@@ -13,9 +13,10 @@ from functools import cached_property
 from typing import Any
 
 from elit._numbers import MOST
-from elit.interface.budget import check_num_latents, resolve_budget
+from elit.interface.budget import Budgeted, check_num_latents
 from elit.interface.grid import TokenGrid, format_size
 from elit.layers.tiles import slab_size
+from elit.models.geometry import Geometry
 from elit.retrofit.settings import interface_heads
 
 TIME_FEATURES = 256
@@ -111,7 +112,7 @@ def axes(value: int | Sequence[int], count: int) -> tuple[int, ...]:
 # ---- models ----
 
 
-class ModelCost:
+class ModelCost(Budgeted):
     """Sizes, parameters and FLOPs of a model of ours.
 
     Args:
@@ -136,47 +137,33 @@ class ModelCost:
         split = {"head": 1, "tail": 1} if self.kind == "HDiT" else {}
         self.config = config = _DEFAULTS | split | dict(config) | dict(retrofit or {})
         self.retrofit = retrofit is not None
-        own = config["sample_size"]
-        self.own_size = axes(own, len(own) if isinstance(own, Sequence) else 2)
+        sizes = Geometry.of(
+            *(config[key] for key in ("sample_size", "in_channels", "patch_size", "group")),
+            config["min_latents"],
+            (config["depth"], config["head"], config["tail"]),
+            always_split=self.kind == "HDiT",
+        )
+        self.own_size, self.patch_size, self.group = (
+            sizes.sample_size,
+            sizes.patch_size,
+            sizes.group,
+        )
+        self.max_latents, self.min_latents = sizes.max_latents, sizes.min_latents
+        self.split, self.patch_dim = sizes.split, sizes.patch_dim
         self.sample_size = tuple(sample_size or self.own_size)
-        count = len(self.own_size)
-        self.patch_size = axes(config["patch_size"], count)
-        self.group = None if config["group"] is None else axes(config["group"], count)
         self.grid = TokenGrid.of_input(self.sample_size, self.patch_size, self.group)
         if self.grid.num_tokens > MOST:
             raise ValueError(
                 f"an input of size {format_size(self.sample_size)} has {self.grid.num_tokens} "
                 f"tokens: a size is too large; choose a smaller one"
             )
-        self.is_elastic = self.group is not None
         self.takes_text = self.kind == "MMDiT"
-        self.max_latents = math.prod(self.group or (0,))
-        self.min_latents = config["min_latents"] if self.is_elastic else 0
-        head, depth, tail = (config[key] for key in ("head", "depth", "tail"))
-        has_core = self.is_elastic or self.kind == "HDiT"
-        self.split = (head, depth - head - tail, tail) if has_core else (depth, 0, 0)
         self.text_tokens: Any = text_tokens or config.get("max_text_length")  # None without a text
 
         self.width, self.ratio = config["hidden_size"], config["mlp_ratio"]
         self.tokens, self.groups = self.grid.num_tokens, self.grid.num_groups
         # RMS norms of queries and keys, as all but a SiT's blocks have them.
         self.norms = learned(2, self.width // config["num_heads"])
-        self.patch_dim = config["in_channels"] * math.prod(self.patch_size)
-
-    def resolve_budget(self, budget: float) -> int | None:
-        """`num_latents` of a budget; None, "all there is", of a plain model at 1."""
-        if self.is_elastic:
-            return resolve_budget(budget, self.max_latents)
-        if budget == 1:
-            return None
-        raise ValueError(
-            f"budget {budget} asked of a model that is not elastic; "
-            f"leave the budget at 1, or use a model with groups (elit-...)"
-        )
-
-    def budget_of(self, num_latents: int | None) -> float:
-        """Budget that `num_latents` really are."""
-        return 1.0 if num_latents is None else num_latents / self.max_latents
 
     @cached_property
     def parameters(self) -> int:

@@ -12,8 +12,7 @@ from elit.interface.write import Write
 from elit.models.elastic import ElasticMixin
 from elit.models.sit_interface import SiTRead, SiTWrite
 from elit.retrofit.elastic import ElasticTransformer
-from elit.retrofit.interface import LatentInterface
-from elit.retrofit.lossless import LosslessRead, LosslessWrite
+from elit.retrofit.interface import LatentInterface, LosslessRead, LosslessWrite
 
 LeftOut = Literal["core", "interface"]
 PARTS: tuple[LeftOut, ...] = ("core", "interface")
@@ -90,8 +89,7 @@ def _retrofit_without(model: ElasticTransformer, part: LeftOut) -> Iterator[None
 def find_interface(model: nn.Module) -> tuple[AnyRead, AnyWrite] | None:
     """Read and Write of a model of ours or of a retrofit; None for a plain model."""
     owner = getattr(model, "elit", model)
-    is_own = isinstance(owner, ElasticMixin) and owner.group is not None
-    if not (isinstance(owner, LatentInterface) or is_own):
+    if not isinstance(owner, ElasticMixin | LatentInterface) or owner.read is None:
         return None
     return owner.read, owner.write  # type: ignore[return-value]
 

@@ -1,4 +1,4 @@
-"""What Read looks at: the attention weights of its groups, seen while the model runs as ever."""
+"""Attention weights of Read, seen while the model runs as ever."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elit.layers.attention import CrossAttention
+from elit.layers.transformer import CrossAttention
 
 
 @torch.no_grad()

@@ -66,6 +66,40 @@ def default_budgets(min_latents: int, max_latents: int) -> list[float]:
     return budgets
 
 
+class Budgeted:
+    """A model whose latents per group can be chosen: one of ours, or one that was elasticized.
+
+    Attributes:
+        max_latents: J, latents per group at full budget, 0 in a plain model.
+        min_latents: fewest latents per group that training keeps, 0 in a plain model.
+    """
+
+    max_latents: int = 0
+    min_latents: int = 0
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether there is a latent interface, the model's own or one that it was given."""
+        return self.max_latents > 0
+
+    def resolve_budget(self, budget: float) -> int | None:
+        """`num_latents` of a budget in (0, 1]; None, "all there is", for a plain model at 1."""
+        if self.is_elastic:
+            return resolve_budget(budget, self.max_latents)
+        if budget == 1:
+            return None
+        raise ValueError(
+            f"budget {budget} asked of a model that is not elastic; "
+            f"leave the budget at 1, or use a model with groups (elit-...)"
+        )
+
+    def budget_of(self, num_latents: int | None) -> float:
+        """Budget that `num_latents` really are; 1 for a plain model."""
+        if not self.is_elastic or num_latents is None:
+            return 1.0
+        return check_num_latents(num_latents, self.max_latents) / self.max_latents
+
+
 @dataclass(frozen=True)
 class TailDropping:
     """How many latents per group a training step keeps, and which.
@@ -114,8 +148,8 @@ class TailDropping:
 
         ratio = (self.max_latents + 1) / self.min_latents
         drawn = torch.rand(count, generator=generator).tolist()
-        kept = [self.min_latents * ratio ** ((i + u) / count) for i, u in enumerate(drawn)]
-        return [min(int(n), self.max_latents) for n in kept]
+        numbers = [self.min_latents * ratio ** ((i + u) / count) for i, u in enumerate(drawn)]
+        return [min(int(n), self.max_latents) for n in numbers]
 
     def choose(self, num_latents: int, generator: torch.Generator) -> torch.Tensor | None:
         """Indices (num_latents,) of the latents to keep, or None for the first ones."""

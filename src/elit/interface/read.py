@@ -5,9 +5,14 @@ from torch import Tensor, nn
 
 from elit.interface.budget import check_num_latents
 from elit.interface.grid import TokenGrid
-from elit.layers.attention import CrossAttention
-from elit.layers.block import MLP
-from elit.layers.modulation import AdaLNZero, gated_add, layer_norm, modulate
+from elit.layers.transformer import (
+    MLP,
+    AdaLNZero,
+    CrossAttention,
+    gated_add,
+    layer_norm,
+    modulate,
+)
 
 
 class Read(nn.Module):

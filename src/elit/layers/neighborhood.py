@@ -15,50 +15,33 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from elit.layers.attention import SelfAttention
-from elit.layers.positions import Rotary
 from elit.layers.tiles import slab_size, tile_size
+from elit.layers.transformer import Rotary, SelfAttention, TransformerBlock
 
 
 class Neighborhood(NamedTuple):
-    """Who attends to whom, and the rotations: what `NeighborhoodAttention` needs of the grid.
+    """Who attends to whom, and the rotations: what `NeighborhoodAttention` needs of the grid."""
 
-    Attributes:
-        rotary: rotations of the tokens, tile by tile.
-        size: tokens along each axis.
-        tile: tokens of a tile along each axis.
-        kernel: neighbours along each axis.
-        keys: (T, S) numbers of the tokens in each tile's slab.
-        mask: (T, Q, S), whether a query of the tile sees a key of the slab.
-    """
-
-    rotary: Rotary
-    size: tuple[int, ...]
-    tile: tuple[int, ...]
-    kernel: tuple[int, ...]
-    keys: Tensor
-    mask: Tensor
+    rotary: Rotary  # of the tokens, tile by tile
+    size: tuple[int, ...]  # tokens along each axis
+    tile: tuple[int, ...]  # tokens of a tile along each axis
+    kernel: tuple[int, ...]  # neighbours along each axis
+    keys: Tensor  # (T, S) numbers of the tokens in each tile's slab
+    mask: Tensor  # (T, Q, S), whether a query of the tile sees a key of the slab
 
 
 def neighborhood(
     places: Tensor, size: tuple[int, ...], kernel: int, rotary: Rotary
 ) -> Neighborhood:
-    """Neighbourhoods of a grid whose tokens are ordered tile by tile.
-
-    Args:
-        places: (N, axes) place of each token on the grid, in that order.
-        size: tokens along each axis.
-        kernel: neighbours along each axis, odd.
-        rotary: rotations of the tokens, in that order.
-    """
+    """Neighbourhoods on a grid; places (N, axes) and rotations are ordered tile by tile."""
     tile = tile_size(size)
     kernels = tuple(min(kernel, n) for n in size)
     queries = places.long()  # (N, axes)
     order = torch.zeros(size, dtype=torch.long, device=places.device)
-    order[tuple(queries.unbind(1))] = torch.arange(len(queries), device=places.device)
+    order[tuple(queries.unbind(1))] = torch.arange(queries.shape[0], device=places.device)
     per_tile = queries.view(-1, math.prod(tile), len(size))  # (T, Q, axes)
 
-    tiles, count = len(per_tile), per_tile.shape[1]
+    tiles, count = per_tile.shape[:2]
     keys = torch.zeros(tiles, 1, dtype=torch.long, device=places.device)
     mask = torch.ones(tiles, count, 1, dtype=torch.bool, device=places.device)
     slabs_of = zip(size, slab_size(size, kernel), kernels, strict=True)
@@ -96,7 +79,7 @@ def _has_natten() -> bool:
 
 def attend_neighborhood(query: Tensor, key: Tensor, value: Tensor, near: Neighborhood) -> Tensor:
     """Softmax attention within neighbourhoods: (B, N, H, d) each -> (B, N, H*d)."""
-    batch, (tiles, count, _) = len(query), near.mask.shape
+    batch, (tiles, count, _) = query.shape[0], near.mask.shape
     query = query.unflatten(1, (tiles, count)).flatten(0, 1).transpose(1, 2)  # (B*T, H, Q, d)
     key, value = slabs(key, near), slabs(value, near)  # (B*T, H, S, d)
     mask = near.mask.repeat(batch, 1, 1)[:, None]  # (B*T, 1, Q, S)
@@ -106,7 +89,7 @@ def attend_neighborhood(query: Tensor, key: Tensor, value: Tensor, near: Neighbo
 
 def slabs(x: Tensor, near: Neighborhood) -> Tensor:
     """The tokens that each tile's queries look at: (B, N, H, d) -> (B*T, H, S, d)."""
-    first = torch.arange(len(x), device=x.device) * x.shape[1]  # (B,), of each sample
+    first = torch.arange(x.shape[0], device=x.device) * x.shape[1]  # (B,), of each sample
     rows = (first[:, None] + near.keys.flatten()).flatten()  # (B*T*S,)
     # Of whole rows and one axis: several times as fast as x[:, near.keys].
     x = x.reshape(-1, x.shape[2] * x.shape[3]).index_select(0, rows).unflatten(-1, x.shape[2:])
@@ -131,3 +114,9 @@ def from_rows(x: Tensor, near: Neighborhood) -> Tensor:
     """Back again."""
     lengths = {"n0": near.tile[0], "n1": near.tile[1]}
     return rearrange(x, "b (g0 n0) (g1 n1) h d -> b (g0 g1 n0 n1) h d", **lengths)
+
+
+class NeighborhoodBlock(TransformerBlock):
+    """A block whose tokens attend to those near them; its third argument is a Neighborhood."""
+
+    attention_class = NeighborhoodAttention

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from elit._numbers import MOST, is_whole
-from elit.layers.attention import SelfAttention, head_dim
-from elit.layers.block import MLP
-from elit.layers.positions import rotary_embedding
+from elit._numbers import MOST, check_whole
+from elit.layers.transformer import MLP, SelfAttention, head_dim, rotary_embedding
 
 PADDING, BEGIN = 0, 1  # numbers that no word has
 MIN_VOCAB = 8
@@ -75,13 +73,10 @@ class WordEncoder(nn.Module):
         self, dim: int, num_heads: int, vocab_size: int | None, mlp_ratio: float, theta: float
     ):
         super().__init__()
-        if not is_whole(vocab_size, MIN_VOCAB):
-            raise ValueError(
-                f"vocab_size={vocab_size!r} is not allowed; give a whole number from {MIN_VOCAB} "
-                f"to {MOST}, thousands are usual"
-            )
+        advice = f"a whole number from {MIN_VOCAB} to {MOST}, thousands are usual"
+        check_whole(vocab_size, "vocab_size", MIN_VOCAB, advice=advice)
         self.rotary_options = (head_dim(dim, num_heads), theta)
-        self.table = nn.Embedding(vocab_size, dim)
+        self.table = nn.Embedding(int(vocab_size or 0), dim)
         self.blocks = nn.ModuleList(TextBlock(dim, num_heads, mlp_ratio) for _ in range(2))
         self.norm = nn.LayerNorm(dim)
 

@@ -1,4 +1,4 @@
-"""How a grid is cut into tiles, whose tokens share the keys that they attend to; without torch."""
+"""Tiles of a grid, whose tokens share the keys that they attend to; without torch."""
 
 # Most tokens of a tile along an axis. Smaller tiles copy each key into more slabs, larger ones
 # attend to more keys in vain: with 7 neighbours, 4, 8 and 16 read 6.2, 3.1 and 1.9 keys per query

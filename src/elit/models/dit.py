@@ -8,10 +8,15 @@ from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up 
 from torch import Tensor, nn
 
 from elit.interface import Read, Write
-from elit.layers.block import FinalLayer, TransformerBlock
-from elit.layers.embeddings import LabelEmbedding, TimestepEmbedding
-from elit.layers.initialisation import init_weights
-from elit.models.class_conditional import ClassConditional
+from elit.layers.transformer import (
+    FinalLayer,
+    LabelEmbedding,
+    TimestepEmbedding,
+    TransformerBlock,
+    init_weights,
+)
+from elit.models.elastic import ClassConditional
+from elit.models.geometry import Geometry
 
 
 class DiT(ClassConditional, ModelMixin, ConfigMixin):
@@ -62,9 +67,10 @@ class DiT(ClassConditional, ModelMixin, ConfigMixin):
         rope_theta: float = 10_000.0,
     ):
         super().__init__()
-        self.set_geometry(sample_size, in_channels, patch_size, group, min_latents)
-        self.set_split(depth, head, tail)
-        self.set_rotary(hidden_size, num_heads, rope_theta)
+        shape = (sample_size, in_channels, patch_size, group, min_latents)
+        self.set_geometry(
+            Geometry.of(*shape, (depth, head, tail), (hidden_size, num_heads, rope_theta))
+        )
 
         self.patch_embed = nn.Linear(self.patch_dim, hidden_size)
         self.time_embed = TimestepEmbedding(hidden_size)
@@ -72,9 +78,9 @@ class DiT(ClassConditional, ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(
             self.make_block(index, hidden_size, num_heads, mlp_ratio) for index in range(depth)
         )
-        if self.group is not None:
-            self.read = Read(hidden_size, num_heads, self.max_latents)
-            self.write = Write(hidden_size, num_heads, self.max_latents)
+        sizes = (hidden_size, num_heads, self.max_latents)
+        self.read = Read(*sizes) if self.is_elastic else None
+        self.write = Write(*sizes) if self.is_elastic else None
         self.project = FinalLayer(hidden_size, self.patch_dim)
 
         self.gradient_checkpointing = False
@@ -110,16 +116,17 @@ class DiT(ClassConditional, ModelMixin, ConfigMixin):
                 all groups (the paper's ablation of tail dropping).
             return_dict: whether to wrap the velocity in a Transformer2DModelOutput.
         """
-        self.check_inputs(hidden_states, encoder_hidden_states)
-        num_latents = self.check_num_latents(num_latents, latent_indices)
+        grid, levels, num_latents = self.check_inputs(
+            hidden_states, timestep, num_latents, latent_indices
+        )
+        labels = self.check_labels(class_labels, encoder_hidden_states, hidden_states)
         head, core, tail = self.split_blocks(self.blocks)
-        grid = self.token_grid(hidden_states)
 
         tokens = self.patch_embed(grid.patchify(hidden_states, self.patch_size))  # (B, N, D)
-        condition = self.embed_condition(timestep, class_labels, hidden_states)  # (B, D)
+        condition = self.embed_condition(levels, labels)  # (B, D)
         rotary = self.rotary(grid.token_places(tokens.device))
         tokens = self.run(head, tokens, condition, rotary)  # (B, N, D)
-        if self.group is not None:
+        if self.read is not None:
             core_rotary = self.rotary(grid.latent_places(num_latents, tokens.device))
             latents = self.read(tokens, condition, grid, num_latents, latent_indices)
             latents = self.run(core, latents, condition, core_rotary)  # (B, G*n, D)

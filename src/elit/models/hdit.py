@@ -10,13 +10,17 @@ from torch import Tensor, nn
 
 from elit._numbers import is_whole
 from elit.interface import Read, TokenGrid, Write
-from elit.layers.attention import head_dim
-from elit.layers.block import FinalLayer, NeighborhoodBlock, TransformerBlock
-from elit.layers.embeddings import LabelEmbedding, TimestepEmbedding
-from elit.layers.initialisation import init_weights
-from elit.layers.neighborhood import neighborhood
+from elit.layers.neighborhood import NeighborhoodBlock, neighborhood
 from elit.layers.tiles import tile_size
-from elit.models.class_conditional import ClassConditional
+from elit.layers.transformer import (
+    FinalLayer,
+    LabelEmbedding,
+    TimestepEmbedding,
+    TransformerBlock,
+    init_weights,
+)
+from elit.models.elastic import ClassConditional
+from elit.models.geometry import Geometry
 
 
 class HDiT(ClassConditional, ModelMixin, ConfigMixin):
@@ -31,22 +35,17 @@ class HDiT(ClassConditional, ModelMixin, ConfigMixin):
     FLOPs that tail dropping saves there.
 
     Args:
-        sample_size: input size, (t,) h, w, that the model was made for; it takes any other that
-            patches and groups divide. One number is a square image.
-        in_channels: channels of input and output.
+        sample_size, in_channels, num_classes, min_latents, rope_theta: as of a `DiT`.
         patch_size: input elements per inner token along each axis. Outer tokens have half of each
             even number.
         hidden_size: D of the inner level; the outer level has D / 2.
         num_heads: attention heads of the inner level, even; the outer level has half of them.
         depth: blocks in all.
-        num_classes: classes; a label of `num_classes` is the null label.
         group: inner tokens of one group along each axis; None makes a plain HDiT.
         head: blocks of the outer level before the inner one.
         tail: blocks of the outer level after it.
-        min_latents: fewest latents per group that training keeps, and the default guide's number.
         kernel_size: neighbours of an outer token along each axis, odd.
         mlp_ratio: hidden width of the blocks' MLPs, over their width.
-        rope_theta: base of the rotary wavelengths.
     """
 
     _supports_gradient_checkpointing = True
@@ -73,12 +72,15 @@ class HDiT(ClassConditional, ModelMixin, ConfigMixin):
         rope_theta: float = 10_000.0,
     ):
         super().__init__()
-        self.set_geometry(sample_size, in_channels, patch_size, group, min_latents)
-        self.set_split(depth, head, tail, always=True)
+        shape = (sample_size, in_channels, patch_size, group, min_latents)
+        self.set_geometry(
+            Geometry.of(
+                *shape, (depth, head, tail), (hidden_size, num_heads, rope_theta), always_split=True
+            )
+        )
         self.merge = tuple(2 if p % 2 == 0 else 1 for p in self.patch_size)
         self.outer_patch = tuple(p // m for p, m in zip(self.patch_size, self.merge, strict=True))
         outer_per_inner = int(torch.Size(self.merge).numel())
-        head_dim(hidden_size, num_heads)  # or an error that says more
         if outer_per_inner == 1 or num_heads % 2 or hidden_size % 2:
             raise ValueError(
                 f"patch_size={patch_size!r}, hidden_size={hidden_size} and num_heads={num_heads} "
@@ -86,7 +88,6 @@ class HDiT(ClassConditional, ModelMixin, ConfigMixin):
             )
         if not is_whole(kernel_size) or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size!r} is not allowed; use an odd number, as 7")
-        self.set_rotary(hidden_size, num_heads, rope_theta)
 
         outer_size, outer_patch_dim = hidden_size // 2, self.patch_dim // outer_per_inner
         self.patch_embed = nn.Linear(outer_patch_dim, outer_size)
@@ -102,9 +103,9 @@ class HDiT(ClassConditional, ModelMixin, ConfigMixin):
         self.merge_tokens = nn.Linear(outer_per_inner * outer_size, hidden_size)
         self.split_tokens = nn.Linear(hidden_size, outer_per_inner * outer_size)
         self.skip_weight = nn.Parameter(torch.empty(()))
-        if self.is_elastic:
-            self.read = Read(hidden_size, num_heads, self.max_latents)
-            self.write = Write(hidden_size, num_heads, self.max_latents)
+        sizes = (hidden_size, num_heads, self.max_latents)
+        self.read = Read(*sizes) if self.is_elastic else None
+        self.write = Write(*sizes) if self.is_elastic else None
         self.project = FinalLayer(outer_size, outer_patch_dim, hidden_size)
 
         self.gradient_checkpointing = False
@@ -126,22 +127,23 @@ class HDiT(ClassConditional, ModelMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the velocity; the arguments are those of `DiT.forward`."""
-        self.check_inputs(hidden_states, encoder_hidden_states)
-        num_latents = self.check_num_latents(num_latents, latent_indices)
+        grid, levels, num_latents = self.check_inputs(
+            hidden_states, timestep, num_latents, latent_indices
+        )
+        labels = self.check_labels(class_labels, encoder_hidden_states, hidden_states)
         head, core, tail = self.split_blocks(self.blocks)
-        grid = self.token_grid(hidden_states)
         outer = self.outer_grid(grid)
         places = outer.token_places(hidden_states.device)
         near = neighborhood(places, outer.size, self.config.kernel_size, self.rotary(places))
 
         tokens = self.patch_embed(outer.patchify(hidden_states, self.outer_patch))  # (B, M, D/2)
-        condition = self.embed_condition(timestep, class_labels, hidden_states)  # (B, D)
+        condition = self.embed_condition(levels, labels)  # (B, D)
         tokens = skipped = self.run(head, tokens, condition, near)  # (B, M, D/2)
 
         patches = outer.unpatchify(tokens, (1,) * len(outer.size))  # (B, D/2, *outer.size)
         tokens = self.merge_tokens(grid.patchify(patches, self.merge))  # (B, N, D)
         rotary = self.rotary(grid.token_places(tokens.device))
-        if self.is_elastic:
+        if self.read is not None:
             core_rotary = self.rotary(grid.latent_places(num_latents, tokens.device))
             latents = self.read(tokens, condition, grid, num_latents, latent_indices)
             latents = self.run(core, latents, condition, core_rotary)  # (B, G*n, D)

@@ -9,15 +9,27 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
 from torch import Tensor, nn
 
-from elit._numbers import MOST, is_whole
+from elit._numbers import MOST, check_whole
 from elit.interface import Read, TokenGrid, Write
-from elit.layers.block import FinalLayer
-from elit.layers.embeddings import TimestepEmbedding
-from elit.layers.initialisation import init_weights
-from elit.layers.joint import JointBlock
-from elit.layers.positions import Rotary
 from elit.layers.text import WordEncoder
-from elit.models.elastic import ElasticMixin, check_range
+from elit.layers.transformer import (
+    FinalLayer,
+    HeadNorm,
+    Rotary,
+    TimestepEmbedding,
+    TransformerBlock,
+    attend,
+    head_dim,
+    init_weights,
+    modulate,
+    rotate,
+    zero_,
+)
+from elit.models.checks import check_text
+from elit.models.elastic import ElasticMixin
+from elit.models.geometry import Geometry
+
+_ANY = f"a whole number from 1 to {MOST}"
 
 
 class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
@@ -29,24 +41,11 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
     Its text is what a text encoder made of it, with `text_dim`; or, with `vocab_size`, numbers of
     words, which an encoder inside the model embeds and which is trained along with it.
 
-    Args:
-        sample_size: input size, (t,) h, w, that the model was made for; it takes any other that
-            patches and groups divide. One number is a square image.
-        in_channels: channels of input and output.
-        patch_size: input elements per token along each axis.
-        hidden_size: D.
-        num_heads: attention heads.
-        depth: blocks in all.
+    Args, beside those of a `DiT`:
         max_text_length: most tokens of a text.
         text_dim: width of a text encoder's states.
         vocab_size: numbers that words may have, instead of `text_dim`.
         pooled_dim: width of a vector that stands for the whole text, such as CLIP's; None for none.
-        group: tokens of one group along each axis; None makes a plain MM-DiT.
-        head: blocks before Read.
-        tail: blocks after Write.
-        min_latents: fewest latents per group that training keeps, and the default guide's number.
-        mlp_ratio: hidden width of the blocks' MLPs, over D.
-        rope_theta: base of the rotary wavelengths.
     """
 
     takes_text = True
@@ -77,24 +76,19 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
         rope_theta: float = 10_000.0,
     ):
         super().__init__()
-        self.set_geometry(sample_size, in_channels, patch_size, group, min_latents)
-        self.set_split(depth, head, tail)
-        self.set_rotary(hidden_size, num_heads, rope_theta)
+        shape = (sample_size, in_channels, patch_size, group, min_latents)
+        self.set_geometry(
+            Geometry.of(*shape, (depth, head, tail), (hidden_size, num_heads, rope_theta))
+        )
         if (text_dim is None) == (vocab_size is None):
             raise ValueError(
                 f"text_dim={text_dim} and vocab_size={vocab_size}: give one of them, text_dim for "
                 f"the states of a text encoder, vocab_size for words"
             )
-        for name, value in (
-            ("max_text_length", max_text_length),
-            ("text_dim", text_dim),
-            ("pooled_dim", pooled_dim),
-        ):
-            optional = name != "max_text_length"
-            if not is_whole(value) and not (optional and value is None):
-                raise ValueError(
-                    f"{name}={value!r} is not allowed; give a whole number from 1 to {MOST}"
-                )
+        check_whole(max_text_length, "max_text_length", advice=_ANY)
+        for name, value in (("text_dim", text_dim), ("pooled_dim", pooled_dim)):
+            if value is not None:
+                check_whole(value, name, advice=_ANY)
 
         self.patch_embed = nn.Linear(self.patch_dim, hidden_size)
         self.text_embed: nn.Module
@@ -112,9 +106,9 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
             JointBlock(hidden_size, num_heads, mlp_ratio, is_last=index == depth - 1)
             for index in range(depth)
         )
-        if self.is_elastic:
-            self.read = Read(hidden_size, num_heads, self.max_latents)
-            self.write = Write(hidden_size, num_heads, self.max_latents)
+        sizes = (hidden_size, num_heads, self.max_latents)
+        self.read = Read(*sizes) if self.is_elastic else None
+        self.write = Write(*sizes) if self.is_elastic else None
         self.project = FinalLayer(hidden_size, self.patch_dim)
 
         self.gradient_checkpointing = False
@@ -136,32 +130,29 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
         """Predict the velocity, noise - data.
 
         Args:
-            hidden_states: (B, C, *space), the noisy samples.
-            timestep: noise level sigma in [0, 1], (B,) or one number for all.
+            hidden_states, timestep, num_latents, latent_indices, return_dict: as `DiT.forward`.
             class_labels: of class-conditional models; an MM-DiT takes none.
             encoder_hidden_states: text, (B, S, text_dim), or (B, S) int64 numbers of words.
             encoder_attention_mask: (B, S) bool, False for padding; None has no padding.
             pooled_projections: (B, pooled_dim), where the model has one.
-            num_latents: latents kept per group, `model.resolve_budget(budget)`; None keeps all.
-            latent_indices: (num_latents,) latents to keep instead of the first ones.
-            return_dict: whether to wrap the velocity in a Transformer2DModelOutput.
         """
-        self.check_input(hidden_states)
-        mask = encoder_attention_mask
-        text = self.check_text(
-            class_labels, encoder_hidden_states, mask, pooled_projections, hidden_states
+        grid, levels, num_latents = self.check_inputs(
+            hidden_states, timestep, num_latents, latent_indices
         )
-        num_latents = self.check_num_latents(num_latents, latent_indices)
+        mask = encoder_attention_mask
+        text = check_text(
+            encoder_hidden_states if class_labels is None else None, mask, pooled_projections,
+            self.config, hidden_states,
+        )  # fmt: skip
         head, core, tail = self.split_blocks(self.blocks)
-        grid = self.token_grid(hidden_states)
 
         tokens = self.patch_embed(grid.patchify(hidden_states, self.patch_size))  # (B, N, D)
         text = self.embed_text(text, mask)  # (B, S, D)
-        condition = self.embed_condition(timestep, pooled_projections, hidden_states)  # (B, D)
+        condition = self.embed_condition(levels, pooled_projections)  # (B, D)
         rotary = self.rotary(grid.token_places(tokens.device))
         of_text = self.rotary(self.text_places(grid, text)), mask
         tokens, text = self.run_joint(head, tokens, text, condition, rotary, *of_text)
-        if self.is_elastic:
+        if self.read is not None:
             core_rotary = self.rotary(grid.latent_places(num_latents, tokens.device))
             latents = self.read(tokens, condition, grid, num_latents, latent_indices)
             latents, text = self.run_joint(core, latents, text, condition, core_rotary, *of_text)
@@ -179,9 +170,9 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
             text = text.masked_fill(~mask[..., None], 0)
         return self.text_embed(text.to(self.dtype))
 
-    def embed_condition(self, timestep: Tensor, pooled: Tensor | None, like: Tensor) -> Tensor:
+    def embed_condition(self, levels: Tensor, pooled: Tensor | None) -> Tensor:
         """Condition (B, D) of all modulations, its nonlinearity applied once for all layers."""
-        condition = self.time_embed(self.noise_levels(timestep, like))
+        condition = self.time_embed(levels)
         if pooled is not None:
             condition = condition + self.pooled_embed(pooled.to(self.dtype))
         return F.silu(condition)
@@ -192,15 +183,9 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
         return (max(grid.size) + numbers)[:, None].expand(-1, len(grid.size))
 
     def run_joint(
-        self,
-        blocks: Iterable[nn.Module],
-        x: Tensor,
-        text: Tensor,
-        condition: Tensor,
-        rotary: Rotary,
-        text_rotary: Rotary,
-        text_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        self, blocks: Iterable[nn.Module], x: Tensor, text: Tensor, condition: Tensor,
+        rotary: Rotary, text_rotary: Rotary, text_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Run blocks on both streams, checkpointed where that is switched on."""
         mask = None
         if text_mask is not None:
@@ -213,63 +198,6 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
                 x, text = block(*args)
         return x, text
 
-    def check_text(
-        self,
-        class_labels: Tensor | None,
-        text: Tensor | None,
-        mask: Tensor | None,
-        pooled: Tensor | None,
-        like: Tensor,
-    ) -> Tensor:
-        """The text, or a ValueError if it is not one that the model takes."""
-        width, longest = self.config.text_dim, self.config.max_text_length
-        batch, device = len(like), like.device
-        if class_labels is not None or text is None:
-            raise ValueError(
-                "an MMDiT takes encoder_hidden_states, not class_labels; give it a text, as "
-                "ElitTextPipeline.encode_prompt makes it"
-            )
-        wanted = f"({batch}, up to {longest}" + (")" if width is None else f", {width})")
-        for name, value in (
-            ("encoder_hidden_states", text),
-            ("encoder_attention_mask", mask),
-            ("pooled_projections", pooled),
-        ):
-            if value is not None and not isinstance(value, Tensor):
-                raise ValueError(f"{name} {value!r:.60} are no tensor; a text is {wanted}")
-            if value is not None and value.device != device:
-                raise ValueError(
-                    f"{name} on {value.device}, but the samples are on {device}; move one"
-                )
-        shape, axes = tuple(text.shape), 2 if width is None else 3
-        if len(shape) != axes or shape[0] != batch or (width is not None and shape[2] != width):
-            raise ValueError(f"a text of shape {shape} does not fit; this model takes {wanted}")
-        if shape[1] > longest:
-            raise ValueError(
-                f"a text of {shape[1]} tokens is too long; this model takes {longest} at most"
-            )
-        if width is None and text.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"a text of {text.dtype}; this model takes numbers of words, int64")
-        if width is None:
-            check_range(text, 0, self.config.vocab_size - 1, "word", "see the tokenizer's size")
-        elif not text.is_floating_point():
-            raise ValueError(
-                f"a text of {text.dtype}; this model takes states of an encoder, floats"
-            )
-        if mask is not None and (mask.shape != shape[:2] or mask.dtype != torch.bool):
-            raise ValueError(
-                f"encoder_attention_mask of {tuple(mask.shape)} {mask.dtype} does not fit a text "
-                f"of {shape}; give {shape[:2]} bool, False for padding"
-            )
-        size = self.config.pooled_dim
-        found = None if pooled is None else tuple(pooled.shape)
-        if found != (None if size is None else (batch, size)):
-            raise ValueError(
-                f"pooled_projections of shape {found} do not fit; this model takes "
-                f"{'none' if size is None else (batch, size)}"
-            )
-        return text
-
     def example_condition(self, batch_size: int) -> dict[str, Tensor]:
         config, length = self.config, self.config.max_text_length
         if config.vocab_size is not None:
@@ -280,3 +208,74 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
         if config.pooled_dim is not None:
             condition["pooled_projections"] = torch.zeros(batch_size, config.pooled_dim)
         return condition
+
+
+class JointBlock(nn.Module):
+    """A transformer block for the image stream and one for the text, which attend as one sequence.
+
+    Behind the last block nobody asks for the text: there it only offers keys and values.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, is_last: bool = False):
+        super().__init__()
+        self.image = TransformerBlock(dim, num_heads, mlp_ratio)
+        self.text: TransformerBlock | TextContext = (
+            TextContext(dim, num_heads) if is_last else TransformerBlock(dim, num_heads, mlp_ratio)
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        condition: Tensor,
+        rotary: Rotary,
+        text_rotary: Rotary,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run both streams; the last block leaves the text as it was.
+
+        Args:
+            hidden_states: (B, N, D), spatial tokens or latents; `rotary` is theirs.
+            encoder_hidden_states: (B, S, D), text; `text_rotary` is its.
+            condition: (B, D).
+            mask: (B, S + N) bool, False for padding; the text comes first. None shows all.
+        """
+        image, text = hidden_states, encoder_hidden_states
+        image_mod = attention, _ = self.image.modulation(condition)
+        x = modulate(image, attention.shift, attention.scale)
+        q, k, v = self.image.attention.project(x, rotary)  # (B, N, H, d) each
+        if isinstance(self.text, TextContext):
+            text_k, text_v = self.text(text, condition, text_rotary)  # (B, S, H, d) each
+            update = attend(q, torch.cat((text_k, k), 1), torch.cat((text_v, v), 1), mask)
+            return self.image.take_in(image, self.image.attention.to_out(update), *image_mod), text
+
+        text_mod = attention, _ = self.text.modulation(condition)
+        x = modulate(text, attention.shift, attention.scale)
+        text_q, text_k, text_v = self.text.attention.project(x, text_rotary)  # (B, S, H, d) each
+        q, k, v = (torch.cat(p, 1) for p in ((text_q, q), (text_k, k), (text_v, v)))
+        update = attend(q, k, v, mask)  # (B, S + N, D)
+        text_update, update = update.split((text.shape[1], image.shape[1]), dim=1)
+        image = self.image.take_in(image, self.image.attention.to_out(update), *image_mod)
+        text = self.text.take_in(text, self.text.attention.to_out(text_update), *text_mod)
+        return image, text
+
+
+class TextContext(nn.Module):
+    """Keys and values of a text that is read for the last time."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.heads = (num_heads, head_dim(dim, num_heads))
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.to_kv = nn.Linear(dim, 2 * dim)
+        self.k_norm = HeadNorm(self.heads[1], eps=1e-6)
+
+    def reset_parameters(self) -> None:
+        """Start without modulation."""
+        zero_(self.modulation)
+
+    def forward(self, text: Tensor, condition: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """(B, S, D), (B, D) and the text's rotation -> 2 x (B, S, H, d)."""
+        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)  # (B, 1, D)
+        k, v = self.to_kv(modulate(text, shift, scale)).unflatten(-1, (2, *self.heads)).unbind(2)
+        return rotate(self.k_norm(k), rotary).to(v.dtype), v

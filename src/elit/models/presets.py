@@ -26,10 +26,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Input:
-    """What a model of some resolution sees: size of the input, channels, classes or text, groups.
-
-    What is None is no argument of the model.
-    """
+    """Arguments of a model of some resolution, beside its size; None is no argument of it."""
 
     sample_size: int | tuple[int, ...]
     in_channels: int
@@ -114,28 +111,16 @@ _WIDE_LATENTS = {
 
 @dataclass(frozen=True)
 class Family:
-    """A backbone: its class, and the patch sizes of each of its named sizes.
+    """A backbone: its class, and the patch sizes of each of its named sizes."""
 
-    Attributes:
-        model: name of its class.
-        patches: patch sizes by name of the size.
-        always_split: whether head and tail are there in the plain model too.
-        pixels: inputs of the tiny size.
-        latents: inputs of the others.
-        special: inputs by name of the size, where they are neither.
-        sizes: widths and splits by name of the size.
-        frames_per_patch: of the tiny size and of the others; None for images.
-        frames_per_latent: frames per element of the input in time; of the tiny size, 1.
-    """
-
-    model: str
-    patches: dict[str, tuple[int, ...]]
-    always_split: bool = False
-    pixels: Mapping[int, Input] = field(default_factory=lambda: PIXEL_INPUTS)
-    latents: Mapping[int, Input] = field(default_factory=lambda: LATENT_INPUTS)
-    frames_per_patch: tuple[int, int] | None = None
-    frames_per_latent: int = 1
-    special: Mapping[str, Mapping[int, Input]] = field(default_factory=dict)
+    model: str  # name of its class
+    patches: dict[str, tuple[int, ...]]  # by name of the size, as `special` and `sizes`
+    always_split: bool = False  # head and tail are there in the plain model too
+    pixels: Mapping[int, Input] = field(default_factory=lambda: PIXEL_INPUTS)  # of the tiny size
+    latents: Mapping[int, Input] = field(default_factory=lambda: LATENT_INPUTS)  # of the others
+    frames_per_patch: tuple[int, int] | None = None  # of the tiny size and of the others
+    frames_per_latent: int = 1  # frames per element of the input in time; of the tiny size, 1
+    special: Mapping[str, Mapping[int, Input]] = field(default_factory=dict)  # neither
     sizes: Mapping[str, Size] = field(default_factory=lambda: SIZES)
 
     def inputs(self, size: str) -> Mapping[int, Input]:
@@ -222,7 +207,7 @@ def preset_model(name: str) -> type[ElasticMixin]:
 
 
 def preset_inputs(name: str) -> Mapping[int, Input]:
-    """What a preset sees at each resolution that it knows."""
+    """Inputs of a preset at each resolution that it knows."""
     family, size, *_ = _parts(name)
     return family.inputs(size)
 
@@ -243,13 +228,7 @@ def nearest_resolution(name: str, sample_size: Sequence[int]) -> int:
 def preset_config(
     name: str, resolution: int | None = None, overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Arguments of the model that a preset's name stands for.
-
-    Args:
-        name: such as "dit-xl/2" or "elit-dit-xl/2", upper or lower case.
-        resolution: pixels of an image's side; by default the smallest that the preset knows.
-        overrides: arguments to change, by name.
-    """
+    """Arguments of the model that a preset's name stands for; see `create_model`."""
     inputs = preset_inputs(name)
     family, size, patch, elastic = _parts(name)
     resolution = min(inputs) if resolution is None else resolution
@@ -273,7 +252,7 @@ def create_model(name: str, resolution: int | None = None, **overrides: Any) -> 
     """Make the model that a preset's name stands for, with random weights.
 
     Args:
-        name: such as "dit-xl/2" or "elit-dit-xl/2".
+        name: such as "dit-xl/2" or "elit-dit-xl/2", upper or lower case.
         resolution: pixels of an image's side; by default the smallest that the preset knows.
         **overrides: arguments of the model to change.
     """

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from elit._numbers import is_whole
 from elit._wide import wide
 from elit.interface.grid import TokenGrid
-from elit.layers.attention import attend, head_dim
-from elit.layers.block import MLP, FinalLayer, TransformerBlock
-from elit.layers.embeddings import LabelEmbedding, TimestepEmbedding
-from elit.layers.initialisation import init_weights
-from elit.layers.modulation import AdaLNZero
-from elit.models.class_conditional import ClassConditional
+from elit.layers.transformer import (
+    FinalLayer,
+    LabelEmbedding,
+    TimestepEmbedding,
+    TransformerBlock,
+    init_weights,
+)
+from elit.models.elastic import ClassConditional
+from elit.models.geometry import Geometry
 from elit.models.sit_interface import (
     GroupPlaces,
     SiTRead,
@@ -38,19 +41,9 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
     It takes other sizes and shapes than `sample_size`, with interpolated positions: that is
     outside what it was trained for.
 
-    Args:
+    Args, beside those of a `DiT`:
         sample_size: input size, h, w, that positions are made for. One number is a square image.
-        in_channels: channels of input and output.
-        patch_size: input elements per token along each axis.
         hidden_size: D, a multiple of 4.
-        num_heads: attention heads.
-        depth: blocks in all.
-        num_classes: classes; a label of `num_classes` is the null label.
-        group: tokens of one group along each axis; None makes a plain SiT.
-        head: blocks before Read.
-        tail: blocks after Write.
-        min_latents: fewest latents per group that training keeps, and the default guide's number.
-        mlp_ratio: hidden width of the blocks' MLPs, over D.
         qk_norm: whether the blocks normalise queries and keys of each head.
         write_depth: layers of the Write.
     """
@@ -79,8 +72,8 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
         write_depth: int = 1,
     ):
         super().__init__()
-        self.set_geometry(sample_size, in_channels, patch_size, group, min_latents)
-        self.set_split(depth, head, tail)
+        shape = (sample_size, in_channels, patch_size, group, min_latents)
+        self.set_geometry(Geometry.of(*shape, (depth, head, tail)))
         grid = self.own_grid()
         if not is_whole(hidden_size) or hidden_size % 4:
             raise ValueError(
@@ -101,7 +94,8 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(
             SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
         )
-        if self.group is not None:
+        self.read = self.write = None
+        if self.is_elastic:
             self.places = GroupPlaces(hidden_size, self.max_latents)
             self.read = SiTRead(hidden_size, num_heads, grid)
             self.write = SiTWrite(hidden_size, num_heads, self.max_latents, write_depth)
@@ -117,7 +111,7 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
                 f"sample_size={self.sample_size} has {len(self.sample_size)} axes, but a "
                 f"{type(self).__name__} takes images alone; give (h, w), or use a DiT"
             )
-        return self.token_grid(torch.empty(1, self.in_channels, *self.sample_size, device="meta"))
+        return self.geometry.grid((1, self.in_channels, *self.sample_size))
 
     def forward(
         self,
@@ -130,34 +124,23 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
         latent_indices: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Predict the velocity, noise - data.
-
-        Args:
-            hidden_states: (B, C, h, w), the noisy samples.
-            timestep: noise level sigma in [0, 1], (B,) or one number for all.
-            class_labels: (B,) labels; None is the null label.
-            encoder_hidden_states: of text-conditional models; a SiT takes none.
-            num_latents: latents per group that the core works on,
-                `model.resolve_budget(budget)`; None keeps all.
-            latent_indices: (num_latents,) latents to keep instead of the first ones, the same in
-                all groups.
-            return_dict: whether to wrap the velocity in a Transformer2DModelOutput.
-        """
-        self.check_inputs(hidden_states, encoder_hidden_states)
-        num_latents = self.check_num_latents(num_latents, latent_indices)
+        """Predict the velocity; the arguments are those of `DiT.forward`."""
+        grid, levels, num_latents = self.check_inputs(
+            hidden_states, timestep, num_latents, latent_indices
+        )
+        labels = self.check_labels(class_labels, encoder_hidden_states, hidden_states)
         head, core, tail = self.split_blocks(self.blocks)
-        grid = self.token_grid(hidden_states)
 
         tokens = self.patch_embed(grid.patchify(hidden_states, self.patch_size))  # (B, N, D)
         tokens = tokens + self.positions(grid, tokens)
-        condition = self.embed_condition(timestep, class_labels, hidden_states)  # (B, D)
+        condition = self.embed_condition(levels, labels)  # (B, D)
         tokens = self.run(head, tokens, condition, None)  # (B, N, D)
-        if self.group is not None:
+        if self.read is not None:
             tokens = self.places(tokens, grid)
             latents = self.read(tokens, condition, grid)  # (B, N, D): all of them
-            kept = keep_latents(latents, grid, num_latents, latent_indices)  # (B, G*n, D)
-            kept = self.run(core, kept, condition, None)
-            latents = restore_latents(latents, kept, grid, latent_indices)  # (B, N, D)
+            first = keep_latents(latents, grid, num_latents, latent_indices)  # (B, G*n, D)
+            first = self.run(core, first, condition, None)
+            latents = restore_latents(latents, first, grid, latent_indices)  # (B, N, D)
             tokens = self.write(tokens, latents, grid)  # (B, N, D)
         tokens = self.run(tail, tokens, condition, None)  # (B, N, D)
         velocity = grid.unpatchify(self.project(tokens, condition), self.patch_size)
@@ -177,32 +160,13 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
 
 
 class SiTBlock(TransformerBlock):
-    """A block that knows no positions: they came with the tokens."""
+    """A block without rotations; its queries and keys may have a LayerNorm each."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
-        nn.Module.__init__(self)  # TransformerBlock's would make an attention that rotates
-        self.modulation = AdaLNZero(dim, 2)
-        self.attention = PlainAttention(dim, num_heads, qk_norm)  # type: ignore[assignment]
-        self.mlp = MLP(dim, mlp_ratio)
-
-
-class PlainAttention(nn.Module):
-    """Self-attention of the vision transformer; its queries and keys may have a LayerNorm each."""
-
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool):
-        super().__init__()
-        self.heads = (num_heads, head_dim(dim, num_heads))
-        self.to_qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = nn.LayerNorm(self.heads[1]) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.heads[1]) if qk_norm else nn.Identity()
-        self.to_out = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, rotary: None) -> Tensor:
-        """Attend to all of x (B, N, D); there are no rotations."""
-        del rotary
-        q, k, v = self.to_qkv(x).unflatten(-1, (3, *self.heads)).unbind(2)  # 3 x (B, N, H, d)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.to_out(attend(q, k, v))  # (B, N, D)
+        super().__init__(dim, num_heads, mlp_ratio)
+        for name in ("q_norm", "k_norm"):
+            norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
+            setattr(self.attention, name, norm)
 
 
 def sincos_positions(places: Tensor, dim: int) -> Tensor:

@@ -12,10 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elit.interface.grid import TokenGrid
-from elit.layers.attention import CrossAttention
-from elit.layers.block import MLP
-from elit.layers.initialisation import zero_
-from elit.layers.modulation import AdaLNZero, gated_add, modulate
+from elit.layers.transformer import MLP, AdaLNZero, CrossAttention, gated_add, modulate, zero_
 
 
 class WidthNorm(nn.Module):
@@ -81,10 +78,7 @@ class GroupPlaces(nn.Module):
 class SiTRead(nn.Module):
     """Grouped cross-attention from spatial tokens into learned latents, then an MLP.
 
-    Args:
-        dim: D.
-        num_heads: attention heads.
-        grid: tokens that the model was made for, and their groups: each latent has a place on it.
+    Each latent has a place on the grid of the tokens that the model was made for.
     """
 
     def __init__(self, dim: int, num_heads: int, grid: TokenGrid):
@@ -103,22 +97,13 @@ class SiTRead(nn.Module):
         _torch_default(self.attention, self.mlp)
 
     def forward(self, tokens: Tensor, condition: Tensor, grid: TokenGrid) -> Tensor:
-        """Read the tokens into all latents.
-
-        Args:
-            tokens: (B, N, D), group by group, with their places in the groups.
-            condition: (B, D).
-            grid: the tokens' grid.
-
-        Returns:
-            (B, N, D), group by group.
-        """
+        """Tokens (B, N, D), with their places in the groups -> all latents (B, N, D)."""
         attention, mlp = self.modulation(condition)
         context = modulate(tokens, attention.shift, attention.scale)
         context = context.unflatten(1, (grid.num_groups, -1)).flatten(0, 1)  # (B*G, J, D)
         # Projected for each group, though alike in all: so the cost is the published one, of which
         # that is 0.3 % in an XL.
-        queries = self.latents.expand(len(context), -1, -1)  # (B*G, J, D)
+        queries = self.latents.expand(context.shape[0], -1, -1)  # (B*G, J, D)
         update = self.attention(queries, context).view_as(tokens)  # (B, N, D)
         latents = gated_add(self.latents.repeat(grid.num_groups, 1), attention.gate, update)
         update = self.mlp(modulate(latents, mlp.shift, mlp.scale))
@@ -129,7 +114,7 @@ class SiTRead(nn.Module):
         if grid.size == self.grid.size:
             return self.latent_places
         raster = self.grid.from_groups(
-            self.latent_places[None].unflatten(1, (-1, len(self.latents)))
+            self.latent_places[None].unflatten(1, (-1, self.grid.tokens_per_group))
         )
         raster = raster.unflatten(1, self.grid.size).permute(0, 3, 1, 2)  # (1, D, h, w)
         resized = F.interpolate(raster.float(), grid.size, mode="bicubic", align_corners=False)
@@ -166,16 +151,7 @@ class SiTWrite(nn.Module):
         self.layers = nn.ModuleList(WriteLayer(dim, num_heads) for _ in range(depth))
 
     def forward(self, tokens: Tensor, latents: Tensor, grid: TokenGrid) -> Tensor:
-        """Write the latents back into the tokens.
-
-        Args:
-            tokens: (B, N, D), group by group, as they entered Read.
-            latents: (B, N, D), group by group: the core's, and as the Read left them the others.
-            grid: the tokens' grid.
-
-        Returns:
-            (B, N, D)
-        """
+        """Tokens as they entered Read, all latents (B, N, D) -> tokens (B, N, D)."""
         groups = (grid.num_groups, -1)
         written = self.places(tokens, grid).unflatten(1, groups).flatten(0, 1)  # (B*G, J, D)
         latents = latents.unflatten(1, groups).flatten(0, 1)  # (B*G, J, D)
@@ -189,20 +165,16 @@ def keep_latents(
 ) -> Tensor:
     """The first latents of each group, or those named: (B, N, D) -> (B, G*n, D)."""
     groups = latents.unflatten(1, (grid.num_groups, -1))  # (B, G, J, D)
-    kept = groups[:, :, :num_latents] if indices is None else groups[:, :, indices]
-    return kept.flatten(1, 2)
+    return (groups[:, :, :num_latents] if indices is None else groups[:, :, indices]).flatten(1, 2)
 
 
 def restore_latents(
-    latents: Tensor, kept: Tensor, grid: TokenGrid, indices: Tensor | None
+    latents: Tensor, cores: Tensor, grid: TokenGrid, indices: Tensor | None
 ) -> Tensor:
-    """All latents (B, N, D), the kept ones (B, G*n, D) in their places."""
-    groups = latents.unflatten(1, (grid.num_groups, -1))  # (B, G, J, D)
-    kept = kept.unflatten(1, (grid.num_groups, -1))  # (B, G, n, D)
+    """All latents (B, N, D), the core's (B, G*n, D) in their places."""
+    groups, cores = (x.unflatten(1, (grid.num_groups, -1)) for x in (latents, cores))
     if indices is None:
-        groups = torch.cat((kept, groups[:, :, kept.shape[2] :]), dim=2)
-    else:
-        places = indices.long()
-        places = torch.where(places < 0, places + groups.shape[2], places)
-        groups = groups.index_copy(2, places, kept.to(groups.dtype))
-    return groups.flatten(1, 2)
+        return torch.cat((cores, groups[:, :, cores.shape[2] :]), dim=2).flatten(1, 2)
+    places = indices.long()
+    places = torch.where(places < 0, places + groups.shape[2], places)
+    return groups.index_copy(2, places, cores.to(groups.dtype)).flatten(1, 2)

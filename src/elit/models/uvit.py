@@ -5,8 +5,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
 from torch import Tensor, nn
 
-from elit.layers.block import TransformerBlock
-from elit.layers.positions import Rotary
+from elit.layers.transformer import Rotary, TransformerBlock
 from elit.models.dit import DiT
 
 __all__ = ["ModelMixin", "UViT"]
@@ -47,7 +46,7 @@ class UViT(DiT):
     @property
     def skip_sources(self) -> dict[int, int]:
         """Number of each block that takes a skip: number of the block whose output it takes."""
-        head, core, tail = self.split if self.is_elastic else (0, self.split[0], 0)
+        head, core, tail = self.split if self.split[1] else (0, self.split[0], 0)
         last = head + core + tail - 1
         outer = {last - i: i for i in range(min(head, tail))}
         inner = {head + core - 1 - i: head + i for i in range((core - 1) // 2)}
@@ -65,17 +64,18 @@ class UViT(DiT):
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the velocity; the arguments are those of `DiT.forward`."""
-        self.check_inputs(hidden_states, encoder_hidden_states)
-        num_latents = self.check_num_latents(num_latents, latent_indices)
+        grid, levels, num_latents = self.check_inputs(
+            hidden_states, timestep, num_latents, latent_indices
+        )
+        labels = self.check_labels(class_labels, encoder_hidden_states, hidden_states)
         head, core, tail = self.split_blocks(range(len(self.blocks)))
-        grid = self.token_grid(hidden_states)
         skips: dict[int, Tensor] = {}
 
         tokens = self.patch_embed(grid.patchify(hidden_states, self.patch_size))  # (B, N, D)
-        condition = self.embed_condition(timestep, class_labels, hidden_states)  # (B, D)
+        condition = self.embed_condition(levels, labels)  # (B, D)
         rotary = self.rotary(grid.token_places(tokens.device))
         tokens = self.run_skipping(head, tokens, condition, rotary, skips)  # (B, N, D)
-        if self.is_elastic:
+        if self.read is not None:
             core_rotary = self.rotary(grid.latent_places(num_latents, tokens.device))
             latents = self.read(tokens, condition, grid, num_latents, latent_indices)
             latents = self.run_skipping(core, latents, condition, core_rotary, skips)
@@ -86,13 +86,9 @@ class UViT(DiT):
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def run_skipping(
-        self,
-        numbers: list[int],
-        x: Tensor,
-        condition: Tensor,
-        rotary: Rotary,
+        self, numbers: list[int], x: Tensor, condition: Tensor, rotary: Rotary,
         skips: dict[int, Tensor],
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Run blocks by number; `skips` holds what earlier ones gave to those that take it."""
         sources = self.skip_sources
         for number in numbers:

@@ -7,6 +7,7 @@ have learned.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class LowRankAdapter(nn.Module):
 
 
 def make_adapters(blocks: list[nn.Module], rank: int) -> nn.ModuleList:
-    """An adapter for every linear layer of every block, by the layer's name in it."""
+    """Make an adapter for every linear layer of every block, by the layer's name in it."""
     layers = [linear_layers(block) for block in blocks]
     if not any(layers) or any("" in by_name for by_name in layers):
         what = "are linear layers themselves" if any(layers) else "have no linear layers"
@@ -78,30 +79,21 @@ def _key(name: str) -> str:
 def install_adapters(
     blocks: list[nn.Module], adapters: Iterable[nn.Module], session: Any
 ) -> list[RemovableHandle]:
-    """Add what the adapters give to what the layers give.
-
-    Args:
-        blocks: of the transformer.
-        adapters: from `make_adapters`.
-        session: whose `call`, if one is running, says whether it is at full budget.
-    """
+    """Add what the adapters give to what the layers give, while the session runs a call."""
     handles = []
     for block, by_name in zip(blocks, adapters, strict=True):
         layers = {_key(name): layer for name, layer in linear_layers(block).items()}
-        for key, adapter in dict(by_name.named_children()).items():
-            handles.append(layers[key].register_forward_hook(_AddAdapter(adapter, session)))
+        for key, adapter in by_name.named_children():
+            hook = partial(_add_adapter, adapter, session)
+            handles.append(layers[key].register_forward_hook(hook))
     return handles
 
 
-class _AddAdapter:
-    """The forward hook of a layer."""
-
-    def __init__(self, adapter: Any, session: Any):
-        self.adapter, self.session = adapter, session
-
-    def __call__(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        del layer
-        call = self.session.call
-        if call is None or call.leaves_out:
-            return output
-        return output + (call.places.reduced * self.adapter(args[0])).to(output.dtype)
+def _add_adapter(
+    adapter: nn.Module, session: Any, layer: nn.Module, args: tuple, output: Tensor
+) -> Tensor:
+    del layer
+    call = session.call
+    if call is None or call.leaves_out:
+        return output
+    return output + (call.places.reduced * adapter(args[0])).to(output.dtype)

@@ -1,4 +1,4 @@
-"""The class of a retrofitted transformer: the original one's, and what a budget needs.
+"""Class of a retrofitted transformer: the original one, with an interface and budgets.
 
 `ElasticQwenImageTransformer2DModel` and the like are made when they are asked for; this module
 gives them by name, so that diffusers finds them when it loads a pipeline.
@@ -19,11 +19,10 @@ from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up 
 from torch import Tensor, nn
 
 from elit.caching.mixin import StepCaching
-from elit.caching.ports import Block, BlockPort
-from elit.interface.budget import check_num_latents, resolve_budget
-from elit.layers.initialisation import init_weights
+from elit.caching.ports import Block
+from elit.interface.budget import Budgeted, check_num_latents
+from elit.layers.transformer import init_weights
 from elit.models.dit import DiT
-from elit.models.elastic import ElasticMixin
 from elit.models.sit import SiT
 from elit.retrofit.adapters import linear_layers, make_adapters
 from elit.retrofit.hooks import core_hook, install_hooks, remove_hooks
@@ -38,35 +37,17 @@ CONFIG_KEY = "elastic"  # of the settings in the model's config
 MOST_BYTES = 2**30  # of an interface, or four times what the model has
 
 
-class ElasticTransformer(StepCaching):
-    """What `elasticize` adds to a transformer's class.
+class ElasticTransformer(Budgeted, StepCaching):
+    """Methods that `elasticize` adds to a transformer's class."""
 
-    Attributes:
-        elit: Read and Write.
-        max_latents: J, latents per group at full budget.
-        min_latents: fewest latents per group that training keeps.
-    """
-
-    elit: LatentInterface
-    max_latents: int
-    min_latents: int
+    original_class: type
+    elit: LatentInterface  # Read and Write
     _elit_session: Session
-    is_elastic = True
 
     @property
     def elastic_settings(self) -> Settings:
         """How the transformer is split."""
         return self._elit_session.settings
-
-    def resolve_budget(self, budget: float) -> int:
-        """`num_latents` of a budget in (0, 1]."""
-        return resolve_budget(budget, self.max_latents)
-
-    def budget_of(self, num_latents: int | None) -> float:
-        """Budget that `num_latents` really are."""
-        if num_latents is None:
-            return 1.0
-        return check_num_latents(num_latents, self.max_latents) / self.max_latents
 
     def set_budget(self, budget: float = 1.0, guide: float | None = None) -> None:
         """Budgets of calls that don't name theirs by `num_latents`, as those of a pipeline.
@@ -75,7 +56,7 @@ class ElasticTransformer(StepCaching):
 
         Args:
             budget: fraction of the latents to keep, in (0, 1].
-            guide: the same of the guide, the branch without the prompt; None is as `budget`.
+            guide: the same of the guide, the branch without the prompt; by default `budget`.
         """
         self.resolve_budget(budget)
         if guide is not None:
@@ -106,12 +87,11 @@ class ElasticTransformer(StepCaching):
     @wraps(ModelMixin.save_pretrained)  # a pipeline looks at its arguments
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save as diffusers does, unless the model could not be loaded again."""
-        model: Any = self
         try:
-            known = find_layout(model)
+            known = find_layout(self)
         except ValueError:
             known = None
-        if model._elit_session.layout != known:
+        if self._elit_session.layout != known:
             raise ValueError(
                 f"this {type(self).__name__} was elasticized with a layout of its own, which no "
                 f"config can hold; use save_interface(model, file), and later "
@@ -128,10 +108,7 @@ class ElasticTransformer(StepCaching):
     def cache_blocks(self) -> list[Block]:
         """The original blocks: Read and Write are hooks of theirs, and are skipped with them."""
         layout = self._elit_session.layout
-        return [
-            (block, BlockPort.of(block, layout.hidden_states, layout.output))
-            for block in layout.find_blocks(self)
-        ]
+        return [(block, layout.port(block)) for block in layout.find_blocks(self)]
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Compile the blocks, as diffusers does, but without Read and Write around the core.
@@ -207,9 +184,11 @@ def elastic_class(base: type) -> Any:
 
 @cache
 def _elastic_class(base: Any) -> Any:
-    own: dict[str, Any] = {"__doc__": f"An elastic {base.__name__}: see `elasticize`."}
-    can_load = issubclass(base, ModelMixin)
-    own["__module__"] = __name__ if can_load else base.__module__
+    own: dict[str, Any] = {
+        "__doc__": f"An elastic {base.__name__}: see `elasticize`.",
+        "__module__": __name__ if issubclass(base, ModelMixin) else base.__module__,
+        "original_class": base,
+    }
     for name, added in (
         ("_no_split_modules", "LatentInterface"),
         ("_skip_layerwise_casting_patterns", PREFIX),
@@ -222,9 +201,9 @@ def __getattr__(name: str) -> type:
     """`ElasticXY` of diffusers' or our transformer `XY`."""
     base = name.removeprefix("Elastic")
     if base != name and not name.startswith("_"):
-        found = {"DiT": DiT, "SiT": SiT}.get(base) or getattr(diffusers, base, None)
-        if isinstance(found, type) and issubclass(found, ModelMixin):
-            return elastic_class(found)
+        original = {"DiT": DiT, "SiT": SiT}.get(base) or getattr(diffusers, base, None)
+        if isinstance(original, type) and issubclass(original, ModelMixin):
+            return elastic_class(original)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -299,9 +278,7 @@ def detach(model: Any) -> None:
     remove_hooks(model, model._elit_session)
     del model.elit, model.max_latents, model.min_latents, model._elit_session
     vars(model).pop("_repeated_blocks", None)  # the class keeps its own
-    model.__class__ = type(model).__bases__[1]
-    if isinstance(model, ElasticMixin):  # one of ours has them itself
-        model.max_latents = model.min_latents = 0
+    model.__class__ = model.original_class
     if hasattr(model, "register_to_config"):
         model._internal_dict = FrozenDict(
             {key: value for key, value in model.config.items() if key != CONFIG_KEY}

@@ -8,7 +8,7 @@ from torch import nn
 
 from elit.retrofit.elastic import PREFIX, ElasticTransformer, attach, detach
 from elit.retrofit.known import find_layout
-from elit.retrofit.layout import BlockSignature, Layout
+from elit.retrofit.layout import Layout
 from elit.retrofit.settings import Settings
 
 _Model = TypeVar("_Model", bound=nn.Module | DiffusionPipeline)
@@ -71,8 +71,8 @@ def elasticize(
         raise ValueError(f"layout={layout!r:.60} is no Layout; give layout=Layout(blocks=...)")
     blocks = layout.find_blocks(transformer)
     settings = Settings.check(len(blocks), head, tail, group, init, rank, layout.num_axes)
-    for kind in {type(block): block for block in blocks}.values():
-        BlockSignature.of(kind, layout)  # or an error, before anything is changed
+    for block in {type(block): block for block in blocks}.values():
+        layout.port(block)  # raises before anything is changed
     attach(transformer, settings, layout)
     return transformer
 

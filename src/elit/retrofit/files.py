@@ -1,4 +1,4 @@
-"""Files of elastic transformers: the small interface alone, to ship beside a base model, or all.
+"""Files of elastic transformers: the small interface alone, beside a base model, or all.
 
 An interface file holds the tensors under `elit.`, and in its metadata the settings and what the
 base model has to be: its class, blocks, width and heads.
@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from diffusers import AutoModel, DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -89,31 +88,22 @@ def load_interface(
         raise ValueError(
             f"this {type(transformer).__name__} has an interface already; unelasticize it first"
         )
-    path = _find(name, weight_name, revision)
+    path = _fetch(name, weight_name, revision)
     about, tensors = _read(path)
     settings = Settings.from_config(about["settings"])
     layout = layout or find_layout(transformer)
     _check_base(path, about["base"], _fingerprint(transformer, layout))
     options = (settings.head, settings.tail, settings.group, settings.init, settings.rank)
     elasticize(transformer, *options, layout=layout)
-    interface: Any = transformer.elit
+    model: Any = transformer
     state = without_wrapping({key.removeprefix(f"{PREFIX}."): x for key, x in tensors.items()})
-    wrong = _misfits(interface.state_dict(), state)
-    broken = [
-        key for key, x in state.items() if not x.is_floating_point() or not x.isfinite().all()
-    ]
-    if broken and not wrong:
+    try:
+        _check_state(path, model.elit.state_dict(), state)
+    except ValueError:
         unelasticize(transformer)
-        raise ValueError(f"{path} holds numbers that are not finite or not floats: {broken[0]}")
-    if wrong:
-        unelasticize(transformer)
-        raise ValueError(
-            f"{path} does not hold the interface of its settings: {len(wrong)} tensors are "
-            f"missing, unknown or of other shapes ({', '.join(wrong[:3])}, ...)"
-        )
-    interface.load_state_dict(state)
-    elastic_transformer: Any = transformer
-    elastic_transformer.set_min_latents(settings.min_latents)
+        raise
+    model.elit.load_state_dict(state)
+    model.set_min_latents(settings.min_latents)
     return transformer
 
 
@@ -129,7 +119,8 @@ def load_elastic(name: str | Path, **kwargs: Any) -> Any:
         ValueError: if it is not an elastic transformer.
     """
     name = typed_path(name)
-    where = {key: kwargs[key] for key in _WHERE if key in kwargs}
+    names = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+    where = {key: kwargs[key] for key in names if key in kwargs}
     try:
         config = AutoModel.load_config(name, **where)
     except OSError as error:
@@ -145,10 +136,7 @@ def load_elastic(name: str | Path, **kwargs: Any) -> Any:
     return getattr(elastic, kind).from_pretrained(name, **kwargs)
 
 
-_WHERE = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
-
-
-def _find(name: str | Path, weight_name: str, revision: str | None) -> Path:
+def _fetch(name: str | Path, weight_name: str, revision: str | None) -> Path:
     """The file, fetched from the hub if it has to be."""
     given = Path(typed_path(name))
     path = given / weight_name if given.is_dir() else given
@@ -170,7 +158,7 @@ def _find(name: str | Path, weight_name: str, revision: str | None) -> Path:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file says about its interface, and its tensors."""
+    """Settings and base model of a file's interface, and its tensors."""
     advice = "give a file that save_interface wrote"
     try:
         with safe_open(path, "pt") as file:
@@ -185,14 +173,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _fingerprint(transformer: Any, layout: Layout) -> dict[str, Any]:
-    """What a base model has to have in common with the one that an interface was made for."""
-    kind = type(transformer)
-    if isinstance(transformer, ElasticTransformer):
-        kind = kind.__bases__[1]
+    """Facts of a base model that an interface made for another one must share."""
     config = getattr(transformer, "config", {})
     heads = layout.heads(transformer)
     return {
-        "class": kind.__name__,
+        "class": getattr(transformer, "original_class", type(transformer)).__name__,
         "blocks": len(layout.find_blocks(transformer)),
         "width": layout.width(transformer),
         "heads": config.get("num_attention_heads", heads) if isinstance(config, Mapping) else heads,
@@ -200,22 +185,26 @@ def _fingerprint(transformer: Any, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _check_base(path: Path, wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
-    wrong = [name for name in got if wanted.get(name) != got[name]]
+def _check_base(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    wrong = [name for name in ours if theirs.get(name) != ours[name]]
     if wrong:
+        there, here = (
+            ", ".join(f"{name} {facts.get(name)}" for name in wrong) for facts in (theirs, ours)
+        )
         raise ValueError(
-            f"{path} is the interface of another model: "
-            + ", ".join(f"{name} {wanted.get(name)}" for name in wrong)
-            + " there, but "
-            + ", ".join(f"{name} {got[name]}" for name in wrong)
-            + " here; give the model that it was made for"
+            f"{path} is the interface of another model: {there} there, but {here} here; "
+            f"give the model that it was made for"
         )
 
 
-def _misfits(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
-    shapes = [
-        {key: torch.Size(tensor.shape) for key, tensor in tensors.items()}
-        for tensors in (wanted, got)
-    ]
-    differing = shapes[0].items() ^ shapes[1].items()
-    return sorted({f"{PREFIX}.{key}" for key, _ in differing})
+def _check_state(path: Path, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    shapes = [{key: tuple(x.shape) for key, x in state.items()} for state in (ours, theirs)]
+    wrong = sorted({f"{PREFIX}.{key}" for key, _ in shapes[0].items() ^ shapes[1].items()})
+    if wrong:
+        raise ValueError(
+            f"{path} does not hold the interface of its settings: {len(wrong)} tensors are "
+            f"missing, unknown or of other shapes ({', '.join(wrong[:3])}, ...)"
+        )
+    for key, x in theirs.items():
+        if not x.is_floating_point() or not x.isfinite().all():
+            raise ValueError(f"{path} holds numbers that are not finite or not floats: {key}")

@@ -75,8 +75,6 @@ class ElasticGuidance(BaseGuidance):
         self.budget, self.guide_budget = budget, guide_budget
         self._branch = ExitStack()
 
-    # ---- when ----
-
     @property
     def is_active(self) -> bool:
         """Whether this step needs a guide."""
@@ -108,35 +106,27 @@ class ElasticGuidance(BaseGuidance):
         self._branch.close()  # of a call that failed
         super().set_state(step, num_inference_steps, timestep)
 
-    # ---- which budget ----
-
     def prepare_models(self, denoiser: Any) -> None:
         """Give the model the budget of the branch that comes now."""
         self._branch.close()
         super().prepare_models(denoiser)
         is_guide = self._count_prepared == 2
-        budget = self.budget
-        if is_guide and self.guide_budget is not None:
-            budget = self._guide_budget(denoiser)
+        budget: Any = self.budget
+        if is_guide and isinstance(self.guide_budget, str):
+            model = _elastic(denoiser)
+            budget = model.budget_of(model.min_latents)
+        elif is_guide and self.guide_budget is not None:
+            budget = self.guide_budget
         if budget is not None:
             self._branch.enter_context(_elastic(denoiser).at_budget(budget))
         if hasattr(denoiser, "cache_context"):
             name = "uncond" if is_guide else "cond"
             self._branch.enter_context(denoiser.cache_context(name))
 
-    def _guide_budget(self, denoiser: Any) -> float:
-        if isinstance(self.guide_budget, str):
-            model = _elastic(denoiser)
-            return model.budget_of(model.min_latents)
-        assert self.guide_budget is not None
-        return self.guide_budget
-
     def cleanup_models(self, denoiser: Any) -> None:
         """Give the model its own budget back."""
         super().cleanup_models(denoiser)
         self._branch.close()
-
-    # ---- which condition ----
 
     def prepare_inputs(self, data: Mapping[str, Any]) -> list[Any]:
         """The inputs of each branch, of (positive, negative) pairs by name."""
@@ -160,8 +150,7 @@ class ElasticGuidance(BaseGuidance):
         """The guided prediction of what the branches predicted, (B, ...) each."""
         pred = pred_cond
         if pred_uncond is not None:
-            guided = torch.lerp(pred_uncond.float(), pred_cond.float(), self.scale)
-            pred = guided.to(pred_cond.dtype)
+            pred = torch.lerp(pred_uncond.float(), pred_cond.float(), self.scale).to(pred.dtype)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
 

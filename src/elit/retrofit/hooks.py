@@ -1,66 +1,64 @@
-"""The hooks that put Read before a transformer's core and Write after it.
+"""Hooks that put Read before a transformer's core and Write after it.
 
-transformer   a call begins: its grid, its number of latents            `ModelHook`
+transformer   a call begins: its grid, its number of latents            `ElasticModelHook`
 first block   Read: tokens -> latents                                   `CoreHook`
 core blocks   rotary embeddings and what else follows the tokens        `CoreHook`
 last block    Write: latents -> tokens                                  `CoreHook`
+others        their adapters, if there are any, find the call           `EdgeHook`
 
 They are diffusers' hooks, registered before any cache's: a cache then sees spatial tokens only,
 and is right at any budget.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from elit.caching.ports import BlockPort
+from elit.caching.hooks import registry_of
+from elit.caching.hooks import remove_hooks as remove_named_hooks
+from elit.caching.ports import argument_names
 from elit.interface.budget import check_num_latents
 from elit.interface.grid import TokenGrid, format_size
 from elit.retrofit.adapters import install_adapters
-from elit.retrofit.branches import join_batch, split_batch
-from elit.retrofit.layout import BlockSignature
 from elit.retrofit.places import latent_places
-from elit.retrofit.session import Call, Session
+from elit.retrofit.session import Call, Session, join_batch, split_batch
 
-_SKIPPED = (
-    "the {} block of the core did not run ({}): other code skips it; have it skip other blocks, or "
-    "switch it on before elasticize"
-)
 MODEL_HOOK, CORE_HOOK = "elit_model", "elit_core"
 
 
-class ElasticModelHook(ModelHook):
-    """Around the transformer: takes `num_latents`, finds the grid, begins a call."""
-
+class _Hook(ModelHook):
     def __init__(self, session: Session):
         super().__init__()
         self.session = session
 
+
+class ElasticModelHook(_Hook):
+    """Takes `num_latents`, finds the grid and begins a call, around the transformer."""
+
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         """Remember the names of the forward's arguments."""
-        self.parameters = list(inspect.signature(type(module).forward).parameters)[1:]
+        self.names = argument_names(module)
         return module
 
     def new_forward(
         self, module: Any, *args: Any, num_latents: int | None = None, **kwargs: Any
     ) -> Any:
-        """The transformer's forward, with one argument more."""
-        arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
-        is_odd = len(arguments) != len(args) + len(kwargs) or self.parameters[0] not in arguments
+        """Run the transformer's forward, which has one argument more now."""
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        is_odd = len(arguments) != len(args) + len(kwargs) or self.names[0] not in arguments
         if is_odd:  # too many, twice, or none: the forward itself says so
             return self.fn_ref.original_forward(*args, **kwargs)
         branches = self.session.branches
         if num_latents is not None or not branches.are_batched:
-            kept = branches.num_latents() if num_latents is None else num_latents
-            return self._run(module, arguments, kept)
+            num_latents = branches.num_latents() if num_latents is None else num_latents
+            return self._run(module, arguments, num_latents)
         outputs = []
-        parts = split_batch(arguments, self.parameters[0])
+        parts = split_batch(arguments, self.names[0])
         for part, is_guide in zip(parts, branches.halves, strict=True):
             # A name of its own gives each branch a step cache of its own.
             with module.cache_context("uncond" if is_guide else "cond"):
@@ -74,15 +72,15 @@ class ElasticModelHook(ModelHook):
                 return self.fn_ref.original_forward(**arguments)
         finally:  # whatever the latents led to behind the core
             if call.groups is not None and not (call.is_written or call.in_core):
-                raise ValueError(_SKIPPED.format("last", "Read without Write"))
+                raise _skipped("last", "Read without Write")
 
     def _begin(self, module: Any, arguments: Mapping[str, Any], num_latents: int) -> Call:
-        """A call with these arguments, or a ValueError if the interface doesn't fit them."""
+        """Begin a call with these arguments, or raise a ValueError if the interface doesn't fit."""
         session, group = self.session, self.session.settings.group
         self._check(arguments)
-        hidden_states = arguments[self.parameters[0]]
+        hidden_states = arguments[self.names[0]]
         if not isinstance(hidden_states, Tensor):
-            raise ValueError(f"{self.parameters[0]} {hidden_states!r:.60} is no tensor")
+            raise ValueError(f"{self.names[0]} {hidden_states!r:.60} is no tensor")
         size = session.layout.size(module, arguments, hidden_states)
         if len(size) != len(group):
             raise ValueError(
@@ -90,11 +88,11 @@ class ElasticModelHook(ModelHook):
                 f"groups of {format_size(group)}; give a group of {len(size)} numbers"
             )
         grid = TokenGrid(size, group)
-        most = grid.tokens_per_group
-        check_num_latents(num_latents, most)
+        check_num_latents(num_latents, grid.tokens_per_group)
         central = not session.interface.is_lossless
         places = latent_places(grid, num_latents, hidden_states.device, central)
-        leaves_out = num_latents == most and not central and not session.is_compiled
+        is_full = num_latents == grid.tokens_per_group
+        leaves_out = is_full and not central and not session.is_compiled
         condition = None if leaves_out else self._condition(arguments, hidden_states)
         return Call(grid, places, condition, torch.is_grad_enabled(), leaves_out)
 
@@ -104,7 +102,7 @@ class ElasticModelHook(ModelHook):
             timestep = hidden_states.new_zeros(1)
         timestep = torch.as_tensor(timestep, device=hidden_states.device)
         level = timestep.float() / self.session.layout.time_scale
-        return self.session.interface.condition(level, len(hidden_states))
+        return self.session.interface.condition(level, hidden_states.shape[0])
 
     def _check(self, arguments: Mapping[str, Any]) -> None:
         for name in self.session.layout.not_elastic:
@@ -144,12 +142,33 @@ class ElasticModelHook(ModelHook):
             self.session.reruns_blocks = False
 
 
-class CoreHook(ModelHook):
-    """Around a block of the core: Read before the first, Write after the last."""
+class EdgeHook(_Hook):
+    """Has the adapters of a block of head or tail find the running call."""
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        """Find where the tokens go in and out."""
+        self.port = self.session.layout.port(module)
+        return module
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the block, also when a checkpoint computes it again."""
+        del module
+        session, forward = self.session, self.fn_ref.original_forward
+        hidden_states = self.port.arguments(args, kwargs)[self.port.tokens]
+        call = session.recall(hidden_states)
+        if call is None or torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        session.remember(hidden_states, call)
+        with session.running(call):
+            return forward(*args, **kwargs)
+
+
+class CoreHook(EdgeHook):
+    """Runs a block of the core on latents: Read before the first, Write after the last."""
 
     def __init__(self, session: Session, is_first: bool, is_last: bool):
-        super().__init__()
-        self.session, self.is_first, self.is_last = session, is_first, is_last
+        super().__init__(session)
+        self.is_first, self.is_last = is_first, is_last
         self.compiled: Callable[..., Any] | None = None  # the block without Read and Write
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -157,23 +176,16 @@ class CoreHook(ModelHook):
         self.compiled = torch.compile(self.fn_ref.original_forward, *args, **kwargs)
         self.session.compiles_core = True
 
-    def initialize_hook(self, module: nn.Module) -> nn.Module:
-        """Find where the tokens go in and out."""
-        layout = self.session.layout
-        self.signature = BlockSignature.of(module, layout)
-        self.port = BlockPort.of(module, layout.hidden_states, layout.output)
-        return module
-
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The block's forward, on latents."""
+        """Run the block, on latents."""
         del module
-        signature = self.signature
-        arguments = signature.bind(args, kwargs)
-        hidden_states = arguments[signature.hidden_states]
+        port = self.port
+        arguments = port.arguments(args, kwargs)
+        hidden_states = arguments[port.tokens]
         call = self._call(hidden_states)
         if self.is_first:
             hidden_states = self._owned(self._read(call, arguments, hidden_states))
-        arguments |= {signature.hidden_states: hidden_states, **call.selected}
+        arguments |= {port.tokens: hidden_states, **call.selected}
         forward = self.compiled or self.fn_ref.original_forward
         call.in_core = True
         if torch.compiler.is_compiling():
@@ -181,15 +193,16 @@ class CoreHook(ModelHook):
         else:
             with self.session.running(call):  # adapters look there
                 result = forward(**arguments)
+        streams = port.streams_out(result)
         if self.session.leaves_out_core:
-            result = self.port.result(self.port.rest(result), self.port.streams_in((), arguments))
+            streams = port.streams_in(arguments)
+            result = port.result(port.rest(result), streams)
         call.in_core = False
-        latents = signature.tokens_of(result)
-        if self.is_last:
-            result = signature.with_tokens(result, self._write(call, latents))
-            return tree_map(self._owned, result)
-        self.session.remember(latents, call)
-        return result
+        if not self.is_last:
+            self.session.remember(streams[0], call)
+            return result
+        result = port.result(port.rest(result), (self._write(call, streams[0]), streams[1]))
+        return tree_map(self._owned, result)
 
     def _owned(self, value: Any) -> Any:
         """A copy of a view, before a compiled block: of views it makes graphs of their own."""
@@ -230,8 +243,9 @@ class CoreHook(ModelHook):
 
     def _write(self, call: Call, hidden_states: Tensor) -> Tensor:
         if call.groups is None or call.latents is None:
-            raise ValueError(_SKIPPED.format("first", "Write without Read"))
-        text, latents = _split(hidden_states, len(call.places.index), self.session.layout.with_text)
+            raise _skipped("first", "Write without Read")
+        num_latents = call.places.index.shape[0]
+        text, latents = _split(hidden_states, num_latents, self.session.layout.with_text)
         groups = self.session.interface.into_tokens(
             call.groups, call.latents, latents, call.condition, call.grid, call.places
         )
@@ -242,33 +256,15 @@ class CoreHook(ModelHook):
         return _join(text, tokens)
 
 
-class EdgeHook(ModelHook):
-    """Around a block of head or tail that has adapters: they look for the running call."""
-
-    def __init__(self, session: Session):
-        super().__init__()
-        self.session = session
-
-    def initialize_hook(self, module: nn.Module) -> nn.Module:
-        """Find where the tokens go in."""
-        self.signature = BlockSignature.of(module, self.session.layout)
-        return module
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The block's forward, also when a checkpoint computes it again."""
-        del module
-        session, forward = self.session, self.fn_ref.original_forward
-        hidden_states = self.signature.bind(args, kwargs)[self.signature.hidden_states]
-        call = session.recall(hidden_states)
-        if call is None or torch.compiler.is_compiling():
-            return forward(*args, **kwargs)
-        session.remember(hidden_states, call)
-        with session.running(call):
-            return forward(*args, **kwargs)
+def _skipped(block: str, lacks: str) -> ValueError:
+    return ValueError(
+        f"the {block} block of the core did not run ({lacks}): other code skips it; have it skip "
+        f"other blocks, or switch it on before elasticize"
+    )
 
 
 def _split(hidden_states: Tensor, count: int, with_text: bool) -> tuple[Tensor | None, Tensor]:
-    """A text's tokens, if there are any, and the `count` others after them."""
+    """Split off a text's tokens, if there are any, from the `count` others after them."""
     before = hidden_states.shape[1] - count
     if before == 0:
         return None, hidden_states
@@ -286,24 +282,26 @@ def _join(text: Tensor | None, tokens: Tensor) -> Tensor:
 
 def install_hooks(model: nn.Module, session: Session) -> None:
     """Put the interface around the core's blocks, and the adapters into all blocks."""
-    blocks = session.layout.find_blocks(model)
-    if session.interface.adapters is not None:
-        session.handles = install_adapters(blocks, session.interface.adapters, session)
-    _registry(model).register_hook(ElasticModelHook(session), MODEL_HOOK)
+    blocks, adapters = session.layout.find_blocks(model), session.interface.adapters
+    if adapters is not None:
+        session.handles = install_adapters(blocks, adapters, session)
+    registry_of(model).register_hook(ElasticModelHook(session), MODEL_HOOK)
     first, last = session.settings.edges
-    core = session.core = blocks[first : last + 1]
-    for block in core:
-        hook = CoreHook(session, is_first=block is core[0], is_last=block is core[-1])
-        _registry(block).register_hook(hook, CORE_HOOK)
-    if session.interface.adapters is not None:
-        for block in (*blocks[:first], *blocks[last + 1 :]):
-            _registry(block).register_hook(EdgeHook(session), CORE_HOOK)
-    _registry(model).invalidate_child_registries_cache()
+    session.core = blocks[first : last + 1]
+    for index, block in enumerate(blocks):
+        if first <= index <= last:
+            hook: EdgeHook = CoreHook(session, index == first, index == last)
+        elif adapters is not None:
+            hook = EdgeHook(session)
+        else:
+            continue
+        registry_of(block).register_hook(hook, CORE_HOOK)
+    registry_of(model).invalidate_child_registries_cache()
 
 
 def core_hook(block: nn.Module) -> CoreHook:
     """The hook of a block of the core."""
-    return _registry(block).hooks[CORE_HOOK]
+    return registry_of(block).hooks[CORE_HOOK]
 
 
 def remove_hooks(model: nn.Module, session: Session) -> None:
@@ -311,11 +309,4 @@ def remove_hooks(model: nn.Module, session: Session) -> None:
     for handle in session.handles:
         handle.remove()
     session.handles = []
-    registry = _registry(model)
-    registry.remove_hook(MODEL_HOOK, recurse=False)
-    registry.remove_hook(CORE_HOOK, recurse=True)
-    registry.invalidate_child_registries_cache()
-
-
-def _registry(module: nn.Module) -> HookRegistry:
-    return HookRegistry.check_if_exists_or_initialize(module)
+    remove_named_hooks(model, MODEL_HOOK, CORE_HOOK)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from elit._choices import nearest
@@ -16,27 +16,23 @@ from elit.models.sit import SiT
 from elit.retrofit.layout import Arguments, Layout, PerToken
 
 _CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples")
+_BOTH_KINDS = ("transformer_blocks", "single_transformer_blocks")
+_ROTARY = {"image_rotary_emb": PerToken(0)}
 
 
 def _patches(model: Any, arguments: Arguments) -> tuple[int, ...]:
     """Grid of a model that cuts (B, C, *space) into patches."""
-    space = arguments["hidden_states"].shape[2:]
-    patch = model.config.patch_size
+    space, patch = arguments["hidden_states"].shape[2:], model.config.patch_size
     patch = patch if isinstance(patch, Sequence) else (patch,) * len(space)
     return tuple(n // p for n, p in zip(space, patch, strict=True))
 
 
 def _patches_in_time(model: Any, arguments: Arguments) -> tuple[int, ...]:
     """Grid of a model with one patch size in space, and none, or another, in time."""
-    frames, height, width = _video_size(arguments["hidden_states"], model)
-    space, time = model.config.patch_size, model.config.get("patch_size_t") or 1
-    return frames // time, height // space, width // space
-
-
-def _video_size(hidden_states: Tensor, model: Any) -> tuple[int, int, int]:
-    shape = hidden_states.shape
+    shape, space = arguments["hidden_states"].shape, model.config.patch_size
     frames_first = "CogVideoX" in type(model).__name__  # (B, T, C, H, W), not (B, C, T, H, W)
-    return shape[1 if frames_first else 2], shape[3], shape[4]
+    frames = shape[1 if frames_first else 2] // (model.config.get("patch_size_t") or 1)
+    return frames, shape[3] // space, shape[4] // space
 
 
 def _qwen_grid(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
@@ -44,12 +40,13 @@ def _qwen_grid(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
     del model
     given = arguments.get("img_shapes") or []
     shapes = {tuple(map(tuple, s)) if isinstance(s[0], Sequence) else (tuple(s),) for s in given}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 1 or next(iter(shapes))[0][0] != 1:
+    images = [image for sample in shapes for image in sample]
+    if len(images) != 1 or images[0][0] != 1:
         raise ValueError(
             f"img_shapes {given} are not one image of one size for all samples: an elastic "
             f"Qwen-Image takes no more images beside it; use the original, or unelasticize"
         )
-    return next(iter(shapes))[0][1:]
+    return images[0][1:]
 
 
 _flux_grids: Any = WeakIdKeyDictionary()  # a pipeline gives the same ids at all steps
@@ -93,24 +90,14 @@ def _ltx_grid(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
 # By the name of the class, so that no model has to be imported.
 LAYOUTS: Mapping[str, Layout] = {
     "QwenImageTransformer2DModel": Layout(
-        grid=_qwen_grid,
+        grid=_qwen_grid, time_scale=1, not_elastic=_CONTROLNET,
         per_token={"image_rotary_emb": PerToken(0, item=0), "modulate_index": PerToken(1)},
-        time_scale=1,
-        not_elastic=_CONTROLNET,
     ),
     "FluxTransformer2DModel": Layout(
-        blocks=("transformer_blocks", "single_transformer_blocks"),
-        grid=_flux_grid,
-        per_token={"image_rotary_emb": PerToken(0)},
-        time_scale=1,
-        not_elastic=_CONTROLNET,
+        _BOTH_KINDS, _flux_grid, per_token=_ROTARY, time_scale=1, not_elastic=_CONTROLNET
     ),
     "Flux2Transformer2DModel": Layout(
-        blocks=("transformer_blocks", "single_transformer_blocks"),
-        grid=_flux_grid,
-        per_token={"image_rotary_emb": PerToken(0)},
-        time_scale=1,
-        with_text=True,
+        _BOTH_KINDS, _flux_grid, per_token=_ROTARY, time_scale=1, with_text=True
     ),
     "SD3Transformer2DModel": Layout(
         grid=_patches, not_elastic=("block_controlnet_hidden_states",), guide_half="first"
@@ -120,26 +107,17 @@ LAYOUTS: Mapping[str, Layout] = {
         grid=_patches, per_token={"attention_mask": PerToken(-1)}, guide_half="first"
     ),
     "WanTransformer3DModel": Layout(
-        blocks="blocks",
-        grid=_patches,
+        "blocks", _patches, num_axes=3,
         per_token={"rotary_emb": PerToken(1), "temb": PerToken(1, ndim=4)},
-        num_axes=3,
     ),
-    "CogVideoXTransformer3DModel": Layout(
-        grid=_patches_in_time, per_token={"image_rotary_emb": PerToken(0)}, num_axes=3
-    ),
-    "MochiTransformer3DModel": Layout(
-        grid=_patches_in_time, per_token={"image_rotary_emb": PerToken(0)}, num_axes=3
-    ),
+    "CogVideoXTransformer3DModel": Layout(grid=_patches_in_time, per_token=_ROTARY, num_axes=3),
+    "MochiTransformer3DModel": Layout(grid=_patches_in_time, per_token=_ROTARY, num_axes=3),
     "LTXVideoTransformer3DModel": Layout(
-        grid=_ltx_grid,
-        per_token={"image_rotary_emb": PerToken(1), "temb": PerToken(1)},
+        grid=_ltx_grid, per_token=dict.fromkeys(("image_rotary_emb", "temb"), PerToken(1)),
         num_axes=3,
     ),
-    "CogView4Transformer2DModel": Layout(
-        grid=_patches, per_token={"image_rotary_emb": PerToken(0)}
-    ),
-}
+    "CogView4Transformer2DModel": Layout(grid=_patches, per_token=_ROTARY),
+}  # fmt: skip
 _OURS = {
     DiT: Layout(blocks="blocks", grid=_elit_grid, per_token={"rotary": PerToken(0)}, time_scale=1),
     SiT: Layout(blocks="blocks", grid=_elit_grid, time_scale=1),  # places come with the tokens
@@ -147,20 +125,22 @@ _OURS = {
 
 
 def find_layout(model: nn.Module) -> Layout:
-    """The layout of a model by its class, or of the class that it derives from."""
-    for kind in type(model).__mro__:
-        if kind.__name__ in LAYOUTS:
-            return LAYOUTS[kind.__name__]
-    name = type(model).__name__
-    ours = next((layout for kind, layout in _OURS.items() if isinstance(model, kind)), None)
-    if ours is not None and model.group is None:
-        return replace(ours, num_axes=len(model.sample_size))
+    """The layout of a model by its class, or by a class that a foreign one derives from."""
+    kind = getattr(type(model), "original_class", type(model))
     if isinstance(model, ElasticMixin):
+        # The exact class: a U-ViT is a DiT, whose forward no layout of a DiT describes.
+        if model.group is None and kind in _OURS:
+            return replace(_OURS[kind], num_axes=len(model.sample_size))
         raise ValueError(
-            f"this {name} cannot be elasticized: "
+            f"this {kind.__name__} cannot be elasticized: "
             + ("it is elastic already" if model.group else "of elit's models a DiT or a SiT can")
-            + f"; create_model('elit-{name.lower()}-...') makes one that is elastic from scratch"
+            + f"; create_model('elit-{kind.__name__.lower()}-...') makes one that is elastic from "
+            f"scratch"
         )
+    for base in kind.__mro__:
+        if base.__name__ in LAYOUTS:
+            return LAYOUTS[base.__name__]
+    name = kind.__name__
     near = nearest(name, LAYOUTS)
     raise ValueError(
         f"{name} is not among the transformers known by name"

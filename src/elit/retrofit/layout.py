@@ -1,7 +1,7 @@
 """How a foreign transformer is laid out: its blocks, its grid of tokens, what follows the tokens.
 
-Which argument of a block holds the hidden states, and which value it returns, diffusers'
-`TransformerBlockRegistry` knows. The rest is here, a few lines for each architecture.
+Which argument of a block holds the tokens, and which value it returns, diffusers' registry knows
+(`caching/ports.py`). The rest is here; `known.py` has a few lines for each architecture.
 """
 
 import inspect
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from elit._choices import nearest
-from elit._numbers import is_real, is_whole
-from elit.caching.ports import registered
+from elit._numbers import check_whole, is_real, is_whole
+from elit.caching.ports import BlockPort
 from elit.retrofit.settings import interface_heads
 
 Arguments = Mapping[str, Any]
@@ -54,13 +54,13 @@ class PerToken:
         before = value.shape[self.axis] - num_tokens
         if before == 0:
             return value.index_select(self.axis, index)
-        kept = value.narrow(self.axis, 0, before)
-        return torch.cat((kept, value.index_select(self.axis, index + before)), dim=self.axis)
+        text = value.narrow(self.axis, 0, before)
+        return torch.cat((text, value.index_select(self.axis, index + before)), dim=self.axis)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What `elasticize` has to know of a transformer.
+    """Facts that `elasticize` has to know of a transformer.
 
     Attributes:
         blocks: names of the lists of blocks, in the order in which the tokens pass them.
@@ -69,7 +69,7 @@ class Layout:
         hidden_size: width of the tokens, and of the heads' sum; None looks in the model's config.
         num_heads: attention heads of Read and Write; None takes the model's, but at least 8.
         hidden_states: the blocks' argument with the tokens; None asks diffusers' registry, then
-            takes the first one.
+            takes `hidden_states`, or the first one.
         output: index of the tokens in what a block returns; None asks diffusers' registry, then
             takes all of it, or the first value.
         per_token: the blocks' arguments that follow the tokens.
@@ -101,18 +101,18 @@ class Layout:
             raise ValueError(f"blocks={self.blocks!r} are no names of lists; give one or several")
         for name in ("hidden_size", "num_heads", "num_axes"):
             value = getattr(self, name)
-            if not is_whole(value) and (value is not None or name == "num_axes"):
-                raise ValueError(f"{name}={value!r} is not allowed; give a positive integer")
+            if value is not None or name == "num_axes":
+                check_whole(value, name)
         if not is_real(self.time_scale) or self.time_scale <= 0:
             raise ValueError(f"time_scale={self.time_scale!r} is not allowed; give 1 or 1000")
 
     def block_names(self) -> tuple[str, ...]:
-        """Names of the lists."""
+        """Names of the lists of blocks."""
         return (self.blocks,) if isinstance(self.blocks, str) else tuple(self.blocks)
 
     def find_blocks(self, model: nn.Module) -> list[nn.Module]:
-        """All blocks in order, or an error."""
-        found: list[nn.Module] = []
+        """All blocks in order, or a ValueError."""
+        every: list[nn.Module] = []
         for name in self.block_names():
             try:
                 blocks = model.get_submodule(name)
@@ -129,13 +129,33 @@ class Layout:
                     f"{name!r} of {type(model).__name__} is {type(blocks).__name__}, not a "
                     f"ModuleList with blocks; nothing can be patched there"
                 )
-            found += blocks
-        if len({id(block) for block in found}) != len(found):
+            every += blocks
+        if len({id(block) for block in every}) != len(every):
             raise ValueError(
                 f"a block of {type(model).__name__} comes twice in {self.block_names()}: one that "
                 f"is shared can't be in the core and outside of it; copy it"
             )
-        return found
+        return every
+
+    def port(self, block: nn.Module) -> BlockPort:
+        """Where the tokens go into a block and come out of it, or a ValueError."""
+        kind, parameters = type(block).__name__, inspect.signature(type(block).forward).parameters
+        odd = [n for n, p in parameters.items() if p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY)]
+        if odd or all(p.kind == p.VAR_KEYWORD for p in list(parameters.values())[1:]):
+            raise ValueError(
+                f"the blocks, {kind}, take their arguments without names "
+                f"({', '.join(odd) or '**kwargs'}): tokens can't be found there; give them names"
+            )
+        port = BlockPort.of(block, self.hidden_states, self.output)
+        for name in (port.tokens, *self.per_token):
+            if name not in port.names:
+                near = nearest(name, port.names)
+                raise ValueError(
+                    f"the blocks, {kind}, take no argument {name!r}; "
+                    + (f"did you mean {near!r}? " if near else "")
+                    + f"they take {', '.join(port.names)}"
+                )
+        return port
 
     def width(self, model: nn.Module) -> int:
         """D, of the model's tokens."""
@@ -145,8 +165,8 @@ class Layout:
         heads, width = config.get("num_attention_heads"), config.get("attention_head_dim")
         if is_whole(heads) and is_whole(width):
             return heads * width
-        return _look_up(model, ("hidden_size", "inner_dim", "hidden_dim", "embed_dim", "dim"),
-                        "hidden_size")  # fmt: skip
+        names = ("hidden_size", "inner_dim", "hidden_dim", "embed_dim", "dim")
+        return _look_up(model, names, "hidden_size")
 
     def heads(self, model: nn.Module) -> int:
         """Attention heads of Read and Write."""
@@ -176,71 +196,12 @@ def _config_of(model: nn.Module) -> Arguments:
     return config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
 
 
-def _look_up(model: nn.Module, names: Sequence[str], wanted: str) -> int:
+def _look_up(model: nn.Module, names: Sequence[str], setting: str) -> int:
     for source in (_config_of(model), vars(model)):
         for name in names:
             if is_whole(source.get(name)):
                 return source[name]
     raise ValueError(
-        f"{type(model).__name__} doesn't say its {wanted} (looked for {', '.join(names)}); "
-        f"give layout=Layout({wanted}=...)"
+        f"{type(model).__name__} doesn't say its {setting} (looked for {', '.join(names)}); "
+        f"give layout=Layout({setting}=...)"
     )
-
-
-@dataclass(frozen=True)
-class BlockSignature:
-    """Where the tokens go into a block and come out of it."""
-
-    names: tuple[str, ...]  # of the arguments, in order
-    hidden_states: str
-    output: int | None
-
-    @classmethod
-    def of(cls, block: nn.Module, layout: Layout) -> "BlockSignature":
-        """The signature of a block, or an error if the tokens can't be found in it."""
-        parameters = inspect.signature(type(block).forward).parameters
-        names = tuple(n for n, p in parameters.items() if p.kind != p.VAR_KEYWORD)[1:]  # no self
-        odd = [n for n, p in parameters.items() if p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY)]
-        if odd or not names:
-            raise ValueError(
-                f"the blocks, {type(block).__name__}, take their arguments without names "
-                f"({', '.join(odd) or '**kwargs'}): tokens can't be found there; give them names"
-            )
-        metadata = registered(type(block))
-        hidden, output = layout.hidden_states, layout.output
-        if hidden is None:
-            known = metadata and metadata.hidden_states_argument_name
-            hidden = known or names[0]
-        if output is None and metadata is not None:
-            output = metadata.return_hidden_states_index
-        for name in (hidden, *layout.per_token):
-            if name not in names:
-                near = nearest(name, names)
-                raise ValueError(
-                    f"the blocks, {type(block).__name__}, take no argument {name!r}; "
-                    + (f"did you mean {near!r}? " if near else "")
-                    + f"they take {', '.join(names)}"
-                )
-        return cls(names, hidden, output)
-
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments by name: models give them by position when they are checkpointed."""
-        arguments = dict(zip(self.names, args, strict=False)) | dict(kwargs)
-        if not isinstance(arguments.get(self.hidden_states), Tensor):
-            raise ValueError(
-                f"a block got no tokens as {self.hidden_states!r}, but {', '.join(arguments)}; "
-                f"give layout=Layout(hidden_states=...), the name of the right one"
-            )
-        return arguments
-
-    def tokens_of(self, result: Any) -> Tensor:
-        """The tokens in what a block returned."""
-        return result if isinstance(result, Tensor) else result[self.output or 0]
-
-    def with_tokens(self, result: Any, tokens: Tensor) -> Any:
-        """What a block returned, with other tokens."""
-        if isinstance(result, Tensor):
-            return tokens
-        items = list(result)
-        items[self.output or 0] = tokens
-        return type(result)(items)

@@ -8,7 +8,7 @@ evenly, from coarse to fine.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -20,17 +20,12 @@ from elit.interface.grid import TokenGrid
 
 @dataclass(frozen=True)
 class LatentPlaces:
-    """What the latents of a grid stand for, at a number of latents per group.
+    """Tokens that the latents of a grid stand for, at a number of latents per group."""
 
-    Attributes:
-        index: (G * n,) token, in raster order, whose position each latent takes, group by group.
-        cell: (P,) latent of the group in whose cell each of its tokens lies.
-        reduced: () 1 below full budget, 0 at it: the factor of all that is learned. A tensor,
-            because a number would be compiled into a graph.
-    """
-
-    index: Tensor
-    cell: Tensor
+    index: Tensor  # (G * n,) token, in raster order, whose position each latent takes
+    cell: Tensor  # (P,) latent of the group in whose cell each of its tokens lies
+    # () 1 below full budget, 0 at it: the factor of all that is learned. A tensor, because a
+    # number would be compiled into a graph.
     reduced: Tensor
 
 
@@ -50,15 +45,14 @@ class _Cell:
         """The half with the place, and the other one with a place shifted by half the cell."""
         size = self.size
         axis = size.index(max(size))
-        middle = self.start[axis] + (size[axis] + 1) // 2
-        low = _Cell(self.start, _put(self.stop, axis, middle), self.place)
-        high = _Cell(_put(self.start, axis, middle), self.stop, self.place)
-        shift = (size[axis] + 1) // 2
-        if self.place[axis] < middle:
-            place = min(self.place[axis] + shift, self.stop[axis] - 1)
-            return low, _Cell(high.start, high.stop, _put(self.place, axis, place))
-        place = max(self.place[axis] - shift, self.start[axis])
-        return high, _Cell(low.start, low.stop, _put(self.place, axis, place))
+        start, stop, at, half = (
+            self.start[axis], self.stop[axis], self.place[axis], (size[axis] + 1) // 2
+        )  # fmt: skip
+        low = replace(self, stop=_put(self.stop, axis, start + half))
+        high = replace(self, start=_put(self.start, axis, start + half))
+        if at < start + half:
+            return low, replace(high, place=_put(self.place, axis, min(at + half, stop - 1)))
+        return high, replace(low, place=_put(self.place, axis, max(at - half, start)))
 
 
 def _put(values: Sequence[int], axis: int, value: int) -> tuple[int, ...]:
@@ -82,12 +76,8 @@ def latent_places(
 ) -> LatentPlaces:
     """Places and cells at `num_latents` per group. At full budget each token has its latent.
 
-    Args:
-        grid: of the tokens.
-        num_latents: n.
-        device: where to make them.
-        central: whether all latents take the position of the token nearest to the group's centre.
-            Paper: the centre itself; here: a token, because those alone have positions.
+    With `central` all latents take the position of the token nearest to their group's centre.
+    Paper: the centre itself; here: a token, because those alone have positions.
     """
     with unset_fake_temporarily():  # what torch.export traces would be remembered for real calls
         return _latent_places(grid, num_latents, str(device), central)

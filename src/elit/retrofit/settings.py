@@ -1,12 +1,13 @@
-"""What a retrofit is: the settings that travel in a model's config."""
+"""Settings of a retrofit, which travel in a model's config."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from elit._choices import check_choice
-from elit._numbers import is_whole
+from elit._numbers import check_whole, is_whole
 from elit._plain import from_plain
+from elit.models.geometry import check_core, per_axis
 
 Init = Literal["identity", "learned"]
 INITS = ("identity", "learned")
@@ -15,57 +16,31 @@ LEAST_HEADS = 8  # of Read and Write: fewer gather too little from a group (docs
 
 @dataclass(frozen=True)
 class Settings:
-    """How a transformer is split, and how its latents start.
+    """How a transformer is split, and how its latents start."""
 
-    Attributes:
-        depth: blocks in all.
-        head: blocks before Read.
-        tail: blocks after Write.
-        group: tokens of one group along each axis.
-        init: "identity" or "learned".
-        rank: of the adapters that act below full budget; 0 is none.
-        min_latents: fewest latents per group that training keeps.
-    """
-
-    depth: int
-    head: int
-    tail: int
-    group: tuple[int, ...]
+    depth: int  # blocks in all
+    head: int  # blocks before Read
+    tail: int  # blocks after Write
+    group: tuple[int, ...]  # tokens of one group along each axis
     init: Init = "identity"
-    rank: int = 0
-    min_latents: int = 1
+    rank: int = 0  # of the adapters that act below full budget; 0 is none
+    min_latents: int = 1  # fewest latents per group that training keeps
 
     @classmethod
     def check(
-        cls,
-        depth: int,
-        head: int,
-        tail: int,
-        group: int | Sequence[int],
-        init: str,
-        rank: int,
+        cls, depth: int, head: int, tail: int, group: int | Sequence[int], init: Any, rank: int,
         num_axes: int,
-    ) -> "Settings":
+    ) -> "Settings":  # fmt: skip
         """Settings from what a user gave, or a ValueError."""
-        if not is_whole(rank, 0):
-            raise ValueError(f"rank={rank!r} is not allowed; give a whole number, 0 for none")
+        check_whole(rank, "rank", 0, advice="a whole number, 0 for none")
         check_choice(init, INITS, "init")
         if not (is_whole(head) and is_whole(tail)):
             raise ValueError(
                 f"head={head!r} and tail={tail!r} are not allowed: a retrofit needs at least one "
                 f"block on either side of the core"
             )
-        if head + tail >= depth:
-            raise ValueError(
-                f"a head of {head} and a tail of {tail} blocks leave no core of {depth}; "
-                f"choose head + tail < {depth}"
-            )
-        sizes = tuple(group) if isinstance(group, Sequence) else (group,) * num_axes
-        if len(sizes) != num_axes or not all(is_whole(n) for n in sizes):
-            raise ValueError(
-                f"group={group!r} is not allowed; give one positive integer, or {num_axes} of them"
-            )
-        return cls(depth, int(head), int(tail), tuple(map(int, sizes)), init, int(rank))  # type: ignore[arg-type]
+        check_core(depth, head, tail)
+        return cls(depth, int(head), int(tail), per_axis(group, num_axes, "group"), init, int(rank))
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> "Settings":
