@@ -57,7 +57,7 @@ class Calibration:
         return MagCacheConfig(threshold, **{**fitted, **settings})
 
     def computed_steps(self, threshold: float) -> int:
-        """How many steps of a run like these TeaCache would compute, first and last included."""
+        """Steps of a run like these that TeaCache would compute, first and last included."""
         config, total, computed = self.teacache(threshold), 0.0, 2
         for change in self._means("input")[:-1]:
             total += config.output_change(change)

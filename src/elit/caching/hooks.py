@@ -202,7 +202,7 @@ class TeaLeader(LeaderHook):
         if not self.config.probe and (value is tokens or value.shape != tokens.shape):
             return
         for other in [other for other in self.handles if other is not part]:
-            self.handles.pop(other).remove()  # it is found: the others need not listen on
+            self.handles.pop(other).remove()  # the others need not listen on
         self.listening = None
         state.skips = self.skips(state, value)
         if state.skips:

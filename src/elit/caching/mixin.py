@@ -3,6 +3,7 @@
 diffusers' hooks bring peft along, so they are imported when a cache is switched on.
 """
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,10 @@ from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 
 from elit.caching.ports import Block, BlockPort
+
+
+def _hooks() -> Any:
+    return importlib.import_module("elit.caching.hooks")
 
 
 class StepCaching(CacheMixin):
@@ -30,45 +35,35 @@ class StepCaching(CacheMixin):
 
         A ValueError says of another cache what keeps it from working.
         """
-        from elit.caching import hooks
-
         blocks = self.cache_blocks()
         if self._is_full_graph and any(block._compiled_call_impl for block, _ in blocks):
-            raise ValueError(f"the blocks were compiled to full graphs; {hooks.FULL_GRAPH}")
-        hooks.install_cache(self, blocks, config)
+            raise ValueError(f"the blocks were compiled to full graphs; {_hooks().FULL_GRAPH}")
+        _hooks().install_cache(self, blocks, config)
         self._cache_config = config
 
     def disable_cache(self) -> None:
         """Switch it off; without one, nothing happens."""
         if self.is_cache_enabled:
-            from elit.caching.hooks import remove_hooks
-
-            remove_hooks(self)
+            _hooks().remove_hooks(self)
             self._cache_config = None
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Compile the blocks as diffusers does; with a cache on, not to full graphs."""
         full = bool(kwargs.get("fullgraph"))
         if full and self.is_cache_enabled:
-            from elit.caching.hooks import FULL_GRAPH
-
-            raise ValueError(f"a step cache is on; {FULL_GRAPH}")
+            raise ValueError(f"a step cache is on; {_hooks().FULL_GRAPH}")
         super().compile_repeated_blocks(*args, **kwargs)
         self._is_full_graph = full
 
     def cache_counts(self) -> tuple[int, int]:
-        """How often the blocks were computed, and how often skipped, since the cache is on."""
-        from elit.caching.hooks import CALL_HOOK, registry_of
-
-        hook = registry_of(self).get_hook(CALL_HOOK)
+        """Calls in which the blocks were computed, and skipped, since the cache is on."""
+        hook = _hooks().registry_of(self).get_hook(_hooks().CALL_HOOK)
         return (0, 0) if hook is None else (hook.steps.computed, hook.steps.skipped)
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """Begin a new run; pipelines call it."""
         del recurse
-        from elit.caching.hooks import registry_of
-
-        registry_of(self).reset_stateful_hooks()
+        _hooks().registry_of(self).reset_stateful_hooks()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse a copy with a cache on: its hooks would go on running this model's blocks."""
@@ -113,9 +108,7 @@ def enable_step_cache(
     if isinstance(transformer, StepCaching) and blocks is None:
         transformer.enable_cache(config)
         return
-    from elit.caching.hooks import install_cache
-
-    install_cache(transformer, blocks_of(transformer, blocks), config)
+    _hooks().install_cache(transformer, blocks_of(transformer, blocks), config)
     transformer._cache_config = config  # what diffusers' models look at
 
 
@@ -124,7 +117,5 @@ def disable_step_cache(transformer: nn.Module) -> None:
     if isinstance(transformer, StepCaching):
         transformer.disable_cache()
     else:
-        from elit.caching.hooks import remove_hooks
-
-        remove_hooks(transformer)
+        _hooks().remove_hooks(transformer)
         transformer._cache_config = None  # type: ignore[assignment]

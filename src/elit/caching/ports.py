@@ -1,4 +1,4 @@
-"""Where a block takes in tokens and text, and where it gives them back."""
+"""Ports of a block: where it takes in tokens and text, and where it gives them back."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -68,11 +68,11 @@ class BlockPort:
         return result[self.tokens_out], result[self.text_out] if has_text else None
 
     def rest(self, result: Any) -> Any:
-        """What a block returned without the streams: the mould of a later result."""
+        """Result of a block without the streams: the mould of a later one."""
         return None if isinstance(result, Tensor) else self.result(result, (None, None))
 
     def result(self, mould: Any, streams: tuple[Any, Any]) -> Any:
-        """What a block would return: the streams, and the rest of a result before."""
+        """Result that a block would return: the streams, and the rest of one before."""
         if mould is None:
             return streams[0]
         items = list(mould)

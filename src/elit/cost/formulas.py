@@ -104,11 +104,6 @@ def adapters(rows: int, width: int, ratio: float, rank: int) -> Cost:
     return total
 
 
-def axes(value: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """One number for all axes, or one for each."""
-    return tuple(value) if isinstance(value, Sequence) else (value,) * count
-
-
 # ---- models ----
 
 
@@ -137,17 +132,12 @@ class ModelCost(Budgeted):
         split = {"head": 1, "tail": 1} if self.kind == "HDiT" else {}
         self.config = config = _DEFAULTS | split | dict(config) | dict(retrofit or {})
         self.retrofit = retrofit is not None
-        sizes = Geometry.of(
-            *(config[key] for key in ("sample_size", "in_channels", "patch_size", "group")),
-            config["min_latents"],
-            (config["depth"], config["head"], config["tail"]),
-            always_split=self.kind == "HDiT",
-        )
-        self.own_size, self.patch_size, self.group = (
-            sizes.sample_size,
-            sizes.patch_size,
-            sizes.group,
-        )
+        shape = (config["sample_size"], config["in_channels"], config["patch_size"])
+        blocks = (config["depth"], config["head"], config["tail"])
+        latents = (config["group"], config["min_latents"])
+        sizes = Geometry.of(*shape, *latents, blocks, always_split=self.kind == "HDiT")
+        self.own_size, self.patch_size = sizes.sample_size, sizes.patch_size
+        self.group = sizes.group
         self.max_latents, self.min_latents = sizes.max_latents, sizes.min_latents
         self.split, self.patch_dim = sizes.split, sizes.patch_dim
         self.sample_size = tuple(sample_size or self.own_size)

@@ -52,7 +52,7 @@ def check_num_latents(num_latents: int, max_latents: int, name: str = "num_laten
 
 
 def _is_symbolic(number: Any) -> bool:
-    """Whether it is the number that torch.export passes in place of an integer."""
+    """Say whether it is the number that torch.export passes in place of an integer."""
     import torch
 
     return isinstance(number, torch.SymInt)
@@ -102,7 +102,7 @@ class Budgeted:
 
 @dataclass(frozen=True)
 class TailDropping:
-    """How many latents per group a training step keeps, and which.
+    """Number of latents per group that a training step keeps, and which.
 
     Paper: j ~ Uniform{min_latents..max_latents} per step, the first j of every group. Equal
     bounds train a single budget. `order="random"` keeps j random latents instead, the paper's

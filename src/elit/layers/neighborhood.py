@@ -20,7 +20,7 @@ from elit.layers.transformer import Rotary, SelfAttention, TransformerBlock
 
 
 class Neighborhood(NamedTuple):
-    """Who attends to whom, and the rotations: what `NeighborhoodAttention` needs of the grid."""
+    """Neighbours and rotations of tokens: what `NeighborhoodAttention` needs of the grid."""
 
     rotary: Rotary  # of the tokens, tile by tile
     size: tuple[int, ...]  # tokens along each axis

@@ -63,7 +63,7 @@ def rotary_embedding(places: Tensor, head_dim: int, theta: float) -> Rotary:
 
 
 def pairs_per_axis(head_dim: int, num_axes: int) -> list[int]:
-    """How many pairs of features each axis turns, of heads of width `head_dim`."""
+    """Pairs of features that each axis turns, of heads of width `head_dim`."""
     pairs = head_dim // 2
     if head_dim % 2 or pairs < num_axes:
         raise ValueError(
@@ -244,7 +244,7 @@ class TransformerBlock(nn.Module):
         return self.take_in(x, update, attention, mlp)
 
     def take_in(self, x: Tensor, update: Tensor, attention: Modulation, mlp: Modulation) -> Tensor:
-        """Add what attention found, then what the MLP makes of it: (B, N, D)."""
+        """Add attention's update, then the MLP's: (B, N, D)."""
         x = gated_add(x, attention.gate, update)
         return gated_add(x, mlp.gate, self.mlp(modulate(x, mlp.shift, mlp.scale)))
 

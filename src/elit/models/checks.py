@@ -155,7 +155,7 @@ def _check_range(value: Tensor, low: float, high: float, name: str, advice: str)
 
 
 def _can_look(value: Tensor) -> bool:
-    """Whether to look at values neither makes a device wait nor cuts a compiled graph."""
+    """Say whether looking at values neither makes a device wait nor cuts a compiled graph."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     is_plain = type(value) is Tensor and not torch._C._functorch.is_batchedtensor(value)

@@ -80,7 +80,7 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
                 f"hidden_size={hidden_size!r} cannot hold sines and cosines of two axes; give a "
                 f"multiple of 4"
             )
-        if not is_whole(write_depth) or (self.group is None and write_depth != 1):
+        if not is_whole(write_depth) or not (self.is_elastic or write_depth == 1):
             raise ValueError(
                 f"write_depth={write_depth!r} is not allowed; give a positive integer, or leave it "
                 f"at 1 in a plain model"

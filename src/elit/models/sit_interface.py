@@ -143,7 +143,7 @@ class WriteLayer(nn.Module):
 
 
 class SiTWrite(nn.Module):
-    """Every spatial token takes from all latents of its group, kept or not."""
+    """Write that takes from all latents of a group, also those that the core did not get."""
 
     def __init__(self, dim: int, num_heads: int, tokens_per_group: int, depth: int):
         super().__init__()

@@ -46,7 +46,7 @@ class ElasticTransformer(Budgeted, StepCaching):
 
     @property
     def elastic_settings(self) -> Settings:
-        """How the transformer is split."""
+        """Split of the transformer."""
         return self._elit_session.settings
 
     def set_budget(self, budget: float = 1.0, guide: float | None = None) -> None:

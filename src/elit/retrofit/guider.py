@@ -29,7 +29,7 @@ class ElasticGuidance(BaseGuidance):
         drop_condition: whether the guide gets the negative prompt: with True and a guide budget
             it is cheap CFG, with True alone CFG, with False autoguidance.
         budget: of the guided branch, in (0, 1]; None leaves what `set_budget` of the model says.
-        guide_budget: of the guide; None is as `budget`, "lowest" the least that training kept.
+        guide_budget: of the guide; None stands for `budget`, "lowest" for the fewest of training.
         start: fraction of the steps after which guidance begins.
         stop: fraction of the steps after which it ends.
         interval: noise levels [low, high] in which it acts, ends included; 1 is pure noise. Both
@@ -142,7 +142,7 @@ class ElasticGuidance(BaseGuidance):
         ]
 
     def _branches(self) -> list[tuple[int, str]]:
-        """Which of a pair each branch gets, and the name of its prediction."""
+        """Index in a pair that each branch gets, and the name of its prediction."""
         which = (0, 1 if self.drop_condition else 0)
         return list(zip(which, self._input_predictions, strict=True))[: self.num_conditions]
 

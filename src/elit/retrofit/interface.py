@@ -66,7 +66,7 @@ class LatentInterface(nn.Module):
         self, groups: Tensor, latents_in: Tensor, latents_out: Tensor, condition: Tensor | None,
         grid: TokenGrid, places: LatentPlaces,
     ) -> Tensor:  # fmt: skip
-        """What entered Read and the latents before and after the core -> (B, G, P, D)."""
+        """Tokens that entered Read, latents before and after the core -> (B, G, P, D)."""
         if self.is_lossless:
             return self.write(groups, latents_in, latents_out, condition, places)
         return self.write(groups.flatten(1, 2), latents_out, condition, grid).view_as(groups)
@@ -101,7 +101,7 @@ class _Exchange(nn.Module):
         self, x: Tensor, queries: Tensor, context: Tensor, mark: Tensor,
         modulation: tuple[Tensor, Tensor, Tensor],
     ) -> Tensor:  # fmt: skip
-        """What is learned: x (B, G*m, D) takes from a context (B, G, k, D), then from an MLP."""
+        """Let x (B, G*m, D) take from a context (B, G, k, D), then from an MLP: what is learned."""
         shift, scale, gate = modulation
         update = self.attention(queries.flatten(0, 1), context.flatten(0, 1))  # (B*G, m, D)
         x = gated_add(x, gate, update.view_as(x))

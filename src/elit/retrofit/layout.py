@@ -1,4 +1,4 @@
-"""How a foreign transformer is laid out: its blocks, its grid of tokens, what follows the tokens.
+"""Layout of a foreign transformer: its blocks, its grid of tokens, what follows the tokens.
 
 Which argument of a block holds the tokens, and which value it returns, diffusers' registry knows
 (`caching/ports.py`). The rest is here; `known.py` has a few lines for each architecture.
@@ -36,7 +36,7 @@ class PerToken:
     ndim: int | None = None
 
     def select(self, value: Any, index: Tensor, num_tokens: int) -> Any:
-        """The entries of the tokens at `index`; those before the tokens (a text's) are kept."""
+        """The entries of the tokens at `index`; those before the tokens (a text's) stay."""
         if value is None:
             return None
         if isinstance(value, Tensor):
@@ -138,7 +138,7 @@ class Layout:
         return every
 
     def port(self, block: nn.Module) -> BlockPort:
-        """Where the tokens go into a block and come out of it, or a ValueError."""
+        """Way of the tokens into a block and out of it, or a ValueError."""
         kind, parameters = type(block).__name__, inspect.signature(type(block).forward).parameters
         odd = [n for n, p in parameters.items() if p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY)]
         if odd or all(p.kind == p.VAR_KEYWORD for p in list(parameters.values())[1:]):

@@ -1,4 +1,4 @@
-"""Which tokens of a group a latent stands for, and whose position it takes.
+"""Tokens of a group that a latent stands for, and the one whose position it takes.
 
 At n latents per group the group is cut into n cells, one for each latent: halves, quarters, and
 so on down to single tokens. A foreign model knows positions only of its tokens, so each latent

@@ -16,7 +16,7 @@ LEAST_HEADS = 8  # of Read and Write: fewer gather too little from a group (docs
 
 @dataclass(frozen=True)
 class Settings:
-    """How a transformer is split, and how its latents start."""
+    """Split of a transformer, and start of its latents."""
 
     depth: int  # blocks in all
     head: int  # blocks before Read
