@@ -675,9 +675,7 @@ def attention(**kwargs: Any) -> Any:
     ],
     ids=lambda value: type(value).__name__,
 )
-@pytest.mark.parametrize("name", ["elastic-dit", "qwen"])
-def test_caches_that_cannot_work_are_refused(name, config, reason) -> None:
-    model = CASES[name].make()
+def test_caches_that_cannot_work_are_refused(model, config, reason) -> None:
     with pytest.raises(ValueError, match=reason) as caught:
         model.enable_cache(config)
     assert "use FirstBlockCacheConfig, MagCacheConfig or TeaCacheConfig" in str(caught.value)

@@ -232,12 +232,14 @@ def test_samples_of_a_batch_do_not_see_each_other(case: Case) -> None:
 
 
 @ALL
-def test_same_input_same_output(case: Case) -> None:
+def test_same_input_same_output_and_no_random_numbers(case: Case) -> None:
     model = case.build()
     inputs = make_inputs(model)
-    first = run(model, inputs)
-    assert torch.equal(run(model, inputs), first)
+    first, before = run(model, inputs), torch.get_rng_state()
     assert torch.equal(run(model.train(), inputs), first)  # no dropout, no randomness in a model
+    squared_error(model, inputs).backward()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.distributed.is_initialized()
 
 
 @ALL
@@ -653,15 +655,6 @@ def test_builds_on_the_meta_device(case: Case) -> None:
     assert run(model, inputs).shape == inputs[0].shape
     real = randomise(model.to_empty(device="cpu"))
     assert torch.equal(run(real, make_inputs(real)), run(case.build(), make_inputs(real)))
-
-
-@ALL
-def test_needs_no_process_group_and_no_random_numbers(case: Case) -> None:
-    model = case.build().train()
-    before = torch.get_rng_state()
-    squared_error(model, make_inputs(model)).backward()
-    assert torch.equal(torch.get_rng_state(), before)
-    assert not torch.distributed.is_initialized()
 
 
 # ---- bad input: each forward checks; what it checks is its base class's, and asked of one ----

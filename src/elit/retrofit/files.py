@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from elit._files import typed_path, write_file
+from elit._hub import not_fetched
 from elit._wrappers import without_wrapping
 from elit.retrofit import elastic
 from elit.retrofit.elastic import PREFIX, ElasticTransformer
@@ -150,11 +151,7 @@ def _fetch(name: str | Path, weight_name: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(str(name), weight_name, revision=revision))
     except (OSError, ValueError) as error:  # no such repository, no such file, no network
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{name} is neither a file nor a folder, and {weight_name} of a repository of this "
-            f"name cannot be fetched from the Hugging Face hub ({reason})"
-        ) from None
+        raise ValueError(not_fetched(f"{name} with its {weight_name}", error)) from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

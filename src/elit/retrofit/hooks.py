@@ -93,16 +93,14 @@ class ElasticModelHook(_Hook):
         places = latent_places(grid, num_latents, hidden_states.device, central)
         is_full = num_latents == grid.tokens_per_group
         leaves_out = is_full and not central and not session.is_compiled
-        condition = None if leaves_out else self._condition(arguments, hidden_states)
+        condition = None
+        if not leaves_out:
+            timestep = arguments.get("timestep")
+            timestep = 0 if timestep is None else timestep
+            levels = torch.as_tensor(timestep, device=hidden_states.device).float()
+            levels = levels / session.layout.time_scale
+            condition = session.interface.condition(levels, hidden_states.shape[0])
         return Call(grid, places, condition, torch.is_grad_enabled(), leaves_out)
-
-    def _condition(self, arguments: Mapping[str, Any], hidden_states: Tensor) -> Tensor:
-        timestep = arguments.get("timestep")
-        if timestep is None:
-            timestep = hidden_states.new_zeros(1)
-        timestep = torch.as_tensor(timestep, device=hidden_states.device)
-        level = timestep.float() / self.session.layout.time_scale
-        return self.session.interface.condition(level, hidden_states.shape[0])
 
     def _check(self, arguments: Mapping[str, Any]) -> None:
         for name in self.session.layout.not_elastic:
