@@ -391,8 +391,9 @@ def test_models_that_cannot_be_patched() -> None:
         with pytest.raises(ValueError, match="cannot be elasticized: of elit's models a DiT or a"):
             elasticize(model, 1, 1, 2)
         assert type(model) is kind
-    with pytest.raises(ValueError, match="it is elastic already"):
-        elasticize(elit.DiT(**TINY_ELASTIC), 1, 1, 2)
+    for layout in (None, Layout(blocks="blocks")):
+        with pytest.raises(ValueError, match="this DiT is elastic already"):
+            elasticize(elit.DiT(**TINY_ELASTIC), 1, 1, 2, layout=layout)
 
 
 @pytest.mark.parametrize(

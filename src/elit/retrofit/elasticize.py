@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from elit.interface.budget import Budgeted
 from elit.retrofit.elastic import PREFIX, ElasticTransformer, attach, detach
 from elit.retrofit.known import find_layout
 from elit.retrofit.layout import Layout
@@ -52,9 +53,10 @@ def elasticize(
         raise ValueError(
             f"elasticize takes a transformer, a torch module, not {type(transformer).__name__}"
         )
-    if isinstance(transformer, ElasticTransformer):
+    if isinstance(transformer, Budgeted) and transformer.is_elastic:
         raise ValueError(
-            f"this {type(transformer).__name__} is elastic already; unelasticize it first"
+            f"this {type(transformer).__name__} is elastic already; unelasticize it first, or take "
+            f"a plain model"
         )
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from elit._files import typed_path, write_file
 from elit._hub import not_fetched
 from elit._wrappers import without_wrapping
+from elit.interface.budget import Budgeted
 from elit.retrofit import elastic
 from elit.retrofit.elastic import PREFIX, ElasticTransformer
 from elit.retrofit.elasticize import elasticize, transformer_of, unelasticize, with_its_class
@@ -85,9 +86,10 @@ def load_interface(
     if isinstance(transformer, DiffusionPipeline):
         load_interface(transformer_of(transformer), name, weight_name, layout, revision)
         return with_its_class(transformer)
-    if isinstance(transformer, ElasticTransformer):
+    if isinstance(transformer, Budgeted) and transformer.is_elastic:
         raise ValueError(
-            f"this {type(transformer).__name__} has an interface already; unelasticize it first"
+            f"this {type(transformer).__name__} has an interface already; unelasticize it first, "
+            f"or take a plain model"
         )
     path = _fetch(name, weight_name, revision)
     about, tensors = _read(path)

@@ -129,13 +129,11 @@ def find_layout(model: nn.Module) -> Layout:
     kind = getattr(type(model), "original_class", type(model))
     if isinstance(model, ElasticMixin):
         # The exact class: a U-ViT is a DiT, whose forward no layout of a DiT describes.
-        if model.read is None and kind in _OURS:
+        if kind in _OURS:
             return replace(_OURS[kind], num_axes=len(model.sample_size))
         raise ValueError(
-            f"this {kind.__name__} cannot be elasticized: "
-            + ("it is elastic already" if model.read else "of elit's models a DiT or a SiT can")
-            + f"; create_model('elit-{kind.__name__.lower()}-...') makes one that is elastic from "
-            f"scratch"
+            f"this {kind.__name__} cannot be elasticized: of elit's models a DiT or a SiT can; "
+            f"create_model('elit-{kind.__name__.lower()}-...') makes one elastic from scratch"
         )
     for base in kind.__mro__:
         if base.__name__ in LAYOUTS:
