@@ -10,7 +10,7 @@ from elit.interface.grid import TokenGrid
 from elit.interface.read import Read
 from elit.interface.write import Write
 from elit.models.elastic import ElasticMixin
-from elit.models.sit_interface import SiTRead, SiTWrite
+from elit.models.sit import SiTRead, SiTWrite
 from elit.retrofit.elastic import ElasticTransformer
 from elit.retrofit.interface import LatentInterface, LosslessRead, LosslessWrite
 
