@@ -16,10 +16,7 @@ MIN_VOCAB = 8
 
 
 def tokenize(texts: Sequence[str], vocab_size: int) -> list[list[int]]:
-    """Numbers of each text's words, BEGIN first: an empty text has that one alone.
-
-    A word's number is a hash of its lower-case letters, so there is no vocabulary to keep.
-    """
+    """Numbers of each text's words, hashes of their lower-case letters, BEGIN first."""
     first = BEGIN + 1
     return [
         [BEGIN] + [first + zlib.crc32(word.encode()) % (vocab_size - first) for word in words(text)]

@@ -23,17 +23,11 @@ Arguments = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class PerToken:
-    """An argument of the blocks with one entry for each token, such as rotary embeddings.
+    """An argument of the blocks with one entry for each token, such as rotary embeddings."""
 
-    Attributes:
-        axis: of the tokens, in the tensor or in each tensor of a tuple.
-        item: which item of a tuple follows the tokens; None is the tensor itself, or all items.
-        ndim: axes of a tensor that follows the tokens; others are the same for all of them.
-    """
-
-    axis: int
-    item: int | None = None
-    ndim: int | None = None
+    axis: int  # of the tokens, in the tensor or in each tensor of a tuple
+    item: int | None = None  # of a tuple, that follows the tokens; None: the tensor, or all items
+    ndim: int | None = None  # axes of a tensor that follows them; others are the same for all
 
     def select(self, value: Any, index: Tensor, num_tokens: int) -> Any:
         """The entries of the tokens at `index`; those before the tokens (a text's) stay."""
@@ -113,26 +107,25 @@ class Layout:
     def find_blocks(self, model: nn.Module) -> list[nn.Module]:
         """All blocks in order, or a ValueError."""
         every: list[nn.Module] = []
+        kind = type(model).__name__
         for name in self.block_names():
             try:
                 blocks = model.get_submodule(name)
             except AttributeError:
                 lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-                near = nearest(name, lists)
                 raise ValueError(
-                    f"{type(model).__name__} has no list of blocks {name!r}; "
-                    + (f"did you mean {near!r}? " if near else "")
-                    + f"its lists are {', '.join(map(repr, lists)) or 'none'}"
+                    f"{kind} has no list of blocks {name!r}; {_suggest(name, lists)}"
+                    f"its lists are {', '.join(map(repr, lists)) or 'none'}"
                 ) from None
             if not isinstance(blocks, nn.ModuleList | nn.Sequential) or not len(blocks):
                 raise ValueError(
-                    f"{name!r} of {type(model).__name__} is {type(blocks).__name__}, not a "
-                    f"ModuleList with blocks; nothing can be patched there"
+                    f"{name!r} of {kind} is {type(blocks).__name__}, not a ModuleList with "
+                    f"blocks; nothing can be patched there"
                 )
             every += blocks
         if len({id(block) for block in every}) != len(every):
             raise ValueError(
-                f"a block of {type(model).__name__} comes twice in {self.block_names()}: one that "
+                f"a block of {kind} comes twice in {self.block_names()}: one that "
                 f"is shared can't be in the core and outside of it; copy it"
             )
         return every
@@ -149,11 +142,9 @@ class Layout:
         port = BlockPort.of(block, self.hidden_states, self.output)
         for name in (port.tokens, *self.per_token):
             if name not in port.names:
-                near = nearest(name, port.names)
                 raise ValueError(
                     f"the blocks, {kind}, take no argument {name!r}; "
-                    + (f"did you mean {near!r}? " if near else "")
-                    + f"they take {', '.join(port.names)}"
+                    f"{_suggest(name, port.names)}they take {', '.join(port.names)}"
                 )
         return port
 
@@ -189,6 +180,11 @@ class Layout:
                 f"give layout=Layout(grid=lambda model, arguments: (height, width), ...)"
             )
         return side, side
+
+
+def _suggest(name: str, allowed: Sequence[str]) -> str:
+    near = nearest(name, allowed)
+    return f"did you mean {near!r}? " if near else ""
 
 
 def _config_of(model: nn.Module) -> Arguments:
