@@ -150,7 +150,7 @@ def test_sigkill_at_any_moment(case) -> None:
     draw, kills, ended, leftovers, begun = random.Random(0), 0, 0, 0, time.monotonic()
     while kills < KILLS:
         process = case.start("killed")
-        process.join(draw.random() * seconds)
+        process.join(draw.uniform(0, 0.7) * seconds)  # what goes on is shorter
         process.kill()
         process.join(60)
         assert process.exitcode in (-signal.SIGKILL, 0), case.errors("killed")

@@ -139,6 +139,7 @@ def test_what_a_killed_process_left_goes_with_the_next_file(tmp_path) -> None:
 
     def die(aside: Path) -> None:
         aside.touch()
+        (aside.parent / ".tmpXYZ").touch()  # safetensors' own, from which it renames
         os.kill(os.getpid(), signal.SIGKILL)
 
     process = forked.Process(target=write_file, args=(tmp_path / "file.json", die))

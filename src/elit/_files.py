@@ -28,16 +28,18 @@ def write_file(path: Path, write: Callable[[Path], Any], replace: bool = True) -
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers_once(path.parent.absolute())
-    aside = path.with_name(f".{path.stem}.{_mark()}.part{path.suffix}")
+    # In a folder, as safetensors writes into a file of its own beside the one that it is given
+    folder = path.with_name(f".{path.stem[:150]}.{_mark()}.part")
     try:
+        folder.mkdir()
+        aside = folder / path.name
         write(aside)
         open_to_others(aside)
         sync(aside)
         if replace or not _link(aside, path):
             os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)  # makes room on a full disk
-        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # makes room on a full disk
     sync(path.parent)
 
 
@@ -49,7 +51,6 @@ def _link(aside: Path, path: Path) -> bool:
         pass
     except OSError:
         return False
-    aside.unlink()
     return True
 
 
