@@ -34,7 +34,7 @@ train: {steps: 18, log_every: 1, validate_every: 6, sample_every: 9, checkpoint_
         keep_checkpoints: 2, device: cpu}
 sample: {steps: 1, columns: 2, budgets: [1, 0.25]}
 """
-DRAW = ["--samples", "32", "--batch-size", "2", "--device", "cpu", "--steps"]
+DRAW = ["--samples", "20", "--batch-size", "2", "--device", "cpu", "--steps"]
 
 
 @dataclass
