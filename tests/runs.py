@@ -1,13 +1,16 @@
 """Tiny training runs, for the tests of what trains."""
 
+import contextlib
 import gc
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from elit._files import locked
 from elit.cli.main import main
 from elit.training.config import (
     DataConfig,
@@ -100,32 +104,63 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
 # each of them, which takes far longer than these runs do.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(  # the first collects no garbage while the others are imported
-    ["no_garbage", "elit.training.loop", "elit.cli.train", "elit.pipelines.elit_pipeline", __name__]
-)
+    ["no_garbage", "elit.training.loop", "elit.cli.train", "elit.pipelines.elit_pipeline",
+     "elit.evaluation.sweep", "elit.preparation.run", "matplotlib.backends.backend_agg",
+     "sklearn.datasets", __name__]
+)  # fmt: skip
 
 
-def _command(file: Path, apart: bool) -> None:
+def _command(words: list[str], log: str, apart: bool, variables: dict[str, str]) -> None:
     if apart:
         os.setsid()
     for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{file}.{name}", os.O_CREAT | os.O_WRONLY), stream)
+        os.dup2(os.open(f"{log}.{name}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream)
+    os.environ |= variables
     gc.enable()
     multiprocessing.set_start_method(None, force=True)  # or loaders' workers import it all again
     torch.set_num_threads(1)
-    code = main(["train", str(file)])
+    code = main(words)
     sys.stdout.flush()
     os._exit(code)
 
 
-def fork_command(config: TrainConfig, file: Path, apart: bool = False) -> BaseProcess:
-    """Start `elit train` in a fork: out and err go to `file`.out and `file`.err.
+def fork_elit(words: list[str], log: Path, apart: bool = False, **variables: str) -> BaseProcess:
+    """Start `elit` in a fork: out and err go to `log`.out and `log`.err.
 
     Apart: in a session of its own, so that its process group is it and its children.
     """
-    file.write_text(yaml.safe_dump(config.to_dict()))
-    process = _FORKS.Process(target=_command, args=(file, apart))
+    process = _FORKS.Process(target=_command, args=(words, str(log), apart, variables))
     process.start()
     return process
+
+
+def fork_command(config: TrainConfig, file: Path, apart: bool = False) -> BaseProcess:
+    """Start `elit train` on a config in a fork."""
+    file.write_text(yaml.safe_dump(config.to_dict()))
+    return fork_elit(["train", str(file)], file, apart)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[BaseProcess]:
+    """A process that keeps a folder for itself, with a child that outlives it."""
+    forked, ready = multiprocessing.get_context("fork"), folder.with_name(f"{folder.name}.held")
+
+    def hold() -> None:
+        with locked(folder, "it is held already"):
+            child = os.fork()
+            if child:
+                ready.write_text(str(child))
+            time.sleep(60)
+
+    process = forked.Process(target=hold)
+    process.start()
+    wait_for(lambda: ready.exists() and ready.read_text())
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+        os.kill(int(ready.read_text()), signal.SIGKILL)
 
 
 def _train_as_rank(rank: int, size: int, port: int, config: TrainConfig, apart: bool) -> None:

@@ -3,16 +3,15 @@
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import tiny_elastic
+from runs import held
 
 from elit import ElitPipeline, make_scheduler
 from elit.cli import evaluating
@@ -96,28 +95,17 @@ def test_sweep_leaves_a_table_and_a_page(run, tmp_path, capsys) -> None:
     assert report["model"]["weights"] in page
 
 
+def test_two_sweeps_do_not_share_a_folder(run, tmp_path, capsys) -> None:
+    """Both would read the rows that are there, and the later one write its own and these alone."""
+    with held(tmp_path / "out"):
+        assert main(["sweep", str(run), *SWEEP, "--out", str(tmp_path / "out")]) == 2
+    assert "another process sweeps into" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
 def run_alone(run: Path, out: Path, *more: str, **env: str) -> subprocess.Popen:
     words = [sys.executable, "-m", "elit", "sweep", str(run), *SWEEP, "--out", str(out), *more]
     return subprocess.Popen(words, env=os.environ | env, stdout=subprocess.PIPE, text=True)
-
-
-@pytest.mark.slow
-def test_a_killed_sweep_goes_on_to_the_same_file(run, tmp_path) -> None:
-    assert main(["sweep", str(run), *SWEEP, "--out", str(tmp_path / "whole")]) == 0
-    killed = run_alone(run, tmp_path / "killed")
-    deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("killed/samples/*/part-*.safetensors"))) < 5:
-        assert killed.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "killed" / "sweep.json").exists()
-    assert main(["sweep", str(run), *SWEEP, "--out", str(tmp_path / "killed")]) == 0
-    for name in ("sweep.json", "sweep.csv", "sweep.html"):
-        assert (tmp_path / "killed" / name).read_bytes() == (
-            tmp_path / "whole" / name
-        ).read_bytes(), name
 
 
 @pytest.mark.slow

@@ -488,6 +488,23 @@ def test_a_damaged_reference_is_made_anew(real, tmp_path, caplog) -> None:
     assert "is made anew" in caplog.text
 
 
+def test_what_a_killed_job_left_of_a_reference_goes(real, tmp_path) -> None:
+    networks, images = [load_network(Corners(), device="cpu")], open_images(str(real))
+    make_reference(images, networks, ONE, progress=False)
+    (folder,) = tmp_path.glob("cache/references/*")
+    left = folder / "parts" / "part-00000.safetensors"  # killed while it removed them
+    left.write_bytes(b"any")
+    make_reference(images, networks, ONE, progress=False)
+    assert not left.exists()
+
+
+def test_parts_that_another_job_removes_are_told(tmp_path) -> None:
+    parts = Parts(tmp_path, 4, 2)
+    for look in (parts.names, parts.origins, lambda: parts.whole("x")):
+        with pytest.raises(ValueError, match=r"part-00000\.safetensors is damaged"):
+            look()
+
+
 def test_one_image_is_no_reference(tmp_path) -> None:
     images = open_images(str(folder_of(tmp_path, (8, 8))))
     with pytest.raises(ValueError, match="holds one image"):

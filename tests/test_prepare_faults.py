@@ -5,7 +5,6 @@ import io
 import json
 import multiprocessing
 import os
-import random
 import resource
 import shutil
 import signal
@@ -23,7 +22,6 @@ from prepare_sources import class_folder, command, contents, picture, run, shard
 from elit._files import remove_leftovers, write_file, write_json
 from elit.cli.main import main
 from elit.data import load_dataset
-from elit.data.manifest import read_manifest
 from elit.preparation import verify
 from elit.preparation.images import fit
 
@@ -99,6 +97,57 @@ def test_processes_that_start_at_one_moment(source, tmp_path, whole) -> None:
     assert [process.exitcode for process in running] == [0] * processes
     for number in range(tries):
         assert contents(tmp_path / f"out{number}") == whole
+
+
+def test_of_two_settings_that_start_at_one_moment_one_is_refused(source, tmp_path) -> None:
+    tries, forked = 4, multiprocessing.get_context("fork")
+    barrier = forked.Barrier(2)
+
+    def start(flips: bool) -> None:
+        for number in range(tries):
+            barrier.wait(60)
+            told = tmp_path / f"told-{number}-{flips}"
+            try:
+                run(source, tmp_path / f"out{number}", part_size=1, flips=flips)
+                told.touch()
+            except ValueError as error:
+                told.write_text(str(error))
+
+    running = [forked.Process(target=start, args=(flips,)) for flips in (False, True)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(120)
+    for flips in (False, True):
+        run(source, tmp_path / f"whole-{flips}", part_size=1, flips=flips)
+    for number in range(tries):
+        told = [(tmp_path / f"told-{number}-{flips}").read_text() for flips in (False, True)]
+        assert told.count("") == 1, told
+        assert f"was begun with flips={json.dumps(told[1] == '')}, not" in "".join(told)
+        assert contents(tmp_path / f"out{number}") == contents(tmp_path / f"whole-{told[1] == ''}")
+
+
+def test_a_file_that_is_there_may_stay(tmp_path) -> None:
+    for number in range(2):
+        write_json(tmp_path / "file.json", number, replace=False)
+    assert (tmp_path / "file.json").read_text() == "0\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_file(tmp_path) -> None:
+    forked = multiprocessing.get_context("fork")
+
+    def die(aside: Path) -> None:
+        aside.touch()
+        (aside.parent / ".tmpXYZ").touch()  # safetensors' own, from which it renames
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = forked.Process(target=write_file, args=(tmp_path / "file.json", die))
+    process.start()
+    process.join(60)
+    assert len(list(tmp_path.iterdir())) == 1
+    write_json(tmp_path / "other.json", 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
 
 
 def test_one_file_written_by_several_at_once(tmp_path) -> None:
@@ -399,47 +448,3 @@ def test_a_signal_ends_it_cleanly(number, tmp_path, capsys) -> None:
     result = run(source, out, part_size=4)
     assert 0 < result.done < 300
     assert verify(out) == {}
-
-
-@pytest.mark.slow
-def test_sigkill_at_any_moment(tmp_path, monkeypatch) -> None:
-    """Killed 24 times, by turns alone and one of two: nothing is lost, nothing is there twice."""
-    source = class_folder(tmp_path / "images", 600, broken=(7, 300))
-    out, settings = tmp_path / "out", {"part_size": 8, "flips": True}
-    tiny_vae().save_pretrained(tmp_path / "vae")
-    draw, kills, moments = random.Random(0), 0, []
-    forked = multiprocessing.get_context("fork")  # with all that is imported
-    while kills < 24:
-        monkeypatch.setenv("WORLD_SIZE", "2" if kills % 3 else "1")
-        monkeypatch.setenv("RANK", str(kills // 3 % 2) if kills % 3 else "0")
-        arguments = (source, out, tmp_path / "vae")
-        process = forked.Process(target=run, args=arguments, kwargs=settings)
-        before = len(list(out.glob("train-*.json")))
-        process.start()
-        wanted = before + draw.randrange(4)  # done parts, when it is killed, and a while later
-        while process.is_alive() and len(list(out.glob("train-*.json"))) < wanted:
-            time.sleep(0.001)
-        time.sleep(draw.random() * 0.1)
-        killed = process.is_alive()
-        process.kill()
-        process.join(60)
-        assert process.exitcode == (-signal.SIGKILL if killed else 0)
-        if not killed:  # this process's share was done
-            break
-        kills += 1
-        moments.append(sorted(p.name.partition(".part")[0] for p in out.glob(".*")))
-    assert kills >= 20
-    assert any(moments), "not once was it killed while it wrote"
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("RANK", "0")
-    assert run(source, out, tmp_path / "vae", **settings).finished
-    run(source, tmp_path / "whole", tmp_path / "vae", **settings)
-    assert contents(out) == contents(tmp_path / "whole")
-    assert verify(out) == {}
-    split = read_manifest(out).splits["train"]
-    rows = [
-        row
-        for s in split.shards
-        for row in shard(out, s.file.removesuffix(".safetensors"))["rows"].tolist()
-    ]
-    assert sorted(rows + [row for row, _ in split.skipped]) == list(range(600))

@@ -17,6 +17,7 @@ from runs import (
     errors_of,
     files_of,
     fork_command,
+    held,
     launch,
     metrics,
     start_ranks,
@@ -215,11 +216,14 @@ def test_sheets_show_the_budgets_that_are_trained(tmp_path) -> None:
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path) -> None:
-    run = Run(tiny_config(tmp_path), CPU)
-    with pytest.raises(ValueError, match=r"another process trains in .*another output_dir"):
-        Run(tiny_config(tmp_path), CPU)
-    run.close()
-    train(tiny_config(tmp_path, steps=2), progress=False)
+    folder = tmp_path / "run"
+    with held(folder) as holder:
+        with pytest.raises(ValueError, match=r"another process trains in .*another output_dir"):
+            train(tiny_config(folder, steps=2), progress=False)
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+        holder.kill()
+        holder.join()
+        train(tiny_config(folder, steps=2), progress=False)
 
 
 def test_a_torn_state_is_named(tmp_path) -> None:

@@ -1,5 +1,6 @@
 """Files that are never half there."""
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -10,7 +11,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,55 @@ _NO_LONGER_WRITTEN = 24 * 3600  # seconds after the last change
 _VARIABLE = re.compile(r"\$(\{[A-Za-z_]\w*\}|[A-Za-z_]\w*)")
 
 
-def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+def write_file(path: Path, write: Callable[[Path], Any], replace: bool = True) -> None:
     """Let `write` make a file aside, then rename it: a reader sees the old one or the new one.
 
-    The disk holds it when this returns. Any number of processes may write the same file at once.
+    The disk holds it when this returns. Any number of processes may write the same file at once;
+    not to `replace` leaves the file of the first of them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.{_mark()}.part{path.suffix}")
+    _remove_leftovers_once(path.parent.absolute())
+    # In a folder, as safetensors writes into a file of its own beside the one that it is given
+    folder = path.with_name(f".{path.stem[:150]}.{_mark()}.part")
     try:
+        folder.mkdir()
+        aside = folder / path.name
         write(aside)
         open_to_others(aside)
         sync(aside)
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)  # makes room on a full disk
-        raise
+        if replace or not _link(aside, path):
+            os.replace(aside, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # makes room on a full disk
     sync(path.parent)
+
+
+def _link(aside: Path, path: Path) -> bool:
+    """Give a file its name unless there is one; False on a disk that cannot."""
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def locked(folder: Path, message: str) -> Iterator[None]:
+    """Keep a folder for this process; a ValueError with this message if another one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            import fcntl
+
+            # Of this process alone: loader workers that outlive a killed one don't hold it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except OSError as error:
+            raise ValueError(message) from error
+        yield
 
 
 def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
@@ -84,9 +118,10 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, replace: bool = True) -> None:
     """Write plain types as JSON."""
-    write_text(path, json_text(value))
+    text = json_text(value)
+    write_file(path, lambda aside: aside.write_text(text, encoding="utf-8"), replace)
 
 
 def json_text(value: Any) -> str:
@@ -166,6 +201,9 @@ def remove_leftovers(folder: Path, pattern: str = ".*.part*") -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         except FileNotFoundError:
             pass  # it got its name, or another process removed it
+
+
+_remove_leftovers_once = functools.cache(remove_leftovers)  # a large folder takes time to list
 
 
 @functools.cache

@@ -1,12 +1,13 @@
 """`elit sweep`: quality against cost over budgets, steps and guides, as a table and a page."""
 
 import argparse
+import contextlib
 import csv
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elit._files import write_text
+from elit._files import locked, write_text
 from elit.cli.common import (
     Parser,
     add_json_flag,
@@ -82,10 +83,14 @@ def run(args: argparse.Namespace) -> int:
         budgets, args.steps, guides, args.scale or [DEFAULT_SCALE], args.guide_budget or [],
         interval_of(args),
     )  # fmt: skip
-    report = sweep(evaluation, grid, home, args.rank_by)
-    if report is None:  # the first process tells
-        return 0
-    write_files(report, evaluation, home)
+    alone: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if evaluation.process.rank == 0:  # which merges the rows of this call with those that are there
+        alone = locked(home, f"another process sweeps into {home}; wait for its end, or give --out")
+    with alone:
+        report = sweep(evaluation, grid, home, args.rank_by)
+        if report is None:  # the first process tells
+            return 0
+        write_files(report, evaluation, home)
     if args.json:
         print_json(report)
     else:

@@ -6,7 +6,9 @@ same on one process or eight, and a killed run goes on with what is missing.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -109,17 +111,22 @@ class Parts:
             time.sleep(_GLANCE)
         bar.update(known)
 
+    @contextmanager
+    def _open(self, number: int) -> Iterator[Any]:
+        path = self.path(number)
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield file
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); remove it, and the same command makes it anew"
+            ) from error
+
     def read(self, name: str) -> Iterator[Tensor]:
         """One tensor of each part, in order."""
         for number in range(len(self)):
-            path = self.path(number)
-            try:
-                with safe_open(path, framework="pt") as file:
-                    tensor = file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{path} is damaged ({error}); remove it, and the same command makes it anew"
-                ) from error
+            with self._open(number) as file:
+                tensor = file.get_tensor(name)
             yield tensor
 
     def whole(self, name: str) -> Tensor:
@@ -128,21 +135,22 @@ class Parts:
 
     def names(self) -> list[str]:
         """Names of the tensors of a part, in alphabetical order."""
-        with safe_open(self.path(0), framework="pt") as file:
+        with self._open(0) as file:
             return sorted(file.keys())
 
     def origins(self) -> list[str]:
         """What made the parts, each once."""
         found = set()
         for number in range(len(self)):
-            with safe_open(self.path(number), framework="pt") as file:
+            with self._open(number) as file:
                 found.add((file.metadata() or {}).get("origin", ""))
         return sorted(found)
 
     def remove(self) -> None:
-        """Remove all parts."""
-        for number in range(len(self)):
-            self.path(number).unlink(missing_ok=True)
+        """Remove all parts, and what killed processes left of them."""
+        remove_leftovers(self.folder)
+        for path in self.folder.glob("part-*.safetensors"):
+            path.unlink(missing_ok=True)
 
 
 def part_size(count: int, batch_size: int, most: int = 512) -> int:

@@ -148,9 +148,9 @@ def _of_network(
     file = folder / "statistics.safetensors"
     if file.exists() and process.rank == 0 and not _is_whole(file):
         logger.warning("%s is damaged; it is made anew", file)
-        file.unlink()
+        file.unlink(missing_ok=True)
+    parts = Parts(folder / "parts", images.count, part_size(images.count, batch_size))
     if not file.exists():
-        parts = Parts(folder / "parts", images.count, part_size(images.count, batch_size))
 
         def make(samples: range) -> dict[str, Tensor]:
             seen = [
@@ -177,8 +177,10 @@ def _of_network(
         if tensors is not None:
             write_json(folder / "about.json", about)
             write_file(file, lambda aside: save_file(tensors, aside))
-        parts.remove()
-    return None if process.rank > 0 else _read(file)
+    if process.rank > 0:
+        return None
+    parts.remove()  # also of one that was killed here
+    return _read(file)
 
 
 def _reduce(parts: Parts) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -88,7 +87,6 @@ class _Task:
     texts: TextEncoder | None
     parts: Sequence[tuple[str, int, range]]
     settings: PrepareSettings
-    made_of: dict[str, Any]
 
 
 def prepare(settings: PrepareSettings) -> PrepareResult:
@@ -156,8 +154,9 @@ def _open(settings: PrepareSettings, process: Process) -> _Task:
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     if not check_same(folder, content):
-        write_json(folder / SETTINGS, content)
-    return _Task(folder, source, sizes, encoder, texts, parts, settings, content)
+        write_json(folder / SETTINGS, content, replace=False)
+        check_same(folder, content)  # another run may have begun at the same moment
+    return _Task(folder, source, sizes, encoder, texts, parts, settings)
 
 
 def _part_size(sizes: Sizes, encoder: Encoder, texts: TextEncoder | None, flips: bool) -> int:
@@ -240,7 +239,6 @@ def _finish(task: _Task, done: int, seconds: float) -> PrepareResult:
             raise ValueError(
                 f"nothing of {task.source.name} could be read: row {skipped[0][1]}: {skipped[0][2]}"
             )
-        check_same(task.folder, task.made_of)  # another run may have begun at the same moment
         _write_manifest(task, splits)
     cut: Counter[str] = Counter()
     for record in records.values():

@@ -1,7 +1,6 @@
 """A study: all pieces of its claims, done once, by processes side by side; then the report."""
 
 import ast
-import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from tqdm import tqdm
 import elit
 from elit._choices import check_choice
 from elit._devices import usable_cores
-from elit._files import remove_leftovers, write_json
+from elit._files import locked, remove_leftovers, write_json
 from elit._plain import read_json
 from elit.data import ImageDataset, load_dataset
 from elit.reproduce.claims import CLAIMS
@@ -29,7 +28,6 @@ from elit.reproduce.runs import Trainings
 from elit.reproduce.scales import Scale
 from elit.reproduce.workers import Workers, end_if_imported
 from elit.training.config import DataConfig
-from elit.training.folder import lock_folder
 from elit.training.loop import TrainingDivergedError
 from elit.training.metrics import FILE as METRICS
 from elit.training.signals import stop_on_signals
@@ -100,12 +98,7 @@ def reproduce(
         scale = replace(scale, seeds=seeds, few_seeds=seeds)
     trainings = Trainings(scale, folder, data)
     held_out = load_dataset(data.name, "validation", **data.options)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = lock_folder(folder)
-    except ValueError as error:
-        raise ValueError(f"another study runs in {folder}; wait for its end") from error
-    with contextlib.closing(lock):
+    with locked(folder, f"another study runs in {folder}; wait for its end"):
         started = check_stamp(folder, scale, [trainings.dataset, held_out])
         remove_leftovers(folder / "pieces")
         study = Study(Pieces(trainings))

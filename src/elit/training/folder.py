@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -43,23 +43,6 @@ def rename_folder(aside: Path, target: Path) -> None:
     sync(aside)
     aside.rename(target)
     sync(target.parent)
-
-
-def lock_folder(folder: Path) -> IO[str]:
-    """Keep a run's folder for this process until the file that this gives is closed."""
-    file = (folder / ".lock").open("w")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        pass
-    except OSError as error:
-        file.close()
-        raise ValueError(
-            f"another process trains in {folder}; wait for its end, or choose another output_dir"
-        ) from error
-    return file
 
 
 def remove_leftovers(run: Path) -> None:

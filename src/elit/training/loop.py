@@ -1,5 +1,6 @@
 """The training loop, from top to bottom."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elit._files import locked
 from elit.flow.objective import flow_matching_loss
 from elit.training.build import MakeModel
 from elit.training.config import TrainConfig
 from elit.training.distributed import (
     ProcessLostError,
+    World,
     cpu_threads,
     distributed_world,
     matrix_products,
@@ -60,6 +63,7 @@ def train(
         distributed_world(loop.device) as world,
         matrix_products(world.device, loop.tf32),
         stop_on_signals() as stop_requested,
+        _locked(config, world),
     ):
         run = Run(config, world, make_model)
         steps = range(run.step, loop.steps)
@@ -107,6 +111,17 @@ def train(
         finished = run.step >= loop.steps  # a signal may have come in the last step
         world.barrier()
         return TrainResult(run.folder, run.step, finished, stopped, run.seconds)
+
+
+def _locked(config: TrainConfig, world: World) -> contextlib.AbstractContextManager[None]:
+    """Keep the run's folder for these processes, before what lies there is read."""
+    if not world.is_main:
+        return contextlib.nullcontext()
+    return locked(
+        Path(config.output_dir),
+        f"another process trains in {config.output_dir}; wait for its end, or choose another "
+        f"output_dir",
+    )
 
 
 def batch_loss(

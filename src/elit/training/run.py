@@ -38,7 +38,7 @@ from elit.training.checkpoint import (
 from elit.training.conditioning import OwnConditioning
 from elit.training.config import TrainConfig, fixed_settings
 from elit.training.distributed import World
-from elit.training.folder import lock_folder, remove_leftovers, replace_folder_files
+from elit.training.folder import remove_leftovers, replace_folder_files
 from elit.training.metrics import MetricsLog, draw_curves
 from elit.training.monitor import Monitor
 from elit.training.optimizer import Optimizer
@@ -105,7 +105,6 @@ class Run:
         self._saving: int | None = None
         if world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_folder(self.folder)
             remove_leftovers(self.folder)
             text = yaml.safe_dump(config.from_anywhere().to_dict(), sort_keys=False)
             write_file(self.folder / "config.yaml", lambda aside: aside.write_text(text))
@@ -347,8 +346,6 @@ class Run:
         """Close the files, and let go of what the process group must outlive."""
         self.log.close()
         self.parallel.close()
-        if self.world.is_main:
-            self._lock.close()
 
 
 def _due(step: int, every: int) -> bool:
