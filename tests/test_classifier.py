@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from elit.data import load_dataset
-from elit.evaluation.classifier import fit_classifier
+from elit.networks.classifier import fit_classifier
 
 # Data set, options, accuracy; `shapes` of their usual 32 px take thrice as long as those of 20.
 FITTED = [
@@ -142,7 +142,7 @@ class TestFit:
 
     @pytest.mark.parametrize("name", ["digits", "shapes"])
     def test_the_global_random_state_is_left_alone(self, name, monkeypatch):
-        monkeypatch.setattr("elit.evaluation.classifier._STEPS", 2)
+        monkeypatch.setattr("elit.networks.classifier._STEPS", 2)
         options = {"count": 20} if name == "shapes" else {}
         before = torch.get_rng_state()
         with torch.no_grad():  # as an evaluation might call it
@@ -151,7 +151,7 @@ class TestFit:
 
     @pytest.mark.parametrize("size", [9, 33, 64])
     def test_other_sizes_fit_too(self, size, monkeypatch):
-        monkeypatch.setattr("elit.evaluation.classifier._STEPS", 2)
+        monkeypatch.setattr("elit.networks.classifier._STEPS", 2)
         dataset = load_dataset("shapes", count=30, size=size)
         images = dataset.batch(range(30))["images"]
         labels = fit_classifier(dataset).predict(images)

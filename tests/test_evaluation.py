@@ -20,6 +20,7 @@ from tiny_clip import save_tiny_clip
 from torch import nn
 
 from elit import ElitPipeline, ElitTextPipeline, create_model, load_pipeline, make_scheduler
+from elit._process import Process
 from elit.cost.flops import CountedCost, forward_flops
 from elit.data import load_dataset
 from elit.evaluation import parts as parts_module
@@ -27,13 +28,12 @@ from elit.evaluation.drawing import Drawing
 from elit.evaluation.evaluation import Evaluation, evaluate, save_npz
 from elit.evaluation.frechet import Moments, frechet_distance
 from elit.evaluation.images import Images, open_images
-from elit.evaluation.networks import load_network
 from elit.evaluation.parts import Parts, part_size
 from elit.evaluation.reference import make_reference
 from elit.evaluation.scores import clip_score, precision_recall
 from elit.evaluation.sweep import Grid, merged, sweep
+from elit.networks.feature_network import load_network
 from elit.pipelines.operating_points import OperatingPoint
-from elit.preparation.process import Process
 
 ONE = Process()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from elit._extras import missing
-from elit.evaluation.encoders import load_dinov2
+from elit.networks.encoders import load_dinov2
 from elit.pipelines.text_encoder import encoder_settings
 from elit.preparation.clips import _by_ffmpeg
 from elit.preparation.source import datasets_module

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from elit import ElitPipeline, ElitTextPipeline, create_model, elasticize, make_scheduler
 from elit.cli.main import main
-from elit.evaluation.correlation import (
+from elit.inspection.correlation import (
     correlate,
     correlation_matrix,
     derangements,
     position_share,
 )
-from elit.evaluation.inspection import (
+from elit.inspection.inspector import (
     Inspector,
     Subject,
     difference_map,
@@ -32,14 +32,14 @@ from elit.evaluation.inspection import (
     spread,
     token_grid,
 )
-from elit.evaluation.inspection_numbers import (
+from elit.inspection.left_out import leave_out
+from elit.inspection.numbers import (
     correlations,
     mean_over_levels,
     numbers_of_core,
     numbers_of_maps,
     numbers_of_worth,
 )
-from elit.evaluation.left_out import leave_out
 from elit.viz.charts import Chart, Line, picture
 from elit.viz.heatmaps import Column, colour_bar, colours, heatmap, map_sheet, overlay
 from elit.viz.sheet import stack

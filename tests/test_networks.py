@@ -26,12 +26,12 @@ from tiny_clip import save_tiny_clip
 from torch import Tensor, nn
 
 from elit.data import load_dataset
-from elit.evaluation import weights as weight_files
-from elit.evaluation.encoders import _warn_of_cut
-from elit.evaluation.inception import Inception
-from elit.evaluation.networks import NETWORKS, load_network
-from elit.evaluation.resize import centre_crop, resize_pil, resize_tf_bilinear, shorter_side
-from elit.evaluation.weights import checksum_of
+from elit.networks import weights as weight_files
+from elit.networks.encoders import _warn_of_cut
+from elit.networks.feature_network import NETWORKS, load_network
+from elit.networks.inception import Inception
+from elit.networks.resize import centre_crop, resize_pil, resize_tf_bilinear, shorter_side
+from elit.networks.weights import checksum_of
 
 GOLDEN = Path(__file__).parent / "golden_networks"
 PHOTOGRAPHS = ("china", "flower")
@@ -703,7 +703,7 @@ def test_the_classifier_tells_digits_apart() -> None:
 
 def test_every_process_fits_the_same_classifier(monkeypatch) -> None:
     """However many threads it has, and whatever it drew before."""
-    monkeypatch.setattr("elit.evaluation.classifier._STEPS", 10)
+    monkeypatch.setattr("elit.networks.classifier._STEPS", 10)
     threads = torch.get_num_threads()
     found = set()
     try:

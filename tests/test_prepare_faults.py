@@ -199,7 +199,7 @@ def test_leftovers_go_where_nobody_writes_them(tmp_path) -> None:
 
 
 def test_slurm_counts_only_within_a_step(monkeypatch) -> None:
-    from elit.preparation.process import this_process
+    from elit._process import this_process
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")

@@ -1,1 +1,1 @@
-"""How good a model's samples are, and what is inside."""
+"""How good samples are: scores against real images, at one budget and over sweeps."""

@@ -12,10 +12,10 @@ from torch import Tensor
 from elit._devices import synchronize
 from elit.cost.formulas import ModelCost
 from elit.evaluation.images import to_bytes
-from elit.evaluation.networks import FeatureNetwork
 from elit.evaluation.parts import batches
 from elit.evaluation.reference import image_features
 from elit.flow.guidance import Forwards
+from elit.networks.feature_network import FeatureNetwork
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.operating_points import OperatingPoint
 

@@ -16,19 +16,19 @@ import numpy as np
 from tqdm import tqdm
 
 from elit._files import digest_of, write_file, write_json
+from elit._process import Process
 from elit.evaluation.drawing import Drawing
 from elit.evaluation.images import Images
 from elit.evaluation.measure import Scores, measure
 from elit.evaluation.parts import Parts, part_size
 from elit.evaluation.reference import Reference, check_shapes, make_reference
 from elit.evaluation.score_names import SCORES
-from elit.evaluation.weights import checksum_of
+from elit.networks.weights import checksum_of
 from elit.pipelines.autoencoder import SamplesDivergedError
 from elit.pipelines.folder import weights_digest
 from elit.pipelines.operating_points import OperatingPoint
 from elit.pipelines.sweep_file import FORMAT
 from elit.pipelines.timing import CallTimes, describe, device_name
-from elit.preparation.process import Process
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elit.evaluation.frechet import Moments, bias_warning, frechet_distance
-from elit.evaluation.networks import FeatureNetwork
 from elit.evaluation.parts import Parts
 from elit.evaluation.reference import Reference, Statistics, evenly
 from elit.evaluation.scores import (
@@ -18,6 +17,7 @@ from elit.evaluation.scores import (
     kernel_distance,
     precision_recall,
 )
+from elit.networks.feature_network import FeatureNetwork
 
 logger = logging.getLogger(__name__)
 

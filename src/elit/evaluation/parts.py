@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elit._files import as_os_error, remove_leftovers, write_file
-from elit.preparation.process import Process
+from elit._process import Process
 
 PATIENCE = 600.0  # seconds without a new part, or five times what one takes: then it is given up
 _GLANCE = 0.5  # seconds between two looks for the parts of others

@@ -13,12 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elit._files import cache_folder, digest_of, write_file, write_json
+from elit._process import Process
 from elit.evaluation.frechet import Moments
 from elit.evaluation.images import Images
-from elit.evaluation.networks import FeatureNetwork
 from elit.evaluation.parts import Parts, batches, part_size
 from elit.interface.grid import format_size
-from elit.preparation.process import Process
+from elit.networks.feature_network import FeatureNetwork
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from elit._devices import pick_device
 from elit._files import remove_leftovers, write_json
+from elit._process import Process, ends_on_sigterm, this_process
 from elit.data.manifest import (
     FORMAT,
     MOMENTS,
@@ -33,7 +34,6 @@ from elit.preparation.checksums import check_content, forget_damaged
 from elit.preparation.folder import check_same, json_types
 from elit.preparation.null import make_null, read_null
 from elit.preparation.parts import Part, Record, parts_of, read_record
-from elit.preparation.process import Process, ends_on_sigterm, this_process
 from elit.preparation.reading import Sizes, default_workers, read
 from elit.preparation.settings import PrepareSettings
 from elit.preparation.source import Source, open_source

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elit.evaluation.correlation import (
+from elit.inspection.correlation import (
     controlled,
     correlate,
     correlation_matrix,
     position_share,
 )
-from elit.evaluation.inspection import Maps, Worth
-from elit.evaluation.latent_spread import latent_spread
-from elit.evaluation.left_out import PARTS
+from elit.inspection.inspector import Maps, Worth
+from elit.inspection.latent_spread import latent_spread
+from elit.inspection.left_out import PARTS
 
 # name: arguments of `correlate`
 KINDS: dict[str, dict[str, bool]] = {

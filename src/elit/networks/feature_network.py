@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from elit._choices import check_choice
 from elit._files import sha256_of, typed_path
 from elit.data import ImageDataset
-from elit.evaluation import inception
-from elit.evaluation.classifier import ClassifierFeatures, fit_network
-from elit.evaluation.encoders import CLIP, DINOV2, ClipFeatures, load_clip, load_dinov2
-from elit.evaluation.resize import resize_tf_bilinear
-from elit.evaluation.weights import (
+from elit.networks import inception
+from elit.networks.classifier import ClassifierFeatures, fit_network
+from elit.networks.encoders import CLIP, DINOV2, ClipFeatures, load_clip, load_dinov2
+from elit.networks.resize import resize_tf_bilinear
+from elit.networks.weights import (
     I3D_FILE,
     checksum_of,
     find_i3d,

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elit.evaluation.resize import resize_tf_bilinear
-from elit.evaluation.weights import INCEPTION_FILES, read_weights
+from elit.networks.resize import resize_tf_bilinear
+from elit.networks.weights import INCEPTION_FILES, read_weights
 
 SIDE = 299  # pixels of the images that it looks at
 _CLASSES = 1008

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from elit._extras import missing
 from elit._hub import hub_reason
-from elit.evaluation.resize import centre_crop, resize_pil, shorter_side
+from elit.networks.resize import centre_crop, resize_pil, shorter_side
 
 logger = logging.getLogger(__name__)
 

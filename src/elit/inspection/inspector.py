@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elit.evaluation.latent_spread import latent_moments
-from elit.evaluation.left_out import PARTS, LeftOut, leave_out, watch_latents
 from elit.flow.objective import interpolate, velocity_target
+from elit.inspection.latent_spread import latent_moments
+from elit.inspection.left_out import PARTS, LeftOut, leave_out, watch_latents
 from elit.interface.attention_maps import attention_entropy, watch_attention
 from elit.interface.grid import TokenGrid
 from elit.pipelines.base import ElasticPipeline
