@@ -12,19 +12,12 @@ from typing import Any, NoReturn
 
 @dataclass(frozen=True)
 class Process:
-    """One of several that share the work and never talk to each other.
+    """One of several that share the work and never talk to each other."""
 
-    Attributes:
-        rank: its number, from 0.
-        world: how many there are.
-        local_rank: its number on this machine.
-        local_world: how many there are on this machine.
-    """
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    local_world: int = 1
+    rank: int = 0  # its number, from 0
+    world: int = 1  # how many there are
+    local_rank: int = 0  # its number on this machine
+    local_world: int = 1  # how many there are on this machine
 
 
 def this_process() -> Process:

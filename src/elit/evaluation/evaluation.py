@@ -39,27 +39,17 @@ _NOT_OF_THE_SAMPLES = ("device", "device_name", "versions", "reference")  # may 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is drawn, compared with what, by which processes.
+    """What is drawn, compared with what, by which processes."""
 
-    Attributes:
-        run: folder or hub name of the pipeline.
-        drawing: of its samples.
-        images: the real ones.
-        process: this one.
-        home: folder of the samples' features; each operating point has one of its own in it.
-        training: what is known of the model's training: steps and EFLOPs.
-        progress: whether to show bars.
-        variant: of the files that the weights were read from.
-    """
-
-    run: str
-    drawing: Drawing
-    images: Images
-    process: Process
-    home: Path
+    run: str  # folder or hub name of the pipeline
+    drawing: Drawing  # of its samples
+    images: Images  # the real ones
+    process: Process  # this one
+    home: Path  # folder of the samples' features; each operating point has one of its own in it
+    # what is known of the model's training: steps and EFLOPs
     training: dict[str, Any] | None = None
-    progress: bool = True
-    variant: str | None = None
+    progress: bool = True  # whether to show bars
+    variant: str | None = None  # of the files that the weights were read from
 
     def __post_init__(self) -> None:
         check_shapes(self.images, self.drawing.image_shape(), self.run)

@@ -32,24 +32,16 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Images:
-    """Images or clips of one shape, by number.
+    """Images or clips of one shape, by number."""
 
-    Attributes:
-        name: what they are, in words.
-        digest: of the data.
-        count: how many.
-        shape: (C, H, W), of clips (C, T, H, W).
-        read: uint8 (n, *shape) of some numbers.
-        captions: texts of some numbers, where there are any.
-        statistics: mean and covariance by "network.output", where the file holds them.
-    """
-
-    name: str
-    digest: str
-    count: int
-    shape: tuple[int, ...]
-    read: Callable[[Sequence[int]], Tensor]
+    name: str  # what they are, in words
+    digest: str  # of the data
+    count: int  # how many
+    shape: tuple[int, ...]  # (C, H, W), of clips (C, T, H, W)
+    read: Callable[[Sequence[int]], Tensor]  # uint8 (n, *shape) of some numbers
+    # texts of some numbers, where there are any
     captions: Callable[[Sequence[int]], list[str]] | None = None
+    # mean and covariance by "network.output", where the file holds them
     statistics: dict[str, tuple[Tensor, Tensor]] | None = None
 
 

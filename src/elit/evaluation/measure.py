@@ -37,21 +37,14 @@ COMPARED = ("precision", "recall", "density", "coverage", "kid")
 
 @dataclass
 class Scores:
-    """Scores of one operating point.
+    """Scores of one operating point."""
 
-    Attributes:
-        values: by name.
-        of: the network behind each.
-        deviations: standard deviations, where a score is a mean over parts of the samples.
-        warnings: what makes them less than they seem.
-        count: samples.
-    """
-
-    values: dict[str, float] = field(default_factory=dict)
-    of: dict[str, str] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)  # by name
+    of: dict[str, str] = field(default_factory=dict)  # the network behind each
+    # standard deviations, where a score is a mean over parts of the samples
     deviations: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    count: int = 0
+    warnings: list[str] = field(default_factory=list)  # what makes them less than they seem
+    count: int = 0  # samples
 
     def add(
         self, name: str, value: float, network: FeatureNetwork, deviation: float | None = None

@@ -28,20 +28,13 @@ _UNRANKED = ("spatial",)  # outputs that no score needs beyond mean and covarian
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one output of one network.
+    """Of one output of one network."""
 
-    Attributes:
-        mean: (d,) float64.
-        covariance: (d, d) float64.
-        features: (m, d) of at most MANIFOLD images, evenly chosen; None where only the others
-            are known.
-        count: images behind mean and covariance; None if the file doesn't say.
-    """
-
-    mean: Tensor
-    covariance: Tensor
+    mean: Tensor  # (d,) float64
+    covariance: Tensor  # (d, d) float64
+    # (m, d) of at most MANIFOLD images, evenly chosen; None where only the others are known
     features: Tensor | None
-    count: int | None
+    count: int | None  # images behind mean and covariance; None if the file doesn't say
 
 
 Reference = Mapping[str, Statistics]

@@ -30,31 +30,19 @@ class InceptionScore(NamedTuple):
 
 
 class PrecisionRecall(NamedTuple):
-    """How two sets of samples cover each other; all in [0, 1] but density.
+    """How two sets of samples cover each other; all in [0, 1] but density."""
 
-    Attributes:
-        precision: share of generated samples within the ball of a real one.
-        recall: share of real samples within the ball of a generated one.
-        density: balls of real samples around a generated one, on average, over k.
-        coverage: share of real samples with a generated one in their ball.
-    """
-
-    precision: float
-    recall: float
-    density: float
-    coverage: float
+    precision: float  # share of generated samples within the ball of a real one
+    recall: float  # share of real samples within the ball of a generated one
+    density: float  # balls of real samples around a generated one, on average, over k
+    coverage: float  # share of real samples with a generated one in their ball
 
 
 class KernelDistance(NamedTuple):
-    """Squared maximum mean discrepancy, unbiased, so that it may be negative.
+    """Squared maximum mean discrepancy, unbiased, so that it may be negative."""
 
-    Attributes:
-        value: over all pairs, or the mean over the subsets.
-        std: over the subsets; None for all pairs.
-    """
-
-    value: float
-    std: float | None
+    value: float  # over all pairs, or the mean over the subsets
+    std: float | None  # over the subsets; None for all pairs
 
 
 @torch.no_grad()

@@ -31,23 +31,14 @@ _MAY_DIFFER = ("device", "device_name", "versions")  # between two calls that fi
 
 @dataclass(frozen=True)
 class Grid:
-    """What a sweep goes through: all combinations that differ.
+    """What a sweep goes through: all combinations that differ."""
 
-    Attributes:
-        budgets: of the samples.
-        steps: of the sampler.
-        guides: of "none", "cfg", "ag" and "ccfg".
-        scales: of guidance.
-        guide_budgets: of "ag" and "ccfg"; empty is the lowest trained.
-        interval: noise levels in which guidance acts.
-    """
-
-    budgets: Sequence[float]
-    steps: Sequence[int]
-    guides: Sequence[str]
-    scales: Sequence[float] = (2.0,)
-    guide_budgets: Sequence[float] = ()
-    interval: tuple[float, float] | None = None
+    budgets: Sequence[float]  # of the samples
+    steps: Sequence[int]  # of the sampler
+    guides: Sequence[str]  # of "none", "cfg", "ag" and "ccfg"
+    scales: Sequence[float] = (2.0,)  # of guidance
+    guide_budgets: Sequence[float] = ()  # of "ag" and "ccfg"; empty is the lowest trained
+    interval: tuple[float, float] | None = None  # noise levels in which guidance acts
 
     def points(self, model: ElasticMixin) -> list[OperatingPoint]:
         """All operating points, each once, at the budgets that really run.

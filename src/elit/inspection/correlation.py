@@ -19,21 +19,15 @@ class Correlation:
     """A mean of correlations over images, and its control; None where there is none.
 
     A map without variation correlates with nothing: its image is left out.
-
-    Attributes:
-        value: mean over images of the correlation of one map with the other.
-        shuffled: the same of all pairs of different images.
-        shuffled_std: spread of the mean over shuffles that leave no image in its place.
-        p: share of such shuffles, the true order counted among them, that are at least as far from
-            `shuffled` as `value` is.
-        images: that the mean is of.
     """
 
-    value: float | None
-    shuffled: float | None
-    shuffled_std: float | None
+    value: float | None  # mean over images of the correlation of one map with the other
+    shuffled: float | None  # the same of all pairs of different images
+    shuffled_std: float | None  # spread of the mean over shuffles that leave no image in its place
+    # share of such shuffles, the true order counted among them, that are at least as far from
+    # `shuffled` as `value` is
     p: float | None
-    images: int
+    images: int  # that the mean is of
 
 
 def correlate(

@@ -24,21 +24,13 @@ MAX_COUNTS = 32  # latents that are left out one by one, and numbers of first la
 
 @dataclass(frozen=True)
 class Subject:
-    """What is looked at.
+    """What is looked at."""
 
-    Attributes:
-        images: (N, C, *space), as the model sees them.
-        condition: the model's arguments that say what they show, (N, ...) each.
-        seed: of the noise: image i has draw d from (seed, i, d), whatever the batch.
-        draws: of noise for each image, an even number.
-        batch_size: samples of a forward.
-    """
-
-    images: Tensor
-    condition: Mapping[str, Tensor]
-    seed: int = 0
-    draws: int = 4
-    batch_size: int = 32
+    images: Tensor  # (N, C, *space), as the model sees them
+    condition: Mapping[str, Tensor]  # the model's arguments that say what they show, (N, ...) each
+    seed: int = 0  # of the noise: image i has draw d from (seed, i, d), whatever the batch
+    draws: int = 4  # of noise for each image, an even number
+    batch_size: int = 32  # samples of a forward
 
     def __post_init__(self) -> None:
         if self.draws < 2 or self.draws % 2:
@@ -77,26 +69,20 @@ class Maps:
     """Maps of N images at one noise level and budget, group by group: (2, N, G, P) float32.
 
     The first axis has means over one half of the noise draws and over the other.
-
-    Attributes:
-        sigma: noise level.
-        num_latents: latents per group, n.
-        loss: mean squared error of the velocity in each token.
-        attention: what a token gets of Read's weights, summed over the latents, mean over heads; a
-            group's tokens share n. None where Read copies, as a retrofit's at full budget.
-        difference: mean squared difference of the velocity from full budget's; None there.
-        latents: (n, G, P) each latent's own weights, mean over images; None as above.
-        shown: (S, n, G, P) the same of the first few images.
-        entropy: (n,) of each latent's weights, in nats, mean over groups, heads and images.
     """
 
-    sigma: float
-    num_latents: int
-    loss: Tensor
+    sigma: float  # noise level
+    num_latents: int  # latents per group, n
+    loss: Tensor  # mean squared error of the velocity in each token
+    # what a token gets of Read's weights, summed over the latents, mean over heads; a group's
+    # tokens share n. None where Read copies, as a retrofit's at full budget
     attention: Tensor | None = None
+    # mean squared difference of the velocity from full budget's; None there
     difference: Tensor | None = None
+    # (n, G, P) each latent's own weights, mean over images; None as above
     latents: Tensor | None = None
-    shown: Tensor | None = None
+    shown: Tensor | None = None  # (S, n, G, P) the same of the first few images
+    # (n,) of each latent's weights, in nats, mean over groups, heads and images
     entropy: Tensor | None = None
 
     def mean(self, name: str) -> Tensor | None:
@@ -107,22 +93,18 @@ class Maps:
 
 @dataclass(frozen=True)
 class Worth:
-    """Loss of N images with some latents only, mean over noise draws; always the same noise.
+    """Loss of N images with some latents only, mean over noise draws; always the same noise."""
 
-    Attributes:
-        sigma: noise level.
-        first: number of first latents kept: losses (N,).
-        without: number of the latent left out, from 0: losses (N,). Empty of a retrofit, whose
-            latents are cells of the group, and of a single latent.
-        without_part: losses (N,) at full budget without the core, and without the interface.
-        moments: `latent_moments` at full budget, of latents that enter the core ("read") and that
-            leave it ("core").
-    """
-
-    sigma: float
+    sigma: float  # noise level
+    # number of first latents kept: losses (N,)
     first: dict[int, Tensor] = field(default_factory=dict)
+    # number of the latent left out, from 0: losses (N,). Empty of a retrofit, whose latents
+    # are cells of the group, and of a single latent
     without: dict[int, Tensor] = field(default_factory=dict)
+    # losses (N,) at full budget without the core, and without the interface
     without_part: dict[LeftOut, Tensor] = field(default_factory=dict)
+    # `latent_moments` at full budget, of latents that enter the core ("read") and that leave
+    # it ("core")
     moments: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -24,21 +24,14 @@ WEIGHTS = ("ema", "model")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds.
+    """What a file holds."""
 
-    Attributes:
-        tensors: by the file's names, views of it.
-        weights: which of the file's: "ema", "model", or None of a file that holds a state dict.
-        args: settings that the model was trained with, as far as the file has them.
-        steps: of training, if the file tells.
-        left_out: keys that are of training alone.
-    """
-
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # by the file's names, views of it
+    # which of the file's: "ema", "model", or None of a file that holds a state dict
     weights: str | None
-    args: Mapping[str, Any]
-    steps: int | None
-    left_out: list[str]
+    args: Mapping[str, Any]  # settings that the model was trained with, as far as the file has them
+    steps: int | None  # of training, if the file tells
+    left_out: list[str]  # keys that are of training alone
 
     @property
     def stored(self) -> list[str]:

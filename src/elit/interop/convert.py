@@ -31,22 +31,14 @@ VAE_SCALE = 0.18215  # of the VAE latents that the public models were trained on
 
 @dataclass(frozen=True)
 class ConversionSettings:
-    """How a public checkpoint becomes a folder.
+    """How a public checkpoint becomes a folder."""
 
-    Attributes:
-        format: "official", of the SiT and ELIT-SiT, or "dit".
-        weights: "ema" or "model".
-        encoder_depth: blocks before the Read.
-        num_heads: by default that of the public model of the same width.
-        decoder_depth: blocks after the Write; by default the public models'.
-        vae: autoencoder to put into the folder, a folder or a name on the hub; None leaves it out.
-    """
-
-    format: str = "official"
-    weights: str = "ema"
-    encoder_depth: int = 8
-    num_heads: int | None = None
-    decoder_depth: int | None = None
+    format: str = "official"  # "official", of the SiT and ELIT-SiT, or "dit"
+    weights: str = "ema"  # "ema" or "model"
+    encoder_depth: int = 8  # blocks before the Read
+    num_heads: int | None = None  # by default that of the public model of the same width
+    decoder_depth: int | None = None  # blocks after the Write; by default the public models'
+    # autoencoder to put into the folder, a folder or a name on the hub; None leaves it out
     vae: str | None = None
 
 

@@ -54,18 +54,14 @@ _CROSS_ATTENTION = (
 
 @dataclass(frozen=True)
 class Unknowns:
-    """Settings that no tensor tells.
+    """Settings that no tensor tells."""
 
-    Attributes:
-        encoder_depth: blocks before Read.
-        decoder_depth: blocks after Write; None takes the public models' number at this depth.
-        num_heads: attention heads; None takes the public models' number at this width.
-        num_classes: of a model without a null class; None if the last label is the null class.
-    """
-
-    encoder_depth: int = 8
+    encoder_depth: int = 8  # blocks before Read
+    # blocks after Write; None takes the public models' number at this depth
     decoder_depth: int | None = None
+    # attention heads; None takes the public models' number at this width
     num_heads: int | None = None
+    # of a model without a null class; None if the last label is the null class
     num_classes: int | None = None
 
 

@@ -34,29 +34,22 @@ _I3D_FRAMES = 10  # fewer leave nothing after its strides in time
 
 @dataclass(frozen=True, eq=False)
 class FeatureNetwork:
-    """A frozen network and how pictures are prepared for it.
+    """A frozen network and how pictures are prepared for it."""
 
-    Attributes:
-        name: "inception", "dinov2", "clip", "i3d", "classifier", the class of a given module, or
-            the name of a file.
-        module: it takes what `prepare` makes, and returns a tensor (B, d) or a dictionary of them.
-        outputs: names of what `features` returns: "pool" is what a Frechet distance compares,
-            "logits", where there are any, are for the Inception Score, "spatial" is for sFID.
-        checksum: SHA-256 of its weights, of the file where they are one.
-        preprocessing: in words.
-        takes: "images", "clips", or "texts" where it takes texts and images.
-        device: where it is.
-        prepare: makes of float pictures (B, C, H, W), clips (B, C, T, H, W), in 0..255 what the
-            module takes.
-    """
-
+    # "inception", "dinov2", "clip", "i3d", "classifier", the class of a given module, or the
+    # name of a file
     name: str
+    # it takes what `prepare` makes, and returns a tensor (B, d) or a dictionary of them
     module: nn.Module
+    # names of what `features` returns: "pool" is what a Frechet distance compares, "logits",
+    # where there are any, are for the Inception Score, "spatial" is for sFID
     outputs: tuple[str, ...]
-    checksum: str
-    preprocessing: str
-    takes: str
-    device: torch.device
+    checksum: str  # SHA-256 of its weights, of the file where they are one
+    preprocessing: str  # in words
+    takes: str  # "images", "clips", or "texts" where it takes texts and images
+    device: torch.device  # where it is
+    # makes of float pictures (B, C, H, W), clips (B, C, T, H, W), in 0..255 what the module
+    # takes
     prepare: Callable[[Tensor], Tensor] = field(repr=False)
 
     def features(self, images: Tensor) -> dict[str, Tensor]:

@@ -4,8 +4,9 @@ It departs from Inception-v3 as published (arXiv 1512.00567) in that average poo
 padding, the last block pools the maximum, and there are 1008 classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,117 +44,85 @@ def _average(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-class _Mixed35(nn.Module):
+def _maximum(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+def _halve(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 3, stride=2)
+
+
+_ROW, _COLUMN = (1, 7), (7, 1)  # 7x7 in two steps
+_FORK = "fork"  # 3x3 as a row and a column side by side
+Chain = Sequence[tuple[Any, ...]]  # (channels, kernel, stride) of convolutions one after another
+
+
+class _Mixed(nn.Module):
+    """Chains of convolutions and a pool side by side; their outputs stand one after another.
+
+    Convolutions are named as in public files: those of a chain of several end in _1, _2 and so on.
+    """
+
+    def __init__(self, inputs: int, pool: Callable[[Tensor], Tensor], **chains: Chain):
+        super().__init__()
+        self.pool = pool
+        self.names: list[tuple[str, ...]] = []  # of each chain's convolutions
+        self.forked: list[tuple[str, str] | None] = []  # of its last step
+        for chain_name, chain in chains.items():
+            width, names, fork = inputs, list[str](), None
+            for number, (channels, kernel, *stride) in enumerate(chain, 1):
+                name = f"{chain_name}_{number}" if len(chain) > 1 else chain_name
+                if kernel == _FORK:
+                    fork = (f"{name}a", f"{name}b")
+                    for end, shape in zip(fork, ((1, 3), (3, 1)), strict=True):
+                        self.add_module(end, _Conv(width, channels, shape, padding="same"))
+                    continue
+                padding = 0 if stride else "same"
+                self.add_module(name, _Conv(width, channels, kernel, *stride, padding=padding))
+                names.append(name)
+                width = channels
+            self.names.append(tuple(names))
+            self.forked.append(fork)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(self.branches(x), dim=1)
+
+    def branches(self, x: Tensor) -> list[Tensor]:
+        """Output of each chain, and of the pool where it is none's beginning."""
+        outputs, pools = [], True
+        for names, fork in zip(self.names, self.forked, strict=True):
+            y = x
+            if names[0] == "branch_pool":
+                y, pools = self.pool(x), False
+            for name in names:
+                y = self.get_submodule(name)(y)
+            outputs += [y] if fork is None else [self.get_submodule(end)(y) for end in fork]
+        return [*outputs, self.pool(x)] if pools else outputs
+
+
+def _mixed35(inputs: int, pooled: int) -> _Mixed:
     """Mixed_5b to 5d, on 35x35."""
-
-    def __init__(self, inputs: int, pooled: int):
-        super().__init__()
-        self.branch1x1 = _Conv(inputs, 64)
-        self.branch5x5_1 = _Conv(inputs, 48)
-        self.branch5x5_2 = _Conv(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = _Conv(inputs, 64)
-        self.branch3x3dbl_2 = _Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = _Conv(96, 96, 3, padding=1)
-        self.branch_pool = _Conv(inputs, pooled)
-
-    def forward(self, x: Tensor) -> Tensor:
-        single = self.branch5x5_2(self.branch5x5_1(x))
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat((self.branch1x1(x), single, double, self.branch_pool(_average(x))), dim=1)
+    return _Mixed(
+        inputs, _average, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
+        branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pooled, 1)],
+    )  # fmt: skip
 
 
-class _Reduce17(nn.Module):
-    """Mixed_6a, from 35x35 to 17x17."""
-
-    def __init__(self, inputs: int):
-        super().__init__()
-        self.branch3x3 = _Conv(inputs, 384, 3, stride=2)
-        self.branch3x3dbl_1 = _Conv(inputs, 64)
-        self.branch3x3dbl_2 = _Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = _Conv(96, 96, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat((self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)), dim=1)
+def _mixed17(inner: int) -> _Mixed:
+    """Mixed_6b to 6e, on 17x17."""
+    double = [(inner, 1), (inner, _COLUMN), (inner, _ROW), (inner, _COLUMN), (192, _ROW)]
+    return _Mixed(
+        768, _average, branch1x1=[(192, 1)], branch7x7=[(inner, 1), (inner, _ROW), (192, _COLUMN)],
+        branch7x7dbl=double, branch_pool=[(192, 1)],
+    )  # fmt: skip
 
 
-class _Mixed17(nn.Module):
-    """Mixed_6b to 6e, on 17x17: kernels of 7x7 as rows and columns."""
-
-    def __init__(self, inner: int):
-        super().__init__()
-        row, column = (1, 7), (7, 1)
-        self.branch1x1 = _Conv(768, 192)
-        self.branch7x7_1 = _Conv(768, inner)
-        self.branch7x7_2 = _Conv(inner, inner, row, padding="same")
-        self.branch7x7_3 = _Conv(inner, 192, column, padding="same")
-        self.branch7x7dbl_1 = _Conv(768, inner)
-        self.branch7x7dbl_2 = _Conv(inner, inner, column, padding="same")
-        self.branch7x7dbl_3 = _Conv(inner, inner, row, padding="same")
-        self.branch7x7dbl_4 = _Conv(inner, inner, column, padding="same")
-        self.branch7x7dbl_5 = _Conv(inner, 192, row, padding="same")
-        self.branch_pool = _Conv(768, 192)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.branches(x)[0]
-
-    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's output (B, 768, 17, 17), and the part of it that its 1x1 branch made."""
-        plain = self.branch1x1(x)
-        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat((plain, single, double, self.branch_pool(_average(x))), dim=1), plain
-
-
-class _Reduce8(nn.Module):
-    """Mixed_7a, from 17x17 to 8x8."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch3x3_1 = _Conv(768, 192)
-        self.branch3x3_2 = _Conv(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = _Conv(768, 192)
-        self.branch7x7x3_2 = _Conv(192, 192, (1, 7), padding="same")
-        self.branch7x7x3_3 = _Conv(192, 192, (7, 1), padding="same")
-        self.branch7x7x3_4 = _Conv(192, 192, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        plain = self.branch3x3_2(self.branch3x3_1(x))
-        large = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
-        return torch.cat((plain, self.branch7x7x3_4(large), F.max_pool2d(x, 3, stride=2)), dim=1)
-
-
-class _Mixed8(nn.Module):
-    """Mixed_7b and 7c, on 8x8: branches that fork."""
-
-    def __init__(self, inputs: int, *, pools_maximum: bool):
-        super().__init__()
-        self.pools_maximum = pools_maximum
-        row, column = (1, 3), (3, 1)
-        self.branch1x1 = _Conv(inputs, 320)
-        self.branch3x3_1 = _Conv(inputs, 384)
-        self.branch3x3_2a = _Conv(384, 384, row, padding="same")
-        self.branch3x3_2b = _Conv(384, 384, column, padding="same")
-        self.branch3x3dbl_1 = _Conv(inputs, 448)
-        self.branch3x3dbl_2 = _Conv(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = _Conv(384, 384, row, padding="same")
-        self.branch3x3dbl_3b = _Conv(384, 384, column, padding="same")
-        self.branch_pool = _Conv(inputs, 192)
-
-    def forward(self, x: Tensor) -> Tensor:
-        single = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.pools_maximum else _average(x)
-        parts = (
-            self.branch1x1(x),
-            self.branch3x3_2a(single),
-            self.branch3x3_2b(single),
-            self.branch3x3dbl_3a(double),
-            self.branch3x3dbl_3b(double),
-            self.branch_pool(pooled),
-        )
-        return torch.cat(parts, dim=1)
+def _mixed8(inputs: int, pool: Callable[[Tensor], Tensor]) -> _Mixed:
+    """Mixed_7b and 7c, on 8x8."""
+    return _Mixed(
+        inputs, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, _FORK)],
+        branch3x3dbl=[(448, 1), (384, 3), (384, _FORK)], branch_pool=[(192, 1)],
+    )  # fmt: skip
 
 
 class Inception(nn.Module):
@@ -168,17 +137,22 @@ class Inception(nn.Module):
         self.Conv2d_2b_3x3 = _Conv(32, 64, 3, padding=1)
         self.Conv2d_3b_1x1 = _Conv(64, 80)
         self.Conv2d_4a_3x3 = _Conv(80, 192, 3)
-        self.Mixed_5b = _Mixed35(192, pooled=32)
-        self.Mixed_5c = _Mixed35(256, pooled=64)
-        self.Mixed_5d = _Mixed35(288, pooled=64)
-        self.Mixed_6a = _Reduce17(288)
-        self.Mixed_6b = _Mixed17(128)
-        self.Mixed_6c = _Mixed17(160)
-        self.Mixed_6d = _Mixed17(160)
-        self.Mixed_6e = _Mixed17(192)
-        self.Mixed_7a = _Reduce8()
-        self.Mixed_7b = _Mixed8(1280, pools_maximum=False)
-        self.Mixed_7c = _Mixed8(2048, pools_maximum=True)
+        self.Mixed_5b = _mixed35(192, pooled=32)
+        self.Mixed_5c = _mixed35(256, pooled=64)
+        self.Mixed_5d = _mixed35(288, pooled=64)
+        self.Mixed_6a = _Mixed(  # from 35x35 to 17x17
+            288, _halve, branch3x3=[(384, 3, 2)], branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)]
+        )
+        self.Mixed_6b = _mixed17(128)
+        self.Mixed_6c = _mixed17(160)
+        self.Mixed_6d = _mixed17(160)
+        self.Mixed_6e = _mixed17(192)
+        self.Mixed_7a = _Mixed(  # from 17x17 to 8x8
+            768, _halve, branch3x3=[(192, 1), (320, 3, 2)],
+            branch7x7x3=[(192, 1), (192, _ROW), (192, _COLUMN), (192, 3, 2)],
+        )  # fmt: skip
+        self.Mixed_7b = _mixed8(1280, _average)
+        self.Mixed_7c = _mixed8(2048, _maximum)
         self.fc = nn.Linear(2048, _CLASSES)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -189,14 +163,14 @@ class Inception(nn.Module):
             fastest, as ADM's; logits (B, 1008) without the bias, as ADM's Inception Score.
         """
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(images)))
-        x = F.max_pool2d(x, 3, stride=2)  # (B, 64, 73, 73)
+        x = _halve(x)  # (B, 64, 73, 73)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
-        x = F.max_pool2d(x, 3, stride=2)  # (B, 192, 35, 35)
+        x = _halve(x)  # (B, 192, 35, 35)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (B, 288, 35, 35)
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # (B, 768, 17, 17)
-        x, plain = self.Mixed_6d.branches(x)
-        spatial = plain[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 2023)
-        x = self.Mixed_7a(self.Mixed_6e(x))  # (B, 1280, 8, 8)
+        branches = self.Mixed_6d.branches(x)
+        spatial = branches[0][:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 2023)
+        x = self.Mixed_7a(self.Mixed_6e(torch.cat(branches, dim=1)))  # (B, 1280, 8, 8)
         x = self.Mixed_7c(self.Mixed_7b(x))  # (B, 2048, 8, 8)
         pool = x.mean(dim=(2, 3))  # (B, 2048)
         return {"pool": pool, "spatial": spatial, "logits": F.linear(pool, self.fc.weight)}
@@ -212,32 +186,31 @@ def load_inception(path: Path) -> Inception:
     """Inception with the weights of a .pth or .safetensors file, ready to look at images."""
     with torch.device("meta"):
         network = Inception()
-    given = read_weights(path)
     starts, ends = _NOT_NEEDED
-    wanted = {k: v for k, v in network.state_dict().items() if not k.endswith(ends)}
-    given = {k: v for k, v in given.items() if not k.startswith(starts) and not k.endswith(ends)}
-    _check_weights(path, given, wanted)
-    network.load_state_dict({k: v.float() for k, v in given.items()}, strict=False, assign=True)
+    expected = {k: v for k, v in network.state_dict().items() if not k.endswith(ends)}
+    weights = {k: v for k, v in read_weights(path).items() if not k.startswith(starts)}
+    weights = {k: v for k, v in weights.items() if not k.endswith(ends)}
+    _check_weights(path, weights, expected)
+    network.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False, assign=True)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.num_batches_tracked = None  # counts in training alone
     return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
 
 
-def _check_weights(path: Path, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def _check_weights(
+    path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
     """Raise a ValueError that names the weights that don't fit Inception."""
-    shared = [name for name in wanted if name in given]
+    shapes = [
+        (k, tuple(weights[k].shape), tuple(expected[k].shape)) for k in expected if k in weights
+    ]
     faults = {
-        "lacks": [name for name in wanted if name not in given],
-        "also has": [name for name in given if name not in wanted],
-        "has in another shape": [
-            f"{name} {tuple(given[name].shape)} for {tuple(wanted[name].shape)}"
-            for name in shared
-            if given[name].shape != wanted[name].shape
-        ],
+        "lacks": [name for name in expected if name not in weights],
+        "also has": [name for name in weights if name not in expected],
+        "has in another shape": [f"{name} {a} for {b}" for name, a, b in shapes if a != b],
     }
-    words = [f"{what} {_some(names)}" for what, names in faults.items() if names]
-    if words:
+    if words := [f"{what} {_some(names)}" for what, names in faults.items() if names]:
         raise ValueError(
             f"the weights in {path} are not those of FID's Inception: the file "
             f"{', and '.join(words)}; use {INCEPTION_FILES[0]}"
@@ -245,5 +218,4 @@ def _check_weights(path: Path, given: Mapping[str, Tensor], wanted: Mapping[str,
 
 
 def _some(names: Sequence[str]) -> str:
-    listed = ", ".join(names[:3])
-    return listed if len(names) <= 3 else f"{listed} and {len(names) - 3} more"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -31,23 +31,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Encoder:
-    """Makes what is stored of pictures; without a VAE these are the pictures.
+    """Makes what is stored of pictures; without a VAE these are the pictures."""
 
-    Attributes:
-        kind: of what is stored: "moments", "latents" or "images".
-        about: of the autoencoder, for the manifest.
-        vae: the autoencoder.
-        device: that it computes on.
-        dtype: that it computes in.
-        store: that its numbers are stored in.
-    """
-
-    kind: str
-    about: Autoencoder | None
-    vae: Any
-    device: torch.device
-    dtype: torch.dtype
-    store: torch.dtype
+    kind: str  # of what is stored: "moments", "latents" or "images"
+    about: Autoencoder | None  # of the autoencoder, for the manifest
+    vae: Any  # the autoencoder
+    device: torch.device  # that it computes on
+    dtype: torch.dtype  # that it computes in
+    store: torch.dtype  # that its numbers are stored in
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """(B, H, W, 3) or (B, T, H, W, 3) uint8 -> (B, C, ...) float32 or, of pixels, uint8."""

@@ -33,27 +33,18 @@ _MANY, _SHARE = 8, 0.05  # rows of a part that are skipped: from here on it is t
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished part holds.
+    """What a finished part holds."""
 
-    Attributes:
-        start: its first row of the source.
-        stop: the row after its last.
-        shards: its files.
-        skipped: row and reason of what could not be read.
-        sums: sum, sum of squares and count of its latents, scaled as training draws them.
-        cut: captions that were cut off, by where.
-        content: checksum of each row's picture in the source; none of an older elit's.
-        seen: state of the source's files before they were read, see `Rows.seen`.
-    """
-
-    start: int
-    stop: int
-    shards: tuple[Shard, ...]
-    skipped: tuple[tuple[int, str], ...]
+    start: int  # its first row of the source
+    stop: int  # the row after its last
+    shards: tuple[Shard, ...]  # its files
+    skipped: tuple[tuple[int, str], ...]  # row and reason of what could not be read
+    # sum, sum of squares and count of its latents, scaled as training draws them
     sums: tuple[float, float, int]
-    cut: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)  # captions that were cut off, by where
+    # checksum of each row's picture in the source; none of an older elit's
     content: tuple[str, ...] = ()
-    seen: str | None = None
+    seen: str | None = None  # state of the source's files before they were read, see `Rows.seen`
 
 
 def stem(split: str, number: int) -> str:

@@ -25,19 +25,13 @@ _MOST_WORKERS = 16
 
 @dataclass(frozen=True)
 class Sizes:
-    """Which sizes a picture is cut to: one for each resolution.
+    """Which sizes a picture is cut to: one for each resolution."""
 
-    Attributes:
-        choices: for each resolution, the sizes (H, W) to choose from.
-        frames: of a clip, or None.
-        fps: that clips are resampled to, or None.
-        clips: of a video, at most.
-    """
-
+    # for each resolution, the sizes (H, W) to choose from
     choices: tuple[tuple[tuple[int, int], ...], ...]
-    frames: int | None = None
-    fps: float | None = None
-    clips: int = 1
+    frames: int | None = None  # of a clip, or None
+    fps: float | None = None  # that clips are resampled to, or None
+    clips: int = 1  # of a video, at most
 
     @classmethod
     def of(cls, settings: PrepareSettings) -> "Sizes":
@@ -85,27 +79,19 @@ class Sizes:
 
 @dataclass
 class Chunk:
-    """Some rows of a part, read.
+    """Some rows of a part, read."""
 
-    Attributes:
-        rows: numbers of those that could be read; of a video one for each clip.
-        labels: of each, or None.
-        captions: likewise.
-        pictures: by size, positions in `rows` and pictures (n, H, W, 3) uint8.
-        skipped: number and reason of the others.
-        digests: checksum of every row's picture as it lies in the source.
-        count: rows that it is made of.
-        fault: what stops the run.
-    """
-
+    # numbers of those that could be read; of a video one for each clip
     rows: list[int] = field(default_factory=list)
-    labels: list[int | None] = field(default_factory=list)
-    captions: list[str | None] = field(default_factory=list)
+    labels: list[int | None] = field(default_factory=list)  # of each, or None
+    captions: list[str | None] = field(default_factory=list)  # likewise
+    # by size, positions in `rows` and pictures (n, H, W, 3) uint8
     pictures: dict[Size, tuple[list[int], Any]] = field(default_factory=dict)
-    skipped: list[tuple[int, str]] = field(default_factory=list)
+    skipped: list[tuple[int, str]] = field(default_factory=list)  # number and reason of the others
+    # checksum of every row's picture as it lies in the source
     digests: list[str] = field(default_factory=list)
-    count: int = 0
-    fault: Exception | None = None
+    count: int = 0  # rows that it is made of
+    fault: Exception | None = None  # what stops the run
 
 
 class Reader(Dataset[Chunk]):

@@ -47,32 +47,19 @@ USUAL_STD = (0.3, 3.0)  # of latents that are scaled right
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What a run of `prepare` did.
+    """What a run of `prepare` did."""
 
-    Attributes:
-        folder: that was written.
-        finished: whether all parts are done, and the manifest is written.
-        missing: parts, the empty text counted as one, that other processes have not done yet.
-        samples: in the folder, by split, mirrored ones not counted.
-        skipped: split, row and reason of all that could not be read.
-        bytes: of all shards.
-        cut: captions that the text encoder's tokenizers cut off, by where.
-        done: rows that this run read.
-        seconds: that it took for them.
-        mean: of the latents as training draws them; None for pixels.
-        std: likewise.
-    """
-
-    folder: Path
-    finished: bool
-    missing: int
-    samples: dict[str, int]
-    skipped: list[tuple[str, int, str]]
-    bytes: int
-    done: int
-    seconds: float
-    mean: float | None = None
-    std: float | None = None
+    folder: Path  # that was written
+    finished: bool  # whether all parts are done, and the manifest is written
+    missing: int  # parts, the empty text counted as one, that other processes have not done yet
+    samples: dict[str, int]  # in the folder, by split, mirrored ones not counted
+    skipped: list[tuple[str, int, str]]  # split, row and reason of all that could not be read
+    bytes: int  # of all shards
+    done: int  # rows that this run read
+    seconds: float  # that it took for them
+    mean: float | None = None  # of the latents as training draws them; None for pixels
+    std: float | None = None  # likewise
+    # captions that the text encoder's tokenizers cut off, by where
     cut: dict[str, int] = field(default_factory=dict)
 
 

@@ -43,27 +43,17 @@ class Row:
 
 @dataclass
 class Rows:
-    """The rows of one split, in their order.
+    """The rows of one split, in their order."""
 
-    Attributes:
-        table: a map-style data set of datasets, whose pictures are not decoded.
-        image: name of its column of pictures.
-        label: of labels, or None.
-        caption: of texts, or None.
-        numbers: label of each class that the column names; empty where it has numbers.
-        of: the split of the source that this is, as given.
-        folder: that paths are taken relative to.
-        files: that hold all rows; none where each picture is a file of its own.
-    """
-
-    table: Any
-    image: str
-    label: str | None = None
-    caption: str | None = None
+    table: Any  # a map-style data set of datasets, whose pictures are not decoded
+    image: str  # name of its column of pictures
+    label: str | None = None  # of labels, or None
+    caption: str | None = None  # of texts, or None
+    # label of each class that the column names; empty where it has numbers
     numbers: dict[Any, int] = field(default_factory=dict)
-    of: str = ""
-    folder: Path = field(default_factory=Path)
-    files: tuple[Path, ...] = ()
+    of: str = ""  # the split of the source that this is, as given
+    folder: Path = field(default_factory=Path)  # that paths are taken relative to
+    files: tuple[Path, ...] = ()  # that hold all rows; none where each picture is a file of its own
 
     def __len__(self) -> int:
         return len(self.table)
@@ -163,21 +153,13 @@ def _summary(column: Any, folder: str) -> list[list[Any]]:
 
 @dataclass(frozen=True)
 class Source:
-    """All that is to be prepared.
+    """All that is to be prepared."""
 
-    Attributes:
-        name: as given; a folder by its full path.
-        config: of a data set on the hub that has several.
-        splits: rows of "train" and, perhaps, "validation".
-        classes: names of the labels; empty without labels.
-        notes: what was decided about it.
-    """
-
-    name: str
-    config: str | None
-    splits: dict[str, Rows]
-    classes: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    name: str  # as given; a folder by its full path
+    config: str | None  # of a data set on the hub that has several
+    splits: dict[str, Rows]  # rows of "train" and, perhaps, "validation"
+    classes: tuple[str, ...]  # names of the labels; empty without labels
+    notes: tuple[str, ...] = ()  # what was decided about it
 
     @property
     def captions(self) -> bool:
