@@ -27,11 +27,14 @@ def read_sweeps(first: str, second: str) -> dict[str, Report]:
     files = [_file_of(Path(path)) for path in (first, second)]
     if files[0].resolve() == files[1].resolve():
         raise ValueError(f"{first} and {second} are the same sweep; give two different ones")
-    names = [_name_of(file) for file in files]
-    if names[0] == names[1]:
-        names = [str(file.parent) for file in files]
-    if names[0] == names[1]:
-        names = [str(file) for file in files]
+    for name_of in (
+        _name_of,
+        lambda file: str(file.parent),
+        str,
+    ):  # the first that tells them apart
+        names = [name_of(file) for file in files]
+        if names[0] != names[1]:
+            break
     reports = {name: read_sweep(file) for name, file in zip(names, files, strict=True)}
     for file, report in zip(files, reports.values(), strict=True):
         unknown = sorted({name for row in report["rows"] for name in row["scores"]} - set(SCORES))
@@ -75,7 +78,7 @@ def notes_on(reports: Mapping[str, Report]) -> list[str]:
         )
     others = [k for k in _SAME_TIMES if a["settings"].get(k) != b["settings"].get(k)]
     if others and any(is_number(row.get("ms_per_image")) for row in a["rows"] + b["rows"]):
-        notes.append(f"times are not comparable: {', '.join(_words(key) for key in others)} differ")
+        notes.append(f"times are not comparable: {', '.join(others).replace('_', ' ')} differ")
     return notes
 
 
@@ -92,18 +95,18 @@ def ranking_of(reports: Mapping[str, Report]) -> str:
             + "; ".join(f"{', '.join(sorted(own)) or 'none'}" for own in names)
             + "; run `elit sweep` on both with the same networks"
         )
-    wanted = next(iter(reports.values()))["ranked_by"]
-    return str(wanted) if wanted in common else next(name for name in SCORES if name in common)
+    usual = next(iter(reports.values()))["ranked_by"]
+    return str(usual) if usual in common else next(name for name in SCORES if name in common)
 
 
 def shared_points(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
     """Operating points that all have, with each model's costs and scores by its name."""
     by_point = [{_point(row): row for row in report["rows"]} for report in reports.values()]
-    found = []
+    points = []
     for point, row in by_point[0].items():
         if all(point in own for own in by_point):
             rows = {name: own[point] for name, own in zip(reports, by_point, strict=True)}
-            found.append({key: row.get(key) for key in _POINT} | {
+            points.append({key: row.get(key) for key in _POINT} | {
                 "gflops_per_image": {name: r["gflops_per_image"] for name, r in rows.items()},
                 "ms_per_image": {name: r.get("ms_per_image") for name, r in rows.items()},
                 "scores": {
@@ -111,7 +114,7 @@ def shared_points(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
                     for score in row["scores"]
                 },
             })  # fmt: skip
-    return found
+    return points
 
 
 def differences(reports: Mapping[str, Report]) -> dict[str, dict[str, Any]]:
@@ -156,10 +159,6 @@ def _compared(report: Report) -> list[Any]:
 def _point(row: Mapping[str, Any]) -> tuple[Any, ...]:
     values = (row.get(key) for key in _POINT)
     return tuple(tuple(value) if isinstance(value, list) else value for value in values)
-
-
-def _words(key: str) -> str:
-    return key.replace("_", " ")
 
 
 def _brief(value: Any) -> str:

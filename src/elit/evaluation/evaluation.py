@@ -199,9 +199,9 @@ class Evaluation:
         settings = self.settings
         key = digest_of([settings["reference"], settings["networks"], settings["versions"]])
         try:
-            kept = json.loads(file.read_text())
-            if kept["key"] == key:
-                return kept["scores"]
+            earlier = json.loads(file.read_text())
+            if earlier["key"] == key:
+                return earlier["scores"]
         except (OSError, ValueError, KeyError, TypeError):
             pass  # none yet, or of another reference
         labelled = not self.drawing.texts
@@ -234,6 +234,25 @@ def ranking_score(scores: dict[str, float]) -> str:
     raise ValueError("the networks give no score; add inception, dinov2 or classifier")
 
 
+def draw_points(
+    evaluation: Evaluation, points: Sequence[OperatingPoint], words: str
+) -> list[Parts] | None:
+    """Draw points until all processes are done; None in other processes than the first."""
+    is_first = evaluation.process.rank == 0
+    todo = sum(evaluation.parts(point).todo() for point in points)
+    hidden = not (is_first and evaluation.progress)
+    with tqdm(total=todo, desc=words, unit="image", disable=hidden) as bar:
+        for i, point in enumerate(points):
+            bar.set_postfix_str(str(point), refresh=False)
+            evaluation.draw(point, bar, offset=i)
+        if not is_first:
+            return None
+        all_parts = [evaluation.parts(point) for point in points]
+        for parts in all_parts:
+            parts.wait(bar, (parts.folder / FAILED).exists)
+    return all_parts
+
+
 def evaluate(evaluation: Evaluation, point: OperatingPoint) -> dict[str, Any] | None:
     """Draw, look and score at one operating point; all processes call this.
 
@@ -241,20 +260,16 @@ def evaluate(evaluation: Evaluation, point: OperatingPoint) -> dict[str, Any] | 
         The report, in the first process.
     """
     reference = evaluation.make_reference()
-    todo = evaluation.parts(point).todo()
-    hidden = not evaluation.progress or evaluation.process.rank > 0
-    with tqdm(total=todo, desc="drawing", unit="image", disable=hidden) as bar:
-        parts = evaluation.draw(point, bar)
-        if evaluation.process.rank > 0:
-            return None
-        parts.wait(bar, lambda: evaluation.failure(parts) is not None)
-    assert reference is not None
+    drawn = draw_points(evaluation, [point], "drawing")
+    if drawn is None or reference is None:
+        return None
+    (parts,) = drawn
     if failure := evaluation.failure(parts):
         raise ValueError(f"{point}: {failure}")
     row = evaluation.row(point, parts, reference)
     evaluation.add_times([row])
-    drawn = statistics.median(parts.whole("seconds").tolist())  # a check of what was timed
-    row["drawn_ms_per_image"] = 1000 * drawn
+    seconds = statistics.median(parts.whole("seconds").tolist())  # a check of what was timed
+    row["drawn_ms_per_image"] = 1000 * seconds
     return report(evaluation, [row], ranking_score(row["scores"]))
 
 

@@ -1,6 +1,7 @@
 """Real images to compare with: a folder, a data set, what `elit prepare` wrote, an ADM .npz."""
 
 import hashlib
+import itertools
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -100,9 +101,9 @@ def of_dataset(dataset: ImageDataset, name: str, vae: Any = None) -> Images:
             f"{name} has samples of several sizes ({shapes}): scores need one; prepare the data "
             f"without aspect buckets"
         )
-    is_pixels = dataset.autoencoder is None
-    if not is_pixels and vae is None:
+    if dataset.autoencoder is not None and vae is None:
         raise ValueError(f"{name} holds VAE latents, and the model has no VAE to decode them")
+    is_pixels = dataset.autoencoder is None
     device = torch.device("cpu") if is_pixels else next(vae.parameters()).device
 
     @torch.no_grad()
@@ -111,9 +112,11 @@ def of_dataset(dataset: ImageDataset, name: str, vae: Any = None) -> Images:
         if stored.dtype == torch.uint8:
             return stored
         pictures = dataset.on_device(stored.to(device))
-        if not is_pixels:
-            pictures = decode(vae, pictures).float()
-        return to_bytes(pictures.cpu() / 2 + 0.5)
+        return to_bytes((pictures if is_pixels else decode(vae, pictures).float()).cpu() / 2 + 0.5)
+
+    def captions(numbers: Sequence[int]) -> list[str]:  # without holding all their images
+        parts = (dataset.batch(part)["captions"] for part in batches(numbers, 256))
+        return list(itertools.chain.from_iterable(parts))
 
     first = read([0])
     count = len(dataset) // dataset.copies  # mirrored ones are no more images
@@ -127,16 +130,8 @@ def of_dataset(dataset: ImageDataset, name: str, vae: Any = None) -> Images:
         count,
         tuple(first.shape[1:]),
         read,
-        (lambda numbers: _captions(dataset, numbers)) if dataset.has_captions else None,
+        captions if dataset.has_captions else None,
     )
-
-
-def _captions(dataset: ImageDataset, numbers: Sequence[int]) -> list[str]:
-    """Texts of some samples, without holding all their images."""
-    texts: list[str] = []
-    for batch in batches(numbers, 256):
-        texts += dataset.batch(batch)["captions"]
-    return texts
 
 
 def _of_folder(folder: Path, size: tuple[int, int] | None) -> Images:
@@ -195,7 +190,7 @@ def _of_npz(path: Path) -> Images:
         with zipfile.ZipFile(path) as archive:  # the checksums that it holds
             digest = digest_of([[i.filename, i.file_size, i.CRC] for i in archive.infolist()])
     except _UNREADABLE as error:
-        raise ValueError(f"{path} cannot be read as .npz ({error}); copy it again") from error
+        raise _no_npz(path, error) from error
     rows = _NpzRows(path) if "arr_0" in names else None
     if rows is None and not statistics:
         raise ValueError(
@@ -211,16 +206,24 @@ def _of_npz(path: Path) -> Images:
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError(f"{path} holds statistics that are not finite; make them again")
 
-    def read(numbers: Sequence[int]) -> Tensor:
-        assert rows is not None
-        return rows.read(numbers)
+    if rows is None:
+        return Images(str(path), digest, 0, (), _no_images, statistics=statistics)
+    return Images(str(path), digest, rows.count, rows.shape, rows.read, None, statistics or None)
 
-    shape, count = (rows.shape, rows.count) if rows is not None else ((), 0)
-    return Images(str(path), digest, count, shape, read, statistics=statistics or None)
+
+def _no_images(numbers: Sequence[int]) -> Tensor:
+    raise ValueError(f"images {numbers} of a file of statistics alone")
+
+
+def _no_npz(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be read as .npz ({error}); copy it again")
 
 
 class _NpzRows:
-    """Rows of an .npz file's `arr_0`, read one after the other without holding all."""
+    """Rows of an .npz file's `arr_0`, read one after the other without holding all.
+
+    By hand, as numpy maps no file within a zip: ADM's batches take gigabytes.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -234,14 +237,13 @@ class _NpzRows:
                 whole, fortran, dtype = reader(member)
                 self.start = member.tell()
         except _UNREADABLE as error:
-            raise ValueError(f"{path} cannot be read as .npz ({error}); copy it again") from error
+            raise _no_npz(path, error) from error
         if len(whole) != 4 or whole[3] != 3 or dtype != np.uint8 or fortran or not min(whole):
             raise ValueError(
                 f"{path} has arr_0 of {dtype} {whole}; give uint8 (N, H, W, 3), in the order of C"
             )
-        self.count, rest = whole[0], whole[1:]
-        self.row = tuple(rest)
-        self.shape = (3, rest[0], rest[1])
+        self.count, *self.row = whole
+        self.shape = (3, *whole[1:3])
         self._member: Any = None
         self._next = 0
 

@@ -158,8 +158,7 @@ def _compare(features: Tensor, real: Tensor, network: FeatureNetwork, scores: Sc
         return
     if network.device.type == "cuda":  # which has float64 too
         drawn, real = drawn.to(network.device), real.to(network.device)
-    found = precision_recall(real, drawn)
-    for name in ("precision", "recall", "density", "coverage"):
-        scores.add(name, getattr(found, name), network)
+    for name, share in precision_recall(real, drawn)._asdict().items():
+        scores.add(name, share, network)
     value, deviation = kernel_distance(real, drawn)
     scores.add("kid", value, network, deviation)

@@ -83,16 +83,15 @@ class Parts:
             started = time.monotonic()
             tensors = make(self.samples(number))
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            self._write(number, contiguous, {"origin": origin})
+            path = self.path(number)
+            try:
+                write_file(
+                    path, lambda aside, x=contiguous: save_file(x, aside, {"origin": origin})
+                )
+            except SafetensorError as error:
+                raise as_os_error(error, path) from error
             self._longest = max(self._longest, time.monotonic() - started)
             bar.update(len(self.samples(number)))
-
-    def _write(self, number: int, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-        path = self.path(number)
-        try:
-            write_file(path, lambda aside: save_file(tensors, aside, about))
-        except SafetensorError as error:
-            raise as_os_error(error, path) from error
 
     def wait(self, bar: tqdm, done: Callable[[], bool] = lambda: False) -> None:
         """Wait for the parts of other processes, or until `done`."""
@@ -140,11 +139,11 @@ class Parts:
 
     def origins(self) -> list[str]:
         """What made the parts, each once."""
-        found = set()
+        origins = set()
         for number in range(len(self)):
             with self._open(number) as file:
-                found.add((file.metadata() or {}).get("origin", ""))
-        return sorted(found)
+                origins.add((file.metadata() or {}).get("origin", ""))
+        return sorted(origins)
 
     def remove(self) -> None:
         """Remove all parts, and what killed processes left of them."""

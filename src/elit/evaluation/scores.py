@@ -1,7 +1,8 @@
 """Scores of generated samples from what a network says of them, besides the Frechet distance.
 
 Products run in float64, in tiles of a fixed size: memory doesn't grow with the number of pairs,
-and ties, duplicates and near duplicates come out as in a loop over all pairs.
+and ties, duplicates and near duplicates come out as in a loop over all pairs. scikit-learn's
+neighbours and kernels do neither, nor run on a GPU.
 """
 
 from __future__ import annotations

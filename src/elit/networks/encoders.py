@@ -56,8 +56,7 @@ class ClipFeatures(nn.Module):
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Read B texts; returns (B, 768) of the large model. What is too long is cut off."""
-        longest = max(len(ids) for ids in self.tokenizer(list(texts))["input_ids"])
-        if longest > self.longest:
+        if max(map(len, self.tokenizer(list(texts))["input_ids"])) > self.longest:
             _warn_of_cut(self.longest)
         batch = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.longest,
