@@ -129,6 +129,18 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
+def save_tensors(path: Path, tensors: dict[str, Any], about: dict[str, str] | None = None) -> None:
+    """Write tensors by name, and what is to be told with them, as safetensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        write_file(path, lambda aside: save_file(whole, aside, about))
+    except SafetensorError as error:
+        raise as_os_error(error, path) from error
+
+
 def sync(path: Path) -> None:
     """Have the disk hold a file or, except on Windows, the names in a folder."""
     if os.name == "nt":

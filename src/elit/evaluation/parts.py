@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from elit._files import as_os_error, remove_leftovers, write_file
+from elit._files import remove_leftovers, save_tensors
 from elit._process import Process
 
 PATIENCE = 600.0  # seconds without a new part, or five times what one takes: then it is given up
@@ -81,15 +80,7 @@ class Parts:
             if (number + offset) % process.world != process.rank or self.path(number).exists():
                 continue
             started = time.monotonic()
-            tensors = make(self.samples(number))
-            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            path = self.path(number)
-            try:
-                write_file(
-                    path, lambda aside, x=contiguous: save_file(x, aside, {"origin": origin})
-                )
-            except SafetensorError as error:
-                raise as_os_error(error, path) from error
+            save_tensors(self.path(number), make(self.samples(number)), {"origin": origin})
             self._longest = max(self._longest, time.monotonic() - started)
             bar.update(len(self.samples(number)))
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from elit._files import cache_folder, digest_of, write_file, write_json
+from elit._files import cache_folder, digest_of, save_tensors, write_json
 from elit._process import Process
 from elit.evaluation.frechet import Moments
 from elit.evaluation.images import Images
@@ -157,7 +157,7 @@ def _of_network(
             tensors = None
         if tensors is not None:
             write_json(folder / "about.json", about)
-            write_file(file, lambda aside: save_file(tensors, aside))
+            save_tensors(file, tensors)
     if process.rank > 0:
         return None
     parts.remove()  # also of one that was killed here

@@ -2,7 +2,7 @@
 latent is worth.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from elit.flow.objective import interpolate, velocity_target
-from elit.inspection.latent_spread import latent_moments
-from elit.inspection.left_out import PARTS, LeftOut, leave_out, watch_latents
+from elit.inspection.left_out import PARTS, LeftOut, latent_moments, leave_out, watch_latents
 from elit.interface.attention_maps import attention_entropy, watch_attention
 from elit.interface.grid import TokenGrid
 from elit.pipelines.base import ElasticPipeline
@@ -128,20 +127,14 @@ class Inspector:
         self.grid = token_grid(model, subject.images)
 
     @torch.no_grad()
-    def maps(self, sigma: float, kept: Sequence[int], shown: int = 0) -> list[Maps]:
-        """Maps at a noise level, for each number of latents per group.
-
-        Args:
-            sigma: noise level.
-            kept: numbers of latents.
-            shown: images whose latents' own maps are kept.
-        """
+    def maps(self, sigma: float, num_latents: Sequence[int], shown: int = 0) -> list[Maps]:
+        """Maps at a noise level for each number of latents, and latents' own of `shown` images."""
         most, count = self.model.max_latents, len(self.subject.images)
         shape = (2, count, self.grid.num_groups, self.grid.tokens_per_group)
-        found = {n: Maps(sigma, n, torch.zeros(shape)) for n in dict.fromkeys(kept)}
+        by_latents = {n: Maps(sigma, n, torch.zeros(shape)) for n in dict.fromkeys(num_latents)}
         for batch in self.subject.batches(self.device, self.subject.draws):
-            full = self._predict(batch, sigma, most) if any(n < most for n in found) else None
-            for n, maps in found.items():
+            full = self._predict(batch, sigma, most) if any(n < most for n in by_latents) else None
+            for n, maps in by_latents.items():
                 seen: list[Tensor] = []
                 with self._watching(seen):
                     velocity = self._predict(batch, sigma, n)
@@ -153,7 +146,7 @@ class Inspector:
                     self._add(maps.difference, batch, self._per_token(velocity - full))
                 if seen:
                     self._add_attention(maps, batch, seen[0], shown)
-        return list(found.values())
+        return list(by_latents.values())
 
     @torch.no_grad()
     def worth(self, sigma: float) -> Worth:
@@ -161,14 +154,13 @@ class Inspector:
 
         Half of the draws do: the noise is the same for all, and differences are what counts.
         """
-        most, draws, result = self.model.max_latents, self.subject.draws // 2, Worth(sigma)
-        for n in spread(1, most):
-            result.first[n] = torch.zeros(len(self.subject.images))
+        most, draws = self.model.max_latents, self.subject.draws // 2
         alone = [] if self.is_retrofit or most == 1 else spread(0, most - 1)
-        for i in alone:
-            result.without[i] = torch.zeros(len(self.subject.images))
-        for part in PARTS:
-            result.without_part[part] = torch.zeros(len(self.subject.images))
+
+        def zeros(keys: Iterable[Any]) -> dict[Any, Tensor]:
+            return {key: torch.zeros(len(self.subject.images)) for key in keys}
+
+        result = Worth(sigma, zeros(spread(1, most)), zeros(alone), zeros(PARTS))
 
         def see(where: str, latents: Tensor, num_groups: int) -> None:
             sums = latent_moments(latents, num_groups).cpu()
@@ -250,22 +242,17 @@ def in_raster_order(maps: Tensor, grid: TokenGrid) -> Tensor:
 
 
 def draw_at_budgets(
-    pipeline: ElasticPipeline, subject: Subject, kept: Sequence[int], steps: int, count: int
+    pipeline: ElasticPipeline, subject: Subject, num_latents: Sequence[int], steps: int, count: int
 ) -> dict[int, Tensor]:
-    """Samples (count, C, *space) of the first images' conditions, from the same noise.
+    """Samples (count, C, *space) of the first images' conditions at each number of latents.
 
-    Args:
-        pipeline: with the model.
-        subject: has the conditions; image i draws from its seed, i and draw 0.
-        kept: numbers of latents per group.
-        steps: of the sampler.
-        count: samples at each budget.
+    All are from the same noise: image i draws from its seed, i and draw 0.
     """
     model = pipeline.transformer
     device = next(model.parameters()).device
     condition = {name: x[:count].to(device) for name, x in subject.condition.items()}
     samples = {}
-    for n in kept:
+    for n in num_latents:
         generators = [_generator(subject.seed, i, 0) for i in range(count)]
         samples[n] = pipeline.sample(
             condition, condition, count, model.budget_of(n), steps, None, generators,

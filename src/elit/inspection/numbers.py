@@ -14,8 +14,7 @@ from elit.inspection.correlation import (
     position_share,
 )
 from elit.inspection.inspector import Maps, Worth
-from elit.inspection.latent_spread import latent_spread
-from elit.inspection.left_out import PARTS
+from elit.inspection.left_out import PARTS, latent_spread
 
 # name: arguments of `correlate`
 KINDS: dict[str, dict[str, bool]] = {
@@ -36,27 +35,21 @@ def numbers_of_maps(maps: Maps, budget: float, seed: int = 0) -> dict[str, Any]:
     """
     loss, attention, difference = (maps.mean(n) for n in ("loss", "attention", "difference"))
     assert loss is not None
-    result: dict[str, Any] = {
+    shares: dict[str, Any] = {"loss": position_share(loss.flatten(1))}
+    # The last is of a place within its group, whichever group it is.
+    for name, axes in (("attention", (1, 2)), ("attention_in_groups", (0, 1))):
+        shares[name] = None if attention is None else position_share(attention.flatten(*axes))
+    return {
         "sigma": maps.sigma,
         "budget": budget,
         "num_latents": maps.num_latents,
         "loss": float(loss.mean()),
-        "position_share": {
-            "loss": position_share(loss.flatten(1)),
-            "attention": None if attention is None else position_share(attention.flatten(1)),
-            # Of a place within its group, whichever group it is.
-            "attention_in_groups": None
-            if attention is None
-            else position_share(attention.flatten(0, 1)),
-        },
+        "position_share": shares,
         "attention_loss": correlations(maps.attention, maps.loss, seed),
         "latent_entropy": None if maps.entropy is None else maps.entropy.tolist(),
-        "difference": None,
+        "difference": None if difference is None else float(difference.mean()),
         "difference_loss": correlations(maps.difference, maps.loss, seed),
     }
-    if difference is not None:
-        result["difference"] = float(difference.mean())
-    return result
 
 
 def correlations(one: Tensor | None, other: Tensor | None, seed: int) -> dict[str, Any] | None:
@@ -70,10 +63,10 @@ def correlations(one: Tensor | None, other: Tensor | None, seed: int) -> dict[st
         return None
     result = {}
     for name, options in KINDS.items():
-        found = correlate(one.mean(0), other.mean(0), seed=seed, **options)
+        same_noise = correlate(one.mean(0), other.mean(0), seed=seed, **options)
         crossed = [correlation_matrix(one[i], other[1 - i], **options) for i in (0, 1)]
         other_noise = controlled(torch.stack(crossed).mean(0), seed)
-        result[name] = {**asdict(found), "other_noise": asdict(other_noise)}
+        result[name] = {**asdict(same_noise), "other_noise": asdict(other_noise)}
     return result
 
 
@@ -82,17 +75,15 @@ def numbers_of_worth(worths: Sequence[Worth]) -> dict[str, Any]:
 
     Costs are differences on the same images and noise, with their standard error over images.
     """
-    first: list[dict[str, Any]] = []
-    without: list[dict[str, Any]] = []
+    lines: dict[str, list[dict[str, Any]]] = {"first": [], "without": []}
     for worth in worths:
         full = worth.first[max(worth.first)]
-        for n, losses in worth.first.items():
-            line = {"sigma": worth.sigma, "num_latents": n, "loss": float(losses.mean())}
-            first.append({**line, **_cost(losses - full)})
-        for i, losses in worth.without.items():
-            line = {"sigma": worth.sigma, "latent": i, "loss": float(losses.mean())}
-            without.append({**line, **_cost(losses - full)})
-    return {"first": first, "without": without}
+        of_kind = (("first", "num_latents", worth.first), ("without", "latent", worth.without))
+        for kind, what, by_number in of_kind:
+            for number, losses in by_number.items():
+                line = {"sigma": worth.sigma, what: number, "loss": float(losses.mean())}
+                lines[kind].append({**line, **_cost(losses - full)})
+    return lines
 
 
 def numbers_of_core(worth: Worth) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from elit._files import cache_folder, digest_of, write_file
+from elit._files import cache_folder, digest_of, save_tensors
 from elit.data import ImageDataset
 
 Predict = Callable[[torch.Tensor], torch.Tensor]  # images (B, C, H, W) -> labels (B,)
@@ -107,9 +107,8 @@ def fit_network(train_dataset: ImageDataset, seed: int = 0, keep: bool = False) 
         try:
             weights = load_file(file)
         except (FileNotFoundError, SafetensorError):  # none yet, or damaged
-            fitted = _fit_network(network, images, labels).state_dict()
-            weights = {name: tensor.contiguous() for name, tensor in fitted.items()}
-            write_file(file, lambda aside: save_file(weights, aside))
+            weights = _fit_network(network, images, labels).state_dict()
+            save_tensors(file, weights)
         network.load_state_dict(weights)
         return network.eval().requires_grad_(False)
 

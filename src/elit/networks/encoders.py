@@ -131,10 +131,10 @@ def _normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
 
 def _model(kind: Any, name: str) -> Any:
     """A frozen float32 model of transformers with all its weights."""
-    wanted = kind.config_class.model_type
-    config = kind.config_class.get_config_dict(name)[0]
-    if config.get("model_type") != wanted:
-        raise ValueError(f"its model type {config.get('model_type')!r} is not {wanted!r}")
+    expected = kind.config_class.model_type
+    given = kind.config_class.get_config_dict(name)[0].get("model_type")
+    if given != expected:
+        raise ValueError(f"its model type {given!r} is not {expected!r}")
     model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     # transformers leaves what is missing random
     absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])})

@@ -77,8 +77,8 @@ class _Mixed(nn.Module):
                     for end, shape in zip(fork, ((1, 3), (3, 1)), strict=True):
                         self.add_module(end, _Conv(width, channels, shape, padding="same"))
                     continue
-                padding = 0 if stride else "same"
-                self.add_module(name, _Conv(width, channels, kernel, *stride, padding=padding))
+                step, padding = (stride[0], 0) if stride else (1, "same")
+                self.add_module(name, _Conv(width, channels, kernel, step, padding))
                 names.append(name)
                 width = channels
             self.names.append(tuple(names))

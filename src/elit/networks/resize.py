@@ -1,4 +1,4 @@
-"""Resizing as the reference implementations of the scores do it, in plain PyTorch."""
+"""Resizing as the references of the scores do it, where the images are: Pillow has no batches."""
 
 import torch
 import torch.nn.functional as F
@@ -10,18 +10,14 @@ _MODES = ("bicubic", "bilinear")
 
 
 def resize_tf_bilinear(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize images (B, C, H, W) as TensorFlow 1's ResizeBilinear, as the classic FID does.
+    """Resize float images (B, C, H, W) as TensorFlow 1's ResizeBilinear, as the classic FID does.
 
     A pixel's corner, not its centre, keeps its place, and nothing is averaged where the image
     becomes smaller.
-
-    Args:
-        images: floating point, in any range.
-        size: height and width of the result.
     """
     _check(images, size)
-    for axis, wanted in zip((-2, -1), size, strict=True):
-        images = _interpolate(images, axis, wanted)
+    for axis, side in zip((-2, -1), size, strict=True):
+        images = _interpolate(images, axis, side)
     return images
 
 
@@ -43,18 +39,12 @@ def _interpolate(images: Tensor, axis: int, size: int) -> Tensor:
 def resize_pil(
     images: Tensor, size: tuple[int, int], mode: str = "bicubic", *, eight_bit: bool = False
 ) -> Tensor:
-    """Resize images (B, C, H, W) as Pillow, which averages where the image becomes smaller.
+    """Resize float images (B, C, H, W) as Pillow, which averages where the image becomes smaller.
 
     Equal to its resize of floating point channels (mode "F") to 0.02 of 255; bicubic overshoots
-    at edges, and that stays.
-
-    Args:
-        images: floating point, in any range.
-        size: height and width of the result.
-        mode: "bicubic" or "bilinear".
-        eight_bit: whether to round to whole numbers in 0..255, after the width and after the
-            height, as Pillow's resize of 8-bit images does; equal to it but for a few pixels one
-            level off. (New versions take a height that shrinks first where the width grows.)
+    at edges, and that stays. With `eight_bit` numbers are rounded to 0..255 after the width and
+    after the height, as Pillow does with 8-bit images; equal but for a few pixels one level off.
+    (New versions take a height that shrinks first where the width grows.)
     """
     _check(images, size)
     check_choice(mode, _MODES, "mode")

@@ -19,13 +19,12 @@ from elit._files import cache_advice, sha256_of, typed_path
 from elit._hub import hub_reason
 from elit._wrappers import HOLDERS, without_wrapping
 
-INCEPTION_URL = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth"
-)
 INCEPTION_FILES = (
     "pt_inception-2015-12-05-6726825d.pth",  # of pytorch-fid
     "weights-inception-2015-12-05-6726825d.pth",  # of torch-fidelity
+)
+INCEPTION_URL = (
+    f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILES[0]}"
 )
 INCEPTION_VARIABLE = "ELIT_INCEPTION_WEIGHTS"
 I3D_FILE = "i3d_torchscript.pt"
@@ -54,7 +53,7 @@ def find_inception(weights: str | Path | None = None) -> Path:
             f"the weights of inception cannot be fetched ({_reason(error)}); get "
             f"{INCEPTION_URL} and give its path as the weights or in {INCEPTION_VARIABLE}, {advice}"
         ) from error
-    return folder / INCEPTION_URL.rpartition("/")[2]
+    return folder / INCEPTION_FILES[0]
 
 
 def find_i3d(weights: str | Path | None = None) -> Path:
@@ -164,16 +163,11 @@ def checksum_of(module: nn.Module) -> str:
 
 
 def folder_checksum(name: str, module: nn.Module) -> str:
-    """SHA-256 of a transformers model's weights: of its file, if it is one, as the hub shows it.
-
-    Args:
-        name: on the hub, or a folder.
-        module: what was loaded from there.
-    """
+    """SHA-256 of what transformers loaded: of its file, if it is one, as the hub shows it."""
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(name, "model.safetensors")
+        file = cached_file(name, "model.safetensors")
     except OSError:  # several files, or an older format
-        found = None
-    return checksum_of(module) if found is None else sha256_of(Path(found))
+        file = None
+    return checksum_of(module) if file is None else sha256_of(Path(file))

@@ -1,4 +1,7 @@
-"""One part of the source, from pictures to shards on the disk and the record that says so."""
+"""One part of the source, from pictures to shards on the disk and the record that says so.
+
+The empty text, encoded, is written once, by the process that makes the first part.
+"""
 
 import json
 import logging
@@ -7,27 +10,29 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from elit._files import as_os_error, sha256_of, write_file, write_json
+from elit._files import save_tensors, sha256_of, write_json
 from elit.data.manifest import (
     CAPTION_ENDS,
     CAPTIONS,
     FLIPPED,
     LABELS,
+    NULL,
+    NULL_RECORD,
     ROWS,
     Shard,
     size_name,
 )
+from elit.data.shards import what_is_wrong
 from elit.preparation.autoencoder import Encoder
-from elit.preparation.finite import faults, reason_of_fault
 from elit.preparation.reading import Chunk, Size
+from elit.preparation.settings import DTYPES
 from elit.preparation.texts import TextEncoder
 
 logger = logging.getLogger(__name__)
 
+_COMPUTED, _STORED = 1, 2  # what made numbers not finite
 _MANY, _SHARE = 8, 0.05  # rows of a part that are skipped: from here on it is told at once
 
 
@@ -183,14 +188,13 @@ class Part:
         Raises:
             ValueError: if no row of many is.
         """
-        found = {"text encoder": of_texts, "autoencoder": torch.zeros_like(of_texts)}
+        of_pictures = torch.zeros_like(of_texts)
         for samples in self._sizes.values():
-            fault = torch.cat(samples.faults)
-            found["autoencoder"][samples.at] = found["autoencoder"][samples.at].maximum(fault)
+            of_pictures[samples.at] = of_pictures[samples.at].maximum(torch.cat(samples.faults))
         dtypes = self.encoder.dtype, self.encoder.store
         reasons = {
             at: reason_of_fault(whose, int(fault[at]), *dtypes)
-            for whose, fault in found.items()
+            for whose, fault in (("text encoder", of_texts), ("autoencoder", of_pictures))
             for at in fault.nonzero().flatten().tolist()
         }
         name = stem(self.split, self.number)
@@ -244,18 +248,10 @@ class Part:
 
 def write_shard(folder: Path, name: str, size: Size, tensors: dict[str, Tensor]) -> Shard:
     """Write tensors (n, ...) into a file that is whole or not there."""
-    about = []
-
-    def write(aside: Path) -> None:
-        try:
-            save_file({name: x.contiguous() for name, x in tensors.items()}, aside)
-        except SafetensorError as error:
-            raise as_os_error(error, folder / name) from error
-        about.append((aside.stat().st_size, sha256_of(aside)))
-
-    write_file(folder / name, write)
-    count = next(len(x) for name, x in tensors.items() if name != CAPTIONS)
-    return Shard(name, size, count, *about[0])
+    path = folder / name
+    save_tensors(path, tensors)
+    count = next(len(x) for key, x in tensors.items() if key != CAPTIONS)
+    return Shard(name, size, count, path.stat().st_size, sha256_of(path))
 
 
 def parts_of(split: str, rows: int, part_size: int) -> Sequence[tuple[str, int, range]]:
@@ -264,3 +260,63 @@ def parts_of(split: str, rows: int, part_size: int) -> Sequence[tuple[str, int, 
         (split, number, range(start, min(rows, start + part_size)))
         for number, start in enumerate(range(0, rows, part_size))
     ]
+
+
+# ---- the empty text ----
+
+
+def read_null(folder: Path) -> Shard | None:
+    """Its file, None if it is not there in full."""
+    try:
+        content = json.loads((folder / NULL_RECORD).read_text(encoding="utf-8"))
+        shard = Shard(**{**content, "size": tuple(content["size"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if what_is_wrong(folder, shard) else shard
+
+
+def make_null(folder: Path, texts: TextEncoder, dtype: torch.dtype, verify: bool) -> None:
+    """Write it, and then its record, unless both are there; `verify` compares the checksum too."""
+    shard = read_null(folder)
+    reason = what_is_wrong(folder, shard, sha256_of) if shard is not None and verify else None
+    if shard is not None and reason is None:
+        return
+    if reason is not None:
+        logger.warning("%s is damaged: %s; it is made again", NULL, reason)
+    computed = texts([""])
+    stored = texts.stored(computed)
+    for name, x in computed.items():
+        if fault := int(faults(x, stored[name])):
+            raise ValueError(
+                f"the empty text: {reason_of_fault('text encoder', fault, dtype, texts.store)}"
+            )
+    write_json(folder / NULL_RECORD, asdict(write_shard(folder, NULL, (), stored)))
+
+
+# ---- numbers that are not finite ----
+
+
+def faults(computed: Tensor, stored: Tensor) -> Tensor:
+    """What made each row (n, ...) not finite, (n,): 0 for nothing, _COMPUTED or _STORED."""
+    if not stored.is_floating_point():
+        return torch.zeros(len(stored), dtype=torch.int64)
+    bad, bad_stored = (~x.isfinite().flatten(1).all(1) for x in (computed, stored))
+    return torch.where(bad, _COMPUTED, _STORED * bad_stored.long())
+
+
+def reason_of_fault(whose: str, fault: int, dtype: torch.dtype, store: torch.dtype) -> str:
+    """Why a row was skipped, and what to do, as prepared into another folder."""
+    compute_word, store_word = (
+        next(word for word, name in DTYPES.items() if getattr(torch, name) == x)
+        for x in (dtype, store)
+    )
+    if fault == _STORED:
+        return (
+            f"the {whose}'s numbers are beyond {store_word}, which they are stored in; give "
+            f"--store-dtype {'bf16 or fp32' if store_word == 'fp16' else 'fp32'} and a new folder"
+        )
+    reason = f"the {whose} computes numbers that are not finite in {compute_word}; "
+    if compute_word == "fp32":
+        return f"{reason}look at its weights"
+    helps = "bf16 or fp32" if compute_word == "fp16" else "fp32"
+    return f"{reason}give --dtype {helps} and a new folder"

@@ -30,10 +30,8 @@ from elit.data.manifest import (
     size_name,
 )
 from elit.preparation.autoencoder import Encoder, load_encoder
-from elit.preparation.checksums import check_content, forget_damaged
-from elit.preparation.folder import check_same, json_types
-from elit.preparation.null import make_null, read_null
-from elit.preparation.parts import Part, Record, parts_of, read_record
+from elit.preparation.checks import check_content, check_same, forget_damaged, json_types
+from elit.preparation.parts import Part, Record, make_null, parts_of, read_null, read_record
 from elit.preparation.reading import Sizes, default_workers, read
 from elit.preparation.settings import PrepareSettings
 from elit.preparation.source import Source, open_source

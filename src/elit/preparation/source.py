@@ -21,10 +21,10 @@ from elit.preparation.columns import (
     find_image,
     find_labels,
 )
-from elit.preparation.idx import idx_tables
 from elit.preparation.layout import SUFFIXES, Layout
 from elit.preparation.packed import OFFSET, by_datasets
 from elit.preparation.settings import NONE, PrepareSettings
+from elit.preparation.tables import idx_tables
 
 _SPLIT = re.compile(r"(?:(\w+)=)?(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _TEST = "test"  # held out where there is no validation

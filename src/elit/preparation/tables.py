@@ -1,4 +1,4 @@
-"""Tables of captions and labels as people write them: CSV, JSON and JSON lines, as they stand."""
+"""Tables as people write them, CSV, JSON and JSON lines, and folders of idx files."""
 
 import csv
 import json
@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from elit.data.fashion_mnist import CLASS_NAMES
+from elit.data.idx import read_split
 from elit.preparation.columns import CAPTION_NAMES, LABEL_NAMES
 
 TABLES = (".csv", ".json", ".jsonl")
@@ -82,10 +84,10 @@ def as_table(
     """
     import pyarrow as pa
 
-    kept, kinds = {}, {}
+    arrays, kinds = {}, {}
     for name, values in columns.items():
         try:
-            kept[name] = pa.array(values)
+            arrays[name] = pa.array(values)
         except UnicodeEncodeError as error:
             raise ValueError(f"{error.object!r} is no UTF-8; give the file such a name") from error
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
@@ -96,21 +98,38 @@ def as_table(
                 ) from error
             left.append(f"the column {name} of {where.name}, of several types")
             continue
-        kinds[name] = datasets.features.features.generate_from_arrow_type(kept[name].type)
+        kinds[name] = datasets.features.features.generate_from_arrow_type(arrays[name].type)
     if image is not None:
         kinds[image] = datasets.Image(decode=False)
-    return datasets.Dataset.from_dict(kept, features=datasets.Features(kinds))
+    return datasets.Dataset.from_dict(arrays, features=datasets.Features(kinds))
 
 
 def file_column(names: Iterable[str], where: Path) -> str:
     """The column of a metadata file that names the pictures."""
     names = list(names)
-    found = [n for n in names if n == "file_name"] or [
-        n for n in names if n.endswith("_file_name")
-    ]  # fmt: skip
-    if len(found) != 1:
+    columns = ["file_name"] if "file_name" in names else []
+    columns = columns or [name for name in names if name.endswith("_file_name")]
+    if len(columns) != 1:
         raise ValueError(
             f"{where} must have one column file_name, with paths from its folder; it has "
             f"{', '.join(names) or 'none'}"
         )
-    return found[0]
+    return columns[0]
+
+
+def idx_tables(datasets: Any, folder: Path) -> dict[str, Any]:
+    """Splits "train" and "test" of a folder as `datasets` would read them from the hub.
+
+    Each picture is a PGM file in memory: a header in front of its pixels, which costs no encoding.
+    """
+    columns = datasets.Features(
+        image=datasets.Image(decode=False), label=datasets.ClassLabel(names=list(CLASS_NAMES))
+    )
+    tables = {}
+    for name, split in (("train", "train"), ("test", "validation")):
+        images, labels = read_split(folder, split, len(CLASS_NAMES))
+        header = "P5 {1} {0} 255\n".format(*images.shape[1:]).encode()
+        pictures = [{"bytes": header + pixels.tobytes(), "path": None} for pixels in images]
+        rows = {"image": pictures, "label": labels.tolist()}
+        tables[name] = datasets.Dataset.from_dict(rows, features=columns)
+    return tables
