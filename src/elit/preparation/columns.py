@@ -27,13 +27,13 @@ def find_image(features: Any, name: str | None) -> str:
     named = [n for n in features if n.lower() in IMAGE_NAMES]
     if len(typed) == 1:
         return typed[0]
-    found = typed or named
-    if len(found) != 1:
-        what = f"several columns of pictures: {', '.join(found)}" if found else (
+    candidates = typed or named
+    if len(candidates) != 1:
+        what = f"several columns of pictures: {', '.join(candidates)}" if candidates else (
             f"no column of pictures among {', '.join(features)}"
         )  # fmt: skip
         raise ValueError(f"the source has {what}; name it with --image-column")
-    return found[0]
+    return candidates[0]
 
 
 def _is_shown(feature: Any) -> bool:

@@ -66,15 +66,15 @@ class Sizes:
         return [self._cut(shown) for shown in clips]
 
     def _cut(self, shown: list[Image.Image]) -> dict[Size, Tensor]:
-        found: dict[Size, Tensor] = {}
+        by_size: dict[Size, Tensor] = {}
         for sizes in self.choices:
             size = nearest_bucket(shown[0].width, shown[0].height, list(sizes))
-            cut = np.stack([np.asarray(fit(image, size)) for image in shown])
+            cut = torch.from_numpy(np.stack([np.asarray(fit(image, size)) for image in shown]))
             if self.frames is None:
-                found[size] = torch.from_numpy(cut[0])
+                by_size[size] = cut[0]
             else:
-                found[(self.frames, *size)] = torch.from_numpy(cut)
-        return found
+                by_size[(self.frames, *size)] = cut
+        return by_size
 
 
 @dataclass
@@ -149,10 +149,7 @@ def reason_of(error: Exception, rows: Rows, number: int) -> str:
     if "<_io.BytesIO object" in reason:  # says where it lay in memory
         reason = "cannot identify image file"
     name = _name_of(rows, number)
-    if name is None:
-        return reason
-    reason = reason.replace(str(rows.folder / name), "it")
-    return f"{name}: {reason}"
+    return reason if name is None else f"{name}: {reason.replace(str(rows.folder / name), 'it')}"
 
 
 def _name_of(rows: Rows, number: int) -> str | None:
@@ -175,40 +172,28 @@ def read(
     workers: int,
 ) -> Iterator[tuple[int, Chunk]]:
     """Chunks of parts in their order, each with the number of its part in `parts`."""
-    chunks = _Chunks(parts, max(1, min(64, _CHUNK_BYTES // sizes.pixels)))
+    at_once = max(1, min(64, _CHUNK_BYTES // sizes.pixels))
     loader: Any = DataLoader(
         Reader(splits, sizes),
-        batch_sampler=chunks,
+        batch_sampler=(rows for _, rows in _pieces(parts, at_once)),
         collate_fn=_as_it_is,
         num_workers=workers,
         prefetch_factor=3 if workers else None,
         worker_init_fn=ignore_signals,
     )
-    for number, chunk in zip(chunks.numbers(), loader, strict=True):
+    for (number, _), chunk in zip(_pieces(parts, at_once), loader, strict=True):
         if chunk.fault is not None:
             raise chunk.fault
         yield number, chunk
 
 
-@dataclass(frozen=True)
-class _Chunks:
-    """A batch sampler that cuts parts into pieces of at most `at_once` rows."""
-
-    parts: Sequence[tuple[str, range]]
-    at_once: int
-
-    def __len__(self) -> int:
-        return sum(-(-len(rows) // self.at_once) for _, rows in self.parts)
-
-    def __iter__(self) -> Iterator[list[tuple[str, int]]]:
-        for split, rows in self.parts:
-            for start in range(0, len(rows), self.at_once):
-                yield [(split, row) for row in rows[start : start + self.at_once]]
-
-    def numbers(self) -> Iterator[int]:
-        """Number of each piece's part."""
-        for number, (_, rows) in enumerate(self.parts):
-            yield from [number] * -(-len(rows) // self.at_once)
+def _pieces(
+    parts: Sequence[tuple[str, range]], at_once: int
+) -> Iterator[tuple[int, list[tuple[str, int]]]]:
+    """Parts cut into pieces of at most so many rows, each with the number of its part."""
+    for number, (split, rows) in enumerate(parts):
+        for start in range(0, len(rows), at_once):
+            yield number, [(split, row) for row in rows[start : start + at_once]]
 
 
 def _as_it_is(chunk: Any) -> Any:

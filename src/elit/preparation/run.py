@@ -170,12 +170,10 @@ def _make(
     process: Process,
 ) -> int:
     """Make those of this process's parts that are not done; rows that were read."""
-    todo, settings = sum(len(rows) for _, _, rows in parts), task.settings
     if not parts:
         return 0
-    workers = settings.workers
-    if workers is None:
-        workers = default_workers(process.local_world)
+    todo, settings = sum(len(rows) for _, _, rows in parts), task.settings
+    workers = default_workers(process.local_world) if settings.workers is None else settings.workers
     total = sum(len(rows) for _, _, rows in mine)
     spans = [(split, rows) for split, _, rows in parts]
     seen = [task.source.splits[split].seen(rows) for split, rows in spans]  # before they are read
@@ -209,12 +207,9 @@ def _make(
 
 def _finish(task: _Task, done: int, seconds: float) -> PrepareResult:
     """Write the manifest if all parts are done, and tell what there is."""
-    found = {
-        (split, number): read_record(task.folder, split, number, rows)
-        for split, number, rows in task.parts
-    }
-    records = {key: record for key, record in found.items() if record is not None}
-    missing = len(found) - len(records)
+    of_parts = {part[:2]: read_record(task.folder, *part) for part in task.parts}
+    records = {key: record for key, record in of_parts.items() if record is not None}
+    missing = len(of_parts) - len(records)
     if task.texts is not None and read_null(task.folder) is None:
         missing += 1
     splits = {name: _split(name, records) for name in task.source.splits}
@@ -237,19 +232,12 @@ def _finish(task: _Task, done: int, seconds: float) -> PrepareResult:
             "the scaled latents have a standard deviation of %.3g, but training wants about 1; "
             "look at scaling_factor and shift_factor in the autoencoder's config.json", std
         )  # fmt: skip
+    samples = {name: split.count for name, split in splits.items()}
+    length = sum(shard.bytes for split in splits.values() for shard in split.shards)
     return PrepareResult(
-        folder=task.folder,
-        finished=not missing,
-        missing=missing,
-        samples={name: split.count for name, split in splits.items()},
-        skipped=skipped,
-        bytes=sum(shard.bytes for split in splits.values() for shard in split.shards),
-        done=done,
-        seconds=seconds,
-        mean=mean,
-        std=std,
-        cut=dict(+cut),
-    )
+        task.folder, not missing, missing, samples, skipped, length, done, seconds, mean, std,
+        dict(+cut),
+    )  # fmt: skip
 
 
 def _split(name: str, records: dict[tuple[str, int], Record]) -> Split:

@@ -65,16 +65,11 @@ class PrepareSettings:
         if not self.resolution:
             raise ValueError("resolution is empty; give one or more, such as 256")
         whole = {f"resolution[{i}]": n for i, n in enumerate(self.resolution)}
-        whole |= {
-            "multiple": self.multiple,
-            "batch_size": self.batch_size,
-            "clips_per_video": self.clips_per_video,
-        }
-        optional = {
-            "frames": self.frames, "part_size": self.part_size,
-            "max_text_length": self.max_text_length,
-        }  # fmt: skip
-        whole |= {name: n for name, n in optional.items() if n is not None}
+        counts = ("multiple", "batch_size", "clips_per_video")
+        optional = ("frames", "part_size", "max_text_length")
+        for name in (*counts, *optional):
+            if getattr(self, name) is not None or name in counts:
+                whole[name] = getattr(self, name)
         for name, number in whole.items():
             if not is_whole(number):
                 raise ValueError(
@@ -91,11 +86,10 @@ class PrepareSettings:
             )
         if self.fps is not None and (not is_real(self.fps) or self.fps <= 0):
             raise ValueError(f"fps={self.fps!r} is not allowed; give a number above 0")
-        if self.fps is not None and self.frames is None:
-            raise ValueError("fps is of clips; give frames too")
-        if self.clips_per_video > 1 and self.frames is None:
-            raise ValueError("clips_per_video is of clips; give frames too")
-        check_choice(self.dtype, DTYPES, "dtype")
-        check_choice(self.store_dtype, DTYPES, "store_dtype")
+        for name, given in (("fps", self.fps), ("clips_per_video", self.clips_per_video > 1)):
+            if given and self.frames is None:
+                raise ValueError(f"{name} is of clips; give frames too")
+        for name in ("dtype", "store_dtype"):
+            check_choice(getattr(self, name), DTYPES, name)
         if self.text_encoder is not None and self.caption_column == NONE:
             raise ValueError("text_encoder needs captions; remove it or caption_column=none")

@@ -38,22 +38,15 @@ _OPTIONS = {"do_classifier_free_guidance": False, "prompt_2": None, "prompt_3": 
 
 
 class TextEncoder:
-    """Encodes texts, alike whatever else is in the batch.
-
-    Attributes:
-        name: that it was loaded by; a folder's full path.
-        max_length: tokens that texts are padded to, and cut at.
-        sha256: of its weights.
-        store: type that its numbers are stored in.
-    """
+    """Encodes texts, alike whatever else is in the batch."""
 
     def __init__(
         self,
-        name: str,
-        max_length: int,
-        sha256: str,
+        name: str,  # that it was loaded by; a folder's full path
+        max_length: int,  # tokens that texts are padded to, and cut at
+        sha256: str,  # of its weights
         make: Callable[[Sequence[str]], Encoding],
-        store: torch.dtype,
+        store: torch.dtype,  # type that its numbers are stored in
         tokenizers: Sequence["_Watched"] = (),
     ):
         self.name, self.max_length, self.sha256 = name, max_length, sha256
@@ -78,18 +71,13 @@ class TextEncoder:
 
 
 class _Watched:
-    """A tokenizer that remembers which texts it cut off, at `longest` tokens after `dropped`.
-
-    Attributes:
-        cut: whether it did, of each text of its last call.
-        where: at how many tokens of which.
-    """
+    """A tokenizer that remembers which texts it cut off, at `longest` tokens after `dropped`."""
 
     def __init__(self, tokenizer: Any, name: str, longest: int | None, dropped: int = 0):
         self._tokenizer, self._name = tokenizer, name
         self._longest, self._dropped = longest, dropped
-        self.cut: list[bool] = []
-        self.where = ""
+        self.cut: list[bool] = []  # whether it did, of each text of its last call
+        self.where = ""  # at how many tokens of which
 
     def __call__(self, texts: Sequence[str], **options: Any) -> Any:
         if options.get("truncation"):
