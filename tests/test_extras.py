@@ -11,7 +11,7 @@ import pytest
 from elit._extras import missing
 from elit.networks.encoders import load_dinov2
 from elit.pipelines.text_encoder import encoder_settings
-from elit.preparation.clips import _by_ffmpeg
+from elit.preparation.images import _by_ffmpeg
 from elit.preparation.source import datasets_module
 from elit.training.metrics import summary_writer_class, wandb_module
 from elit.training.retrofit import add_lora

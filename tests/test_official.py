@@ -54,7 +54,7 @@ def test_settings_come_from_the_tensors(tmp_path) -> None:
 
 @pytest.mark.parametrize(("width", "heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16)], ids=str)
 def test_heads_are_those_of_the_public_size(width: int, heads: int) -> None:
-    from elit.interop.official_format import Unknowns, settings_of
+    from elit.interop.official import Unknowns, settings_of
 
     meta = make_state(width=16, depth=1, group=None, heads=1)
     state = {}

@@ -23,8 +23,7 @@ from elit.data.fashion_mnist import CLASS_NAMES
 from elit.data.manifest import read_manifest
 from elit.pipelines.autoencoder import decode, encode, scale_and_shift
 from elit.preparation import PrepareSettings, verify
-from elit.preparation.clips import read_clips
-from elit.preparation.images import buckets, fit, nearest_bucket, read_image, to_rgb
+from elit.preparation.images import buckets, fit, nearest_bucket, read_clips, read_image, to_rgb
 from elit.preparation.reading import Sizes, is_of_file, read
 from elit.preparation.source import open_source
 

@@ -97,9 +97,7 @@ class ImageDataset(_TorchDataset):
     ) -> torch.Tensor:
         """What the model sees of a batch's images (B, ...), on the device that they are on.
 
-        Args:
-            images: of `batch`.
-            posterior: (B, *seen_shape) of standard normal noise, where `has_posterior`.
+        Where `has_posterior`, with standard normal noise (B, *seen_shape).
         """
         del posterior
         return images

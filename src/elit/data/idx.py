@@ -27,12 +27,10 @@ def is_idx_folder(folder: str | os.PathLike) -> bool:
 
 
 def read_split(folder: str | os.PathLike, split: str, classes: int) -> tuple[Array, Array]:
-    """Pictures (N, H, W) and labels (N,) of a split, uint8, or a ValueError about its files.
+    """Pictures (N, H, W) and labels (N,), below `classes`, of a split: uint8.
 
-    Args:
-        folder: with the files.
-        split: "train" or "validation", which the files call t10k.
-        classes: that labels are below.
+    Raises:
+        ValueError: for what is wrong with the files.
     """
     prefix = PREFIXES[split]
     paths = [_find(Path(folder), name.format(prefix)) for name in (IMAGES, LABELS)]

@@ -138,12 +138,7 @@ class Manifest:
                 )
 
     def misfit(self, shard: Shard, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
-        """What of a shard's tensors is not as this says, or None.
-
-        Args:
-            shard: one of its shards.
-            found: safetensors' type and the shape of each tensor, by name.
-        """
+        """What of a shard's tensors, types and shapes by name, is not as this says, or None."""
         channels, *space = self.shapes[size_name(shard.size)]
         image = (channels * (2 if self.kind == MOMENTS else 1), *space)
         wanted: dict[str, tuple[int, ...]] = {self.kind: image}

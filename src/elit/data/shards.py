@@ -24,11 +24,8 @@ def what_is_wrong(
 ) -> str | None:
     """Why a shard can't be read, or None.
 
-    Args:
-        folder: that it is in.
-        shard: as the manifest or a record has it.
-        checksum: makes the SHA-256 of a file, which is read whole for it; None doesn't compare it.
-        misfit: says what of the types and shapes of its tensors is wrong, or None.
+    A `checksum` reads the file whole and is compared; `misfit` says what of the types and shapes of
+    its tensors is wrong, or None.
     """
     path = folder / shard.file
     try:
@@ -60,13 +57,7 @@ def damage_error(path: Path, reason: str) -> ValueError:
 
 
 class ShardReader:
-    """Tensors of shards, mapped when they are first asked for, in each process for itself.
-
-    Args:
-        folder: that they are in.
-        shards: all of them.
-        num_classes: that labels must be of.
-    """
+    """Tensors of shards, mapped when they are first asked for, in each process for itself."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], num_classes: int):
         self.folder, self.shards, self.num_classes = folder, shards, num_classes

@@ -18,12 +18,7 @@ _EQUAL_TRAINING = 0.05  # share by which training FLOPs may differ and still be 
 
 
 def read_sweeps(first: str, second: str) -> dict[str, Report]:
-    """The reports of two sweeps by the names of their runs.
-
-    Args:
-        first: a run's folder with a sweep in it, or a sweep's folder or file.
-        second: likewise.
-    """
+    """The reports of two sweeps, by the names of their runs: of folders of either, or files."""
     files = [_file_of(Path(path)) for path in (first, second)]
     if files[0].resolve() == files[1].resolve():
         raise ValueError(f"{first} and {second} are the same sweep; give two different ones")

@@ -81,17 +81,10 @@ class Moments:
 def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
     """Squared Frechet distance of two normal distributions: what FID, sFID, FDD and FVD are.
 
-    Ours and not scipy.linalg.sqrtm, which loses half of the digits of singular covariances.
-
-    |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2), Heusel et al. (2017), equation 6. With
-    A = K K^T and B = L L^T the last trace is the sum of the singular values of K^T L: the error
-    stays near 1e-15 (tr A + tr B). It takes seconds at 2048.
-
-    Args:
-        mean_a: (d,), as all of any floating type.
-        cov_a: (d, d), symmetric and without negative eigenvalues; may be singular.
-        mean_b: (d,).
-        cov_b: (d, d).
+    |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2), Heusel et al. (2017), equation 6, of means
+    (d,) and symmetric covariances (d, d), which may be singular. With A = K K^T and B = L L^T the
+    last trace is the sum of the singular values of K^T L: the error stays near 1e-15 (tr A + tr B),
+    where scipy.linalg.sqrtm loses half of the digits. It takes seconds at 2048.
     """
     device = wide_device(mean_a)
     means, covs = zip(

@@ -1,7 +1,9 @@
 """Real images to compare with: a folder, a data set, what `elit prepare` wrote, an ADM .npz."""
 
+import dataclasses
 import hashlib
 import itertools
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -191,7 +193,7 @@ def _of_npz(path: Path) -> Images:
             digest = digest_of([[i.filename, i.file_size, i.CRC] for i in archive.infolist()])
     except _UNREADABLE as error:
         raise _no_npz(path, error) from error
-    rows = _NpzRows(path) if "arr_0" in names else None
+    rows = _npz_rows(path, digest) if "arr_0" in names else None
     if rows is None and not statistics:
         raise ValueError(
             f"{path} holds {', '.join(sorted(names)) or 'nothing'}: give a file with images "
@@ -208,7 +210,7 @@ def _of_npz(path: Path) -> Images:
 
     if rows is None:
         return Images(str(path), digest, 0, (), _no_images, statistics=statistics)
-    return Images(str(path), digest, rows.count, rows.shape, rows.read, None, statistics or None)
+    return dataclasses.replace(rows, statistics=statistics or None)
 
 
 def _no_images(numbers: Sequence[int]) -> Tensor:
@@ -219,54 +221,40 @@ def _no_npz(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} cannot be read as .npz ({error}); copy it again")
 
 
-class _NpzRows:
-    """Rows of an .npz file's `arr_0`, read one after the other without holding all.
+def _npz_rows(path: Path, digest: str) -> Images:
+    """An .npz file's `arr_0`, read one row after the other without holding all.
 
     By hand, as numpy maps no file within a zip: ADM's batches take gigabytes.
     """
+    try:
+        member: Any = zipfile.ZipFile(path).open("arr_0.npy")  # noqa: SIM115 - as long as it is read
+        version = np.lib.format.read_magic(member)
+        reader = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        whole, fortran, dtype = reader(member)
+    except _UNREADABLE as error:
+        raise _no_npz(path, error) from error
+    if len(whole) != 4 or whole[3] != 3 or dtype != np.uint8 or fortran or not min(whole):
+        raise ValueError(
+            f"{path} has arr_0 of {dtype} {whole}; give uint8 (N, H, W, 3), in the order of C"
+        )
+    count, *row = whole
+    start, size = member.tell(), math.prod(row)
 
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-                version = np.lib.format.read_magic(member)
-                reader = {
-                    (1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0,
-                }[version]
-                whole, fortran, dtype = reader(member)
-                self.start = member.tell()
-        except _UNREADABLE as error:
-            raise _no_npz(path, error) from error
-        if len(whole) != 4 or whole[3] != 3 or dtype != np.uint8 or fortran or not min(whole):
-            raise ValueError(
-                f"{path} has arr_0 of {dtype} {whole}; give uint8 (N, H, W, 3), in the order of C"
-            )
-        self.count, *self.row = whole
-        self.shape = (3, *whole[1:3])
-        self._member: Any = None
-        self._next = 0
-
-    def read(self, numbers: Sequence[int]) -> Tensor:
-        """uint8 (n, 3, H, W) of consecutive rows; quick where they follow those read before."""
-        first, size = numbers[0], int(np.prod(self.row))
+    def read(numbers: Sequence[int]) -> Tensor:  # quick where they follow those read before
+        first, length = numbers[0], len(numbers) * size
         if list(numbers) != list(range(first, first + len(numbers))):
-            return torch.cat([self.read([number]) for number in numbers])
-        if self._member is None or first < self._next:
-            self._archive = zipfile.ZipFile(self.path)
-            self._member, self._next = self._archive.open("arr_0.npy"), 0
-            self._member.read(self.start)
-        self._skip((first - self._next) * size)
+            return torch.cat([read([number]) for number in numbers])
         try:
-            content = self._member.read(len(numbers) * size)
+            member.seek(start + first * size)
+            content = member.read(length)
         except _UNREADABLE as error:
-            raise ValueError(f"{self.path} is damaged ({error}); copy it again") from error
-        if len(content) != len(numbers) * size:
-            raise ValueError(f"{self.path} is cut off; copy it again")
-        self._next = first + len(numbers)
-        array = np.frombuffer(content, np.uint8).reshape(len(numbers), *self.row)
+            raise ValueError(f"{path} is damaged ({error}); copy it again") from error
+        if len(content) != length:
+            raise ValueError(f"{path} is cut off; copy it again")
+        array = np.frombuffer(content, np.uint8).reshape(len(numbers), *row)
         return torch.from_numpy(array.copy()).movedim(-1, 1).contiguous()
 
-    def _skip(self, length: int) -> None:
-        while length > 0:
-            length -= len(self._member.read(min(length, 2**24)) or b"x" * length)
+    return Images(str(path), digest, count, (3, *row[:2]), read)

@@ -89,16 +89,10 @@ def measure(
     labelled: bool = True,
     progress: bool = False,
 ) -> Scores:
-    """All scores that the networks' outputs allow.
+    """All scores that the networks' outputs allow, of what `Drawing.draw` gave of all samples.
 
-    A score that several networks could give, such as precision, is the first one's.
-
-    Args:
-        parts: what `Drawing.draw` gave of all samples.
-        networks: that saw them.
-        reference: statistics of real images by the same networks.
-        labelled: whether samples were drawn of classes, which the built-in classifier can tell.
-        progress: whether to show a bar.
+    A score that several networks could give, such as precision, is the first one's. `labelled` are
+    samples of classes, which the built-in classifier can tell.
     """
     scores = Scores(count=parts.count)
     pairs = [(network, output) for network in networks for output in network.outputs]

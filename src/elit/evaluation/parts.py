@@ -23,13 +23,7 @@ _GLANCE = 0.5  # seconds between two looks for the parts of others
 
 
 class Parts:
-    """Tensors of samples 0..count-1, in files of `size` samples each.
-
-    Args:
-        folder: of the files; made when the first is written.
-        count: samples in all.
-        size: samples of a part; the last may have fewer.
-    """
+    """Tensors of samples 0..count-1, in files of `size` samples each, the last perhaps of fewer."""
 
     def __init__(self, folder: Path, count: int, size: int):
         self.folder, self.count, self.size = folder, count, size
@@ -63,15 +57,10 @@ class Parts:
         origin: str = "",
         done: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Make this process's share of what is missing.
+        """Make this process's share of what is missing, until `done`.
 
-        Args:
-            make: the tensors of some samples, (n, ...) each.
-            process: this one.
-            bar: counts the samples that it made.
-            offset: shifts the shares, so that many short runs keep all processes busy.
-            origin: what made them, to be told with them.
-            done: whether all of it is no longer needed.
+        An `offset` shifts the shares, so that many short runs keep all processes busy. The
+        parts tell their `origin`.
         """
         remove_leftovers(self.folder)
         for number in self.missing():

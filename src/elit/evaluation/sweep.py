@@ -75,16 +75,9 @@ def sweep(
 ) -> dict[str, Any] | None:
     """Score all points of a grid; all processes call this, and each may be stopped at any time.
 
-    Rows of an earlier sweep into the same folder with the same settings stay.
-
-    Args:
-        evaluation: what is drawn and compared.
-        grid: the points.
-        out: folder of `sweep.json`.
-        ranked_by: score of the fronts; by default the first network's Frechet distance.
-
-    Returns:
-        The report, in the first process; it is in `out` / sweep.json too.
+    Rows of an earlier sweep into the same folder with the same settings stay. Points are ranked by
+    a score, by default the first network's Frechet distance. The first process gets the report,
+    which is in `out` / sweep.json too.
     """
     points = grid.points(evaluation.drawing.pipeline.transformer)
     if not points:

@@ -36,13 +36,8 @@ def correlate(
 ) -> Correlation:
     """Correlate maps (N, G, P) of N images, image by image and, as a control, across images.
 
-    Args:
-        one: values of P tokens in each of G groups.
-        other: likewise.
-        rank: Spearman's, of ranks, instead of Pearson's.
-        within_groups: whether values (or their ranks in their group) count from their group's mean
-            on, so that differences between groups don't count.
-        seed: of the shuffles.
+    `rank` makes it Spearman's. `within_groups` values, or their ranks in their group, count from
+    their group's mean on, so that differences between groups don't count.
     """
     if one.shape != other.shape or one.ndim != 3 or not len(one):
         raise ValueError(

@@ -108,12 +108,7 @@ class Worth:
 
 
 class Inspector:
-    """Looks into a model that is elastic.
-
-    Args:
-        model: one of ours or a retrofit of one of ours, on its device.
-        subject: what is looked at.
-    """
+    """Looks into an elastic model, one of ours or a retrofit, on its device."""
 
     def __init__(self, model: Any, subject: Subject):
         if not model.is_elastic:

@@ -45,9 +45,8 @@ def leave_out(model: Any, part: LeftOut) -> Iterator[None]:
     "core": latents go from Read straight to Write; a text passes the core as it came.
     "interface": tokens go from head to tail as if Read, core and Write were not there.
 
-    Weights, budgets and arguments are as ever, and the core costs nothing where the model is one
-    of ours; a retrofit's runs, and what it gives is put aside. Sharded models are called once
-    before: their shards are counted then.
+    The core then costs nothing where the model is one of ours; a retrofit's runs, and what it gives
+    is put aside. Sharded models are called once before: their shards are counted then.
     """
     if part not in PARTS:
         raise ValueError(f"part {part!r} is unknown; leave out 'core' or 'interface'")
@@ -132,12 +131,8 @@ def _num_groups(given: tuple[Any, ...]) -> int:
 def latent_moments(latents: Tensor, num_groups: int) -> Tensor:
     """Sums over samples and groups that `latent_spread` needs, float32: add those of all calls.
 
-    Args:
-        latents: (B, G * n, D), group by group.
-        num_groups: G.
-
-    Returns:
-        (4 + n * D,): groups, latents, squares of latents, squares of groups' means, and latents.
+    Of latents (B, G * n, D), group by group: (4 + n * D,) of groups, latents, squares of latents,
+    squares of groups' means, and latents.
     """
     groups = latents.detach().float().unflatten(1, (num_groups, -1)).flatten(0, 1)  # (B*G, n, D)
     counts = groups.new_tensor([len(groups), len(groups) * groups.shape[1]])
@@ -150,10 +145,7 @@ def latent_spread(moments: Tensor) -> float | None:
 
     1 - var(mean of a group) / var(latent), times n / (n - 1): 0 are latents that all say the
     same, whatever their learned vectors are, 1 are latents that say independent things. None too
-    where they hardly vary.
-
-    Args:
-        moments: of `latent_moments`, added up or averaged over calls.
+    where they hardly vary. Moments may be added up or averaged over calls.
     """
     groups, latents, squares, of_means = (moments := moments.cpu().double())[:4].tolist()
     n = round(latents / groups)

@@ -26,13 +26,7 @@ KINDS: dict[str, dict[str, bool]] = {
 
 
 def numbers_of_maps(maps: Maps, budget: float, seed: int = 0) -> dict[str, Any]:
-    """Plain types for JSON of the maps at one noise level and budget; null is undefined.
-
-    Args:
-        maps: of two images or more.
-        budget: that their number of latents is.
-        seed: of the shuffles.
-    """
+    """Plain types of the maps of two images or more at one level and budget; null is undefined."""
     loss, attention, difference = (maps.mean(n) for n in ("loss", "attention", "difference"))
     assert loss is not None
     shares: dict[str, Any] = {"loss": position_share(loss.flatten(1))}

@@ -94,13 +94,8 @@ def _read(
     file: Path, settings: ConversionSettings
 ) -> tuple[SiT | DiTTransformer2DModel, Checkpoint]:
     if settings.format == "official":
-        return read_official(
-            file,
-            weights=settings.weights,
-            encoder_depth=settings.encoder_depth,
-            num_heads=settings.num_heads,
-            decoder_depth=settings.decoder_depth,
-        )
+        names = ("weights", "encoder_depth", "num_heads", "decoder_depth")
+        return read_official(file, **{name: getattr(settings, name) for name in names})
     for name in ("encoder_depth", "decoder_depth"):
         value = getattr(settings, name)
         if value != getattr(ConversionSettings, name):
@@ -122,21 +117,22 @@ def _same_conversion(out: Path, file: Path, settings: ConversionSettings) -> dic
     """The report of a conversion that is there already, or the error for any other folder."""
     try:
         report = json.loads((out / CONVERSION_FILE).read_text(encoding="utf-8"))
-        found, sizes = dict(report["source"]), dict(report.pop("sizes"))
+        source, sizes = dict(report["source"]), dict(report.pop("sizes"))
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
             f"{out} is not empty and holds no conversion; give a new folder to write"
         ) from None
-    digest = found.pop("sha256", None)
-    same = found == {"file": file.name} | vars(settings)
+    digest = source.pop("sha256", None)
+    same = source == {"file": file.name} | vars(settings)
     if not same or (file.is_file() and sha256_of(file) != digest):
         raise ValueError(
-            f"{out} holds another conversion, of {found.get('file')} or with other settings; give "
+            f"{out} holds another conversion, of {source.get('file')} or with other settings; give "
             f"a new folder to write"
         )
-    broken = [name for name, size in sizes.items()
-              if not (out / name).is_file() or (out / name).stat().st_size != size]  # fmt: skip
-    broken = [name for name in broken if not name.endswith(".md")]  # a card may be edited
+    there = {str(path.relative_to(out)): path.stat().st_size for path in _files_in(out)}
+    broken = [
+        name for name, size in sizes.items() if there.get(name) != size and not name.endswith(".md")
+    ]  # a card may be edited
     if broken:
         raise ValueError(
             f"{out} holds this conversion, but {broken[0]} is missing or was changed; remove the "

@@ -70,11 +70,7 @@ def check_bytes(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise a ValueError if tensors of a file are not as they were saved.
 
     PyTorch stores a checksum of each storage and never looks at it. Files in the older format,
-    without a zip, have none.
-
-    Args:
-        path: the file.
-        tensors: read from it, as they came. The others in the file are not looked at.
+    without a zip, have none. What else is in the file is not looked at.
     """
     if not zipfile.is_zipfile(path):
         return

@@ -48,13 +48,7 @@ def side_of(theirs: Mapping[str, Tensor]) -> int:
 
 
 def heads_of(width: int, norm: Tensor | None, given: int | None) -> int:
-    """Attention heads: as given, else of the width of `norm`, else of the public model.
-
-    Args:
-        width: of the model.
-        norm: scales of one head's queries, if the model has them.
-        given: by the user.
-    """
+    """Attention heads: as given, else of the queries' `norm`, else of the public model."""
     public = {size.hidden_size: size.num_heads for size in map(SIZES.get, SIT_SIZES) if size}
     told = width // len(norm) if norm is not None and norm.numel() else None
     if given is not None and told is not None and given != told:

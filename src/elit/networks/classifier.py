@@ -85,13 +85,8 @@ def fit_network(train_dataset: ImageDataset, seed: int = 0, keep: bool = False) 
     """Fit a convolutional network on a training split, within seconds on a CPU.
 
     Its last layer gives logits of images (B, C, H, W) in [-1, 1], which `ClassifierFeatures` makes
-    small. All processes of a machine get the same weights.
-
-    Args:
-        train_dataset: images to fit on.
-        seed: of its weights and of what it sees when.
-        keep: whether to keep the weights in the cache and take them from there: other machines
-            would round otherwise.
+    small. All processes of a machine get the same weights; to `keep` them in the cache, and take
+    them from there, makes them those of other machines too, which would round otherwise.
     """
     images, labels = _images_of(train_dataset)
     if images.ndim == 5:  # of clips, the middle frames

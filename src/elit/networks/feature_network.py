@@ -53,11 +53,9 @@ class FeatureNetwork:
     prepare: Callable[[Tensor], Tensor] = field(repr=False)
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
-        """What the network sees, each (B, d) in float32 on its device.
+        """What the network sees of uint8 images (B, C, H, W), each (B, d) in float32 on its device.
 
-        Args:
-            images: uint8 (B, C, H, W), of a network of clips (B, C, T, H, W), with 1 or 3
-                channels, on any device.
+        A network of clips takes (B, C, T, H, W); C is 1 or 3.
         """
         what, axes = ("clips", 5) if self.takes == "clips" else ("images", 4)
         if images.ndim != axes or images.numel() == 0 or images.shape[1] not in (1, 3):

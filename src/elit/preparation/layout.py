@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from elit._listing import files_of
-from elit.preparation.packed import BUILDERS, load_files, read_tars
 from elit.preparation.settings import NONE, PrepareSettings
-from elit.preparation.tables import TABLES, as_table, columns_of, file_column, read_rows
+from elit.preparation.tables import (
+    BUILDERS,
+    TABLES,
+    as_table,
+    columns_of,
+    file_column,
+    load_files,
+    read_rows,
+    read_tars,
+)
 
 _SPLITS = {
     "train": ("train", "training"),

@@ -8,11 +8,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from elit._files import save_tensors, sha256_of, write_json
+from elit._plain import from_plain
 from elit.data.manifest import (
     CAPTION_ENDS,
     CAPTIONS,
@@ -31,6 +33,8 @@ from elit.preparation.settings import DTYPES
 from elit.preparation.texts import TextEncoder
 
 logger = logging.getLogger(__name__)
+
+_Plain = TypeVar("_Plain")
 
 _COMPUTED, _STORED = 1, 2  # what made numbers not finite
 _MANY, _SHARE = 8, 0.05  # rows of a part that are skipped: from here on it is told at once
@@ -57,22 +61,24 @@ def stem(split: str, number: int) -> str:
     return f"{split}-{number:05d}"
 
 
+def _read(path: Path, kind: type[_Plain]) -> _Plain | None:
+    """What a record's file holds, None where it is not there or damaged."""
+    try:
+        return from_plain(kind, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
 def read_record(folder: Path, split: str, number: int, rows: range) -> Record | None:
     """The record of a part, None if it is not done or what it wrote is not there in full."""
-    try:
-        content = json.loads((folder / f"{stem(split, number)}.json").read_text(encoding="utf-8"))
-        shards = tuple(Shard(**{**s, "size": tuple(s["size"])}) for s in content["shards"])
-        skipped = tuple((int(row), str(reason)) for row, reason in content["skipped"])
-        total, squares, count = content["sums"]
-        record = Record(
-            content["start"], content["stop"], shards, skipped, (total, squares, count),
-            dict(content.get("cut", {})), tuple(content.get("content", ())), content.get("seen"),
-        )  # fmt: skip
-        sizes = [(folder / shard.file).stat().st_size for shard in shards]
-    except (OSError, ValueError, KeyError, TypeError):
+    record = _read(folder / f"{stem(split, number)}.json", Record)
+    if record is None or (record.start, record.stop) != (rows.start, rows.stop):
         return None
-    whole = sizes == [shard.bytes for shard in shards]
-    return record if whole and (record.start, record.stop) == (rows.start, rows.stop) else None
+    try:
+        sizes = [(folder / shard.file).stat().st_size for shard in record.shards]
+    except OSError:
+        return None
+    return record if sizes == [shard.bytes for shard in record.shards] else None
 
 
 @dataclass
@@ -267,12 +273,8 @@ def parts_of(split: str, rows: int, part_size: int) -> Sequence[tuple[str, int, 
 
 def read_null(folder: Path) -> Shard | None:
     """Its file, None if it is not there in full."""
-    try:
-        content = json.loads((folder / NULL_RECORD).read_text(encoding="utf-8"))
-        shard = Shard(**{**content, "size": tuple(content["size"])})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return None if what_is_wrong(folder, shard) else shard
+    shard = _read(folder / NULL_RECORD, Shard)
+    return None if shard is None or what_is_wrong(folder, shard) else shard
 
 
 def make_null(folder: Path, texts: TextEncoder, dtype: torch.dtype, verify: bool) -> None:

@@ -13,8 +13,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from elit._devices import usable_cores
 from elit._signals import ignore_signals
-from elit.preparation.clips import MissingPackageError, read_clips
-from elit.preparation.images import buckets, fit, nearest_bucket, read_image
+from elit.preparation.images import (
+    MissingPackageError,
+    buckets,
+    fit,
+    nearest_bucket,
+    read_clips,
+    read_image,
+)
 from elit.preparation.settings import PrepareSettings
 from elit.preparation.source import Rows
 

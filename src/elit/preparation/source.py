@@ -22,9 +22,8 @@ from elit.preparation.columns import (
     find_labels,
 )
 from elit.preparation.layout import SUFFIXES, Layout
-from elit.preparation.packed import OFFSET, by_datasets
 from elit.preparation.settings import NONE, PrepareSettings
-from elit.preparation.tables import idx_tables
+from elit.preparation.tables import OFFSET, by_datasets, idx_tables
 
 _SPLIT = re.compile(r"(?:(\w+)=)?(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _TEST = "test"  # held out where there is no validation
