@@ -4,7 +4,6 @@ import errno
 import io
 import json
 import runpy
-import tarfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -82,15 +81,6 @@ def test_a_small_picture_is_enlarged_and_a_fitting_one_stays() -> None:
     assert np.array_equal(np.asarray(fit(exact, (16, 16))), np.asarray(exact))
     for height, width in ((17, 1000), (1000, 17), (31, 33), (1, 1)):
         assert fit(picture(0, height, width), (24, 16)).size == (16, 24)
-
-
-def test_photographs_keep_their_middle() -> None:
-    from sklearn.datasets import load_sample_image
-
-    photo = Image.fromarray(load_sample_image("china.jpg"))  # 640x427
-    cut = fit(photo, (64, 64))
-    middle = photo.crop((106, 0, 533, 427)).resize((64, 64), Image.Resampling.LANCZOS)
-    assert np.abs(np.asarray(cut).astype(float) - np.asarray(middle)).mean() < 6
 
 
 def test_colours_of_every_mode() -> None:
@@ -356,26 +346,6 @@ def test_parquet_with_names_and_numbers_as_labels(tmp_path) -> None:
     manifest = read_manifest(tmp_path / "numbers")
     assert (manifest.classes, manifest.captions) == (("0", "1", "2"), False)
     assert manifest.splits["train"].skipped == ((3, "its number is -1"),)
-
-
-def test_webdataset_tar(tmp_path) -> None:
-    with tarfile.open(tmp_path / "data-0.tar", "w") as tar:
-        for number in range(3):
-            files = {
-                "png": png(number),
-                "cls": str(number % 2).encode(),
-                "txt": b"text %d" % number,
-            }
-            for kind, content in files.items():
-                entry = tarfile.TarInfo(f"{number:03d}.{kind}")
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
-    run(tmp_path / "data-*.tar", tmp_path / "out")
-    tensors = shard(tmp_path / "out")
-    assert tensors["class_labels"].tolist() == [0, 1, 0]
-    assert bytes(tensors["captions"].tolist()) == b"text 0text 1text 2"
-    wanted = np.asarray(fit(picture(2), (16, 16)))
-    assert np.array_equal(tensors["images"][2].movedim(0, -1), wanted)
 
 
 @pytest.mark.parametrize("end", ["", ".gz"])
@@ -786,7 +756,3 @@ def test_the_example_makes_what_prepare_takes(tmp_path, monkeypatch) -> None:
         "train": 20, "validation": 10,
     }  # fmt: skip
     assert len(manifest.classes) == 10
-
-
-def test_settings_are_plain() -> None:
-    PrepareSettings("images", "out").check()

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from prepare_sources import class_folder, command, contents, picture, run, shard, tiny_vae
+from prepare_sources import class_folder, contents, picture, run, shard, tiny_vae
 
 from elit._files import remove_leftovers, write_file, write_json
 from elit.cli.main import main
@@ -61,20 +61,6 @@ def test_processes_share_the_work_without_talking(source, tmp_path, monkeypatch)
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
     assert done[-1].std == pytest.approx(run(source, tmp_path / "one", tmp_path / "vae",
                                              part_size=PART, flips=True).std)  # fmt: skip
-
-
-@pytest.mark.slow
-def test_two_processes_at_once(source, tmp_path, whole) -> None:
-    out, cache = tmp_path / "two", tmp_path / "cache"
-    both = [
-        command(source, out, cache, "--part-size", str(PART), RANK=str(rank), WORLD_SIZE="2")
-        for rank in range(2)
-    ]
-    for process in both:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        assert "prepare" in err
-    assert contents(out) == whole
 
 
 def test_processes_that_start_at_one_moment(source, tmp_path, whole) -> None:
