@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import refuses
 
 from elit.data import load_dataset
 from elit.networks.classifier import fit_classifier
@@ -85,10 +86,8 @@ class TestPredict:
 class TestMistakes:
     def test_another_shape_is_named(self, fitted):
         classifier, images, labels, _ = fitted
-        with pytest.raises(ValueError, match=r"images of shape .* was fitted on \(B, "):
-            classifier.predict(images[..., 1:])
-        with pytest.raises(ValueError, match="images of shape"):
-            classifier.accuracy(images[0], labels[:1])
+        refuses(r"images of shape .* was fitted on \(B, ", classifier.predict, images[..., 1:])
+        refuses("images of shape", classifier.accuracy, images[0], labels[:1])
 
     def test_bytes_are_no_images(self, fitted):
         classifier, images, _, _ = fitted
@@ -102,16 +101,13 @@ class TestMistakes:
         classifier, images, _, _ = fitted
         broken = images[:2].clone()
         broken[1, 0, 3, 3] = value
-        with pytest.raises(ValueError, match="NaN or infinity"):
-            classifier.predict(broken)
+        refuses("NaN or infinity", classifier.predict, broken)
 
     def test_labels_must_match_images(self, fitted):
         classifier, images, labels, _ = fitted
         for wrong in (labels[:-1], labels[:, None]):
-            with pytest.raises(ValueError, match="use one label per image"):
-                classifier.accuracy(images, wrong)
-        with pytest.raises(ValueError, match="at least one image"):
-            classifier.accuracy(images[:0], labels[:0])
+            refuses("use one label per image", classifier.accuracy, images, wrong)
+        refuses("at least one image", classifier.accuracy, images[:0], labels[:0])
 
 
 class TestFit:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import refuses
 from idx_files import idx, idx_folder, noise, write_idx
 from torch.utils.data import DataLoader
 
@@ -189,13 +190,11 @@ class TestShapes:
 
     @pytest.mark.parametrize("count", [0, -1, 2.0, "10", None, True, float("nan")])
     def test_a_bad_count_is_named(self, count):
-        with pytest.raises(ValueError, match=r"count=.*whole number of images, at least 1"):
-            Shapes(count=count)
+        refuses(r"count=.*whole number of images, at least 1", Shapes, count=count)
 
     @pytest.mark.parametrize("size", [0, 7, -32, 32.0, (32, 32), False])
     def test_a_bad_size_is_named(self, size):
-        with pytest.raises(ValueError, match=r"size=.*whole number of pixels a side, at least 8"):
-            Shapes(size=size)
+        refuses(r"size=.*whole number of pixels a side, at least 8", Shapes, size=size)
 
 
 class TestFashionMNIST:
@@ -255,8 +254,7 @@ class TestFashionMNIST:
             rf"plain or as .gz, .*package dataset-fashion-mnist; .*`elit prepare "
             rf"zalando-datasets/fashion_mnist prepared --pixels --resolution 32`"
         )
-        with pytest.raises(ValueError, match=message):
-            load_dataset("fashion-mnist", path=path)
+        refuses(message, load_dataset, "fashion-mnist", path=path)
 
     @pytest.mark.parametrize(
         ("name", "change", "message"),
@@ -296,12 +294,10 @@ class TestFashionMNIST:
         content = path.read_bytes()
         for damaged in (content[:-9], b"no gzip", content[:12] + b"xxxx" + content[16:]):
             path.write_bytes(damaged)
-            with pytest.raises(ValueError, match=r"ubyte.gz is no whole gzip file .*copy it again"):
-                FashionMNIST(path=folder)
+            refuses(r"ubyte.gz is no whole gzip file .*copy it again", FashionMNIST, path=folder)
         path.unlink()
         message = "has neither train-labels-idx1-ubyte nor train-labels-idx1-ubyte.gz; put one"
-        with pytest.raises(ValueError, match=message):
-            FashionMNIST(path=folder)
+        refuses(message, FashionMNIST, path=folder)
 
 
 class TestLoadDataset:
@@ -338,8 +334,7 @@ class TestLoadDataset:
         ],
     )
     def test_a_mistake_is_named_with_what_is_allowed(self, arguments, options, message):
-        with pytest.raises(ValueError, match=message):
-            load_dataset(*arguments, **options)
+        refuses(message, load_dataset, *arguments, **options)
 
     def test_an_unknown_attribute_is_an_attribute_error(self):
         with pytest.raises(AttributeError, match="CIFAR"):

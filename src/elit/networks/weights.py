@@ -53,7 +53,7 @@ def find_inception(weights: str | Path | None = None) -> Path:
             f"the weights of inception cannot be fetched ({_reason(error)}); get "
             f"{INCEPTION_URL} and give its path as the weights or in {INCEPTION_VARIABLE}, {advice}"
         ) from error
-    return folder / INCEPTION_FILES[0]
+    return folder / INCEPTION_URL.rpartition("/")[2]
 
 
 def find_i3d(weights: str | Path | None = None) -> Path:
