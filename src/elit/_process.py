@@ -41,9 +41,9 @@ def _tasks_on_this_node(world: int) -> int:
         "SLURM_NTASKS_PER_NODE",
     )
     text = os.environ.get(name) or str(world)
-    found = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
-    counts = [int(m[1]) for m in found if m for _ in range(int(m[2] or 1))]
-    if not all(found):
+    matches = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
+    counts = [int(m[1]) for m in matches if m for _ in range(int(m[2] or 1))]
+    if not all(matches):
         raise ValueError(f"the variable {name} is {text!r}; it must be as Slurm's, such as 4(x2),3")
     node = _number("SLURM_NODEID", 0)
     return counts[node] if node < len(counts) else max(counts)

@@ -67,11 +67,11 @@ def read_idx(path: Path, axes: int) -> Array:
     if len(content) < start:
         raise ValueError(f"{path} ends within its header of {start} bytes; copy it again")
     shape = struct.unpack(f">{axes}I", content[4:start])
-    wanted = start + math.prod(shape)
-    if len(content) != wanted:
+    length = start + math.prod(shape)
+    if len(content) != length:
         size = "x".join(map(str, shape))
         raise ValueError(
-            f"{path} has {len(content)} bytes, but its header of {size} makes {wanted}; copy it "
+            f"{path} has {len(content)} bytes, but its header of {size} makes {length}; copy it "
             f"again"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

@@ -137,22 +137,24 @@ class Manifest:
                     f"autoencoder.{name} is {numbers}; give one number, or one for each channel"
                 )
 
-    def misfit(self, shard: Shard, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
+    def misfit(
+        self, shard: Shard, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    ) -> str | None:
         """What of a shard's tensors, types and shapes by name, is not as this says, or None."""
         channels, *space = self.shapes[size_name(shard.size)]
         image = (channels * (2 if self.kind == MOMENTS else 1), *space)
-        wanted: dict[str, tuple[int, ...]] = {self.kind: image}
-        wanted |= {f"{self.kind}{FLIPPED}": image} if self.flips else {}
-        wanted |= {LABELS: ()} if self.classes else {}
-        wanted |= {CAPTION_ENDS: ()} if self.captions else {}
-        for name in (*wanted, *([CAPTIONS] if self.captions else [])):
-            if name not in found:
-                return f"it has no {name}, but {', '.join(sorted(found))}"
-        for name, (kind, shape) in found.items():
+        expected: dict[str, tuple[int, ...]] = {self.kind: image}
+        expected |= {f"{self.kind}{FLIPPED}": image} if self.flips else {}
+        expected |= {LABELS: ()} if self.classes else {}
+        expected |= {CAPTION_ENDS: ()} if self.captions else {}
+        for name in (*expected, *([CAPTIONS] if self.captions else [])):
+            if name not in tensors:
+                return f"it has no {name}, but {', '.join(sorted(tensors))}"
+        for name, (kind, shape) in tensors.items():
             if name != CAPTIONS and shape[:1] != (shard.count,):
                 return f"{name} is {shape}, not of {shard.count} samples"
-            if name in wanted and shape[1:] != wanted[name]:
-                return f"{name} is {shape}, but {MANIFEST} has {(shard.count, *wanted[name])}"
+            if name in expected and shape[1:] != expected[name]:
+                return f"{name} is {shape}, but {MANIFEST} has {(shard.count, *expected[name])}"
             allowed: tuple[str, ...] = (kind,)
             if name in (LABELS, ROWS, CAPTION_ENDS):
                 allowed = ("I64",)

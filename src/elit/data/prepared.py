@@ -132,17 +132,19 @@ class Prepared(ImageDataset):
         Shards that have not been touched since they were last compared are not read again.
         """
         paths = [self.folder / shard.file for shard in self.table.shards]
-        for path, shard, found in zip(
+        for path, shard, checksum in zip(
             paths, self.table.shards, checksums(self.folder, paths), strict=True
         ):
-            if found != shard.sha256:
+            if checksum != shard.sha256:
                 raise damage_error(path, "its checksum is wrong")
 
-    def _misfit(self, shard: Shard, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
+    def _misfit(
+        self, shard: Shard, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    ) -> str | None:
         """What of a shard's tensors is wrong, or None: texts are as in the first shard."""
-        if reason := self.manifest.misfit(shard, found):
+        if reason := self.manifest.misfit(shard, tensors):
             return reason
-        texts = {n: (kind, shape[1:]) for n, (kind, shape) in found.items() if n not in RESERVED}
+        texts = {n: (kind, shape[1:]) for n, (kind, shape) in tensors.items() if n not in RESERVED}
         self._texts = texts if self._texts is None else self._texts
         return None if texts == self._texts else f"its texts are {texts}, others' {self._texts}"
 
@@ -172,11 +174,11 @@ class Prepared(ImageDataset):
             null = load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} can't be read ({error}); {MEND}") from error
-        found = {name: tuple(tensor.shape) for name, tensor in null.items()}
-        wanted = {name: (1, *shape) for name, shape in shapes.items()}
-        if found != wanted:
+        given = {name: tuple(tensor.shape) for name, tensor in null.items()}
+        needed = {name: (1, *shape) for name, shape in shapes.items()}
+        if given != needed:
             raise ValueError(
-                f"{path} holds {found}, but the shards need {wanted}; prepare the data again"
+                f"{path} holds {given}, but the shards need {needed}; prepare the data again"
             )
         return tuple(shapes), {name: tensor.clone() for name, tensor in null.items()}
 
@@ -290,8 +292,8 @@ class Prepared(ImageDataset):
 
 def _checksum(path: Path) -> str:
     """Checksum of a file, once: both splits of a run may ask for it."""
-    found = path.stat()
-    return _checksum_of(path, found.st_size, found.st_mtime_ns)
+    about = path.stat()
+    return _checksum_of(path, about.st_size, about.st_mtime_ns)
 
 
 @cache

@@ -29,13 +29,13 @@ def what_is_wrong(
     """
     path = folder / shard.file
     try:
-        found = path.stat()
+        about = path.stat()
     except FileNotFoundError:
         return "it is missing"
     except OSError as error:
         return f"it can't be read ({error.strerror})"
-    if found.st_size != shard.bytes:
-        return f"it has {found.st_size} bytes instead of {shard.bytes}"
+    if about.st_size != shard.bytes:
+        return f"it has {about.st_size} bytes instead of {shard.bytes}"
     try:
         with safe_open(path, framework="pt") as file:  # which compares its length with its header
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -98,8 +98,10 @@ class ShardReader:
 
     def labels(self, number: int) -> Tensor:
         """Class labels (n,) of a shard; zeros where it has none."""
-        found = self[number].get(LABELS)
-        return torch.zeros(self.shards[number].count, dtype=torch.long) if found is None else found
+        labels = self[number].get(LABELS)
+        return (
+            torch.zeros(self.shards[number].count, dtype=torch.long) if labels is None else labels
+        )
 
     def caption(self, number: int, row: int) -> str:
         """Text of a row of a shard."""

@@ -57,8 +57,8 @@ class Table:
             return place
         if self.is_held:
             return place * self.hold_out + self.hold_out - 1 - phase
-        kept = phase + place
-        return kept + kept // (self.hold_out - 1) - phase
+        nth = phase + place
+        return nth + nth // (self.hold_out - 1) - phase
 
 
 def shards_of(
@@ -67,10 +67,10 @@ def shards_of(
     """Shards that a split is taken from, size by size, and k where every k-th is held out."""
     of_split = {
         name: sorted(
-            (shard for shard in found.shards if size_name(shard.size) in sizes),
+            (shard for shard in of_name.shards if size_name(shard.size) in sizes),
             key=lambda shard: sizes.index(size_name(shard.size)),
         )
-        for name, found in manifest.splits.items()
+        for name, of_name in manifest.splits.items()
     }
     if any(shard.count for shard in of_split.get("validation", ())):
         return of_split.get(split, []), None

@@ -185,8 +185,8 @@ class Evaluation:
         """Measure what an image of each row takes, now that nothing else runs here."""
         drawing = self.drawing
         size = drawing.frames, *(drawing.size or (None, None))
-        wanted = [drawing.wanted(i) for i in range(min(drawing.batch_size, drawing.count))]
-        times = CallTimes(drawing.pipeline, wanted, size, progress=self.progress)
+        conditions = [drawing.wanted(i) for i in range(min(drawing.batch_size, drawing.count))]
+        times = CallTimes(drawing.pipeline, conditions, size, progress=self.progress)
         runs = [drawing.calls(OperatingPoint.from_dict(row)) for row in rows]
         times.measure(call for run in runs for call in run)
         for row, run in zip(rows, runs, strict=True):
@@ -296,13 +296,13 @@ def save_npz(parts: Parts, path: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Of the libraries that scores depend on."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return numbers
 
 
 def _texts_digest(texts: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def count_of(theirs: Mapping[str, Tensor], prefix: str) -> int:
     """How many modules a list has, from the keys of what is in them."""
     pattern = re.compile(rf"{re.escape(prefix)}(\d+)\.")
-    numbers = {int(found[1]) for key in theirs if (found := pattern.match(key))}
+    numbers = {int(match[1]) for key in theirs if (match := pattern.match(key))}
     absent = set(range(len(numbers))) - numbers
     if absent:
         raise ValueError(f"it has {prefix}{max(numbers)}, but no {prefix}{min(absent)}")
@@ -75,10 +75,10 @@ def check_tensors(theirs: Mapping[str, Tensor]) -> None:
                 f"it has {_some(named)} instead of {POSITIONS}: another model is around "
                 f"or beside the one that is wanted; save the state dict of that one alone"
             )
-        found = _some(theirs) or "no key at all"
+        keys = _some(theirs) or "no key at all"
         raise ValueError(
             f"it has no {POSITIONS}, which every DiT, SiT and ELIT-SiT has: it is another model, "
-            f"with {found}"
+            f"with {keys}"
         )
     for key, value in theirs.items():
         if value.layout != torch.strided or value.is_quantized or value.is_meta:

@@ -86,10 +86,10 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     As in viewers, a broken profile, or one of another kind of colours, has no effect.
     """
     try:
-        found = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if found.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
+        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if given.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
             return None
-        transform = ImageCms.buildTransform(found, ImageCms.createProfile("sRGB"), mode, "RGB")
+        transform = ImageCms.buildTransform(given, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError):
         return None
     if mode == "CMYK":
@@ -111,8 +111,8 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     height, width = size
     scale = max(width / image.width, height / image.height)
     spare = [
-        max(0, math.ceil(side - LONGEST * wanted / scale)) // 2
-        for side, wanted in ((image.width, width), (image.height, height))
+        max(0, math.ceil(side - LONGEST * goal / scale)) // 2
+        for side, goal in ((image.width, width), (image.height, height))
     ]
     if any(spare):
         image = ImageOps.crop(image, (*spare, *spare))
@@ -135,20 +135,20 @@ def buckets(resolution: int, multiple: int) -> list[tuple[int, int]]:
 
     Sides are multiples of `multiple`, the longer one at most WIDEST times the shorter.
     """
-    found = {(resolution, resolution)}
+    sizes = {(resolution, resolution)}
     for short in range(multiple, resolution + 1, multiple):
         below = resolution**2 // short // multiple * multiple
         for long in (below, below + multiple):
             area = short * long / resolution**2
             if short < long <= WIDEST * short and abs(area - 1) <= SPARE:
-                found |= {(short, long), (long, short)}
-    return sorted(found, reverse=True)
+                sizes |= {(short, long), (long, short)}
+    return sorted(sizes, reverse=True)
 
 
 def nearest_bucket(width: int, height: int, sizes: list[tuple[int, int]]) -> tuple[int, int]:
     """The size whose ratio of sides is nearest to an image's, in logarithms."""
-    wanted = math.log(width / height)
-    return min(sizes, key=lambda size: (abs(math.log(size[1] / size[0]) - wanted), size))
+    ratio = math.log(width / height)
+    return min(sizes, key=lambda size: (abs(math.log(size[1] / size[0]) - ratio), size))
 
 
 # ---- clips ----

@@ -144,8 +144,8 @@ class Part:
         pictures, rest = waiting[: self.batch_size], waiting[self.batch_size :]
         samples.waiting = [rest] if len(rest) else []
         fault = torch.zeros(len(pictures), dtype=torch.int64)
-        for wanted, out in ((True, samples.encoded), (self.flips, samples.flipped)):
-            if wanted:
+        for is_stored, out in ((True, samples.encoded), (self.flips, samples.flipped)):
+            if is_stored:
                 encoded = self.encoder(pictures)
                 stored = self.encoder.stored(encoded)
                 fault = torch.where(fault == 0, faults(encoded, stored), fault)

@@ -187,14 +187,14 @@ def _rows_of(
             file = tar.extractfile(member)
             try:
                 text = file.read().decode("utf-8-sig") if file else ""
-                found = json.loads(text) if kind == "json" else {kind: text.strip()}
+                columns = json.loads(text) if kind == "json" else {kind: text.strip()}
             except ValueError as error:
                 raise ValueError(f"{member.name}: {error}") from error
-            if not isinstance(found, dict):
+            if not isinstance(columns, dict):
                 raise ValueError(f"{member.name} is no JSON object")
             if kind == "cls" and text.strip().removeprefix("-").isdecimal():
-                found = {kind: int(text)}
-            rows.setdefault(f"{folder}/{key}", {}).update(found)
+                columns = {kind: int(text)}
+            rows.setdefault(f"{folder}/{key}", {}).update(columns)
         else:
             left.append(f"{path.name}/{member.name}")
     return list(rows.values())

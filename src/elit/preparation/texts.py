@@ -111,8 +111,8 @@ def load_texts(
         watched = _Watched(tokenizer, "its tokenizer", length)
 
         def make(texts: Sequence[str]) -> Encoding:
-            found = encode(texts, config, watched, model, truncate=True, device=device)
-            return _padded(found, length, _MASK)
+            encoding = encode(texts, config, watched, model, truncate=True, device=device)
+            return _padded(encoding, length, _MASK)
 
         return TextEncoder(full, length, sha256, make, stores, [watched])
     check_choice(kind, PIPELINES, "kind of pipeline", f" in {name}")
@@ -141,13 +141,15 @@ def load_texts(
         # too long makes that length one and the same.
         filler = ["word " * 2 * length] if kind == "CogView4Pipeline" else []
         out = pipe.encode_prompt(prompt=[*texts, *filler], **options)
-        found = {n: x[: len(texts)] for n, x in zip(given, out, strict=True) if n and x is not None}
+        encoding = {
+            n: x[: len(texts)] for n, x in zip(given, out, strict=True) if n and x is not None
+        }
         if kind != _QWEN:
-            return found
-        mask = found.get(_QWEN_MASK)  # None where all texts are of one length
-        states = found[_STATES]
-        found[_QWEN_MASK] = states.new_ones(states.shape[:2]) if mask is None else mask
-        return _padded(found, length, _QWEN_MASK)
+            return encoding
+        mask = encoding.get(_QWEN_MASK)  # None where all texts are of one length
+        states = encoding[_STATES]
+        encoding[_QWEN_MASK] = states.new_ones(states.shape[:2]) if mask is None else mask
+        return _padded(encoding, length, _QWEN_MASK)
 
     return TextEncoder(full, length, sha256, make_by_pipeline, stores, [t for _, t in tokenizers])
 
@@ -155,9 +157,9 @@ def load_texts(
 def _padded(encoding: Encoding, length: int, mask: str) -> Encoding:
     """States and mask at that length; where the mask is False, the states are 0."""
     more = length - encoding[mask].shape[1]
-    kept = encoding[mask].bool()
-    states = torch.where(kept[..., None], encoding[_STATES], 0)
-    return {**encoding, _STATES: pad(states, (0, 0, 0, more)), mask: pad(kept, (0, more))}
+    is_token = encoding[mask].bool()
+    states = torch.where(is_token[..., None], encoding[_STATES], 0)
+    return {**encoding, _STATES: pad(states, (0, 0, 0, more)), mask: pad(is_token, (0, more))}
 
 
 def _pipeline_kind(name: str) -> str | None:
