@@ -107,16 +107,6 @@ def test_the_middle_is_cut_out() -> None:
     assert centre_crop(images, 3)[0, 0].tolist() == [[9, 10, 11], [16, 17, 18], [23, 24, 25]]
     assert shorter_side(images, 10) == (10, 14)
     assert shorter_side(images.mT, 3) == (4, 3)
-    refuses("images of 5x7 are smaller than the square of 6x6", centre_crop, images, 6)
-
-
-@pytest.mark.parametrize("resize", [resize_tf_bilinear, resize_pil])
-def test_what_cannot_be_resized(resize) -> None:
-    with pytest.raises(ValueError, match=r"torch.uint8: use floating point \(B, C, H, W\)"):
-        resize(photographs(), (8, 8))
-    refuses(r"images of shape \(3, 8, 8\)", resize, torch.zeros(3, 8, 8), (8, 8))
-    refuses("none of them 0", resize, torch.zeros(0, 3, 8, 8), (8, 8))
-    refuses("at least 1 pixel", resize, torch.zeros(1, 3, 8, 8), (0, 8))
 
 
 # ---- Inception ----

@@ -38,6 +38,9 @@ CAPTIONS, CAPTION_ENDS = "captions", "caption_ends"  # UTF-8 of all texts, and (
 RESERVED = (*KINDS, *(f"{kind}{FLIPPED}" for kind in KINDS), LABELS, ROWS, CAPTIONS, CAPTION_ENDS)
 
 
+Headers = Mapping[str, tuple[str, tuple[int, ...]]]  # safetensors' type, and shape, by name
+
+
 @dataclass(frozen=True)
 class Shard:
     """A file of samples of one size."""
@@ -137,9 +140,7 @@ class Manifest:
                     f"autoencoder.{name} is {numbers}; give one number, or one for each channel"
                 )
 
-    def misfit(
-        self, shard: Shard, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-    ) -> str | None:
+    def misfit(self, shard: Shard, tensors: Headers) -> str | None:
         """What of a shard's tensors, types and shapes by name, is not as this says, or None."""
         channels, *space = self.shapes[size_name(shard.size)]
         image = (channels * (2 if self.kind == MOMENTS else 1), *space)

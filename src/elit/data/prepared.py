@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from elit.data.manifest import (
     PIXELS,
     RESERVED,
     Autoencoder,
+    Headers,
     Manifest,
     Shard,
     read_manifest,
@@ -138,9 +139,7 @@ class Prepared(ImageDataset):
             if checksum != shard.sha256:
                 raise damage_error(path, "its checksum is wrong")
 
-    def _misfit(
-        self, shard: Shard, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-    ) -> str | None:
+    def _misfit(self, shard: Shard, tensors: Headers) -> str | None:
         """What of a shard's tensors is wrong, or None: texts are as in the first shard."""
         if reason := self.manifest.misfit(shard, tensors):
             return reason
@@ -233,14 +232,8 @@ class Prepared(ImageDataset):
             )
         shards = [self.reader[number] for number in numbers]
         batch = {}
-        for name, names in sources.items():
-            try:
-                # Views of the mapped files; stacking them is what reads.
-                parts = [t[at][row] for t, at, row in zip(shards, names, rows, strict=True)]
-            except KeyError as error:
-                lacks = next(n for n, t, at in zip(numbers, shards, names) if at not in t)  # noqa: B905
-                path = self.folder / self.table.shards[lacks].file
-                raise damage_error(path, f"it has no {error.args[0]}") from error
+        for name, names in sources.items():  # views of the mapped files; stacking them reads
+            parts = [t[at][row] for t, at, row in zip(shards, names, rows, strict=True)]
             batch[name] = torch.stack(parts)
         return batch
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from elit.data.manifest import CAPTION_ENDS, CAPTIONS, LABELS, Shard
+from elit.data.manifest import CAPTION_ENDS, CAPTIONS, LABELS, Headers, Shard
 
 _MOST_OPEN = 512  # mapped at a time by one process
 MEND = "run its `elit prepare SOURCE OUT` again with --verify, which makes it anew"
@@ -20,7 +20,7 @@ def what_is_wrong(
     folder: Path,
     shard: Shard,
     checksum: Callable[[Path], str] | None = None,
-    misfit: Callable[[Shard, dict[str, tuple[str, tuple[int, ...]]]], str | None] | None = None,
+    misfit: Callable[[Shard, Headers], str | None] | None = None,
 ) -> str | None:
     """Why a shard can't be read, or None.
 

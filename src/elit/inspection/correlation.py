@@ -102,8 +102,6 @@ def _centred(values: Tensor) -> Tensor:
 
 def derangements(count: int, number: int, seed: int) -> Tensor:
     """Random orders (number, count) that leave nothing in its place, for `count` of 2 or more."""
-    if count < 2:
-        raise ValueError(f"{count} images can't be shuffled; give two or more")
     draw = torch.Generator().manual_seed(seed)
     places, moved = torch.arange(count), torch.empty(0, count, dtype=torch.long)
     while len(moved) < number:

@@ -17,7 +17,7 @@ from elit.flow.schedulers import FlowMatchUniformEulerScheduler
 from elit.interop.cards import model_card
 from elit.interop.checkpoint import Checkpoint
 from elit.interop.dit import read_dit, training_scheduler
-from elit.interop.official import read_official
+from elit.interop.official import Unknowns, read_official
 from elit.models.sit import SiT
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.preparation.autoencoder import load_vae
@@ -94,8 +94,8 @@ def _read(
     file: Path, settings: ConversionSettings
 ) -> tuple[SiT | DiTTransformer2DModel, Checkpoint]:
     if settings.format == "official":
-        names = ("weights", "encoder_depth", "num_heads", "decoder_depth")
-        return read_official(file, **{name: getattr(settings, name) for name in names})
+        given = Unknowns(settings.encoder_depth, settings.decoder_depth, settings.num_heads)
+        return read_official(file, settings.weights, given)
     for name in ("encoder_depth", "decoder_depth"):
         value = getattr(settings, name)
         if value != getattr(ConversionSettings, name):

@@ -111,26 +111,14 @@ def from_official_checkpoint(
         ValueError: if the file is none of these, is damaged, wants code run, or contradicts the
             arguments.
     """
-    return read_official(
-        path, weights=weights, encoder_depth=encoder_depth, num_heads=num_heads,
-        decoder_depth=decoder_depth,
-    )[0]  # fmt: skip
+    given = Unknowns(encoder_depth, decoder_depth, num_heads)
+    return read_official(path, weights, given)[0]
 
 
-def read_official(
-    path: str | os.PathLike,
-    *,
-    weights: str = "ema",
-    encoder_depth: int = 8,
-    num_heads: int | None = None,
-    decoder_depth: int | None = None,
-) -> tuple[SiT, Checkpoint]:
+def read_official(path: str | os.PathLike, weights: str, given: Unknowns) -> tuple[SiT, Checkpoint]:
     """As `from_official_checkpoint`, with what else the file tells."""
-    for name, value, least in (
-        ("encoder_depth", encoder_depth, 0),
-        ("num_heads", num_heads, 1),
-        ("decoder_depth", decoder_depth, 0),
-    ):
+    for name, least in (("encoder_depth", 0), ("num_heads", 1), ("decoder_depth", 0)):
+        value = getattr(given, name)
         if not (is_whole(value, least) or (value is None and name != "encoder_depth")):
             raise ValueError(
                 f"{name}={value!r} is not allowed; give a whole number, at least {least}"
@@ -141,7 +129,7 @@ def read_official(
     theirs = checkpoint.tensors
     with cannot_be_converted(path):
         elastic = is_elastic(theirs)
-        given = _given(checkpoint.args, elastic, encoder_depth, decoder_depth, num_heads)
+        given = _agreed(checkpoint.args, elastic, given)
         settings = settings_of(theirs, given)
         with torch.device("meta"):
             model = SiT(**settings)
@@ -155,31 +143,24 @@ def read_official(
     return model.eval(), checkpoint
 
 
-def _given(
-    args: Mapping[str, Any],
-    elastic: bool,
-    encoder_depth: int,
-    decoder_depth: int | None,
-    num_heads: int | None,
-) -> Unknowns:
+def _agreed(args: Mapping[str, Any], elastic: bool, given: Unknowns) -> Unknowns:
     """What no tensor tells: as given, else as the `args` of the file have it; both must agree."""
     kind = "an ELIT-SiT" if elastic else "a plain SiT: none of its keys is of input_token_editor"
     told = args.get("enable_elit")
     if told in (0, 1) and bool(told) != elastic:
         raise ValueError(f"its args say enable_elit={told}, but its tensors are of {kind}")
-    for name, value, default in (
-        ("encoder_depth", encoder_depth, 8), ("decoder_depth", decoder_depth, None)
-    ):  # fmt: skip
-        if not elastic and value != default:
+    heads = agreed("num_heads", given.num_heads, args.get("num_heads"))
+    if elastic:
+        depth = agreed("encoder_depth", given.encoder_depth, args.get("encoder_depth"))
+        decoder_depth = agreed("decoder_depth", given.decoder_depth, args.get("dit_decoder_depth"))
+        return Unknowns(8 if depth is None else depth, decoder_depth, heads, _without_null(args))
+    for name in ("encoder_depth", "decoder_depth"):
+        value = getattr(given, name)
+        if value != getattr(Unknowns, name):
             raise ValueError(
                 f"{name}={value!r} is of an ELIT-SiT, but this is {kind}; leave {name} out"
             )
-    heads = agreed("num_heads", num_heads, args.get("num_heads"))
-    if not elastic:
-        return Unknowns(num_heads=heads, num_classes=_without_null(args))
-    depth = agreed("encoder_depth", encoder_depth, args.get("encoder_depth"))
-    decoder_depth = agreed("decoder_depth", decoder_depth, args.get("dit_decoder_depth"))
-    return Unknowns(8 if depth is None else depth, decoder_depth, heads, _without_null(args))
+    return Unknowns(num_heads=heads, num_classes=_without_null(args))
 
 
 def _without_null(args: Mapping[str, Any]) -> int | None:
