@@ -95,7 +95,7 @@ class ImageDataset(_TorchDataset):
     def on_device(
         self, images: torch.Tensor, posterior: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What the model sees of a batch's images (B, ...), on the device that they are on.
+        """Make what the model sees of a batch's images (B, ...), on their device.
 
         Where `has_posterior`, with standard normal noise (B, *seen_shape).
         """

@@ -1,4 +1,4 @@
-"""How the samples of a data set lie on disk, for an order that reads them well."""
+"""The order of a data set's samples on disk, so that batches read it well."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -51,7 +51,7 @@ _TEMPLATES = (
 
 
 class Scene(NamedTuple):
-    """What is in an image, in the words that the sets above start with."""
+    """Content of an image, in the words that the sets above start with."""
 
     noun: str
     size: str
@@ -80,7 +80,7 @@ class CaptionedShapes(Procedural):
         return {"images": images, "class_labels": labels, "captions": captions}
 
     def scenes(self, indices: Iterable[int]) -> list[Scene]:
-        """What is in the images of these indices."""
+        """Scenes in the images of these indices."""
         index, _ = self._counters(indices)
         return _scenes(index, uniform(index, self.split, 12))
 

@@ -22,7 +22,7 @@ _BYTES = 8  # code of the type uint8
 
 
 def is_idx_folder(folder: str | os.PathLike) -> bool:
-    """Whether a folder has one of the four files, packed or not."""
+    """Tell whether a folder has one of the four files, packed or not."""
     return any(Path(folder, name + end).is_file() for name in FILES for end in ("", _PACKED))
 
 

@@ -1,4 +1,4 @@
-"""What a prepared folder holds: its shards, and what they were made of.
+"""Manifest of a prepared folder: its shards, and what they were made of.
 
 PREPARED/
 settings.json                    what it is made of; written first, by `elit prepare`
@@ -68,7 +68,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """What encoded the pictures: latents = (draw - shift) * scale, of each channel."""
+    """The encoder of the pictures: latents = (draw - shift) * scale, of each channel."""
 
     name: str  # on the hub, or its folder
     class_name: str  # diffusers' class
@@ -79,7 +79,7 @@ class Autoencoder:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds."""
+    """Content of a prepared folder."""
 
     kind: str  # "moments", "latents" or "images"
     # shape of one sample as the model sees it, (C, h, w) or (C, t, h, w), by the size of its
@@ -141,7 +141,7 @@ class Manifest:
                 )
 
     def misfit(self, shard: Shard, tensors: Headers) -> str | None:
-        """What of a shard's tensors, types and shapes by name, is not as this says, or None."""
+        """The first fault of a shard's tensors, by their types and shapes, or None."""
         channels, *space = self.shapes[size_name(shard.size)]
         image = (channels * (2 if self.kind == MOMENTS else 1), *space)
         expected: dict[str, tuple[int, ...]] = {self.kind: image}

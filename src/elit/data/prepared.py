@@ -1,4 +1,4 @@
-"""What `elit prepare` wrote: samples encoded beforehand, in shards that are mapped, not loaded."""
+"""Data of `elit prepare`: encoded samples, in shards that are mapped, not loaded."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Prepared(ImageDataset):
         self.text_encoder = manifest.text_encoder
 
     def _is_whole(self, shard: Shard, verify: bool) -> bool:
-        """Whether a shard can be read: else it is refused, or skipped with a warning."""
+        """Tell whether a shard can be read: else refuse it, or skip it with a warning."""
         reason = what_is_wrong(self.folder, shard, _checksum if verify else None, self._misfit)
         if reason is None:
             return True
@@ -140,7 +140,7 @@ class Prepared(ImageDataset):
                 raise damage_error(path, "its checksum is wrong")
 
     def _misfit(self, shard: Shard, tensors: Headers) -> str | None:
-        """What of a shard's tensors is wrong, or None: texts are as in the first shard."""
+        """The first fault of a shard's tensors, or None: texts are as in the first shard."""
         if reason := self.manifest.misfit(shard, tensors):
             return reason
         texts = {n: (kind, shape[1:]) for n, (kind, shape) in tensors.items() if n not in RESERVED}
@@ -259,7 +259,7 @@ class Prepared(ImageDataset):
         return int(usable[np.searchsorted(usable, row) % len(usable)])
 
     def on_device(self, images: Tensor, posterior: Tensor | None = None) -> Tensor:
-        """What the model sees of stored samples: a draw of the posterior, scaled, or pixels.
+        """Make what the model sees of stored samples: a scaled draw of the posterior, or pixels.
 
         As diffusers draws: mean + exp(log-variance / 2) noise. Without noise it is the mean.
         """
@@ -311,7 +311,7 @@ def _fingerprint(manifest: Manifest) -> str:
 
 
 def _all_finite(tensors: dict[str, Tensor]) -> Tensor:
-    """Which rows hold nothing but finite numbers, (n,) bool."""
+    """Mark the rows that hold nothing but finite numbers, (n,) bool."""
     good = torch.ones(len(next(iter(tensors.values()))), dtype=torch.bool)
     for tensor in tensors.values():
         if tensor.is_floating_point() and tensor.numel():  # far quicker than isfinite of all

@@ -22,7 +22,7 @@ def what_is_wrong(
     checksum: Callable[[Path], str] | None = None,
     misfit: Callable[[Shard, Headers], str | None] | None = None,
 ) -> str | None:
-    """Why a shard can't be read, or None.
+    """The reason why a shard can't be read, or None.
 
     A `checksum` reads the file whole and is compared; `misfit` says what of the types and shapes of
     its tensors is wrong, or None.
@@ -67,7 +67,7 @@ class ShardReader:
         return {**self.__dict__, "_open": OrderedDict()}  # no mapping goes to another process
 
     def __getitem__(self, number: int) -> Tensors:
-        """All tensors of a shard, by name."""
+        """Tensors of a shard, by name."""
         tensors = self._open.get(number)
         if tensors is None:
             tensors = self._load(number)

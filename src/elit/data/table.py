@@ -1,4 +1,4 @@
-"""Which samples of a prepared folder belong to a split and a resolution, and where they stand."""
+"""Samples of a prepared folder by split and resolution, and their places in shards."""
 
 import math
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ _HOLD_OUT, _MOST_HELD_OUT = 20, 2048  # one sample in twenty, and about so many 
 
 
 class Table:
-    """Which row of which shard each sample is, held-out ones left out, or all others.
+    """Places of samples in shards, held-out ones left out, or all others.
 
     Sample u of those not held out, counted over the whole split, stands at u + u // (k - 1).
     """

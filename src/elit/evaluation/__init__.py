@@ -1,1 +1,1 @@
-"""How good samples are: scores against real images, at one budget and over sweeps."""
+"""Scores of samples against real images, at one budget and over sweeps."""

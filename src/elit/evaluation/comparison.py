@@ -1,4 +1,4 @@
-"""Two sweeps side by side: whether they may be compared, and what both measured."""
+"""Comparison of two sweeps: whether it is allowed, and what both measured."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,7 +56,7 @@ def check_comparable(reports: Mapping[str, Report]) -> None:
 
 
 def notes_on(reports: Mapping[str, Report]) -> list[str]:
-    """What a reader must know of a comparison that is allowed."""
+    """Warnings that a reader of an allowed comparison must know."""
     (one, a), (two, b) = reports.items()
     notes = []
     trained = [(report["model"].get("training") or {}).get("eflops") for report in (a, b)]
@@ -134,7 +134,7 @@ def _file_of(path: Path) -> Path:
 
 
 def _name_of(file: Path) -> str:
-    """Of the run that a sweep lies in; of a file elsewhere its own."""
+    """Name of the run that a sweep lies in, or of a file elsewhere."""
     file = file.absolute()
     if file.parts[-2:] == SWEEP_FILE.parts:
         return file.parts[-3]

@@ -39,7 +39,7 @@ _NOT_OF_THE_SAMPLES = ("device", "device_name", "versions", "reference")  # may 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is drawn, compared with what, by which processes."""
+    """Draws samples and compares them with real images, by several processes."""
 
     run: str  # folder or hub name of the pipeline
     drawing: Drawing  # of its samples
@@ -56,7 +56,7 @@ class Evaluation:
 
     @cached_property
     def model(self) -> dict[str, Any]:
-        """What the report says of the model."""
+        """The report's part on the model."""
         model = self.drawing.pipeline.transformer
         return {
             "path": self.run,
@@ -122,7 +122,7 @@ class Evaluation:
         }  # fmt: skip
 
     def parts(self, point: OperatingPoint) -> Parts:
-        """Where the samples of a point are kept."""
+        """The files that keep the samples of a point."""
         drawing = self.drawing
         settings = {k: v for k, v in self.settings.items() if k not in _NOT_OF_THE_SAMPLES}
         of = self.model["weights"], self.model["config"]
@@ -156,7 +156,7 @@ class Evaluation:
         return parts
 
     def failure(self, parts: Parts) -> str | None:
-        """Why a point could not be drawn, if it was tried and could not."""
+        """The reason why a point could not be drawn, if it was tried and could not."""
         failed = parts.folder / FAILED
         return json.loads(failed.read_text())["reason"] if failed.exists() else None
 
@@ -214,7 +214,7 @@ class Evaluation:
 def report(
     evaluation: Evaluation, rows: Sequence[dict[str, Any]], ranked_by: str
 ) -> dict[str, Any]:
-    """What the files hold: rows and all that they depend on."""
+    """Content of the files: rows and all that they depend on."""
     return {
         "format": FORMAT,
         "model": evaluation.model,
@@ -295,7 +295,7 @@ def save_npz(parts: Parts, path: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that scores depend on."""
+    """Versions of the libraries that scores depend on."""
     numbers = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:

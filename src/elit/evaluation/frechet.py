@@ -140,12 +140,12 @@ def _factor(cov: Tensor, of: str) -> Tensor:
 
 
 def needed_samples(width: int) -> int:
-    """How many samples the covariance of features needs to be of full rank."""
+    """The number of samples that a covariance of full rank needs."""
     return width + 1
 
 
 def bias_warning(count: int, width: int, what: str = "samples") -> str | None:
-    """What to tell whose Frechet distance is of too few samples; None if they are enough.
+    """A warning of a Frechet distance of too few samples; None if they are enough.
 
     `what` the samples are, such as "generated images".
     """
@@ -186,5 +186,5 @@ def check_features(features: Tensor, what: str, width: int | None = None) -> Non
 
 
 def wide_device(features: Tensor) -> torch.device:
-    """Where their float64 arithmetic runs: where they are, or on the CPU for MPS."""
+    """The device for float64 arithmetic: that of the features, or the CPU for MPS."""
     return torch.device("cpu") if features.device.type == "mps" else features.device

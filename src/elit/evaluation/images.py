@@ -54,7 +54,7 @@ def to_bytes(pictures: Tensor) -> Tensor:
 
 
 def has_splits(name: str) -> bool:
-    """Whether it is a data set of several splits."""
+    """Tell whether a name is of a data set with several splits."""
     return (Path(name) / MANIFEST).exists() or (name in DATASETS and not Path(name).exists())
 
 

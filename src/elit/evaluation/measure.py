@@ -89,7 +89,7 @@ def measure(
     labelled: bool = True,
     progress: bool = False,
 ) -> Scores:
-    """All scores that the networks' outputs allow, of what `Drawing.draw` gave of all samples.
+    """Compute all scores that the networks' outputs of drawn samples allow.
 
     A score that several networks could give, such as precision, is the first one's. `labelled` are
     samples of classes, which the built-in classifier can tell.

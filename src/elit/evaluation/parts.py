@@ -118,7 +118,7 @@ class Parts:
             return sorted(file.keys())
 
     def origins(self) -> list[str]:
-        """What made the parts, each once."""
+        """Origins of the parts, each once."""
         origins = set()
         for number in range(len(self)):
             with self._open(number) as file:

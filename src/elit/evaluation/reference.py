@@ -28,7 +28,7 @@ _UNRANKED = ("spatial",)  # outputs that no score needs beyond mean and covarian
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one output of one network."""
+    """Statistics of one output of one network."""
 
     mean: Tensor  # (d,) float64
     covariance: Tensor  # (d, d) float64
@@ -42,7 +42,7 @@ Reference = Mapping[str, Statistics]
 
 
 def image_features(network: FeatureNetwork, images: Tensor) -> dict[str, Tensor]:
-    """What a network sees in pictures (n, C, H, W) or clips (n, C, T, H, W), uint8.
+    """A network's features of pictures (n, C, H, W) or clips (n, C, T, H, W), uint8.
 
     A network of images sees each frame of a clip: rows are then n * T, clip by clip.
     """
@@ -55,7 +55,7 @@ def image_features(network: FeatureNetwork, images: Tensor) -> dict[str, Tensor]
 
 
 def evenly(count: int, most: int) -> Tensor:
-    """At most so many of `count` numbers, evenly chosen."""
+    """Choose at most so many of `count` numbers, evenly."""
     return torch.linspace(0, count - 1, min(count, most)).round().long()
 
 

@@ -32,7 +32,7 @@ class InceptionScore(NamedTuple):
 
 
 class PrecisionRecall(NamedTuple):
-    """How two sets of samples cover each other; all in [0, 1] but density."""
+    """Shares in which two sets of samples cover each other; density may exceed 1."""
 
     precision: float  # share of generated samples within the ball of a real one
     recall: float  # share of real samples within the ball of a generated one

@@ -31,7 +31,7 @@ _MAY_DIFFER = ("device", "device_name", "versions")  # between two calls that fi
 
 @dataclass(frozen=True)
 class Grid:
-    """What a sweep goes through: all combinations that differ."""
+    """The operating points of a sweep: all combinations that differ."""
 
     budgets: Sequence[float]  # of the samples
     steps: Sequence[int]  # of the sampler
@@ -41,7 +41,7 @@ class Grid:
     interval: tuple[float, float] | None = None  # noise levels in which guidance acts
 
     def points(self, model: ElasticMixin) -> list[OperatingPoint]:
-        """All operating points, each once, at the budgets that really run.
+        """List all operating points, each once, at the budgets that really run.
 
         A guide with a budget as high as what it guides is left out: of ag it has no effect, of
         ccfg it is cfg, and more would cost more than it guides.

@@ -1,1 +1,1 @@
-"""What happens in a latent interface: where it looks, where the loss is, what latents are worth."""
+"""A look into a latent interface: its attention, its loss, the worth of its latents."""

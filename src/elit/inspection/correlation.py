@@ -1,4 +1,4 @@
-"""Do two maps of the same images go together, and would they on other images too?
+"""Correlation of two maps of the same images, beside its control on other images.
 
 A map that is the same on every image, such as a pattern of position, may correlate with any other
 map. So a correlation is told beside its control: map of image i against the other map of an image

@@ -23,7 +23,7 @@ MAX_COUNTS = 32  # latents that are left out one by one, and numbers of first la
 
 @dataclass(frozen=True)
 class Subject:
-    """What is looked at."""
+    """Images, conditions and noise that are looked at."""
 
     images: Tensor  # (N, C, *space), as the model sees them
     condition: Mapping[str, Tensor]  # the model's arguments that say what they show, (N, ...) each
@@ -36,7 +36,7 @@ class Subject:
             raise ValueError(f"draws={self.draws}: give an even number, of at least 2")
 
     def batches(self, device: torch.device, draws: int) -> Iterator["Batch"]:
-        """All images with their first draws of noise, in batches."""
+        """Yield all images with their first draws of noise, in batches."""
         pairs = [(i, d) for i in range(len(self.images)) for d in range(draws)]
         for first in range(0, len(pairs), self.batch_size):
             part = pairs[first : first + self.batch_size]
@@ -54,7 +54,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples: numbers of their images, halves of their draws, data, noise, condition."""
+    """Numbers of some samples' images, halves of their draws, data, noise, condition."""
 
     rows: Tensor
     halves: Tensor
@@ -263,7 +263,7 @@ def difference_map(one: Tensor, other: Tensor, grid: TokenGrid, model: Any) -> T
 
 
 def spread(first: int, last: int, most: int = MAX_COUNTS) -> list[int]:
-    """All whole numbers from `first` to `last`; of many, `most` of them, evenly."""
+    """List the whole numbers from `first` to `last`; of many, `most` of them, evenly."""
     count = min(most, last - first + 1)
     return np.unique(np.linspace(first, last, count).round().astype(int)).tolist()
 

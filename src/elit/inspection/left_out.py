@@ -1,4 +1,4 @@
-"""Whether a core is used: what a model says without it, and how much its latents differ.
+"""Tests of a core: the model without it, and how much its latents differ.
 
 Each latent has a mean of its own, over samples and groups: there its learned vector is, which says
 nothing of the sample. What varies about it is cut in two: what all latents of a group have in
@@ -94,7 +94,7 @@ def find_interface(model: nn.Module) -> tuple[AnyRead, AnyWrite] | None:
 
 
 def has_original_core(model: nn.Module) -> bool:
-    """Whether a retrofit's core is the original's own at full budget: whatever was learned."""
+    """Tell whether a retrofit's core is the original's at full budget, whatever was learned."""
     interface = find_interface(model)
     return interface is not None and isinstance(interface[0], LosslessRead)
 

@@ -1,4 +1,4 @@
-"""What an inspection says in numbers: correlations with their controls, and what latents cost."""
+"""Numbers of an inspection: correlations with their controls, and costs of latents."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -65,7 +65,7 @@ def correlations(one: Tensor | None, other: Tensor | None, seed: int) -> dict[st
 
 
 def numbers_of_worth(worths: Sequence[Worth]) -> dict[str, Any]:
-    """What latents cost: losses with the first ones only, and what leaving one out adds.
+    """Costs of latents: losses with the first ones only, and what leaving one out adds.
 
     Costs are differences on the same images and noise, with their standard error over images.
     """
@@ -81,7 +81,7 @@ def numbers_of_worth(worths: Sequence[Worth]) -> dict[str, Any]:
 
 
 def numbers_of_core(worth: Worth) -> dict[str, Any]:
-    """What the core as a whole is worth at one noise level, and how much its latents differ.
+    """The worth of the whole core at one noise level, and how much its latents differ.
 
     `share` is the cost over the loss: how much the loss rises, where 1 is twice the loss.
     """

@@ -24,7 +24,7 @@ WEIGHTS = ("ema", "model")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds."""
+    """Content of a checkpoint's file."""
 
     tensors: dict[str, Tensor]  # by the file's names, views of it
     # which of the file's: "ema", "model", or None of a file that holds a state dict

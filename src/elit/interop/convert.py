@@ -31,7 +31,7 @@ VAE_SCALE = 0.18215  # of the VAE latents that the public models were trained on
 
 @dataclass(frozen=True)
 class ConversionSettings:
-    """How a public checkpoint becomes a folder."""
+    """Settings by which a public checkpoint becomes a folder."""
 
     format: str = "official"  # "official", of the SiT and ELIT-SiT, or "dit"
     weights: str = "ema"  # "ema" or "model"
@@ -158,7 +158,7 @@ def _check_vae(vae: Any, name: str | None, in_channels: int) -> None:
 
 
 def _about(model: SiT | DiTTransformer2DModel, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the folder holds, as plain types."""
+    """Content of the folder, as plain types."""
     is_dit = isinstance(model, DiTTransformer2DModel)
     elastic = not is_dit and model.is_elastic
     return {

@@ -116,7 +116,7 @@ def from_official_checkpoint(
 
 
 def read_official(path: str | os.PathLike, weights: str, given: Unknowns) -> tuple[SiT, Checkpoint]:
-    """As `from_official_checkpoint`, with what else the file tells."""
+    """Read a checkpoint, with what else its file tells."""
     for name, least in (("encoder_depth", 0), ("num_heads", 1), ("decoder_depth", 0)):
         value = getattr(given, name)
         if not (is_whole(value, least) or (value is None and name != "encoder_depth")):
@@ -144,7 +144,7 @@ def read_official(path: str | os.PathLike, weights: str, given: Unknowns) -> tup
 
 
 def _agreed(args: Mapping[str, Any], elastic: bool, given: Unknowns) -> Unknowns:
-    """What no tensor tells: as given, else as the `args` of the file have it; both must agree."""
+    """Settings that no tensor tells: as given or in the file's `args`, which must agree."""
     kind = "an ELIT-SiT" if elastic else "a plain SiT: none of its keys is of input_token_editor"
     told = args.get("enable_elit")
     if told in (0, 1) and bool(told) != elastic:
@@ -241,7 +241,7 @@ def to_ours(model: SiT, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_elastic(theirs: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict has a latent interface."""
+    """Tell whether a state dict has a latent interface."""
     return any(key.startswith((READ, WRITE)) for key in theirs)
 
 

@@ -33,7 +33,7 @@ HARMLESS = [
 
 
 def read_pickle(path: Path) -> Any:
-    """What a .pt or .safetensors file holds, its tensors on the CPU.
+    """Read a .pt or .safetensors file, its tensors on the CPU.
 
     Raises:
         ValueError: if it is damaged, or names anything to call that is not known to be harmless.
@@ -96,7 +96,7 @@ def _check_pickle(path: Path) -> None:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file, whatever its name, begins as these do: a length, then JSON."""
+    """Tell whether a file begins as safetensors' do: a length, then JSON."""
     with path.open("rb") as file:
         start = file.read(9)
     if len(start) < 9:

@@ -16,7 +16,7 @@ STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def count_of(theirs: Mapping[str, Tensor], prefix: str) -> int:
-    """How many modules a list has, from the keys of what is in them."""
+    """Count the modules of a list by the keys of what is in them."""
     pattern = re.compile(rf"{re.escape(prefix)}(\d+)\.")
     numbers = {int(match[1]) for key in theirs if (match := pattern.match(key))}
     absent = set(range(len(numbers))) - numbers

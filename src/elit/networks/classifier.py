@@ -109,7 +109,7 @@ def fit_network(train_dataset: ImageDataset, seed: int = 0, keep: bool = False) 
 
 
 class ClassifierFeatures(nn.Module):
-    """What a network of `fit_network` sees before its last layer, and its logits."""
+    """A network of `fit_network` that gives its last layer's input and its logits."""
 
     outputs = ("pool", "logits")
 

@@ -53,7 +53,7 @@ class FeatureNetwork:
     prepare: Callable[[Tensor], Tensor] = field(repr=False)
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
-        """What the network sees of uint8 images (B, C, H, W), each (B, d) in float32 on its device.
+        """Features of uint8 images (B, C, H, W), each (B, d) in float32 on its device.
 
         A network of clips takes (B, C, T, H, W); C is 1 or 3.
         """
@@ -73,7 +73,7 @@ class FeatureNetwork:
         return self._checked(output, len(images))
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """What a network of texts reads: (B, d) in float32 on its device."""
+        """Features of texts, of a network that reads them: (B, d) in float32 on its device."""
         if not isinstance(self.module, ClipFeatures):
             raise ValueError(f"{self.name} reads no texts; use clip")
         if isinstance(texts, str) or not texts:

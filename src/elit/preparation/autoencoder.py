@@ -51,7 +51,7 @@ class Encoder:
         return (mean if logvar is None else torch.cat((mean, logvar), dim=1)).float().cpu()
 
     def stored(self, encoded: Tensor) -> Tensor:
-        """What is stored of it."""
+        """Convert to the type that is stored."""
         return encoded if self.vae is None else encoded.to(self.store)
 
     def sums(self, encoded: Tensor) -> tuple[float, float, int]:

@@ -1,4 +1,4 @@
-"""Whether a folder may be written to, and whether it still holds what was written."""
+"""Checks of a folder: that it may be written to, and holds what was written."""
 
 import json
 import logging
@@ -68,12 +68,12 @@ def forget_damaged(folder: Path, parts: Iterable[tuple[str, int, range]]) -> Non
 
 
 def json_types(value: Any) -> Any:
-    """What reading it back from JSON would give."""
+    """Convert a value to what JSON would give back."""
     return json.loads(json.dumps(value))
 
 
 def check_same(folder: Path, content: dict[str, Any]) -> bool:
-    """Whether a folder was begun with these settings; False if it is empty.
+    """Tell whether a folder was begun with these settings; False if it is empty.
 
     Raises:
         ValueError: if it was begun with others, or holds something else.

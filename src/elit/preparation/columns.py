@@ -1,4 +1,4 @@
-"""Which columns of a source hold pictures, labels and texts, and what its classes are."""
+"""Columns of pictures, labels and texts in a source, and its classes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,7 +37,7 @@ def find_image(features: Any, name: str | None) -> str:
 
 
 def _is_shown(feature: Any) -> bool:
-    """Whether a column's type alone says that it holds pictures."""
+    """Tell whether a column's type alone says that it holds pictures."""
     return type(feature).__name__ in ("Image", "Video") or (
         isinstance(feature, dict) and "offset" in feature  # of a tar file
     )
@@ -121,7 +121,7 @@ def find_classes(tables: list[Any], label: str | None) -> tuple[tuple[str, ...],
 
 
 def count_empty(table: Any, column: str) -> int:
-    """How many texts of a column say nothing."""
+    """Count the texts of a column that say nothing."""
     import pyarrow as pa
     from pyarrow import compute
 

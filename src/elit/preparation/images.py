@@ -81,7 +81,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @lru_cache(16)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """What makes sRGB of a mode's colours; None where nothing is to be done.
+    """A transform of a mode's colours to sRGB; None where nothing is to be done.
 
     As in viewers, a broken profile, or one of another kind of colours, has no effect.
     """
@@ -177,7 +177,7 @@ def read_clips(
 
 @dataclass
 class _Video:
-    """Its pictures and the seconds that each is shown, and of all: their number and seconds."""
+    """Pictures with the seconds that each is shown; the number and seconds of all."""
 
     shown: Iterator[tuple[Image.Image, float]]
     pictures: int
@@ -253,4 +253,4 @@ def _by_ffmpeg(content: bytes | str, stack: ExitStack) -> _Video:
 
 
 class MissingPackageError(ValueError):
-    """What keeps every row from being read, not one."""
+    """A missing package, which keeps every row from being read, not one."""

@@ -1,4 +1,4 @@
-"""What a folder of files is: decided from their list alone, and said."""
+"""Layout of a folder of files, decided from their list alone."""
 
 import os
 import re
@@ -55,7 +55,7 @@ class Layout:
 
     @classmethod
     def of(cls, datasets: Any, settings: PrepareSettings) -> "Layout":
-        """Of a folder, a file, or a pattern of them."""
+        """Find the layout of a folder, a file, or a pattern of them."""
         path = Path(settings.source).absolute()
         files, left = [path], list[str]()
         if path.is_dir():

@@ -42,7 +42,7 @@ _MANY, _SHARE = 8, 0.05  # rows of a part that are skipped: from here on it is t
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished part holds."""
+    """Content of a finished part."""
 
     start: int  # its first row of the source
     stop: int  # the row after its last
@@ -62,7 +62,7 @@ def stem(split: str, number: int) -> str:
 
 
 def _read(path: Path, kind: type[_Plain]) -> _Plain | None:
-    """What a record's file holds, None where it is not there or damaged."""
+    """Content of a record's file, None where it is not there or damaged."""
     try:
         return from_plain(kind, json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -189,7 +189,7 @@ class Part:
         return encoding, torch.cat(fault), which
 
     def _good(self, of_texts: Tensor) -> list[bool]:
-        """Whether all of a row is finite; the others are skipped.
+        """Tell which rows are finite; the others are skipped.
 
         Raises:
             ValueError: if no row of many is.
@@ -219,7 +219,7 @@ class Part:
     def _tensors(
         self, samples: _Samples, encoding: dict[str, Tensor], which: Tensor, good: list[bool]
     ) -> dict[str, Tensor]:
-        """What a shard holds."""
+        """Tensors of a shard."""
         keep = torch.tensor([good[at] for at in samples.at])
         at = [at for at in samples.at if good[at]]
         kind = self.encoder.kind
@@ -272,7 +272,7 @@ def parts_of(split: str, rows: int, part_size: int) -> Sequence[tuple[str, int, 
 
 
 def read_null(folder: Path) -> Shard | None:
-    """Its file, None if it is not there in full."""
+    """File of the empty text, None if it is not there in full."""
     shard = _read(folder / NULL_RECORD, Shard)
     return None if shard is None or what_is_wrong(folder, shard) else shard
 
@@ -299,7 +299,7 @@ def make_null(folder: Path, texts: TextEncoder, dtype: torch.dtype, verify: bool
 
 
 def faults(computed: Tensor, stored: Tensor) -> Tensor:
-    """What made each row (n, ...) not finite, (n,): 0 for nothing, _COMPUTED or _STORED."""
+    """Causes (n,) of rows that are not finite: 0 for none, _COMPUTED or _STORED."""
     if not stored.is_floating_point():
         return torch.zeros(len(stored), dtype=torch.int64)
     bad, bad_stored = (~x.isfinite().flatten(1).all(1) for x in (computed, stored))
@@ -307,7 +307,7 @@ def faults(computed: Tensor, stored: Tensor) -> Tensor:
 
 
 def reason_of_fault(whose: str, fault: int, dtype: torch.dtype, store: torch.dtype) -> str:
-    """Why a row was skipped, and what to do, as prepared into another folder."""
+    """The reason why a row was skipped, and what helps in a new folder."""
     compute_word, store_word = (
         next(word for word, name in DTYPES.items() if getattr(torch, name) == x)
         for x in (dtype, store)

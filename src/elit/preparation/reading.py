@@ -31,7 +31,7 @@ _MOST_WORKERS = 16
 
 @dataclass(frozen=True)
 class Sizes:
-    """Which sizes a picture is cut to: one for each resolution."""
+    """Sizes that a picture is cut to: one for each resolution."""
 
     # for each resolution, the sizes (H, W) to choose from
     choices: tuple[tuple[tuple[int, int], ...], ...]
@@ -58,7 +58,7 @@ class Sizes:
         return numbers * (self.frames or 1) * self.clips
 
     def resolution_of(self, size: Size) -> int:
-        """Which resolution a size belongs to; each has its square."""
+        """The resolution that a size belongs to; each has its square."""
         for sizes in self.choices:
             if size[-2:] in sizes:
                 return next(height for height, width in sizes if height == width)
@@ -85,7 +85,7 @@ class Sizes:
 
 @dataclass
 class Chunk:
-    """Some rows of a part, read."""
+    """Rows of a part that were read."""
 
     # numbers of those that could be read; of a video one for each clip
     rows: list[int] = field(default_factory=list)
@@ -140,7 +140,7 @@ class Reader(Dataset[Chunk]):
 
 
 def is_of_file(error: Exception) -> bool:
-    """Whether a file is to blame, not the disk, the network or this machine.
+    """Tell whether a file is to blame, not the disk, the network or this machine.
 
     PIL's errors of broken files are OSErrors without a number.
     """
@@ -150,7 +150,7 @@ def is_of_file(error: Exception) -> bool:
 
 
 def reason_of(error: Exception, rows: Rows, number: int) -> str:
-    """Why a row was skipped, and its file where that is known."""
+    """The reason why a row was skipped, and its file where that is known."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if "<_io.BytesIO object" in reason:  # says where it lay in memory
         reason = "cannot identify image file"

@@ -45,7 +45,7 @@ USUAL_STD = (0.3, 3.0)  # of latents that are scaled right
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What a run of `prepare` did."""
+    """Result of a run of `prepare`."""
 
     folder: Path  # that was written
     finished: bool  # whether all parts are done, and the manifest is written
@@ -63,7 +63,7 @@ class PrepareResult:
 
 @dataclass(frozen=True)
 class _Task:
-    """All that the parts have in common."""
+    """Settings, source and models that all parts share."""
 
     folder: Path
     source: Source

@@ -1,4 +1,4 @@
-"""What to prepare, from what and how: the settings of `prepare`, and which of them are allowed."""
+"""Settings of `prepare`, and which of them are allowed."""
 
 import os
 from collections.abc import Sequence

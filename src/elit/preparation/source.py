@@ -1,4 +1,4 @@
-"""Where pictures come from: whatever Hugging Face datasets reads, addressed by row."""
+"""Source of pictures: whatever Hugging Face datasets reads, addressed by row."""
 
 import hashlib
 import re
@@ -33,7 +33,7 @@ _DIGITS = 32  # of a picture's checksum
 
 @dataclass(frozen=True)
 class Row:
-    """What the source holds of one picture: its bytes or path, its label and its text."""
+    """A row of the source: its picture's bytes or path, its label and its text."""
 
     content: bytes | str
     label: int | None
@@ -150,7 +150,7 @@ def _summary(column: Any, folder: str) -> list[list[Any]]:
 
 @dataclass(frozen=True)
 class Source:
-    """All that is to be prepared."""
+    """A source with its splits, columns and classes."""
 
     name: str  # as given; a folder by its full path
     config: str | None  # of a data set on the hub that has several
@@ -250,7 +250,7 @@ class _Loaded:
 
 
 def _load(datasets: Any, settings: PrepareSettings) -> _Loaded | Layout:
-    """All splits that the source has, by name."""
+    """Load all splits of the source, by name."""
     name, path = settings.source, Path(settings.source)
     pattern = "*" in name and not path.exists()
     if Path(settings.out).absolute() == path.absolute():

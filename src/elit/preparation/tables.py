@@ -232,7 +232,7 @@ def load_files(datasets: Any, kind: str, files: Sequence[Path]) -> Any:
 
 @contextmanager
 def by_datasets(name: str) -> Iterator[None]:
-    """Turns what datasets raises, of many kinds, into a ValueError about a source."""
+    """Turn what datasets raises, of many kinds, into a ValueError about a source."""
     try:
         yield
     except Exception as error:

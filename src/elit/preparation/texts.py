@@ -59,11 +59,11 @@ class TextEncoder:
             return {name: x.cpu() for name, x in self._make(texts).items()}
 
     def cut(self) -> dict[str, list[bool]]:
-        """By where: which of the texts encoded last were cut off there."""
+        """Texts of the last call that were cut off, by where."""
         return {tokenizer.where: tokenizer.cut[: self._texts] for tokenizer in self._tokenizers}
 
     def stored(self, encoding: Encoding) -> Encoding:
-        """What is stored of them."""
+        """Convert to the type that is stored."""
         return {
             name: (x.to(self.store) if x.is_floating_point() else x).contiguous()
             for name, x in encoding.items()
