@@ -55,7 +55,8 @@ def read_split(folder: str | os.PathLike, split: str, classes: int) -> tuple[Arr
 def read_idx(path: Path, axes: int) -> Array:
     """Read an array of bytes with so many axes, or say in a ValueError what the file is instead."""
     try:
-        content = gzip.decompress(path.read_bytes()) if _is_packed(path) else path.read_bytes()
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == _PACKED else content
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is no whole gzip file ({error}); copy it again") from error
     magic, start = bytes([0, 0, _BYTES, axes]), 4 + 4 * axes
@@ -82,7 +83,3 @@ def _find(folder: Path, name: str) -> Path:
         if path.is_file():
             return path
     raise ValueError(f"{folder} has neither {name} nor {name}{_PACKED}; put one of them there")
-
-
-def _is_packed(path: Path) -> bool:
-    return path.suffix == _PACKED

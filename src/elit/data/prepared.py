@@ -95,7 +95,9 @@ class Prepared(ImageDataset):
         self.class_names, self.has_captions = manifest.classes, manifest.captions
         self.autoencoder = _autoencoder(manifest, vae)
         self.has_posterior = manifest.kind == MOMENTS
-        self.fingerprint = _fingerprint(manifest)
+        content = dataclasses.asdict(manifest)
+        del content["source"]  # the samples are the same wherever they lie
+        self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
         self._texts: dict[str, tuple[str, tuple[int, ...]]] | None = None  # of the first shard
         shards, self.hold_out = shards_of(manifest, split, self.sizes, self.folder)
@@ -296,18 +298,11 @@ def _checksum_of(path: Path, size: int, modified: int) -> str:
 
 
 def _autoencoder(manifest: Manifest, vae: str | None) -> Autoencoder | None:
-    if vae is None or manifest.autoencoder is None:
-        if vae is not None:
-            raise ValueError(f"data.options.vae={vae!r} has no effect on pixels; leave it out")
+    if vae is None:
         return manifest.autoencoder
+    if manifest.autoencoder is None:
+        raise ValueError(f"data.options.vae={vae!r} has no effect on pixels; leave it out")
     return dataclasses.replace(manifest.autoencoder, name=typed_path(vae))
-
-
-def _fingerprint(manifest: Manifest) -> str:
-    """Digest of what the samples are, wherever they lie."""
-    content = dataclasses.asdict(manifest)
-    del content["source"]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _all_finite(tensors: dict[str, Tensor]) -> Tensor:

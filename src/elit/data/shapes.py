@@ -73,26 +73,6 @@ class Shapes(Procedural):
 # y DOWN, within about [-1, 1]. The slope at the edge is 1, for an even anti-aliased rim.
 
 
-def _disc(x: Array, y: Array) -> Array:
-    return np.hypot(x, y) - 0.92
-
-
-def _ring(x: Array, y: Array) -> Array:
-    return np.abs(np.hypot(x, y) - 0.7) - 0.24
-
-
-def _square(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(x), np.abs(y)) - 0.8
-
-
-def _diamond(x: Array, y: Array) -> Array:
-    return 0.84 * np.abs(x) + 0.543 * np.abs(y) - 0.57  # 0.68 wide for 1.05 high
-
-
-def _triangle(x: Array, y: Array) -> Array:
-    return np.maximum(y - 0.72, 0.866 * np.abs(x) - 0.5 * y - 0.48)
-
-
 def _cross(x: Array, y: Array) -> Array:
     x, y = np.abs(x), np.abs(y)
     return np.maximum(np.maximum(x, y) - 0.95, np.minimum(x, y) - 0.3)
@@ -124,11 +104,11 @@ def _hourglass(x: Array, y: Array) -> Array:
 
 
 OUTLINES: dict[str, Field] = {
-    "disc": _disc,
-    "ring": _ring,
-    "square": _square,
-    "diamond": _diamond,
-    "triangle": _triangle,
+    "disc": lambda x, y: np.hypot(x, y) - 0.92,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.7) - 0.24,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.8,
+    "diamond": lambda x, y: 0.84 * np.abs(x) + 0.543 * np.abs(y) - 0.57,  # 0.68 by 1.05
+    "triangle": lambda x, y: np.maximum(y - 0.72, 0.866 * np.abs(x) - 0.5 * y - 0.48),
     "cross": _cross,
     "star": _star,
     "heart": _heart,

@@ -86,7 +86,9 @@ def shards_of(
 
 def sizes_of(manifest: Manifest, resolution: int | None, folder: Path) -> list[str]:
     """Names of the sizes of one resolution."""
-    belongs = {name: manifest.resolutions.get(name, _side(name)) for name in manifest.shapes}
+    belongs = dict(manifest.resolutions)
+    for name in manifest.shapes.keys() - belongs.keys():  # the side of a square of as many pixels
+        belongs[name] = round(math.sqrt(math.prod(map(int, name.split("x")[-2:]))))
     there = sorted(set(belongs.values()))
     if resolution is None and len(there) == 1:
         resolution = there[0]
@@ -95,13 +97,7 @@ def sizes_of(manifest: Manifest, resolution: int | None, folder: Path) -> list[s
             f"data.options.resolution={resolution} is none that {folder} has alone; it has sizes "
             f"{', '.join(manifest.shapes)}: give one of {', '.join(map(str, there))}"
         )
-    return [name for name, side in belongs.items() if side == resolution]
-
-
-def _side(name: str) -> int:
-    """Side of a square of as many pixels."""
-    *_, height, width = map(int, name.split("x"))
-    return round(math.sqrt(height * width))
+    return [name for name in manifest.shapes if belongs[name] == resolution]
 
 
 def main_size(sizes: list[str], shards: Iterable[Shard]) -> str:
@@ -110,9 +106,5 @@ def main_size(sizes: list[str], shards: Iterable[Shard]) -> str:
     for shard in shards:
         if (name := size_name(shard.size)) in counts:
             counts[name] += shard.count
-    return max(sizes, key=lambda name: (_is_square(name), counts[name]))
-
-
-def _is_square(name: str) -> bool:
-    *_, height, width = name.split("x")
-    return height == width
+    is_square = {name: len(set(name.split("x")[-2:])) == 1 for name in sizes}
+    return max(sizes, key=lambda name: (is_square[name], counts[name]))

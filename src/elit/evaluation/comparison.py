@@ -96,7 +96,12 @@ def ranking_of(reports: Mapping[str, Report]) -> str:
 
 def shared_points(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
     """Operating points that all have, with each model's costs and scores by its name."""
-    by_point = [{_point(row): row for row in report["rows"]} for report in reports.values()]
+
+    def point_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        values = (row.get(key) for key in _POINT)
+        return tuple(tuple(value) if isinstance(value, list) else value for value in values)
+
+    by_point = [{point_of(row): row for row in report["rows"]} for report in reports.values()]
     points = []
     for point, row in by_point[0].items():
         if all(point in own for own in by_point):
@@ -149,11 +154,6 @@ def _compared(report: Report) -> list[Any]:
         settings.get("networks"),
         *(settings.get(key) for key in _SAME),
     ]
-
-
-def _point(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    values = (row.get(key) for key in _POINT)
-    return tuple(tuple(value) if isinstance(value, list) else value for value in values)
 
 
 def _brief(value: Any) -> str:

@@ -94,7 +94,7 @@ class Evaluation:
         return {
             "samples": drawing.count,
             "seed": drawing.seed,
-            "drawn": _texts_digest(drawing.texts) if drawing.texts else "classes, balanced",
+            "drawn": _texts(drawing.texts) if drawing.texts else "classes, balanced",
             "text_encoder": self._text_encoder(),
             "text_tokens": drawing.text_tokens,
             "sampler": type(pipeline.scheduler).__name__,
@@ -305,5 +305,5 @@ def versions() -> dict[str, str]:
     return numbers
 
 
-def _texts_digest(texts: Sequence[str]) -> str:
+def _texts(texts: Sequence[str]) -> str:
     return f"{len(texts)} texts, {digest_of(list(texts))}"

@@ -147,8 +147,11 @@ def kernel_distance(
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(subsets):
-        chosen = (_draw(x, subset_size, generator) for x in (real, generated))
-        values.append(_squared_discrepancy(*chosen))
+        pair = []
+        for features in (real, generated):
+            rows = torch.randperm(len(features), generator=generator)[:subset_size]
+            pair.append(features[rows.to(features.device)])
+        values.append(_squared_discrepancy(*pair))
     return KernelDistance(statistics.fmean(values), statistics.pstdev(values))
 
 
@@ -222,11 +225,6 @@ def _smallest(known: Tensor, more: Tensor) -> Tensor:
     k = known.shape[1]
     more = more.topk(min(k, more.shape[1]), largest=False).values
     return torch.cat([known, more], dim=1).topk(k, largest=False).values
-
-
-def _draw(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    rows = torch.randperm(len(features), generator=generator)[:count]
-    return features[rows.to(features.device)]
 
 
 def _squared_discrepancy(real: Tensor, generated: Tensor) -> float:

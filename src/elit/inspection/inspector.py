@@ -3,7 +3,7 @@ latent is worth.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,11 +127,14 @@ class Inspector:
         most, count = self.model.max_latents, len(self.subject.images)
         shape = (2, count, self.grid.num_groups, self.grid.tokens_per_group)
         by_latents = {n: Maps(sigma, n, torch.zeros(shape)) for n in dict.fromkeys(num_latents)}
+        attention = getattr(getattr(self.model, "elit", self.model).read, "attention", None)
         for batch in self.subject.batches(self.device, self.subject.draws):
             full = self._predict(batch, sigma, most) if any(n < most for n in by_latents) else None
             for n, maps in by_latents.items():
                 seen: list[Tensor] = []
-                with self._watching(seen):
+                with (
+                    nullcontext() if attention is None else watch_attention(attention, seen.append)
+                ):
                     velocity = self._predict(batch, sigma, n)
                 target = velocity_target(batch.images, batch.noise)
                 self._add(maps.loss, batch, self._per_token(velocity - target))
@@ -215,11 +218,6 @@ class Inspector:
         maps.shown.index_add_(0, batch.rows[is_shown], by_latent[is_shown] / draws)
         entropy = attention_entropy(weights).mean(1).unflatten(0, groups).mean(1).cpu()  # (B, n)
         maps.entropy += entropy.sum(0) / (count * draws)
-
-    def _watching(self, seen: list[Tensor]) -> AbstractContextManager:
-        read = getattr(self.model, "elit", self.model).read
-        attention = getattr(read, "attention", None)
-        return nullcontext() if attention is None else watch_attention(attention, seen.append)
 
 
 def token_grid(model: Any, images: Tensor) -> TokenGrid:

@@ -44,10 +44,6 @@ def _average(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-def _maximum(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
 def _halve(x: Tensor) -> Tensor:
     return F.max_pool2d(x, 3, stride=2)
 
@@ -152,7 +148,7 @@ class Inception(nn.Module):
             branch7x7x3=[(192, 1), (192, _ROW), (192, _COLUMN), (192, 3, 2)],
         )  # fmt: skip
         self.Mixed_7b = _mixed8(1280, _average)
-        self.Mixed_7c = _mixed8(2048, _maximum)
+        self.Mixed_7c = _mixed8(2048, nn.MaxPool2d(3, stride=1, padding=1))
         self.fc = nn.Linear(2048, _CLASSES)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

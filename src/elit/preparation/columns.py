@@ -18,7 +18,8 @@ def find_image(features: Any, name: str | None) -> str:
     """The column of pictures, by its type or name."""
     if name is not None:
         check_choice(name, features, "image_column")
-        if not _is_picture(features[name]):
+        kind = str(getattr(features[name], "dtype", ""))
+        if not _is_shown(features[name]) and kind not in ("binary", "string"):
             raise ValueError(
                 f"image_column {name!r} holds {features[name]}; give a column of pictures"
             )
@@ -41,10 +42,6 @@ def _is_shown(feature: Any) -> bool:
     return type(feature).__name__ in ("Image", "Video") or (
         isinstance(feature, dict) and "offset" in feature  # of a tar file
     )
-
-
-def _is_picture(feature: Any) -> bool:
-    return _is_shown(feature) or str(getattr(feature, "dtype", "")) in ("binary", "string")
 
 
 def _is_label(feature: Any) -> bool:

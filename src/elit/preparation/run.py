@@ -24,7 +24,6 @@ from elit.data.manifest import (
     VERSION,
     Autoencoder,
     Manifest,
-    Shard,
     Split,
     read_manifest,
     size_name,
@@ -212,7 +211,11 @@ def _finish(task: _Task, done: int, seconds: float) -> PrepareResult:
     missing = len(of_parts) - len(records)
     if task.texts is not None and read_null(task.folder) is None:
         missing += 1
-    splits = {name: _split(name, records) for name in task.source.splits}
+    splits = {}
+    for name in task.source.splits:
+        of_split = [record for (split, _), record in records.items() if split == name]
+        shards = tuple(shard for record in of_split for shard in record.shards)
+        splits[name] = Split(shards, tuple(row for record in of_split for row in record.skipped))
     skipped = [(name, *what) for name, split in splits.items() for what in split.skipped]
     if not missing:
         if not any(split.count for split in splits.values()):
@@ -240,12 +243,6 @@ def _finish(task: _Task, done: int, seconds: float) -> PrepareResult:
     )  # fmt: skip
 
 
-def _split(name: str, records: dict[tuple[str, int], Record]) -> Split:
-    of_split = [record for (split, _), record in records.items() if split == name]
-    shards = tuple(shard for record in of_split for shard in record.shards)
-    return Split(shards, tuple(what for record in of_split for what in record.skipped))
-
-
 def _statistics(records: Sequence[Record]) -> tuple[float | None, float | None]:
     """Mean and standard deviation of the latents of all records."""
     total, squares, count = (sum(record.sums[i] for record in records) for i in range(3))
@@ -261,9 +258,15 @@ def _write_manifest(task: _Task, splits: dict[str, Split]) -> None:
     sizes = {size_name(size): size for size in of_size}
     made_of = json.loads((task.folder / SETTINGS).read_text(encoding="utf-8"))
     about, texts = made_of["autoencoder"], made_of["text_encoder"]
+    kind = task.encoder.kind
+    shapes = {}
+    for name, size in sorted(sizes.items()):  # of a sample as the model sees it
+        with safe_open(task.folder / of_size[size].file, framework="pt") as file:
+            _, channels, *space = file.get_slice(kind).get_shape()
+        shapes[name] = (channels // 2 if kind == MOMENTS else channels, *space)
     manifest = Manifest(
-        kind=task.encoder.kind,
-        shapes={name: _shape(task, of_size[size]) for name, size in sorted(sizes.items())},
+        kind=kind,
+        shapes=shapes,
         splits=splits,
         classes=task.source.classes,
         captions=task.source.captions,
@@ -277,11 +280,3 @@ def _write_manifest(task: _Task, splits: dict[str, Split]) -> None:
     )
     manifest.write(task.folder)
     read_manifest(task.folder)
-
-
-def _shape(task: _Task, shard: Shard) -> tuple[int, ...]:
-    """Shape of a sample as the model sees it, of a shard's header."""
-    kind = task.encoder.kind
-    with safe_open(task.folder / shard.file, framework="pt") as file:
-        _, channels, *size = file.get_slice(kind).get_shape()
-    return (channels // 2 if kind == MOMENTS else channels, *size)
