@@ -17,9 +17,9 @@ from official_files import state as state
 from sit_reference import READ, make_state
 
 from elit import from_official_checkpoint
+from elit._pickles import check_bytes, read_pickle
 from elit._wrappers import without_wrapping
 from elit.interop.convert import ConversionSettings, convert_official
-from elit.interop.pickles import check_bytes, read_pickle
 from elit.models.sit import SiT
 
 # ---- what a file means ----

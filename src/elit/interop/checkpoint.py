@@ -13,8 +13,8 @@ from torch import Tensor
 from elit._choices import check_choice
 from elit._files import typed_path
 from elit._numbers import is_whole
+from elit._pickles import check_bytes, read_pickle
 from elit._wrappers import HOLDERS, without_wrapping
-from elit.interop.pickles import check_bytes, read_pickle
 from elit.interop.tensors import PROJECTORS, check_tensors
 
 logger = logging.getLogger(__name__)

@@ -187,7 +187,9 @@ def load_inception(path: Path) -> Inception:
     weights = {k: v for k, v in read_weights(path).items() if not k.startswith(starts)}
     weights = {k: v for k, v in weights.items() if not k.endswith(ends)}
     _check_weights(path, weights, expected)
-    network.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False, assign=True)
+    network.load_state_dict(
+        {k: v.to(torch.float32, copy=True) for k, v in weights.items()}, strict=False, assign=True
+    )
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.num_batches_tracked = None  # counts in training alone

@@ -1,6 +1,5 @@
 """The autoencoder that encodes pictures: any of diffusers', by the class that its config names."""
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from elit._hub import hub_reason, not_fetched
 from elit._numbers import latent_frames
+from elit._wrappers import digest_of_weights
 from elit.data.manifest import LATENTS, MOMENTS, PIXELS, Autoencoder
 from elit.pipelines.autoencoder import (
     autoencoder_class,
@@ -148,11 +148,7 @@ def _hub_config(diffusers: Any, name: str) -> tuple[dict[str, Any], str | None]:
 
 def weights_sha256(model: Any) -> str:
     """Checksum of a model's weights and their names, however they were stored."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return digest_of_weights(model, lambda name, x: f"{name} {tuple(x.shape)}")
 
 
 def _check_sizes(vae: Any, name: str, sizes: Sizes) -> None:
