@@ -20,6 +20,7 @@ from tiny_clip import save_tiny_clip
 from torch import nn
 
 from elit import ElitPipeline, ElitTextPipeline, create_model, load_pipeline, make_scheduler
+from elit.choosing.points import OperatingPoint
 from elit.cost.flops import CountedCost, forward_flops
 from elit.data import load_dataset
 from elit.evaluation import parts as parts_module
@@ -32,7 +33,6 @@ from elit.evaluation.parts import Parts, part_size
 from elit.evaluation.reference import make_reference
 from elit.evaluation.scores import clip_score, precision_recall
 from elit.evaluation.sweep import Grid, merged, sweep
-from elit.pipelines.operating_points import OperatingPoint
 from elit.preparation.process import Process
 
 ONE = Process()
