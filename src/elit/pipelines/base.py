@@ -22,6 +22,7 @@ from elit.cost.formulas import ModelCost
 from elit.flow.guidance import UNGUIDED, Condition, Forwards, Guidance
 from elit.flow.sampling import Generators, sample
 from elit.flow.schedulers import start_sampling
+from elit.interface.budget import check_num_latents
 from elit.interface.grid import format_size
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.autoencoder import (
@@ -288,8 +289,12 @@ class ElasticPipeline(DiffusionPipeline):
             )
         if num_latents is None:
             kept = [model.resolve_budget(b) for b in each]
+        elif model.is_elastic:
+            kept = [check_num_latents(n, model.max_latents) for n in each]
         else:
-            kept = [model.check_num_latents(n, None) for n in each]
+            raise ValueError(
+                f"num_latents {num_latents} asked of a model that is not elastic; leave it out"
+            )
         self._warn_if_untrained("budget", kept)
         if guidance is None or guidance.budget is None:
             return [(n, n) for n in kept]
