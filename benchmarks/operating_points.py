@@ -1,4 +1,4 @@
-"""budget="auto": does what it chooses keep within the cap, measured?
+"""elit.choose: does what it chooses keep within the cap, measured?
 
     elit sweep runs/quickstart
     python benchmarks/operating_points.py runs/quickstart
@@ -13,14 +13,17 @@ import os
 import random
 import statistics
 import time
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from elit import load_pipeline
+from elit import choose, load_pipeline
 from elit._devices import pick_device
-from elit.pipelines.timing import CallTimes, device_name
+from elit.choosing.points import OperatingPoint
+from elit.choosing.sweep_file import SWEEP_FILE, read_sweep
+from elit.choosing.timing import CallTimes, device_name
 
 
 def main() -> None:
@@ -36,27 +39,20 @@ def main() -> None:
 
     pipe = load_pipeline(args.run).to(pick_device(args.device))
     pipe.set_progress_bar_config(disable=True)
-    wanted = pipe.example_of(args.batch_size)
-    found = pipe.load_operating_points()
-    times = CallTimes(pipe, wanted)
-    all_ms = [
-        times.ms_per_image(pipe.calls(m.point.budget, m.point.steps, m.point.make_guidance()))
-        for m in found.points
-    ]
-    print(f"{len(found.points)} points, {min(all_ms):.2f} to {max(all_ms):.2f} ms an image, "
+    points = map(OperatingPoint.from_dict, read_sweep(Path(args.run) / SWEEP_FILE)["rows"])
+    times = CallTimes(pipe, args.batch_size)
+    all_ms = times.ms_of_runs([pipe.calls(**point.arguments()) for point in points])
+    print(f"{len(all_ms)} points, {min(all_ms):.2f} to {max(all_ms):.2f} ms an image, "
           f"{device_name(pipe.transformer.device)}, torch {torch.__version__}\n")  # fmt: skip
     print("| cap, ms | chosen | measured, ms | measured / cap |\n| ---: | --- | ---: | ---: |")
     draw, ratios = random.Random(args.seed), []
     for _ in range(args.caps):
         cap = draw.uniform(min(all_ms), max(all_ms))
-        point = pipe.choose_operating_point(wanted, max_ms=cap)
+        point = choose(pipe, max_ms=cap, what=args.batch_size)
         seconds = []
         for _ in range(args.repeats):
             started = time.perf_counter()
-            images = pipe(
-                wanted, budget=point.budget, num_inference_steps=point.steps,
-                guidance=point.make_guidance(), output_type="latent",
-            ).images  # fmt: skip
+            images = pipe(times.what, **point.arguments(), output_type="latent").images
             images.sum().item()  # waits for the device
             seconds.append(time.perf_counter() - started)
         ms = 1000 * statistics.median(seconds) / args.batch_size

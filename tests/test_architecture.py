@@ -27,7 +27,7 @@ TIERS = [
     {"retrofit"},
     {"cost"},
     {"pipelines"},
-    {"preparation", "viz"},
+    {"choosing", "preparation", "viz"},
     {"evaluation", "inspection", "interop"},
     {"training"},  # above them all: it draws sample sheets and scores them as it goes
     {"reproduce"},  # trains and measures many models, and draws what came of it
@@ -35,7 +35,7 @@ TIERS = [
 ]
 RANK = {room: rank for rank, tier in enumerate(TIERS) for room in tier}
 FRONT_DOORS = {"__init__", "__main__"}  # elit/__init__.py names everything, lazily
-SAMPLING_PATH = {"layers", "interface", "caching", "models", "flow", "pipelines"}
+SAMPLING_PATH = {"layers", "interface", "caching", "models", "flow", "pipelines", "choosing"}
 WIDE_TYPES = {"float64", "double", "complex128", "cdouble"}
 MAX_FUNCTION_LINES = 70
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from elit import ElitPipeline, ElitTextPipeline, create_model, load_pipeline, make_scheduler
 from elit._process import Process
+from elit.choosing.points import OperatingPoint
 from elit.cost.flops import CountedCost, forward_flops
 from elit.data import load_dataset
 from elit.evaluation import parts as parts_module
@@ -33,7 +34,6 @@ from elit.evaluation.reference import make_reference
 from elit.evaluation.scores import clip_score, precision_recall
 from elit.evaluation.sweep import Grid, sweep
 from elit.networks.feature_network import load_network
-from elit.pipelines.operating_points import OperatingPoint
 
 ONE = Process()
 

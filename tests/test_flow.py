@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from elit import flow
 from elit._wide import wide
 from elit.flow.guidance import CFG, AutoGuidance, CheapCFG, Guidance
 from elit.flow.objective import (
     SigmaDensity,
     flow_matching_loss,
     interpolate,
-    velocity_target,
 )
 from elit.flow.schedulers import (
     SAMPLERS,
@@ -37,16 +37,6 @@ def test_interpolation_runs_straight_from_data_to_noise() -> None:
     assert torch.equal(ends[0], data[0])
     torch.testing.assert_close(ends[[1, 3]], noise[[1, 3]])
     torch.testing.assert_close(ends[2], 0.75 * data[2] + 0.25 * noise[2])
-
-
-def test_the_target_is_the_lines_derivative() -> None:
-    data, noise = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
-    sigma = torch.rand(4, dtype=torch.float64)
-    _, derivative = torch.func.jvp(
-        lambda s: interpolate(data, noise, s), (sigma,), (torch.ones_like(sigma),)
-    )
-    torch.testing.assert_close(derivative, velocity_target(data, noise))
-    torch.testing.assert_close(velocity_target(data, noise), noise - data)
 
 
 def test_the_loss_is_the_squared_error_of_each_sample() -> None:
@@ -83,31 +73,21 @@ def test_the_optimal_velocity_has_the_least_loss() -> None:
     torch.testing.assert_close(losses[0.0], torch.tensor(variance), rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 0.8)])
-def test_logit_normal_density(mean: float, std: float) -> None:
-    density = SigmaDensity("logit_normal", mean, std)
-    sigma = density.sample(40_000, torch.Generator().manual_seed(0))
-    assert sigma.shape == (40_000,)
-    assert ((sigma > 0) & (sigma < 1)).all()
-    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+def logit_normal(mean: float, std: float):
     normal = torch.distributions.Normal(mean, std)
-    expected = torch.sigmoid(normal.icdf(levels))
-    torch.testing.assert_close(sigma.quantile(levels), expected, atol=0.01, rtol=0)
+    return SigmaDensity("logit_normal", mean, std), lambda p: torch.sigmoid(normal.icdf(p))
 
 
-def test_uniform_density() -> None:
-    sigma = SigmaDensity("uniform").sample(40_000, torch.Generator().manual_seed(0))
-    levels = torch.linspace(0, 1, 11)
-    torch.testing.assert_close(sigma.quantile(levels), levels, atol=0.01, rtol=0)
-
-
-@pytest.mark.parametrize("name", ["logit_normal", "uniform"])
-def test_densities_draw_from_the_generator_alone(name: str) -> None:
-    before = torch.get_rng_state()
-    first, second = (
-        SigmaDensity(name).sample(5, torch.Generator().manual_seed(seed)) for seed in (3, 3)
-    )
-    assert torch.equal(first, second)
+@pytest.mark.parametrize(
+    ("density", "quantile"),
+    [logit_normal(0.0, 1.0), logit_normal(-0.5, 0.8), (SigmaDensity("uniform"), lambda p: p)],
+)
+def test_densities(density: SigmaDensity, quantile) -> None:
+    before, p = torch.get_rng_state(), torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    sigma, again = (density.sample(40_000, torch.Generator().manual_seed(0)) for _ in range(2))
+    torch.testing.assert_close(sigma.quantile(p), quantile(p), atol=0.01, rtol=0)
+    assert sigma.shape == (40_000,)
+    assert torch.equal(sigma, again)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -162,34 +142,21 @@ def test_scale_one_is_no_guidance(make) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 3.0])
-def test_cfg_extrapolates_from_the_prediction_without_label(scale: float) -> None:
-    velocity, plain, calls, x = guided(CFG(scale), 0.5, 16, 16)
-    guide = x * (-16 + 0.5)
+@pytest.mark.parametrize(
+    ("make", "guide_latents", "factors", "expected"),
+    [
+        (CFG, 16, (-15.5, -15.5), [([0, 3, NULL, NULL], 16)]),  # one doubled batch
+        (AutoGuidance, 2, (2.5, 8.5), [([0, 3], 16), ([0, 3], 2)]),
+        (CheapCFG, 2, (-1.5, -1.5), [([0, 3], 16), ([NULL, NULL], 2)]),
+    ],
+)
+def test_guidance_extrapolates_from_its_guide(
+    make, guide_latents, factors, expected, scale
+) -> None:
+    velocity, plain, calls, x = guided(make(scale), 0.5, 16, guide_latents)
+    guide = x * torch.tensor(factors)[:, None]
     torch.testing.assert_close(velocity, guide + scale * (plain - guide))
-    assert calls == [([0, 3, NULL, NULL], 16)]  # one doubled batch
-
-
-@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0])
-def test_autoguidance_extrapolates_from_the_low_budget(scale: float) -> None:
-    velocity, plain, calls, x = guided(AutoGuidance(scale), 0.5, 16, 2)
-    guide = x * torch.tensor([[2.5], [8.5]])
-    torch.testing.assert_close(velocity, guide + scale * (plain - guide))
-    assert calls == [([0, 3], 16), ([0, 3], 2)]
-
-
-@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0])
-def test_cheap_cfg_extrapolates_from_the_low_budget_without_label(scale: float) -> None:
-    velocity, plain, calls, x = guided(CheapCFG(scale), 0.5, 16, 2)
-    guide = x * (-2 + 0.5)
-    torch.testing.assert_close(velocity, guide + scale * (plain - guide))
-    assert calls == [([0, 3], 16), ([NULL, NULL], 2)]
-
-
-def test_cheap_cfg_at_the_predictions_budget_is_cfg() -> None:
-    cheap, _, cheap_calls, _ = guided(CheapCFG(3.0, budget=1.0), 0.5, 16, 16)
-    full, _, calls, _ = guided(CFG(3.0), 0.5, 16, 16)
-    assert torch.equal(cheap, full)
-    assert cheap_calls == calls
+    assert calls == expected
 
 
 def test_autoguidance_at_the_predictions_budget_is_no_guidance() -> None:
@@ -278,13 +245,38 @@ def gaussian_velocity(x: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def sample(sampler, velocity, x: Tensor, steps: int, generator=None, sigmas=None) -> Tensor:
-    """Runs a sampler, by its name or itself, as a pipeline does."""
+    """Runs a sampler, by its name or itself."""
     scheduler = make_scheduler(sampler) if isinstance(sampler, str) else sampler
-    levels = start_sampling(scheduler, steps, "cpu", sigmas)
-    extra = {} if generator is None else {"generator": generator}
-    for sigma, timestep in zip(levels, scheduler.timesteps, strict=True):
-        x = scheduler.step(velocity(x, sigma), timestep, x, **extra, return_dict=False)[0]
-    return x
+    start_sampling(scheduler, steps, "cpu", sigmas)
+    return flow.sample(lambda x, sigma, *_: velocity(x, sigma), x, scheduler, generator=generator)
+
+
+def test_the_sampler_calls_what_predicts_with_what_it_was_given() -> None:
+    scheduler, seen, after = make_scheduler("heun"), [], []
+    levels = start_sampling(scheduler, 2, "cpu")
+    label, null, kept = torch.tensor([1, 2]), torch.tensor([9, 9]), [(8, 8), (4, 2), (16, 2)]
+
+    def predict(x: Tensor, sigma: float, condition, num_latents: int) -> Tensor:
+        assert not torch.is_grad_enabled()
+        seen.append((sigma, condition["label"].tolist(), num_latents))
+        return torch.zeros_like(x, dtype=torch.float64)
+
+    def note(step: int, timestep: Tensor, x: Tensor) -> Tensor:
+        after.append((step, timestep.item(), x.dtype))
+        return x + 1
+
+    guidance = Guidance(2.0, drop_label=True, budget=0.5)
+    given = {"label": label}, {"label": null}
+    x = flow.sample(predict, torch.zeros(2, 3), scheduler, guidance, kept, *given, after_step=note)
+    assert levels == [1.0, 0.5, 0.5]
+    assert seen == [
+        (1.0, [1, 2, 9, 9], 8), (0.5, [1, 2], 4), (0.5, [9, 9], 2), (0.5, [1, 2], 16),
+        (0.5, [9, 9], 2),
+    ]  # fmt: skip
+    assert after == [(i, t, torch.float32) for i, t in enumerate((1000.0, 500.0, 500.0))]
+    assert torch.equal(x, torch.full((2, 3), 2.0))  # Heun's correction starts from the noise
+    with pytest.raises(ValueError, match="2 pairs in latents_of_steps for 3 calls of the model"):
+        flow.sample(predict, x, scheduler, guidance, kept[:2], *given)
 
 
 def flow_of_cubic(x: Tensor, sigma: float) -> Tensor:
@@ -352,11 +344,6 @@ def test_own_heun_is_diffusers_heun_on_the_same_levels() -> None:
     grid = [levels[0], *levels[1::2]]
     ours = sample(FlowMatchUniformHeunScheduler(), gaussian_velocity, x, 10, sigmas=grid)
     torch.testing.assert_close(ours, expected)
-
-
-def test_heun_visits_each_inner_level_twice() -> None:
-    levels = start_sampling(FlowMatchUniformHeunScheduler(), 4, "cpu")
-    assert levels == [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]  # 2N - 1 calls
 
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -452,18 +439,6 @@ def test_levels_shift_with_the_number_of_tokens_as_in_diffusers_pipelines() -> N
     assert ltx.config.shift_terminal == 0.1
     with pytest.raises(ValueError, match="by the number of tokens: give num_tokens"):
         start_sampling(flux, 4, "cpu")
-
-
-def test_a_scheduler_can_run_again() -> None:
-    for sampler in SAMPLERS:
-        scheduler, x = make_scheduler(sampler), torch.randn(3, 2)
-        first, second = (
-            sample(scheduler, gaussian_velocity, x, 5, torch.Generator().manual_seed(0))
-            if sampler == "euler-maruyama"
-            else sample(scheduler, gaussian_velocity, x, 5)
-            for _ in range(2)
-        )
-        assert torch.equal(first, second), sampler
 
 
 def sde_moments(steps: int, last: float = 0.04) -> tuple[float, float]:
@@ -576,14 +551,6 @@ def test_levels_fall_and_end_at_zero(sampler: str, steps: int) -> None:
     torch.testing.assert_close(
         scheduler.timesteps.float() / 1000, torch.tensor(levels), atol=1e-3, rtol=0
     )
-
-
-@pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama", "unipc"])
-@pytest.mark.parametrize("steps", [3, 40])
-def test_given_levels_are_used_whatever_the_number_of_steps(sampler: str, steps: int) -> None:
-    levels = start_sampling(make_scheduler(sampler), steps, "cpu", sigmas=[1.0, 0.7, 0.2])
-    expected = [1.0, 0.7, 0.7, 0.2, 0.2] if sampler == "heun" else [1.0, 0.7, 0.2]
-    assert levels == pytest.approx(expected, abs=1e-5)
 
 
 def test_shifted_scheduler_shifts_the_uniform_grid() -> None:

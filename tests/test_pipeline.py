@@ -1,5 +1,6 @@
 """The pipeline: what it draws, how it is steered, saved and loaded, and what it refuses."""
 
+import contextlib
 import json
 import logging
 import math
@@ -18,7 +19,9 @@ from elit.flow.guidance import CFG, AutoGuidance, CheapCFG
 from elit.flow.schedulers import SAMPLERS, FlowMatchUniformEulerScheduler, make_scheduler
 from elit.pipelines.autoencoder import decode, has_time, spatial_scale, temporal_scale
 from elit.pipelines.base import check_sample_dtype
+from elit.pipelines.budgets import draw_budgets
 from elit.pipelines.elit_pipeline import ElitPipeline
+from elit.retrofit.elasticize import elasticize
 
 
 def make_pipeline(transformer: nn.Module | None = None, sampler: str = "euler", vae=None):
@@ -97,29 +100,38 @@ def test_same_seed_same_images_whatever_was_drawn_before() -> None:
     assert torch.equal(torch.get_rng_state(), before)  # nothing comes from the global generator
 
 
-def test_one_generator_draws_for_the_whole_batch() -> None:
-    pipeline = make_pipeline()
+def test_one_generator_draws_for_the_whole_batch_and_several_may_come_in_a_tuple() -> None:
+    pipeline = make_pipeline(sampler="euler-maruyama")
     options = {"num_inference_steps": 2, "output_type": "latent"}
     generators = (torch.Generator().manual_seed(5) for _ in range(2))
     first, second = (pipeline([0, 1], generator=g, **options).images for g in generators)
     assert torch.equal(first, second)
     assert not torch.allclose(first[0], first[1])
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_generators_may_come_in_a_tuple(sampler: str) -> None:
-    pipeline = make_pipeline(sampler=sampler)
-    options = {"num_inference_steps": 2, "output_type": "latent"}
-    listed = pipeline([0, 1], generator=make_generators(1, 2), **options).images
     tupled = pipeline([0, 1], generator=tuple(make_generators(1, 2)), **options).images
-    assert torch.equal(tupled, listed)
+    assert torch.equal(tupled, draw(pipeline, (0, 1), (1, 2), num_inference_steps=2))
 
 
-def test_given_noise_is_where_a_run_begins() -> None:
+def test_noise_is_the_same_whatever_the_samples_dtype() -> None:
     pipeline = make_pipeline()
+    pipeline.scheduler = FlowMatchUniformEulerScheduler()
     noise = torch.cat([torch.randn(1, 3, 8, 8, generator=g) for g in make_generators(1, 2, 3)])
-    given = pipeline([0, 1, 2], noise=noise, num_inference_steps=3, output_type="latent").images
-    assert torch.equal(given, draw(pipeline))
+    assert torch.equal(draw(pipeline, noise=noise), draw(pipeline))
+    wide = draw(pipeline, dtype=torch.float64)
+    assert torch.equal(wide, draw(pipeline, dtype=torch.float64, noise=noise))
+    torch.testing.assert_close(wide.float(), draw(pipeline))
+
+
+def test_all_budgets_from_one_noise() -> None:
+    pipeline = make_pipeline()
+    options = {"num_inference_steps": 3, "output_type": "latent"}
+    drawn = draw_budgets(pipeline, [0, 1, 2], [0.25, 1.0], [1, 2, 3], batch_size=2, **options)
+    for budget, (images, seconds) in zip((0.25, 1.0), drawn, strict=True):
+        expected = draw(pipeline, budget=budget)
+        torch.testing.assert_close(torch.stack(images), expected, rtol=1e-4, atol=1e-4)
+        assert seconds > 0
+    what = {"class_labels": [0, 1, 2]}
+    ((images, _),) = draw_budgets(pipeline, what, [0.25], [1, 2, 3], **options)
+    assert torch.equal(torch.stack(images), draw(pipeline, budget=0.25))
 
 
 def test_labels_in_any_form() -> None:
@@ -167,22 +179,21 @@ def test_a_float64_model_is_not_rounded_on_the_way(guidance) -> None:
     assert draw(pipeline, [1], [1], **given).dtype == torch.float32  # as wide as asked for
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-def test_types_that_samples_can_have(device: str) -> None:
-    check_sample_dtype(torch.float32, device)
-    for wrong in (torch.bfloat16, torch.float16):
-        with pytest.raises(
-            ValueError, match=f"samples in {wrong} would lose what a step adds; use"
-        ):
-            check_sample_dtype(wrong, device)
-    for wrong in (torch.complex64, torch.complex128, torch.int64, "float64", None):
-        with pytest.raises(ValueError, match=f"{wrong} are not real numbers with a fraction; use"):
-            check_sample_dtype(wrong, device)
-    if device != "mps":
-        check_sample_dtype(torch.float64, device)
-        return
-    with pytest.raises(ValueError, match=r"float64 cannot be on mps, .*; use torch\.float32, or"):
-        check_sample_dtype(torch.float64, device)
+@pytest.mark.parametrize(
+    ("dtype", "device", "reason"),
+    [
+        (torch.float16, "cpu", "torch.float16 would lose what a step adds; use"),
+        (torch.complex128, "cuda", "torch.complex128 are not real numbers with a fraction; use"),
+        (torch.int64, "mps", "torch.int64 are not real numbers with a fraction; use"),
+        ("float64", "cpu", "float64 are not real numbers with a fraction; use"),
+        (torch.float64, "mps", "torch.float64 cannot be on mps; use torch.float32, or"),
+        (torch.float64, "cuda", ""),
+        (torch.float32, "mps", ""),
+    ],
+)
+def test_types_that_samples_can_have(dtype, device: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) if reason else contextlib.nullcontext():
+        check_sample_dtype(dtype, device)
 
 
 def test_bfloat16_weights_and_float32_samples() -> None:
@@ -192,6 +203,42 @@ def test_bfloat16_weights_and_float32_samples() -> None:
     images = draw(pipeline)
     assert images.dtype == torch.float32
     assert (images - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("guidance", "expected"),
+    [
+        (CheapCFG(2.0, interval=(0.9, 1)), [("cond", 0), ("uncond", 0), ("cond", 1)]),
+        (CFG(2.0, interval=(0.4, 0.9)), [("cond", 0), ("cond_uncond", 1)]),
+    ],
+)
+def test_step_caches_are_told_of_each_call(guidance, expected, monkeypatch) -> None:
+    pipeline, told = make_pipeline(), []
+    context = pipeline.transformer.cache_context
+
+    def note(name: str, step_index: int, num_inference_steps: int):
+        told.append((name, step_index))
+        return context(name, step_index=step_index, num_inference_steps=num_inference_steps)
+
+    monkeypatch.setattr(pipeline.transformer, "cache_context", note)
+    draw(pipeline, num_inference_steps=2, guidance=guidance)
+    assert told == expected
+
+
+def test_a_run_leaves_nothing_to_the_next(monkeypatch) -> None:
+    """Neither in a step cache, where it broke off, nor on the device, where it is offloaded."""
+    pipeline, freed = make_pipeline(), []
+    monkeypatch.setattr(pipeline, "maybe_free_model_hooks", lambda: freed.append(1))
+    pipeline.transformer.enable_cache(diffusers.FirstBlockCacheConfig(100.0))
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    first = draw(pipeline)
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipeline, (2, 2, 2), (7, 8, 9), callback_on_step_end=interrupt)
+    assert torch.equal(draw(pipeline), first)
+    assert freed == [1, 1]
 
 
 # ---- budgets and guidance ----
@@ -217,16 +264,6 @@ def test_which_labels_and_budgets_the_transformer_sees(guidance, expected: list)
     assert [(labels, latents) for labels, latents, _ in calls] == expected
 
 
-def test_guidance_that_changes_nothing() -> None:
-    pipeline = make_pipeline()
-    plain = draw(pipeline)
-    for make in (CFG, AutoGuidance, CheapCFG):
-        assert torch.equal(draw(pipeline, guidance=make(1.0)), plain)
-        assert not torch.allclose(draw(pipeline, guidance=make(3.0)), plain, atol=0.01)
-    cfg = draw(pipeline, guidance=CFG(3.0))
-    assert torch.equal(draw(pipeline, guidance=CheapCFG(3.0, budget=1.0)), cfg)
-
-
 def test_guidance_acts_within_its_interval() -> None:
     pipeline = make_pipeline()
     calls = record_calls(pipeline)
@@ -244,22 +281,31 @@ def test_a_budget_for_each_step() -> None:
     assert not torch.allclose(stepwise, draw(pipeline, [1], [1]), atol=1e-3)
     constant = draw(pipeline, [1], [1], budget=(0.5, 0.5, 0.5))
     assert torch.equal(constant, draw(pipeline, [1], [1], budget=0.5))
-
-
-def test_a_budget_for_each_call_of_heun() -> None:
-    pipeline = make_pipeline(sampler="heun")
-    calls = record_calls(pipeline)
+    pipeline.scheduler = make_scheduler("heun")
+    calls.clear()
     draw(pipeline, [1], [1], budget=[0.25, 0.5, 0.5, 1, 1])
     assert [latents for _, latents, _ in calls] == [4, 8, 8, 16, 16]
     with pytest.raises(ValueError, match="3 budgets for 5 calls of the model in this run"):
         draw(pipeline, [1], [1], budget=[0.25, 0.5, 1])
+    calls.clear()
+    draw(pipeline, [1], [1], sigmas=[1.0, 0.7, 0.2], num_inference_steps=40)
+    assert [sigma for _, _, sigma in calls] == [1, 0.7, 0.7, 0.2, 0.2]
 
 
-def test_every_budget_gives_another_image() -> None:
+def test_numbers_of_latents_instead_of_budgets() -> None:
     pipeline = make_pipeline()
-    images = [draw(pipeline, [1], [1], budget=n / 16) for n in range(2, 17)]
-    for before, after in pairwise(images):
-        assert not torch.equal(before, after)
+    assert torch.equal(draw(pipeline, num_latents=5), draw(pipeline, budget=0.3))
+    each = draw(pipeline, num_latents=[4, 8, 16])
+    assert torch.equal(each, draw(pipeline, budget=[0.25, 0.5, 1]))
+    for wrong, message in (
+        ({"num_latents": 17}, r"num_latents 17 is outside 1\.\.16"),
+        ({"num_latents": 0.5}, r"num_latents 0\.5 is not an integer"),
+        ({"num_latents": 4, "budget": 0.5}, r"num_latents=4 and budget=0\.5; give one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(pipeline, **wrong)
+    with pytest.raises(ValueError, match="num_latents 4 asked of a model that is not elastic"):
+        draw(make_pipeline(tiny_dit(in_channels=3)), num_latents=4)
 
 
 def test_a_plain_transformer() -> None:
@@ -273,28 +319,24 @@ def test_a_plain_transformer() -> None:
         draw(pipeline, budget=0.5)
 
 
-def test_a_budget_below_what_was_trained_is_warned_of(caplog) -> None:
-    pipeline = make_pipeline()
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": [1, 1, 1 / 16]}, "budget 0.0625 keeps 1 latents per group, but this model was"),
+        ({"guidance": CheapCFG(2.0, 1 / 16)}, "guide budget 0.0625 keeps 1 latents per group"),
+        ({"budget": 2 / 16, "guidance": AutoGuidance(3.0)}, "autoguidance has no effect where its"),
+        ({"budget": 0.5, "guidance": CheapCFG(2.0, 1.0)}, "the guide keeps 16 latents per group"),
+        ({"guidance": CFG(3.0, (0.4, 0.6))}, "guidance has no effect: Guidance(scale=3.0"),
+        ({"guidance": CFG(1.0, (0.4, 0.6))}, ""),
+        ({"budget": 2 / 16, "guidance": CheapCFG(3.0, interval=(0.6, 1))}, ""),
+        ({"budget": 0.5, "guidance": AutoGuidance(3.0)}, ""),
+    ],
+)
+def test_what_has_no_effect_or_was_never_trained_is_warned_of(options, message, caplog) -> None:
     with caplog.at_level(logging.WARNING):
-        draw(pipeline, budget=2 / 16)
-        assert not caplog.records
-        draw(pipeline, budget=[1, 1, 1 / 16])
-    (record,) = caplog.records
-    assert "keeps 1 latents per group, but this model was trained with 2 or more" in record.message
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        draw(pipeline, guidance=CheapCFG(2.0, budget=1 / 16))
-    (record,) = caplog.records
-    assert record.message.startswith("guide budget 0.0625 keeps 1 latents per group")
-
-
-def test_autoguidance_without_effect_is_warned_of(caplog) -> None:
-    pipeline = make_pipeline()
-    with caplog.at_level(logging.WARNING):
-        draw(pipeline, budget=0.5, guidance=AutoGuidance(3.0))
-        assert not caplog.records
-        draw(pipeline, budget=2 / 16, guidance=AutoGuidance(3.0))
-    assert "autoguidance has no effect" in caplog.text
+        draw(make_pipeline(), **options)
+    assert len(caplog.records) == bool(message)
+    assert all(record.message.startswith(message) for record in caplog.records)
 
 
 # ---- sizes, steps, outputs ----
@@ -305,14 +347,6 @@ def test_other_sizes(height: int | None, width: int | None) -> None:
     images = draw(make_pipeline(), height=height, width=width)
     assert images.shape == (3, 3, height or 8, width or 8)
     assert images.isfinite().all()
-
-
-def test_own_noise_levels() -> None:
-    pipeline = make_pipeline()
-    calls = record_calls(pipeline)
-    options = {"generator": make_generators(1), "output_type": "latent"}
-    pipeline([1], sigmas=[1.0, 0.7, 0.2], **options)  # however many steps are usual
-    assert [sigma for _, _, sigma in calls] == [1, 0.7, 0.2]
 
 
 @pytest.mark.parametrize(("sampler", "calls"), [("euler", 4), ("heun", 7), ("unipc", 4)])
@@ -354,18 +388,11 @@ def test_output_types() -> None:
     pictures = draw(pipeline, output_type="pil")
     for picture, array in zip(pictures, as_array, strict=True):
         np.testing.assert_array_equal(np.asarray(picture), (array * 255).round().astype("uint8"))
-    assert torch.equal(draw_tuple(pipeline)[0], raw)
-
-
-def draw_tuple(pipeline: ElitPipeline) -> tuple:
     options = {"num_inference_steps": 3, "output_type": "latent", "return_dict": False}
-    return pipeline([0, 1, 2], generator=make_generators(1, 2, 3), **options)
-
-
-def test_grey_images() -> None:
-    pipeline = make_pipeline(tiny_elastic(in_channels=1))
-    assert draw(pipeline, output_type="np").shape == (3, 8, 8, 1)
-    assert {picture.mode for picture in draw(pipeline, output_type="pil")} == {"L"}
+    assert torch.equal(pipeline([0, 1, 2], generator=make_generators(1, 2, 3), **options)[0], raw)
+    grey = make_pipeline(tiny_elastic(in_channels=1))
+    assert draw(grey, output_type="np").shape == (3, 8, 8, 1)
+    assert {picture.mode for picture in draw(grey, output_type="pil")} == {"L"}
 
 
 # ---- an autoencoder ----
@@ -384,17 +411,6 @@ def test_the_autoencoder_decodes_scaled_and_shifted_samples() -> None:
     assert draw(pipeline, output_type="np", height=8, width=24).shape == (3, 8, 24, 3)
     with pytest.raises(ValueError, match=r"17 pixels is not a multiple of 2, .*; use 18"):
         draw(pipeline, height=17)
-
-
-def test_a_mean_and_a_scale_of_each_channel_in_the_config() -> None:
-    """As SDXL's: latents * std / scaling_factor + mean."""
-    mean, std = [0.1, -0.2, 0.3, 0.4], [1.0, 2.0, 0.5, 4.0]
-    raw, columns = torch.randn(2, 4, 8, 8), [torch.tensor(x).view(1, 4, 1, 1) for x in (mean, std)]
-    vae = make_vae()
-    vae.register_to_config(latents_mean=mean, latents_std=std)
-    with torch.no_grad():
-        expected = vae.decode(raw * columns[1] / 0.5 + columns[0]).sample
-        torch.testing.assert_close(decode(vae, raw), expected)
 
 
 def test_a_mean_and_a_scale_of_each_channel_among_the_weights() -> None:
@@ -439,6 +455,17 @@ def test_save_and_load_in_pixels(sampler: str, tmp_path) -> None:
     assert type(loaded.scheduler) is type(pipeline.scheduler)
     assert loaded.vae is None
     assert torch.equal(draw(loaded), draw(pipeline))
+
+
+def test_a_transformer_that_became_elastic_is_saved_as_what_it_is(tmp_path) -> None:
+    pipeline = make_pipeline(tiny_dit(in_channels=3, depth=4))
+    elasticize(pipeline.transformer, head=1, tail=1, group=2)
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["transformer"] == ["elit.retrofit.elastic", "ElasticDiT"]
+    loaded = ElitPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded, budget=0.5), draw(pipeline, budget=0.5))
 
 
 def test_save_and_load_with_an_autoencoder(tmp_path) -> None:
@@ -506,12 +533,6 @@ def test_other_variants_and_formats_say_how_they_are_loaded(
         ElitPipeline.from_pretrained(tmp_path, **(options | {"variant": "fp8"}))
 
 
-def test_moves_with_its_parts() -> None:
-    pipeline = make_pipeline(tiny_elastic(in_channels=4), vae=make_vae())
-    pipeline.to(torch.bfloat16)
-    assert pipeline.transformer.dtype == pipeline.vae.dtype == torch.bfloat16
-
-
 # ---- bad input ----
 
 
@@ -523,16 +544,10 @@ def test_moves_with_its_parts() -> None:
         ({"class_labels": []}, r"class_labels \[\] are not labels"),
         ({"class_labels": [0.5]}, r"class_labels \[0\.5\] are not labels; give .* in 0\.\.2"),
         ({"class_labels": True}, "class_labels True are not labels"),
-        ({"class_labels": "cat"}, "class_labels 'cat' are not labels"),
-        ({"class_labels": None}, "class_labels None are not labels"),
         ({"budget": 0}, r"budget 0 is outside \(0, 1\]"),
-        ({"budget": -1}, r"budget -1 is outside \(0, 1\]"),
-        ({"budget": 1.5}, r"budget 1\.5 is outside \(0, 1\]"),
         ({"budget": float("nan")}, r"budget nan is outside \(0, 1\]"),
         ({"budget": "0.5"}, r"budget '0\.5' is not a number"),
-        ({"budget": None}, "budget None is not a number"),
         ({"budget": [1, 0.5, 0]}, r"budget 0 is outside \(0, 1\]"),
-        ({"budget": [1, 0.5]}, "2 budgets for 3 calls of the model in this run"),
         ({"num_inference_steps": 0}, "num_inference_steps 0 .*; 40 is usual"),
         ({"num_inference_steps": 10**9}, "a whole number from 1 to 10000; 40 is usual"),
         ({"height": 2**20}, "more than 256 times what this model was made for, 8x8"),
@@ -543,25 +558,17 @@ def test_moves_with_its_parts() -> None:
         ({"callback_on_step_end": lambda *_: 3}, "the step callback gave 3; give a dict"),
         ({"callback_on_step_end": lambda *_: {"samples": 1}}, "gave samples 1; give a tensor of"),
         ({"sigmas": ["a"]}, r"sigmas \['a'\] are not allowed"),
-        ({"num_inference_steps": 2.5}, r"num_inference_steps 2\.5 .*; 40 is usual"),
         ({"guidance": 3.0}, r"guidance 3\.0 is not a Guidance; .* CFG\(3\.0\)"),
-        ({"guidance": CheapCFG(3.0, budget=2.0)}, r"budget 2\.0 is outside \(0, 1\]"),
         ({"generator": make_generators(1, 2)}, "2 generators for 1 samples; give one"),
         ({"generator": [None]}, "generator None is not a torch.Generator"),
-        ({"dtype": torch.complex64}, "samples in torch.complex64 are not real numbers"),
         ({"dtype": torch.float64}, "FlowMatchEulerDiscreteScheduler rounds samples to float32"),
         ({"noise": [[0]]}, r"noise \[\[0\]\] does not fit; give a tensor of shape"),
         ({"height": True}, "a side of True is no positive integer"),
-        ({"num_inference_steps": True}, "num_inference_steps True is not allowed"),
-        ({"generator": []}, "0 generators for 1 samples"),
         ({"height": 6}, "6x8 tokens cannot be cut into groups of 4x4: 6 is not a multiple of 4"),
         ({"height": 0}, "a side of 0 is no positive integer"),
-        ({"width": -8}, "a side of -8 is no positive integer"),
         ({"num_frames": 4}, "num_frames=4 asked of a model of images; leave it out"),
         ({"noise": torch.zeros(1, 3, 8, 9)}, r"noise \(1, 3, 8, 9\) does not.*\(1, 3, 8, 8\)"),
-        ({"output_type": "jpg"}, "output_type 'jpg' is unknown; use one of pil, np, pt, latent"),
-        ({"sigmas": []}, r"sigmas \[\]"),
-        ({"sigmas": [0.5, 1.0]}, r"sigmas \[0\.5, 1\.0\]"),
+        ({"output_type": "jpg"}, "unknown output_type 'jpg': use one of 'pil', 'np'"),
         ({"callback_on_step_end_tensor_inputs": ["latents"]}, "'latents'.*'samples'"),
         ({"callback_on_step_end": lambda *_: {"latents": 1}}, "'latents'.*'samples'"),
     ],
@@ -579,6 +586,7 @@ def clip_model() -> nn.Module:
 
 def test_clips_are_lists_of_frames_of_any_length_and_size() -> None:
     pipeline = make_pipeline(clip_model())
+    assert pipeline.pixel_size() == (2, 4, 4)
     assert draw(pipeline).shape == (3, 3, 2, 4, 4)
     assert draw(pipeline, output_type="pt", num_frames=5, height=8).shape == (3, 5, 3, 8, 4)
     assert draw(pipeline, output_type="np").shape == (3, 2, 4, 4, 3)
@@ -587,12 +595,6 @@ def test_clips_are_lists_of_frames_of_any_length_and_size() -> None:
     assert clips[0][0].size == (4, 4)
     pixels = draw(pipeline, output_type="np", num_frames=3)
     assert np.abs(np.asarray(clips[1][2]) / 255 - pixels[1, 2]).max() < 0.003
-
-
-def test_a_clip_depends_on_its_seed_alone() -> None:
-    pipeline = make_pipeline(clip_model())
-    alone = draw(pipeline, labels=[1], seeds=[2], budget=0.5)
-    torch.testing.assert_close(draw(pipeline, budget=0.5)[1:2], alone)
 
 
 def make_clip_vae() -> diffusers.AutoencoderKLWan:
@@ -609,6 +611,7 @@ def test_clips_in_the_latents_of_a_video_autoencoder() -> None:
     model = randomise(tiny_elastic(sample_size=(2, 4, 4), group=(1, 2, 2), in_channels=4))
     vae = make_clip_vae()
     pipeline = make_pipeline(model, vae=vae)
+    assert pipeline.pixel_size() == (5, 32, 32)
     latents = draw(pipeline, [1], [1])
     assert latents.shape == (1, 4, 2, 4, 4)
     mean, std = (torch.tensor(x).view(1, 4, 1, 1, 1) for x in (
@@ -656,9 +659,3 @@ def test_levels_shift_with_the_size_that_is_drawn() -> None:
         expected = [1, math.exp(mu) / (math.exp(mu) + 1), 0]
         assert scheduler.sigmas.tolist() == pytest.approx(expected, abs=1e-5)
     assert len(pipeline.calls(1.0, 2)) == 2
-
-
-def test_a_scheduler_that_is_none_for_flows_is_refused() -> None:
-    pipeline = ElitPipeline(tiny_elastic(in_channels=3), diffusers.DDIMScheduler())
-    with pytest.raises(ValueError, match="DDIMScheduler is not a flow-matching scheduler"):
-        pipeline([1], num_inference_steps=2)

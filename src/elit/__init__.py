@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from elit.caching.calibration import calibrate_cache
     from elit.caching.configs import TeaCacheConfig
     from elit.caching.mixin import disable_step_cache, enable_step_cache
+    from elit.choosing.choose import choose
     from elit.flow.guidance import CFG, AutoGuidance, CheapCFG, Guidance
     from elit.flow.schedulers import (
         FlowMatchEulerMaruyamaScheduler,
@@ -60,6 +61,7 @@ _HOME = {
     "TeaCacheConfig": "elit.caching.configs",
     "UViT": "elit.models.uvit",
     "calibrate_cache": "elit.caching.calibration",
+    "choose": "elit.choosing.choose",
     "create_model": "elit.models.presets",
     "disable_step_cache": "elit.caching.mixin",
     "elasticize": "elit.retrofit.elasticize",

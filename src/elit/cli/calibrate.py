@@ -9,22 +9,20 @@ from elit.cli.common import (
     add_json_flag,
     budget,
     format_table,
-    number,
-    one_of,
     output_folder,
     path_text,
     print_json,
     whole_number,
 )
 from elit.cli.points import (
-    DEFAULT_SCALE,
+    add_guidance,
     add_run,
+    add_what,
     check_run,
     make_guidance,
     open_pipeline,
 )
 from elit.cli.sample import what_to_draw
-from elit.flow.words import GUIDANCES
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.8)
 
@@ -39,17 +37,11 @@ def add_arguments(parser: Parser) -> None:
     parser.epilog = _EPILOG
     add_run(parser)
     add = parser.add_argument
-    add("--labels", type=whole_number(0), nargs="+", metavar="L",
-        help="classes (default: all, up to 10)")  # fmt: skip
-    add("--prompts", nargs="+", metavar="TEXT", help="texts, of a model that draws texts")
+    add_what(parser)
     add("--budget", type=budget, nargs="+", default=[1.0], metavar="B",
         help="budgets to fit to, all at once (default: 1)")  # fmt: skip
     add("--steps", type=whole_number(3), default=40, metavar="N", help="steps (default: 40)")
-    add("--guidance", type=one_of(GUIDANCES, "guidance"), default="none", metavar="NAME",
-        help=f"{', '.join(GUIDANCES)} (default: none)")  # fmt: skip
-    add("--scale", type=number, metavar="S", help=f"of guidance (default: {DEFAULT_SCALE:g})")
-    add("--guide-budget", type=budget, metavar="B",
-        help="the guide's budget, for ag and ccfg (default: the lowest trained)")  # fmt: skip
+    add_guidance(parser)
     add("--degree", type=whole_number(1, 4), default=4, metavar="N",
         help="of the polynomial, 1 to 4 (default: 4)")  # fmt: skip
     add("--seed", type=whole_number(0, 2**63 - 1), default=0, metavar="N",
@@ -65,24 +57,23 @@ def run(args: argparse.Namespace) -> int:
     check_run(args.run)
     guidance = make_guidance(args)  # before the imports: a mistake in a flag is told at once
     pipeline = open_pipeline(args)
-    import torch
-
     from elit.caching.calibration import calibrate_cache
     from elit.caching.configs import CALIBRATION_FILE
+    from elit.pipelines.budgets import draw_budgets
     from elit.pipelines.folder import weights_digest
 
     model = pipeline.transformer
-    wanted = what_to_draw(args, model)
+    what = what_to_draw(args, model)
     file = Path(args.out) if args.out else Path(args.run) / CALIBRATION_FILE
     output_folder(file.parent, "--out")
     kept = list(dict.fromkeys(model.resolve_budget(b) for b in args.budget))
     pipeline.set_progress_bar_config(disable=True)
 
     def draw() -> None:
-        for n in kept:
-            generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(wanted))]
-            pipeline(wanted, budget=model.budget_of(n), num_inference_steps=args.steps,
-                     guidance=guidance, generator=generators, output_type="latent")  # fmt: skip
+        budgets, seeds = [model.budget_of(n) for n in kept], range(args.seed, args.seed + len(what))
+        options = {"num_inference_steps": args.steps, "guidance": guidance, "output_type": "latent"}
+        for _ in draw_budgets(pipeline, what, budgets, seeds, **options):
+            pass
 
     calibration = calibrate_cache(model, draw, args.degree)
     calibration.teacache(weights=weights_digest(Path(args.run))).save(file)

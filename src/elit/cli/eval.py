@@ -10,8 +10,6 @@ from elit.cli.common import (
     add_json_flag,
     budget,
     format_table,
-    number,
-    one_of,
     path_text,
     print_json,
     whole_number,
@@ -24,8 +22,7 @@ from elit.cli.evaluating import (
     interval_of,
     open_evaluation,
 )
-from elit.cli.points import DEFAULT_SCALE, check_run, make_guidance
-from elit.flow.words import GUIDANCES
+from elit.cli.points import DEFAULT_SCALE, add_guidance, check_run, make_guidance
 
 SAMPLES = 50_000  # as papers have it
 
@@ -45,11 +42,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="N",
         help="steps (default: 40)",
     )
-    add("--guidance", type=one_of(GUIDANCES, "guidance"), default="none", metavar="NAME",
-        help=f"{', '.join(GUIDANCES)} (default: none)")  # fmt: skip
-    add("--scale", type=number, metavar="S", help=f"of guidance (default: {DEFAULT_SCALE:g})")
-    add("--guide-budget", type=budget, metavar="B",
-        help="the guide's budget, for ag and ccfg (default: the lowest trained)")  # fmt: skip
+    add_guidance(parser)
     add("--save-npz", action="store_true",
         help="write all samples too, as other evaluation tools read them")  # fmt: skip
     add(
@@ -89,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 def operating_point(args: argparse.Namespace, model: Any) -> Any:
     """The point of the flags, at the budgets that really run."""
-    from elit.pipelines.operating_points import OperatingPoint
+    from elit.choosing.points import OperatingPoint
 
     ran = model.budget_of(model.resolve_budget(args.budget))
     if args.guidance == "none":
@@ -132,7 +125,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 def describe_point(row: dict[str, Any]) -> str:
     """A row's operating point in words."""
-    from elit.pipelines.operating_points import OperatingPoint
+    from elit.choosing.points import OperatingPoint
 
     return str(OperatingPoint.from_dict(row))
 

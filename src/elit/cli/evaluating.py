@@ -106,7 +106,7 @@ def home_of(args: argparse.Namespace, name: str) -> Path:
     """Folder of the results: --out, or one of that name in RUN."""
     if args.out is not None:
         return Path(args.out)
-    from elit.pipelines.operating_points import default_home
+    from elit.choosing.sweep_file import default_home
 
     return default_home(args.run) / name
 

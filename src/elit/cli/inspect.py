@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
 
 def default_folder(run: str) -> Path:
     """Beside the pipeline; of one on the hub, in runs/."""
-    from elit.pipelines.operating_points import default_home
+    from elit.choosing.sweep_file import default_home
 
     return default_home(run) / "inspected"
 

@@ -4,7 +4,17 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from elit.cli.common import Parser, budget, path_text, quiet_diffusers, tell_of_hub
+from elit.cli.common import (
+    Parser,
+    budget,
+    number,
+    one_of,
+    path_text,
+    quiet_diffusers,
+    tell_of_hub,
+    whole_number,
+)
+from elit.flow.words import GUIDANCES
 
 if TYPE_CHECKING:
     from elit.flow.guidance import Guidance
@@ -22,6 +32,24 @@ def add_run(parser: Parser) -> None:
     parser.add_argument(
         "--variant", metavar="NAME", help="of the files of weights, such as fp16 (default: none)"
     )
+
+
+def add_what(parser: Parser) -> None:
+    """Labels or texts."""
+    add = parser.add_argument
+    add("--labels", type=whole_number(0), nargs="+", metavar="L",
+        help="classes (default: all, up to 10)")  # fmt: skip
+    add("--prompts", nargs="+", metavar="TEXT", help="texts, of a model that draws texts")
+
+
+def add_guidance(parser: Parser) -> None:
+    """Flags of `make_guidance`, but for --interval."""
+    add = parser.add_argument
+    add("--guidance", type=one_of(GUIDANCES, "guidance"), default="none", metavar="NAME",
+        help=f"{', '.join(GUIDANCES)} (default: none)")  # fmt: skip
+    add("--scale", type=number, metavar="S", help=f"of guidance (default: {DEFAULT_SCALE:g})")
+    add("--guide-budget", type=budget, metavar="B",
+        help="the guide's budget, for ag and ccfg (default: the lowest trained)")  # fmt: skip
 
 
 def check_run(name: str) -> None:
@@ -83,30 +111,19 @@ def check_auto(args: argparse.Namespace) -> None:
 
 
 def choose_point(
-    args: argparse.Namespace, pipeline: "ElasticPipeline", wanted: Sequence[Any]
+    args: argparse.Namespace, pipeline: "ElasticPipeline", what: Sequence[Any]
 ) -> "Guidance | None":
     """Set budget, steps and guidance of the flags to what a sweep found best within the caps."""
-    from elit.pipelines.operating_points import default_home
-    from elit.pipelines.sweep_file import SWEEP_FILE
+    from elit.choosing.choose import choose
 
     height, width = args.size or (None, None)
-    file = default_home(args.run) / SWEEP_FILE if args.sweep is None else args.sweep
-    if args.sweep is None and not file.exists():
-        raise ValueError(
-            f"--budget auto needs what `elit sweep` measured, but there is no {file}; run "
-            f"`elit sweep {args.run}`, or name its file with --sweep"
-        )
-    pipeline.load_operating_points(file)
-    point = pipeline.choose_operating_point(
-        wanted[: args.batch_size],
-        None if args.max_gflops is None else args.max_gflops * 1e9,
-        args.max_ms,
-        args.steps,
-        (args.frames, height, width),
-    )
-    args.budget, args.steps = [point.budget], point.steps
-    args.guidance, args.scale, args.guide_budget = point.guidance, point.scale, point.guide_budget
-    args.interval = None if point.interval is None else list(point.interval)
+    flops = None if args.max_gflops is None else args.max_gflops * 1e9
+    point = choose(
+        pipeline, flops, args.max_ms, args.steps, what[: args.batch_size], height, width,
+        args.frames, args.sweep,
+    )  # fmt: skip
+    interval = None if point.interval is None else list(point.interval)
+    vars(args).update(point.to_dict(), budget=[point.budget], interval=interval)
     return point.make_guidance()
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from elit._files import write_json
 from elit.cli.common import (
     Parser,
     add_json_flag,
-    budget,
     flops_column,
     format_table,
     number,
@@ -23,9 +21,10 @@ from elit.cli.common import (
 )
 from elit.cli.points import (
     AUTO,
-    DEFAULT_SCALE,
     DEFAULT_STEPS,
+    add_guidance,
     add_run,
+    add_what,
     budget_or_auto,
     check_auto,
     check_draws_images,
@@ -35,13 +34,17 @@ from elit.cli.points import (
     open_pipeline,
 )
 from elit.cli.sample_folder import choose_folder, save_picture, save_sheet
-from elit.flow.words import GUIDANCES, SAMPLERS
+from elit.flow.words import SAMPLERS
 
 if TYPE_CHECKING:
     from elit.caching.configs import TeaCacheConfig
     from elit.pipelines.base import ElasticPipeline
 
 MAX_DEFAULT_LABELS = 10
+_SETTINGS = (
+    "count", "steps", "guidance", "scale", "guide_budget", "interval", "sampler", "seed", "size",
+    "frames", "video", "dtype",
+)  # fmt: skip
 
 _EPILOG = """\
 Image i, counted from 0, draws from seed + i: its noise depends neither on the budget nor on the
@@ -56,15 +59,8 @@ def add_arguments(parser: Parser) -> None:
     parser.usage = "elit sample RUN [--labels L ... | --prompts TEXT ...] [--budget B ...] [flags]"
     parser.epilog = _EPILOG
     add_run(parser)
+    add_what(parser)
     add = parser.add_argument
-    add(
-        "--labels",
-        type=whole_number(0),
-        nargs="+",
-        metavar="L",
-        help="classes (default: all, up to 10)",
-    )
-    add("--prompts", nargs="+", metavar="TEXT", help="texts, of a model that draws texts")
     add("--negative-prompt", metavar="TEXT",
         help="what the guide of cfg or ccfg is told (default: nothing)")  # fmt: skip
     add("--count", type=whole_number(1), default=1, metavar="N", help="images per label or text")
@@ -77,11 +73,7 @@ def add_arguments(parser: Parser) -> None:
     add("--max-ms", type=number, metavar="MS",
         help="cap of budget auto for an image, on this device, --batch-size at a time")  # fmt: skip
     add("--steps", type=whole_number(1), metavar="N", help="steps (default: 40)")
-    add("--guidance", type=one_of(GUIDANCES, "guidance"), default="none", metavar="NAME",
-        help=f"{', '.join(GUIDANCES)} (default: none)")  # fmt: skip
-    add("--scale", type=number, metavar="S", help=f"of guidance (default: {DEFAULT_SCALE:g})")
-    add("--guide-budget", type=budget, metavar="B",
-        help="the guide's budget, for ag and ccfg (default: the lowest trained)")  # fmt: skip
+    add_guidance(parser)
     add("--interval", type=number, nargs=2, metavar=("LOW", "HIGH"),
         help="noise levels in which guidance acts (default: 0 1)")  # fmt: skip
     add("--sampler", type=one_of(SAMPLERS, "sampler"), metavar="NAME",
@@ -101,12 +93,8 @@ def add_arguments(parser: Parser) -> None:
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (default: auto)")
     add("--dtype", type=one_of(("fp32", "bf16"), "dtype"), default="fp32", metavar="NAME",
         help="fp32 or bf16 (default: fp32)")  # fmt: skip
-    add(
-        "--out",
-        type=path_text,
-        metavar="DIR",
-        help="folder of the images (default: a new one in RUN)",
-    )
+    add("--out", type=path_text, metavar="DIR",
+        help="folder of the images (default: a new one in RUN)")  # fmt: skip
     add_json_flag(parser)
 
 
@@ -121,10 +109,10 @@ def run(args: argparse.Namespace) -> int:
     from elit.pipelines.text_pipeline import ElitTextPipeline
 
     model = pipeline.transformer
-    wanted = what_to_draw(args, model)
+    what = what_to_draw(args, model)
     check_video(args, pipeline)
     if AUTO in args.budget:
-        guidance = choose_point(args, pipeline, wanted * args.count)
+        guidance = choose_point(args, pipeline, what * args.count)
     args.steps = args.steps or DEFAULT_STEPS
     # Two budgets may round to one number of latents: it is drawn once.
     kept = list(dict.fromkeys(model.resolve_budget(b) for b in args.budget))
@@ -132,49 +120,48 @@ def run(args: argparse.Namespace) -> int:
         "run": args.run,
         "weights": weights_digest(Path(args.run)),
         **({} if args.variant is None else {"variant": args.variant}),
-        "prompts" if model.takes_text else "labels": wanted,
+        "prompts" if model.takes_text else "labels": what,
         **({"negative_prompt": args.negative_prompt} if model.takes_text else {}),
-        **{key: getattr(args, key) for key in ("count", "steps", "guidance", "scale")},
-        **{key: getattr(args, key) for key in ("guide_budget", "interval", "sampler")},
-        **{key: getattr(args, key) for key in ("seed", "size", "frames", "video", "dtype")},
+        **{key: getattr(args, key) for key in _SETTINGS},
         "budget": [model.budget_of(n) for n in kept],
     }
     cache = load_teacache(args)
     if cache is not None:
         settings["teacache"] = cache.to_dict()
     folder = choose_folder(args, settings)
-    pixels = args.size or (None, None)
-    options: dict[str, Any] = {"guidance": guidance, "height": pixels[0], "width": pixels[1]}
-    if args.frames is not None:
-        options["num_frames"] = args.frames
+    height, width = args.size or (None, None)
+    options: dict[str, Any] = {
+        "num_inference_steps": args.steps, "guidance": guidance, "height": height, "width": width,
+        "num_frames": args.frames,
+    }  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     text_tokens = None
     if isinstance(pipeline, ElitTextPipeline):
         options["negative_prompt"] = args.negative_prompt or ""
-        text_tokens = pipeline.check_prompt([*wanted, options["negative_prompt"]])
+        text_tokens = pipeline.check_prompt([*what, options["negative_prompt"]])
     # The first call of a process is slow, so it isn't timed; and it checks all labels and the size.
-    extremes = wanted[: args.batch_size] if model.takes_text else [min(wanted), max(wanted)]
+    extremes = what[: args.batch_size] if model.takes_text else [min(what), max(what)]
     # Its only step is at noise level 1, where an interval may have guidance off.
     everywhere = guidance and replace(guidance, interval=(0.0, 1.0))
-    first = options | {"guidance": everywhere}
-    pipeline(extremes, model.budget_of(kept[0]), num_inference_steps=1, **first)
+    first = options | {"guidance": everywhere, "num_inference_steps": 1}
+    pipeline(extremes, model.budget_of(kept[0]), **first)
     if cache is not None:
         model.enable_cache(cache)
     # The settings come first: what a killed call leaves is known to be theirs.
     report: dict[str, Any] = {"out": str(folder), "settings": settings}
-    cost = pipeline.forward_cost(args.frames, pixels[0], pixels[1], text_tokens)
+    cost = pipeline.forward_cost(args.frames, height, width, text_tokens)
     write_json(folder / "samples.json", report)
     costs = [(n, cost.flops(n) / 1e9) for n in kept]
-    rows = list(draw_rows(pipeline, args, wanted * args.count, costs, options, folder))
+    rows = list(draw_rows(pipeline, args, what * args.count, costs, options, folder))
     sheet = folder / "samples.png"
-    save_sheet(sheet, [row.pop("images") for row in rows], rows, wanted, pipeline)
+    save_sheet(sheet, [row.pop("images") for row in rows], rows, what, pipeline)
     report |= {"sheet": str(sheet), "text_tokens": text_tokens, "rows": rows}
     write_json(folder / "samples.json", report)
     if args.json:
         print_json(report)
     else:
         counts = None if cache is None else model.cache_counts()
-        _print_report(args, report, counts, len(wanted) * args.count)
+        _print_report(args, report, counts, len(what) * args.count)
     return 0
 
 
@@ -232,7 +219,7 @@ def load_teacache(args: argparse.Namespace) -> "TeaCacheConfig | None":
 def draw_rows(
     pipeline: "ElasticPipeline",
     args: argparse.Namespace,
-    wanted: Sequence[Any],
+    what: Sequence[Any],
     costs: Sequence[tuple[int | None, float]],
     options: dict[str, Any],
     folder: Path,
@@ -242,46 +229,32 @@ def draw_rows(
     Yields a row of the table.
     """
     from elit.interface.budget import format_budget
+    from elit.pipelines.budgets import draw_budgets
     from elit.viz.sheet import film_strip
 
     model = pipeline.transformer
-    for n, cost in costs:
-        ran = model.budget_of(n)
+    seeds, budgets = range(args.seed, args.seed + len(what)), [model.budget_of(n) for n, _ in costs]
+    texts = len(what) // args.count
+    names = [
+        f"prompt-{i % texts}-seed-{seed}" if model.takes_text else f"label-{one}-seed-{seed}"
+        for i, (one, seed) in enumerate(zip(what, seeds, strict=True))
+    ]
+    drawn = draw_budgets(pipeline, what, budgets, seeds, args.batch_size, **options)
+    for (n, cost), budget in zip(costs, budgets, strict=True):
         pipeline.set_progress_bar_config(
-            desc=f"budget {format_budget(ran)}", disable=not sys.stderr.isatty(), leave=False
+            desc=f"budget {format_budget(budget)}", disable=not sys.stderr.isatty(), leave=False
         )
-        started, images = time.perf_counter(), []
-        for first in range(0, len(wanted), args.batch_size):
-            batch = range(first, min(first + args.batch_size, len(wanted)))
-            images += pipeline(
-                [wanted[i] for i in batch],
-                budget=ran,
-                num_inference_steps=args.steps,
-                generator=_generators([args.seed + i for i in batch]),
-                return_dict=False,
-                **options,
-            )[0]
-        seconds = time.perf_counter() - started
-        files = []
-        for i, image in enumerate(images):
-            number = i % (len(wanted) // args.count)  # of the text
-            what = f"prompt-{number}" if model.takes_text else f"label-{wanted[i]}"
-            name = f"{what}-seed-{args.seed + i}"
-            files.append(save_picture(image, folder / f"budget-{ran:g}" / name, args))
+        images, seconds = next(drawn)
+        home = folder / f"budget-{budget:g}"
+        files = [save_picture(x, home / name, args) for x, name in zip(images, names, strict=True)]
         yield {
-            "budget": ran,
+            "budget": budget,
             "num_latents": n,
             "gflops": cost,
             "ms_per_image": 1000 * seconds / len(images),
             "files": files,
             "images": [film_strip(i) for i in images] if pipeline.draws_clips else images,
         }
-
-
-def _generators(seeds: Sequence[int]) -> list[Any]:
-    import torch
-
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _print_report(

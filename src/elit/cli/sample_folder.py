@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from elit.choosing.sweep_file import default_home
 from elit.cli.common import output_folder
 
 if TYPE_CHECKING:
@@ -24,8 +25,7 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
                 f"choose another folder with --out, or remove it"
             )
         return folder
-    run = Path(args.run)
-    home = run if run.is_dir() else Path("runs") / run.name  # of a pipeline from the hub
+    home = default_home(args.run)
     number = 1
     while _holds_others(home / "sampled" / str(number), settings):
         number += 1

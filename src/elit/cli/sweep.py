@@ -144,9 +144,9 @@ def csv_of(report: dict[str, Any]) -> str:
 
 def sheets(report: dict[str, Any], evaluation: "Evaluation") -> list[tuple[str, "Image.Image"]]:
     """The same noise at all budgets: a sheet for each guide, at the most steps of the sweep."""
+    from elit.choosing.points import OperatingPoint
     from elit.evaluation.sweep import shown_images
     from elit.interface.budget import format_budget
-    from elit.pipelines.operating_points import OperatingPoint
     from elit.viz.sheet import contact_sheet
 
     points = [OperatingPoint.from_dict(row) for row in report["rows"]]

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from elit._pareto import is_number
+from elit.choosing.sweep_file import SWEEP_FILE, read_sweep
 from elit.evaluation.score_names import SCORES
-from elit.pipelines.sweep_file import SWEEP_FILE, read_sweep
 
 Report = dict[str, Any]
 

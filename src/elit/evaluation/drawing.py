@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from elit._devices import synchronize
+from elit.choosing.points import OperatingPoint
 from elit.cost.formulas import ModelCost
 from elit.evaluation.images import to_bytes
 from elit.evaluation.parts import batches
@@ -17,7 +18,7 @@ from elit.evaluation.reference import image_features
 from elit.flow.guidance import Forwards
 from elit.networks.feature_network import FeatureNetwork
 from elit.pipelines.base import ElasticPipeline
-from elit.pipelines.operating_points import OperatingPoint
+from elit.pipelines.budgets import draw_batch
 
 SHOWN = 16  # samples that are kept as images, for sheets
 
@@ -28,28 +29,18 @@ class Drawing:
 
     Sample i has a generator of its own, seeded by seed + i, and the label i modulo the number of
     classes (of fewer samples than classes, evenly chosen classes), or a text in the same way.
-
-    Attributes:
-        pipeline: on its device.
-        networks: that see each sample.
-        count: samples.
-        seed: of the first.
-        batch_size: samples drawn at once.
-        texts: of a model that draws texts.
-        size: height and width in pixels; None is what the model was made for.
-        frames: of clips; likewise.
-        keep_images: whether to keep all samples as images; else the first SHOWN.
     """
 
-    pipeline: ElasticPipeline
-    networks: Sequence[FeatureNetwork]
-    count: int
-    seed: int = 0
-    batch_size: int = 32
-    texts: Sequence[str] = ()
+    pipeline: ElasticPipeline  # on its device
+    networks: Sequence[FeatureNetwork]  # that see each sample
+    count: int  # samples
+    seed: int = 0  # of the first
+    batch_size: int = 32  # samples drawn at once
+    texts: Sequence[str] = ()  # of a model that draws texts
+    # height and width in pixels; None is what the model was made for
     size: tuple[int, int] | None = None
-    frames: int | None = None
-    keep_images: bool = False
+    frames: int | None = None  # of clips; likewise
+    keep_images: bool = False  # whether to keep all samples as images; else the first SHOWN
 
     def __post_init__(self) -> None:
         takes_text = self.pipeline.transformer.takes_text
@@ -87,7 +78,7 @@ class Drawing:
 
     def calls(self, point: OperatingPoint) -> list[Forwards]:
         """Forwards of each call of a run."""
-        return self.pipeline.calls(point.budget, point.steps, point.make_guidance())
+        return self.pipeline.calls(**point.arguments())
 
     def flops(self, point: OperatingPoint) -> int:
         """Of one image, guides included, the VAE's apart; a multiply-add counts as 2."""
@@ -124,15 +115,13 @@ class Drawing:
     def _batch(self, point: OperatingPoint, numbers: Sequence[int]) -> dict[str, Tensor]:
         pipeline = self.pipeline
         height, width = self.size or (None, None)
-        options = {} if self.frames is None else {"num_frames": self.frames}
         wanted = [self.wanted(number) for number in numbers]
-        generators = [torch.Generator().manual_seed(self.seed + number) for number in numbers]
+        seeds = [self.seed + number for number in numbers]
         started = time.perf_counter()
-        latents = pipeline(
-            wanted, budget=point.budget, num_inference_steps=point.steps,
-            guidance=point.make_guidance(), generator=generators, height=height, width=width,
-            output_type="latent", return_dict=False, **options,
-        )[0]  # fmt: skip
+        latents = draw_batch(
+            pipeline, wanted, seeds, **point.arguments(), height=height, width=width,
+            num_frames=self.frames, output_type="latent",
+        )  # fmt: skip
         synchronize(latents.device)
         drawn = time.perf_counter()
         pictures = pipeline.decode(latents, "pt")

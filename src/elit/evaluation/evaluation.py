@@ -17,6 +17,9 @@ from tqdm import tqdm
 
 from elit._files import digest_of, write_file, write_json
 from elit._process import Process
+from elit.choosing.points import OperatingPoint
+from elit.choosing.sweep_file import FORMAT
+from elit.choosing.timing import CallTimes, describe, device_name
 from elit.evaluation.drawing import Drawing
 from elit.evaluation.images import Images
 from elit.evaluation.measure import Scores, measure
@@ -26,9 +29,6 @@ from elit.evaluation.score_names import SCORES
 from elit.networks.weights import checksum_of
 from elit.pipelines.autoencoder import SamplesDivergedError
 from elit.pipelines.folder import weights_digest
-from elit.pipelines.operating_points import OperatingPoint
-from elit.pipelines.sweep_file import FORMAT
-from elit.pipelines.timing import CallTimes, describe, device_name
 
 logger = logging.getLogger(__name__)
 
@@ -185,12 +185,11 @@ class Evaluation:
         """Measure what an image of each row takes, now that nothing else runs here."""
         drawing = self.drawing
         size = drawing.frames, *(drawing.size or (None, None))
-        conditions = [drawing.wanted(i) for i in range(min(drawing.batch_size, drawing.count))]
-        times = CallTimes(drawing.pipeline, conditions, size, progress=self.progress)
-        runs = [drawing.calls(OperatingPoint.from_dict(row)) for row in rows]
-        times.measure(call for run in runs for call in run)
-        for row, run in zip(rows, runs, strict=True):
-            row["ms_per_image"] = times.ms_per_image(run)
+        batch = [drawing.wanted(i) for i in range(min(drawing.batch_size, drawing.count))]
+        times = CallTimes(drawing.pipeline, batch, size, progress=self.progress)
+        all_ms = times.ms_of_runs([drawing.calls(OperatingPoint.from_dict(row)) for row in rows])
+        for row, ms in zip(rows, all_ms, strict=True):
+            row["ms_per_image"] = ms
             row["decode_ms_per_image"] = times.decode_ms_per_image()
 
     def _scores(self, parts: Parts, reference: Reference) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from tqdm import tqdm
 from elit._choices import check_choice
 from elit._files import write_json
 from elit._pareto import pareto_front
+from elit.choosing.points import OperatingPoint
+from elit.choosing.sweep_file import read_sweep
 from elit.evaluation.drawing import SHOWN
 from elit.evaluation.evaluation import Evaluation, draw_points, ranking_score, report
 from elit.evaluation.measure import possible_scores
 from elit.evaluation.parts import Parts
 from elit.models.elastic import ElasticMixin
-from elit.pipelines.operating_points import OperatingPoint
-from elit.pipelines.sweep_file import read_sweep
 
 logger = logging.getLogger(__name__)
 

@@ -131,6 +131,10 @@ def CFG(scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> Guidance:
     return Guidance(scale, drop_label=True, budget=None, interval=interval)
 
 
+UNGUIDED = CFG(1.0)
+"""No guide is ever computed."""
+
+
 def AutoGuidance(
     scale: float,
     budget: float | Literal["lowest"] = "lowest",

@@ -20,6 +20,7 @@ from torch import Tensor
 from elit._choices import check_choice
 from elit._numbers import is_whole
 from elit._wide import wide
+from elit.flow.sampling import levels_of
 from elit.flow.words import SAMPLERS
 
 if TYPE_CHECKING:
@@ -226,9 +227,6 @@ def start_sampling(
 ) -> list[float]:
     """Set the steps of a run and give the noise level of each call of the model.
 
-    The levels are read from `sigmas`, not from `timesteps`, which some schedulers round; ours give
-    them as they are, not rounded to float32.
-
     Args:
         scheduler: one of ours, or one of diffusers that is right on a flow whose end is known.
         num_inference_steps: steps, of no effect beside `sigmas`.
@@ -241,7 +239,7 @@ def start_sampling(
     if isinstance(scheduler, _CountedSteps):
         steps = num_inference_steps if levels is None else len(levels)
         scheduler.set_timesteps(steps, device=device, sigmas=levels)
-        return scheduler.levels[:-1]
+        return levels_of(scheduler)
     _check_scheduler(scheduler, num_inference_steps, num_tokens)
     return _set_levels(scheduler, num_inference_steps, device, levels, num_tokens)
 
@@ -277,7 +275,7 @@ def _set_levels(
     finally:
         if terminal and not stretches:
             scheduler.register_to_config(shift_terminal=terminal)
-    return scheduler.sigmas.tolist()[: len(scheduler.timesteps)]
+    return levels_of(scheduler)
 
 
 def _mu(config: "Mapping[str, Any]", num_tokens: int | None) -> float:

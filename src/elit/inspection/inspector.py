@@ -241,15 +241,13 @@ def draw_at_budgets(
 
     All are from the same noise: image i draws from its seed, i and draw 0.
     """
-    model = pipeline.transformer
-    device = next(model.parameters()).device
+    device = next(pipeline.transformer.parameters()).device
     condition = {name: x[:count].to(device) for name, x in subject.condition.items()}
     samples = {}
     for n in num_latents:
-        generators = [_generator(subject.seed, i, 0) for i in range(count)]
-        samples[n] = pipeline.sample(
-            condition, condition, count, model.budget_of(n), steps, None, generators,
-            (None, None, None), None, None, "latent", False, None, (),
+        samples[n] = pipeline.draw(
+            condition, condition, num_latents=n, num_inference_steps=steps, output_type="latent",
+            generator=[_generator(subject.seed, i, 0) for i in range(count)], return_dict=False,
         )[0].float().cpu()  # fmt: skip
     return samples
 

@@ -2,17 +2,15 @@
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from elit._extras import missing
-from elit._hub import hub_reason
+from elit._transformers import load_frozen, loading
 from elit.networks.resize import centre_crop, resize_pil, shorter_side
 
 logger = logging.getLogger(__name__)
@@ -135,37 +133,9 @@ def _model(kind: Any, name: str) -> Any:
     given = kind.config_class.get_config_dict(name)[0].get("model_type")
     if given != expected:
         raise ValueError(f"its model type {given!r} is not {expected!r}")
-    model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    # transformers leaves what is missing random
-    absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])})
-    if absent:
-        raise ValueError(f"it lacks {len(absent)} of its weights, such as {absent[0]}")
-    return model.eval().requires_grad_(False)
+    return load_frozen(kind, name)
 
 
-@contextmanager
-def _loading(name: str, network: str, usual: str) -> Iterator[Any]:
-    """transformers, quiet; what goes wrong within is a ValueError."""
-    try:
-        import transformers
-    except ImportError as error:
-        needs = f"the feature network {network!r} needs transformers"
-        raise ValueError(missing(needs, "text")) from error
-    logs = transformers.utils.logging
-    level, shows_bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
-    logs.set_verbosity_error()
-    logs.disable_progress_bar()
-    try:
-        yield transformers
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        if (of_hub := hub_reason(error)) is not None:
-            reason = f"the Hugging Face hub was asked, but {of_hub}"
-        raise ValueError(
-            f"the feature network {network!r} cannot be loaded from {name!r}: {reason}; give a "
-            f"folder as its weights, or a name on the hub such as {usual}"
-        ) from error
-    finally:
-        logs.set_verbosity(level)
-        if shows_bars:
-            logs.enable_progress_bar()
+def _loading(name: str, network: str, usual: str) -> AbstractContextManager[Any]:
+    advice = f"give a folder as its weights, or a name on the hub such as {usual}"
+    return loading(f"the feature network {network!r}", f" from {name!r}", advice)

@@ -99,27 +99,15 @@ def _told(vae: Any, *names: str) -> int | None:
     return next(filter(None, found), None)
 
 
-def decode(vae: Any, samples: Tensor) -> Tensor:
+def decode(vae: Any, samples: Tensor, finite: bool = True) -> Tensor:
     """Pictures in [-1, 1] of samples (B, C, h, w), or clips of (B, C, t, h, w).
 
     As in diffusers' pipelines, by the numbers of `scale_and_shift`.
 
     Raises:
         ValueError: if the autoencoder can't take them, or makes another size of them.
-        SamplesDivergedError: if the pictures are not finite.
+        SamplesDivergedError: if the pictures are to be `finite` and are not.
     """
-    decoded, dtype = _decoded(vae, samples)
-    if not decoded.isfinite().all():
-        word = str(dtype).removeprefix("torch.")
-        helps = "look at its weights" if dtype == torch.float32 else "load it in float32"
-        raise SamplesDivergedError(
-            f"the {type(vae).__name__} makes pictures that are not finite in {word}; {helps}"
-        )
-    return decoded
-
-
-def _decoded(vae: Any, samples: Tensor) -> tuple[Tensor, torch.dtype]:
-    """What an autoencoder makes of samples, and the dtype that it computed in."""
     name, alone = type(vae).__name__, samples.ndim == 4 and has_time(vae)
     check_usable(name, vae.config)
     *time, height, width = samples.shape[2:]
@@ -139,7 +127,13 @@ def _decoded(vae: Any, samples: Tensor) -> tuple[Tensor, torch.dtype]:
         decoded = decoded * 2 - 1
     wanted = [*((t - 1) * length + 1 for t in time), height * size, width * size]
     _check_shape(name, "decodes latents", samples, decoded, wanted)
-    return decoded, dtype
+    if finite and not decoded.isfinite().all():
+        helps = "look at its weights" if dtype == torch.float32 else "load it in float32"
+        word = str(dtype).removeprefix("torch.")
+        raise SamplesDivergedError(
+            f"the {name} makes pictures that are not finite in {word}; {helps}"
+        )
+    return decoded
 
 
 def encode(vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -183,7 +177,8 @@ def check_round_trip(vae: Any, name: str, pictures: Tensor) -> bool:
     try:
         with torch.inference_mode():
             mean, logvar = encode(vae, pictures)
-            _decoded(vae, torch.zeros_like(mean if _is_rae(vae) else mean[..., :4, :4]).float())
+            corner = mean if _is_rae(vae) else mean[..., :4, :4]
+            decode(vae, torch.zeros_like(corner).float(), finite=False)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:

@@ -1,6 +1,5 @@
-"""What our pipelines share: loading, budgets, guidance, the loop over noise levels, decoding."""
+"""What our pipelines share: loading, budgets, a run from noise to images."""
 
-import inspect
 import logging
 import math
 import os
@@ -15,11 +14,15 @@ from diffusers.video_processor import VideoProcessor
 from safetensors import SafetensorError
 from torch import Tensor
 
+from elit._choices import check_choice
 from elit._files import typed_path
 from elit._numbers import is_whole, latent_frames
 from elit.cost.flops import cost_of
 from elit.cost.formulas import ModelCost
-from elit.flow.guidance import Condition, Guidance, at_least_float32
+from elit.flow.guidance import UNGUIDED, Condition, Forwards, Guidance
+from elit.flow.sampling import Generators, sample
+from elit.flow.schedulers import start_sampling
+from elit.interface.budget import check_num_latents
 from elit.interface.grid import format_size
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.autoencoder import (
@@ -30,45 +33,82 @@ from elit.pipelines.autoencoder import (
     spatial_scale,
     temporal_scale,
 )
-from elit.pipelines.budgets import RunBudgets
 from elit.pipelines.folder import check_pipeline_source, draws_images, loading_error
 
 logger = logging.getLogger(__name__)
 
 MOST_TIMES = 256  # the size that a model was made for: beyond, a run would not end
+DEFAULT_STEPS = 40
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[[Any, int, Tensor, dict], dict]
+_CHOOSE = (
+    "a pipeline chooses no budget; elit.choose does: point = elit.choose(pipeline, max_flops=1e9), "
+    "then pipeline(..., **point.arguments())"
+)
 
 
 def check_sample_dtype(dtype: torch.dtype, device_type: str) -> None:
     """Raise a ValueError unless samples can be of this type, on a device such as "cuda"."""
-    is_real = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    if not is_real or dtype.itemsize < torch.float32.itemsize:
-        reason = (
-            "would lose what a step adds" if is_real else "are not real numbers with a fraction"
-        )
-        raise ValueError(
-            f"samples in {dtype} {reason}; use torch.float32 or torch.float64. The model computes "
-            f"in its own dtype anyway"
-        )
-    if dtype != torch.float32 and device_type == "mps":
-        raise ValueError(
-            f"samples in {dtype} cannot be on mps, which has no such type; use torch.float32, "
-            "or pipeline.to('cpu')"
-        )
+    reason, use = "", "use torch.float32 or torch.float64; the model computes in its own dtype"
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        reason = "are not real numbers with a fraction"
+    elif dtype.itemsize < torch.float32.itemsize:
+        reason = "would lose what a step adds"
+    elif dtype != torch.float32 and device_type == "mps":
+        reason, use = "cannot be on mps", "use torch.float32, or pipeline.to('cpu')"
+    if reason:
+        raise ValueError(f"samples in {dtype} {reason}; {use}")
 
 
-class ElasticPipeline(RunBudgets, DiffusionPipeline):
+def refuse_choosing(budget: Any, options: Mapping[str, Any]) -> None:
+    """Raise a ValueError for arguments of a call that choose a budget."""
+    is_auto = isinstance(budget, str) and budget == "auto"
+    if is_auto or not options.keys().isdisjoint(("max_flops", "max_ms")):
+        raise ValueError(_CHOOSE)
+
+
+class _Calls:
+    """The transformer as the sampler calls it, at one noise level for all samples.
+
+    Step caches know the calls by diffusers' names: the guided one, its guide, or both in one
+    batch, and by where they are in the run.
+    """
+
+    def __init__(self, model: Any, count: int, steps: int):
+        self.model, self.count, self.steps = model, count, steps
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Begin a step."""
+        self.place = {"step_index": step, "num_inference_steps": self.steps}
+        self.names = iter(("cond", "uncond"))
+
+    def __call__(
+        self, x: Tensor, sigma: float, condition: Condition, num_latents: int | None
+    ) -> Tensor:
+        name = "cond_uncond" if len(x) > self.count else next(self.names)
+        level = torch.full((len(x),), sigma, device=x.device)
+        kept = {} if num_latents is None else {"num_latents": num_latents}
+        with self.model.cache_context(name, **self.place):
+            x = x.to(self.model.dtype)
+            return self.model(x, level, **condition, **kept, return_dict=False)[0]
+
+
+class ElasticPipeline(DiffusionPipeline):
     """A pipeline whose transformer is one of ours.
 
     A subclass registers the modules, turns what a user wants drawn into conditions of the model,
-    and calls `sample`.
+    and calls `draw`.
     """
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["samples"]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("load_operating_points", "choose_operating_point", "operating_point"):
+            raise AttributeError(_CHOOSE)
+        return super().__getattr__(name)
 
     def set_processors(self) -> None:
         """Make what turns tensors into pictures; the last thing that a subclass makes."""
@@ -114,112 +154,172 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
         super().save_pretrained(typed_path(save_directory), **kwargs)
 
     @torch.no_grad()
-    def sample(
+    def draw(
         self,
         condition: Condition,
         null_condition: Condition,
-        count: int,
-        budget: float | Sequence[float],
-        num_inference_steps: int,
-        guidance: Guidance | None,
-        generator: Generators,
-        size: tuple[int | None, int | None, int | None],
-        sigmas: Sequence[float] | None,
-        noise: Tensor | None,
-        output_type: str,
-        return_dict: bool,
-        callback_on_step_end: StepCallback | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
+        budget: float | Sequence[float] = 1.0,
+        num_inference_steps: int | None = None,
+        guidance: Guidance | None = None,
+        generator: Generators = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        noise: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("samples",),
         dtype: torch.dtype = torch.float32,
+        num_latents: int | Sequence[int] | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Go from noise to images; arguments beyond these are those of `ElitPipeline`.
+        """Draw an image for each row of the condition.
 
         Args:
-            condition: the model's arguments that say what to draw, (count, ...) each.
+            condition: the model's arguments that say what to draw, (B, ...) each.
             null_condition: the same of nothing in particular, for guidance.
-            count: images.
-            size: frames, height and width asked for.
+            budget: fraction of the latents to keep, in (0, 1], or one for each call of the model.
+            num_inference_steps: steps of the scheduler; None is 40.
+            guidance: `CFG(3.0)`, `AutoGuidance(2.0)`, `CheapCFG(3.0)`; None is no guidance.
+            generator: one for each image: an image then depends on its own generator alone,
+                not on the batch that it is drawn in. A single one draws for the whole batch.
+            height: of the images, in pixels; by default what the model was made for.
+            width: likewise.
+            num_frames: of clips, likewise.
+            sigmas: noise levels to use instead of the scheduler's own.
+            noise: (B, C, h, w) to start from instead of drawing it.
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or
+                "latent": what the transformer gave, before any VAE. A clip is a list of
+                frames, (B, T, H, W, C) or (B, T, C, H, W).
+            return_dict: whether to wrap the images in an ImagePipelineOutput.
+            callback_on_step_end: called after each of the scheduler's steps (Heun has two for
+                each of `num_inference_steps`) with (pipeline, step, timestep, {name: tensor});
+                may return {"samples": tensor} to go on from.
+            callback_on_step_end_tensor_inputs: names that the callback is given.
+            dtype: of the samples between the steps, torch.float32 or torch.double.
+            num_latents: latents per group, or one for each call of the model, instead of a budget.
         """
         generator = list(generator) if isinstance(generator, Sequence) else generator
-        self._check_options(generator, count, output_type, guidance)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(f"callback_on_step_end {callback_on_step_end!r:.60} is no function")
-        self._check_callback_names(callback_on_step_end_tensor_inputs)
-        device = self._execution_device
-        check_sample_dtype(dtype, device.type)
+        count = len(next(iter(condition.values())))
+        self._check_options(guidance, generator, count, output_type)
+        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._check_dtype(dtype)
-        input_size = self.input_size(*size)
-        levels = self.start(num_inference_steps, device, sigmas, input_size)
-        samples = self._start(noise, generator, count, input_size, device, dtype)
-        step_latents = self.latents_of_steps(budget, len(levels), guidance)
-        if guidance and guidance.scale != 1 and not any(map(guidance.is_active, levels)):
-            logger.warning("guidance has no effect: %s is active at none of the levels", guidance)
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
-
-        self.transformer._reset_stateful_cache()  # a run that broke off may have left something
+        size = self.input_size(num_frames, height, width)
+        levels = self.start(num_inference_steps, self._execution_device, sigmas, size)
+        x = self._start(noise, generator, (count, self.transformer.in_channels, *size), dtype)
+        kept = self.latents_of_steps(budget, len(levels), guidance, num_latents)
+        call = _Calls(self.transformer, count, len(levels))
         with self.progress_bar(total=len(levels)) as progress_bar:
-            for i, timestep in enumerate(self.scheduler.timesteps):
-                place = {"step_index": i, "num_inference_steps": len(levels)}
-                velocity = self._velocity(
-                    samples, levels[i], condition, null_condition, *step_latents[i], guidance, place
-                )
-                velocity = velocity.to(samples.dtype)  # a float64 model doesn't widen the samples
-                step = self.scheduler.step(velocity, timestep, samples, **extra, return_dict=False)
-                samples = step[0]  # (B, C, h, w)
+
+            def after_step(step: int, timestep: Tensor, samples: Tensor) -> Tensor:
+                call.begin(step + 1)
                 if callback_on_step_end is not None:
                     given = dict.fromkeys(callback_on_step_end_tensor_inputs, samples)
-                    changed = callback_on_step_end(self, i, timestep, given)
+                    changed = callback_on_step_end(self, step, timestep, given)
                     samples = self._changed(changed, samples)
                 progress_bar.update()
+                return samples
 
-        if not samples.isfinite().all():
+            x = sample(
+                call, x, self.scheduler, guidance, kept, condition, null_condition, generator,
+                after_step,
+            )  # fmt: skip
+        if not x.isfinite().all():
             guided = f"a smaller guidance scale than {guidance.scale:g}, " if guidance else ""
             raise SamplesDivergedError(
                 f"the samples are no longer finite; {guided}more steps or dtype float32 may help, "
                 f"if the weights themselves are sound"
             )
-        images = self.decode(samples, output_type)
+        images = self.decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _predict(
-        self, x: Tensor, sigma: float, condition: Condition, num_latents: int | None
-    ) -> Tensor:
-        """The transformer's velocity (B, C, h, w), at one noise level for all."""
-        level = torch.full((len(x),), sigma, device=x.device)
-        kwargs = {} if num_latents is None else {"num_latents": num_latents}
-        x = x.to(self.transformer.dtype)
-        return self.transformer(x, level, **condition, **kwargs, return_dict=False)[0]
-
-    def _velocity(
+    def calls(
         self,
-        x: Tensor,
-        sigma: float,
-        condition: Condition,
-        null_condition: Condition,
-        num_latents: int | None,
-        guide_latents: int | None,
-        guidance: Guidance | None,
-        place: dict[str, int],
-    ) -> Tensor:
-        """Velocity (B, C, h, w), guided or not, in float32 or in what is wider.
+        budget: float | Sequence[float] = 1.0,
+        num_inference_steps: int | None = None,
+        guidance: Guidance | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> list[Forwards]:
+        """Forwards of the model in each call of a run: latents per group, and batches in one."""
+        levels = self.start(num_inference_steps, "cpu", sigmas)
+        kept = self.latents_of_steps(budget, len(levels), guidance)
+        guidance = guidance or UNGUIDED
+        return [guidance.forwards(level, *n) for level, n in zip(levels, kept, strict=True)]
 
-        Step caches know the calls by diffusers' names: the guided one, its guide, or both in one
-        batch. `place` is where they are in the run.
+    def start(
+        self,
+        num_inference_steps: int | None,
+        device: torch.device | str,
+        sigmas: Sequence[float] | None = None,
+        size: Sequence[int] | None = None,
+    ) -> list[float]:
+        """Begin a run: the noise level of each call of the model.
+
+        Args:
+            num_inference_steps: of the scheduler; None is 40.
+            device: of the samples.
+            sigmas: levels to use instead of the scheduler's own.
+            size: of the model's input; by default what it was made for.
         """
-        names = iter(("cond", "uncond"))
+        steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
+        size, patch = size or self.transformer.sample_size, self.transformer.patch_size
+        tokens = math.prod(n // p for n, p in zip(size, patch, strict=True))
+        return start_sampling(self.scheduler, steps, device, sigmas, tokens)
 
-        def predict(batch: Tensor, *arguments: Any) -> Tensor:
-            name = "cond_uncond" if len(batch) > len(x) else next(names)
-            with self.transformer.cache_context(name, **place):
-                return self._predict(batch, *arguments)
+    def latents_of_steps(
+        self,
+        budget: float | Sequence[float],
+        num_calls: int,
+        guidance: Guidance | None = None,
+        num_latents: int | Sequence[int] | None = None,
+    ) -> list[tuple[int | None, int | None]]:
+        """Latents per group of the prediction and of its guide, for each call of the model."""
+        model = self.transformer
+        if num_latents is not None and budget != 1:
+            raise ValueError(f"num_latents={num_latents} and budget={budget!s:.60}; give one")
+        given: Any = budget if num_latents is None else num_latents
+        is_list = isinstance(given, Sequence) and not isinstance(given, str)
+        each = list(given) if is_list else [given] * num_calls
+        if len(each) != num_calls:
+            raise ValueError(
+                f"{len(each)} budgets for {num_calls} calls of the model in this run; "
+                f"give one number, or one for each call"
+            )
+        if num_latents is None:
+            kept = [model.resolve_budget(b) for b in each]
+        elif model.is_elastic:
+            kept = [check_num_latents(n, model.max_latents) for n in each]
+        else:
+            raise ValueError(
+                f"num_latents {num_latents} asked of a model that is not elastic; leave it out"
+            )
+        self._warn_if_untrained("budget", kept)
+        if guidance is None or guidance.budget is None:
+            return [(n, n) for n in kept]
+        if guidance.budget == "lowest":
+            guide = model.min_latents or None
+        else:
+            guide = model.resolve_budget(guidance.budget)
+            self._warn_if_untrained("guide budget", [guide])
+        if guide is not None and guide > min(kept):
+            logger.warning(
+                "the guide keeps %d latents per group, more than the %d that it guides",
+                guide, min(kept),
+            )  # fmt: skip
+        if not guidance.drop_label and guide in kept:
+            logger.warning("autoguidance has no effect where its guide has the same budget")
+        return [(n, guide) for n in kept]
 
-        if guidance is None:
-            return at_least_float32(predict(x, sigma, condition, num_latents))
-        return guidance.velocity(
-            predict, x, sigma, condition, null_condition, num_latents, guide_latents
-        )
+    def _warn_if_untrained(self, what: str, kept: Sequence[Any]) -> None:
+        """Warn of a budget below all that the model was trained with."""
+        model = self.transformer
+        if model.is_elastic and min(kept) < model.min_latents:
+            logger.warning(
+                "%s %g keeps %d latents per group, but this model was trained with %d or more",
+                what, model.budget_of(min(kept)), min(kept), model.min_latents,
+            )  # fmt: skip
 
     @property
     def draws_clips(self) -> bool:
@@ -232,101 +332,89 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
         return spatial_scale(self.vae)
 
     def _check_options(
-        self, generator: Generators, count: int, output_type: str, guidance: Guidance | None
+        self, guidance: Guidance | None, generator: Generators, count: int, output_type: str
     ) -> None:
-        if guidance is not None and not isinstance(guidance, Guidance):
+        if not isinstance(guidance, Guidance | None):
             raise ValueError(
                 f"guidance {guidance!r} is not a Guidance; "
                 f"give CFG(3.0), AutoGuidance(2.0), CheapCFG(3.0), or None"
             )
-        for one in generator if isinstance(generator, Sequence) else [generator]:
+        generators: list[Any] = generator if isinstance(generator, list) else [generator] * count
+        for one in generators:
             if not isinstance(one, torch.Generator) and generator is not None:
                 raise ValueError(
                     f"generator {one!r} is not a torch.Generator; "
                     f"give torch.Generator().manual_seed({one if isinstance(one, int) else 0})"
                 )
-        if isinstance(generator, Sequence) and len(generator) != count:
+        if len(generators) != count:
             raise ValueError(
-                f"{len(generator)} generators for {count} samples; "
-                f"give one generator for each, or a single one"
+                f"{len(generators)} generators for {count} samples; give one for each, or one"
             )
-        if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+        check_choice(output_type, OUTPUT_TYPES, "output_type")
+        channels = self.transformer.in_channels
+        if output_type != "latent" and self.vae is None and not draws_images(channels):
             raise ValueError(
-                f"output_type {output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}"
-            )
-
-        if (
-            output_type != "latent"
-            and self.vae is None
-            and not draws_images(self.transformer.in_channels)
-        ):
-            raise ValueError(
-                f"{self.transformer.in_channels} channels are no image: these are VAE latents; "
+                f"{channels} channels are no image: these are VAE latents; "
                 f"make the pipeline with vae=..., or ask for output_type='latent'"
             )
 
     def _check_dtype(self, dtype: torch.dtype) -> None:
-        """Raise a ValueError unless the scheduler keeps samples in it from step to step."""
+        """Raise a ValueError unless samples can be of it, from step to step."""
+        check_sample_dtype(dtype, self._execution_device.type)
         if dtype != torch.float32 and not getattr(self.scheduler, "any_dtype", False):
             raise ValueError(
                 f"a {type(self.scheduler).__name__} rounds samples to float32; for {dtype} use a "
                 f"FlowMatchUniformEulerScheduler, or make_scheduler with heun or euler-maruyama"
             )
 
+    def _check_callback(self, callback: StepCallback | None, names: Iterable[str]) -> None:
+        if not (callback is None or callable(callback)):
+            raise ValueError(f"callback_on_step_end {callback!r:.60} is no function")
+        if not isinstance(names, Iterable) or isinstance(names, str):
+            raise ValueError(f"{names!r} are no names for the step callback; give a list of them")
+        for name in names:
+            check_choice(name, self._callback_tensor_inputs, "tensor", " of the step callback")
+
     def _changed(self, changed: Any, samples: Tensor) -> Tensor:
         """The samples after a step's callback, which may have given others."""
-        if changed is None:
-            return samples
-        if not isinstance(changed, Mapping):
+        if not isinstance(changed, Mapping | None):
             raise ValueError(f"the step callback gave {changed!r:.60}; give a dict of tensors")
-        self._check_callback_names(changed)
-        new = changed.get("samples", samples)
-        if not isinstance(new, Tensor) or new.shape != samples.shape or new.dtype != samples.dtype:
+        self._check_callback(None, changed or ())
+        new = (changed or {}).get("samples", samples)
+        if not isinstance(new, Tensor) or (new.shape, new.dtype) != (samples.shape, samples.dtype):
             raise ValueError(
                 f"the step callback gave samples {new!r:.60}; give a tensor of shape "
                 f"{tuple(samples.shape)} and {samples.dtype}"
             )
         return new
 
-    def _check_callback_names(self, names: Iterable[str]) -> None:
-        if not isinstance(names, Iterable) or isinstance(names, str):
-            raise ValueError(f"{names!r} are no names for the step callback; give a list of them")
-        for name in names:
-            if name not in self._callback_tensor_inputs:
-                allowed = ", ".join(map(repr, self._callback_tensor_inputs))
-                raise ValueError(f"the step callback knows no {name!r}; it is given {allowed}")
-
     def input_size(
         self, num_frames: int | None, height: int | None, width: int | None
     ) -> tuple[int, ...]:
         """Size of the transformer's input, (h, w) or (t, h, w), for pixels and frames asked for."""
+        made_for, scale = self.transformer.sample_size, self.vae_scale
         if not self.draws_clips and num_frames is not None:
             raise ValueError(f"num_frames={num_frames} asked of a model of images; leave it out")
-        asked, scale = (num_frames, height, width), self.vae_scale
-        sizes: list[int] = []
-        for pixels, default in zip(
-            asked[3 - len(self.transformer.sample_size) :],
-            self.transformer.sample_size,
-            strict=True,
-        ):
-            if pixels is not None and not is_whole(pixels):
-                raise ValueError(f"a side of {pixels!r} is no positive integer")
-            if len(sizes) == len(self.transformer.sample_size) - 3 and pixels is not None:
-                sizes.append(self.latent_frames(pixels))  # time comes first
-                continue
-            if pixels is not None and pixels % scale:
+        asked = [num_frames, height, width][-len(made_for) :]
+        for side in asked:
+            if not (side is None or is_whole(side)):
+                raise ValueError(f"a side of {side!r} is no positive integer")
+        *frames, height, width = asked
+        for side in (height, width):
+            if side is not None and side % scale:
                 raise ValueError(
-                    f"an image side of {pixels} pixels is not a multiple of {scale}, "
-                    f"the VAE's scale; use {-(-pixels // scale) * scale}"
+                    f"an image side of {side} pixels is not a multiple of {scale}, "
+                    f"the VAE's scale; use {-(-side // scale) * scale}"
                 )
-            sizes.append(default if pixels is None else pixels // scale)
-        made_for = self.transformer.sample_size
-        if math.prod(sizes) > MOST_TIMES * math.prod(made_for):
+        sides = [n and latent_frames(n, temporal_scale(self.vae)) for n in frames]
+        sides += [side and side // scale for side in (height, width)]
+        size = tuple(side or default for side, default in zip(sides, made_for, strict=True))
+        if math.prod(size) > MOST_TIMES * math.prod(made_for):
             raise ValueError(
-                f"an input of {format_size(sizes)} is more than {MOST_TIMES} times "
+                f"an input of {format_size(size)} is more than {MOST_TIMES} times "
                 f"what this model was made for, {format_size(made_for)}; ask for a smaller size"
             )
-        return tuple(sizes)
+        return size
 
     def forward_cost(
         self,
@@ -337,14 +425,9 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
     ) -> ModelCost:
         """Cost of a forward at a size in frames and pixels; `.flops(num_latents)` is of a sample.
 
-        Args:
-            num_frames: of clips; by default what the model was made for, as are the others.
-            height: of the images.
-            width: of the images.
-            text_tokens: length of the text.
+        By default the size is what the model was made for, and texts are as long as it takes.
         """
-        size = self.input_size(num_frames, height, width)
-        return cost_of(self.transformer, size, text_tokens)
+        return cost_of(self.transformer, self.input_size(num_frames, height, width), text_tokens)
 
     def pixel_size(self) -> tuple[int, ...]:
         """Height and width, or frames, height and width, that the model was made for."""
@@ -352,21 +435,15 @@ class ElasticPipeline(RunBudgets, DiffusionPipeline):
         frames = [(length - 1) * temporal_scale(self.vae) + 1 for length in frames]
         return (*frames, height * self.vae_scale, width * self.vae_scale)
 
-    def latent_frames(self, frames: int) -> int:
-        """Length of the transformer's input for a number of frames."""
-        return latent_frames(frames, temporal_scale(self.vae))
-
     def _start(
         self,
         noise: Tensor | None,
         generator: Generators,
-        count: int,
-        size: tuple[int, ...],
-        device: torch.device,
+        shape: tuple[int, ...],
         dtype: torch.dtype,
     ) -> Tensor:
-        """Noise (B, C, *size) to start from; what is drawn is drawn in float32."""
-        shape = (count, self.transformer.in_channels, *size)
+        """Noise of a shape to start from; what is drawn is drawn in float32."""
+        device = self._execution_device
         if noise is None:
             return randn_tensor(shape, generator, device, torch.float32).to(dtype)
         if not isinstance(noise, Tensor) or noise.shape != shape:

@@ -1,7 +1,7 @@
 """Class labels to images or clips, at any compute budget."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 import torch
 from diffusers import ImagePipelineOutput
@@ -11,7 +11,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from elit.flow.guidance import Guidance
-from elit.pipelines.base import ElasticPipeline, Generators, StepCallback
+from elit.flow.sampling import Generators
+from elit.pipelines.base import ElasticPipeline, refuse_choosing
 
 
 class ElitPipeline(ElasticPipeline):
@@ -38,76 +39,18 @@ class ElitPipeline(ElasticPipeline):
     def __call__(
         self,
         class_labels: int | Sequence[int] | Tensor,
-        budget: float | Sequence[float] | Literal["auto"] = 1.0,
+        budget: float | Sequence[float] = 1.0,
         num_inference_steps: int | None = None,
         guidance: Guidance | None = None,
         generator: Generators = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        sigmas: Sequence[float] | None = None,
-        noise: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: StepCallback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("samples",),
-        max_flops: float | None = None,
-        max_ms: float | None = None,
-        dtype: torch.dtype = torch.float32,
+        **options: Any,
     ) -> ImagePipelineOutput | tuple:
-        """Draw one image for each label.
-
-        Args:
-            class_labels: labels in [0, num_classes).
-            budget: fraction of the latents to keep, in (0, 1], or one for each call of the model,
-                or "auto": budget, steps and guidance are the best that `elit sweep` measured
-                within `max_flops` or `max_ms`.
-            num_inference_steps: steps of the scheduler; None is 40 or, of "auto", free.
-            guidance: `CFG(3.0)`, `AutoGuidance(2.0)`, `CheapCFG(3.0)`; None is no guidance.
-            generator: one for each image: an image then depends on its own generator alone,
-                not on the batch that it is drawn in. A single one draws for the whole batch.
-            height: of the images, in pixels; by default what the model was made for.
-            width: likewise.
-            num_frames: of clips, likewise.
-            sigmas: noise levels to use instead of the scheduler's own.
-            noise: (B, C, h, w) to start from instead of drawing it.
-            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or
-                "latent": what the transformer gave, before any VAE. A clip is a list of
-                frames, (B, T, H, W, C) or (B, T, C, H, W).
-            return_dict: whether to wrap the images in an ImagePipelineOutput.
-            callback_on_step_end: called after each of the scheduler's steps (Heun has two for
-                each of `num_inference_steps`) with (pipeline, step, timestep, {name: tensor});
-                may return {"samples": tensor} to go on from.
-            callback_on_step_end_tensor_inputs: names that the callback is given.
-            max_flops: cap for "auto" on the operations for an image, a multiply-add as 2.
-            max_ms: cap for "auto" on the milliseconds for an image; both are without the VAE.
-            dtype: of the samples between the steps, torch.float32 or torch.double.
-        """
+        """Draw one image for each label, in [0, num_classes); all other arguments are `draw`'s."""
+        refuse_choosing(budget, options)
         labels = self._check_labels(class_labels).to(self._execution_device)
-        size = num_frames, height, width
-        budget, steps, guidance = self.resolve_run(
-            labels.tolist(), budget, num_inference_steps, guidance, max_flops, max_ms, size
-        )
-        return self.sample(
-            {"class_labels": labels},
-            {"class_labels": torch.full_like(labels, self.null_label)},
-            len(labels),
-            budget,
-            steps,
-            guidance,
-            generator,
-            size,
-            sigmas,
-            noise,
-            output_type,
-            return_dict,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            dtype,
-        )
-
-    def example_of(self, count: int) -> list[int]:
-        return [0] * count
+        null = {"class_labels": torch.full_like(labels, self.null_label)}
+        run = budget, num_inference_steps, guidance, generator
+        return self.draw({"class_labels": labels}, null, *run, **options)
 
     @property
     def null_label(self) -> int:

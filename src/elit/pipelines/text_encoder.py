@@ -1,18 +1,16 @@
 """Texts to what an MM-DiT reads: by transformers' encoders, loaded by name, or as plain words."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from elit._extras import missing
 from elit._files import typed_path
-from elit._hub import hub_reason
+from elit._transformers import load_frozen, loading
 from elit.layers.text import pad, tokenize
 
 logger = logging.getLogger(__name__)
@@ -35,12 +33,7 @@ def load_text_encoder(name: str, dtype: torch.dtype = torch.float32) -> tuple[An
     with _loading(name) as transformers:
         kind = _encoder_class(transformers, transformers.AutoConfig.from_pretrained(name))
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
-        # transformers leaves what is missing random
-        absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])})
-        if absent:
-            raise ValueError(f"it lacks {len(absent)} of its weights, such as {absent[0]}")
-    return tokenizer, model.eval().requires_grad_(False)
+        return tokenizer, load_frozen(kind, name, dtype)
 
 
 def encoder_settings(name: str) -> dict[str, Any]:
@@ -54,32 +47,9 @@ def encoder_settings(name: str) -> dict[str, Any]:
     return {"vocab_size": None, "text_dim": width, "pooled_dim": pooled}
 
 
-@contextmanager
-def _loading(name: str) -> Iterator[Any]:
-    """transformers, quiet; what goes wrong within is a ValueError."""
-    try:
-        import transformers
-    except ImportError as error:
-        needs = f"the text encoder {name!r} needs transformers"
-        raise ValueError(missing(needs, "text")) from error
-    logs = transformers.utils.logging
-    level, shows_bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
-    logs.set_verbosity_error()
-    logs.disable_progress_bar()
-    try:
-        yield transformers
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        if (of_hub := hub_reason(error)) is not None:
-            reason = f"the Hugging Face hub was asked, but {of_hub}"
-        raise ValueError(
-            f"the text encoder {name!r} cannot be loaded: {reason}; give a folder, or a name on "
-            f"the hub such as openai/clip-vit-large-patch14 or google/t5-v1_1-xxl"
-        ) from error
-    finally:
-        logs.set_verbosity(level)
-        if shows_bars:
-            logs.enable_progress_bar()
+def _loading(name: str) -> AbstractContextManager[Any]:
+    advice = "give a folder, or a name on the hub such as openai/clip-vit-large-patch14"
+    return loading(f"the text encoder {name!r}", "", f"{advice} or google/t5-v1_1-xxl")
 
 
 def _encoder_class(transformers: Any, encoder_config: Any) -> Any:

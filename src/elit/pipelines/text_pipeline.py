@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import ImagePipelineOutput
@@ -12,7 +12,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from elit.flow.guidance import Condition, Guidance
-from elit.pipelines.base import ElasticPipeline, Generators, StepCallback
+from elit.flow.sampling import Generators
+from elit.pipelines.base import ElasticPipeline, refuse_choosing
 from elit.pipelines.text_encoder import check_text_encoder, encode, load_text_encoder, tokens_of
 
 
@@ -73,25 +74,16 @@ class ElitTextPipeline(ElasticPipeline):
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        budget: float | Sequence[float] | Literal["auto"] = 1.0,
+        budget: float | Sequence[float] = 1.0,
         num_inference_steps: int | None = None,
         guidance: Guidance | None = None,
         generator: Generators = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
+        *,
         negative_prompt: str | Sequence[str] = "",
         prompt_embeds: tuple[Condition, Condition] | None = None,
-        sigmas: Sequence[float] | None = None,
-        noise: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: StepCallback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("samples",),
-        max_flops: float | None = None,
-        max_ms: float | None = None,
+        **options: Any,
     ) -> ImagePipelineOutput | tuple:
-        """Draw one image for each text; the other arguments are those of `ElitPipeline`.
+        """Draw one image for each text; the arguments not named here are `draw`'s.
 
         Args:
             prompt: one text or several.
@@ -99,17 +91,9 @@ class ElitTextPipeline(ElasticPipeline):
             prompt_embeds: what `encode_prompt` gave for the prompts and their negative ones,
                 (condition, null condition), instead of both.
         """
+        refuse_choosing(budget, options)
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds")
-        size = num_frames, height, width
-        if prompt_embeds is None:
-            wanted = _texts(prompt, "prompt")
-        else:
-            condition, _ = _check_embeds(prompt_embeds, self.transformer.config)
-            wanted = self.example_of(len(condition["encoder_hidden_states"]))
-        budget, steps, guidance = self.resolve_run(
-            wanted, budget, num_inference_steps, guidance, max_flops, max_ms, size
-        )
         if negative_prompt != "" and prompt_embeds is not None:
             raise ValueError(
                 "negative_prompt has no effect beside prompt_embeds, which hold it already; "
@@ -125,26 +109,8 @@ class ElitTextPipeline(ElasticPipeline):
             texts = _texts(prompt, "prompt")
             negative = negative_prompt if reads_negative else texts  # encoded already
             prompt_embeds = self.encode_prompt(texts, negative)
-        condition, null_condition = _check_embeds(prompt_embeds, self.transformer.config)
-        return self.sample(
-            condition,
-            null_condition,
-            len(condition["encoder_hidden_states"]),
-            budget,
-            steps,
-            guidance,
-            generator,
-            size,
-            sigmas,
-            noise,
-            output_type,
-            return_dict,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-
-    def example_of(self, count: int) -> list[str]:
-        return [""] * count
+        conditions = _check_embeds(prompt_embeds, self.transformer.config)
+        return self.draw(*conditions, budget, num_inference_steps, guidance, generator, **options)
 
     @torch.no_grad()
     def encode_prompt(
@@ -172,13 +138,9 @@ class ElitTextPipeline(ElasticPipeline):
         if config.vocab_size is None:
             self.load_text_encoder()
         both = encode(
-            [*texts, *negative],
-            config,
-            self.tokenizer,
-            self.text_encoder,
-            truncate=truncate,
+            [*texts, *negative], config, self.tokenizer, self.text_encoder, truncate=truncate,
             device=self._execution_device,
-        )
+        )  # fmt: skip
         halves = {name: value.split(len(texts)) for name, value in both.items()}
         condition = {name: half[0] for name, half in halves.items()}
         return condition, {name: half[1] for name, half in halves.items()}
@@ -231,8 +193,7 @@ def _texts(value: Any, name: str) -> list[str]:
 
 def _check_embeds(embeds: Any, model_config: Any) -> tuple[Condition, Condition]:
     """`prompt_embeds`, or a ValueError if it is not what `encode_prompt` gives."""
-    states, mask = "encoder_hidden_states", "encoder_attention_mask"
-    known = {states, mask, "pooled_projections"}
+    states, *_ = known = "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"
     is_pair = isinstance(embeds, Sequence) and len(embeds) == 2
     if not is_pair or not all(isinstance(one, Mapping) and states in one for one in embeds):
         raise ValueError(
@@ -244,8 +205,7 @@ def _check_embeds(embeds: Any, model_config: Any) -> tuple[Condition, Condition]
     for name, x in (item for one in pair for item in one.items()):
         if name not in known or not isinstance(x, Tensor) or not x.ndim:
             raise ValueError(
-                f"prompt_embeds has {name}={x!r:.60}; give tensors, named "
-                f"{', '.join(sorted(known))}"
+                f"prompt_embeds has {name}={x!r:.60}; give tensors, named {', '.join(known)}"
             )
     shapes = [{name: tuple(value.shape) for name, value in one.items()} for one in pair]
     if shapes[0] != shapes[1]:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from elit.choosing.points import OperatingPoint
 from elit.interface.budget import format_budget
-from elit.pipelines.operating_points import OperatingPoint
 from elit.reproduce.evidence import (
     FRECHET_AXIS,
     NOT_DEFINED,

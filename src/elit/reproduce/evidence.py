@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from elit.pipelines.operating_points import OperatingPoint
+from elit.choosing.points import OperatingPoint
 from elit.reproduce.pieces import Piece, Pieces
 from elit.reproduce.runs import VARIANTS, Training
 from elit.reproduce.scales import Scale, Size

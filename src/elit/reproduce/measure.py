@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from elit._devices import pick_device
+from elit.choosing.points import OperatingPoint
 from elit.data import ImageDataset, load_dataset
 from elit.evaluation.drawing import Drawing
 from elit.evaluation.frechet import Moments, frechet_distance
@@ -21,7 +22,6 @@ from elit.inspection.numbers import numbers_of_maps
 from elit.interface.budget import format_budget
 from elit.networks.feature_network import FeatureNetwork, load_network
 from elit.pipelines.elit_pipeline import ElitPipeline
-from elit.pipelines.operating_points import OperatingPoint
 from elit.training.config import DataConfig
 from elit.training.metrics import FILE as METRICS
 from elit.training.randomness import generator

@@ -9,7 +9,7 @@ from typing import Any
 
 from elit._files import write_json
 from elit._plain import read_json
-from elit.pipelines.operating_points import OperatingPoint
+from elit.choosing.points import OperatingPoint
 from elit.reproduce.measure import Bench, curve
 from elit.reproduce.runs import Training, Trainings, describe
 from elit.training.loop import train

@@ -23,12 +23,13 @@ from elit.interface.budget import default_budgets, format_budget
 from elit.models.elastic import ElasticMixin
 from elit.models.presets import preset_config
 from elit.networks.classifier import ClassifierFeatures, fit_classifier, fit_network
+from elit.pipelines.budgets import draw_budgets
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.training.conditioning import LabelConditioning
 from elit.training.config import TrainConfig
 from elit.training.distributed import World, cpu_threads
 from elit.training.loop import train
-from elit.training.randomness import generator
+from elit.training.randomness import seed_of
 from elit.training.validation import validation_losses
 from elit.viz.sheet import contact_sheet, save_image
 
@@ -230,19 +231,17 @@ def draw_in_turns(
     """
     scale = config.sample.guidance_scale
 
-    def draw(pipeline: ElitPipeline, budget: float, round_: int, steps: int) -> Tensor:
+    def draw(
+        pipeline: ElitPipeline, budget: float, round_: int, steps: int
+    ) -> tuple[list[Tensor], float]:
         kind = CheapCFG if pipeline.transformer.is_elastic else CFG
-        first = round_ * len(labels)
-        images = pipeline(
-            labels,
-            budget=budget,
-            num_inference_steps=steps,
-            guidance=kind(scale) if scale != 1 else None,
-            generator=[generator(config.seed, "sheet", first + i) for i in range(len(labels))],
+        places = range(round_ * len(labels), (round_ + 1) * len(labels))
+        ((images, took),) = draw_budgets(
+            pipeline, labels, [budget], [seed_of(config.seed, "sheet", i) for i in places],
+            num_inference_steps=steps, guidance=kind(scale) if scale != 1 else None,
             output_type="pt",
-            return_dict=False,
-        )[0]
-        return images.cpu()  # which waits for a device
+        )  # fmt: skip
+        return images, took
 
     drawn: list[list[Tensor]] = [[] for _ in turns]
     seconds: list[list[float]] = [[] for _ in turns]
@@ -252,11 +251,11 @@ def draw_in_turns(
     with tqdm(total=ROUNDS * len(turns), desc="drawing", disable=not progress) as bar:
         for round_ in range(ROUNDS):
             for turn, (pipeline, budget) in enumerate(turns):
-                started = time.perf_counter()
-                drawn[turn].append(draw(pipeline, budget, round_, config.sample.steps))
-                seconds[turn].append(time.perf_counter() - started)
+                images, took = draw(pipeline, budget, round_, config.sample.steps)
+                drawn[turn] += images
+                seconds[turn].append(took)
                 bar.update()
-    return [torch.cat(images) for images in drawn], seconds
+    return [torch.stack(images).cpu() for images in drawn], seconds
 
 
 def held_out_losses(

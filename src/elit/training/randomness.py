@@ -20,12 +20,17 @@ _STREAMS = {
 _BLOCK = 4096  # steps whose buckets are drawn at once
 
 
+def seed_of(seed: int, stream: str, *place: int) -> int:
+    """Seed of a stream at a place, such as (step, micro-batch), independent of all others."""
+    state = np.random.SeedSequence([seed, _STREAMS[stream], *place]).generate_state(1, np.uint64)
+    return int(state[0]) >> 1
+
+
 def generator(
     seed: int, stream: str, *place: int, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """Generator of a stream at a place, such as (step, micro-batch), independent of all others."""
-    state = np.random.SeedSequence([seed, _STREAMS[stream], *place]).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(state[0]) >> 1)
+    """Generator with that seed."""
+    return torch.Generator(device).manual_seed(seed_of(seed, stream, *place))
 
 
 class StepBatches(Sampler[list[int]]):

@@ -18,10 +18,11 @@ from elit.inspection.left_out import PARTS, has_original_core, leave_out
 from elit.interface.budget import format_budget
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.base import ElasticPipeline
+from elit.pipelines.budgets import draw_budgets
 from elit.training.conditioning import Conditioning, OwnConditioning
 from elit.training.config import SampleConfig
 from elit.training.distributed import World
-from elit.training.randomness import generator
+from elit.training.randomness import generator, seed_of
 from elit.viz.sheet import contact_sheet, film_strip
 
 logger = logging.getLogger(__name__)
@@ -167,22 +168,16 @@ def sample_sheet(
     model = pipeline.transformer
     guidance = CheapCFG(config.guidance_scale) if config.guidance_scale != 1 else None
     with _on_device(conditioning.vae, next(model.parameters()).device):
-        names, wanted = conditioning.to_show(pipeline, dataset, config.columns)
-        rows = [
-            pipeline(
-                **wanted,
-                budget=model.budget_of(num_latents),
-                num_inference_steps=config.steps,
-                guidance=guidance,
-                generator=[generator(seed, "sheet", i) for i in range(len(names))],
-                return_dict=False,
-            )[0]
-            for num_latents in kept
-        ]
+        names, what = conditioning.to_show(pipeline, dataset, config.columns)
+        budgets = [model.budget_of(num_latents) for num_latents in kept]
+        seeds = [seed_of(seed, "sheet", i) for i in range(len(names))]
+        drawn = draw_budgets(
+            pipeline, what, budgets, seeds, num_inference_steps=config.steps, guidance=guidance
+        )
+        rows = [images for images, _ in drawn]
     if pipeline.draws_clips:
         rows = [[film_strip(clip) for clip in row] for row in rows]
-    captions = [format_budget(model.budget_of(num_latents)) for num_latents in kept]
-    return contact_sheet(rows, captions, names, cell_size(pipeline))
+    return contact_sheet(rows, [*map(format_budget, budgets)], names, cell_size(pipeline))
 
 
 @contextmanager

@@ -3,9 +3,9 @@
 import logging
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from time import perf_counter
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -14,9 +14,8 @@ from elit._devices import synchronize
 from elit._files import cache_folder, digest_of, write_json
 from elit._plain import from_plain, read_json
 from elit.flow.guidance import CFG, CheapCFG, Forwards, Guidance
-
-if TYPE_CHECKING:
-    from elit.pipelines.base import ElasticPipeline
+from elit.pipelines.base import ElasticPipeline
+from elit.pipelines.budgets import draw_batch
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ class CallTimes:
 
     Args:
         pipeline: on its device, without a step cache.
-        wanted: labels or texts of a batch: the longest text counts.
+        what: labels or texts of a batch, of which the longest counts, or their number.
         size: frames, height and width in pixels, None where the model was made for it.
         keep: whether to read and write the file.
         progress: whether to show a bar while measuring.
@@ -57,35 +56,32 @@ class CallTimes:
 
     def __init__(
         self,
-        pipeline: "ElasticPipeline",
-        wanted: Sequence[Any],
-        size: tuple[int | None, int | None, int | None] = (None, None, None),
+        pipeline: ElasticPipeline,
+        what: int | Sequence[Any],
+        size: Sequence[int | None] = (None, None, None),
         keep: bool = True,
         progress: bool = False,
     ):
-        self.pipeline, self.wanted, self.size = pipeline, list(wanted), size
-        self.batch_size = len(wanted)
-        self.progress = progress
         model = pipeline.transformer
+        if isinstance(what, int):
+            what = ["" if model.takes_text else 0] * what
+        self.pipeline, self.what, self.size = pipeline, list(what), tuple(size)
+        self.progress = progress
         if model.is_cache_enabled:
             raise ValueError("times are of a pipeline without a step cache; disable it first")
-        key = {
+        self.key = {
             "model": describe(model),
             "vae": pipeline.vae and describe(pipeline.vae),
             "scheduler": describe(pipeline.scheduler),
-            "compiled": any(
-                hasattr(m, "_compiled_call_impl") and m._compiled_call_impl is not None
-                for m in model.modules()
-            ),
-            "text_tokens": pipeline.check_prompt(self.wanted) if model.takes_text else None,
+            "compiled": any(m._compiled_call_impl is not None for m in model.modules()),
+            "text_tokens": pipeline.check_prompt(self.what) if model.takes_text else None,
             "device": device_name(model.device),
             "dtype": str(model.dtype),
             "size": list(size),
-            "batch_size": self.batch_size,
+            "batch_size": len(self.what),
             "torch": torch.__version__,
         }
-        self.file = cache_folder() / "times" / f"{digest_of(key)}.json" if keep else None
-        self.key = key
+        self.file = cache_folder() / "times" / f"{digest_of(self.key)}.json" if keep else None
         self._seconds: dict[str, float] = {}
         if self.file is not None and self.file.exists():
             try:
@@ -94,30 +90,31 @@ class CallTimes:
             except (ValueError, OSError):
                 logger.warning("%s is damaged; it is made anew", self.file)
 
-    def ms_per_image(self, calls: Sequence[Forwards]) -> float:
-        """Milliseconds for one image of a batch that is drawn by these calls."""
-        self.measure(calls)
-        seconds = self._seconds["start"] + sum(self._seconds[_name(call)] for call in calls)
-        return 1000 * seconds / self.batch_size
+    def ms_of_runs(self, runs: Sequence[Sequence[Forwards]]) -> list[float]:
+        """Milliseconds for one image of a batch that each of these runs draws."""
+        self._measure(call for run in runs for call in run)
+        start, each = self._seconds["start"], self._seconds
+        seconds = [start + sum(each[_name(call)] for call in run) for run in runs]
+        return [1000 * took / len(self.what) for took in seconds]
 
     def decode_ms_per_image(self) -> float:
         """Milliseconds in which one image of a batch is decoded: the autoencoder's, if any."""
         if "decode" not in self._seconds:
             model = self.pipeline.transformer
-            shape = (self.batch_size, model.in_channels, *self.pipeline.input_size(*self.size))
+            shape = len(self.what), model.in_channels, *self.pipeline.input_size(*self.size)
             samples = torch.zeros(shape, device=model.device)
             times = [self._timed(lambda: self.pipeline.decode(samples, "pt")) for _ in range(4)]
             self._keep({"decode": statistics.median(times[1:])})  # the first call is slow
-        return 1000 * self._seconds["decode"] / self.batch_size
+        return 1000 * self._seconds["decode"] / len(self.what)
 
-    def measure(self, calls: Iterable[Forwards]) -> None:
+    def _measure(self, calls: Iterable[Forwards]) -> None:
         """Measure those of the calls that are not known yet."""
         missing = {_name(call): call for call in calls if _name(call) not in self._seconds}
         if not missing:
             return
         logger.info(
             "timing %d kinds of calls, %d images at a time, on %s",
-            len(missing), self.batch_size, self.key["device"],
+            len(missing), len(self.what), self.key["device"],
         )  # fmt: skip
         config = getattr(self.pipeline, "_progress_bar_config", {})
         self.pipeline.set_progress_bar_config(disable=True)
@@ -132,13 +129,13 @@ class CallTimes:
                 starts.append(short - slopes[name][-1] * few)
         finally:
             self.pipeline.set_progress_bar_config(**config)
-        found = {name: max(0.0, statistics.median(times)) for name, times in slopes.items()}
+        seconds = {name: max(0.0, statistics.median(times)) for name, times in slopes.items()}
         if "start" not in self._seconds:
-            found["start"] = max(0.0, statistics.median(starts))
-        self._keep(found)
+            seconds["start"] = max(0.0, statistics.median(starts))
+        self._keep(seconds)
 
-    def _keep(self, found: dict[str, float]) -> None:
-        self._seconds |= found
+    def _keep(self, seconds: dict[str, float]) -> None:
+        self._seconds |= seconds
         if self.file is not None:
             write_json(self.file, {"of": self.key, "seconds": self._seconds})
 
@@ -146,20 +143,16 @@ class CallTimes:
         """Seconds and calls of a run whose calls are all of one kind."""
         pipeline, model = self.pipeline, self.pipeline.transformer
         (latents, doubled), *guide = call
-        guidance: Guidance | None = None
+        guidance: Guidance | None = CFG(2.0) if doubled == 2 else None
         if guide:
             guidance = CheapCFG(2.0, model.budget_of(guide[0][0]))
-        elif doubled == 2:
-            guidance = CFG(2.0)
         frames, height, width = self.size
-        options: dict[str, Any] = {} if frames is None else {"num_frames": frames}
-        generator = [torch.Generator().manual_seed(i) for i in range(self.batch_size)]
 
         def run() -> None:
-            pipeline(
-                self.wanted, budget=model.budget_of(latents),
-                num_inference_steps=steps, guidance=guidance, generator=generator, height=height,
-                width=width, output_type="latent", **options,
+            draw_batch(
+                pipeline, self.what, range(len(self.what)), num_latents=latents,
+                num_inference_steps=steps, guidance=guidance, height=height, width=width,
+                num_frames=frames, output_type="latent",
             )  # fmt: skip
 
         return self._timed(run), len(pipeline.scheduler.timesteps)
@@ -168,10 +161,10 @@ class CallTimes:
         """Seconds that something takes on the pipeline's device."""
         device = self.pipeline.transformer.device
         synchronize(device)
-        started = time.perf_counter()
+        started = perf_counter()
         run()
         synchronize(device)
-        return time.perf_counter() - started
+        return perf_counter() - started
 
 
 def _name(call: Forwards) -> str:

@@ -1,15 +1,18 @@
 """What `elit sweep` writes, read back and checked: files are edited, cut off, or something else."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from elit._files import typed_path
 from elit._numbers import is_real, is_whole
-from elit._plain import read_json
+from elit._plain import fits_type, read_json
 from elit.flow.words import GUIDANCES
 
 SWEEP_FILE = Path("swept") / "sweep.json"  # within a pipeline's folder
 FORMAT = 1  # of the file
+Check = Callable[[Any], bool]
 
 
 def _is_share(value: Any) -> bool:
@@ -21,55 +24,65 @@ def _is_interval(value: Any) -> bool:
     return is_pair and 0 <= value[0] <= value[1] <= 1
 
 
-def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _or_none(check: Check) -> Check:
     return lambda value: value is None or check(value)
 
 
-def _is_scores(value: Any) -> bool:
-    numbers = value.values() if isinstance(value, dict) else ["none"]
-    return all(number is None or is_real(number) for number in numbers)
+def _of_type(hint: Any) -> Check:
+    return lambda value: fits_type(value, hint)
 
 
-def _is_training(value: Any) -> bool:
-    return isinstance(value, dict) and (value.get("eflops") is None or is_real(value["eflops"]))
+_is_real_or_none = _or_none(is_real)
 
 
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-_REPORT: dict[str, Callable[[Any], bool]] = {
-    "ranked_by": lambda x: isinstance(x, str),
-    "lower_is_better": lambda x: isinstance(x, bool),
-    "model": _is_dict,
-    "settings": _is_dict,
-    "rows": lambda x: isinstance(x, list) and all(map(_is_dict, x)),
+_REPORT: dict[str, Check] = {
+    "ranked_by": _of_type(str),
+    "lower_is_better": _of_type(bool),
+    "model": _of_type(dict[str, Any]),
+    "settings": _of_type(dict[str, Any]),
+    "rows": _of_type(list[dict[str, Any]]),
 }
-_MODEL = {"weights": _or_none(lambda x: isinstance(x, str)), "training": _or_none(_is_training)}
-_SETTINGS: dict[str, Callable[[Any], bool]] = {
-    "sampler": lambda x: isinstance(x, str),
+_MODEL: dict[str, Check] = {
+    "weights": _of_type(str | None),
+    "training": lambda x: x is None or (isinstance(x, dict) and _is_real_or_none(x.get("eflops"))),
+}
+_SETTINGS: dict[str, Check] = {
+    "sampler": _of_type(str),
     "size": lambda x: isinstance(x, list) and all(map(is_whole, x)),
     "text_tokens": _or_none(is_whole),
-    "reference": _or_none(_is_dict),
-    "networks": _or_none(lambda x: isinstance(x, list) and all(map(_is_dict, x))),
+    "reference": _of_type(dict[str, Any] | None),
+    "networks": _of_type(list[dict[str, Any]] | None),
 }
-_ROW: dict[str, Callable[[Any], bool]] = {
+_ROW: dict[str, Check] = {
     "budget": _is_share,
     "steps": is_whole,
     "guidance": lambda x: isinstance(x, str) and x in GUIDANCES,
-    "sampler": _or_none(lambda x: isinstance(x, str)),
-    "scale": _or_none(is_real),
+    "sampler": _of_type(str | None),
+    "scale": _is_real_or_none,
     "guide_budget": _or_none(_is_share),
     "interval": _or_none(_is_interval),
     "gflops_per_image": lambda x: is_real(x) and x > 0,
     "ms_per_image": _or_none(lambda x: is_real(x) and x >= 0),
-    "scores": _is_scores,
-    "warnings": _or_none(lambda x: isinstance(x, list) and all(isinstance(t, str) for t in x)),
+    "scores": _of_type(dict[str, float | None]),
+    "warnings": _of_type(list[str] | None),
 }
 
 
-def read_sweep(file: Path) -> dict[str, Any]:
-    """A report as `elit sweep` writes it, or a ValueError that says what is wrong with the file."""
+def default_home(name: str) -> Path:
+    """Folder that results of a pipeline go to: its own, or of one on the hub one under runs/."""
+    return Path(name) if Path(name).is_dir() else Path("runs") / Path(name).name
+
+
+def read_sweep(file: str | os.PathLike) -> dict[str, Any]:
+    """A report as `elit sweep` writes it, or a ValueError that says what is wrong with the file.
+
+    Args:
+        file: `sweep.json`, or the folder that it lies in.
+    """
+    file = Path(typed_path(file))
+    file = file / SWEEP_FILE.name if file.is_dir() else file
+    if not file.exists():
+        raise ValueError(f"there is no {file}; `elit sweep RUN` measures and writes it")
     report = read_json(file, "run `elit sweep` again")
     if report.get("format") != FORMAT:
         raise ValueError(
@@ -88,10 +101,8 @@ def read_sweep(file: Path) -> dict[str, Any]:
     return report
 
 
-def _check(
-    found: Mapping[str, Any], wanted: Mapping[str, Callable[[Any], bool]], file: Path, where: str
-) -> None:
-    for name, is_right in wanted.items():
+def _check(found: Mapping[str, Any], checks: Mapping[str, Check], file: Path, where: str) -> None:
+    for name, is_right in checks.items():
         if not is_right(found.get(name)):
             what = f"{name} {found[name]!r:.40}" if name in found else f"no {name}"
             raise ValueError(

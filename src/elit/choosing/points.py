@@ -1,0 +1,70 @@
+"""Operating points: budget, steps and guide of a run."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from elit.flow.guidance import Guidance, make_guidance
+from elit.interface.budget import format_budget
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """One way to draw.
+
+    Attributes:
+        budget: fraction of the latents kept.
+        steps: of the sampler.
+        guidance: "none", "cfg", "ag" or "ccfg".
+        scale: of guidance; None without.
+        guide_budget: the guide's, of "ag" and "ccfg"; None is the lowest trained.
+        interval: noise levels in which guidance acts; None is everywhere.
+    """
+
+    budget: float = 1.0
+    steps: int = 40
+    guidance: str = "none"
+    scale: float | None = None
+    guide_budget: float | None = None
+    interval: tuple[float, float] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What a pipeline is called with: `pipeline(labels, **point.arguments())`."""
+        return {
+            "budget": self.budget,
+            "num_inference_steps": self.steps,
+            "guidance": self.make_guidance(),
+        }
+
+    def make_guidance(self) -> Guidance | None:
+        """Its guidance."""
+        scale = 2.0 if self.scale is None else self.scale
+        interval = (0.0, 1.0) if self.interval is None else self.interval
+        return make_guidance(self.guidance, scale, self.guide_budget or "lowest", interval)
+
+    def guide(self) -> str:
+        """Its guidance in words: 'ccfg 3, guide 1/16'."""
+        if self.guidance == "none":
+            return "none"
+        words = f"{self.guidance} {self.scale:g}"
+        if self.guide_budget is not None:
+            words += f", guide {format_budget(self.guide_budget)}"
+        if self.interval is not None:
+            words += f", levels {self.interval[0]:g} to {self.interval[1]:g}"
+        return words
+
+    def __str__(self) -> str:
+        return f"budget {format_budget(self.budget)}, {self.steps} steps, guidance {self.guide()}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> "OperatingPoint":
+        """Of a row of a sweep's file, which holds more."""
+        ends = row.get("interval")
+        interval = None if ends is None else (float(ends[0]), float(ends[1]))
+        return cls(
+            float(row["budget"]), int(row["steps"]), str(row["guidance"]), row.get("scale"),
+            row.get("guide_budget"), interval,
+        )  # fmt: skip

@@ -1,0 +1,299 @@
+"""elit.choose: the best that a sweep measured within a cap, or a refusal that says why."""
+
+import json
+import logging
+import random
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from helpers import make_generators, tiny_elastic
+from sweeps import sweep_report
+
+from elit import CFG, CheapCFG, ElitPipeline, ElitTextPipeline, choose, create_model, load_pipeline
+from elit.choosing.points import OperatingPoint
+from elit.choosing.sweep_file import read_sweep
+from elit.choosing.timing import CallTimes
+from elit.cli.main import main
+from elit.flow.schedulers import FlowMatchUniformEulerScheduler, make_scheduler
+from elit.pipelines.folder import weights_digest
+
+GFLOPS = {1.0: 4.0, 0.5: 2.5, 0.25: 1.5}
+POINTS = [
+    OperatingPoint(budget, steps, *guide)
+    for budget in GFLOPS
+    for steps in (2, 4, 8)
+    for guide in (("none",), ("ccfg", 3.0, 1 / 16))
+]
+
+
+def score_of(point: OperatingPoint) -> float:
+    """A made-up distance: more of everything is better, but the budget matters most."""
+    return 20 - 8 * point.budget - point.steps - (2 if point.guidance == "ccfg" else 0)
+
+
+def cost_of(point: OperatingPoint) -> float:
+    return point.steps * (GFLOPS[point.budget] + (1.0 if point.guidance == "ccfg" else 0))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("ELIT_CACHE", str(tmp_path / "cache"))
+
+
+def tiny_pipeline() -> ElitPipeline:
+    pipeline = ElitPipeline(tiny_elastic(in_channels=1), FlowMatchUniformEulerScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A pipeline with a sweep of it."""
+    folder = tmp_path / "run"
+    tiny_pipeline().save_pretrained(folder)
+    report = sweep_report(scores=("fd",)) | {
+        "model": {"weights": weights_digest(folder)},
+        "rows": [
+            {**p.to_dict(), "gflops_per_image": cost_of(p), "scores": {"fd": score_of(p)}}
+            for p in POINTS
+        ],
+    }
+    report["settings"] |= {"sampler": "FlowMatchUniformEulerScheduler", "size": [8, 8]}
+    (folder / "swept").mkdir()
+    (folder / "swept" / "sweep.json").write_text(json.dumps(report))
+    return folder
+
+
+def change(run: Path, part: str = "", **changes) -> None:
+    file = run / "swept" / "sweep.json"
+    report = json.loads(file.read_text())
+    (report[part] if part else report).update(changes)
+    file.write_text(json.dumps(report))
+
+
+def open_quietly(run: Path) -> ElitPipeline:
+    pipeline = load_pipeline(run)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class Clock:
+    """Goes on by half a second when it is read, and by a millisecond for a latent of an image."""
+
+    def __init__(self, pipeline: ElitPipeline, latent: float = 0.001):
+        self.now, self.latent, self.forwards = 0.0, latent, 0
+        pipeline.transformer.register_forward_pre_hook(self.tick, with_kwargs=True)
+
+    def tick(self, _, args: tuple, kwargs: dict) -> None:
+        self.forwards += 1
+        self.now += self.latent * len(args[0]) * kwargs["num_latents"]
+        if self.forwards in (1, 6, 24):  # the first call is slow; others disturb single runs
+            self.now += 100
+
+    def __call__(self) -> float:
+        self.now += 0.5
+        return self.now
+
+
+@pytest.fixture
+def set_clock(monkeypatch):
+    """Times a pipeline by a Clock of its own."""
+
+    def set_it(pipeline: ElitPipeline, **options) -> Clock:
+        clock = Clock(pipeline, **options)
+        monkeypatch.setattr("elit.choosing.timing.perf_counter", clock)
+        return clock
+
+    return set_it
+
+
+# ---- the choice ----
+
+
+def test_the_best_within_a_cap_is_chosen(run) -> None:
+    pipeline, draw = open_quietly(run), random.Random(0)
+    assert choose(pipeline, max_flops=9e9, num_inference_steps=2).steps == 2
+    for _ in range(20):
+        cap = draw.uniform(min(map(cost_of, POINTS)), 1.2 * max(map(cost_of, POINTS)))
+        point = choose(pipeline, max_flops=np.float32(cap * 1e9))
+        within = [point for point in POINTS if cost_of(point) <= cap]
+        assert point in within
+        assert score_of(point) == min(map(score_of, within))
+
+
+@pytest.mark.parametrize(
+    ("lower_is_better", "score", "best"), [(True, 0, 0.25), (True, -1, 1.0), (False, 1, 1.0)]
+)
+def test_of_equal_scores_the_cheapest_is_chosen(run, lower_is_better, score, best) -> None:
+    rows = [
+        {**OperatingPoint(b, 4).to_dict(), "gflops_per_image": b, "scores": {"fd": score * b}}
+        for b in (0.5, 1.0, 0.25)
+    ]
+    change(run, rows=rows, lower_is_better=lower_is_better)
+    assert choose(open_quietly(run), max_flops=9e9).budget == best
+
+
+def test_what_is_chosen_is_said_and_drawn(run, caplog) -> None:
+    pipeline = open_quietly(run)
+    with caplog.at_level(logging.INFO, "elit"):
+        point = choose(pipeline, max_flops=8e9)
+    assert f"chose {point}: fd {score_of(point):.4g}, the best of 18 points" in caplog.text
+    assert "within 8 GFLOPs an image; it costs 8 GFLOPs" in caplog.text
+    assert point.arguments() == {
+        "budget": 1.0, "num_inference_steps": 2, "guidance": point.make_guidance()
+    }  # fmt: skip
+    images = pipeline([0, 1], **point.arguments(), generator=make_generators(0, 1)).images
+    assert len(images) == 2
+
+
+def test_a_cap_in_milliseconds(run, set_clock) -> None:
+    pipeline = open_quietly(run)
+    clock, draw = set_clock(pipeline), random.Random(0)
+    ms = {p: 250 + p.steps * (16 * p.budget + (p.guidance == "ccfg")) for p in POINTS}
+    for _ in range(10):
+        cap = draw.uniform(min(ms.values()), max(ms.values()))
+        point = choose(pipeline, max_ms=cap, what=2)
+        assert ms[point] <= cap
+        assert score_of(point) == min(score_of(p) for p in POINTS if ms[p] <= cap)
+    both = choose(pipeline, max_flops=9e9, max_ms=1e9, what=[1, 2])
+    assert cost_of(both) <= 9
+    measured = clock.forwards
+    choose(open_quietly(run), max_ms=1e4, what=2)
+    assert clock.forwards == measured > 0  # by the file of times
+    choose(pipeline, max_ms=1e6, what=3)  # another batch
+    assert clock.forwards > measured
+    with pytest.raises(
+        ValueError, match="GFLOPs and 1e-09 ms an image; the cheapest is budget 1/4"
+    ):
+        choose(pipeline, max_flops=9e9, max_ms=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_flops": 1e9}, r"the cheapest is budget 1/4, 2 steps, guidance none, at 3 GFLOPs"),
+        ({}, "needs a cap"),
+        ({"max_ms": 1, "num_inference_steps": 3}, "no point of 3 steps; it has those of 2, 4, 8"),
+        ({"max_flops": -1}, "max_flops=-1 is not allowed"),
+        ({"max_ms": float("nan")}, "max_ms=nan is not allowed"),
+        ({"max_ms": True}, "max_ms=True is not allowed"),
+        ({"max_flops": 10**400}, "max_flops=1000"),
+        ({"max_flops": 9e9, "height": 16}, "measured at 8x8, not at 16x8"),
+        ({"max_flops": 9e9, "sweep": "nowhere.json"}, "there is no nowhere.json; `elit sweep RUN`"),
+    ],
+)
+def test_what_cannot_be_met_is_refused(run, arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose(open_quietly(run), **arguments)
+
+
+def test_longer_texts_than_the_sweep_s_are_not_capped_by_its_flops(tmp_path) -> None:
+    model = create_model("elit-mmdit-tiny/2", 16, in_channels=3)
+    pipeline = ElitTextPipeline(model, make_scheduler("euler"))
+    report = sweep_report()
+    report["model"]["weights"] = None
+    report["settings"]["text_tokens"] = 4
+    (tmp_path / "sweep.json").write_text(json.dumps(report))
+    choose(pipeline, max_flops=1e9, what=["a red disc"], sweep=tmp_path)
+    with pytest.raises(ValueError, match="texts of up to 4 tokens, but these have 6"):
+        choose(pipeline, max_flops=1e9, what=["a large red disc there"], sweep=tmp_path)
+
+
+def test_a_sweep_of_something_else_is_refused(run) -> None:
+    pipeline = open_quietly(run)
+    change(run, "settings", sampler_settings="0123")
+    with pytest.raises(ValueError, match="other settings of the FlowMatchUniformEulerScheduler"):
+        choose(pipeline, max_flops=9e9)
+    pipeline.scheduler = make_scheduler("heun")
+    with pytest.raises(ValueError, match="with FlowMatchUniformEulerScheduler, but"):
+        choose(pipeline, max_flops=9e9)
+    change(run, model={"weights": "0123456789abcdef"})
+    with pytest.raises(ValueError, match="of other weights"):
+        choose(pipeline, max_flops=9e9)
+    change(run, format=99)
+    with pytest.raises(ValueError, match="another version"):
+        read_sweep(run / "swept")
+    (run / "swept" / "sweep.json").unlink()
+    with pytest.raises(ValueError, match=r"run `elit sweep .*, or name its file with sweep="):
+        choose(pipeline, max_flops=9e9)
+
+
+@pytest.mark.parametrize("change", [{"budget": "auto"}, {"max_flops": 1e9}, {"max_ms": 5}])
+def test_a_pipeline_that_is_to_choose_names_the_way(change) -> None:
+    with pytest.raises(ValueError, match=r"elit\.choose does: point = .*point\.arguments\(\)"):
+        tiny_pipeline()([0], **change)
+    with pytest.raises(AttributeError, match=r"elit\.choose does"):
+        tiny_pipeline().choose_operating_point(max_flops=1e9)
+    with pytest.raises(AttributeError, match="has no attribute 'colour'"):
+        _ = tiny_pipeline().colour
+
+
+# ---- times, behind a clock that is no real one ----
+
+
+@pytest.mark.parametrize(
+    ("guidance", "latents"), [(None, 8), (CFG(2.0), 16), (CheapCFG(2.0, 0.25), 12)]
+)
+def test_times_of_runs(set_clock, guidance, latents: int) -> None:
+    """What is read is half a second a run, for a batch of two, and its calls."""
+    pipeline = tiny_pipeline()
+    set_clock(pipeline)
+    times = CallTimes(pipeline, [0, 1], keep=False)
+    runs = [pipeline.calls(0.5, n, guidance) for n in (1, 4, 40)]
+    assert times.ms_of_runs(runs) == pytest.approx([250 + n * latents for n in (1, 4, 40)])
+    assert times.decode_ms_per_image() == pytest.approx(250)
+
+
+def test_a_longer_run_that_took_less_is_no_gain(set_clock) -> None:
+    pipeline = tiny_pipeline()
+    set_clock(pipeline, latent=-0.001)
+    times = CallTimes(pipeline, [0], keep=False)
+    assert times.ms_of_runs([pipeline.calls(1.0, n) for n in (1, 40)]) == pytest.approx([500, 500])
+
+
+def test_times_of_one_setting_are_not_those_of_another() -> None:
+    pipeline, files = tiny_pipeline(), []
+
+    def note(**options) -> None:
+        files.append(CallTimes(pipeline, **({"what": [0, 1]} | options)).file)
+
+    note()
+    note(what=[2, 0])
+    assert files.pop() == files[0]  # whatever is drawn
+    note(what=[0])
+    note(size=(None, 4, 4))
+    pipeline.transformer.to(torch.bfloat16)
+    note()
+    pipeline.transformer.blocks[0].compile()
+    note()
+    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    note()
+    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    note()
+    assert len(set(files)) == 7
+    pipeline.transformer.enable_cache(diffusers.FirstBlockCacheConfig(0.1))
+    with pytest.raises(ValueError, match="without a step cache"):
+        note()
+
+
+def test_on_the_command_line(run, capsys) -> None:
+    words = ["sample", str(run), "--labels", "1", "--budget", "auto", "--device", "cpu", "--json"]
+    assert main([*words, "--max-gflops", "8"]) == 0
+    captured = capsys.readouterr()
+    settings = json.loads(captured.out)["settings"]
+    assert settings["steps"] * GFLOPS[settings["budget"][0]] <= 8
+    assert "chose budget" in captured.err
+    moved = (run / "swept" / "sweep.json").rename(run / "moved.json")
+    assert main([*words, "--max-gflops", "8", "--sweep", str(moved)]) == 0
+    for more, message in (
+        ("--max-gflops 8", f"there is no {run}/swept/sweep.json; run `elit sweep {run}`, or name"),
+        ("", "needs a cap; add --max-gflops or --max-ms"),
+        ("--max-gflops 8 --guidance cfg", "leave --guidance out"),
+        ("--max-gflops 0", "--max-gflops 0 is not allowed"),
+        ("--max-ms 8 --budget 1", "no effect without --budget auto"),
+    ):
+        assert main([*words, *more.split()]) == 2
+        assert message in capsys.readouterr().err
