@@ -2,10 +2,7 @@
 
 import hashlib
 import io
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +77,3 @@ def contents(folder: Path) -> dict[str, str]:
         content = re.sub(rb'"seen": .*', b"", path.read_bytes() if path.is_file() else b"")
         found[path.name] = hashlib.sha256(content).hexdigest()
     return found
-
-
-def command(source: Path, out: Path, cache: Path, *flags: str, **variables: str) -> Any:
-    """`elit prepare` in a process of its own."""
-    environment = {name: value for name, value in os.environ.items() if "SLURM" not in name}
-    return subprocess.Popen(
-        [sys.executable, "-m", "elit", "prepare", str(source), str(out), "--pixels",
-         "--resolution", "16", "--workers", "0", *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment | {"HF_DATASETS_CACHE": str(cache)} | variables,
-    )  # fmt: skip

@@ -14,7 +14,6 @@ from official_files import file as file  # fixtures
 from official_files import folder as folder
 from official_files import state as state
 from official_files import vae as vae
-from torch import Tensor
 
 from elit import ElitPipeline, _files, from_official_checkpoint, load_pipeline
 from elit.cli.main import main
@@ -215,28 +214,3 @@ def test_commands_work_from_a_converted_folder(folder, tmp_path, capsys) -> None
     drawn = run_json(capsys, "sample", folder, *words, "--out", tmp_path / "drawn")
     assert [row["num_latents"] for row in drawn["rows"]] == [16, 4]
     assert all(Path(name).exists() for row in drawn["rows"] for name in row["files"])
-
-
-def test_eval_from_a_converted_folder(folder, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setenv("ELIT_CACHE", str(tmp_path / "cache"))
-
-    class Mean(torch.nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
-
-    network = tmp_path / "mean.pt"
-    torch.jit.script(Mean()).save(str(network))
-    from PIL import Image
-
-    (tmp_path / "real").mkdir()
-    for i in range(16):
-        Image.effect_noise((32, 32), 40 + i).convert("RGB").save(tmp_path / "real" / f"{i}.png")
-    report = run_json(
-        capsys, "eval", folder, "--reference", tmp_path / "real", "--network", network,
-        "--samples", 16, "--steps", 1, "--batch-size", 8, "--budget", 0.25, "--device", "cpu",
-        "--out", tmp_path / "scores",
-    )  # fmt: skip
-    (row,) = report["rows"]
-    assert row["budget"] == 0.25
-    assert report["model"]["class"] == "SiT"
-    assert row["scores"]

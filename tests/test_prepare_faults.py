@@ -8,7 +8,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import tarfile
 import threading
 import time
@@ -378,30 +377,6 @@ def test_a_full_disk(source, tmp_path, whole) -> None:
     assert contents(out) == before
     assert run(source, out, part_size=PART).done == PART
     assert contents(out) == whole
-
-
-def test_a_disk_that_is_really_full(source, tmp_path, whole, capsys) -> None:
-    out = tmp_path / "disk"
-    out.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(out)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    try:
-        words = ["prepare", str(source), str(out), "--pixels", "--resolution", "16",
-                 "--part-size", str(PART), "--workers", "0"]  # fmt: skip
-        assert main(words) == 2
-        assert "no space left on device; make room, then run the same" in capsys.readouterr().err
-        kept = {path.name for path in out.iterdir()}
-        assert "train-00000.json" in kept
-        assert not any(name.startswith(".") for name in kept)
-        assert {n: s for n, s in contents(out).items() if n != "manifest.json"}.items() <= (
-            whole.items()
-        )
-        subprocess.run(["mount", "-o", "remount,size=1m", str(out)], check=True)
-        assert main(words) == 0
-        assert contents(out) == whole
-    finally:
-        subprocess.run(["umount", str(out)], check=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
