@@ -138,10 +138,7 @@ def test_training_and_times_that_differ_are_told(compare, tmp_path) -> None:
         ("elit empty", r"there is no empty/swept/sweep.json; `elit sweep empty` measures"),
         ("elit torn.json", "torn.json is not JSON .* run `elit sweep` again"),
         ("elit list.json", r"list.json holds \[1\] instead of a JSON object; run `elit sweep`"),
-        (
-            "elit dit --out page.txt",
-            "--out page.txt is not a page; give a name that .*html",
-        ),
+        ("elit dit --out page.txt", "--out page.txt is not a page; give a name that .*html"),
         ("elit dit --out torn.json/x.html", "cannot write into torn.json: .*--out"),
         ("elit few.json", r"differ in samples \(1000 and 100\); run `elit sweep` on both"),
     ],

@@ -259,8 +259,7 @@ def test_the_cost_is_that_of_the_forwards_that_run(sampler, point, costs, counte
     pipeline, seen = costs.pipeline, []
     pipeline.scheduler = make_scheduler(sampler)
     hook = pipeline.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append((kwargs["num_latents"], len(args[0]))),
-        with_kwargs=True,
+        lambda _, args, kwargs: seen.append((kwargs["num_latents"], len(args[0]))), with_kwargs=True
     )
     pipeline(
         [0, 1], budget=point.budget, num_inference_steps=point.steps,

@@ -17,12 +17,7 @@ from torch import Tensor
 
 from elit import ElitPipeline, ElitTextPipeline, create_model, elasticize, make_scheduler
 from elit.cli.main import main
-from elit.inspection.correlation import (
-    correlate,
-    correlation_matrix,
-    derangements,
-    position_share,
-)
+from elit.inspection.correlation import correlate, correlation_matrix, derangements, position_share
 from elit.inspection.inspector import (
     Inspector,
     Subject,

@@ -17,12 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from elit.evaluation import frechet, scores
 from elit.evaluation.frechet import Moments, bias_warning, frechet_distance, needed_samples
-from elit.evaluation.scores import (
-    clip_score,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from elit.evaluation.scores import clip_score, inception_score, kernel_distance, precision_recall
 
 F64 = torch.float64
 

@@ -37,10 +37,7 @@ class FashionMNIST(ImageDataset):
     aligned = True
 
     def __init__(
-        self,
-        split: str = "train",
-        path: str | os.PathLike | None = None,
-        count: int | None = None,
+        self, split: str = "train", path: str | os.PathLike | None = None, count: int | None = None
     ) -> None:
         """Read the files of one split.
 

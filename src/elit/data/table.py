@@ -18,13 +18,7 @@ class Table:
     Sample u of those not held out, counted over the whole split, stands at u + u // (k - 1).
     """
 
-    def __init__(
-        self,
-        shards: list[Shard],
-        whole: list[bool],
-        hold_out: int | None,
-        split: str,
-    ):
+    def __init__(self, shards: list[Shard], whole: list[bool], hold_out: int | None, split: str):
         self.hold_out, self.is_held = hold_out, split == "validation"
         counts = np.array([shard.count for shard in shards], dtype=np.int64)
         first = counts.cumsum() - counts  # damaged ones count: what is held out stays the same

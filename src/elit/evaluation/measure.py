@@ -11,12 +11,7 @@ from tqdm import tqdm
 from elit.evaluation.frechet import Moments, bias_warning, frechet_distance
 from elit.evaluation.parts import Parts
 from elit.evaluation.reference import Reference, Statistics, evenly
-from elit.evaluation.scores import (
-    clip_score,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from elit.evaluation.scores import clip_score, inception_score, kernel_distance, precision_recall
 from elit.networks.feature_network import FeatureNetwork
 
 logger = logging.getLogger(__name__)

@@ -7,12 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elit.inspection.correlation import (
-    controlled,
-    correlate,
-    correlation_matrix,
-    position_share,
-)
+from elit.inspection.correlation import controlled, correlate, correlation_matrix, position_share
 from elit.inspection.inspector import Maps, Worth
 from elit.inspection.left_out import PARTS, latent_spread
 

@@ -43,9 +43,7 @@ class ConversionSettings:
 
 
 def convert_official(
-    file: str | os.PathLike,
-    out: str | os.PathLike,
-    settings: ConversionSettings | None = None,
+    file: str | os.PathLike, out: str | os.PathLike, settings: ConversionSettings | None = None
 ) -> dict[str, Any]:
     """Convert a public checkpoint, and give what is known of it as plain types.
 

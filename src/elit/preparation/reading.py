@@ -172,10 +172,7 @@ def default_workers(local_processes: int = 1) -> int:
 
 
 def read(
-    splits: dict[str, Rows],
-    sizes: Sizes,
-    parts: Sequence[tuple[str, range]],
-    workers: int,
+    splits: dict[str, Rows], sizes: Sizes, parts: Sequence[tuple[str, range]], workers: int
 ) -> Iterator[tuple[int, Chunk]]:
     """Chunks of parts in their order, each with the number of its part in `parts`."""
     at_once = max(1, min(64, _CHUNK_BYTES // sizes.pixels))
