@@ -1,4 +1,4 @@
-"""Folders of idx files, as MNIST and its successors come: pictures and labels in bytes."""
+"""Folders of idx files, as MNIST and its successors come; numpy and Pillow read none."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from elit.data.buckets import Array
 
 IMAGES, LABELS = "{}-images-idx3-ubyte", "{}-labels-idx1-ubyte"
 PREFIXES = {"train": "train", "validation": "t10k"}  # of a split's files

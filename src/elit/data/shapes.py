@@ -17,8 +17,8 @@ import torch
 from elit._choices import check_choice
 from elit._numbers import is_whole
 from elit.data import SPLITS, ImageDataset
+from elit.data.buckets import Array
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Field = Callable[[Array, Array], Array]
 
 MIN_SIZE = 8  # below, a star is a disc
