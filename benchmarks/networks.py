@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from elit._devices import pick_device
-from elit.evaluation import inception
-from elit.evaluation.networks import FeatureNetwork, load_network
+from elit.networks import inception
+from elit.networks.feature_network import FeatureNetwork, load_network
 
 
 class _Bare(nn.Module):

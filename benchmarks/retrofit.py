@@ -21,8 +21,8 @@ from elit import CheapCFG, ElitPipeline, elasticize
 from elit.cli.common import format_table
 from elit.cli.config import load_config, read_yaml
 from elit.data import load_dataset
-from elit.evaluation.classifier import fit_classifier
 from elit.interface.budget import format_budget
+from elit.networks.classifier import fit_classifier
 from elit.training.build import build_parts
 from elit.training.config import TrainConfig
 from elit.training.distributed import World

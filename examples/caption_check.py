@@ -13,7 +13,7 @@ import torch
 from elit import CheapCFG, ElitTextPipeline
 from elit.data import load_dataset
 from elit.data.captioned_shapes import PAINTS
-from elit.evaluation.classifier import fit_classifier
+from elit.networks.classifier import fit_classifier
 
 
 def paint_of(images: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,10 @@ must agree with.
 import itertools
 import math
 import zlib
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -235,3 +238,9 @@ class ReferenceDiT:
             inside = velocity[(..., *patch)]
             velocity[(..., *patch)] = out[:, i].reshape(inside.shape)
         return velocity
+
+
+def refuses(message: str, call: Callable[..., Any], /, *args: Any, **options: Any) -> None:
+    """Check that a call is a user's mistake, by what it says."""
+    with pytest.raises(ValueError, match=message):
+        call(*args, **options)

@@ -21,15 +21,15 @@ FILES = sorted(SRC.rglob("*.py"))
 # Lowest first. A room imports from its own room and from the tiers below, never sideways or up.
 TIERS = [
     {"layers", "data"},
-    {"interface"},
+    {"interface", "networks"},
     {"caching"},  # a model can have a step cache on
     {"models", "flow"},
     {"retrofit"},
     {"cost"},
     {"pipelines"},
-    {"choosing", "preparation"},
-    {"evaluation", "interop", "viz"},
-    {"training"},  # above evaluation and viz: it draws sample sheets and scores them as it goes
+    {"choosing", "preparation", "viz"},
+    {"evaluation", "inspection", "interop"},
+    {"training"},  # above them all: it draws sample sheets and scores them as it goes
     {"reproduce"},  # trains and measures many models, and draws what came of it
     {"cli"},
 ]

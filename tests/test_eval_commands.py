@@ -42,7 +42,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_the_lists_of_the_flags_are_the_library_s() -> None:
-    from elit.evaluation.networks import NETWORKS
+    from elit.networks.feature_network import NETWORKS
 
     assert evaluating.NETWORKS == NETWORKS
 

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import refuses
 
 from elit import _listing
 from elit._files import cache_advice, sha256_of, typed_path
@@ -43,8 +44,7 @@ def test_a_name_with_a_dollar_that_is_there_is_that(home) -> None:
     ],
 )
 def test_paths_that_mean_nothing_are_refused(home, path, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        typed_path(path)
+    refuses(message, typed_path, path)
 
 
 def test_linked_folders_are_read_and_hidden_ones_are_not(tmp_path) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from elit._hub import hub_reason, not_fetched
-from elit.evaluation.weights import _from_hub
+from elit.networks.weights import _from_hub
 from elit.pipelines.load import load_pipeline
 from elit.pipelines.text_encoder import encoder_settings
 from elit.preparation.autoencoder import _hub_config, load_vae

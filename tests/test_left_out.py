@@ -11,9 +11,14 @@ from torch import Tensor, nn
 
 from elit import create_model, elasticize
 from elit.data import load_dataset
-from elit.evaluation.latent_spread import latent_moments, latent_spread
-from elit.evaluation.left_out import has_original_core, leave_out, watch_latents
 from elit.flow.objective import flow_matching_loss
+from elit.inspection.left_out import (
+    has_original_core,
+    latent_moments,
+    latent_spread,
+    leave_out,
+    watch_latents,
+)
 from elit.models.dit import DiT
 from elit.training.health import InterfaceWatch
 from elit.training.probe import watch_interface

@@ -10,15 +10,16 @@ import zipfile
 
 import pytest
 import torch
+from helpers import refuses
 from official_files import GOLDEN, TINY, elastic_state, public_file
 from official_files import file as file  # fixtures
 from official_files import state as state
 from sit_reference import READ, make_state
 
 from elit import from_official_checkpoint
+from elit._pickles import check_bytes, read_pickle
 from elit._wrappers import without_wrapping
 from elit.interop.convert import ConversionSettings, convert_official
-from elit.interop.pickles import check_bytes, read_pickle
 from elit.models.sit import SiT
 
 # ---- what a file means ----
@@ -54,7 +55,7 @@ def test_settings_come_from_the_tensors(tmp_path) -> None:
 
 @pytest.mark.parametrize(("width", "heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16)], ids=str)
 def test_heads_are_those_of_the_public_size(width: int, heads: int) -> None:
-    from elit.interop.official_format import Unknowns, settings_of
+    from elit.interop.official import Unknowns, settings_of
 
     meta = make_state(width=16, depth=1, group=None, heads=1)
     state = {}
@@ -138,16 +139,14 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, state, place, 
 def test_no_function_of_python_is_called(tmp_path, function) -> None:
     file = tmp_path / "evil.pt"
     torch.save({"ema": {}, "args": Call(function, "1")}, file)
-    with pytest.raises(ValueError, match=rf"wants {function.__name__} called to be read"):
-        from_official_checkpoint(file)
+    refuses(rf"wants {function.__name__} called to be read", from_official_checkpoint, file)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
 def test_a_truncated_file(tmp_path, file, share) -> None:
     cut = tmp_path / "cut.pt"
     cut.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-    with pytest.raises(ValueError, match=r"cut.pt cannot be read \(.*cut off, damaged"):
-        from_official_checkpoint(cut, **TINY)
+    refuses(r"cut.pt cannot be read \(.*cut off, damaged", from_official_checkpoint, cut, **TINY)
 
 
 def test_what_is_no_checkpoint(tmp_path) -> None:
@@ -157,12 +156,10 @@ def test_what_is_no_checkpoint(tmp_path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"\x08")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({"ema": 1}))
     for name in ("text.pt", "zip.pt", "cut.safetensors", "plain.pt"):
-        with pytest.raises(ValueError, match=re.escape(f"{name} ")):
-            from_official_checkpoint(tmp_path / name)
+        refuses(re.escape(f"{name} "), from_official_checkpoint, tmp_path / name)
     with pytest.raises(ValueError, match=r"there is no file .*none.pt; give a checkpoint's file"):
         from_official_checkpoint(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match=r"is a folder; give a checkpoint's file"):
-        from_official_checkpoint(tmp_path)
+    refuses(r"is a folder; give a checkpoint's file", from_official_checkpoint, tmp_path)
     for content, message in (
         ([1], r"holds a list, not a checkpoint"),
         ({"epoch": 3}, r"has no 'ema': it holds epoch; it is no checkpoint of a DiT or SiT"),
@@ -171,8 +168,7 @@ def test_what_is_no_checkpoint(tmp_path) -> None:
         ({"ema": {"x": torch.ones(1)}}, r"it has no pos_embed, .* it is another model"),
     ):
         torch.save(content, tmp_path / "x.pt")
-        with pytest.raises(ValueError, match=message):
-            from_official_checkpoint(tmp_path / "x.pt")
+        refuses(message, from_official_checkpoint, tmp_path / "x.pt")
 
 
 def without(state: dict, *names: str) -> dict:
@@ -221,8 +217,7 @@ ATTENTION = f"{READ}fit_layer.latents_attend_to_patches.0"
 )  # fmt: skip
 def test_keys_that_do_not_fit_are_named(tmp_path, state, change, message) -> None:
     file = public_file(tmp_path / "x.pt", change(state))
-    with pytest.raises(ValueError, match=rf"x.pt cannot be converted: .*{message}"):
-        from_official_checkpoint(file, **TINY)
+    refuses(rf"x.pt cannot be converted: .*{message}", from_official_checkpoint, file, **TINY)
 
 
 def test_a_wrong_encoder_depth(tmp_path, file, state) -> None:
@@ -315,21 +310,18 @@ def test_any_damage_is_a_value_error(tmp_path, state, legacy) -> None:
         for _ in range(3):
             changed[generator.randrange(len(whole))] = generator.randrange(256)
         (tmp_path / "x.pt").write_bytes(changed)
-        with pytest.raises(ValueError, match=r"x\.pt"):
-            from_official_checkpoint(tmp_path / "x.pt", **TINY)
+        refuses(r"x\.pt", from_official_checkpoint, tmp_path / "x.pt", **TINY)
 
 
 @pytest.mark.parametrize("key", [0, None, (1, 2), b"pos_embed"], ids=str)
 def test_keys_are_names(tmp_path, key) -> None:
     torch.save({"ema": {key: torch.ones(1)}}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"not by name"):
-        from_official_checkpoint(tmp_path / "x.pt")
+    refuses(r"not by name", from_official_checkpoint, tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("path", [None, 5, b"x.pt", "~nobody-of-this-name/x.pt"], ids=str)
 def test_what_is_no_path(path) -> None:
-    with pytest.raises(ValueError, match=r"is no path|there is no such user"):
-        from_official_checkpoint(path)
+    refuses(r"is no path|there is no such user", from_official_checkpoint, path)
 
 
 # ---- files that are a little different ----

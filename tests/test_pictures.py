@@ -11,8 +11,7 @@ from PIL import Image, ImageCms
 from prepare_sources import class_folder, run, shard
 
 from elit.evaluation.images import open_images
-from elit.preparation.clips import read_clips
-from elit.preparation.images import LONGEST, fit, read_image
+from elit.preparation.images import LONGEST, fit, read_clips, read_image
 
 # Colours of red, green and blue in XYZ, adapted to D50, of the standards
 SRGB = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410))

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from prepare_sources import class_folder, command, contents, picture, run, shard, tiny_vae
+from helpers import refuses
+from prepare_sources import class_folder, contents, picture, run, shard, tiny_vae
 
 from elit._files import remove_leftovers, write_file, write_json
 from elit.cli.main import main
@@ -61,20 +62,6 @@ def test_processes_share_the_work_without_talking(source, tmp_path, monkeypatch)
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
     assert done[-1].std == pytest.approx(run(source, tmp_path / "one", tmp_path / "vae",
                                              part_size=PART, flips=True).std)  # fmt: skip
-
-
-@pytest.mark.slow
-def test_two_processes_at_once(source, tmp_path, whole) -> None:
-    out, cache = tmp_path / "two", tmp_path / "cache"
-    both = [
-        command(source, out, cache, "--part-size", str(PART), RANK=str(rank), WORLD_SIZE="2")
-        for rank in range(2)
-    ]
-    for process in both:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        assert "prepare" in err
-    assert contents(out) == whole
 
 
 def test_processes_that_start_at_one_moment(source, tmp_path, whole) -> None:
@@ -199,7 +186,7 @@ def test_leftovers_go_where_nobody_writes_them(tmp_path) -> None:
 
 
 def test_slurm_counts_only_within_a_step(monkeypatch) -> None:
-    from elit.preparation.process import this_process
+    from elit._process import this_process
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")
@@ -214,15 +201,12 @@ def test_slurm_counts_only_within_a_step(monkeypatch) -> None:
         monkeypatch.setenv("SLURM_NODEID", node)
         assert this_process().local_world == wanted
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "four")
-    with pytest.raises(ValueError, match="SLURM_STEP_TASKS_PER_NODE is 'four'"):
-        this_process()
+    refuses("SLURM_STEP_TASKS_PER_NODE is 'four'", this_process)
     monkeypatch.setenv("WORLD_SIZE", "two")
-    with pytest.raises(ValueError, match="WORLD_SIZE is 'two'"):
-        this_process()
+    refuses("WORLD_SIZE is 'two'", this_process)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "2")
-    with pytest.raises(ValueError, match="RANK=2 of WORLD_SIZE=2"):
-        this_process()
+    refuses("RANK=2 of WORLD_SIZE=2", this_process)
 
 
 def test_what_is_there_is_not_made_again(source, tmp_path, whole) -> None:
@@ -280,11 +264,9 @@ def test_other_settings_are_refused(source, tmp_path) -> None:
     ]
     for changes, message in cases:
         settings = {"vae": tmp_path / "vae", "part_size": PART} | changes
-        with pytest.raises(ValueError, match=f"was begun with {message}"):
-            run(source, out, **settings)
+        refuses(f"was begun with {message}", run, source, out, **settings)
     class_folder(tmp_path / "more", COUNT + 1, broken=(3,))
-    with pytest.raises(ValueError, match=r"source\.splits\.train"):
-        run(tmp_path / "more", out, tmp_path / "vae", part_size=PART)
+    refuses(r"source\.splits\.train", run, tmp_path / "more", out, tmp_path / "vae", part_size=PART)
     # The same files elsewhere are the same
     run(class_folder(tmp_path / "same", COUNT, broken=(3,)), out, tmp_path / "moved",
         part_size=PART)  # fmt: skip
@@ -348,8 +330,7 @@ def test_files_of_many_pictures_replaced_in_place(kind, tmp_path) -> None:
     run(path, tmp_path / "two")
     found = shard(tmp_path / "two")["images"].movedim(1, -1).numpy()
     assert np.array_equal(found[0], fit(picture(5), (16, 16)))  # nothing of before was kept
-    with pytest.raises(ValueError, match="of train is another picture than the one"):
-        run(path, tmp_path / "one")
+    refuses("of train is another picture than the one", run, path, tmp_path / "one")
 
 
 def test_a_folder_of_an_older_elit_is_trained_on_and_not_gone_on_with(source, tmp_path) -> None:
@@ -374,10 +355,8 @@ def bmp(seed: int) -> bytes:
 def test_a_folder_with_other_things_is_left_alone(source, tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match=r"holds other things, such as thesis\.tex"):
-        run(source, tmp_path / "out")
-    with pytest.raises(ValueError, match="is the source and the folder to write"):
-        run(source, source)
+    refuses(r"holds other things, such as thesis\.tex", run, source, tmp_path / "out")
+    refuses("is the source and the folder to write", run, source, source)
 
 
 def test_a_full_disk(source, tmp_path, whole) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import refuses
 from prepare_sources import picture, png, run, shard
 
 from elit.data.manifest import read_manifest
@@ -301,8 +302,7 @@ def test_layout(name, tmp_path, caplog) -> None:
     (tmp_path / "set1").mkdir()  # which the pattern set[12] fits
     (tmp_path / "set1" / "other.png").write_bytes(png(99))
     if isinstance(expected, str):
-        with pytest.raises(ValueError, match=expected):
-            run(source, out)
+        refuses(expected, run, source, out)
         assert not out.exists()
         return
     with caplog.at_level("INFO", "elit"):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import refuses
 from prepare_sources import class_folder, tiny_vae
 from prepare_sources import run as prepare
 from prepared_data import write_prepared
@@ -247,8 +248,7 @@ def test_a_damaged_shard_is_named_or_left_out(
     write_prepared(tmp_path)
     message = damage(tmp_path / "train-00001-32x32.safetensors", how)
     options = {"path": tmp_path, "verify": how == "checksum"}
-    with pytest.raises(ValueError, match=f"train-00001-32x32.*{message}.*damaged=skip"):
-        load_dataset("prepared", **options)
+    refuses(f"train-00001-32x32.*{message}.*damaged=skip", load_dataset, "prepared", **options)
     with caplog.at_level(logging.WARNING):
         dataset = load_dataset("prepared", **options, damaged="skip")
     assert "left out with its 30 samples" in caplog.text
@@ -263,8 +263,7 @@ def test_numbers_that_are_not_finite(tmp_path: Path, caplog: pytest.LogCaptureFi
     save_file({name: x.clone() for name, x in tensors.items()}, path)
     dataset = load_dataset("prepared", path=tmp_path)
     dataset.batch(range(14))
-    with pytest.raises(ValueError, match=r"train-00001.*not finite in row 4; .*--dtype fp32"):
-        dataset.batch(range(20))
+    refuses(r"train-00001.*not finite in row 4; .*--dtype fp32", dataset.batch, range(20))
     skipping = load_dataset("prepared", path=tmp_path, damaged="skip")
     for _ in range(2):
         assert rows_of(skipping.batch([13, 14, 15, 16])) == [13, 16, 16, 16]
@@ -289,8 +288,7 @@ def test_options_that_are_wrong(
     write_prepared(tmp_path / "good", (2, 2))
     write_prepared(tmp_path / "pixels", (2, 2), kind="images")
     write_prepared(tmp_path / "one", (1,))
-    with pytest.raises(ValueError, match=message):
-        load_dataset("prepared", **{"path": "good", **options})
+    refuses(message, load_dataset, "prepared", **{"path": "good", **options})
 
 
 # ---- runs ----
@@ -356,8 +354,7 @@ def test_the_autoencoder_is_the_one_that_encoded(
     assert caplog.text.count("the saved pipeline has no autoencoder") == 1
     assert load_pipeline(tmp_path / "out").vae is None
     missing.train.sample_every = 1
-    with pytest.raises(ValueError, match=r"data.options.vae, or set train.sample_every=0"):
-        train(missing, progress=False)
+    refuses(r"data.options.vae, or set train.sample_every=0", train, missing, progress=False)
     missing.data.options["vae"] = str(vae[0])
     with pytest.raises(ValueError, match=f"SHA-256 {vae[1].sha256}, the data was .* of {'0' * 64}"):
         train(missing, progress=False)
@@ -403,18 +400,15 @@ def test_texts(encoder: str, vae: Any, tmp_path: Path) -> None:
     if encoder == "prepared":
         assert (model.config.text_dim, model.config.max_text_length) == (12, 5)
         config.text.max_length = 3
-        with pytest.raises(ValueError, match=r"text.max_length=3 has no effect"):
-            train(config, progress=False)
+        refuses(r"text.max_length=3 has no effect", train, config, progress=False)
 
 
 def test_what_a_data_set_lacks(tmp_path: Path) -> None:
     write_prepared(tmp_path / "data", classes=())
     config = config_of(tmp_path / "out", tmp_path / "data")
-    with pytest.raises(ValueError, match="draws classes, but the data set 'prepared' has none"):
-        train(config, progress=False)
+    refuses("draws classes, but the data set 'prepared' has none", train, config, progress=False)
     config.model.preset, config.text = "elit-mmdit-tiny/2", TextConfig(encoder="prepared")
-    with pytest.raises(ValueError, match="the data set has none; run `elit prepare` with"):
-        train(config, progress=False)
+    refuses("the data set has none; run `elit prepare` with", train, config, progress=False)
 
 
 def test_a_foreign_transformer_is_fine_tuned(tmp_path: Path) -> None:
@@ -435,8 +429,7 @@ def test_a_foreign_transformer_is_fine_tuned(tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     write_prepared(bare, sizes=((64, 64),))
     config.data.options, config.output_dir = {"path": str(bare)}, str(tmp_path / "out2")
-    with pytest.raises(ValueError, match="or prepared with encoded texts"):
-        train(config, progress=False)
+    refuses("or prepared with encoded texts", train, config, progress=False)
 
 
 def test_a_base_on_the_hub_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,8 +442,7 @@ def test_a_base_on_the_hub_is_fetched(tmp_path: Path, monkeypatch: pytest.Monkey
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0123")
     assert type(load_base("some/sd3")) is type(make("sd3"))
-    with pytest.raises(ValueError, match="neither a folder nor can it be fetched"):
-        fetch_base("nobody/has-this-model")
+    refuses("neither a folder nor can it be fetched", fetch_base, "nobody/has-this-model")
 
 
 def test_what_prepare_writes_is_trained_on(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from helpers import refuses
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -97,26 +97,6 @@ class TestMoments:
         expected = np.cov(features.T.numpy()).reshape(width, width)
         np.testing.assert_allclose(moments.covariance, expected, rtol=1e-11, atol=1e-13)
 
-    @given(st.lists(st.integers(0, 30), min_size=1, max_size=5), st.randoms())
-    def test_processes_in_any_order_give_the_same(self, sizes, random):
-        features = normal(sum(sizes) + 2, 5) + 3
-        parts = [moments_of(part) for part in features.split([*sizes, 2])]
-        random.shuffle(parts)
-        merged = Moments()
-        for part in parts:
-            merged.merge(part)
-        whole = moments_of(features)
-        assert merged.count == whole.count
-        torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-12, atol=1e-13)
-        torch.testing.assert_close(merged.covariance, whole.covariance, rtol=1e-11, atol=1e-13)
-
-    def test_a_merge_leaves_the_other_as_it_was(self):
-        other, merged = moments_of(normal(4, 3)), Moments()
-        before = other.state()
-        merged.merge(other)
-        merged.update(normal(9, 3, seed=1))
-        assert all(torch.equal(before[key], value) for key, value in other.state().items())
-
     @pytest.mark.parametrize("offset", [1e6, -1e8])
     def test_a_big_offset_costs_no_digits_of_the_covariance(self, offset):
         features = normal(5000, 6)
@@ -124,9 +104,6 @@ class TestMoments:
         exact = torch.from_numpy(np.cov((shifted - offset).T.numpy()))  # the shift rounds, once
         found = moments_of(*shifted.split(37))
         assert (found.covariance - exact).abs().max() < 1e-15 * abs(offset)
-        halves = moments_of(*shifted[:2000].split(37))
-        halves.merge(moments_of(*shifted[2000:].split(700)))
-        assert (halves.covariance - exact).abs().max() < 1e-15 * abs(offset)
 
     def test_more_rows_than_are_widened_at_once(self):
         features = normal(2500, 4)
@@ -140,35 +117,14 @@ class TestMoments:
         assert torch.equal(moments_of(features).covariance, wide.covariance)
         assert wide.covariance.dtype == F64
 
-    def test_a_state_goes_through_a_file_and_on(self, tmp_path):
-        features = normal(50, 4)
-        half = moments_of(features[:20])
-        save_file(half.state(), tmp_path / "half.safetensors")
-        resumed = Moments.from_state(load_file(tmp_path / "half.safetensors"))
-        resumed.update(features[20:])
-        straight = moments_of(features[:20], features[20:])
-        assert torch.equal(resumed.mean, straight.mean)
-        assert torch.equal(resumed.covariance, straight.covariance)
-        assert resumed.count == 50
-
-    @pytest.mark.parametrize("width", [None, 4])
-    def test_an_empty_state_can_be_resumed_too(self, width):
-        resumed = Moments.from_state(Moments(width).state())
-        assert resumed.width == width
-        resumed.update(normal(3, 4))
-        assert torch.equal(resumed.covariance, moments_of(normal(3, 4)).covariance)
-
-    def test_features_stay_as_they_are(self):
-        features = normal(5, 3)
-        moments_of(features)
-        assert torch.equal(features, normal(5, 3))
-
-    def test_the_state_is_a_copy(self):
-        moments = moments_of(normal(3, 2))
-        for value in (moments.mean, moments.covariance, *moments.state().values()):
+    def test_what_they_tell_is_a_copy(self):
+        features = normal(3, 2)
+        moments = moments_of(features)
+        for value in (moments.mean, moments.covariance):
             value.zero_()
-        assert torch.equal(moments.covariance, moments_of(normal(3, 2)).covariance)
-        assert torch.equal(moments.mean, moments_of(normal(3, 2)).mean)
+        assert torch.equal(features, normal(3, 2))  # nor are these changed
+        assert torch.equal(moments.covariance, moments_of(features).covariance)
+        assert torch.equal(moments.mean, moments_of(features).mean)
 
     def test_features_with_a_gradient_leave_no_graph(self):
         features = normal(3, 2).requires_grad_()
@@ -176,7 +132,7 @@ class TestMoments:
 
     def test_none_and_one_sample_have_no_covariance(self):
         with pytest.raises(ValueError, match="the mean of no samples: update"):
-            _ = Moments(3).mean
+            _ = Moments().mean
         for count in (0, 1):
             with pytest.raises(ValueError, match=f"at least 2 samples and there are {count}: "):
                 _ = moments_of(normal(count, 3)).covariance
@@ -197,45 +153,16 @@ class TestMoments:
         ],
     )
     def test_what_is_no_feature_is_refused(self, features, message):
-        with pytest.raises(ValueError, match=message):
-            Moments(4).update(features)
+        refuses(message, lambda: moments_of(normal(2, 4)).update(features))
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("row", [0, 1500])
     def test_a_diverged_sample_is_named_and_nothing_is_taken_in(self, value, row):
         features = normal(1600, 3)
         moments = moments_of(features)
-        before = moments.state()
         features[row:, 1] = value
-        with pytest.raises(ValueError, match=f"NaN or infinity, first in row {row}: the model"):
-            moments.update(features)
-        assert all(torch.equal(before[key], value) for key, value in moments.state().items())
-
-    def test_moments_of_another_network_are_refused(self):
-        with pytest.raises(ValueError, match="width 2 beside ones of width 3: merge statistics of"):
-            moments_of(normal(3, 3)).merge(moments_of(normal(3, 2)))
-
-    @pytest.mark.parametrize("width", [0, -1, 2.5, True])
-    def test_a_wrong_width_is_refused(self, width):
-        with pytest.raises(ValueError, match="use a whole number from 1 up, or leave it out"):
-            Moments(width)
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"count": None}, "a state of mean, scatter: count, mean and scatter are needed"),
-            ({"other": torch.ones(1)}, "take what Moments.state"),
-            ({"mean": torch.ones(2)}, r"\(d, d\) are needed"),
-            ({"scatter": torch.ones(3)}, r"scatter \(3,\)"),
-            ({"count": torch.tensor(-1)}, "the count from 0 up"),
-            ({"mean": torch.full((3,), math.nan)}, "with NaN or infinity"),
-        ],
-    )
-    def test_a_broken_state_is_refused(self, change, message):
-        state = moments_of(normal(5, 3)).state() | change
-        state = {key: value for key, value in state.items() if value is not None}
-        with pytest.raises(ValueError, match=message):
-            Moments.from_state(state)
+        refuses(f"NaN or infinity, first in row {row}: the model", moments.update, features)
+        assert torch.equal(moments.covariance, moments_of(normal(1600, 3)).covariance)
 
 
 # ---- Frechet distance ----
@@ -260,25 +187,6 @@ class TestFrechetDistance:
         expected = (means[0] - means[1]).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
         found = frechet_distance(means[0], covs[0], means[1], covs[1])
         assert found == pytest.approx(float(expected), rel=1e-10)
-
-    def test_two_covariances_of_rank_one(self):
-        x, y = normal(2, 400)  # the root of x x' y y' has the trace |x . y|
-        zero = torch.zeros(400)
-        found = frechet_distance(zero, torch.outer(x, x), zero, torch.outer(y, y))
-        assert found == pytest.approx(float(x @ x + y @ y - 2 * (x @ y).abs()), rel=1e-12)
-
-    def test_diagonal_covariances_with_zeros(self):
-        a = torch.tensor([4.0, 0.0, 0.0, 9.0], dtype=F64)
-        b = torch.tensor([1.0, 0.0, 16.0, 0.0], dtype=F64)
-        zero = torch.zeros(4)
-        assert frechet_distance(zero, a.diag(), zero, b.diag()) == pytest.approx(1 + 16 + 9, 1e-14)
-
-    @pytest.mark.parametrize("width", [2, 60])
-    def test_it_is_what_scipy_computes(self, width):
-        a = normal(500, width) @ normal(width, width, 1)
-        b = normal(400, width, 2) @ normal(width, width, 3) + 0.3
-        expected = distance_by_scipy(a.numpy(), b.numpy())
-        assert distance_of(a, b) == pytest.approx(expected, rel=1e-10)
 
     @pytest.mark.slow
     def test_it_is_what_scipy_computes_at_2048(self):
@@ -341,11 +249,6 @@ class TestFrechetDistance:
         assert distance_of(a + 50, b + 50) == pytest.approx(distance, rel=1e-10)
         assert distance_of(a * 100, b * 100) == pytest.approx(distance * 1e4, rel=1e-10)
 
-    def test_all_zero_covariances_leave_the_means(self):
-        zero = torch.zeros(2, 2)
-        found = frechet_distance(torch.tensor([0.0, 3.0]), zero, torch.tensor([4.0, 0.0]), zero)
-        assert found == 25
-
     def test_float32_statistics_will_do(self):
         a, b = (moments_of(normal(50, 200, seed)) for seed in range(2))  # singular
         exact = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
@@ -370,8 +273,7 @@ class TestFrechetDistance:
         given_ = [torch.zeros(2), torch.eye(2), torch.zeros(2), torch.eye(2)]
         for place, value in change.items():
             given_[place] = value
-        with pytest.raises(ValueError, match=message):
-            frechet_distance(*given_)
+        refuses(message, frechet_distance, *given_)
 
 
 def test_too_few_samples_are_told_with_the_number_needed():
@@ -389,20 +291,9 @@ def test_too_few_samples_are_told_with_the_number_needed():
 
 
 class TestInceptionScore:
-    def test_no_opinion_scores_1(self):
-        assert inception_score(torch.full((60, 10), 3.0)) == (pytest.approx(1, abs=1e-12), 0)
-
     def test_sure_and_balanced_scores_the_number_of_classes(self):
         logits = 1e4 * torch.eye(10).repeat(6, 1)  # so sure that the others' share is 0
         assert inception_score(logits) == (pytest.approx(10, rel=1e-12), 0)
-
-    def test_sure_of_one_class_scores_1(self):
-        assert inception_score(1e4 * torch.eye(10)[:1].repeat(50, 1)).mean == pytest.approx(1)
-
-    def test_some_of_the_classes_count_by_their_entropy(self):
-        logits = 1e4 * torch.eye(5)[[0, 0, 0, 1]]
-        expected = math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
-        assert inception_score(logits).mean == pytest.approx(expected)
 
     def test_a_loop_by_hand_says_the_same(self):
         logits = normal(40, 6) * 2
@@ -426,11 +317,6 @@ class TestInceptionScore:
         parts = [inception_score(part).mean for part in logits.tensor_split(splits)]
         assert inception_score(logits, split_size=4).mean == pytest.approx(np.mean(parts))
 
-    def test_a_shift_of_the_logits_of_a_sample_says_nothing(self):
-        logits = normal(30, 5)
-        shifted = logits + 1e3 * normal(30, 1, seed=1)
-        assert inception_score(shifted).mean == pytest.approx(inception_score(logits).mean)
-
     @pytest.mark.parametrize(
         ("logits", "options", "message"),
         [
@@ -443,8 +329,7 @@ class TestInceptionScore:
         ],
     )
     def test_mistakes(self, logits, options, message):
-        with pytest.raises(ValueError, match=message):
-            inception_score(logits, **options)
+        refuses(message, inception_score, logits, **options)
 
 
 # ---- precision and recall ----
@@ -536,34 +421,6 @@ class TestPrecisionRecall:
         assert found.density == 3 / 4  # -1 in one ball, 2.5 in those of 2 and, on 8 of reach, 10
         assert found.coverage == 3 / 4  # all but 1
 
-    def test_the_same_sets_cover_each_other(self):
-        samples = normal(100, 10)
-        found = precision_recall(samples, samples.flip(0), k=4)
-        assert (found.precision, found.recall, found.coverage) == (1, 1, 1)
-        assert found.density >= 5 / 4  # itself and, of each ball, k others
-
-    def test_a_mode_left_out_costs_recall_and_a_mode_made_up_costs_precision(self):
-        near, far = normal(100, 3), normal(100, 3, 1) + 50
-        both = torch.cat([near, far])
-        dropped = precision_recall(both, normal(100, 3, 2))
-        assert dropped.precision > 0.9
-        assert dropped.recall <= 0.5
-        invented = precision_recall(near, torch.cat([normal(100, 3, 2), far]))
-        assert invented.precision <= 0.5
-        assert invented.recall > 0.9
-
-    def test_precision_is_the_other_way_round_s_recall(self):
-        a, b = normal(80, 4), normal(60, 4, 1) + 0.5
-        assert precision_recall(a, b).precision == precision_recall(b, a).recall
-
-    def test_neighbours_are_those_of_scikit_learn(self):
-        from sklearn.neighbors import NearestNeighbors
-
-        features = normal(300, 24)
-        expected, _ = NearestNeighbors(n_neighbors=3).fit(features).kneighbors()
-        found = scores._radii(features, 3, torch.device("cpu")).sqrt()
-        np.testing.assert_allclose(found, expected[:, 2], rtol=1e-12)
-
     @pytest.mark.parametrize(
         ("real", "generated", "k", "message"),
         [
@@ -576,8 +433,7 @@ class TestPrecisionRecall:
         ],
     )
     def test_mistakes(self, real, generated, k, message):
-        with pytest.raises(ValueError, match=message):
-            precision_recall(real, generated, k)
+        refuses(message, precision_recall, real, generated, k)
 
 
 # ---- kernel distance ----
@@ -605,12 +461,6 @@ class TestKernelDistance:
         found = kernel_distance(real, generated)
         assert found == (pytest.approx(by_double_loop(real, generated), rel=1e-10), None)
 
-    def test_the_kernel_is_scikit_learn_s(self):
-        from sklearn.metrics.pairwise import polynomial_kernel
-
-        x, y = normal(9, 12), normal(7, 12, 1)
-        np.testing.assert_allclose(scores._kernel(x, y), polynomial_kernel(x, y, degree=3))
-
     def test_two_samples_of_one_distribution_are_at_zero_on_average(self):
         values = [kernel_distance(normal(20, 2, s), normal(30, 2, -s - 1)).value for s in range(99)]
         spread = np.std(values) / math.sqrt(len(values))
@@ -627,13 +477,6 @@ class TestKernelDistance:
         whole = kernel_distance(real, generated, subsets=0)
         found = kernel_distance(real, generated, subsets=3, subset_size=40)
         assert found == pytest.approx((whole.value, 0), rel=1e-12, abs=1e-14)
-
-    def test_subsets_are_around_all_pairs(self):
-        real, generated = normal(300, 5), normal(250, 5, 1) + 0.2
-        whole = kernel_distance(real, generated, subsets=0).value
-        value, std = kernel_distance(real, generated, subsets=50, subset_size=100)
-        assert abs(value - whole) < 4 * std / math.sqrt(50)
-        assert std > 0
 
     def test_the_seed_alone_decides(self):
         real, generated = normal(60, 5), normal(60, 5, 1)
@@ -661,12 +504,10 @@ class TestKernelDistance:
         ],
     )
     def test_mistakes(self, sizes, options, message):
-        with pytest.raises(ValueError, match=message):
-            kernel_distance(normal(sizes[0], 3), normal(sizes[1], 3), **options)
+        refuses(message, kernel_distance, normal(sizes[0], 3), normal(sizes[1], 3), **options)
 
     def test_another_width_and_nan_are_refused(self):
-        with pytest.raises(ValueError, match="generated features are 4 wide"):
-            kernel_distance(normal(5, 3), normal(5, 4))
+        refuses("generated features are 4 wide", kernel_distance, normal(5, 3), normal(5, 4))
         with pytest.raises(ValueError, match="real features hold NaN or infinity"):
             kernel_distance(normal(5, 3) * math.nan, normal(5, 3))
 
@@ -697,5 +538,4 @@ class TestClipScore:
         ],
     )
     def test_mistakes(self, images, texts, message):
-        with pytest.raises(ValueError, match=message):
-            clip_score(images, texts)
+        refuses(message, clip_score, images, texts)

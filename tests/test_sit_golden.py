@@ -19,7 +19,7 @@ from elit.flow.schedulers import (
     start_sampling,
 )
 from elit.interface.grid import TokenGrid
-from elit.interop.official_format import official_name, official_shapes
+from elit.interop.official import official_name, official_shapes
 from elit.models.sit import SiT
 
 GOLDEN = Path(__file__).parent / "golden_sit"

@@ -129,6 +129,18 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
+def save_tensors(path: Path, tensors: dict[str, Any], about: dict[str, str] | None = None) -> None:
+    """Write tensors by name, and what is to be told with them, as safetensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        write_file(path, lambda aside: save_file(whole, aside, about))
+    except SafetensorError as error:
+        raise as_os_error(error, path) from error
+
+
 def sync(path: Path) -> None:
     """Have the disk hold a file or, except on Windows, the names in a folder."""
     if os.name == "nt":
@@ -178,10 +190,10 @@ def cache_advice(path: str | os.PathLike[str]) -> str | None:
         "TORCH_HOME": Path(os.environ.get("TORCH_HOME") or _cache_of("torch")),
     }
     path = Path(path).absolute()
-    found = [name for name, place in places.items() if path.is_relative_to(place)]
-    found = found or [name for name, place in places.items() if place.is_relative_to(path)]
-    names = " and ".join(found) if len(found) < len(places) else "XDG_CACHE_HOME"
-    return f"set {names} to a folder that you may write into" if found else None
+    variables = [name for name, place in places.items() if path.is_relative_to(place)]
+    variables = variables or [name for name, place in places.items() if place.is_relative_to(path)]
+    names = " and ".join(variables) if len(variables) < len(places) else "XDG_CACHE_HOME"
+    return f"set {names} to a folder that you may write into" if variables else None
 
 
 def remove_leftovers(folder: Path, pattern: str = ".*.part*") -> None:
@@ -241,7 +253,7 @@ def sha256_of(path: Path) -> str:
 
 def as_os_error(error: Exception, path: Path) -> OSError:
     """The system's error behind one of safetensors, which names it by its number alone."""
-    found = re.search(r"os error (\d+)", str(error))
-    if found is None:
+    number = re.search(r"os error (\d+)", str(error))
+    if number is None:
         return OSError(errno.EIO, str(error), str(path))
-    return OSError(int(found[1]), os.strerror(int(found[1])), str(path))
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path))

@@ -36,8 +36,8 @@ def files_of(folder: Path) -> tuple[list[Path], list[str]]:
         if (about.st_dev, about.st_ino) in above:
             left.append(f"{place.relative_to(folder)}, which leads back to a folder above it")
             return
-        with os.scandir(place) as found:
-            entries = sorted((entry.name, entry.is_dir(), entry.is_file()) for entry in found)
+        with os.scandir(place) as there:
+            entries = sorted((entry.name, entry.is_dir(), entry.is_file()) for entry in there)
         for name, is_folder, is_file in entries:
             path = place / name
             if is_hidden(name):
@@ -80,16 +80,16 @@ def checksums(folder: Path, files: Sequence[Path]) -> list[str]:
         before = dict(json.loads(memory.read_text()))
     except (OSError, ValueError, TypeError):
         before = {}
-    now, found, settled = time.time_ns(), [], dict(before)
+    now, digests, settled = time.time_ns(), [], dict(before)
     for file in files:
         name, at = str(file.relative_to(folder)), file.stat()
         state = [at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_dev, at.st_ino]
-        kept: Any = before.get(name)
-        is_same = isinstance(kept, list) and kept[:-1] == state
-        found.append(kept[-1] if is_same else sha256_of(file))
+        remembered: Any = before.get(name)
+        is_same = isinstance(remembered, list) and remembered[:-1] == state
+        digests.append(remembered[-1] if is_same else sha256_of(file))
         if os.name != "nt" and max(at.st_mtime_ns, at.st_ctime_ns) < now - _TICK:
-            settled[name] = [*state, found[-1]]
+            settled[name] = [*state, digests[-1]]
     if settled != before:
         with contextlib.suppress(OSError):  # then they are read again
             write_json(memory, settled)
-    return found
+    return digests

@@ -49,8 +49,8 @@ def from_plain(hint: Any, value: Any, where: str = "", wrong: ValueError | None 
             try:
                 return from_plain(kind, value, where, wrong)
             except ValueError as error:
-                found = error if dataclasses.is_dataclass(kind) else wrong
-        raise found
+                reason = error if dataclasses.is_dataclass(kind) else wrong
+        raise reason
     if origin is Literal:
         check_choice(value, args, "value", f" of {where}")
         return value

@@ -21,7 +21,7 @@ from elit.flow.words import SAMPLERS
 if TYPE_CHECKING:
     from elit.evaluation.evaluation import Evaluation
     from elit.evaluation.images import Images
-    from elit.evaluation.networks import FeatureNetwork
+    from elit.networks.feature_network import FeatureNetwork
     from elit.pipelines.base import ElasticPipeline
 
 # A test compares them with those of the library, whose import would bring torch.
@@ -76,9 +76,9 @@ def open_evaluation(args: argparse.Namespace, home: Path, keep_images: bool) -> 
     """Everything that the flags name, loaded and checked."""
     output_folder(home, "--out")
     weights = _weights(args)
+    from elit._process import this_process
     from elit.evaluation.drawing import Drawing
     from elit.evaluation.evaluation import Evaluation
-    from elit.preparation.process import this_process
 
     process = this_process()
     pipeline = open_pipeline(args, process.local_rank)
@@ -187,7 +187,7 @@ def _networks(
 ) -> list["FeatureNetwork"]:
     """The networks by their names; the classifier is fitted on what the run was trained on."""
     from elit.data import load_dataset
-    from elit.evaluation.networks import load_network
+    from elit.networks.feature_network import load_network
 
     names = args.networks
     if names is None:

@@ -25,7 +25,7 @@ from elit.cli.points import add_run, check_run
 from elit.data import SPLITS
 
 if TYPE_CHECKING:
-    from elit.evaluation.inspection import Inspector, Maps, Worth
+    from elit.inspection.inspector import Inspector, Maps, Worth
 
 _EPILOG = """\
 Writes inspect.json (all numbers), maps.safetensors (all maps) and the sheets inspect.png,
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     from elit._devices import pick_device
     from elit.cli.inspect_data import SHOWN, load_subject
     from elit.cli.inspect_sheets import save_sheets
-    from elit.evaluation.inspection import Inspector, draw_at_budgets
+    from elit.inspection.inspector import Inspector, draw_at_budgets
     from elit.pipelines.load import load_pipeline
 
     device = pick_device(args.device)
@@ -165,8 +165,8 @@ def make_report(
     about: dict[str, Any],
 ) -> dict[str, Any]:
     """All numbers, in plain types."""
-    from elit.evaluation.correlation import NUM_SHUFFLES
-    from elit.evaluation.inspection_numbers import (
+    from elit.inspection.correlation import NUM_SHUFFLES
+    from elit.inspection.numbers import (
         mean_over_levels,
         numbers_of_core,
         numbers_of_maps,
@@ -199,7 +199,7 @@ def save_maps(path: Path, inspector: "Inspector", maps: Sequence["Maps"]) -> Non
     """All maps as they lie on the image, (N, *tokens), and the latents' means, (n, *tokens)."""
     from safetensors.torch import save_file
 
-    from elit.evaluation.inspection import in_raster_order
+    from elit.inspection.inspector import in_raster_order
 
     tensors = {}
     for one in maps:

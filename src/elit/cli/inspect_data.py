@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elit.cli.config import load_config
 from elit.data import ImageDataset, load_dataset
-from elit.evaluation.inspection import Subject
+from elit.inspection.inspector import Subject
 from elit.pipelines.autoencoder import decode
 from elit.pipelines.base import ElasticPipeline
 from elit.training.foreign import stored_texts

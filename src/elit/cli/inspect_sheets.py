@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from elit.cli.inspect_data import to_pictures
-from elit.evaluation.inspection import (
+from elit.inspection.inspector import (
     Inspector,
     Maps,
     Worth,
@@ -17,8 +17,8 @@ from elit.evaluation.inspection import (
     in_raster_order,
     token_grid,
 )
-from elit.evaluation.inspection_numbers import mean_over_levels
-from elit.evaluation.left_out import PARTS
+from elit.inspection.left_out import PARTS
+from elit.inspection.numbers import mean_over_levels
 from elit.interface.budget import format_budget
 from elit.interface.grid import TokenGrid
 from elit.pipelines.base import ElasticPipeline

@@ -182,7 +182,7 @@ def _tell(settings: PrepareSettings, as_json: bool) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from elit.preparation.checksums import verify
+    from elit.preparation.checks import verify
 
     damaged = verify(args.source)
     if args.json:

@@ -95,11 +95,9 @@ class ImageDataset(_TorchDataset):
     def on_device(
         self, images: torch.Tensor, posterior: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What the model sees of a batch's images (B, ...), on the device that they are on.
+        """Make what the model sees of a batch's images (B, ...), on their device.
 
-        Args:
-            images: of `batch`.
-            posterior: (B, *seen_shape) of standard normal noise, where `has_posterior`.
+        Where `has_posterior`, with standard normal noise (B, *seen_shape).
         """
         del posterior
         return images

@@ -1,4 +1,4 @@
-"""How the samples of a data set lie on disk, for an order that reads them well."""
+"""The order of a data set's samples on disk, so that batches read it well."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,23 +10,16 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Bucket:
-    """Samples of one shape, which can stand in one batch.
+    """Samples of one shape, which can stand in one batch."""
 
-    Attributes:
-        shape: of one of them, as the model sees it.
-        runs: (R, 2) int64: first index and length of each run of samples that lie together.
-        offsets: to add to the indices of a run for each copy of it that there is, such as mirrored
-            ones.
-        window: samples, copies included, that are shuffled among each other: less mixing means
-            that fewer places are read at a time. An epoch of at most so many is shuffled whole.
-        name: size of its pictures in pixels.
-    """
-
-    shape: tuple[int, ...]
-    runs: Array
+    shape: tuple[int, ...]  # of one of them, as the model sees it
+    runs: Array  # (R, 2) int64: first index and length of each run of samples that lie together
+    # to add to the indices of a run for each copy of it that there is, such as mirrored ones
     offsets: tuple[int, ...] = (0,)
+    # samples, copies included, that are shuffled among each other: less mixing means that
+    # fewer places are read at a time. An epoch of at most so many is shuffled whole
     window: int = 2**22
-    name: str = ""
+    name: str = ""  # size of its pictures in pixels
 
     def __len__(self) -> int:
         return int(self.runs[:, 1].sum()) * len(self.offsets)

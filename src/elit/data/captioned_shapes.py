@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from elit._choices import check_choice
-from elit.data import SPLITS, ImageDataset
 from elit.data.shapes import (
-    MIN_SIZE,
     OUTLINES,
     TEXTURES,
     Array,
+    Procedural,
     evaluate,
     palette,
     pick,
     rotate,
     uniform,
-    whole_number,
 )
 
 # What a thing is: how it may be called.
@@ -56,7 +51,7 @@ _TEMPLATES = (
 
 
 class Scene(NamedTuple):
-    """What is in an image, in the words that the sets above start with."""
+    """Content of an image, in the words that the sets above start with."""
 
     noun: str
     size: str
@@ -65,7 +60,7 @@ class Scene(NamedTuple):
     ground: str
 
 
-class CaptionedShapes(ImageDataset):
+class CaptionedShapes(Procedural):
     """Images (3, size, size) in [-1, 1] with captions; the class is the shape of the object.
 
     "a small striped red disc on white", "red circle", "on white: a red disc" may all be said of
@@ -75,30 +70,18 @@ class CaptionedShapes(ImageDataset):
     has_captions = True
 
     def __init__(self, split: str = "train", count: int = 10_000, size: int = 16) -> None:
-        check_choice(split, SPLITS, "split")
-        self.split = split
-        self.count = whole_number("count", count, 1, "images", sys.maxsize)
-        self.size = whole_number("size", size, MIN_SIZE, "pixels a side")
-        self.image_shape = (3, self.size, self.size)
+        super().__init__(split, count, size)
         self.class_names = tuple(NOUNS)
 
-    def __len__(self) -> int:
-        return self.count
-
-    @cached_property
-    def labels(self) -> torch.Tensor:  # type: ignore[override]
-        return torch.arange(self.count) % len(NOUNS)
-
     def batch(self, indices: Iterable[int]) -> dict[str, Any]:
-        index = np.array(self._positions(indices), dtype=np.uint64)
-        labels = torch.from_numpy((index % np.uint64(len(NOUNS))).astype(np.int64))
+        index, labels = self._counters(indices)
         images = torch.from_numpy(_draw(index, self.split, self.size))
         captions = _say(index, self.split)
         return {"images": images, "class_labels": labels, "captions": captions}
 
     def scenes(self, indices: Iterable[int]) -> list[Scene]:
-        """What is in the images of these indices."""
-        index = np.array(self._positions(indices), dtype=np.uint64)
+        """Scenes in the images of these indices."""
+        index, _ = self._counters(indices)
         return _scenes(index, uniform(index, self.split, 12))
 
 

@@ -22,17 +22,15 @@ _BYTES = 8  # code of the type uint8
 
 
 def is_idx_folder(folder: str | os.PathLike) -> bool:
-    """Whether a folder has one of the four files, packed or not."""
+    """Tell whether a folder has one of the four files, packed or not."""
     return any(Path(folder, name + end).is_file() for name in FILES for end in ("", _PACKED))
 
 
 def read_split(folder: str | os.PathLike, split: str, classes: int) -> tuple[Array, Array]:
-    """Pictures (N, H, W) and labels (N,) of a split, uint8, or a ValueError about its files.
+    """Pictures (N, H, W) and labels (N,), below `classes`, of a split: uint8.
 
-    Args:
-        folder: with the files.
-        split: "train" or "validation", which the files call t10k.
-        classes: that labels are below.
+    Raises:
+        ValueError: for what is wrong with the files.
     """
     prefix = PREFIXES[split]
     paths = [_find(Path(folder), name.format(prefix)) for name in (IMAGES, LABELS)]
@@ -57,7 +55,8 @@ def read_split(folder: str | os.PathLike, split: str, classes: int) -> tuple[Arr
 def read_idx(path: Path, axes: int) -> Array:
     """Read an array of bytes with so many axes, or say in a ValueError what the file is instead."""
     try:
-        content = gzip.decompress(path.read_bytes()) if _is_packed(path) else path.read_bytes()
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == _PACKED else content
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is no whole gzip file ({error}); copy it again") from error
     magic, start = bytes([0, 0, _BYTES, axes]), 4 + 4 * axes
@@ -69,11 +68,11 @@ def read_idx(path: Path, axes: int) -> Array:
     if len(content) < start:
         raise ValueError(f"{path} ends within its header of {start} bytes; copy it again")
     shape = struct.unpack(f">{axes}I", content[4:start])
-    wanted = start + math.prod(shape)
-    if len(content) != wanted:
+    length = start + math.prod(shape)
+    if len(content) != length:
         size = "x".join(map(str, shape))
         raise ValueError(
-            f"{path} has {len(content)} bytes, but its header of {size} makes {wanted}; copy it "
+            f"{path} has {len(content)} bytes, but its header of {size} makes {length}; copy it "
             f"again"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
@@ -84,7 +83,3 @@ def _find(folder: Path, name: str) -> Path:
         if path.is_file():
             return path
     raise ValueError(f"{folder} has neither {name} nor {name}{_PACKED}; put one of them there")
-
-
-def _is_packed(path: Path) -> bool:
-    return path.suffix == _PACKED

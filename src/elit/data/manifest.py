@@ -1,4 +1,4 @@
-"""What a prepared folder holds: its shards, and what they were made of.
+"""Manifest of a prepared folder: its shards, and what they were made of.
 
 PREPARED/
 settings.json                    what it is made of; written first, by `elit prepare`
@@ -38,35 +38,26 @@ CAPTIONS, CAPTION_ENDS = "captions", "caption_ends"  # UTF-8 of all texts, and (
 RESERVED = (*KINDS, *(f"{kind}{FLIPPED}" for kind in KINDS), LABELS, ROWS, CAPTIONS, CAPTION_ENDS)
 
 
+Headers = Mapping[str, tuple[str, tuple[int, ...]]]  # safetensors' type, and shape, by name
+
+
 @dataclass(frozen=True)
 class Shard:
-    """A file of samples of one size.
+    """A file of samples of one size."""
 
-    Attributes:
-        file: its name in the folder.
-        size: of its pictures in pixels, (H, W), of clips (T, H, W).
-        count: samples, mirrored ones not counted.
-        bytes: length of the file.
-        sha256: of the file.
-    """
-
-    file: str
-    size: tuple[int, ...]
-    count: int
-    bytes: int
-    sha256: str
+    file: str  # its name in the folder
+    size: tuple[int, ...]  # of its pictures in pixels, (H, W), of clips (T, H, W)
+    count: int  # samples, mirrored ones not counted
+    bytes: int  # length of the file
+    sha256: str  # of the file
 
 
 @dataclass(frozen=True)
 class Split:
-    """The shards of one split, in the order of the source.
+    """The shards of one split, in the order of the source."""
 
-    Attributes:
-        shards: all of them.
-        skipped: row of the source and reason, of what could not be read.
-    """
-
-    shards: tuple[Shard, ...] = ()
+    shards: tuple[Shard, ...] = ()  # all of them
+    # row of the source and reason, of what could not be read
     skipped: tuple[tuple[int, str], ...] = ()
 
     @property
@@ -77,56 +68,36 @@ class Split:
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """What encoded the pictures: latents = (draw - shift) * scale, of each channel.
+    """The encoder of the pictures: latents = (draw - shift) * scale, of each channel."""
 
-    Attributes:
-        name: on the hub, or its folder.
-        class_name: diffusers' class.
-        sha256: of its weights.
-        scale: one number, or one for each channel.
-        shift: likewise.
-    """
-
-    name: str
-    class_name: str
-    sha256: str
-    scale: tuple[float, ...] = (1.0,)
-    shift: tuple[float, ...] = (0.0,)
+    name: str  # on the hub, or its folder
+    class_name: str  # diffusers' class
+    sha256: str  # of its weights
+    scale: tuple[float, ...] = (1.0,)  # one number, or one for each channel
+    shift: tuple[float, ...] = (0.0,)  # likewise
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds.
+    """Content of a prepared folder."""
 
-    Attributes:
-        kind: "moments", "latents" or "images".
-        shapes: shape of one sample as the model sees it, (C, h, w) or (C, t, h, w), by the size of
-            its pictures, such as "256x256".
-        splits: by name; "train" and, if the source has one, "validation".
-        classes: their names, by label; empty without labels.
-        captions: whether every sample has a text.
-        flips: whether every sample has a mirrored one.
-        autoencoder: None for pixels.
-        text_encoder: name of what encoded the texts, or None.
-        max_text_length: tokens that encoded texts are padded to.
-        source: where it came from: name, split, rows, fingerprint and what else is known.
-        resolutions: which one each size belongs to, by the size, such as "192x320": 256; a size
-            that is not named is one of its own.
-        null: file of the empty text, encoded, or None.
-    """
-
-    kind: str
+    kind: str  # "moments", "latents" or "images"
+    # shape of one sample as the model sees it, (C, h, w) or (C, t, h, w), by the size of its
+    # pictures, such as "256x256"
     shapes: dict[str, tuple[int, ...]]
-    splits: dict[str, Split]
-    classes: tuple[str, ...] = ()
-    captions: bool = False
-    flips: bool = False
-    autoencoder: Autoencoder | None = None
-    text_encoder: str | None = None
-    max_text_length: int | None = None
+    splits: dict[str, Split]  # by name; "train" and, if the source has one, "validation"
+    classes: tuple[str, ...] = ()  # their names, by label; empty without labels
+    captions: bool = False  # whether every sample has a text
+    flips: bool = False  # whether every sample has a mirrored one
+    autoencoder: Autoencoder | None = None  # None for pixels
+    text_encoder: str | None = None  # name of what encoded the texts, or None
+    max_text_length: int | None = None  # tokens that encoded texts are padded to
+    # where it came from: name, split, rows, fingerprint and what else is known
     source: dict[str, Any] = field(default_factory=dict)
+    # which one each size belongs to, by the size, such as "192x320": 256; a size that is not
+    # named is one of its own
     resolutions: dict[str, int] = field(default_factory=dict)
-    null: Shard | None = None
+    null: Shard | None = None  # file of the empty text, encoded, or None
 
     def check(self) -> None:
         """Raise a ValueError for parts that don't belong together."""
@@ -169,27 +140,22 @@ class Manifest:
                     f"autoencoder.{name} is {numbers}; give one number, or one for each channel"
                 )
 
-    def misfit(self, shard: Shard, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
-        """What of a shard's tensors is not as this says, or None.
-
-        Args:
-            shard: one of its shards.
-            found: safetensors' type and the shape of each tensor, by name.
-        """
+    def misfit(self, shard: Shard, tensors: Headers) -> str | None:
+        """The first fault of a shard's tensors, by their types and shapes, or None."""
         channels, *space = self.shapes[size_name(shard.size)]
         image = (channels * (2 if self.kind == MOMENTS else 1), *space)
-        wanted: dict[str, tuple[int, ...]] = {self.kind: image}
-        wanted |= {f"{self.kind}{FLIPPED}": image} if self.flips else {}
-        wanted |= {LABELS: ()} if self.classes else {}
-        wanted |= {CAPTION_ENDS: ()} if self.captions else {}
-        for name in (*wanted, *([CAPTIONS] if self.captions else [])):
-            if name not in found:
-                return f"it has no {name}, but {', '.join(sorted(found))}"
-        for name, (kind, shape) in found.items():
+        expected: dict[str, tuple[int, ...]] = {self.kind: image}
+        expected |= {f"{self.kind}{FLIPPED}": image} if self.flips else {}
+        expected |= {LABELS: ()} if self.classes else {}
+        expected |= {CAPTION_ENDS: ()} if self.captions else {}
+        for name in (*expected, *([CAPTIONS] if self.captions else [])):
+            if name not in tensors:
+                return f"it has no {name}, but {', '.join(sorted(tensors))}"
+        for name, (kind, shape) in tensors.items():
             if name != CAPTIONS and shape[:1] != (shard.count,):
                 return f"{name} is {shape}, not of {shard.count} samples"
-            if name in wanted and shape[1:] != wanted[name]:
-                return f"{name} is {shape}, but {MANIFEST} has {(shard.count, *wanted[name])}"
+            if name in expected and shape[1:] != expected[name]:
+                return f"{name} is {shape}, but {MANIFEST} has {(shard.count, *expected[name])}"
             allowed: tuple[str, ...] = (kind,)
             if name in (LABELS, ROWS, CAPTION_ENDS):
                 allowed = ("I64",)

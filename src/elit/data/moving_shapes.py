@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from elit._choices import check_choice
-from elit.data import SPLITS, ImageDataset
 from elit.data.shapes import (
     GROUNDS,
-    MIN_SIZE,
     OUTLINES,
     PAINTS,
     Array,
+    Procedural,
     evaluate,
     pick,
     uniform,
@@ -31,7 +27,7 @@ DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 OBJECTS = ("disc", "square", "triangle")  # few and plain: a tiny model has motion to learn
 
 
-class MovingShapes(ImageDataset):
+class MovingShapes(Procedural):
     """Clips (3, frames, size, size) in [-1, 1]; the class is the direction of motion.
 
     Object, size, colours, place and speed vary freely. Index i has class i % 4. Every clip is a
@@ -45,26 +41,15 @@ class MovingShapes(ImageDataset):
     def __init__(
         self, split: str = "train", count: int = 10_000, size: int = 16, frames: int = 8
     ) -> None:
-        check_choice(split, SPLITS, "split")
-        self.split = split
-        self.count = whole_number("count", count, 1, "clips", sys.maxsize)
-        self.size = whole_number("size", size, MIN_SIZE, "pixels a side")
+        super().__init__(split, count, size, "clips")
         self.frames = whole_number("frames", frames, 2, "frames")
         self.image_shape = (3, self.frames, self.size, self.size)
         self.class_names = tuple(DIRECTIONS)
 
-    def __len__(self) -> int:
-        return self.count
-
-    @cached_property
-    def labels(self) -> torch.Tensor:  # type: ignore[override]
-        return torch.arange(self.count) % len(DIRECTIONS)
-
     def batch(self, indices: Iterable[int]) -> dict[str, Any]:
-        index = np.array(self._positions(indices), dtype=np.uint64)
+        index, labels = self._counters(indices)
         draws = uniform(index, self.split, 7)
         clips = _draw(index, draws, self.size, self.frames)
-        labels = torch.from_numpy((index % np.uint64(len(DIRECTIONS))).astype(np.int64))
         captions = [
             f"a {NAMES[int(row[5] * len(NAMES))]} {OBJECTS[int(row[4] * len(OBJECTS))]} "
             f"moves {self.class_names[label]}"

@@ -1,4 +1,4 @@
-"""What `elit prepare` wrote: samples encoded beforehand, in shards that are mapped, not loaded."""
+"""Data of `elit prepare`: encoded samples, in shards that are mapped, not loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from elit.data.manifest import (
     PIXELS,
     RESERVED,
     Autoencoder,
+    Headers,
     Manifest,
     Shard,
     read_manifest,
@@ -94,7 +95,9 @@ class Prepared(ImageDataset):
         self.class_names, self.has_captions = manifest.classes, manifest.captions
         self.autoencoder = _autoencoder(manifest, vae)
         self.has_posterior = manifest.kind == MOMENTS
-        self.fingerprint = _fingerprint(manifest)
+        content = dataclasses.asdict(manifest)
+        del content["source"]  # the samples are the same wherever they lie
+        self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
         self._texts: dict[str, tuple[str, tuple[int, ...]]] | None = None  # of the first shard
         shards, self.hold_out = shards_of(manifest, split, self.sizes, self.folder)
@@ -115,7 +118,7 @@ class Prepared(ImageDataset):
         self.text_encoder = manifest.text_encoder
 
     def _is_whole(self, shard: Shard, verify: bool) -> bool:
-        """Whether a shard can be read: else it is refused, or skipped with a warning."""
+        """Tell whether a shard can be read: else refuse it, or skip it with a warning."""
         reason = what_is_wrong(self.folder, shard, _checksum if verify else None, self._misfit)
         if reason is None:
             return True
@@ -132,17 +135,17 @@ class Prepared(ImageDataset):
         Shards that have not been touched since they were last compared are not read again.
         """
         paths = [self.folder / shard.file for shard in self.table.shards]
-        for path, shard, found in zip(
+        for path, shard, checksum in zip(
             paths, self.table.shards, checksums(self.folder, paths), strict=True
         ):
-            if found != shard.sha256:
+            if checksum != shard.sha256:
                 raise damage_error(path, "its checksum is wrong")
 
-    def _misfit(self, shard: Shard, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
-        """What of a shard's tensors is wrong, or None: texts are as in the first shard."""
-        if reason := self.manifest.misfit(shard, found):
+    def _misfit(self, shard: Shard, tensors: Headers) -> str | None:
+        """The first fault of a shard's tensors, or None: texts are as in the first shard."""
+        if reason := self.manifest.misfit(shard, tensors):
             return reason
-        texts = {n: (kind, shape[1:]) for n, (kind, shape) in found.items() if n not in RESERVED}
+        texts = {n: (kind, shape[1:]) for n, (kind, shape) in tensors.items() if n not in RESERVED}
         self._texts = texts if self._texts is None else self._texts
         return None if texts == self._texts else f"its texts are {texts}, others' {self._texts}"
 
@@ -172,11 +175,11 @@ class Prepared(ImageDataset):
             null = load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} can't be read ({error}); {MEND}") from error
-        found = {name: tuple(tensor.shape) for name, tensor in null.items()}
-        wanted = {name: (1, *shape) for name, shape in shapes.items()}
-        if found != wanted:
+        given = {name: tuple(tensor.shape) for name, tensor in null.items()}
+        needed = {name: (1, *shape) for name, shape in shapes.items()}
+        if given != needed:
             raise ValueError(
-                f"{path} holds {found}, but the shards need {wanted}; prepare the data again"
+                f"{path} holds {given}, but the shards need {needed}; prepare the data again"
             )
         return tuple(shapes), {name: tensor.clone() for name, tensor in null.items()}
 
@@ -231,14 +234,8 @@ class Prepared(ImageDataset):
             )
         shards = [self.reader[number] for number in numbers]
         batch = {}
-        for name, names in sources.items():
-            try:
-                # Views of the mapped files; stacking them is what reads.
-                parts = [t[at][row] for t, at, row in zip(shards, names, rows, strict=True)]
-            except KeyError as error:
-                lacks = next(n for n, t, at in zip(numbers, shards, names) if at not in t)  # noqa: B905
-                path = self.folder / self.table.shards[lacks].file
-                raise damage_error(path, f"it has no {error.args[0]}") from error
+        for name, names in sources.items():  # views of the mapped files; stacking them reads
+            parts = [t[at][row] for t, at, row in zip(shards, names, rows, strict=True)]
             batch[name] = torch.stack(parts)
         return batch
 
@@ -264,7 +261,7 @@ class Prepared(ImageDataset):
         return int(usable[np.searchsorted(usable, row) % len(usable)])
 
     def on_device(self, images: Tensor, posterior: Tensor | None = None) -> Tensor:
-        """What the model sees of stored samples: a draw of the posterior, scaled, or pixels.
+        """Make what the model sees of stored samples: a scaled draw of the posterior, or pixels.
 
         As diffusers draws: mean + exp(log-variance / 2) noise. Without noise it is the mean.
         """
@@ -290,8 +287,8 @@ class Prepared(ImageDataset):
 
 def _checksum(path: Path) -> str:
     """Checksum of a file, once: both splits of a run may ask for it."""
-    found = path.stat()
-    return _checksum_of(path, found.st_size, found.st_mtime_ns)
+    about = path.stat()
+    return _checksum_of(path, about.st_size, about.st_mtime_ns)
 
 
 @cache
@@ -301,22 +298,15 @@ def _checksum_of(path: Path, size: int, modified: int) -> str:
 
 
 def _autoencoder(manifest: Manifest, vae: str | None) -> Autoencoder | None:
-    if vae is None or manifest.autoencoder is None:
-        if vae is not None:
-            raise ValueError(f"data.options.vae={vae!r} has no effect on pixels; leave it out")
+    if vae is None:
         return manifest.autoencoder
+    if manifest.autoencoder is None:
+        raise ValueError(f"data.options.vae={vae!r} has no effect on pixels; leave it out")
     return dataclasses.replace(manifest.autoencoder, name=typed_path(vae))
 
 
-def _fingerprint(manifest: Manifest) -> str:
-    """Digest of what the samples are, wherever they lie."""
-    content = dataclasses.asdict(manifest)
-    del content["source"]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _all_finite(tensors: dict[str, Tensor]) -> Tensor:
-    """Which rows hold nothing but finite numbers, (n,) bool."""
+    """Mark the rows that hold nothing but finite numbers, (n,) bool."""
     good = torch.ones(len(next(iter(tensors.values()))), dtype=torch.bool)
     for tensor in tensors.values():
         if tensor.is_floating_point() and tensor.numel():  # far quicker than isfinite of all

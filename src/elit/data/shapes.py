@@ -26,7 +26,30 @@ _MOST_SIDE = 2**14  # pixels or frames
 _CHUNK = 64  # images made at a time: their fields stay in the processor's cache
 
 
-class Shapes(ImageDataset):
+class Procedural(ImageDataset):
+    """Square pictures made by index, whose classes take turns."""
+
+    def __init__(self, split: str, count: int, size: int, unit: str = "images") -> None:
+        check_choice(split, SPLITS, "split")
+        self.split = split
+        self.count = whole_number("count", count, 1, unit, sys.maxsize)
+        self.size = whole_number("size", size, MIN_SIZE, "pixels a side")
+        self.image_shape = (3, self.size, self.size)
+
+    def __len__(self) -> int:
+        return self.count
+
+    @cached_property
+    def labels(self) -> torch.Tensor:  # type: ignore[override]
+        return torch.arange(self.count) % self.num_classes
+
+    def _counters(self, indices: Iterable[int]) -> tuple[Array, torch.Tensor]:
+        """Indices (B,) uint64, counted from the beginning, and their labels (B,)."""
+        index = np.array(self._positions(indices), dtype=np.uint64)
+        return index, torch.from_numpy((index % np.uint64(self.num_classes)).astype(np.int64))
+
+
+class Shapes(Procedural):
     """Images (3, size, size) in [-1, 1] of ten shapes; the class is the shape of the object.
 
     Place, size, tilt, colour and texture vary freely, and the border may cut off the edge of an
@@ -34,54 +57,20 @@ class Shapes(ImageDataset):
     """
 
     def __init__(self, split: str = "train", count: int = 10_000, size: int = 32) -> None:
-        check_choice(split, SPLITS, "split")
-        self.split = split
-        self.count = whole_number("count", count, 1, "images", sys.maxsize)
-        self.size = whole_number("size", size, MIN_SIZE, "pixels a side")
-        self.image_shape = (3, self.size, self.size)
+        super().__init__(split, count, size)
         self.class_names = tuple(OUTLINES)
 
-    def __len__(self) -> int:
-        return self.count
-
-    @cached_property
-    def labels(self) -> torch.Tensor:  # type: ignore[override]
-        return torch.arange(self.count) % len(OUTLINES)
-
     def batch(self, indices: Iterable[int]) -> dict[str, torch.Tensor]:
-        index = np.array(self._positions(indices), dtype=np.uint64)
+        index, labels = self._counters(indices)
         images = np.empty((len(index), *self.image_shape), dtype=np.float32)
         for start in range(0, len(index), _CHUNK):
             chunk = slice(start, start + _CHUNK)
             images[chunk] = _draw(index[chunk], self.split, self.size)
-        return {
-            "images": torch.from_numpy(images),
-            "class_labels": torch.from_numpy(class_of(index)),
-        }
+        return {"images": torch.from_numpy(images), "class_labels": labels}
 
 
 # Outlines: signed distance to the edge (negative inside) at object coordinates, x to the right and
 # y DOWN, within about [-1, 1]. The slope at the edge is 1, for an even anti-aliased rim.
-
-
-def _disc(x: Array, y: Array) -> Array:
-    return np.hypot(x, y) - 0.92
-
-
-def _ring(x: Array, y: Array) -> Array:
-    return np.abs(np.hypot(x, y) - 0.7) - 0.24
-
-
-def _square(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(x), np.abs(y)) - 0.8
-
-
-def _diamond(x: Array, y: Array) -> Array:
-    return 0.84 * np.abs(x) + 0.543 * np.abs(y) - 0.57  # 0.68 wide for 1.05 high
-
-
-def _triangle(x: Array, y: Array) -> Array:
-    return np.maximum(y - 0.72, 0.866 * np.abs(x) - 0.5 * y - 0.48)
 
 
 def _cross(x: Array, y: Array) -> Array:
@@ -115,11 +104,11 @@ def _hourglass(x: Array, y: Array) -> Array:
 
 
 OUTLINES: dict[str, Field] = {
-    "disc": _disc,
-    "ring": _ring,
-    "square": _square,
-    "diamond": _diamond,
-    "triangle": _triangle,
+    "disc": lambda x, y: np.hypot(x, y) - 0.92,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.7) - 0.24,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.8,
+    "diamond": lambda x, y: 0.84 * np.abs(x) + 0.543 * np.abs(y) - 0.57,  # 0.68 by 1.05
+    "triangle": lambda x, y: np.maximum(y - 0.72, 0.866 * np.abs(x) - 0.5 * y - 0.48),
     "cross": _cross,
     "star": _star,
     "heart": _heart,

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from elit.data.manifest import CAPTION_ENDS, CAPTIONS, LABELS, Shard
+from elit.data.manifest import CAPTION_ENDS, CAPTIONS, LABELS, Headers, Shard
 
 _MOST_OPEN = 512  # mapped at a time by one process
 MEND = "run its `elit prepare SOURCE OUT` again with --verify, which makes it anew"
@@ -20,25 +20,22 @@ def what_is_wrong(
     folder: Path,
     shard: Shard,
     checksum: Callable[[Path], str] | None = None,
-    misfit: Callable[[Shard, dict[str, tuple[str, tuple[int, ...]]]], str | None] | None = None,
+    misfit: Callable[[Shard, Headers], str | None] | None = None,
 ) -> str | None:
-    """Why a shard can't be read, or None.
+    """The reason why a shard can't be read, or None.
 
-    Args:
-        folder: that it is in.
-        shard: as the manifest or a record has it.
-        checksum: makes the SHA-256 of a file, which is read whole for it; None doesn't compare it.
-        misfit: says what of the types and shapes of its tensors is wrong, or None.
+    A `checksum` reads the file whole and is compared; `misfit` says what of the types and shapes of
+    its tensors is wrong, or None.
     """
     path = folder / shard.file
     try:
-        found = path.stat()
+        about = path.stat()
     except FileNotFoundError:
         return "it is missing"
     except OSError as error:
         return f"it can't be read ({error.strerror})"
-    if found.st_size != shard.bytes:
-        return f"it has {found.st_size} bytes instead of {shard.bytes}"
+    if about.st_size != shard.bytes:
+        return f"it has {about.st_size} bytes instead of {shard.bytes}"
     try:
         with safe_open(path, framework="pt") as file:  # which compares its length with its header
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -60,13 +57,7 @@ def damage_error(path: Path, reason: str) -> ValueError:
 
 
 class ShardReader:
-    """Tensors of shards, mapped when they are first asked for, in each process for itself.
-
-    Args:
-        folder: that they are in.
-        shards: all of them.
-        num_classes: that labels must be of.
-    """
+    """Tensors of shards, mapped when they are first asked for, in each process for itself."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], num_classes: int):
         self.folder, self.shards, self.num_classes = folder, shards, num_classes
@@ -76,7 +67,7 @@ class ShardReader:
         return {**self.__dict__, "_open": OrderedDict()}  # no mapping goes to another process
 
     def __getitem__(self, number: int) -> Tensors:
-        """All tensors of a shard, by name."""
+        """Tensors of a shard, by name."""
         tensors = self._open.get(number)
         if tensors is None:
             tensors = self._load(number)
@@ -107,8 +98,10 @@ class ShardReader:
 
     def labels(self, number: int) -> Tensor:
         """Class labels (n,) of a shard; zeros where it has none."""
-        found = self[number].get(LABELS)
-        return torch.zeros(self.shards[number].count, dtype=torch.long) if found is None else found
+        labels = self[number].get(LABELS)
+        return (
+            torch.zeros(self.shards[number].count, dtype=torch.long) if labels is None else labels
+        )
 
     def caption(self, number: int, row: int) -> str:
         """Text of a row of a shard."""

@@ -1,4 +1,4 @@
-"""Which samples of a prepared folder belong to a split and a resolution, and where they stand."""
+"""Samples of a prepared folder by split and resolution, and their places in shards."""
 
 import math
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ _HOLD_OUT, _MOST_HELD_OUT = 20, 2048  # one sample in twenty, and about so many 
 
 
 class Table:
-    """Which row of which shard each sample is, held-out ones left out, or all others.
+    """Places of samples in shards, held-out ones left out, or all others.
 
     Sample u of those not held out, counted over the whole split, stands at u + u // (k - 1).
     """
@@ -57,8 +57,8 @@ class Table:
             return place
         if self.is_held:
             return place * self.hold_out + self.hold_out - 1 - phase
-        kept = phase + place
-        return kept + kept // (self.hold_out - 1) - phase
+        nth = phase + place
+        return nth + nth // (self.hold_out - 1) - phase
 
 
 def shards_of(
@@ -67,10 +67,10 @@ def shards_of(
     """Shards that a split is taken from, size by size, and k where every k-th is held out."""
     of_split = {
         name: sorted(
-            (shard for shard in found.shards if size_name(shard.size) in sizes),
+            (shard for shard in of_name.shards if size_name(shard.size) in sizes),
             key=lambda shard: sizes.index(size_name(shard.size)),
         )
-        for name, found in manifest.splits.items()
+        for name, of_name in manifest.splits.items()
     }
     if any(shard.count for shard in of_split.get("validation", ())):
         return of_split.get(split, []), None
@@ -86,7 +86,9 @@ def shards_of(
 
 def sizes_of(manifest: Manifest, resolution: int | None, folder: Path) -> list[str]:
     """Names of the sizes of one resolution."""
-    belongs = {name: manifest.resolutions.get(name, _side(name)) for name in manifest.shapes}
+    belongs = dict(manifest.resolutions)
+    for name in manifest.shapes.keys() - belongs.keys():  # the side of a square of as many pixels
+        belongs[name] = round(math.sqrt(math.prod(map(int, name.split("x")[-2:]))))
     there = sorted(set(belongs.values()))
     if resolution is None and len(there) == 1:
         resolution = there[0]
@@ -95,13 +97,7 @@ def sizes_of(manifest: Manifest, resolution: int | None, folder: Path) -> list[s
             f"data.options.resolution={resolution} is none that {folder} has alone; it has sizes "
             f"{', '.join(manifest.shapes)}: give one of {', '.join(map(str, there))}"
         )
-    return [name for name, side in belongs.items() if side == resolution]
-
-
-def _side(name: str) -> int:
-    """Side of a square of as many pixels."""
-    *_, height, width = map(int, name.split("x"))
-    return round(math.sqrt(height * width))
+    return [name for name in manifest.shapes if belongs[name] == resolution]
 
 
 def main_size(sizes: list[str], shards: Iterable[Shard]) -> str:
@@ -110,9 +106,5 @@ def main_size(sizes: list[str], shards: Iterable[Shard]) -> str:
     for shard in shards:
         if (name := size_name(shard.size)) in counts:
             counts[name] += shard.count
-    return max(sizes, key=lambda name: (_is_square(name), counts[name]))
-
-
-def _is_square(name: str) -> bool:
-    *_, height, width = name.split("x")
-    return height == width
+    is_square = {name: len(set(name.split("x")[-2:])) == 1 for name in sizes}
+    return max(sizes, key=lambda name: (is_square[name], counts[name]))

@@ -43,11 +43,8 @@ class Tensors(ImageDataset):
             tensors = load_file(path)  # mapped, not read
         except SafetensorError as error:
             raise ValueError(f"{path} is no safetensors file: {error}") from error
-        self.null = {
-            name.removeprefix(NULL): tensors.pop(name)
-            for name in list(tensors)
-            if name.startswith(NULL)
-        }
+        nulls = [name for name in tensors if name.startswith(NULL)]
+        self.null = {name.removeprefix(NULL): tensors.pop(name) for name in nulls}
         self.images = tensors.pop(LATENTS, torch.empty(0))
         self.path, self.conditions, self.encodings = path, tensors, tuple(tensors)
         self._check()
@@ -79,11 +76,11 @@ class Tensors(ImageDataset):
         for name, null in self.null.items():
             if name not in self.conditions:
                 raise ValueError(f"{self.path} has {NULL}{name}, but no {name}")
-            wanted = self.conditions[name]
-            if (tuple(null.shape), null.dtype) != ((1, *wanted.shape[1:]), wanted.dtype):
+            own = self.conditions[name]
+            if (tuple(null.shape), null.dtype) != ((1, *own.shape[1:]), own.dtype):
                 raise ValueError(
                     f"{self.path} has {NULL}{name} of {null.dtype} and shape {tuple(null.shape)}, "
-                    f"but {(1, *wanted.shape[1:])} of {wanted.dtype} belongs to its {name}; pad "
+                    f"but {(1, *own.shape[1:])} of {own.dtype} belongs to its {name}; pad "
                     f"texts to one length"
                 )
 

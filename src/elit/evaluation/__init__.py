@@ -1,1 +1,1 @@
-"""How good a model's samples are, and what is inside."""
+"""Scores of samples against real images, at one budget and over sweeps."""

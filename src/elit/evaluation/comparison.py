@@ -1,4 +1,4 @@
-"""Two sweeps side by side: whether they may be compared, and what both measured."""
+"""Comparison of two sweeps: whether it is allowed, and what both measured."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,20 +18,18 @@ _EQUAL_TRAINING = 0.05  # share by which training FLOPs may differ and still be 
 
 
 def read_sweeps(first: str, second: str) -> dict[str, Report]:
-    """The reports of two sweeps by the names of their runs.
-
-    Args:
-        first: a run's folder with a sweep in it, or a sweep's folder or file.
-        second: likewise.
-    """
+    """The reports of two sweeps, by the names of their runs: of folders of either, or files."""
     files = [_file_of(Path(path)) for path in (first, second)]
     if files[0].resolve() == files[1].resolve():
         raise ValueError(f"{first} and {second} are the same sweep; give two different ones")
-    names = [_name_of(file) for file in files]
-    if names[0] == names[1]:
-        names = [str(file.parent) for file in files]
-    if names[0] == names[1]:
-        names = [str(file) for file in files]
+    for name_of in (
+        _name_of,
+        lambda file: str(file.parent),
+        str,
+    ):  # the first that tells them apart
+        names = [name_of(file) for file in files]
+        if names[0] != names[1]:
+            break
     reports = {name: read_sweep(file) for name, file in zip(names, files, strict=True)}
     for file, report in zip(files, reports.values(), strict=True):
         unknown = sorted({name for row in report["rows"] for name in row["scores"]} - set(SCORES))
@@ -58,7 +56,7 @@ def check_comparable(reports: Mapping[str, Report]) -> None:
 
 
 def notes_on(reports: Mapping[str, Report]) -> list[str]:
-    """What a reader must know of a comparison that is allowed."""
+    """Warnings that a reader of an allowed comparison must know."""
     (one, a), (two, b) = reports.items()
     notes = []
     trained = [(report["model"].get("training") or {}).get("eflops") for report in (a, b)]
@@ -75,7 +73,7 @@ def notes_on(reports: Mapping[str, Report]) -> list[str]:
         )
     others = [k for k in _SAME_TIMES if a["settings"].get(k) != b["settings"].get(k)]
     if others and any(is_number(row.get("ms_per_image")) for row in a["rows"] + b["rows"]):
-        notes.append(f"times are not comparable: {', '.join(_words(key) for key in others)} differ")
+        notes.append(f"times are not comparable: {', '.join(others).replace('_', ' ')} differ")
     return notes
 
 
@@ -92,18 +90,23 @@ def ranking_of(reports: Mapping[str, Report]) -> str:
             + "; ".join(f"{', '.join(sorted(own)) or 'none'}" for own in names)
             + "; run `elit sweep` on both with the same networks"
         )
-    wanted = next(iter(reports.values()))["ranked_by"]
-    return str(wanted) if wanted in common else next(name for name in SCORES if name in common)
+    usual = next(iter(reports.values()))["ranked_by"]
+    return str(usual) if usual in common else next(name for name in SCORES if name in common)
 
 
 def shared_points(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
     """Operating points that all have, with each model's costs and scores by its name."""
-    by_point = [{_point(row): row for row in report["rows"]} for report in reports.values()]
-    found = []
+
+    def point_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        values = (row.get(key) for key in _POINT)
+        return tuple(tuple(value) if isinstance(value, list) else value for value in values)
+
+    by_point = [{point_of(row): row for row in report["rows"]} for report in reports.values()]
+    points = []
     for point, row in by_point[0].items():
         if all(point in own for own in by_point):
             rows = {name: own[point] for name, own in zip(reports, by_point, strict=True)}
-            found.append({key: row.get(key) for key in _POINT} | {
+            points.append({key: row.get(key) for key in _POINT} | {
                 "gflops_per_image": {name: r["gflops_per_image"] for name, r in rows.items()},
                 "ms_per_image": {name: r.get("ms_per_image") for name, r in rows.items()},
                 "scores": {
@@ -111,7 +114,7 @@ def shared_points(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
                     for score in row["scores"]
                 },
             })  # fmt: skip
-    return found
+    return points
 
 
 def differences(reports: Mapping[str, Report]) -> dict[str, dict[str, Any]]:
@@ -136,7 +139,7 @@ def _file_of(path: Path) -> Path:
 
 
 def _name_of(file: Path) -> str:
-    """Of the run that a sweep lies in; of a file elsewhere its own."""
+    """Name of the run that a sweep lies in, or of a file elsewhere."""
     file = file.absolute()
     if file.parts[-2:] == SWEEP_FILE.parts:
         return file.parts[-3]
@@ -151,15 +154,6 @@ def _compared(report: Report) -> list[Any]:
         settings.get("networks"),
         *(settings.get(key) for key in _SAME),
     ]
-
-
-def _point(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    values = (row.get(key) for key in _POINT)
-    return tuple(tuple(value) if isinstance(value, list) else value for value in values)
-
-
-def _words(key: str) -> str:
-    return key.replace("_", " ")
 
 
 def _brief(value: Any) -> str:

@@ -13,10 +13,10 @@ from elit._devices import synchronize
 from elit.choosing.points import OperatingPoint
 from elit.cost.formulas import ModelCost
 from elit.evaluation.images import to_bytes
-from elit.evaluation.networks import FeatureNetwork
 from elit.evaluation.parts import batches
 from elit.evaluation.reference import image_features
 from elit.flow.guidance import Forwards
+from elit.networks.feature_network import FeatureNetwork
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.budgets import draw_batch
 
@@ -29,28 +29,18 @@ class Drawing:
 
     Sample i has a generator of its own, seeded by seed + i, and the label i modulo the number of
     classes (of fewer samples than classes, evenly chosen classes), or a text in the same way.
-
-    Attributes:
-        pipeline: on its device.
-        networks: that see each sample.
-        count: samples.
-        seed: of the first.
-        batch_size: samples drawn at once.
-        texts: of a model that draws texts.
-        size: height and width in pixels; None is what the model was made for.
-        frames: of clips; likewise.
-        keep_images: whether to keep all samples as images; else the first SHOWN.
     """
 
-    pipeline: ElasticPipeline
-    networks: Sequence[FeatureNetwork]
-    count: int
-    seed: int = 0
-    batch_size: int = 32
-    texts: Sequence[str] = ()
+    pipeline: ElasticPipeline  # on its device
+    networks: Sequence[FeatureNetwork]  # that see each sample
+    count: int  # samples
+    seed: int = 0  # of the first
+    batch_size: int = 32  # samples drawn at once
+    texts: Sequence[str] = ()  # of a model that draws texts
+    # height and width in pixels; None is what the model was made for
     size: tuple[int, int] | None = None
-    frames: int | None = None
-    keep_images: bool = False
+    frames: int | None = None  # of clips; likewise
+    keep_images: bool = False  # whether to keep all samples as images; else the first SHOWN
 
     def __post_init__(self) -> None:
         takes_text = self.pipeline.transformer.takes_text

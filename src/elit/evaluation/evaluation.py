@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elit._files import digest_of, write_file, write_json
+from elit._process import Process
 from elit.choosing.points import OperatingPoint
 from elit.choosing.sweep_file import FORMAT
 from elit.choosing.timing import CallTimes, describe, device_name
@@ -25,10 +26,9 @@ from elit.evaluation.measure import Scores, measure
 from elit.evaluation.parts import Parts, part_size
 from elit.evaluation.reference import Reference, check_shapes, make_reference
 from elit.evaluation.score_names import SCORES
-from elit.evaluation.weights import checksum_of
+from elit.networks.weights import checksum_of
 from elit.pipelines.autoencoder import SamplesDivergedError
 from elit.pipelines.folder import weights_digest
-from elit.preparation.process import Process
 
 logger = logging.getLogger(__name__)
 
@@ -39,34 +39,24 @@ _NOT_OF_THE_SAMPLES = ("device", "device_name", "versions", "reference")  # may 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is drawn, compared with what, by which processes.
+    """Draws samples and compares them with real images, by several processes."""
 
-    Attributes:
-        run: folder or hub name of the pipeline.
-        drawing: of its samples.
-        images: the real ones.
-        process: this one.
-        home: folder of the samples' features; each operating point has one of its own in it.
-        training: what is known of the model's training: steps and EFLOPs.
-        progress: whether to show bars.
-        variant: of the files that the weights were read from.
-    """
-
-    run: str
-    drawing: Drawing
-    images: Images
-    process: Process
-    home: Path
+    run: str  # folder or hub name of the pipeline
+    drawing: Drawing  # of its samples
+    images: Images  # the real ones
+    process: Process  # this one
+    home: Path  # folder of the samples' features; each operating point has one of its own in it
+    # what is known of the model's training: steps and EFLOPs
     training: dict[str, Any] | None = None
-    progress: bool = True
-    variant: str | None = None
+    progress: bool = True  # whether to show bars
+    variant: str | None = None  # of the files that the weights were read from
 
     def __post_init__(self) -> None:
         check_shapes(self.images, self.drawing.image_shape(), self.run)
 
     @cached_property
     def model(self) -> dict[str, Any]:
-        """What the report says of the model."""
+        """The report's part on the model."""
         model = self.drawing.pipeline.transformer
         return {
             "path": self.run,
@@ -104,7 +94,7 @@ class Evaluation:
         return {
             "samples": drawing.count,
             "seed": drawing.seed,
-            "drawn": _texts_digest(drawing.texts) if drawing.texts else "classes, balanced",
+            "drawn": _texts(drawing.texts) if drawing.texts else "classes, balanced",
             "text_encoder": self._text_encoder(),
             "text_tokens": drawing.text_tokens,
             "sampler": type(pipeline.scheduler).__name__,
@@ -132,7 +122,7 @@ class Evaluation:
         }  # fmt: skip
 
     def parts(self, point: OperatingPoint) -> Parts:
-        """Where the samples of a point are kept."""
+        """The files that keep the samples of a point."""
         drawing = self.drawing
         settings = {k: v for k, v in self.settings.items() if k not in _NOT_OF_THE_SAMPLES}
         of = self.model["weights"], self.model["config"]
@@ -166,7 +156,7 @@ class Evaluation:
         return parts
 
     def failure(self, parts: Parts) -> str | None:
-        """Why a point could not be drawn, if it was tried and could not."""
+        """The reason why a point could not be drawn, if it was tried and could not."""
         failed = parts.folder / FAILED
         return json.loads(failed.read_text())["reason"] if failed.exists() else None
 
@@ -208,9 +198,9 @@ class Evaluation:
         settings = self.settings
         key = digest_of([settings["reference"], settings["networks"], settings["versions"]])
         try:
-            kept = json.loads(file.read_text())
-            if kept["key"] == key:
-                return kept["scores"]
+            earlier = json.loads(file.read_text())
+            if earlier["key"] == key:
+                return earlier["scores"]
         except (OSError, ValueError, KeyError, TypeError):
             pass  # none yet, or of another reference
         labelled = not self.drawing.texts
@@ -223,7 +213,7 @@ class Evaluation:
 def report(
     evaluation: Evaluation, rows: Sequence[dict[str, Any]], ranked_by: str
 ) -> dict[str, Any]:
-    """What the files hold: rows and all that they depend on."""
+    """Content of the files: rows and all that they depend on."""
     return {
         "format": FORMAT,
         "model": evaluation.model,
@@ -243,6 +233,25 @@ def ranking_score(scores: dict[str, float]) -> str:
     raise ValueError("the networks give no score; add inception, dinov2 or classifier")
 
 
+def draw_points(
+    evaluation: Evaluation, points: Sequence[OperatingPoint], words: str
+) -> list[Parts] | None:
+    """Draw points until all processes are done; None in other processes than the first."""
+    is_first = evaluation.process.rank == 0
+    todo = sum(evaluation.parts(point).todo() for point in points)
+    hidden = not (is_first and evaluation.progress)
+    with tqdm(total=todo, desc=words, unit="image", disable=hidden) as bar:
+        for i, point in enumerate(points):
+            bar.set_postfix_str(str(point), refresh=False)
+            evaluation.draw(point, bar, offset=i)
+        if not is_first:
+            return None
+        all_parts = [evaluation.parts(point) for point in points]
+        for parts in all_parts:
+            parts.wait(bar, (parts.folder / FAILED).exists)
+    return all_parts
+
+
 def evaluate(evaluation: Evaluation, point: OperatingPoint) -> dict[str, Any] | None:
     """Draw, look and score at one operating point; all processes call this.
 
@@ -250,20 +259,16 @@ def evaluate(evaluation: Evaluation, point: OperatingPoint) -> dict[str, Any] | 
         The report, in the first process.
     """
     reference = evaluation.make_reference()
-    todo = evaluation.parts(point).todo()
-    hidden = not evaluation.progress or evaluation.process.rank > 0
-    with tqdm(total=todo, desc="drawing", unit="image", disable=hidden) as bar:
-        parts = evaluation.draw(point, bar)
-        if evaluation.process.rank > 0:
-            return None
-        parts.wait(bar, lambda: evaluation.failure(parts) is not None)
-    assert reference is not None
+    drawn = draw_points(evaluation, [point], "drawing")
+    if drawn is None or reference is None:
+        return None
+    (parts,) = drawn
     if failure := evaluation.failure(parts):
         raise ValueError(f"{point}: {failure}")
     row = evaluation.row(point, parts, reference)
     evaluation.add_times([row])
-    drawn = statistics.median(parts.whole("seconds").tolist())  # a check of what was timed
-    row["drawn_ms_per_image"] = 1000 * drawn
+    seconds = statistics.median(parts.whole("seconds").tolist())  # a check of what was timed
+    row["drawn_ms_per_image"] = 1000 * seconds
     return report(evaluation, [row], ranking_score(row["scores"]))
 
 
@@ -289,15 +294,15 @@ def save_npz(parts: Parts, path: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that scores depend on."""
-    found = {"python": platform.python_version()}
+    """Versions of the libraries that scores depend on."""
+    numbers = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return numbers
 
 
-def _texts_digest(texts: Sequence[str]) -> str:
+def _texts(texts: Sequence[str]) -> str:
     return f"{len(texts)} texts, {digest_of(list(texts))}"

@@ -5,12 +5,8 @@ Everything is counted in float64, on the CPU where a device has none (Apple's MP
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
-
-from elit._numbers import is_whole
 
 _ROWS = 1024  # of features that are widened at a time: 16 MiB at 2048
 _ASYMMETRY = 1e-6  # of a covariance, of its largest entry: float32 rounds ten times finer
@@ -21,18 +17,13 @@ _EPSILON = torch.finfo(torch.float64).eps
 class Moments:
     """Count, mean and covariance of features, which needn't be there all at once.
 
-    The order of updates and merges changes the result by rounding alone.
-
-    Args:
-        width: of a feature; the first update tells it if it is left out.
+    The order of updates changes the result by rounding alone.
     """
 
-    def __init__(self, width: int | None = None) -> None:
-        if width is not None and not is_whole(width):
-            raise ValueError(f"width={width!r}: use a whole number from 1 up, or leave it out")
+    def __init__(self) -> None:
         self._count = 0
-        self._mean = torch.zeros(width or 0, dtype=torch.float64)
-        self._scatter = torch.zeros(width or 0, width or 0, dtype=torch.float64)
+        self._mean = torch.zeros(0, dtype=torch.float64)
+        self._scatter = torch.zeros(0, 0, dtype=torch.float64)
 
     @property
     def count(self) -> int:
@@ -75,24 +66,6 @@ class Moments:
                 mean = wide.mean(dim=0)
                 self._add(len(part), mean, wide - mean)
 
-    @torch.no_grad()
-    def merge(self, other: Moments) -> None:
-        """Take in the samples of others, such as those of another process."""
-        if other.count == 0:
-            return
-        if self.width not in (None, other.width):
-            raise ValueError(
-                f"moments of width {other.width} beside ones of width {self.width}: "
-                "merge statistics of one network and one of its outputs"
-            )
-        if self.width is None:
-            self._mean, self._scatter = other._mean.clone(), other._scatter.clone()
-            self._count = other.count
-            return
-        self._scatter += other._scatter.to(self._scatter.device)
-        mean = other._mean.to(self._mean.device)
-        self._add(other.count, mean, mean.new_empty(0, len(mean)))
-
     def _add(self, count: int, mean: Tensor, deviations: Tensor) -> None:
         """Chan, Golub and LeVeque (1979): the means' difference is one more row of deviations."""
         total = self._count + count
@@ -103,57 +76,20 @@ class Moments:
         self._mean += shift * (count / total)
         self._count = total
 
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that give it back exactly, for safetensors."""
-        count = torch.tensor(self._count)
-        return {"count": count, "mean": self._mean.clone(), "scatter": self._scatter.clone()}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Moments:
-        """What `state` gave."""
-        if set(state) != {"count", "mean", "scatter"}:
-            raise ValueError(
-                f"a state of {', '.join(sorted(state)) or 'nothing'}: "
-                "count, mean and scatter are needed; take what Moments.state() gives"
-            )
-        count, mean, scatter = state["count"], state["mean"], state["scatter"]
-        shapes = (tuple(count.shape), tuple(mean.shape), tuple(scatter.shape))
-        if mean.ndim != 1 or shapes != ((), mean.shape, mean.shape * 2) or count < 0:
-            raise ValueError(
-                f"a state of count {shapes[0]}, mean {shapes[1]} and scatter {shapes[2]}: "
-                "(), (d,) and (d, d) are needed, the count from 0 up; make the statistics again"
-            )
-        if not (mean.isfinite().all() and scatter.isfinite().all()):
-            raise ValueError("a state with NaN or infinity: make the statistics again")
-        moments = cls()
-        moments._count = int(count)
-        device = wide_device(mean)
-        moments._mean = mean.to(device).double().clone()
-        moments._scatter = scatter.to(device).double().clone()
-        return moments
-
 
 @torch.no_grad()
 def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
     """Squared Frechet distance of two normal distributions: what FID, sFID, FDD and FVD are.
 
-    |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2), Heusel et al. (2017), equation 6. With
-    A = K K^T and B = L L^T the last trace is the sum of the singular values of K^T L. Roots of the
-    eigenvalues of A B would lose half of the digits; so the error stays near 1e-15 (tr A + tr B),
-    also for singular covariances. It takes seconds at 2048.
-
-    Args:
-        mean_a: (d,), as all of any floating type.
-        cov_a: (d, d), symmetric and without negative eigenvalues; may be singular.
-        mean_b: (d,).
-        cov_b: (d, d).
+    |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2), Heusel et al. (2017), equation 6, of means
+    (d,) and symmetric covariances (d, d), which may be singular. With A = K K^T and B = L L^T the
+    last trace is the sum of the singular values of K^T L: the error stays near 1e-15 (tr A + tr B),
+    where scipy.linalg.sqrtm loses half of the digits. It takes seconds at 2048.
     """
     device = wide_device(mean_a)
-    means = [_checked_mean(mean, of, device) for mean, of in ((mean_a, "a"), (mean_b, "b"))]
-    covs = [
-        _checked_covariance(cov, mean, of)
-        for cov, mean, of in ((cov_a, means[0], "a"), (cov_b, means[1], "b"))
-    ]
+    means, covs = zip(
+        _checked(mean_a, cov_a, "a", device), _checked(mean_b, cov_b, "b", device), strict=True
+    )
     if len(means[0]) != len(means[1]):
         raise ValueError(
             f"means of {len(means[0])} and {len(means[1])} numbers: compare statistics of one "
@@ -166,26 +102,22 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
     return max(0.0, distance.item())
 
 
-def _checked_mean(mean: Tensor, of: str, device: torch.device) -> Tensor:
+def _checked(mean: Tensor, cov: Tensor, of: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and covariance in float64, the latter symmetric to the last digit."""
     if mean.ndim != 1 or len(mean) == 0:
         raise ValueError(f"mean_{of} of shape {tuple(mean.shape)}: a mean is (d,)")
-    if not mean.isfinite().all():
-        raise ValueError(f"mean_{of} holds NaN or infinity: make these statistics again")
-    return mean.to(device).double()
-
-
-def _checked_covariance(cov: Tensor, mean: Tensor, of: str) -> Tensor:
     if tuple(cov.shape) != (len(mean), len(mean)):
         raise ValueError(
             f"cov_{of} of shape {tuple(cov.shape)} beside a mean of {len(mean)}: "
             f"a covariance is (d, d), here ({len(mean)}, {len(mean)})"
         )
-    if not cov.isfinite().all():
-        raise ValueError(f"cov_{of} holds NaN or infinity: make these statistics again")
-    cov = cov.to(mean.device).double()
+    for what, value in (("mean", mean), ("cov", cov)):
+        if not value.isfinite().all():
+            raise ValueError(f"{what}_{of} holds NaN or infinity: make these statistics again")
+    cov = cov.to(device).double()
     if (cov - cov.T).abs().max() > _ASYMMETRY * cov.abs().max():
         raise ValueError(f"cov_{of} is not symmetric: it is no covariance; was it read right?")
-    return (cov + cov.T) / 2
+    return mean.to(device).double(), (cov + cov.T) / 2
 
 
 def _factor(cov: Tensor, of: str) -> Tensor:
@@ -203,22 +135,19 @@ def _factor(cov: Tensor, of: str) -> Tensor:
             "a covariance has none below 0; make these statistics again, in float64"
         )
     # The root of a zero that was rounded is not small: in the trace it would be 1e-8, not 1e-16.
-    kept = values > rounding * largest
-    return vectors[:, kept] * values[kept].sqrt()
+    positive = values > rounding * largest
+    return vectors[:, positive] * values[positive].sqrt()
 
 
 def needed_samples(width: int) -> int:
-    """How many samples the covariance of features needs to be of full rank."""
+    """The number of samples that a covariance of full rank needs."""
     return width + 1
 
 
 def bias_warning(count: int, width: int, what: str = "samples") -> str | None:
-    """What to tell whose Frechet distance is of too few samples; None if they are enough.
+    """A warning of a Frechet distance of too few samples; None if they are enough.
 
-    Args:
-        count: of the samples.
-        width: of their features.
-        what: the samples are, such as "generated images".
+    `what` the samples are, such as "generated images".
     """
     if count >= needed_samples(width):
         return None
@@ -257,5 +186,5 @@ def check_features(features: Tensor, what: str, width: int | None = None) -> Non
 
 
 def wide_device(features: Tensor) -> torch.device:
-    """Where their float64 arithmetic runs: where they are, or on the CPU for MPS."""
+    """The device for float64 arithmetic: that of the features, or the CPU for MPS."""
     return torch.device("cpu") if features.device.type == "mps" else features.device

@@ -1,6 +1,9 @@
 """Real images to compare with: a folder, a data set, what `elit prepare` wrote, an ADM .npz."""
 
+import dataclasses
 import hashlib
+import itertools
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +22,8 @@ from elit._listing import checksums, files_of
 from elit.data import DATASETS, ImageDataset, load_dataset
 from elit.data.manifest import MANIFEST
 from elit.evaluation.parts import batches
-from elit.evaluation.weights import checksum_of
 from elit.interface.grid import format_size
+from elit.networks.weights import checksum_of
 from elit.pipelines.autoencoder import decode
 from elit.preparation.images import READING, fit, read_image
 
@@ -32,24 +35,16 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Images:
-    """Images or clips of one shape, by number.
+    """Images or clips of one shape, by number."""
 
-    Attributes:
-        name: what they are, in words.
-        digest: of the data.
-        count: how many.
-        shape: (C, H, W), of clips (C, T, H, W).
-        read: uint8 (n, *shape) of some numbers.
-        captions: texts of some numbers, where there are any.
-        statistics: mean and covariance by "network.output", where the file holds them.
-    """
-
-    name: str
-    digest: str
-    count: int
-    shape: tuple[int, ...]
-    read: Callable[[Sequence[int]], Tensor]
+    name: str  # what they are, in words
+    digest: str  # of the data
+    count: int  # how many
+    shape: tuple[int, ...]  # (C, H, W), of clips (C, T, H, W)
+    read: Callable[[Sequence[int]], Tensor]  # uint8 (n, *shape) of some numbers
+    # texts of some numbers, where there are any
     captions: Callable[[Sequence[int]], list[str]] | None = None
+    # mean and covariance by "network.output", where the file holds them
     statistics: dict[str, tuple[Tensor, Tensor]] | None = None
 
 
@@ -59,7 +54,7 @@ def to_bytes(pictures: Tensor) -> Tensor:
 
 
 def has_splits(name: str) -> bool:
-    """Whether it is a data set of several splits."""
+    """Tell whether a name is of a data set with several splits."""
     return (Path(name) / MANIFEST).exists() or (name in DATASETS and not Path(name).exists())
 
 
@@ -108,9 +103,9 @@ def of_dataset(dataset: ImageDataset, name: str, vae: Any = None) -> Images:
             f"{name} has samples of several sizes ({shapes}): scores need one; prepare the data "
             f"without aspect buckets"
         )
-    is_pixels = dataset.autoencoder is None
-    if not is_pixels and vae is None:
+    if dataset.autoencoder is not None and vae is None:
         raise ValueError(f"{name} holds VAE latents, and the model has no VAE to decode them")
+    is_pixels = dataset.autoencoder is None
     device = torch.device("cpu") if is_pixels else next(vae.parameters()).device
 
     @torch.no_grad()
@@ -119,9 +114,11 @@ def of_dataset(dataset: ImageDataset, name: str, vae: Any = None) -> Images:
         if stored.dtype == torch.uint8:
             return stored
         pictures = dataset.on_device(stored.to(device))
-        if not is_pixels:
-            pictures = decode(vae, pictures).float()
-        return to_bytes(pictures.cpu() / 2 + 0.5)
+        return to_bytes((pictures if is_pixels else decode(vae, pictures).float()).cpu() / 2 + 0.5)
+
+    def captions(numbers: Sequence[int]) -> list[str]:  # without holding all their images
+        parts = (dataset.batch(part)["captions"] for part in batches(numbers, 256))
+        return list(itertools.chain.from_iterable(parts))
 
     first = read([0])
     count = len(dataset) // dataset.copies  # mirrored ones are no more images
@@ -135,16 +132,8 @@ def of_dataset(dataset: ImageDataset, name: str, vae: Any = None) -> Images:
         count,
         tuple(first.shape[1:]),
         read,
-        (lambda numbers: _captions(dataset, numbers)) if dataset.has_captions else None,
+        captions if dataset.has_captions else None,
     )
-
-
-def _captions(dataset: ImageDataset, numbers: Sequence[int]) -> list[str]:
-    """Texts of some samples, without holding all their images."""
-    texts: list[str] = []
-    for batch in batches(numbers, 256):
-        texts += dataset.batch(batch)["captions"]
-    return texts
 
 
 def _of_folder(folder: Path, size: tuple[int, int] | None) -> Images:
@@ -203,8 +192,8 @@ def _of_npz(path: Path) -> Images:
         with zipfile.ZipFile(path) as archive:  # the checksums that it holds
             digest = digest_of([[i.filename, i.file_size, i.CRC] for i in archive.infolist()])
     except _UNREADABLE as error:
-        raise ValueError(f"{path} cannot be read as .npz ({error}); copy it again") from error
-    rows = _NpzRows(path) if "arr_0" in names else None
+        raise _no_npz(path, error) from error
+    rows = _npz_rows(path, digest) if "arr_0" in names else None
     if rows is None and not statistics:
         raise ValueError(
             f"{path} holds {', '.join(sorted(names)) or 'nothing'}: give a file with images "
@@ -219,60 +208,53 @@ def _of_npz(path: Path) -> Images:
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError(f"{path} holds statistics that are not finite; make them again")
 
-    def read(numbers: Sequence[int]) -> Tensor:
-        assert rows is not None
-        return rows.read(numbers)
-
-    shape, count = (rows.shape, rows.count) if rows is not None else ((), 0)
-    return Images(str(path), digest, count, shape, read, statistics=statistics or None)
+    if rows is None:
+        return Images(str(path), digest, 0, (), _no_images, statistics=statistics)
+    return dataclasses.replace(rows, statistics=statistics or None)
 
 
-class _NpzRows:
-    """Rows of an .npz file's `arr_0`, read one after the other without holding all."""
+def _no_images(numbers: Sequence[int]) -> Tensor:
+    raise ValueError(f"images {numbers} of a file of statistics alone")
 
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-                version = np.lib.format.read_magic(member)
-                reader = {
-                    (1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0,
-                }[version]
-                whole, fortran, dtype = reader(member)
-                self.start = member.tell()
-        except _UNREADABLE as error:
-            raise ValueError(f"{path} cannot be read as .npz ({error}); copy it again") from error
-        if len(whole) != 4 or whole[3] != 3 or dtype != np.uint8 or fortran or not min(whole):
-            raise ValueError(
-                f"{path} has arr_0 of {dtype} {whole}; give uint8 (N, H, W, 3), in the order of C"
-            )
-        self.count, rest = whole[0], whole[1:]
-        self.row = tuple(rest)
-        self.shape = (3, rest[0], rest[1])
-        self._member: Any = None
-        self._next = 0
 
-    def read(self, numbers: Sequence[int]) -> Tensor:
-        """uint8 (n, 3, H, W) of consecutive rows; quick where they follow those read before."""
-        first, size = numbers[0], int(np.prod(self.row))
+def _no_npz(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be read as .npz ({error}); copy it again")
+
+
+def _npz_rows(path: Path, digest: str) -> Images:
+    """An .npz file's `arr_0`, read one row after the other without holding all.
+
+    By hand, as numpy maps no file within a zip: ADM's batches take gigabytes.
+    """
+    try:
+        member: Any = zipfile.ZipFile(path).open("arr_0.npy")  # noqa: SIM115 - as long as it is read
+        version = np.lib.format.read_magic(member)
+        reader = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        whole, fortran, dtype = reader(member)
+    except _UNREADABLE as error:
+        raise _no_npz(path, error) from error
+    if len(whole) != 4 or whole[3] != 3 or dtype != np.uint8 or fortran or not min(whole):
+        raise ValueError(
+            f"{path} has arr_0 of {dtype} {whole}; give uint8 (N, H, W, 3), in the order of C"
+        )
+    count, *row = whole
+    start, size = member.tell(), math.prod(row)
+
+    def read(numbers: Sequence[int]) -> Tensor:  # quick where they follow those read before
+        first, length = numbers[0], len(numbers) * size
         if list(numbers) != list(range(first, first + len(numbers))):
-            return torch.cat([self.read([number]) for number in numbers])
-        if self._member is None or first < self._next:
-            self._archive = zipfile.ZipFile(self.path)
-            self._member, self._next = self._archive.open("arr_0.npy"), 0
-            self._member.read(self.start)
-        self._skip((first - self._next) * size)
+            return torch.cat([read([number]) for number in numbers])
         try:
-            content = self._member.read(len(numbers) * size)
+            member.seek(start + first * size)
+            content = member.read(length)
         except _UNREADABLE as error:
-            raise ValueError(f"{self.path} is damaged ({error}); copy it again") from error
-        if len(content) != len(numbers) * size:
-            raise ValueError(f"{self.path} is cut off; copy it again")
-        self._next = first + len(numbers)
-        array = np.frombuffer(content, np.uint8).reshape(len(numbers), *self.row)
+            raise ValueError(f"{path} is damaged ({error}); copy it again") from error
+        if len(content) != length:
+            raise ValueError(f"{path} is cut off; copy it again")
+        array = np.frombuffer(content, np.uint8).reshape(len(numbers), *row)
         return torch.from_numpy(array.copy()).movedim(-1, 1).contiguous()
 
-    def _skip(self, length: int) -> None:
-        while length > 0:
-            length -= len(self._member.read(min(length, 2**24)) or b"x" * length)
+    return Images(str(path), digest, count, (3, *row[:2]), read)

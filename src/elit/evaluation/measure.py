@@ -9,7 +9,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elit.evaluation.frechet import Moments, bias_warning, frechet_distance
-from elit.evaluation.networks import FeatureNetwork
 from elit.evaluation.parts import Parts
 from elit.evaluation.reference import Reference, Statistics, evenly
 from elit.evaluation.scores import (
@@ -18,6 +17,7 @@ from elit.evaluation.scores import (
     kernel_distance,
     precision_recall,
 )
+from elit.networks.feature_network import FeatureNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -37,21 +37,14 @@ COMPARED = ("precision", "recall", "density", "coverage", "kid")
 
 @dataclass
 class Scores:
-    """Scores of one operating point.
+    """Scores of one operating point."""
 
-    Attributes:
-        values: by name.
-        of: the network behind each.
-        deviations: standard deviations, where a score is a mean over parts of the samples.
-        warnings: what makes them less than they seem.
-        count: samples.
-    """
-
-    values: dict[str, float] = field(default_factory=dict)
-    of: dict[str, str] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)  # by name
+    of: dict[str, str] = field(default_factory=dict)  # the network behind each
+    # standard deviations, where a score is a mean over parts of the samples
     deviations: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    count: int = 0
+    warnings: list[str] = field(default_factory=list)  # what makes them less than they seem
+    count: int = 0  # samples
 
     def add(
         self, name: str, value: float, network: FeatureNetwork, deviation: float | None = None
@@ -96,16 +89,10 @@ def measure(
     labelled: bool = True,
     progress: bool = False,
 ) -> Scores:
-    """All scores that the networks' outputs allow.
+    """Compute all scores that the networks' outputs of drawn samples allow.
 
-    A score that several networks could give, such as precision, is the first one's.
-
-    Args:
-        parts: what `Drawing.draw` gave of all samples.
-        networks: that saw them.
-        reference: statistics of real images by the same networks.
-        labelled: whether samples were drawn of classes, which the built-in classifier can tell.
-        progress: whether to show a bar.
+    A score that several networks could give, such as precision, is the first one's. `labelled` are
+    samples of classes, which the built-in classifier can tell.
     """
     scores = Scores(count=parts.count)
     pairs = [(network, output) for network in networks for output in network.outputs]
@@ -146,11 +133,6 @@ def _frechet(parts: Parts, key: str, real: Statistics, scores: Scores) -> float:
     for features in parts.read(key):
         moments.update(features)
     width = len(moments.mean)
-    if len(real.mean) != width:
-        raise ValueError(
-            f"{key} has {width} features, the reference {len(real.mean)}: they are of different "
-            f"networks"
-        )
     scores.warn(bias_warning(moments.count, width, f"generated samples ({key})"))
     if real.count is not None:
         scores.warn(bias_warning(real.count, width, f"real samples ({key})"))
@@ -165,8 +147,7 @@ def _compare(features: Tensor, real: Tensor, network: FeatureNetwork, scores: Sc
         return
     if network.device.type == "cuda":  # which has float64 too
         drawn, real = drawn.to(network.device), real.to(network.device)
-    found = precision_recall(real, drawn)
-    for name in ("precision", "recall", "density", "coverage"):
-        scores.add(name, getattr(found, name), network)
+    for name, share in precision_recall(real, drawn)._asdict().items():
+        scores.add(name, share, network)
     value, deviation = kernel_distance(real, drawn)
     scores.add("kid", value, network, deviation)

@@ -12,25 +12,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from elit._files import as_os_error, remove_leftovers, write_file
-from elit.preparation.process import Process
+from elit._files import remove_leftovers, save_tensors
+from elit._process import Process
 
 PATIENCE = 600.0  # seconds without a new part, or five times what one takes: then it is given up
 _GLANCE = 0.5  # seconds between two looks for the parts of others
 
 
 class Parts:
-    """Tensors of samples 0..count-1, in files of `size` samples each.
-
-    Args:
-        folder: of the files; made when the first is written.
-        count: samples in all.
-        size: samples of a part; the last may have fewer.
-    """
+    """Tensors of samples 0..count-1, in files of `size` samples each, the last perhaps of fewer."""
 
     def __init__(self, folder: Path, count: int, size: int):
         self.folder, self.count, self.size = folder, count, size
@@ -64,15 +57,10 @@ class Parts:
         origin: str = "",
         done: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Make this process's share of what is missing.
+        """Make this process's share of what is missing, until `done`.
 
-        Args:
-            make: the tensors of some samples, (n, ...) each.
-            process: this one.
-            bar: counts the samples that it made.
-            offset: shifts the shares, so that many short runs keep all processes busy.
-            origin: what made them, to be told with them.
-            done: whether all of it is no longer needed.
+        An `offset` shifts the shares, so that many short runs keep all processes busy. The
+        parts tell their `origin`.
         """
         remove_leftovers(self.folder)
         for number in self.missing():
@@ -81,18 +69,9 @@ class Parts:
             if (number + offset) % process.world != process.rank or self.path(number).exists():
                 continue
             started = time.monotonic()
-            tensors = make(self.samples(number))
-            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            self._write(number, contiguous, {"origin": origin})
+            save_tensors(self.path(number), make(self.samples(number)), {"origin": origin})
             self._longest = max(self._longest, time.monotonic() - started)
             bar.update(len(self.samples(number)))
-
-    def _write(self, number: int, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-        path = self.path(number)
-        try:
-            write_file(path, lambda aside: save_file(tensors, aside, about))
-        except SafetensorError as error:
-            raise as_os_error(error, path) from error
 
     def wait(self, bar: tqdm, done: Callable[[], bool] = lambda: False) -> None:
         """Wait for the parts of other processes, or until `done`."""
@@ -139,12 +118,12 @@ class Parts:
             return sorted(file.keys())
 
     def origins(self) -> list[str]:
-        """What made the parts, each once."""
-        found = set()
+        """Origins of the parts, each once."""
+        origins = set()
         for number in range(len(self)):
             with self._open(number) as file:
-                found.add((file.metadata() or {}).get("origin", ""))
-        return sorted(found)
+                origins.add((file.metadata() or {}).get("origin", ""))
+        return sorted(origins)
 
     def remove(self) -> None:
         """Remove all parts, and what killed processes left of them."""

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from elit._files import cache_folder, digest_of, write_file, write_json
+from elit._files import cache_folder, digest_of, save_tensors, write_json
+from elit._process import Process
 from elit.evaluation.frechet import Moments
 from elit.evaluation.images import Images
-from elit.evaluation.networks import FeatureNetwork
 from elit.evaluation.parts import Parts, batches, part_size
 from elit.interface.grid import format_size
-from elit.preparation.process import Process
+from elit.networks.feature_network import FeatureNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -28,20 +28,13 @@ _UNRANKED = ("spatial",)  # outputs that no score needs beyond mean and covarian
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one output of one network.
+    """Statistics of one output of one network."""
 
-    Attributes:
-        mean: (d,) float64.
-        covariance: (d, d) float64.
-        features: (m, d) of at most MANIFOLD images, evenly chosen; None where only the others
-            are known.
-        count: images behind mean and covariance; None if the file doesn't say.
-    """
-
-    mean: Tensor
-    covariance: Tensor
+    mean: Tensor  # (d,) float64
+    covariance: Tensor  # (d, d) float64
+    # (m, d) of at most MANIFOLD images, evenly chosen; None where only the others are known
     features: Tensor | None
-    count: int | None
+    count: int | None  # images behind mean and covariance; None if the file doesn't say
 
 
 Reference = Mapping[str, Statistics]
@@ -49,7 +42,7 @@ Reference = Mapping[str, Statistics]
 
 
 def image_features(network: FeatureNetwork, images: Tensor) -> dict[str, Tensor]:
-    """What a network sees in pictures (n, C, H, W) or clips (n, C, T, H, W), uint8.
+    """A network's features of pictures (n, C, H, W) or clips (n, C, T, H, W), uint8.
 
     A network of images sees each frame of a clip: rows are then n * T, clip by clip.
     """
@@ -58,12 +51,11 @@ def image_features(network: FeatureNetwork, images: Tensor) -> dict[str, Tensor]
             raise ValueError(f"{network.name} takes clips, but these are images")
     elif images.ndim == 5:
         images = images.transpose(1, 2).flatten(0, 1)  # (n * T, C, H, W)
-    found = network.features(images)
-    return {f"{network.name}.{name}": x.float().cpu() for name, x in found.items()}
+    return {f"{network.name}.{k}": x.float().cpu() for k, x in network.features(images).items()}
 
 
 def evenly(count: int, most: int) -> Tensor:
-    """At most so many of `count` numbers, evenly chosen."""
+    """Choose at most so many of `count` numbers, evenly."""
     return torch.linspace(0, count - 1, min(count, most)).round().long()
 
 
@@ -75,20 +67,11 @@ def make_reference(
     progress: bool = True,
     home: Path | None = None,
 ) -> Reference | None:
-    """Statistics of real images by all networks; all processes call this.
+    """Statistics of real images by all networks, in the first process; all processes call this.
 
-    Args:
-        images: the real ones.
-        networks: by whose eyes.
-        process: this one.
-        batch_size: images seen at once.
-        progress: whether to show a bar.
-        home: where to keep what was made; by default in the cache.
-
-    Returns:
-        In the first process, the statistics; elsewhere None.
+    They are kept in `home`, by default in the cache.
     """
-    found: dict[str, Statistics] = {}
+    reference: dict[str, Statistics] = {}
     if images.count == 1:
         raise ValueError(f"{images.name} holds one image; a reference needs two or more")
     for network in networks:
@@ -96,7 +79,7 @@ def make_reference(
             continue  # it compares samples with their texts
         given = _given(images, network)
         if images.count:
-            found |= _of_network(images, network, process, batch_size, progress, home) or {}
+            reference |= _of_network(images, network, process, batch_size, progress, home) or {}
         elif not given:
             raise ValueError(
                 f"{images.name} holds statistics of {', '.join(images.statistics or {})} and no "
@@ -104,9 +87,9 @@ def make_reference(
                 f"arr_0"
             )
         for output, (mean, covariance) in given.items():
-            features = found[output].features if output in found else None
-            found[output] = Statistics(mean, covariance, features, None)
-    return found if process.rank == 0 else None
+            features = reference[output].features if output in reference else None
+            reference[output] = Statistics(mean, covariance, features, None)
+    return reference if process.rank == 0 else None
 
 
 def _given(images: Images, network: FeatureNetwork) -> dict[str, tuple[Tensor, Tensor]]:
@@ -117,11 +100,11 @@ def _given(images: Images, network: FeatureNetwork) -> dict[str, tuple[Tensor, T
         if output.startswith(f"{network.name}.")
     }
     for output, (mean, _) in mine.items():
-        wanted = {"inception.pool": 2048, "inception.spatial": 2023}[output]
-        if len(mean) != wanted:
+        width = {"inception.pool": 2048, "inception.spatial": 2023}[output]
+        if len(mean) != width:
             raise ValueError(
                 f"{images.name} holds statistics of {len(mean)} features, but {output} has "
-                f"{wanted}: they are of another network"
+                f"{width}: they are of another network"
             )
     return mine
 
@@ -153,11 +136,9 @@ def _of_network(
     if not file.exists():
 
         def make(samples: range) -> dict[str, Tensor]:
-            seen = [
-                image_features(network, images.read(batch))
-                for batch in batches(samples, batch_size)
-            ]
-            return {name: torch.cat([one[name] for one in seen]) for name in seen[0]}
+            pictures = map(images.read, batches(samples, batch_size))
+            features = [image_features(network, some) for some in pictures]
+            return {name: torch.cat([one[name] for one in features]) for name in features[0]}
 
         with tqdm(
             total=parts.todo(), desc=f"reference by {network.name}", unit="image",
@@ -176,7 +157,7 @@ def _of_network(
             tensors = None
         if tensors is not None:
             write_json(folder / "about.json", about)
-            write_file(file, lambda aside: save_file(tensors, aside))
+            save_tensors(file, tensors)
     if process.rank > 0:
         return None
     parts.remove()  # also of one that was killed here
@@ -187,18 +168,18 @@ def _reduce(parts: Parts) -> dict[str, Tensor]:
     """Mean, covariance, count and chosen features of each output of a network."""
     tensors: dict[str, Tensor] = {}
     for name in parts.names():
-        moments, kept, first = Moments(), [], 0
+        moments, chosen_rows, first = Moments(), [], 0
         rows = sum(len(x) for x in parts.read(name))
         chosen = evenly(rows, MANIFOLD)
         for features in parts.read(name):
             moments.update(features)
             inside = chosen[(chosen >= first) & (chosen < first + len(features))]
-            kept.append(features[inside - first])
+            chosen_rows.append(features[inside - first])
             first += len(features)
         tensors[f"{name}/mean"], tensors[f"{name}/covariance"] = moments.mean, moments.covariance
         tensors[f"{name}/count"] = torch.tensor(moments.count)
         if name.rpartition(".")[2] not in _UNRANKED:
-            tensors[f"{name}/features"] = torch.cat(kept)
+            tensors[f"{name}/features"] = torch.cat(chosen_rows)
     return tensors
 
 
@@ -223,12 +204,9 @@ def _read(file: Path) -> dict[str, Statistics]:
 
 
 def check_shapes(images: Images, shape: Sequence[int], name: str) -> None:
-    """Raise a ValueError unless real images and drawn ones have one size.
+    """Raise a ValueError unless real images and those that `name` draws, of a shape, fit.
 
-    Args:
-        images: the real ones; without images, statistics alone say nothing of their size.
-        shape: (C, H, W) of the drawn ones, of clips (C, T, H, W).
-        name: of what draws.
+    Statistics alone say nothing of their images' size.
     """
     if images.count and tuple(images.shape[1:]) != tuple(shape[1:]):
         raise ValueError(

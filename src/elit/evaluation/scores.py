@@ -1,12 +1,14 @@
 """Scores of generated samples from what a network says of them, besides the Frechet distance.
 
 Products run in float64, in tiles of a fixed size: memory doesn't grow with the number of pairs,
-and ties, duplicates and near duplicates come out as in a loop over all pairs.
+and ties, duplicates and near duplicates come out as in a loop over all pairs. scikit-learn's
+neighbours and kernels do neither, nor run on a GPU.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -30,41 +32,27 @@ class InceptionScore(NamedTuple):
 
 
 class PrecisionRecall(NamedTuple):
-    """How two sets of samples cover each other; all in [0, 1] but density.
+    """Shares in which two sets of samples cover each other; density may exceed 1."""
 
-    Attributes:
-        precision: share of generated samples within the ball of a real one.
-        recall: share of real samples within the ball of a generated one.
-        density: balls of real samples around a generated one, on average, over k.
-        coverage: share of real samples with a generated one in their ball.
-    """
-
-    precision: float
-    recall: float
-    density: float
-    coverage: float
+    precision: float  # share of generated samples within the ball of a real one
+    recall: float  # share of real samples within the ball of a generated one
+    density: float  # balls of real samples around a generated one, on average, over k
+    coverage: float  # share of real samples with a generated one in their ball
 
 
 class KernelDistance(NamedTuple):
-    """Squared maximum mean discrepancy, unbiased, so that it may be negative.
+    """Squared maximum mean discrepancy, unbiased, so that it may be negative."""
 
-    Attributes:
-        value: over all pairs, or the mean over the subsets.
-        std: over the subsets; None for all pairs.
-    """
-
-    value: float
-    std: float | None
+    value: float  # over all pairs, or the mean over the subsets
+    std: float | None  # over the subsets; None for all pairs
 
 
 @torch.no_grad()
 def inception_score(logits: Tensor, split_size: int = 5000) -> InceptionScore:
     """exp of the mean Kullback-Leibler divergence of p(y|x) from p(y), Salimans et al. (2016).
 
-    Args:
-        logits: (N, K), before the softmax. The order matters: splits are consecutive.
-        split_size: samples over which p(y) is averaged. N // split_size splits of nearly equal
-            size, at least one: 50000 samples give ten of 5000, as is usual, and 300 give one.
+    Logits (N, K) come before the softmax, in an order that matters: p(y) is averaged over each of
+    N // split_size splits of nearly equal size, at least one. 50000 samples give ten, as is usual.
     """
     check_features(logits, "logits")
     _check_count(logits, "logits", 1)
@@ -91,10 +79,8 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> PrecisionRe
     Each sample has a ball that reaches to the k-th nearest other sample of its set, edge included.
     A sample counts as covered if any of the balls holds it, not only the nearest sample's.
 
-    Args:
-        real: features (M, d); M > k.
-        generated: features (N, d); N > k.
-        k: number of the neighbour; 3 is usual for precision and recall, 5 for the other two.
+    Of features (M, d) and (N, d), both of more than k rows. A k of 3 is usual for precision and
+    recall, 5 for the other two.
     """
     _check_pair(real, generated)
     if not is_whole(k):
@@ -117,8 +103,9 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> PrecisionRe
             is_covered[columns] |= is_in_real.any(dim=0)
             hits += int(is_in_real.sum())
             is_recalled[columns] |= (distances <= generated_radii[rows, None]).any(dim=0)
-    shares = (x.double().mean().item() for x in (is_precise, is_recalled, is_covered))
-    precision, recall, coverage = shares
+    precision, recall, coverage = (
+        flags.double().mean().item() for flags in (is_precise, is_recalled, is_covered)
+    )
     return PrecisionRecall(precision, recall, hits / (k * len(generated)), coverage)
 
 
@@ -135,8 +122,8 @@ def kernel_distance(
     Args:
         real: features (M, d); M > 1.
         generated: features (N, d); N > 1.
-        subsets: how many pairs of subsets are compared; 0 compares all of both sets at once, which
-            has no choice in it. If left out, 100 as is usual, or 0 if a set is below `subset_size`.
+        subsets: how many pairs of subsets are compared; 0 compares all of both sets at once. If
+            left out, 100 as is usual, or 0 if a set is below `subset_size`.
         subset_size: samples in a subset, drawn from each set without repetition.
         seed: of the draws.
     """
@@ -160,11 +147,12 @@ def kernel_distance(
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(subsets):
-        chosen = (_draw(x, subset_size, generator) for x in (real, generated))
-        values.append(_squared_discrepancy(*chosen))
-    mean = math.fsum(values) / subsets
-    variance = math.fsum((value - mean) ** 2 for value in values) / subsets
-    return KernelDistance(mean, math.sqrt(variance))
+        pair = []
+        for features in (real, generated):
+            rows = torch.randperm(len(features), generator=generator)[:subset_size]
+            pair.append(features[rows.to(features.device)])
+        values.append(_squared_discrepancy(*pair))
+    return KernelDistance(statistics.fmean(values), statistics.pstdev(values))
 
 
 @torch.no_grad()
@@ -232,16 +220,11 @@ def _radii(features: Tensor, k: int, device: torch.device) -> Tensor:
     return nearest[:, -1].clamp_min(0)
 
 
-def _smallest(known: Tensor, found: Tensor) -> Tensor:
-    """The k smallest of each row of known (n, k) and found (n, m), in order."""
+def _smallest(known: Tensor, more: Tensor) -> Tensor:
+    """The k smallest of each row of known (n, k) and more (n, m), in order."""
     k = known.shape[1]
-    found = found.topk(min(k, found.shape[1]), largest=False).values
-    return torch.cat([known, found], dim=1).topk(k, largest=False).values
-
-
-def _draw(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    rows = torch.randperm(len(features), generator=generator)[:count]
-    return features[rows.to(features.device)]
+    more = more.topk(min(k, more.shape[1]), largest=False).values
+    return torch.cat([known, more], dim=1).topk(k, largest=False).values
 
 
 def _squared_discrepancy(real: Tensor, generated: Tensor) -> float:

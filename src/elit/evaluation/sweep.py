@@ -19,7 +19,7 @@ from elit._pareto import pareto_front
 from elit.choosing.points import OperatingPoint
 from elit.choosing.sweep_file import read_sweep
 from elit.evaluation.drawing import SHOWN
-from elit.evaluation.evaluation import FAILED, Evaluation, ranking_score, report
+from elit.evaluation.evaluation import Evaluation, draw_points, ranking_score, report
 from elit.evaluation.measure import possible_scores
 from elit.evaluation.parts import Parts
 from elit.models.elastic import ElasticMixin
@@ -31,50 +31,43 @@ _MAY_DIFFER = ("device", "device_name", "versions")  # between two calls that fi
 
 @dataclass(frozen=True)
 class Grid:
-    """What a sweep goes through: all combinations that differ.
+    """The operating points of a sweep: all combinations that differ."""
 
-    Attributes:
-        budgets: of the samples.
-        steps: of the sampler.
-        guides: of "none", "cfg", "ag" and "ccfg".
-        scales: of guidance.
-        guide_budgets: of "ag" and "ccfg"; empty is the lowest trained.
-        interval: noise levels in which guidance acts.
-    """
-
-    budgets: Sequence[float]
-    steps: Sequence[int]
-    guides: Sequence[str]
-    scales: Sequence[float] = (2.0,)
-    guide_budgets: Sequence[float] = ()
-    interval: tuple[float, float] | None = None
+    budgets: Sequence[float]  # of the samples
+    steps: Sequence[int]  # of the sampler
+    guides: Sequence[str]  # of "none", "cfg", "ag" and "ccfg"
+    scales: Sequence[float] = (2.0,)  # of guidance
+    guide_budgets: Sequence[float] = ()  # of "ag" and "ccfg"; empty is the lowest trained
+    interval: tuple[float, float] | None = None  # noise levels in which guidance acts
 
     def points(self, model: ElasticMixin) -> list[OperatingPoint]:
-        """All operating points, each once, at the budgets that really run.
+        """List all operating points, each once, at the budgets that really run.
 
         A guide with a budget as high as what it guides is left out: of ag it has no effect, of
         ccfg it is cfg, and more would cost more than it guides.
         """
-        kept = sorted({model.resolve_budget(b) or 0 for b in self.budgets}, reverse=True)
-        guide_kept = {model.resolve_budget(b) or 0 for b in self.guide_budgets}
-        lowest = model.min_latents
-        found = []
-        guides = list(itertools.product(dict.fromkeys(self.guides), dict.fromkeys(self.scales)))
-        for n, steps in itertools.product(kept, dict.fromkeys(self.steps)):
+
+        def numbers(budgets: Sequence[float]) -> list[int]:
+            return sorted({model.resolve_budget(budget) or 0 for budget in budgets})
+
+        guided = numbers(self.guide_budgets) or [model.min_latents]
+        points = []
+        for n, steps, guide, scale in itertools.product(
+            reversed(numbers(self.budgets)), self.steps, self.guides, self.scales
+        ):
             budget = model.budget_of(n or None)
-            for guide, scale in guides:
-                if guide == "none":
-                    found.append(OperatingPoint(budget, steps))
-                    continue
-                low = guide in ("ag", "ccfg")
-                for g in sorted(guide_kept or {lowest}) if low else [None]:
-                    if g is not None and g >= n:
-                        continue
-                    guide_budget = None if g is None else model.budget_of(g)
-                    found.append(
-                        OperatingPoint(budget, steps, guide, scale, guide_budget, self.interval)
-                    )
-        return list(dict.fromkeys(found))
+            if guide == "none":
+                points.append(OperatingPoint(budget, steps))
+            elif guide == "cfg":
+                points.append(OperatingPoint(budget, steps, guide, scale, None, self.interval))
+            else:
+                low = [
+                    None if g is None else model.budget_of(g) for g in guided if g is None or g < n
+                ]
+                points += [
+                    OperatingPoint(budget, steps, guide, scale, b, self.interval) for b in low
+                ]
+        return list(dict.fromkeys(points))
 
 
 def sweep(
@@ -82,16 +75,9 @@ def sweep(
 ) -> dict[str, Any] | None:
     """Score all points of a grid; all processes call this, and each may be stopped at any time.
 
-    Rows of an earlier sweep into the same folder with the same settings stay.
-
-    Args:
-        evaluation: what is drawn and compared.
-        grid: the points.
-        out: folder of `sweep.json`.
-        ranked_by: score of the fronts; by default the first network's Frechet distance.
-
-    Returns:
-        The report, in the first process; it is in `out` / sweep.json too.
+    Rows of an earlier sweep into the same folder with the same settings stay. Points are ranked by
+    a score, by default the first network's Frechet distance. The first process gets the report,
+    which is in `out` / sweep.json too.
     """
     points = grid.points(evaluation.drawing.pipeline.transformer)
     if not points:
@@ -103,33 +89,24 @@ def sweep(
     file = out / "sweep.json"
     earlier = _earlier(file, evaluation) if evaluation.process.rank == 0 else []
     reference = evaluation.make_reference()
-    is_main = evaluation.process.rank == 0
-    todo = sum(evaluation.parts(point).todo() for point in points)
+    drawn = draw_points(evaluation, points, "sweep")
+    if drawn is None or reference is None:
+        return None
     rows: list[dict[str, Any]] = []
-    with tqdm(
-        total=todo, desc="sweep", unit="image", disable=not (is_main and evaluation.progress)
-    ) as bar:
-        for i, point in enumerate(points):
-            bar.set_postfix_str(str(point), refresh=False)
-            evaluation.draw(point, bar, offset=i)
-        if not is_main:
-            return None
-        for point in points:
-            parts = evaluation.parts(point)
-            parts.wait(bar, (parts.folder / FAILED).exists)
-    assert reference is not None
-    for point in tqdm(points, desc="scoring", unit="point", disable=not evaluation.progress):
-        rows.append(evaluation.row(point, evaluation.parts(point), reference))
+    pairs = zip(points, drawn, strict=True)
+    hidden = not evaluation.progress
+    for point, parts in tqdm(pairs, "scoring", len(points), unit="point", disable=hidden):
+        rows.append(evaluation.row(point, parts, reference))
     rows = merged(earlier, rows)
     evaluation.add_times(rows)  # all on one device
     scored = [row["scores"] for row in rows if row["scores"]]
     if not scored:
         raise ValueError(f"no point could be drawn: {rows[0]['warnings'][0]}")
     ranked_by = ranked_by or ranking_score(scored[0])
-    found = report(evaluation, rows, ranked_by)
-    mark_fronts(found)
-    write_json(file, found)
-    return found
+    content = report(evaluation, rows, ranked_by)
+    mark_fronts(content)
+    write_json(file, content)
+    return content
 
 
 def _earlier(file: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -169,12 +146,12 @@ def merged(
     return [by_point[point] for point in sorted(by_point, key=order)]
 
 
-def mark_fronts(found: dict[str, Any]) -> None:
+def mark_fronts(content: dict[str, Any]) -> None:
     """Set `front_flops` and `front_ms` in the rows of a report, by the score that it ranks by."""
-    rows, lower = found["rows"], found["lower_is_better"]
-    scores = [row["scores"].get(found["ranked_by"]) for row in rows]
+    rows = content["rows"]
+    scores = [row["scores"].get(content["ranked_by"]) for row in rows]
     for mark, cost in (("front_flops", "gflops_per_image"), ("front_ms", "ms_per_image")):
-        front = pareto_front([row[cost] for row in rows], scores, lower)
+        front = pareto_front([row[cost] for row in rows], scores, content["lower_is_better"])
         for i, row in enumerate(rows):
             row[mark] = i in front
 

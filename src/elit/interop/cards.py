@@ -80,7 +80,7 @@ The code of elit is under Apache-2.0; that does not extend to these weights.
 
 
 def _budgets_of(file: str, elastic: bool) -> str:
-    """Whether a file, by its name, was trained at more budgets than the full one."""
+    """Tell by a file's name whether it was trained at more budgets than the full one."""
     if not elastic:
         return "no, a plain model"
     if "_mb_" in file:

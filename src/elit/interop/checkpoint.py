@@ -13,8 +13,8 @@ from torch import Tensor
 from elit._choices import check_choice
 from elit._files import typed_path
 from elit._numbers import is_whole
+from elit._pickles import check_bytes, read_pickle
 from elit._wrappers import HOLDERS, without_wrapping
-from elit.interop.pickles import check_bytes, read_pickle
 from elit.interop.tensors import PROJECTORS, check_tensors
 
 logger = logging.getLogger(__name__)
@@ -24,21 +24,14 @@ WEIGHTS = ("ema", "model")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds.
+    """Content of a checkpoint's file."""
 
-    Attributes:
-        tensors: by the file's names, views of it.
-        weights: which of the file's: "ema", "model", or None of a file that holds a state dict.
-        args: settings that the model was trained with, as far as the file has them.
-        steps: of training, if the file tells.
-        left_out: keys that are of training alone.
-    """
-
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # by the file's names, views of it
+    # which of the file's: "ema", "model", or None of a file that holds a state dict
     weights: str | None
-    args: Mapping[str, Any]
-    steps: int | None
-    left_out: list[str]
+    args: Mapping[str, Any]  # settings that the model was trained with, as far as the file has them
+    steps: int | None  # of training, if the file tells
+    left_out: list[str]  # keys that are of training alone
 
     @property
     def stored(self) -> list[str]:

@@ -17,7 +17,7 @@ from elit.flow.schedulers import FlowMatchUniformEulerScheduler
 from elit.interop.cards import model_card
 from elit.interop.checkpoint import Checkpoint
 from elit.interop.dit import read_dit, training_scheduler
-from elit.interop.official import read_official
+from elit.interop.official import Unknowns, read_official
 from elit.models.sit import SiT
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.preparation.autoencoder import load_vae
@@ -31,22 +31,14 @@ VAE_SCALE = 0.18215  # of the VAE latents that the public models were trained on
 
 @dataclass(frozen=True)
 class ConversionSettings:
-    """How a public checkpoint becomes a folder.
+    """Settings by which a public checkpoint becomes a folder."""
 
-    Attributes:
-        format: "official", of the SiT and ELIT-SiT, or "dit".
-        weights: "ema" or "model".
-        encoder_depth: blocks before the Read.
-        num_heads: by default that of the public model of the same width.
-        decoder_depth: blocks after the Write; by default the public models'.
-        vae: autoencoder to put into the folder, a folder or a name on the hub; None leaves it out.
-    """
-
-    format: str = "official"
-    weights: str = "ema"
-    encoder_depth: int = 8
-    num_heads: int | None = None
-    decoder_depth: int | None = None
+    format: str = "official"  # "official", of the SiT and ELIT-SiT, or "dit"
+    weights: str = "ema"  # "ema" or "model"
+    encoder_depth: int = 8  # blocks before the Read
+    num_heads: int | None = None  # by default that of the public model of the same width
+    decoder_depth: int | None = None  # blocks after the Write; by default the public models'
+    # autoencoder to put into the folder, a folder or a name on the hub; None leaves it out
     vae: str | None = None
 
 
@@ -102,13 +94,8 @@ def _read(
     file: Path, settings: ConversionSettings
 ) -> tuple[SiT | DiTTransformer2DModel, Checkpoint]:
     if settings.format == "official":
-        return read_official(
-            file,
-            weights=settings.weights,
-            encoder_depth=settings.encoder_depth,
-            num_heads=settings.num_heads,
-            decoder_depth=settings.decoder_depth,
-        )
+        given = Unknowns(settings.encoder_depth, settings.decoder_depth, settings.num_heads)
+        return read_official(file, settings.weights, given)
     for name in ("encoder_depth", "decoder_depth"):
         value = getattr(settings, name)
         if value != getattr(ConversionSettings, name):
@@ -130,21 +117,22 @@ def _same_conversion(out: Path, file: Path, settings: ConversionSettings) -> dic
     """The report of a conversion that is there already, or the error for any other folder."""
     try:
         report = json.loads((out / CONVERSION_FILE).read_text(encoding="utf-8"))
-        found, sizes = dict(report["source"]), dict(report.pop("sizes"))
+        source, sizes = dict(report["source"]), dict(report.pop("sizes"))
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
             f"{out} is not empty and holds no conversion; give a new folder to write"
         ) from None
-    digest = found.pop("sha256", None)
-    same = found == {"file": file.name} | vars(settings)
+    digest = source.pop("sha256", None)
+    same = source == {"file": file.name} | vars(settings)
     if not same or (file.is_file() and sha256_of(file) != digest):
         raise ValueError(
-            f"{out} holds another conversion, of {found.get('file')} or with other settings; give "
+            f"{out} holds another conversion, of {source.get('file')} or with other settings; give "
             f"a new folder to write"
         )
-    broken = [name for name, size in sizes.items()
-              if not (out / name).is_file() or (out / name).stat().st_size != size]  # fmt: skip
-    broken = [name for name in broken if not name.endswith(".md")]  # a card may be edited
+    there = {str(path.relative_to(out)): path.stat().st_size for path in _files_in(out)}
+    broken = [
+        name for name, size in sizes.items() if there.get(name) != size and not name.endswith(".md")
+    ]  # a card may be edited
     if broken:
         raise ValueError(
             f"{out} holds this conversion, but {broken[0]} is missing or was changed; remove the "
@@ -170,7 +158,7 @@ def _check_vae(vae: Any, name: str | None, in_channels: int) -> None:
 
 
 def _about(model: SiT | DiTTransformer2DModel, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the folder holds, as plain types."""
+    """Content of the folder, as plain types."""
     is_dit = isinstance(model, DiTTransformer2DModel)
     elastic = not is_dit and model.is_elastic
     return {

@@ -21,7 +21,7 @@ from elit.interop.checkpoint import (
     cannot_be_converted,
     read_checkpoint,
 )
-from elit.interop.official_format import is_elastic
+from elit.interop.official import is_elastic
 from elit.interop.tensors import (
     POSITIONS,
     check_keys,
@@ -54,12 +54,7 @@ _NAMES = (
 def read_dit(
     path: str | os.PathLike, *, weights: str = "ema", num_heads: int | None = None
 ) -> tuple[DiTTransformer2DModel, Checkpoint]:
-    """Read a public DiT checkpoint; nothing in it is run.
-
-    Args:
-        path: the .pt file, of a state dict or of "ema" and "model".
-        weights: "ema" or "model", of a file that has both.
-        num_heads: by default that of the public model of the same width.
+    """Read a public DiT checkpoint, of a state dict or of "ema" and "model"; nothing in it is run.
 
     Raises:
         ValueError: if the file is no DiT, is damaged, wants code run, or contradicts the arguments.

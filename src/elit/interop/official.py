@@ -1,15 +1,20 @@
-"""The public SiT and ELIT-SiT checkpoints as models of ours."""
+"""The public SiT and ELIT-SiT checkpoints as models of ours: names, shapes, settings."""
 
 import json
 import logging
+import math
 import os
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from elit._numbers import is_whole
+from elit.interface.grid import TokenGrid
 from elit.interop.checkpoint import (
     Checkpoint,
     agreed,
@@ -18,18 +23,69 @@ from elit.interop.checkpoint import (
     cannot_be_converted,
     read_checkpoint,
 )
-from elit.interop.official_format import (
-    Unknowns,
-    is_elastic,
-    official_shapes,
-    positions_of,
-    settings_of,
-    to_ours,
+from elit.interop.tensors import (
+    POSITIONS,
+    check_keys,
+    check_positions,
+    count_of,
+    heads_of,
+    side_of,
+    tensor_of,
 )
-from elit.interop.tensors import check_keys, check_positions
-from elit.models.sit import SiT
+from elit.models.presets import SIT_SIZES
+from elit.models.sit import SiT, sincos_positions
 
 logger = logging.getLogger(__name__)
+
+READ = "input_token_editor.adapters.0."
+WRITE = "output_token_editor.adapters.0."
+LATENT_PLACES = 4096  # rows of the table in every file, whatever the model's size
+
+# Ours -> theirs, the first that matches.
+_NAMES = (
+    (r"patch_embed\.", r"x_embedder.proj."),
+    (r"time_embed\.linear_in\.", r"t_embedder.mlp.0."),
+    (r"time_embed\.linear_out\.", r"t_embedder.mlp.2."),
+    (r"label_embed\.table\.", r"y_embedder.embedding_table."),
+    (r"blocks\.(\d+)\.attention\.to_qkv\.", r"blocks.\1.attn.qkv."),
+    (r"blocks\.(\d+)\.attention\.to_out\.", r"blocks.\1.attn.proj."),
+    (r"blocks\.(\d+)\.attention\.", r"blocks.\1.attn."),
+    (r"blocks\.(\d+)\.mlp\.0\.", r"blocks.\1.mlp.fc1."),
+    (r"blocks\.(\d+)\.mlp\.2\.", r"blocks.\1.mlp.fc2."),
+    (r"blocks\.(\d+)\.modulation\.linear\.", r"blocks.\1.adaLN_modulation.1."),
+    (r"project\.linear\.", r"final_layer.linear."),
+    (r"project\.modulation\.", r"final_layer.adaLN_modulation.1."),
+    (r"places\.table", rf"{READ}pos_embed"),
+    (r"read\.latents", rf"{READ}learned_query_embed"),
+    (r"read\.latent_places", rf"{READ}latent_pos_embed"),
+    (r"read\.modulation\.linear\.", rf"{READ}fit_layer.adaLN_modulation.1."),
+    (r"read\.mlp\.0\.", rf"{READ}fit_layer.read_ff.0.fc1."),
+    (r"read\.mlp\.2\.", rf"{READ}fit_layer.read_ff.0.fc2."),
+    (r"read\.attention\.", rf"{READ}fit_layer.latents_attend_to_patches.0."),
+    (r"write\.places\.table", rf"{WRITE}pos_embed"),
+    (r"write\.layers\.(\d+)\.mlp\.0\.", rf"{WRITE}write_ff.\1.fc1."),
+    (r"write\.layers\.(\d+)\.mlp\.2\.", rf"{WRITE}write_ff.\1.fc2."),
+    (r"write\.layers\.(\d+)\.attention\.", rf"{WRITE}patches_attend_to_latents.\1."),
+)
+_CROSS_ATTENTION = (
+    (r"\.to_q\.", ".q_proj."),
+    (r"\.to_kv\.", ".kv_proj."),
+    (r"\.to_out\.", ".proj."),
+    (r"_norm\.weight$", "_norm.scale"),
+)
+
+
+@dataclass(frozen=True)
+class Unknowns:
+    """Settings that no tensor tells."""
+
+    encoder_depth: int = 8  # blocks before Read
+    # blocks after Write; None takes the public models' number at this depth
+    decoder_depth: int | None = None
+    # attention heads; None takes the public models' number at this width
+    num_heads: int | None = None
+    # of a model without a null class; None if the last label is the null class
+    num_classes: int | None = None
 
 
 def from_official_checkpoint(
@@ -55,26 +111,14 @@ def from_official_checkpoint(
         ValueError: if the file is none of these, is damaged, wants code run, or contradicts the
             arguments.
     """
-    return read_official(
-        path, weights=weights, encoder_depth=encoder_depth, num_heads=num_heads,
-        decoder_depth=decoder_depth,
-    )[0]  # fmt: skip
+    given = Unknowns(encoder_depth, decoder_depth, num_heads)
+    return read_official(path, weights, given)[0]
 
 
-def read_official(
-    path: str | os.PathLike,
-    *,
-    weights: str = "ema",
-    encoder_depth: int = 8,
-    num_heads: int | None = None,
-    decoder_depth: int | None = None,
-) -> tuple[SiT, Checkpoint]:
-    """As `from_official_checkpoint`, with what else the file tells."""
-    for name, value, least in (
-        ("encoder_depth", encoder_depth, 0),
-        ("num_heads", num_heads, 1),
-        ("decoder_depth", decoder_depth, 0),
-    ):
+def read_official(path: str | os.PathLike, weights: str, given: Unknowns) -> tuple[SiT, Checkpoint]:
+    """Read a checkpoint, with what else its file tells."""
+    for name, least in (("encoder_depth", 0), ("num_heads", 1), ("decoder_depth", 0)):
+        value = getattr(given, name)
         if not (is_whole(value, least) or (value is None and name != "encoder_depth")):
             raise ValueError(
                 f"{name}={value!r} is not allowed; give a whole number, at least {least}"
@@ -85,7 +129,7 @@ def read_official(
     theirs = checkpoint.tensors
     with cannot_be_converted(path):
         elastic = is_elastic(theirs)
-        given = _given(checkpoint.args, elastic, encoder_depth, decoder_depth, num_heads)
+        given = _agreed(checkpoint.args, elastic, given)
         settings = settings_of(theirs, given)
         with torch.device("meta"):
             model = SiT(**settings)
@@ -99,42 +143,24 @@ def read_official(
     return model.eval(), checkpoint
 
 
-def _given(
-    args: Mapping[str, Any],
-    elastic: bool,
-    encoder_depth: int,
-    decoder_depth: int | None,
-    num_heads: int | None,
-) -> Unknowns:
-    """What no tensor tells: as given, else as the file's `args` have it.
-
-    Args:
-        args: that the model was trained with, as far as the file has them.
-        elastic: whether its tensors are of an ELIT-SiT.
-        encoder_depth: as given, as the next two are.
-        decoder_depth: None if not given.
-        num_heads: None if not given.
-
-    Raises:
-        ValueError: if tensors, arguments and `args` contradict one another.
-    """
+def _agreed(args: Mapping[str, Any], elastic: bool, given: Unknowns) -> Unknowns:
+    """Settings that no tensor tells: as given or in the file's `args`, which must agree."""
     kind = "an ELIT-SiT" if elastic else "a plain SiT: none of its keys is of input_token_editor"
     told = args.get("enable_elit")
     if told in (0, 1) and bool(told) != elastic:
         raise ValueError(f"its args say enable_elit={told}, but its tensors are of {kind}")
-    for name, value, default in (
-        ("encoder_depth", encoder_depth, 8), ("decoder_depth", decoder_depth, None)
-    ):  # fmt: skip
-        if not elastic and value != default:
+    heads = agreed("num_heads", given.num_heads, args.get("num_heads"))
+    if elastic:
+        depth = agreed("encoder_depth", given.encoder_depth, args.get("encoder_depth"))
+        decoder_depth = agreed("decoder_depth", given.decoder_depth, args.get("dit_decoder_depth"))
+        return Unknowns(8 if depth is None else depth, decoder_depth, heads, _without_null(args))
+    for name in ("encoder_depth", "decoder_depth"):
+        value = getattr(given, name)
+        if value != getattr(Unknowns, name):
             raise ValueError(
                 f"{name}={value!r} is of an ELIT-SiT, but this is {kind}; leave {name} out"
             )
-    heads = agreed("num_heads", num_heads, args.get("num_heads"))
-    if not elastic:
-        return Unknowns(num_heads=heads, num_classes=_without_null(args))
-    depth = agreed("encoder_depth", encoder_depth, args.get("encoder_depth"))
-    decoder_depth = agreed("decoder_depth", decoder_depth, args.get("dit_decoder_depth"))
-    return Unknowns(8 if depth is None else depth, decoder_depth, heads, _without_null(args))
+    return Unknowns(num_heads=heads, num_classes=_without_null(args))
 
 
 def _without_null(args: Mapping[str, Any]) -> int | None:
@@ -160,3 +186,131 @@ def _refuse_diffusers(path: Path) -> None:
             f"{path} is a folder with a {kind}, not a public SiT's .pt file; our own folders are "
             f"loaded by ElitPipeline.from_pretrained"
         )
+
+
+# ---- what a state dict means ----
+
+
+def official_name(name: str) -> str:
+    """Key in a public file of a parameter of `SiT`."""
+    pattern, theirs = next(pair for pair in _NAMES if re.match(pair[0], name))
+    if name.startswith(("read.attention.", "write.")):
+        for part, its in _CROSS_ATTENTION:
+            name = re.sub(part, its, name)
+    return re.sub(f"^{pattern}", theirs, name)
+
+
+def official_shapes(model: SiT, null_class: bool = True) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the public file that a model would come from."""
+    width = model.config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {}
+    shapes[POSITIONS] = (1, model.own_grid().num_tokens, width)
+    for name, parameter in model.named_parameters():
+        shapes[official_name(name)] = tuple(parameter.shape)
+    if not null_class:
+        shapes["y_embedder.embedding_table.weight"] = (model.config.num_classes, width)
+    shapes["x_embedder.proj.weight"] = (width, model.in_channels, *model.patch_size)
+    if model.is_elastic:
+        shapes[f"{READ}latent_pos_embed"] = (LATENT_PLACES, width)
+        for part, *rest in (("weight", width), ("bias",)):  # a seventh chunk, which nobody reads
+            shapes[f"{READ}fit_layer.adaLN_modulation.1.{part}"] = (7 * width, *rest)
+    return shapes
+
+
+def to_ours(model: SiT, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of a model, of a public one of these keys and shapes.
+
+    Tokens and places of latents come group by group, channels before places in a patch.
+    """
+    ours = {name: theirs[official_name(name)] for name, _ in model.named_parameters()}
+    ours["patch_embed.weight"] = ours["patch_embed.weight"].flatten(1)
+    labels = ours["label_embed.table.weight"]
+    if len(labels) == model.config.num_classes:  # there is no null class
+        ours["label_embed.table.weight"] = torch.cat((labels, torch.zeros_like(labels[:1])))
+    for name in ("project.linear.weight", "project.linear.bias"):
+        rows = ours[name].unflatten(0, (*model.patch_size, model.in_channels))
+        ours[name] = rows.movedim(2, 0).flatten(0, 2)  # (C * p * p, ...)
+    if model.is_elastic:
+        grid, width = model.own_grid(), model.config.hidden_size
+        raster = ours["read.latent_places"][None, : grid.num_tokens]
+        ours["read.latent_places"] = grid.to_groups(raster).flatten(0, 2)
+        for name in ("read.modulation.linear.weight", "read.modulation.linear.bias"):
+            ours[name] = ours[name][: 6 * width]
+    # Copies: what was read is a view of the file.
+    return {name: v.to(torch.float32, copy=True).contiguous() for name, v in ours.items()}
+
+
+def is_elastic(theirs: Mapping[str, Tensor]) -> bool:
+    """Tell whether a state dict has a latent interface."""
+    return any(key.startswith((READ, WRITE)) for key in theirs)
+
+
+def settings_of(theirs: Mapping[str, Tensor], unknowns: Unknowns) -> dict[str, Any]:
+    """Arguments of the `SiT` that a state dict belongs to.
+
+    Raises:
+        ValueError: if what settings are read from is missing or of an impossible shape.
+    """
+    patches = tensor_of(theirs, "x_embedder.proj.weight", 4)
+    width, channels, patch = patches.shape[:3]
+    side = side_of(theirs)
+    hidden, projected = tensor_of(theirs, "blocks.0.mlp.fc1.weight", 2).shape
+    last = tensor_of(theirs, "final_layer.linear.weight", 2)
+    if len(last) == 2 * patch * patch * channels:
+        raise ValueError(
+            f"final_layer.linear.weight has {len(last)} rows for {channels} channels: it predicts "
+            f"a variance too, as DiT and the first SiT do, whose tensors look alike. If it is a "
+            f"DiT, `elit convert dit` makes a DiTPipeline of it; the first SiT is not read here"
+        )
+    depth = count_of(theirs, "blocks.")
+    rows = len(tensor_of(theirs, "y_embedder.embedding_table.weight", 2))
+    norm = theirs.get("blocks.0.attn.q_norm.weight")
+    settings: dict[str, Any] = {
+        "sample_size": side * patch,
+        "in_channels": channels,
+        "patch_size": patch,
+        "hidden_size": width,
+        "num_heads": heads_of(width, norm, unknowns.num_heads),
+        "depth": depth,
+        "num_classes": unknowns.num_classes or rows - 1,
+        "mlp_ratio": hidden / projected,
+        "qk_norm": norm is not None,
+    }
+    if is_elastic(theirs):
+        settings |= _interface(theirs, side, depth, unknowns)
+    return settings
+
+
+def _interface(
+    theirs: Mapping[str, Tensor], side: int, depth: int, unknowns: Unknowns
+) -> dict[str, Any]:
+    """The arguments of an elastic model alone."""
+    num_latents = len(tensor_of(theirs, f"{READ}learned_query_embed", 2))
+    group = math.isqrt(num_latents)
+    if group * group != num_latents:
+        raise ValueError(f"{num_latents} latents of {READ}learned_query_embed are no square group")
+    TokenGrid((side, side), (group, group))  # or an error
+    encoder_depth, decoder_depth = unknowns.encoder_depth, unknowns.decoder_depth
+    if decoder_depth is None:
+        decoder_depth = SIT_SIZES["xl" if depth > SIT_SIZES["b"].depth else "b"].tail
+    if encoder_depth + decoder_depth >= depth:
+        raise ValueError(
+            f"encoder_depth={encoder_depth!r} and {decoder_depth} blocks after the Write leave no "
+            f"core in the {depth} blocks of this file; give the encoder_depth that it was trained "
+            f"with, which its tensors do not tell (8 in all public checkpoints)"
+        )
+    layers = count_of(theirs, f"{WRITE}write_ff.")
+    return {
+        "group": group,
+        "head": encoder_depth,
+        "tail": decoder_depth,
+        "min_latents": max(1, num_latents // 16),  # 1 of 16 at 256 px, 4 of 64 at 512
+        "write_depth": max(1, layers),
+    }
+
+
+def positions_of(model: SiT) -> Tensor:
+    """The table (N, D) of a model's own size, in raster order."""
+    grid = model.own_grid()
+    places = TokenGrid(grid.size, grid.size).token_places()
+    return sincos_positions(places, model.config.hidden_size)

@@ -16,9 +16,9 @@ STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def count_of(theirs: Mapping[str, Tensor], prefix: str) -> int:
-    """How many modules a list has, from the keys of what is in them."""
+    """Count the modules of a list by the keys of what is in them."""
     pattern = re.compile(rf"{re.escape(prefix)}(\d+)\.")
-    numbers = {int(found[1]) for key in theirs if (found := pattern.match(key))}
+    numbers = {int(match[1]) for key in theirs if (match := pattern.match(key))}
     absent = set(range(len(numbers))) - numbers
     if absent:
         raise ValueError(f"it has {prefix}{max(numbers)}, but no {prefix}{min(absent)}")
@@ -48,13 +48,7 @@ def side_of(theirs: Mapping[str, Tensor]) -> int:
 
 
 def heads_of(width: int, norm: Tensor | None, given: int | None) -> int:
-    """Attention heads: as given, else of the width of `norm`, else of the public model.
-
-    Args:
-        width: of the model.
-        norm: scales of one head's queries, if the model has them.
-        given: by the user.
-    """
+    """Attention heads: as given, else of the queries' `norm`, else of the public model."""
     public = {size.hidden_size: size.num_heads for size in map(SIZES.get, SIT_SIZES) if size}
     told = width // len(norm) if norm is not None and norm.numel() else None
     if given is not None and told is not None and given != told:
@@ -81,10 +75,10 @@ def check_tensors(theirs: Mapping[str, Tensor]) -> None:
                 f"it has {_some(named)} instead of {POSITIONS}: another model is around "
                 f"or beside the one that is wanted; save the state dict of that one alone"
             )
-        found = _some(theirs) or "no key at all"
+        keys = _some(theirs) or "no key at all"
         raise ValueError(
             f"it has no {POSITIONS}, which every DiT, SiT and ELIT-SiT has: it is another model, "
-            f"with {found}"
+            f"with {keys}"
         )
     for key, value in theirs.items():
         if value.layout != torch.strided or value.is_quantized or value.is_meta:

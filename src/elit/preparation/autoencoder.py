@@ -1,6 +1,5 @@
 """The autoencoder that encodes pictures: any of diffusers', by the class that its config names."""
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from elit._hub import hub_reason, not_fetched
 from elit._numbers import latent_frames
+from elit._wrappers import digest_of_weights
 from elit.data.manifest import LATENTS, MOMENTS, PIXELS, Autoencoder
 from elit.pipelines.autoencoder import (
     autoencoder_class,
@@ -31,23 +31,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Encoder:
-    """Makes what is stored of pictures; without a VAE these are the pictures.
+    """Makes what is stored of pictures; without a VAE these are the pictures."""
 
-    Attributes:
-        kind: of what is stored: "moments", "latents" or "images".
-        about: of the autoencoder, for the manifest.
-        vae: the autoencoder.
-        device: that it computes on.
-        dtype: that it computes in.
-        store: that its numbers are stored in.
-    """
-
-    kind: str
-    about: Autoencoder | None
-    vae: Any
-    device: torch.device
-    dtype: torch.dtype
-    store: torch.dtype
+    kind: str  # of what is stored: "moments", "latents" or "images"
+    about: Autoencoder | None  # of the autoencoder, for the manifest
+    vae: Any  # the autoencoder
+    device: torch.device  # that it computes on
+    dtype: torch.dtype  # that it computes in
+    store: torch.dtype  # that its numbers are stored in
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """(B, H, W, 3) or (B, T, H, W, 3) uint8 -> (B, C, ...) float32 or, of pixels, uint8."""
@@ -60,7 +51,7 @@ class Encoder:
         return (mean if logvar is None else torch.cat((mean, logvar), dim=1)).float().cpu()
 
     def stored(self, encoded: Tensor) -> Tensor:
-        """What is stored of it."""
+        """Convert to the type that is stored."""
         return encoded if self.vae is None else encoded.to(self.store)
 
     def sums(self, encoded: Tensor) -> tuple[float, float, int]:
@@ -157,11 +148,7 @@ def _hub_config(diffusers: Any, name: str) -> tuple[dict[str, Any], str | None]:
 
 def weights_sha256(model: Any) -> str:
     """Checksum of a model's weights and their names, however they were stored."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return digest_of_weights(model, lambda name, x: f"{name} {tuple(x.shape)}")
 
 
 def _check_sizes(vae: Any, name: str, sizes: Sizes) -> None:

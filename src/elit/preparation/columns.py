@@ -1,4 +1,4 @@
-"""Which columns of a source hold pictures, labels and texts, and what its classes are."""
+"""Columns of pictures, labels and texts in a source, and its classes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +18,8 @@ def find_image(features: Any, name: str | None) -> str:
     """The column of pictures, by its type or name."""
     if name is not None:
         check_choice(name, features, "image_column")
-        if not _is_picture(features[name]):
+        kind = str(getattr(features[name], "dtype", ""))
+        if not _is_shown(features[name]) and kind not in ("binary", "string"):
             raise ValueError(
                 f"image_column {name!r} holds {features[name]}; give a column of pictures"
             )
@@ -27,24 +28,20 @@ def find_image(features: Any, name: str | None) -> str:
     named = [n for n in features if n.lower() in IMAGE_NAMES]
     if len(typed) == 1:
         return typed[0]
-    found = typed or named
-    if len(found) != 1:
-        what = f"several columns of pictures: {', '.join(found)}" if found else (
+    candidates = typed or named
+    if len(candidates) != 1:
+        what = f"several columns of pictures: {', '.join(candidates)}" if candidates else (
             f"no column of pictures among {', '.join(features)}"
         )  # fmt: skip
         raise ValueError(f"the source has {what}; name it with --image-column")
-    return found[0]
+    return candidates[0]
 
 
 def _is_shown(feature: Any) -> bool:
-    """Whether a column's type alone says that it holds pictures."""
+    """Tell whether a column's type alone says that it holds pictures."""
     return type(feature).__name__ in ("Image", "Video") or (
         isinstance(feature, dict) and "offset" in feature  # of a tar file
     )
-
-
-def _is_picture(feature: Any) -> bool:
-    return _is_shown(feature) or str(getattr(feature, "dtype", "")) in ("binary", "string")
 
 
 def _is_label(feature: Any) -> bool:
@@ -121,7 +118,7 @@ def find_classes(tables: list[Any], label: str | None) -> tuple[tuple[str, ...],
 
 
 def count_empty(table: Any, column: str) -> int:
-    """How many texts of a column say nothing."""
+    """Count the texts of a column that say nothing."""
     import pyarrow as pa
     from pyarrow import compute
 

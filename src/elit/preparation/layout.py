@@ -1,4 +1,4 @@
-"""What a folder of files is: decided from their list alone, and said."""
+"""Layout of a folder of files, decided from their list alone."""
 
 import os
 import re
@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from elit._listing import files_of
-from elit.preparation.packed import BUILDERS, load_files, read_tars
 from elit.preparation.settings import NONE, PrepareSettings
-from elit.preparation.tables import TABLES, as_table, columns_of, file_column, read_rows
+from elit.preparation.tables import (
+    BUILDERS,
+    TABLES,
+    as_table,
+    columns_of,
+    file_column,
+    load_files,
+    read_rows,
+    read_tars,
+)
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -31,19 +39,13 @@ Parts = dict[Path, tuple[str, ...]]
 
 
 class Layout:
-    """The tables of a local source by split, and what there is to say of it.
-
-    Attributes:
-        tables: of datasets, by split.
-        files: that hold the rows of all tables; none where each picture is a file of its own.
-        notes: what was decided.
-    """
+    """The tables of a local source by split, and what there is to say of it."""
 
     def __init__(self, datasets: Any, settings: PrepareSettings, files: list[Path], root: Path):
         self.datasets, self.settings, self.root = datasets, settings, root
-        self.tables: dict[str, Any] = {}
-        self.files: list[Path] = []
-        self.notes: list[str] = []
+        self.tables: dict[str, Any] = {}  # of datasets, by split
+        self.files: list[Path] = []  # with all rows; none where each picture is a file of its own
+        self.notes: list[str] = []  # what was decided
         self._left: list[str] = []
         pictures = [f for f in files if f.suffix.lower() in self._pictures]
         if pictures:
@@ -53,7 +55,7 @@ class Layout:
 
     @classmethod
     def of(cls, datasets: Any, settings: PrepareSettings) -> "Layout":
-        """Of a folder, a file, or a pattern of them."""
+        """Find the layout of a folder, a file, or a pattern of them."""
         path = Path(settings.source).absolute()
         files, left = [path], list[str]()
         if path.is_dir():
@@ -66,9 +68,10 @@ class Layout:
             files = sorted(f for f in path.glob("/".join(parts[fixed:])) if not f.is_dir())
             if not files:
                 raise ValueError(f"no file fits {settings.source}; give another pattern")
-        found = cls(datasets, settings, files, path if path.is_dir() else path.parent)
-        found._tell_left(left)
-        return found
+        layout = cls(datasets, settings, files, path if path.is_dir() else path.parent)
+        if left := [*layout._left, *left]:
+            layout.notes.append(f"left out: {len(left)}, such as {_listed(left)}")
+        return layout
 
     @property
     def _pictures(self) -> frozenset[str]:
@@ -89,13 +92,14 @@ class Layout:
         metadata = [f for f in files if f.name.lower() in _METADATA]
         used = {*pictures, *metadata}
         if metadata:
-            found = self._by_metadata(metadata, pictures)
+            rows = self._by_metadata(metadata, pictures)
             tables = {
-                split: columns_of([row for picture, row in found if picture in of_split])
+                split: columns_of([row for picture, row in rows if picture in of_split])
                 for split, of_split in splits.items()
             }
         else:
-            texts = {} if self.settings.caption_column == NONE else _texts(files)
+            beside = {f.with_suffix(""): f for f in files if f.suffix.lower() == _TEXT}
+            texts = {} if self.settings.caption_column == NONE else beside
             used |= {texts[p.with_suffix("")] for p in pictures if p.with_suffix("") in texts}
             labels, captions = self._labels(splits), self._captions(pictures, texts)
             tables = {
@@ -136,7 +140,7 @@ class Layout:
         splits: dict[str, Parts] = {split: {} for split in _SPLITS}
         for picture, names in parts.items():
             splits[_OF_NAME[names[0].lower()]][picture] = names[1:]
-        return {split: found for split, found in splits.items() if found}
+        return {split: of_split for split, of_split in splits.items() if of_split}
 
     def _labels(self, splits: dict[str, Parts]) -> dict[Path, str | None]:
         """The class of each picture: the folder below its split that it lies in."""
@@ -225,20 +229,19 @@ class Layout:
         parquet, tar = kinds[".parquet"], kinds[".tar"]
         if tar and {f.with_suffix("") for f in parquet} <= {f.with_suffix("") for f in tar}:
             kinds[".parquet"] = []  # as img2dataset writes them, of the same rows
-        found = [s for s in PACKED if kinds[s]]
-        found = found or [s for s in TABLES if kinds[s]]
-        if len(found) != 1:
+        there = [s for s in PACKED if kinds[s]] or [s for s in TABLES if kinds[s]]
+        if len(there) != 1:
             others = Counter(f.suffix.lower() or f.name for f in files)
             listed = _listed(f"{n} {suffix}" for suffix, n in others.most_common())
             videos = any(f.suffix.lower() in _VIDEOS for f in files)
             raise ValueError(
-                f"{self.root} holds {'no pictures' if not found else 'tables of several kinds'}: "
+                f"{self.root} holds {'no pictures' if not there else 'tables of several kinds'}: "
                 f"{listed or 'no files'}; give "
-                + ("--frames to make clips of the videos" if videos and not found else
+                + ("--frames to make clips of the videos" if videos and not there else
                    "a folder of pictures, of parquet or of tar files, such a file, or a name on "
                    "the hub")
             )  # fmt: skip
-        (kind,) = found
+        (kind,) = there
         self.files = kinds[kind]
         self._left += [str(f.relative_to(self.root)) for f in files if f not in set(self.files)]
         splits: dict[str, list[Path]] = {}
@@ -262,11 +265,6 @@ class Layout:
                 self._left,
             )  # fmt: skip
         return load_files(self.datasets, kind, files)
-
-    def _tell_left(self, hidden: list[str]) -> None:
-        left = [*self._left, *hidden]
-        if left:
-            self.notes.append(f"left out: {len(left)}, such as {_listed(left)}")
 
 
 @cache
@@ -293,10 +291,6 @@ def _below_one(parts: Parts, keep: bool = False) -> Parts:
             break
         parts = {path: names[1:] for path, names in parts.items()}
     return parts
-
-
-def _texts(files: Iterable[Path]) -> dict[Path, Path]:
-    return {f.with_suffix(""): f for f in files if f.suffix.lower() == _TEXT}
 
 
 def _refuse_configs(folder: Path) -> None:

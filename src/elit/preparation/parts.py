@@ -1,59 +1,59 @@
-"""One part of the source, from pictures to shards on the disk and the record that says so."""
+"""One part of the source, from pictures to shards on the disk and the record that says so.
+
+The empty text, encoded, is written once, by the process that makes the first part.
+"""
 
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from elit._files import as_os_error, sha256_of, write_file, write_json
+from elit._files import save_tensors, sha256_of, write_json
+from elit._plain import from_plain
 from elit.data.manifest import (
     CAPTION_ENDS,
     CAPTIONS,
     FLIPPED,
     LABELS,
+    NULL,
+    NULL_RECORD,
     ROWS,
     Shard,
     size_name,
 )
+from elit.data.shards import what_is_wrong
 from elit.preparation.autoencoder import Encoder
-from elit.preparation.finite import faults, reason_of_fault
 from elit.preparation.reading import Chunk, Size
+from elit.preparation.settings import DTYPES
 from elit.preparation.texts import TextEncoder
 
 logger = logging.getLogger(__name__)
 
+_Plain = TypeVar("_Plain")
+
+_COMPUTED, _STORED = 1, 2  # what made numbers not finite
 _MANY, _SHARE = 8, 0.05  # rows of a part that are skipped: from here on it is told at once
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished part holds.
+    """Content of a finished part."""
 
-    Attributes:
-        start: its first row of the source.
-        stop: the row after its last.
-        shards: its files.
-        skipped: row and reason of what could not be read.
-        sums: sum, sum of squares and count of its latents, scaled as training draws them.
-        cut: captions that were cut off, by where.
-        content: checksum of each row's picture in the source; none of an older elit's.
-        seen: state of the source's files before they were read, see `Rows.seen`.
-    """
-
-    start: int
-    stop: int
-    shards: tuple[Shard, ...]
-    skipped: tuple[tuple[int, str], ...]
+    start: int  # its first row of the source
+    stop: int  # the row after its last
+    shards: tuple[Shard, ...]  # its files
+    skipped: tuple[tuple[int, str], ...]  # row and reason of what could not be read
+    # sum, sum of squares and count of its latents, scaled as training draws them
     sums: tuple[float, float, int]
-    cut: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)  # captions that were cut off, by where
+    # checksum of each row's picture in the source; none of an older elit's
     content: tuple[str, ...] = ()
-    seen: str | None = None
+    seen: str | None = None  # state of the source's files before they were read, see `Rows.seen`
 
 
 def stem(split: str, number: int) -> str:
@@ -61,22 +61,24 @@ def stem(split: str, number: int) -> str:
     return f"{split}-{number:05d}"
 
 
+def _read(path: Path, kind: type[_Plain]) -> _Plain | None:
+    """Content of a record's file, None where it is not there or damaged."""
+    try:
+        return from_plain(kind, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
 def read_record(folder: Path, split: str, number: int, rows: range) -> Record | None:
     """The record of a part, None if it is not done or what it wrote is not there in full."""
-    try:
-        content = json.loads((folder / f"{stem(split, number)}.json").read_text(encoding="utf-8"))
-        shards = tuple(Shard(**{**s, "size": tuple(s["size"])}) for s in content["shards"])
-        skipped = tuple((int(row), str(reason)) for row, reason in content["skipped"])
-        total, squares, count = content["sums"]
-        record = Record(
-            content["start"], content["stop"], shards, skipped, (total, squares, count),
-            dict(content.get("cut", {})), tuple(content.get("content", ())), content.get("seen"),
-        )  # fmt: skip
-        sizes = [(folder / shard.file).stat().st_size for shard in shards]
-    except (OSError, ValueError, KeyError, TypeError):
+    record = _read(folder / f"{stem(split, number)}.json", Record)
+    if record is None or (record.start, record.stop) != (rows.start, rows.stop):
         return None
-    whole = sizes == [shard.bytes for shard in shards]
-    return record if whole and (record.start, record.stop) == (rows.start, rows.stop) else None
+    try:
+        sizes = [(folder / shard.file).stat().st_size for shard in record.shards]
+    except OSError:
+        return None
+    return record if sizes == [shard.bytes for shard in record.shards] else None
 
 
 @dataclass
@@ -142,8 +144,8 @@ class Part:
         pictures, rest = waiting[: self.batch_size], waiting[self.batch_size :]
         samples.waiting = [rest] if len(rest) else []
         fault = torch.zeros(len(pictures), dtype=torch.int64)
-        for wanted, out in ((True, samples.encoded), (self.flips, samples.flipped)):
-            if wanted:
+        for is_stored, out in ((True, samples.encoded), (self.flips, samples.flipped)):
+            if is_stored:
                 encoded = self.encoder(pictures)
                 stored = self.encoder.stored(encoded)
                 fault = torch.where(fault == 0, faults(encoded, stored), fault)
@@ -187,19 +189,18 @@ class Part:
         return encoding, torch.cat(fault), which
 
     def _good(self, of_texts: Tensor) -> list[bool]:
-        """Whether all of a row is finite; the others are skipped.
+        """Tell which rows are finite; the others are skipped.
 
         Raises:
             ValueError: if no row of many is.
         """
-        found = {"text encoder": of_texts, "autoencoder": torch.zeros_like(of_texts)}
+        of_pictures = torch.zeros_like(of_texts)
         for samples in self._sizes.values():
-            fault = torch.cat(samples.faults)
-            found["autoencoder"][samples.at] = found["autoencoder"][samples.at].maximum(fault)
+            of_pictures[samples.at] = of_pictures[samples.at].maximum(torch.cat(samples.faults))
         dtypes = self.encoder.dtype, self.encoder.store
         reasons = {
             at: reason_of_fault(whose, int(fault[at]), *dtypes)
-            for whose, fault in found.items()
+            for whose, fault in (("text encoder", of_texts), ("autoencoder", of_pictures))
             for at in fault.nonzero().flatten().tolist()
         }
         name = stem(self.split, self.number)
@@ -218,7 +219,7 @@ class Part:
     def _tensors(
         self, samples: _Samples, encoding: dict[str, Tensor], which: Tensor, good: list[bool]
     ) -> dict[str, Tensor]:
-        """What a shard holds."""
+        """Tensors of a shard."""
         keep = torch.tensor([good[at] for at in samples.at])
         at = [at for at in samples.at if good[at]]
         kind = self.encoder.kind
@@ -253,18 +254,10 @@ class Part:
 
 def write_shard(folder: Path, name: str, size: Size, tensors: dict[str, Tensor]) -> Shard:
     """Write tensors (n, ...) into a file that is whole or not there."""
-    about = []
-
-    def write(aside: Path) -> None:
-        try:
-            save_file({name: x.contiguous() for name, x in tensors.items()}, aside)
-        except SafetensorError as error:
-            raise as_os_error(error, folder / name) from error
-        about.append((aside.stat().st_size, sha256_of(aside)))
-
-    write_file(folder / name, write)
-    count = next(len(x) for name, x in tensors.items() if name != CAPTIONS)
-    return Shard(name, size, count, *about[0])
+    path = folder / name
+    save_tensors(path, tensors)
+    count = next(len(x) for key, x in tensors.items() if key != CAPTIONS)
+    return Shard(name, size, count, path.stat().st_size, sha256_of(path))
 
 
 def parts_of(split: str, rows: int, part_size: int) -> Sequence[tuple[str, int, range]]:
@@ -273,3 +266,59 @@ def parts_of(split: str, rows: int, part_size: int) -> Sequence[tuple[str, int, 
         (split, number, range(start, min(rows, start + part_size)))
         for number, start in enumerate(range(0, rows, part_size))
     ]
+
+
+# ---- the empty text ----
+
+
+def read_null(folder: Path) -> Shard | None:
+    """File of the empty text, None if it is not there in full."""
+    shard = _read(folder / NULL_RECORD, Shard)
+    return None if shard is None or what_is_wrong(folder, shard) else shard
+
+
+def make_null(folder: Path, texts: TextEncoder, dtype: torch.dtype, verify: bool) -> None:
+    """Write it, and then its record, unless both are there; `verify` compares the checksum too."""
+    shard = read_null(folder)
+    reason = what_is_wrong(folder, shard, sha256_of) if shard is not None and verify else None
+    if shard is not None and reason is None:
+        return
+    if reason is not None:
+        logger.warning("%s is damaged: %s; it is made again", NULL, reason)
+    computed = texts([""])
+    stored = texts.stored(computed)
+    for name, x in computed.items():
+        if fault := int(faults(x, stored[name])):
+            raise ValueError(
+                f"the empty text: {reason_of_fault('text encoder', fault, dtype, texts.store)}"
+            )
+    write_json(folder / NULL_RECORD, asdict(write_shard(folder, NULL, (), stored)))
+
+
+# ---- numbers that are not finite ----
+
+
+def faults(computed: Tensor, stored: Tensor) -> Tensor:
+    """Causes (n,) of rows that are not finite: 0 for none, _COMPUTED or _STORED."""
+    if not stored.is_floating_point():
+        return torch.zeros(len(stored), dtype=torch.int64)
+    bad, bad_stored = (~x.isfinite().flatten(1).all(1) for x in (computed, stored))
+    return torch.where(bad, _COMPUTED, _STORED * bad_stored.long())
+
+
+def reason_of_fault(whose: str, fault: int, dtype: torch.dtype, store: torch.dtype) -> str:
+    """The reason why a row was skipped, and what helps in a new folder."""
+    compute_word, store_word = (
+        next(word for word, name in DTYPES.items() if getattr(torch, name) == x)
+        for x in (dtype, store)
+    )
+    if fault == _STORED:
+        return (
+            f"the {whose}'s numbers are beyond {store_word}, which they are stored in; give "
+            f"--store-dtype {'bf16 or fp32' if store_word == 'fp16' else 'fp32'} and a new folder"
+        )
+    reason = f"the {whose} computes numbers that are not finite in {compute_word}; "
+    if compute_word == "fp32":
+        return f"{reason}look at its weights"
+    helps = "bf16 or fp32" if compute_word == "fp16" else "fp32"
+    return f"{reason}give --dtype {helps} and a new folder"

@@ -13,8 +13,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from elit._devices import usable_cores
 from elit._signals import ignore_signals
-from elit.preparation.clips import MissingPackageError, read_clips
-from elit.preparation.images import buckets, fit, nearest_bucket, read_image
+from elit.preparation.images import (
+    MissingPackageError,
+    buckets,
+    fit,
+    nearest_bucket,
+    read_clips,
+    read_image,
+)
 from elit.preparation.settings import PrepareSettings
 from elit.preparation.source import Rows
 
@@ -25,19 +31,13 @@ _MOST_WORKERS = 16
 
 @dataclass(frozen=True)
 class Sizes:
-    """Which sizes a picture is cut to: one for each resolution.
+    """Sizes that a picture is cut to: one for each resolution."""
 
-    Attributes:
-        choices: for each resolution, the sizes (H, W) to choose from.
-        frames: of a clip, or None.
-        fps: that clips are resampled to, or None.
-        clips: of a video, at most.
-    """
-
+    # for each resolution, the sizes (H, W) to choose from
     choices: tuple[tuple[tuple[int, int], ...], ...]
-    frames: int | None = None
-    fps: float | None = None
-    clips: int = 1
+    frames: int | None = None  # of a clip, or None
+    fps: float | None = None  # that clips are resampled to, or None
+    clips: int = 1  # of a video, at most
 
     @classmethod
     def of(cls, settings: PrepareSettings) -> "Sizes":
@@ -58,7 +58,7 @@ class Sizes:
         return numbers * (self.frames or 1) * self.clips
 
     def resolution_of(self, size: Size) -> int:
-        """Which resolution a size belongs to; each has its square."""
+        """The resolution that a size belongs to; each has its square."""
         for sizes in self.choices:
             if size[-2:] in sizes:
                 return next(height for height, width in sizes if height == width)
@@ -72,40 +72,32 @@ class Sizes:
         return [self._cut(shown) for shown in clips]
 
     def _cut(self, shown: list[Image.Image]) -> dict[Size, Tensor]:
-        found: dict[Size, Tensor] = {}
+        by_size: dict[Size, Tensor] = {}
         for sizes in self.choices:
             size = nearest_bucket(shown[0].width, shown[0].height, list(sizes))
-            cut = np.stack([np.asarray(fit(image, size)) for image in shown])
+            cut = torch.from_numpy(np.stack([np.asarray(fit(image, size)) for image in shown]))
             if self.frames is None:
-                found[size] = torch.from_numpy(cut[0])
+                by_size[size] = cut[0]
             else:
-                found[(self.frames, *size)] = torch.from_numpy(cut)
-        return found
+                by_size[(self.frames, *size)] = cut
+        return by_size
 
 
 @dataclass
 class Chunk:
-    """Some rows of a part, read.
+    """Rows of a part that were read."""
 
-    Attributes:
-        rows: numbers of those that could be read; of a video one for each clip.
-        labels: of each, or None.
-        captions: likewise.
-        pictures: by size, positions in `rows` and pictures (n, H, W, 3) uint8.
-        skipped: number and reason of the others.
-        digests: checksum of every row's picture as it lies in the source.
-        count: rows that it is made of.
-        fault: what stops the run.
-    """
-
+    # numbers of those that could be read; of a video one for each clip
     rows: list[int] = field(default_factory=list)
-    labels: list[int | None] = field(default_factory=list)
-    captions: list[str | None] = field(default_factory=list)
+    labels: list[int | None] = field(default_factory=list)  # of each, or None
+    captions: list[str | None] = field(default_factory=list)  # likewise
+    # by size, positions in `rows` and pictures (n, H, W, 3) uint8
     pictures: dict[Size, tuple[list[int], Any]] = field(default_factory=dict)
-    skipped: list[tuple[int, str]] = field(default_factory=list)
+    skipped: list[tuple[int, str]] = field(default_factory=list)  # number and reason of the others
+    # checksum of every row's picture as it lies in the source
     digests: list[str] = field(default_factory=list)
-    count: int = 0
-    fault: Exception | None = None
+    count: int = 0  # rows that it is made of
+    fault: Exception | None = None  # what stops the run
 
 
 class Reader(Dataset[Chunk]):
@@ -148,7 +140,7 @@ class Reader(Dataset[Chunk]):
 
 
 def is_of_file(error: Exception) -> bool:
-    """Whether a file is to blame, not the disk, the network or this machine.
+    """Tell whether a file is to blame, not the disk, the network or this machine.
 
     PIL's errors of broken files are OSErrors without a number.
     """
@@ -158,15 +150,12 @@ def is_of_file(error: Exception) -> bool:
 
 
 def reason_of(error: Exception, rows: Rows, number: int) -> str:
-    """Why a row was skipped, and its file where that is known."""
+    """The reason why a row was skipped, and its file where that is known."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if "<_io.BytesIO object" in reason:  # says where it lay in memory
         reason = "cannot identify image file"
     name = _name_of(rows, number)
-    if name is None:
-        return reason
-    reason = reason.replace(str(rows.folder / name), "it")
-    return f"{name}: {reason}"
+    return reason if name is None else f"{name}: {reason.replace(str(rows.folder / name), 'it')}"
 
 
 def _name_of(rows: Rows, number: int) -> str | None:
@@ -189,40 +178,28 @@ def read(
     workers: int,
 ) -> Iterator[tuple[int, Chunk]]:
     """Chunks of parts in their order, each with the number of its part in `parts`."""
-    chunks = _Chunks(parts, max(1, min(64, _CHUNK_BYTES // sizes.pixels)))
+    at_once = max(1, min(64, _CHUNK_BYTES // sizes.pixels))
     loader: Any = DataLoader(
         Reader(splits, sizes),
-        batch_sampler=chunks,
+        batch_sampler=(rows for _, rows in _pieces(parts, at_once)),
         collate_fn=_as_it_is,
         num_workers=workers,
         prefetch_factor=3 if workers else None,
         worker_init_fn=ignore_signals,
     )
-    for number, chunk in zip(chunks.numbers(), loader, strict=True):
+    for (number, _), chunk in zip(_pieces(parts, at_once), loader, strict=True):
         if chunk.fault is not None:
             raise chunk.fault
         yield number, chunk
 
 
-@dataclass(frozen=True)
-class _Chunks:
-    """A batch sampler that cuts parts into pieces of at most `at_once` rows."""
-
-    parts: Sequence[tuple[str, range]]
-    at_once: int
-
-    def __len__(self) -> int:
-        return sum(-(-len(rows) // self.at_once) for _, rows in self.parts)
-
-    def __iter__(self) -> Iterator[list[tuple[str, int]]]:
-        for split, rows in self.parts:
-            for start in range(0, len(rows), self.at_once):
-                yield [(split, row) for row in rows[start : start + self.at_once]]
-
-    def numbers(self) -> Iterator[int]:
-        """Number of each piece's part."""
-        for number, (_, rows) in enumerate(self.parts):
-            yield from [number] * -(-len(rows) // self.at_once)
+def _pieces(
+    parts: Sequence[tuple[str, range]], at_once: int
+) -> Iterator[tuple[int, list[tuple[str, int]]]]:
+    """Parts cut into pieces of at most so many rows, each with the number of its part."""
+    for number, (split, rows) in enumerate(parts):
+        for start in range(0, len(rows), at_once):
+            yield number, [(split, row) for row in rows[start : start + at_once]]
 
 
 def _as_it_is(chunk: Any) -> Any:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from elit._devices import pick_device
 from elit._files import remove_leftovers, write_json
+from elit._process import Process, ends_on_sigterm, this_process
 from elit.data.manifest import (
     FORMAT,
     MOMENTS,
@@ -23,17 +24,13 @@ from elit.data.manifest import (
     VERSION,
     Autoencoder,
     Manifest,
-    Shard,
     Split,
     read_manifest,
     size_name,
 )
 from elit.preparation.autoencoder import Encoder, load_encoder
-from elit.preparation.checksums import check_content, forget_damaged
-from elit.preparation.folder import check_same, json_types
-from elit.preparation.null import make_null, read_null
-from elit.preparation.parts import Part, Record, parts_of, read_record
-from elit.preparation.process import Process, ends_on_sigterm, this_process
+from elit.preparation.checks import check_content, check_same, forget_damaged, json_types
+from elit.preparation.parts import Part, Record, make_null, parts_of, read_null, read_record
 from elit.preparation.reading import Sizes, default_workers, read
 from elit.preparation.settings import PrepareSettings
 from elit.preparation.source import Source, open_source
@@ -47,38 +44,25 @@ USUAL_STD = (0.3, 3.0)  # of latents that are scaled right
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What a run of `prepare` did.
+    """Result of a run of `prepare`."""
 
-    Attributes:
-        folder: that was written.
-        finished: whether all parts are done, and the manifest is written.
-        missing: parts, the empty text counted as one, that other processes have not done yet.
-        samples: in the folder, by split, mirrored ones not counted.
-        skipped: split, row and reason of all that could not be read.
-        bytes: of all shards.
-        cut: captions that the text encoder's tokenizers cut off, by where.
-        done: rows that this run read.
-        seconds: that it took for them.
-        mean: of the latents as training draws them; None for pixels.
-        std: likewise.
-    """
-
-    folder: Path
-    finished: bool
-    missing: int
-    samples: dict[str, int]
-    skipped: list[tuple[str, int, str]]
-    bytes: int
-    done: int
-    seconds: float
-    mean: float | None = None
-    std: float | None = None
+    folder: Path  # that was written
+    finished: bool  # whether all parts are done, and the manifest is written
+    missing: int  # parts, the empty text counted as one, that other processes have not done yet
+    samples: dict[str, int]  # in the folder, by split, mirrored ones not counted
+    skipped: list[tuple[str, int, str]]  # split, row and reason of all that could not be read
+    bytes: int  # of all shards
+    done: int  # rows that this run read
+    seconds: float  # that it took for them
+    mean: float | None = None  # of the latents as training draws them; None for pixels
+    std: float | None = None  # likewise
+    # captions that the text encoder's tokenizers cut off, by where
     cut: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Task:
-    """All that the parts have in common."""
+    """Settings, source and models that all parts share."""
 
     folder: Path
     source: Source
@@ -185,12 +169,10 @@ def _make(
     process: Process,
 ) -> int:
     """Make those of this process's parts that are not done; rows that were read."""
-    todo, settings = sum(len(rows) for _, _, rows in parts), task.settings
     if not parts:
         return 0
-    workers = settings.workers
-    if workers is None:
-        workers = default_workers(process.local_world)
+    todo, settings = sum(len(rows) for _, _, rows in parts), task.settings
+    workers = default_workers(process.local_world) if settings.workers is None else settings.workers
     total = sum(len(rows) for _, _, rows in mine)
     spans = [(split, rows) for split, _, rows in parts]
     seen = [task.source.splits[split].seen(rows) for split, rows in spans]  # before they are read
@@ -224,15 +206,16 @@ def _make(
 
 def _finish(task: _Task, done: int, seconds: float) -> PrepareResult:
     """Write the manifest if all parts are done, and tell what there is."""
-    found = {
-        (split, number): read_record(task.folder, split, number, rows)
-        for split, number, rows in task.parts
-    }
-    records = {key: record for key, record in found.items() if record is not None}
-    missing = len(found) - len(records)
+    of_parts = {part[:2]: read_record(task.folder, *part) for part in task.parts}
+    records = {key: record for key, record in of_parts.items() if record is not None}
+    missing = len(of_parts) - len(records)
     if task.texts is not None and read_null(task.folder) is None:
         missing += 1
-    splits = {name: _split(name, records) for name in task.source.splits}
+    splits = {}
+    for name in task.source.splits:
+        of_split = [record for (split, _), record in records.items() if split == name]
+        shards = tuple(shard for record in of_split for shard in record.shards)
+        splits[name] = Split(shards, tuple(row for record in of_split for row in record.skipped))
     skipped = [(name, *what) for name, split in splits.items() for what in split.skipped]
     if not missing:
         if not any(split.count for split in splits.values()):
@@ -252,25 +235,12 @@ def _finish(task: _Task, done: int, seconds: float) -> PrepareResult:
             "the scaled latents have a standard deviation of %.3g, but training wants about 1; "
             "look at scaling_factor and shift_factor in the autoencoder's config.json", std
         )  # fmt: skip
+    samples = {name: split.count for name, split in splits.items()}
+    length = sum(shard.bytes for split in splits.values() for shard in split.shards)
     return PrepareResult(
-        folder=task.folder,
-        finished=not missing,
-        missing=missing,
-        samples={name: split.count for name, split in splits.items()},
-        skipped=skipped,
-        bytes=sum(shard.bytes for split in splits.values() for shard in split.shards),
-        done=done,
-        seconds=seconds,
-        mean=mean,
-        std=std,
-        cut=dict(+cut),
-    )
-
-
-def _split(name: str, records: dict[tuple[str, int], Record]) -> Split:
-    of_split = [record for (split, _), record in records.items() if split == name]
-    shards = tuple(shard for record in of_split for shard in record.shards)
-    return Split(shards, tuple(what for record in of_split for what in record.skipped))
+        task.folder, not missing, missing, samples, skipped, length, done, seconds, mean, std,
+        dict(+cut),
+    )  # fmt: skip
 
 
 def _statistics(records: Sequence[Record]) -> tuple[float | None, float | None]:
@@ -288,9 +258,15 @@ def _write_manifest(task: _Task, splits: dict[str, Split]) -> None:
     sizes = {size_name(size): size for size in of_size}
     made_of = json.loads((task.folder / SETTINGS).read_text(encoding="utf-8"))
     about, texts = made_of["autoencoder"], made_of["text_encoder"]
+    kind = task.encoder.kind
+    shapes = {}
+    for name, size in sorted(sizes.items()):  # of a sample as the model sees it
+        with safe_open(task.folder / of_size[size].file, framework="pt") as file:
+            _, channels, *space = file.get_slice(kind).get_shape()
+        shapes[name] = (channels // 2 if kind == MOMENTS else channels, *space)
     manifest = Manifest(
-        kind=task.encoder.kind,
-        shapes={name: _shape(task, of_size[size]) for name, size in sorted(sizes.items())},
+        kind=kind,
+        shapes=shapes,
         splits=splits,
         classes=task.source.classes,
         captions=task.source.captions,
@@ -304,11 +280,3 @@ def _write_manifest(task: _Task, splits: dict[str, Split]) -> None:
     )
     manifest.write(task.folder)
     read_manifest(task.folder)
-
-
-def _shape(task: _Task, shard: Shard) -> tuple[int, ...]:
-    """Shape of a sample as the model sees it, of a shard's header."""
-    kind = task.encoder.kind
-    with safe_open(task.folder / shard.file, framework="pt") as file:
-        _, channels, *size = file.get_slice(kind).get_shape()
-    return (channels // 2 if kind == MOMENTS else channels, *size)

@@ -1,4 +1,4 @@
-"""What to prepare, from what and how: the settings of `prepare`, and which of them are allowed."""
+"""Settings of `prepare`, and which of them are allowed."""
 
 import os
 from collections.abc import Sequence
@@ -15,63 +15,44 @@ NONE = "none"  # as a column: leave it out
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """Settings of `prepare`.
+    """Settings of `prepare`."""
 
-    Attributes:
-        source: a folder, a file, a pattern such as "shards/*.tar", or a data set on the hub.
-        out: folder to write.
-        source_config: of a data set on the hub that has several.
-        splits: NAME of the source, or "train=NAME" and "validation=NAME" with any NAME, a part of
-            it as in "train[1000:]" or "train[:5%]"; none: "train", and as validation what
-            is called so, or else "test", if it is there.
-        vae: autoencoder: name on the hub or folder, of it or of a pipeline; None: store pixels.
-        resolution: one or several: side of a square picture, pixels.
-        aspect_ratios: pictures of about resolution x resolution pixels whose sides fit the
-            source's, instead of squares.
-        multiple: that such sides are multiples of.
-        flips: store each picture mirrored too.
-        frames: length of a clip; None: pictures.
-        fps: frames a second that clips are resampled to; None: as they are.
-        clips_per_video: at most; as many as fit without overlap, evenly spread.
-        image_column: of the source; None: found by type and name, as are the two others.
-        label_column: "none" leaves labels out.
-        caption_column: likewise.
-        text_encoder: CLIP, T5 or Qwen of transformers, or a pipeline of diffusers: name or folder.
-        max_text_length: tokens that encoded texts are padded to, and cut at; None: what the
-            encoder takes, or 256.
-        part_size: rows of the source that are done or undone together; None: 4096, or fewer where
-            those would take more than 1 GiB.
-        batch_size: pictures, or clips, that are encoded at a time.
-        dtype: that the autoencoder and the text encoder compute in.
-        store_dtype: of what they make.
-        device: "auto", "cpu", "cuda" or "mps".
-        workers: processes that read pictures; None: by the number of processors.
-        verify: compare the checksums of what is there already; what is damaged is made again.
-    """
-
-    source: str
-    out: str
-    source_config: str | None = None
+    source: str  # a folder, a file, a pattern such as "shards/*.tar", or a data set on the hub
+    out: str  # folder to write
+    source_config: str | None = None  # of a data set on the hub that has several
+    # NAME of the source, or "train=NAME" and "validation=NAME" with any NAME, a part of it as
+    # in "train[1000:]" or "train[:5%]"; none: "train", and as validation what is called so,
+    # or else "test", if it is there
     splits: Sequence[str] = ()
+    # autoencoder: name on the hub or folder, of it or of a pipeline; None: store pixels
     vae: str | None = DEFAULT_VAE
-    resolution: Sequence[int] = (256,)
+    resolution: Sequence[int] = (256,)  # one or several: side of a square picture, pixels
+    # pictures of about resolution x resolution pixels whose sides fit the source's, instead
+    # of squares
     aspect_ratios: bool = False
-    multiple: int = 64
-    flips: bool = False
-    frames: int | None = None
-    fps: float | None = None
-    clips_per_video: int = 1
+    multiple: int = 64  # that such sides are multiples of
+    flips: bool = False  # store each picture mirrored too
+    frames: int | None = None  # length of a clip; None: pictures
+    fps: float | None = None  # frames a second that clips are resampled to; None: as they are
+    clips_per_video: int = 1  # at most; as many as fit without overlap, evenly spread
+    # of the source; None: found by type and name, as are the two others
     image_column: str | None = None
-    label_column: str | None = None
-    caption_column: str | None = None
+    label_column: str | None = None  # "none" leaves labels out
+    caption_column: str | None = None  # likewise
+    # CLIP, T5 or Qwen of transformers, or a pipeline of diffusers: name or folder
     text_encoder: str | None = None
+    # tokens that encoded texts are padded to, and cut at; None: what the encoder takes, or
+    # 256
     max_text_length: int | None = None
+    # rows of the source that are done or undone together; None: 4096, or fewer where those
+    # would take more than 1 GiB
     part_size: int | None = None
-    batch_size: int = 32
-    dtype: str = "fp32"
-    store_dtype: str = "fp16"
-    device: str = "auto"
-    workers: int | None = None
+    batch_size: int = 32  # pictures, or clips, that are encoded at a time
+    dtype: str = "fp32"  # that the autoencoder and the text encoder compute in
+    store_dtype: str = "fp16"  # of what they make
+    device: str = "auto"  # "auto", "cpu", "cuda" or "mps"
+    workers: int | None = None  # processes that read pictures; None: by the number of processors
+    # compare the checksums of what is there already; what is damaged is made again
     verify: bool = False
 
     def __post_init__(self) -> None:
@@ -84,16 +65,11 @@ class PrepareSettings:
         if not self.resolution:
             raise ValueError("resolution is empty; give one or more, such as 256")
         whole = {f"resolution[{i}]": n for i, n in enumerate(self.resolution)}
-        whole |= {
-            "multiple": self.multiple,
-            "batch_size": self.batch_size,
-            "clips_per_video": self.clips_per_video,
-        }
-        optional = {
-            "frames": self.frames, "part_size": self.part_size,
-            "max_text_length": self.max_text_length,
-        }  # fmt: skip
-        whole |= {name: n for name, n in optional.items() if n is not None}
+        counts = ("multiple", "batch_size", "clips_per_video")
+        optional = ("frames", "part_size", "max_text_length")
+        for name in (*counts, *optional):
+            if getattr(self, name) is not None or name in counts:
+                whole[name] = getattr(self, name)
         for name, number in whole.items():
             if not is_whole(number):
                 raise ValueError(
@@ -110,11 +86,10 @@ class PrepareSettings:
             )
         if self.fps is not None and (not is_real(self.fps) or self.fps <= 0):
             raise ValueError(f"fps={self.fps!r} is not allowed; give a number above 0")
-        if self.fps is not None and self.frames is None:
-            raise ValueError("fps is of clips; give frames too")
-        if self.clips_per_video > 1 and self.frames is None:
-            raise ValueError("clips_per_video is of clips; give frames too")
-        check_choice(self.dtype, DTYPES, "dtype")
-        check_choice(self.store_dtype, DTYPES, "store_dtype")
+        for name, given in (("fps", self.fps), ("clips_per_video", self.clips_per_video > 1)):
+            if given and self.frames is None:
+                raise ValueError(f"{name} is of clips; give frames too")
+        for name in ("dtype", "store_dtype"):
+            check_choice(getattr(self, name), DTYPES, name)
         if self.text_encoder is not None and self.caption_column == NONE:
             raise ValueError("text_encoder needs captions; remove it or caption_column=none")

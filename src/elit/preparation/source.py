@@ -1,4 +1,4 @@
-"""Where pictures come from: whatever Hugging Face datasets reads, addressed by row."""
+"""Source of pictures: whatever Hugging Face datasets reads, addressed by row."""
 
 import hashlib
 import re
@@ -21,10 +21,9 @@ from elit.preparation.columns import (
     find_image,
     find_labels,
 )
-from elit.preparation.idx import idx_tables
 from elit.preparation.layout import SUFFIXES, Layout
-from elit.preparation.packed import OFFSET, by_datasets
 from elit.preparation.settings import NONE, PrepareSettings
+from elit.preparation.tables import OFFSET, by_datasets, idx_tables
 
 _SPLIT = re.compile(r"(?:(\w+)=)?(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _TEST = "test"  # held out where there is no validation
@@ -34,7 +33,7 @@ _DIGITS = 32  # of a picture's checksum
 
 @dataclass(frozen=True)
 class Row:
-    """What the source holds of one picture: its bytes or path, its label and its text."""
+    """A row of the source: its picture's bytes or path, its label and its text."""
 
     content: bytes | str
     label: int | None
@@ -43,46 +42,36 @@ class Row:
 
 @dataclass
 class Rows:
-    """The rows of one split, in their order.
+    """The rows of one split, in their order."""
 
-    Attributes:
-        table: a map-style data set of datasets, whose pictures are not decoded.
-        image: name of its column of pictures.
-        label: of labels, or None.
-        caption: of texts, or None.
-        numbers: label of each class that the column names; empty where it has numbers.
-        of: the split of the source that this is, as given.
-        folder: that paths are taken relative to.
-        files: that hold all rows; none where each picture is a file of its own.
-    """
-
-    table: Any
-    image: str
-    label: str | None = None
-    caption: str | None = None
+    table: Any  # a map-style data set of datasets, whose pictures are not decoded
+    image: str  # name of its column of pictures
+    label: str | None = None  # of labels, or None
+    caption: str | None = None  # of texts, or None
+    # label of each class that the column names; empty where it has numbers
     numbers: dict[Any, int] = field(default_factory=dict)
-    of: str = ""
-    folder: Path = field(default_factory=Path)
-    files: tuple[Path, ...] = ()
+    of: str = ""  # the split of the source that this is, as given
+    folder: Path = field(default_factory=Path)  # that paths are taken relative to
+    files: tuple[Path, ...] = ()  # that hold all rows; none where each picture is a file of its own
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, row: int) -> Row:
         """A row, or a ValueError that says what it lacks."""
-        found = self.table[row]
+        columns = self.table[row]
         label = caption = None
         if self.label is not None:
-            value = found[self.label]
+            value = columns[self.label]
             if value in (None, "") or value != value or (not self.numbers and value < 0):
                 raise ValueError(f"its {self.label} is {value if value != '' else 'empty'}")
             label = self.numbers[value] if self.numbers else int(value)
         if self.caption is not None:
-            caption = found[self.caption]
+            caption = columns[self.caption]
             if isinstance(caption, list):  # several texts of one picture
                 caption = caption[0] if caption else None
             caption = "" if caption is None else str(caption)
-        return Row(self._content(found[self.image]), label, caption)
+        return Row(self._content(columns[self.image]), label, caption)
 
     def _content(self, value: Any) -> bytes | str:
         """Bytes, or a path, of what stands in the column."""
@@ -104,10 +93,8 @@ class Rows:
         path = value.get("path") if isinstance(value, dict) else value
         if not isinstance(path, str):
             return None
-        return str(Path(path).relative_to(self.folder) if self._inside(path) else path)
-
-    def _inside(self, path: str) -> bool:
-        return Path(path).is_relative_to(self.folder)
+        inside = Path(path).is_relative_to(self.folder)
+        return str(Path(path).relative_to(self.folder)) if inside else path
 
     def digest(self, row: int) -> str:
         """Checksum of a row's picture as it lies in the source, empty if there is none."""
@@ -163,21 +150,13 @@ def _summary(column: Any, folder: str) -> list[list[Any]]:
 
 @dataclass(frozen=True)
 class Source:
-    """All that is to be prepared.
+    """A source with its splits, columns and classes."""
 
-    Attributes:
-        name: as given; a folder by its full path.
-        config: of a data set on the hub that has several.
-        splits: rows of "train" and, perhaps, "validation".
-        classes: names of the labels; empty without labels.
-        notes: what was decided about it.
-    """
-
-    name: str
-    config: str | None
-    splits: dict[str, Rows]
-    classes: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    name: str  # as given; a folder by its full path
+    config: str | None  # of a data set on the hub that has several
+    splits: dict[str, Rows]  # rows of "train" and, perhaps, "validation"
+    classes: tuple[str, ...]  # names of the labels; empty without labels
+    notes: tuple[str, ...] = ()  # what was decided about it
 
     @property
     def captions(self) -> bool:
@@ -213,8 +192,8 @@ def open_source(settings: PrepareSettings) -> Source:
     datasets = datasets_module()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    found = _load(datasets, settings)
-    given = found.tables
+    loaded = _load(datasets, settings)
+    given = loaded.tables
     chosen = _choose_splits(given, settings.splits or _usual_splits(given, settings))
     tables = {ours: _cut(given[theirs], part) for ours, (theirs, part, _) in chosen.items()}
     first = next(iter(tables.values()))
@@ -222,9 +201,8 @@ def open_source(settings: PrepareSettings) -> Source:
     label = find_labels(first.features, settings.label_column)
     caption = find_captions(first.features, settings.caption_column)
     for name, table in tables.items():
-        wanted = [column for column in (image, label, caption) if column is not None]
-        lacks = [column for column in wanted if column not in table.column_names]
-        if lacks:
+        used = [column for column in (image, label, caption) if column is not None]
+        if lacks := [column for column in used if column not in table.column_names]:
             raise ValueError(
                 f"{name} has no column {lacks[0]!r}, which the other split has; choose columns of "
                 f"both, or {NONE}"
@@ -232,13 +210,13 @@ def open_source(settings: PrepareSettings) -> Source:
         kind = type(table.features[image])
         if kind in (datasets.Image, datasets.Video):
             table = table.cast_column(image, kind(decode=False))
-        tables[name] = table.select_columns(wanted)
+        tables[name] = table.select_columns(used)
     classes, numbers = find_classes(list(tables.values()), label)
     path = Path(settings.source)
     folder = (path if path.is_dir() else path.parent).absolute()
     splits = {
         ours: Rows(
-            table, image, label, caption, numbers, chosen[ours][2], folder, tuple(found.files)
+            table, image, label, caption, numbers, chosen[ours][2], folder, tuple(loaded.files)
         )
         for ours, table in tables.items()
     }
@@ -253,17 +231,17 @@ def open_source(settings: PrepareSettings) -> Source:
     notes += [f"{len(given[n])} rows of {n} are not used" for n in given if n not in taken]
     notes.append(f"{len(classes)} classes" if label else "no labels")
     notes.append(f"captions in {caption}" if caption else "no captions")
-    if caption and isinstance(found, Layout):
+    if caption and isinstance(loaded, Layout):
         for ours, table in tables.items():
             if empty := count_empty(table, caption):
                 notes.append(f"{empty} of {len(table)} captions in {ours} are empty")
     if spare := [n for n in first.features if n not in (image, label, caption)]:
         notes.append(f"columns that are not used: {', '.join(spare)}")
-    return Source(name, settings.source_config, splits, classes, (*notes, *found.notes))
+    return Source(name, settings.source_config, splits, classes, (*notes, *loaded.notes))
 
 
 @dataclass
-class _Found:
+class _Loaded:
     """Tables of datasets by split, the files that hold them, and what was decided."""
 
     tables: dict[str, Any]
@@ -271,8 +249,8 @@ class _Found:
     notes: Sequence[str] = ()
 
 
-def _load(datasets: Any, settings: PrepareSettings) -> _Found | Layout:
-    """All splits that the source has, by name."""
+def _load(datasets: Any, settings: PrepareSettings) -> _Loaded | Layout:
+    """Load all splits of the source, by name."""
     name, path = settings.source, Path(settings.source)
     pattern = "*" in name and not path.exists()
     if Path(settings.out).absolute() == path.absolute():
@@ -285,16 +263,16 @@ def _load(datasets: Any, settings: PrepareSettings) -> _Found | Layout:
     if (path.exists() or pattern) and settings.source_config is not None:
         raise ValueError(f"source_config is of data sets on the hub, and {name} is none")
     if is_idx_folder(path):
-        return _Found(idx_tables(datasets, path), files_of(path)[0])
-    kept = path.is_dir() and any((path / f).exists() for f in ("state.json", "dataset_dict.json"))
-    if (path.exists() and not kept) or pattern:
+        return _Loaded(idx_tables(datasets, path), files_of(path)[0])
+    is_saved = any((path / file).exists() for file in ("state.json", "dataset_dict.json"))
+    if (path.exists() and not is_saved) or pattern:
         return Layout.of(datasets, settings)
     with by_datasets(name):
-        if kept:
+        if is_saved:
             loaded, files = datasets.load_from_disk(name), files_of(path)[0]
         else:
             loaded, files = datasets.load_dataset(name, settings.source_config), []
-    return _Found(
+    return _Loaded(
         {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded), files
     )
 
@@ -304,20 +282,20 @@ Chosen = dict[str, tuple[str, tuple[str | None, str | None], str]]
 
 def _usual_splits(given: dict[str, Any], settings: PrepareSettings) -> list[str]:
     """Train and validation, or a test split like train; without train the first alone."""
-    wanted = [name for name in SPLITS if name in given]
-    if wanted == ["train"] and _TEST in given:
+    usual = [name for name in SPLITS if name in given]
+    if usual == ["train"] and _TEST in given:
         test = given[_TEST]
         if test.features == given["train"].features:
             label = find_labels(test.features, settings.label_column)
             if label is None or not {-1, None}.issuperset(test.unique(label)):  # none are hidden
-                wanted.append(f"validation={_TEST}")
-    return wanted if "train" in given else [f"train={next(iter(given))}"]
+                usual.append(f"validation={_TEST}")
+    return usual if "train" in given else [f"train={next(iter(given))}"]
 
 
-def _choose_splits(given: dict[str, Any], wanted: Sequence[str]) -> Chosen:
+def _choose_splits(given: dict[str, Any], typed: Sequence[str]) -> Chosen:
     """Our name: their name, from where to where, and how it was given."""
     chosen: Chosen = {}
-    for text in wanted:
+    for text in typed:
         match = _SPLIT.fullmatch(text)
         if not match:
             raise ValueError(

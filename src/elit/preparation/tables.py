@@ -1,15 +1,29 @@
-"""Tables of captions and labels as people write them: CSV, JSON and JSON lines, as they stand."""
+"""Files of many rows as tables of datasets: parquet, arrow, tar, CSV, JSON, idx.
+
+Tar files, as WebDataset has them, are read by hand: datasets copies all their pictures.
+"""
 
 import csv
 import json
 import re
-from collections.abc import Iterable, Sequence
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
+from elit._files import digest_of, sha256_of
+from elit._hub import hub_reason, not_fetched
+from elit._listing import is_hidden, stamp
+from elit.data.fashion_mnist import CLASS_NAMES
+from elit.data.idx import read_split
 from elit.preparation.columns import CAPTION_NAMES, LABEL_NAMES
 
 TABLES = (".csv", ".json", ".jsonl")
+_TEXTS = ("cls", "json", "txt", "text", "caption")  # endings in tar files
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}  # of datasets
+OFFSET = "offset"  # a column with it holds places in tar files
 Columns = dict[str, list[Any]]
 _WHOLE = re.compile(r"0|-?[1-9]\d{0,17}")  # as Python writes it, so that nothing is lost
 
@@ -71,21 +85,17 @@ def columns_of(rows: Sequence[dict[str, Any]]) -> Columns:
 def as_table(
     datasets: Any, columns: Columns, where: Path, left: list[str], image: str | None = None
 ) -> Any:
-    """A table of datasets, or a ValueError that names a column of several types.
+    """A table of datasets, with the column `image` of paths, if there is one.
 
-    Args:
-        datasets: the module.
-        columns: their values.
-        where: they were read from.
-        left: what was left out; a column of several types that has no usual name is added.
-        image: the column of paths of pictures, if there is one.
+    A column of several types is an error where its name is that of labels or captions; else it is
+    added to what is `left` out.
     """
     import pyarrow as pa
 
-    kept, kinds = {}, {}
+    arrays, kinds = {}, {}
     for name, values in columns.items():
         try:
-            kept[name] = pa.array(values)
+            arrays[name] = pa.array(values)
         except UnicodeEncodeError as error:
             raise ValueError(f"{error.object!r} is no UTF-8; give the file such a name") from error
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
@@ -96,21 +106,143 @@ def as_table(
                 ) from error
             left.append(f"the column {name} of {where.name}, of several types")
             continue
-        kinds[name] = datasets.features.features.generate_from_arrow_type(kept[name].type)
+        kinds[name] = datasets.features.features.generate_from_arrow_type(arrays[name].type)
     if image is not None:
         kinds[image] = datasets.Image(decode=False)
-    return datasets.Dataset.from_dict(kept, features=datasets.Features(kinds))
+    return datasets.Dataset.from_dict(arrays, features=datasets.Features(kinds))
 
 
 def file_column(names: Iterable[str], where: Path) -> str:
     """The column of a metadata file that names the pictures."""
     names = list(names)
-    found = [n for n in names if n == "file_name"] or [
-        n for n in names if n.endswith("_file_name")
-    ]  # fmt: skip
-    if len(found) != 1:
+    columns = ["file_name"] if "file_name" in names else []
+    columns = columns or [name for name in names if name.endswith("_file_name")]
+    if len(columns) != 1:
         raise ValueError(
             f"{where} must have one column file_name, with paths from its folder; it has "
             f"{', '.join(names) or 'none'}"
         )
-    return found[0]
+    return columns[0]
+
+
+def idx_tables(datasets: Any, folder: Path) -> dict[str, Any]:
+    """Splits "train" and "test" of a folder as `datasets` would read them from the hub.
+
+    Each picture is a PGM file in memory: a header in front of its pixels, which costs no encoding.
+    """
+    columns = datasets.Features(
+        image=datasets.Image(decode=False), label=datasets.ClassLabel(names=list(CLASS_NAMES))
+    )
+    tables = {}
+    for name, split in (("train", "train"), ("test", "validation")):
+        images, labels = read_split(folder, split, len(CLASS_NAMES))
+        header = "P5 {1} {0} 255\n".format(*images.shape[1:]).encode()
+        pictures = [{"bytes": header + pixels.tobytes(), "path": None} for pixels in images]
+        rows = {"image": pictures, "label": labels.tolist()}
+        tables[name] = datasets.Dataset.from_dict(rows, features=columns)
+    return tables
+
+
+def read_tars(datasets: Any, paths: list[Path], pictures: frozenset[str], left: list[str]) -> Any:
+    """A table of the rows of tar files, whose pictures stay where they are.
+
+    Names that are alike up to their first dot are of one row.
+    """
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            with tarfile.open(path, "r:") as tar:
+                rows += _rows_of(tar, path, pictures, left)
+        except (tarfile.TarError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); copy or pack it again") from error
+    columns = columns_of(rows)
+    shown = [n for n in columns if any(isinstance(v, dict) for v in columns[n])]
+    if len(shown) > 1 and all(sum(name in row for name in shown) < 2 for row in rows):
+        columns = {name: columns[name] for name in columns if name not in shown}
+        columns["image"] = [next((row[n] for n in shown if n in row), None) for row in rows]
+    return as_table(datasets, columns, paths[0], left)
+
+
+def _rows_of(
+    tar: tarfile.TarFile, path: Path, pictures: frozenset[str], left: list[str]
+) -> list[dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for member in tar:
+        folder, _, name = member.name.removeprefix("./").rpartition("/")
+        key, _, kind = name.partition(".")
+        kind = kind.lower()
+        if not member.isfile():
+            continue
+        if any(map(is_hidden, (*folder.split("/"), name))):
+            left.append(f"{path.name}/{member.name}, hidden")
+        elif f".{kind.rpartition('.')[2]}" in pictures:
+            row = rows.setdefault(f"{folder}/{key}", {})
+            if kind in row:
+                raise ValueError(f"it has {member.name} twice")
+            row[kind] = {
+                "path": f"{path}/{member.name}", "tar": str(path), OFFSET: member.offset_data,
+                "size": member.size,
+            }  # fmt: skip
+        elif kind in _TEXTS:
+            file = tar.extractfile(member)
+            try:
+                text = file.read().decode("utf-8-sig") if file else ""
+                columns = json.loads(text) if kind == "json" else {kind: text.strip()}
+            except ValueError as error:
+                raise ValueError(f"{member.name}: {error}") from error
+            if not isinstance(columns, dict):
+                raise ValueError(f"{member.name} is no JSON object")
+            if kind == "cls" and text.strip().removeprefix("-").isdecimal():
+                columns = {kind: int(text)}
+            rows.setdefault(f"{folder}/{key}", {}).update(columns)
+        else:
+            left.append(f"{path.name}/{member.name}")
+    return list(rows.values())
+
+
+def load_files(datasets: Any, kind: str, files: Sequence[Path]) -> Any:
+    """Rows of parquet or arrow files, by datasets, which keeps a copy for each state of theirs."""
+    if kind == ".parquet":
+        from pyarrow import ArrowInvalid, parquet
+
+        about = []
+        for file in files:
+            try:
+                about.append(parquet.ParquetFile(file))
+            except ArrowInvalid as error:
+                raise ValueError(f"{file} is no whole parquet file ({error})") from error
+    state = stamp(files) or digest_of([sha256_of(file) for file in files])
+    paths = {"train": [escape(str(file)) for file in files]}
+    with by_datasets(str(files[0])):
+        builder = BUILDERS[kind]
+        table = datasets.load_dataset(builder, name=f"elit-{state}", data_files=paths)["train"]
+    if kind == ".parquet":
+        first = set(about[0].schema_arrow.names)
+        for file, one in zip(files, about, strict=True):
+            if differ := first ^ set(one.schema_arrow.names):
+                raise ValueError(
+                    f"{file} and {files[0]} differ in the column {sorted(differ)[0]!r}; give files "
+                    f"of the same columns"
+                )
+        listed = sum(one.metadata.num_rows for one in about)
+        if listed != len(table):
+            raise ValueError(f"{len(table)} of the {listed} rows of {files[0].parent} were read")
+    return table
+
+
+@contextmanager
+def by_datasets(name: str) -> Iterator[None]:
+    """Turn what datasets raises, of many kinds, into a ValueError about a source."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # a full disk has its own message
+            raise
+        if not Path(name).exists() and hub_reason(error) is not None:
+            raise ValueError(not_fetched(name, error)) from error
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+        raise ValueError(
+            f"{name} cannot be read by datasets ({reason}); give a folder of pictures, of parquet "
+            f"or of tar files, such a file, or a name on the hub"
+        ) from error

@@ -38,22 +38,15 @@ _OPTIONS = {"do_classifier_free_guidance": False, "prompt_2": None, "prompt_3": 
 
 
 class TextEncoder:
-    """Encodes texts, alike whatever else is in the batch.
-
-    Attributes:
-        name: that it was loaded by; a folder's full path.
-        max_length: tokens that texts are padded to, and cut at.
-        sha256: of its weights.
-        store: type that its numbers are stored in.
-    """
+    """Encodes texts, alike whatever else is in the batch."""
 
     def __init__(
         self,
-        name: str,
-        max_length: int,
-        sha256: str,
+        name: str,  # that it was loaded by; a folder's full path
+        max_length: int,  # tokens that texts are padded to, and cut at
+        sha256: str,  # of its weights
         make: Callable[[Sequence[str]], Encoding],
-        store: torch.dtype,
+        store: torch.dtype,  # type that its numbers are stored in
         tokenizers: Sequence["_Watched"] = (),
     ):
         self.name, self.max_length, self.sha256 = name, max_length, sha256
@@ -66,11 +59,11 @@ class TextEncoder:
             return {name: x.cpu() for name, x in self._make(texts).items()}
 
     def cut(self) -> dict[str, list[bool]]:
-        """By where: which of the texts encoded last were cut off there."""
+        """Texts of the last call that were cut off, by where."""
         return {tokenizer.where: tokenizer.cut[: self._texts] for tokenizer in self._tokenizers}
 
     def stored(self, encoding: Encoding) -> Encoding:
-        """What is stored of them."""
+        """Convert to the type that is stored."""
         return {
             name: (x.to(self.store) if x.is_floating_point() else x).contiguous()
             for name, x in encoding.items()
@@ -78,18 +71,13 @@ class TextEncoder:
 
 
 class _Watched:
-    """A tokenizer that remembers which texts it cut off, at `longest` tokens after `dropped`.
-
-    Attributes:
-        cut: whether it did, of each text of its last call.
-        where: at how many tokens of which.
-    """
+    """A tokenizer that remembers which texts it cut off, at `longest` tokens after `dropped`."""
 
     def __init__(self, tokenizer: Any, name: str, longest: int | None, dropped: int = 0):
         self._tokenizer, self._name = tokenizer, name
         self._longest, self._dropped = longest, dropped
-        self.cut: list[bool] = []
-        self.where = ""
+        self.cut: list[bool] = []  # whether it did, of each text of its last call
+        self.where = ""  # at how many tokens of which
 
     def __call__(self, texts: Sequence[str], **options: Any) -> Any:
         if options.get("truncation"):
@@ -123,8 +111,8 @@ def load_texts(
         watched = _Watched(tokenizer, "its tokenizer", length)
 
         def make(texts: Sequence[str]) -> Encoding:
-            found = encode(texts, config, watched, model, truncate=True, device=device)
-            return _padded(found, length, _MASK)
+            encoding = encode(texts, config, watched, model, truncate=True, device=device)
+            return _padded(encoding, length, _MASK)
 
         return TextEncoder(full, length, sha256, make, stores, [watched])
     check_choice(kind, PIPELINES, "kind of pipeline", f" in {name}")
@@ -153,13 +141,15 @@ def load_texts(
         # too long makes that length one and the same.
         filler = ["word " * 2 * length] if kind == "CogView4Pipeline" else []
         out = pipe.encode_prompt(prompt=[*texts, *filler], **options)
-        found = {n: x[: len(texts)] for n, x in zip(given, out, strict=True) if n and x is not None}
+        encoding = {
+            n: x[: len(texts)] for n, x in zip(given, out, strict=True) if n and x is not None
+        }
         if kind != _QWEN:
-            return found
-        mask = found.get(_QWEN_MASK)  # None where all texts are of one length
-        states = found[_STATES]
-        found[_QWEN_MASK] = states.new_ones(states.shape[:2]) if mask is None else mask
-        return _padded(found, length, _QWEN_MASK)
+            return encoding
+        mask = encoding.get(_QWEN_MASK)  # None where all texts are of one length
+        states = encoding[_STATES]
+        encoding[_QWEN_MASK] = states.new_ones(states.shape[:2]) if mask is None else mask
+        return _padded(encoding, length, _QWEN_MASK)
 
     return TextEncoder(full, length, sha256, make_by_pipeline, stores, [t for _, t in tokenizers])
 
@@ -167,9 +157,9 @@ def load_texts(
 def _padded(encoding: Encoding, length: int, mask: str) -> Encoding:
     """States and mask at that length; where the mask is False, the states are 0."""
     more = length - encoding[mask].shape[1]
-    kept = encoding[mask].bool()
-    states = torch.where(kept[..., None], encoding[_STATES], 0)
-    return {**encoding, _STATES: pad(states, (0, 0, 0, more)), mask: pad(kept, (0, more))}
+    is_token = encoding[mask].bool()
+    states = torch.where(is_token[..., None], encoding[_STATES], 0)
+    return {**encoding, _STATES: pad(states, (0, 0, 0, more)), mask: pad(is_token, (0, more))}
 
 
 def _pipeline_kind(name: str) -> str | None:

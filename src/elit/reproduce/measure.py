@@ -15,12 +15,12 @@ from elit.data import ImageDataset, load_dataset
 from elit.evaluation.drawing import Drawing
 from elit.evaluation.frechet import Moments, frechet_distance
 from elit.evaluation.images import to_bytes
-from elit.evaluation.inspection import Inspector, Subject
-from elit.evaluation.inspection_numbers import numbers_of_maps
-from elit.evaluation.networks import FeatureNetwork, load_network
 from elit.evaluation.reference import evenly, image_features
 from elit.flow.objective import SigmaDensity, flow_matching_loss
+from elit.inspection.inspector import Inspector, Subject
+from elit.inspection.numbers import numbers_of_maps
 from elit.interface.budget import format_budget
+from elit.networks.feature_network import FeatureNetwork, load_network
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.training.config import DataConfig
 from elit.training.metrics import FILE as METRICS

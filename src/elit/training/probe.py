@@ -7,8 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elit.evaluation.latent_spread import latent_moments, latent_spread
-from elit.evaluation.left_out import find_interface, has_original_core, watch_latents
+from elit.inspection.left_out import (
+    find_interface,
+    has_original_core,
+    latent_moments,
+    latent_spread,
+    watch_latents,
+)
 from elit.interface.attention_maps import (
     attention_coverage,
     attention_entropy,

@@ -16,13 +16,13 @@ from elit._devices import pick_device
 from elit._files import write_json
 from elit.cost.flops import cost_of
 from elit.data import ImageDataset, load_dataset
-from elit.evaluation.classifier import ClassifierFeatures, fit_classifier, fit_network
 from elit.evaluation.frechet import Moments, frechet_distance
 from elit.flow.guidance import CFG, CheapCFG
 from elit.flow.objective import SigmaDensity
 from elit.interface.budget import default_budgets, format_budget
 from elit.models.elastic import ElasticMixin
 from elit.models.presets import preset_config
+from elit.networks.classifier import ClassifierFeatures, fit_classifier, fit_network
 from elit.pipelines.budgets import draw_budgets
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.training.conditioning import LabelConditioning

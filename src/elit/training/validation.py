@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from elit.data import ImageDataset
-from elit.evaluation.left_out import PARTS, has_original_core, leave_out
 from elit.flow.guidance import CheapCFG
 from elit.flow.objective import SigmaDensity, flow_matching_loss
+from elit.inspection.left_out import PARTS, has_original_core, leave_out
 from elit.interface.budget import format_budget
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.base import ElasticPipeline

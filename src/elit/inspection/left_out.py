@@ -1,9 +1,15 @@
-"""What a model says with its core left out: how much of the work is the core's."""
+"""Tests of a core: the model without it, and how much its latents differ.
+
+Each latent has a mean of its own, over samples and groups: there its learned vector is, which says
+nothing of the sample. What varies about it is cut in two: what all latents of a group have in
+common, and what is between them.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from elit.interface.grid import TokenGrid
@@ -14,6 +20,7 @@ from elit.models.sit import SiTRead, SiTWrite
 from elit.retrofit.elastic import ElasticTransformer
 from elit.retrofit.interface import LatentInterface, LosslessRead, LosslessWrite
 
+_LEAST = 1e-5  # share of the mean square that must vary: float32 tells no less
 LeftOut = Literal["core", "interface"]
 PARTS: tuple[LeftOut, ...] = ("core", "interface")
 AnyRead = Read | SiTRead | LosslessRead
@@ -21,18 +28,13 @@ AnyWrite = Write | SiTWrite | LosslessWrite
 
 
 class HandOn(nn.Module):
-    """Stands where a module was left out: gives back what it got.
-
-    Args:
-        streams: arguments that are given back: the first, or as many as there are streams.
-    """
+    """Stands where a module was left out: gives back its first `streams` arguments."""
 
     def __init__(self, streams: int = 1):
         super().__init__()
         self.streams = streams
 
     def forward(self, *given: Any) -> Any:
-        """The first arguments, as they came."""
         return given[0] if self.streams == 1 else given[: self.streams]
 
 
@@ -43,14 +45,12 @@ def leave_out(model: Any, part: LeftOut) -> Iterator[None]:
     "core": latents go from Read straight to Write; a text passes the core as it came.
     "interface": tokens go from head to tail as if Read, core and Write were not there.
 
-    Weights, budgets and arguments are as ever, and the core costs nothing where the model is one
-    of ours; a retrofit's runs, and what it gives is put aside. Sharded models are called once
-    before: their shards are counted then.
+    The core then costs nothing where the model is one of ours; a retrofit's runs, and what it gives
+    is put aside. Sharded models are called once before: their shards are counted then.
     """
     if part not in PARTS:
         raise ValueError(f"part {part!r} is unknown; leave out 'core' or 'interface'")
-    found = find_interface(model)
-    if found is None:
+    if find_interface(model) is None:
         raise ValueError(
             f"this {type(model).__name__} is a plain model: it has no core to leave out; give an "
             f"elastic one (elit-...)"
@@ -59,17 +59,16 @@ def leave_out(model: Any, part: LeftOut) -> Iterator[None]:
         with _retrofit_without(model, part):
             yield
         return
-    before = list(model.blocks), model.read, model.write
-    streams = 2 if model.takes_text else 1
+    blocks, read, write = list(model.blocks), model.read, model.write
     head, core, _ = model.split
     for index in range(head, head + core):
-        model.blocks[index] = HandOn(streams)
+        model.blocks[index] = HandOn(2 if model.takes_text else 1)
     if part == "interface":
         model.read, model.write = HandOn(), HandOn()
     try:
         yield
     finally:
-        blocks, model.read, model.write = before
+        model.read, model.write = read, write
         for index in range(head, head + core):
             model.blocks[index] = blocks[index]
 
@@ -95,9 +94,9 @@ def find_interface(model: nn.Module) -> tuple[AnyRead, AnyWrite] | None:
 
 
 def has_original_core(model: nn.Module) -> bool:
-    """Whether a retrofit's core is the original's own at full budget: whatever was learned."""
-    found = find_interface(model)
-    return found is not None and isinstance(found[0], LosslessRead)
+    """Tell whether a retrofit's core is the original's at full budget, whatever was learned."""
+    interface = find_interface(model)
+    return interface is not None and isinstance(interface[0], LosslessRead)
 
 
 @contextmanager
@@ -106,8 +105,8 @@ def watch_latents(model: nn.Module, see: Callable[[str, Tensor, int], Any]) -> I
 
     The first is where they are: "read", as they enter the core, or "core", as they leave it.
     """
-    found = find_interface(model)
-    if found is None:
+    interface = find_interface(model)
+    if interface is None:
         yield
         return
 
@@ -118,18 +117,43 @@ def watch_latents(model: nn.Module, see: Callable[[str, Tensor, int], Any]) -> I
         latents = given[2] if isinstance(module, LosslessWrite) else given[1]
         see("core", latents, _num_groups(given))
 
-    handles = (
-        found[0].register_forward_hook(read_done),
-        found[1].register_forward_pre_hook(core_done),
-    )
-    try:
+    read, write = interface
+    with read.register_forward_hook(read_done), write.register_forward_pre_hook(core_done):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _num_groups(given: tuple[Any, ...]) -> int:
     """G, of the arguments of a Read or a Write."""
     grids = [value for value in given if isinstance(value, TokenGrid)]
     return grids[0].num_groups if grids else given[0].shape[1]  # (B, G, P, D)
+
+
+def latent_moments(latents: Tensor, num_groups: int) -> Tensor:
+    """Sums over samples and groups that `latent_spread` needs, float32: add those of all calls.
+
+    Of latents (B, G * n, D), group by group: (4 + n * D,) of groups, latents, squares of latents,
+    squares of groups' means, and latents.
+    """
+    groups = latents.detach().float().unflatten(1, (num_groups, -1)).flatten(0, 1)  # (B*G, n, D)
+    counts = groups.new_tensor([len(groups), len(groups) * groups.shape[1]])
+    squares = torch.stack((groups.square().sum(), groups.mean(1).square().sum()))
+    return torch.cat((counts, squares, groups.sum(0).flatten()))
+
+
+def latent_spread(moments: Tensor) -> float | None:
+    """Share of the latents' variance that is between the latents of a group; None if n is 1.
+
+    1 - var(mean of a group) / var(latent), times n / (n - 1): 0 are latents that all say the
+    same, whatever their learned vectors are, 1 are latents that say independent things. None too
+    where they hardly vary. Moments may be added up or averaged over calls.
+    """
+    groups, latents, squares, of_means = (moments := moments.cpu().double())[:4].tolist()
+    n = round(latents / groups)
+    if n == 1:
+        return None
+    means = (moments[4:] / groups).unflatten(0, (n, -1))  # (n, D)
+    variance = squares / latents - float(means.square().sum(-1).mean())
+    if variance <= _LEAST * squares / latents:
+        return None
+    shared = of_means / groups - float(means.mean(0).square().sum())
+    return (1 - shared / variance) * n / (n - 1)

@@ -1,19 +1,21 @@
-"""A classifier fitted on real images, to tell how many generated ones show the right class."""
+"""A classifier fitted on real images, to tell how many generated ones show the right class.
+
+The kernel machine is scikit-learn's; the network is ours, since only it also gives features.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from elit._files import cache_folder, digest_of, write_file
+from elit._files import cache_folder, digest_of, save_tensors
 from elit.data import ImageDataset
 
 Predict = Callable[[torch.Tensor], torch.Tensor]  # images (B, C, H, W) -> labels (B,)
@@ -34,10 +36,10 @@ class Classifier:
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Return int64 labels (B,) of images (B, C, H, W); values outside [-1, 1] are clipped."""
         if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
-            wanted = ", ".join(map(str, self.image_shape))
             raise ValueError(
                 f"images of shape {tuple(images.shape)}: this classifier was fitted on "
-                f"(B, {wanted}); generate or resize the images to that"
+                f"(B, {', '.join(map(str, self.image_shape))}); generate or resize the images to "
+                f"that"
             )
         if not images.is_floating_point():
             raise ValueError(f"images of {images.dtype}: use floating point values in [-1, 1]")
@@ -83,13 +85,8 @@ def fit_network(train_dataset: ImageDataset, seed: int = 0, keep: bool = False) 
     """Fit a convolutional network on a training split, within seconds on a CPU.
 
     Its last layer gives logits of images (B, C, H, W) in [-1, 1], which `ClassifierFeatures` makes
-    small. All processes of a machine get the same weights.
-
-    Args:
-        train_dataset: images to fit on.
-        seed: of its weights and of what it sees when.
-        keep: whether to keep the weights in the cache and take them from there: other machines
-            would round otherwise.
+    small. All processes of a machine get the same weights; to `keep` them in the cache, and take
+    them from there, makes them those of other machines too, which would round otherwise.
     """
     images, labels = _images_of(train_dataset)
     if images.ndim == 5:  # of clips, the middle frames
@@ -102,26 +99,17 @@ def fit_network(train_dataset: ImageDataset, seed: int = 0, keep: bool = False) 
         seen = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
         key = digest_of([_RECIPE, seen, seed, aligned, sorted(network.state_dict())])
         file = cache_folder() / "classifiers" / f"{key}.safetensors"
-        kept = _kept_weights(file)
-        if kept is None:
+        try:
+            weights = load_file(file)
+        except (FileNotFoundError, SafetensorError):  # none yet, or damaged
             weights = _fit_network(network, images, labels).state_dict()
-            whole = {name: tensor.contiguous() for name, tensor in weights.items()}
-            write_file(file, lambda aside: save_file(whole, aside))
-            kept = whole
-        network.load_state_dict(kept)
+            save_tensors(file, weights)
+        network.load_state_dict(weights)
         return network.eval().requires_grad_(False)
 
 
-def _kept_weights(file: Path) -> dict[str, torch.Tensor] | None:
-    """Weights of an earlier fit; None where there are none, or they are damaged."""
-    try:
-        return load_file(file)
-    except (FileNotFoundError, SafetensorError):
-        return None
-
-
 class ClassifierFeatures(nn.Module):
-    """What a network of `fit_network` sees before its last layer, and its logits."""
+    """A network of `fit_network` that gives its last layer's input and its logits."""
 
     outputs = ("pool", "logits")
 
@@ -188,17 +176,11 @@ def _network(channels: int, num_classes: int, aligned: bool, width: int = 12) ->
         convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
         return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
-    pool: list[nn.Module]
+    pool: list[nn.Module] = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]  # wherever the object is
     if aligned:  # it counts where a stroke is
-        pool = [
-            nn.AdaptiveAvgPool2d(2),
-            nn.Flatten(),
-            nn.Linear(4 * 4 * width, 4 * width),
-            nn.BatchNorm1d(4 * width),
-            nn.ReLU(),
-        ]
-    else:  # wherever the object is
-        pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        linear = nn.Linear(4 * 4 * width, 4 * width)
+        norm = nn.BatchNorm1d(4 * width)
+        pool = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), linear, norm, nn.ReLU()]
     return nn.Sequential(
         *stage(channels, width, 5, 2),
         *stage(width, 2 * width, 3, 1),

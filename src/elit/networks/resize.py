@@ -1,27 +1,21 @@
-"""Resizing as the reference implementations of the scores do it, in plain PyTorch."""
+"""Resizing as the references of the scores do it, where the images are: Pillow has no batches.
+
+What comes in was checked by `FeatureNetwork.features`.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elit._choices import check_choice
-
-_MODES = ("bicubic", "bilinear")
-
 
 def resize_tf_bilinear(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize images (B, C, H, W) as TensorFlow 1's ResizeBilinear, as the classic FID does.
+    """Resize float images (B, C, H, W) as TensorFlow 1's ResizeBilinear, as the classic FID does.
 
     A pixel's corner, not its centre, keeps its place, and nothing is averaged where the image
     becomes smaller.
-
-    Args:
-        images: floating point, in any range.
-        size: height and width of the result.
     """
-    _check(images, size)
-    for axis, wanted in zip((-2, -1), size, strict=True):
-        images = _interpolate(images, axis, wanted)
+    for axis, side in zip((-2, -1), size, strict=True):
+        images = _interpolate(images, axis, side)
     return images
 
 
@@ -43,21 +37,13 @@ def _interpolate(images: Tensor, axis: int, size: int) -> Tensor:
 def resize_pil(
     images: Tensor, size: tuple[int, int], mode: str = "bicubic", *, eight_bit: bool = False
 ) -> Tensor:
-    """Resize images (B, C, H, W) as Pillow, which averages where the image becomes smaller.
+    """Resize float images (B, C, H, W) as Pillow, which averages where the image becomes smaller.
 
     Equal to its resize of floating point channels (mode "F") to 0.02 of 255; bicubic overshoots
-    at edges, and that stays.
-
-    Args:
-        images: floating point, in any range.
-        size: height and width of the result.
-        mode: "bicubic" or "bilinear".
-        eight_bit: whether to round to whole numbers in 0..255, after the width and after the
-            height, as Pillow's resize of 8-bit images does; equal to it but for a few pixels one
-            level off. (New versions take a height that shrinks first where the width grows.)
+    at edges, and that stays. With `eight_bit` numbers are rounded to 0..255 after the width and
+    after the height, as Pillow does with 8-bit images; equal but for a few pixels one level off.
+    (New versions take a height that shrinks first where the width grows.)
     """
-    _check(images, size)
-    check_choice(mode, _MODES, "mode")
     height, width = size
     steps = [(images.shape[-2], width), (height, width)] if eight_bit else [(height, width)]
     for step in steps:
@@ -78,20 +64,5 @@ def shorter_side(images: Tensor, size: int) -> tuple[int, int]:
 def centre_crop(images: Tensor, size: int) -> Tensor:
     """Square of `size` pixels from the middle of images (..., H, W), none smaller than that."""
     height, width = images.shape[-2:]
-    if min(height, width) < size:
-        raise ValueError(
-            f"images of {height}x{width} are smaller than the square of {size}x{size} to cut "
-            f"from them; resize them first"
-        )
     top, left = (height - size) // 2, (width - size) // 2
     return images[..., top : top + size, left : left + size]
-
-
-def _check(images: Tensor, size: tuple[int, int]) -> None:
-    if images.ndim != 4 or not images.is_floating_point() or images.numel() == 0:
-        raise ValueError(
-            f"images of shape {tuple(images.shape)} and {images.dtype}: use floating point "
-            f"(B, C, H, W), none of them 0"
-        )
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size {size}: use a height and a width of at least 1 pixel")

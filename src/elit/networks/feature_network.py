@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from elit._choices import check_choice
 from elit._files import sha256_of, typed_path
 from elit.data import ImageDataset
-from elit.evaluation import inception
-from elit.evaluation.classifier import ClassifierFeatures, fit_network
-from elit.evaluation.encoders import CLIP, DINOV2, ClipFeatures, load_clip, load_dinov2
-from elit.evaluation.resize import resize_tf_bilinear
-from elit.evaluation.weights import (
+from elit.networks import inception
+from elit.networks.classifier import ClassifierFeatures, fit_network
+from elit.networks.encoders import CLIP, DINOV2, ClipFeatures, load_clip, load_dinov2
+from elit.networks.resize import resize_tf_bilinear
+from elit.networks.weights import (
     I3D_FILE,
     checksum_of,
     find_i3d,
@@ -34,59 +34,46 @@ _I3D_FRAMES = 10  # fewer leave nothing after its strides in time
 
 @dataclass(frozen=True, eq=False)
 class FeatureNetwork:
-    """A frozen network and how pictures are prepared for it.
+    """A frozen network and how pictures are prepared for it."""
 
-    Attributes:
-        name: "inception", "dinov2", "clip", "i3d", "classifier", the class of a given module, or
-            the name of a file.
-        module: it takes what `prepare` makes, and returns a tensor (B, d) or a dictionary of them.
-        outputs: names of what `features` returns: "pool" is what a Frechet distance compares,
-            "logits", where there are any, are for the Inception Score, "spatial" is for sFID.
-        checksum: SHA-256 of its weights, of the file where they are one.
-        preprocessing: in words.
-        takes: "images", "clips", or "texts" where it takes texts and images.
-        device: where it is.
-        prepare: makes of float pictures (B, C, H, W), clips (B, C, T, H, W), in 0..255 what the
-            module takes.
-    """
-
+    # "inception", "dinov2", "clip", "i3d", "classifier", the class of a given module, or the
+    # name of a file
     name: str
+    # it takes what `prepare` makes, and returns a tensor (B, d) or a dictionary of them
     module: nn.Module
+    # names of what `features` returns: "pool" is what a Frechet distance compares, "logits",
+    # where there are any, are for the Inception Score, "spatial" is for sFID
     outputs: tuple[str, ...]
-    checksum: str
-    preprocessing: str
-    takes: str
-    device: torch.device
+    checksum: str  # SHA-256 of its weights, of the file where they are one
+    preprocessing: str  # in words
+    takes: str  # "images", "clips", or "texts" where it takes texts and images
+    device: torch.device  # where it is
+    # makes of float pictures (B, C, H, W), clips (B, C, T, H, W), in 0..255 what the module
+    # takes
     prepare: Callable[[Tensor], Tensor] = field(repr=False)
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
-        """What the network sees, each (B, d) in float32 on its device.
+        """Features of uint8 images (B, C, H, W), each (B, d) in float32 on its device.
 
-        Args:
-            images: uint8 (B, C, H, W), of a network of clips (B, C, T, H, W), with 1 or 3
-                channels, on any device.
+        A network of clips takes (B, C, T, H, W); C is 1 or 3.
         """
-        axes = "(B, C, T, H, W)" if self.takes == "clips" else "(B, C, H, W)"
-        what = "clips" if self.takes == "clips" else "images"
-        if (
-            images.ndim != axes.count(",") + 1
-            or images.numel() == 0
-            or images.shape[1] not in (1, 3)
-        ):
+        what, axes = ("clips", 5) if self.takes == "clips" else ("images", 4)
+        if images.ndim != axes or images.numel() == 0 or images.shape[1] not in (1, 3):
+            order = "(B, C, T, H, W)" if axes == 5 else "(B, C, H, W)"
             raise ValueError(
-                f"{what} of shape {tuple(images.shape)} for {self.name}: use {axes} with "
+                f"{what} of shape {tuple(images.shape)} for {self.name}: use {order} with "
                 f"1 or 3 channels, none of them 0"
             )
         if images.dtype != torch.uint8:
             raise ValueError(f"{what} of {images.dtype} for {self.name}: use uint8, 0 to 255")
         with _full_precision(self.device):
-            found = self.module(self.prepare(images.to(self.device).float()))
-        if isinstance(found, Tensor):
-            found = {self.outputs[0]: found} if len(self.outputs) == 1 else {}
-        return self._checked(found, len(images))
+            output = self.module(self.prepare(images.to(self.device).float()))
+        if isinstance(output, Tensor):
+            output = {self.outputs[0]: output} if len(self.outputs) == 1 else {}
+        return self._checked(output, len(images))
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """What a network of texts reads: (B, d) in float32 on its device."""
+        """Features of texts, of a network that reads them: (B, d) in float32 on its device."""
         if not isinstance(self.module, ClipFeatures):
             raise ValueError(f"{self.name} reads no texts; use clip")
         if isinstance(texts, str) or not texts:
@@ -94,23 +81,23 @@ class FeatureNetwork:
         with _full_precision(self.device):
             return self.module.texts(texts).float()
 
-    def _checked(self, found: Any, count: int) -> dict[str, Tensor]:
+    def _checked(self, output: Any, count: int) -> dict[str, Tensor]:
         """The module's answer, if it is of the right names and shapes."""
-        if not isinstance(found, dict) or set(found) != set(self.outputs):
-            given = sorted(map(str, found)) if isinstance(found, dict) else type(found).__name__
+        if not isinstance(output, dict) or set(output) != set(self.outputs):
+            given = sorted(map(str, output)) if isinstance(output, dict) else type(output).__name__
             raise ValueError(
                 f"{self.name} returned {given or 'one tensor'}, not {', '.join(self.outputs)}; a "
                 f"module returns a tensor (B, d), or a dictionary of such tensors whose names are "
                 f"in its attribute `outputs`"
             )
-        for name, tensor in found.items():
+        for name, tensor in output.items():
             if not isinstance(tensor, Tensor) or tensor.ndim != 2 or len(tensor) != count:
                 shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise ValueError(
                     f"{self.name} returned {name} {shape} for {count} samples: features are "
                     f"(B, d); pool or flatten them in the module"
                 )
-        return {name: found[name].float() for name in self.outputs}
+        return {name: output[name].float() for name in self.outputs}
 
 
 @contextmanager
@@ -171,45 +158,30 @@ def _inception(weights: str | Path | None, device: torch.device, _: Any) -> Feat
     path = find_inception(weights)
     module = inception.load_inception(path).to(device)
     return FeatureNetwork(
-        name="inception",
-        module=module,
-        outputs=module.outputs,
-        checksum=sha256_of(path),
-        preprocessing="TensorFlow 1 bilinear to 299x299, (x - 128) / 128",
-        takes="images",
-        device=device,
-        prepare=lambda images: inception.prepare(_rgb(images)),
-    )
+        "inception", module, module.outputs, sha256_of(path),
+        "TensorFlow 1 bilinear to 299x299, (x - 128) / 128", "images", device,
+        lambda images: inception.prepare(_rgb(images)),
+    )  # fmt: skip
 
 
 def _dinov2(weights: str | Path | None, device: torch.device, _: Any) -> FeatureNetwork:
     name = typed_path(weights or DINOV2)
     module, prepare, words = load_dinov2(name)
+    checksum = folder_checksum(name, module)
     return FeatureNetwork(
-        name="dinov2",
-        module=module.to(device),
-        outputs=("pool",),
-        checksum=folder_checksum(name, module),
-        preprocessing=words,
-        takes="images",
-        device=device,
-        prepare=lambda images: prepare(_rgb(images)),
-    )
+        "dinov2", module.to(device), ("pool",), checksum, words, "images", device,
+        lambda images: prepare(_rgb(images)),
+    )  # fmt: skip
 
 
 def _clip(weights: str | Path | None, device: torch.device, _: Any) -> FeatureNetwork:
     name = typed_path(weights or CLIP)
     module, prepare, words = load_clip(name)
+    checksum = folder_checksum(name, module)
     return FeatureNetwork(
-        name="clip",
-        module=module.to(device),
-        outputs=("pool",),
-        checksum=folder_checksum(name, module),
-        preprocessing=words,
-        takes="texts",
-        device=device,
-        prepare=lambda images: prepare(_rgb(images)),
-    )
+        "clip", module.to(device), ("pool",), checksum, words, "texts", device,
+        lambda images: prepare(_rgb(images)),
+    )  # fmt: skip
 
 
 class _I3D(nn.Module):
@@ -238,22 +210,16 @@ def _prepare_clips(clips: Tensor) -> Tensor:
 def _i3d(weights: str | Path | None, device: torch.device, _: Any) -> FeatureNetwork:
     path = find_i3d(weights)
     scripted = read_scripted(path, device)
-    wanted = {"rescale", "resize", "return_features"}
-    if not wanted <= {argument.name for argument in scripted.forward.schema.arguments}:
+    needed = {"rescale", "resize", "return_features"}
+    if not needed <= {argument.name for argument in scripted.forward.schema.arguments}:
         raise ValueError(
-            f"{path} is not the I3D of FVD: its forward doesn't take {', '.join(sorted(wanted))}; "
+            f"{path} is not the I3D of FVD: its forward doesn't take {', '.join(sorted(needed))}; "
             f"use {I3D_FILE}, or give the file as a network of its own"
         )
     return FeatureNetwork(
-        name="i3d",
-        module=_I3D(scripted),
-        outputs=("pool",),
-        checksum=sha256_of(path),
-        preprocessing="TensorFlow 1 bilinear to 224x224, [-1, 1]",
-        takes="clips",
-        device=device,
-        prepare=_prepare_clips,
-    )
+        "i3d", _I3D(scripted), ("pool",), sha256_of(path),
+        "TensorFlow 1 bilinear to 224x224, [-1, 1]", "clips", device, _prepare_clips,
+    )  # fmt: skip
 
 
 def _classifier(_: Any, device: torch.device, dataset: ImageDataset | None) -> FeatureNetwork:
@@ -277,16 +243,11 @@ def _classifier(_: Any, device: torch.device, dataset: ImageDataset | None) -> F
         images = images.mean(dim=1, keepdim=True) if channels == 1 else _rgb(images)
         return images / 127.5 - 1
 
+    words = f"{'grey' if channels == 1 else 'RGB'} in [-1, 1], at most 32 pixels a side"
     return FeatureNetwork(
-        name="classifier",
-        module=module.to(device),
-        outputs=module.outputs,
-        checksum=checksum_of(module),
-        preprocessing=f"{'grey' if channels == 1 else 'RGB'} in [-1, 1], at most 32 pixels a side",
-        takes="images",
-        device=device,
-        prepare=prepare,
-    )
+        "classifier", module.to(device), module.outputs, checksum_of(module), words, "images",
+        device, prepare,
+    )  # fmt: skip
 
 
 _LOADERS: dict[str, Callable[[Any, torch.device, Any], FeatureNetwork]] = {
@@ -304,15 +265,9 @@ def _own(name: str, module: nn.Module, checksum: str, device: torch.device) -> F
     if not named or not outputs or len(set(outputs)) < len(outputs):
         raise ValueError(f"outputs {outputs!r} of {name}: use a list of different names")
     return FeatureNetwork(
-        name=name,
-        module=module.to(device),
-        outputs=tuple(outputs),
-        checksum=checksum,
-        preprocessing="RGB in [-1, 1], at its own size",
-        takes="images",
-        device=device,
-        prepare=lambda images: _rgb(images) / 127.5 - 1,
-    )
+        name, module.to(device), tuple(outputs), checksum, "RGB in [-1, 1], at its own size",
+        "images", device, lambda images: _rgb(images) / 127.5 - 1,
+    )  # fmt: skip
 
 
 def _own_file(path: Path, device: torch.device) -> FeatureNetwork:

@@ -12,19 +12,12 @@ from typing import Any, NoReturn
 
 @dataclass(frozen=True)
 class Process:
-    """One of several that share the work and never talk to each other.
+    """One of several that share the work and never talk to each other."""
 
-    Attributes:
-        rank: its number, from 0.
-        world: how many there are.
-        local_rank: its number on this machine.
-        local_world: how many there are on this machine.
-    """
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    local_world: int = 1
+    rank: int = 0  # its number, from 0
+    world: int = 1  # how many there are
+    local_rank: int = 0  # its number on this machine
+    local_world: int = 1  # how many there are on this machine
 
 
 def this_process() -> Process:
@@ -48,9 +41,9 @@ def _tasks_on_this_node(world: int) -> int:
         "SLURM_NTASKS_PER_NODE",
     )
     text = os.environ.get(name) or str(world)
-    found = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
-    counts = [int(m[1]) for m in found if m for _ in range(int(m[2] or 1))]
-    if not all(found):
+    matches = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
+    counts = [int(m[1]) for m in matches if m for _ in range(int(m[2] or 1))]
+    if not all(matches):
         raise ValueError(f"the variable {name} is {text!r}; it must be as Slurm's, such as 4(x2),3")
     node = _number("SLURM_NODEID", 0)
     return counts[node] if node < len(counts) else max(counts)

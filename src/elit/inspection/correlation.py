@@ -1,4 +1,4 @@
-"""Do two maps of the same images go together, and would they on other images too?
+"""Correlation of two maps of the same images, beside its control on other images.
 
 A map that is the same on every image, such as a pattern of position, may correlate with any other
 map. So a correlation is told beside its control: map of image i against the other map of an image
@@ -8,6 +8,7 @@ j != i.
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 NUM_SHUFFLES = 999
@@ -19,21 +20,15 @@ class Correlation:
     """A mean of correlations over images, and its control; None where there is none.
 
     A map without variation correlates with nothing: its image is left out.
-
-    Attributes:
-        value: mean over images of the correlation of one map with the other.
-        shuffled: the same of all pairs of different images.
-        shuffled_std: spread of the mean over shuffles that leave no image in its place.
-        p: share of such shuffles, the true order counted among them, that are at least as far from
-            `shuffled` as `value` is.
-        images: that the mean is of.
     """
 
-    value: float | None
-    shuffled: float | None
-    shuffled_std: float | None
+    value: float | None  # mean over images of the correlation of one map with the other
+    shuffled: float | None  # the same of all pairs of different images
+    shuffled_std: float | None  # spread of the mean over shuffles that leave no image in its place
+    # share of such shuffles, the true order counted among them, that are at least as far from
+    # `shuffled` as `value` is
     p: float | None
-    images: int
+    images: int  # that the mean is of
 
 
 def correlate(
@@ -41,13 +36,8 @@ def correlate(
 ) -> Correlation:
     """Correlate maps (N, G, P) of N images, image by image and, as a control, across images.
 
-    Args:
-        one: values of P tokens in each of G groups.
-        other: likewise.
-        rank: Spearman's, of ranks, instead of Pearson's.
-        within_groups: whether values (or their ranks in their group) count from their group's mean
-            on, so that differences between groups don't count.
-        seed: of the shuffles.
+    `rank` makes it Spearman's. `within_groups` values, or their ranks in their group, count from
+    their group's mean on, so that differences between groups don't count.
     """
     if one.shape != other.shape or one.ndim != 3 or not len(one):
         raise ValueError(
@@ -60,9 +50,7 @@ def correlate(
 def controlled(matrix: Tensor, seed: int = 0) -> Correlation:
     """The mean of the diagonal of correlations (N, N), with that of the rest as its control.
 
-    Args:
-        matrix: of each image's map with each image's other map; NaN where it is undefined.
-        seed: of the shuffles.
+    Of each image's map with each image's other map; NaN where it is undefined.
     """
     defined = matrix.diagonal().isfinite()
     matrix = matrix[defined][:, defined]
@@ -89,8 +77,7 @@ def correlation_matrix(
 
     Rows and columns of maps without variation are NaN.
     """
-    rows = [_unit(maps, rank, within_groups) for maps in (one, other)]
-    return rows[0] @ rows[1].T
+    return _unit(one, rank, within_groups) @ _unit(other, rank, within_groups).T
 
 
 def _unit(maps: Tensor, rank: bool, within_groups: bool) -> Tensor:
@@ -100,7 +87,7 @@ def _unit(maps: Tensor, rank: bool, within_groups: bool) -> Tensor:
         values = values.flatten(1)[:, None]  # (N, 1, G * P)
     values = _centred(values)
     if rank:
-        ranks = average_ranks(values)
+        ranks = torch.from_numpy(rankdata(values.numpy(), axis=-1))  # ties share their mean rank
         values = ranks - ranks.mean(-1, keepdim=True)
     values = values.flatten(1)
     return values / values.norm(dim=1, keepdim=True)  # 0 / 0 is NaN
@@ -113,37 +100,22 @@ def _centred(values: Tensor) -> Tensor:
     return centred.where(centred.abs().amax(-1, keepdim=True) > _NOISE * largest, 0.0)
 
 
-def average_ranks(values: Tensor) -> Tensor:
-    """Ranks from 1 along the last axis, float64; equal values share the mean of theirs."""
-    values = values.contiguous()
-    ordered = values.sort(dim=-1).values
-    first = torch.searchsorted(ordered, values)
-    last = torch.searchsorted(ordered, values, right=True)
-    return (first + last + 1).to(torch.float64) / 2
-
-
 def derangements(count: int, number: int, seed: int) -> Tensor:
     """Random orders (number, count) that leave nothing in its place, for `count` of 2 or more."""
-    if count < 2:
-        raise ValueError(f"{count} images can't be shuffled; give two or more")
     draw = torch.Generator().manual_seed(seed)
-    places, found = torch.arange(count), torch.empty(0, count, dtype=torch.long)
-    while len(found) < number:
+    places, moved = torch.arange(count), torch.empty(0, count, dtype=torch.long)
+    while len(moved) < number:
         orders = torch.rand(number, count, generator=draw).argsort(dim=1)
-        moved = (orders != places).all(1)  # true of more than a third
-        found = torch.cat((found, orders[moved]))
-    return found[:number]
+        moved = torch.cat((moved, orders[(orders != places).all(1)]))  # more than a third
+    return moved[:number]
 
 
 def position_share(maps: Tensor) -> float | None:
-    """Share of the variance over tokens that position alone explains, in [0, 1].
+    """Share of the variance over tokens of maps (N, T) that position alone explains, in [0, 1].
 
     The variance of the mean map over that of all maps. What the mean map of few images has by
     chance is taken off, so that maps without a common pattern have about 0. None where nothing
     varies.
-
-    Args:
-        maps: (N, T) of two images or more.
     """
     values = maps.detach().to("cpu", torch.float64)
     if values.ndim != 2 or len(values) < 2:

@@ -2,8 +2,8 @@
 latent is worth.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elit.evaluation.latent_spread import latent_moments
-from elit.evaluation.left_out import PARTS, LeftOut, leave_out, watch_latents
 from elit.flow.objective import interpolate, velocity_target
+from elit.inspection.left_out import PARTS, LeftOut, latent_moments, leave_out, watch_latents
 from elit.interface.attention_maps import attention_entropy, watch_attention
 from elit.interface.grid import TokenGrid
 from elit.pipelines.base import ElasticPipeline
@@ -24,28 +23,20 @@ MAX_COUNTS = 32  # latents that are left out one by one, and numbers of first la
 
 @dataclass(frozen=True)
 class Subject:
-    """What is looked at.
+    """Images, conditions and noise that are looked at."""
 
-    Attributes:
-        images: (N, C, *space), as the model sees them.
-        condition: the model's arguments that say what they show, (N, ...) each.
-        seed: of the noise: image i has draw d from (seed, i, d), whatever the batch.
-        draws: of noise for each image, an even number.
-        batch_size: samples of a forward.
-    """
-
-    images: Tensor
-    condition: Mapping[str, Tensor]
-    seed: int = 0
-    draws: int = 4
-    batch_size: int = 32
+    images: Tensor  # (N, C, *space), as the model sees them
+    condition: Mapping[str, Tensor]  # the model's arguments that say what they show, (N, ...) each
+    seed: int = 0  # of the noise: image i has draw d from (seed, i, d), whatever the batch
+    draws: int = 4  # of noise for each image, an even number
+    batch_size: int = 32  # samples of a forward
 
     def __post_init__(self) -> None:
         if self.draws < 2 or self.draws % 2:
             raise ValueError(f"draws={self.draws}: give an even number, of at least 2")
 
     def batches(self, device: torch.device, draws: int) -> Iterator["Batch"]:
-        """All images with their first draws of noise, in batches."""
+        """Yield all images with their first draws of noise, in batches."""
         pairs = [(i, d) for i in range(len(self.images)) for d in range(draws)]
         for first in range(0, len(pairs), self.batch_size):
             part = pairs[first : first + self.batch_size]
@@ -63,7 +54,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples: numbers of their images, halves of their draws, data, noise, condition."""
+    """Numbers of some samples' images, halves of their draws, data, noise, condition."""
 
     rows: Tensor
     halves: Tensor
@@ -77,26 +68,20 @@ class Maps:
     """Maps of N images at one noise level and budget, group by group: (2, N, G, P) float32.
 
     The first axis has means over one half of the noise draws and over the other.
-
-    Attributes:
-        sigma: noise level.
-        num_latents: latents per group, n.
-        loss: mean squared error of the velocity in each token.
-        attention: what a token gets of Read's weights, summed over the latents, mean over heads; a
-            group's tokens share n. None where Read copies, as a retrofit's at full budget.
-        difference: mean squared difference of the velocity from full budget's; None there.
-        latents: (n, G, P) each latent's own weights, mean over images; None as above.
-        shown: (S, n, G, P) the same of the first few images.
-        entropy: (n,) of each latent's weights, in nats, mean over groups, heads and images.
     """
 
-    sigma: float
-    num_latents: int
-    loss: Tensor
+    sigma: float  # noise level
+    num_latents: int  # latents per group, n
+    loss: Tensor  # mean squared error of the velocity in each token
+    # what a token gets of Read's weights, summed over the latents, mean over heads; a group's
+    # tokens share n. None where Read copies, as a retrofit's at full budget
     attention: Tensor | None = None
+    # mean squared difference of the velocity from full budget's; None there
     difference: Tensor | None = None
+    # (n, G, P) each latent's own weights, mean over images; None as above
     latents: Tensor | None = None
-    shown: Tensor | None = None
+    shown: Tensor | None = None  # (S, n, G, P) the same of the first few images
+    # (n,) of each latent's weights, in nats, mean over groups, heads and images
     entropy: Tensor | None = None
 
     def mean(self, name: str) -> Tensor | None:
@@ -107,32 +92,23 @@ class Maps:
 
 @dataclass(frozen=True)
 class Worth:
-    """Loss of N images with some latents only, mean over noise draws; always the same noise.
+    """Loss of N images with some latents only, mean over noise draws; always the same noise."""
 
-    Attributes:
-        sigma: noise level.
-        first: number of first latents kept: losses (N,).
-        without: number of the latent left out, from 0: losses (N,). Empty of a retrofit, whose
-            latents are cells of the group, and of a single latent.
-        without_part: losses (N,) at full budget without the core, and without the interface.
-        moments: `latent_moments` at full budget, of latents that enter the core ("read") and that
-            leave it ("core").
-    """
-
-    sigma: float
+    sigma: float  # noise level
+    # number of first latents kept: losses (N,)
     first: dict[int, Tensor] = field(default_factory=dict)
+    # number of the latent left out, from 0: losses (N,). Empty of a retrofit, whose latents
+    # are cells of the group, and of a single latent
     without: dict[int, Tensor] = field(default_factory=dict)
+    # losses (N,) at full budget without the core, and without the interface
     without_part: dict[LeftOut, Tensor] = field(default_factory=dict)
+    # `latent_moments` at full budget, of latents that enter the core ("read") and that leave
+    # it ("core")
     moments: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Inspector:
-    """Looks into a model that is elastic.
-
-    Args:
-        model: one of ours or a retrofit of one of ours, on its device.
-        subject: what is looked at.
-    """
+    """Looks into an elastic model, one of ours or a retrofit, on its device."""
 
     def __init__(self, model: Any, subject: Subject):
         if not model.is_elastic:
@@ -146,22 +122,19 @@ class Inspector:
         self.grid = token_grid(model, subject.images)
 
     @torch.no_grad()
-    def maps(self, sigma: float, kept: Sequence[int], shown: int = 0) -> list[Maps]:
-        """Maps at a noise level, for each number of latents per group.
-
-        Args:
-            sigma: noise level.
-            kept: numbers of latents.
-            shown: images whose latents' own maps are kept.
-        """
+    def maps(self, sigma: float, num_latents: Sequence[int], shown: int = 0) -> list[Maps]:
+        """Maps at a noise level for each number of latents, and latents' own of `shown` images."""
         most, count = self.model.max_latents, len(self.subject.images)
         shape = (2, count, self.grid.num_groups, self.grid.tokens_per_group)
-        found = {n: Maps(sigma, n, torch.zeros(shape)) for n in dict.fromkeys(kept)}
+        by_latents = {n: Maps(sigma, n, torch.zeros(shape)) for n in dict.fromkeys(num_latents)}
+        attention = getattr(getattr(self.model, "elit", self.model).read, "attention", None)
         for batch in self.subject.batches(self.device, self.subject.draws):
-            full = self._predict(batch, sigma, most) if any(n < most for n in found) else None
-            for n, maps in found.items():
+            full = self._predict(batch, sigma, most) if any(n < most for n in by_latents) else None
+            for n, maps in by_latents.items():
                 seen: list[Tensor] = []
-                with self._watching(seen):
+                with (
+                    nullcontext() if attention is None else watch_attention(attention, seen.append)
+                ):
                     velocity = self._predict(batch, sigma, n)
                 target = velocity_target(batch.images, batch.noise)
                 self._add(maps.loss, batch, self._per_token(velocity - target))
@@ -171,7 +144,7 @@ class Inspector:
                     self._add(maps.difference, batch, self._per_token(velocity - full))
                 if seen:
                     self._add_attention(maps, batch, seen[0], shown)
-        return list(found.values())
+        return list(by_latents.values())
 
     @torch.no_grad()
     def worth(self, sigma: float) -> Worth:
@@ -179,14 +152,13 @@ class Inspector:
 
         Half of the draws do: the noise is the same for all, and differences are what counts.
         """
-        most, draws, result = self.model.max_latents, self.subject.draws // 2, Worth(sigma)
-        for n in spread(1, most):
-            result.first[n] = torch.zeros(len(self.subject.images))
+        most, draws = self.model.max_latents, self.subject.draws // 2
         alone = [] if self.is_retrofit or most == 1 else spread(0, most - 1)
-        for i in alone:
-            result.without[i] = torch.zeros(len(self.subject.images))
-        for part in PARTS:
-            result.without_part[part] = torch.zeros(len(self.subject.images))
+
+        def zeros(keys: Iterable[Any]) -> dict[Any, Tensor]:
+            return {key: torch.zeros(len(self.subject.images)) for key in keys}
+
+        result = Worth(sigma, zeros(spread(1, most)), zeros(alone), zeros(PARTS))
 
         def see(where: str, latents: Tensor, num_groups: int) -> None:
             sums = latent_moments(latents, num_groups).cpu()
@@ -247,11 +219,6 @@ class Inspector:
         entropy = attention_entropy(weights).mean(1).unflatten(0, groups).mean(1).cpu()  # (B, n)
         maps.entropy += entropy.sum(0) / (count * draws)
 
-    def _watching(self, seen: list[Tensor]) -> AbstractContextManager:
-        read = getattr(self.model, "elit", self.model).read
-        attention = getattr(read, "attention", None)
-        return nullcontext() if attention is None else watch_attention(attention, seen.append)
-
 
 def token_grid(model: Any, images: Tensor) -> TokenGrid:
     """Grid and groups of the tokens that Read sees of images (N, C, *space)."""
@@ -268,21 +235,16 @@ def in_raster_order(maps: Tensor, grid: TokenGrid) -> Tensor:
 
 
 def draw_at_budgets(
-    pipeline: ElasticPipeline, subject: Subject, kept: Sequence[int], steps: int, count: int
+    pipeline: ElasticPipeline, subject: Subject, num_latents: Sequence[int], steps: int, count: int
 ) -> dict[int, Tensor]:
-    """Samples (count, C, *space) of the first images' conditions, from the same noise.
+    """Samples (count, C, *space) of the first images' conditions at each number of latents.
 
-    Args:
-        pipeline: with the model.
-        subject: has the conditions; image i draws from its seed, i and draw 0.
-        kept: numbers of latents per group.
-        steps: of the sampler.
-        count: samples at each budget.
+    All are from the same noise: image i draws from its seed, i and draw 0.
     """
     device = next(pipeline.transformer.parameters()).device
     condition = {name: x[:count].to(device) for name, x in subject.condition.items()}
     samples = {}
-    for n in kept:
+    for n in num_latents:
         samples[n] = pipeline.draw(
             condition, condition, num_latents=n, num_inference_steps=steps, output_type="latent",
             generator=[_generator(subject.seed, i, 0) for i in range(count)], return_dict=False,
@@ -297,7 +259,7 @@ def difference_map(one: Tensor, other: Tensor, grid: TokenGrid, model: Any) -> T
 
 
 def spread(first: int, last: int, most: int = MAX_COUNTS) -> list[int]:
-    """All whole numbers from `first` to `last`; of many, `most` of them, evenly."""
+    """List the whole numbers from `first` to `last`; of many, `most` of them, evenly."""
     count = min(most, last - first + 1)
     return np.unique(np.linspace(first, last, count).round().astype(int)).tolist()
 

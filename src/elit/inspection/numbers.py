@@ -1,4 +1,4 @@
-"""What an inspection says in numbers: correlations with their controls, and what latents cost."""
+"""Numbers of an inspection: correlations with their controls, and costs of latents."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elit.evaluation.correlation import (
+from elit.inspection.correlation import (
     controlled,
     correlate,
     correlation_matrix,
     position_share,
 )
-from elit.evaluation.inspection import Maps, Worth
-from elit.evaluation.latent_spread import latent_spread
-from elit.evaluation.left_out import PARTS
+from elit.inspection.inspector import Maps, Worth
+from elit.inspection.left_out import PARTS, latent_spread
 
 # name: arguments of `correlate`
 KINDS: dict[str, dict[str, bool]] = {
@@ -27,36 +26,24 @@ KINDS: dict[str, dict[str, bool]] = {
 
 
 def numbers_of_maps(maps: Maps, budget: float, seed: int = 0) -> dict[str, Any]:
-    """Plain types for JSON of the maps at one noise level and budget; null is undefined.
-
-    Args:
-        maps: of two images or more.
-        budget: that their number of latents is.
-        seed: of the shuffles.
-    """
+    """Plain types of the maps of two images or more at one level and budget; null is undefined."""
     loss, attention, difference = (maps.mean(n) for n in ("loss", "attention", "difference"))
     assert loss is not None
-    result: dict[str, Any] = {
+    shares: dict[str, Any] = {"loss": position_share(loss.flatten(1))}
+    # The last is of a place within its group, whichever group it is.
+    for name, axes in (("attention", (1, 2)), ("attention_in_groups", (0, 1))):
+        shares[name] = None if attention is None else position_share(attention.flatten(*axes))
+    return {
         "sigma": maps.sigma,
         "budget": budget,
         "num_latents": maps.num_latents,
         "loss": float(loss.mean()),
-        "position_share": {
-            "loss": position_share(loss.flatten(1)),
-            "attention": None if attention is None else position_share(attention.flatten(1)),
-            # Of a place within its group, whichever group it is.
-            "attention_in_groups": None
-            if attention is None
-            else position_share(attention.flatten(0, 1)),
-        },
+        "position_share": shares,
         "attention_loss": correlations(maps.attention, maps.loss, seed),
         "latent_entropy": None if maps.entropy is None else maps.entropy.tolist(),
-        "difference": None,
+        "difference": None if difference is None else float(difference.mean()),
         "difference_loss": correlations(maps.difference, maps.loss, seed),
     }
-    if difference is not None:
-        result["difference"] = float(difference.mean())
-    return result
 
 
 def correlations(one: Tensor | None, other: Tensor | None, seed: int) -> dict[str, Any] | None:
@@ -70,33 +57,31 @@ def correlations(one: Tensor | None, other: Tensor | None, seed: int) -> dict[st
         return None
     result = {}
     for name, options in KINDS.items():
-        found = correlate(one.mean(0), other.mean(0), seed=seed, **options)
+        same_noise = correlate(one.mean(0), other.mean(0), seed=seed, **options)
         crossed = [correlation_matrix(one[i], other[1 - i], **options) for i in (0, 1)]
         other_noise = controlled(torch.stack(crossed).mean(0), seed)
-        result[name] = {**asdict(found), "other_noise": asdict(other_noise)}
+        result[name] = {**asdict(same_noise), "other_noise": asdict(other_noise)}
     return result
 
 
 def numbers_of_worth(worths: Sequence[Worth]) -> dict[str, Any]:
-    """What latents cost: losses with the first ones only, and what leaving one out adds.
+    """Costs of latents: losses with the first ones only, and what leaving one out adds.
 
     Costs are differences on the same images and noise, with their standard error over images.
     """
-    first: list[dict[str, Any]] = []
-    without: list[dict[str, Any]] = []
+    lines: dict[str, list[dict[str, Any]]] = {"first": [], "without": []}
     for worth in worths:
         full = worth.first[max(worth.first)]
-        for n, losses in worth.first.items():
-            line = {"sigma": worth.sigma, "num_latents": n, "loss": float(losses.mean())}
-            first.append({**line, **_cost(losses - full)})
-        for i, losses in worth.without.items():
-            line = {"sigma": worth.sigma, "latent": i, "loss": float(losses.mean())}
-            without.append({**line, **_cost(losses - full)})
-    return {"first": first, "without": without}
+        of_kind = (("first", "num_latents", worth.first), ("without", "latent", worth.without))
+        for kind, what, by_number in of_kind:
+            for number, losses in by_number.items():
+                line = {"sigma": worth.sigma, what: number, "loss": float(losses.mean())}
+                lines[kind].append({**line, **_cost(losses - full)})
+    return lines
 
 
 def numbers_of_core(worth: Worth) -> dict[str, Any]:
-    """What the core as a whole is worth at one noise level, and how much its latents differ.
+    """The worth of the whole core at one noise level, and how much its latents differ.
 
     `share` is the cost over the loss: how much the loss rises, where 1 is twice the loss.
     """

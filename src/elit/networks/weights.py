@@ -1,6 +1,5 @@
 """Weights of feature networks: files here, on the hub or on the web, and their checksums."""
 
-import hashlib
 import os
 import pickle
 import sys
@@ -11,21 +10,19 @@ from typing import Any
 from urllib.error import URLError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from elit._files import cache_advice, sha256_of, typed_path
 from elit._hub import hub_reason
-from elit._wrappers import HOLDERS, without_wrapping
+from elit._pickles import read_pickle
+from elit._wrappers import HOLDERS, digest_of_weights, without_wrapping
 
-INCEPTION_URL = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth"
-)
 INCEPTION_FILES = (
     "pt_inception-2015-12-05-6726825d.pth",  # of pytorch-fid
     "weights-inception-2015-12-05-6726825d.pth",  # of torch-fidelity
+)
+INCEPTION_URL = (
+    f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILES[0]}"
 )
 INCEPTION_VARIABLE = "ELIT_INCEPTION_WEIGHTS"
 I3D_FILE = "i3d_torchscript.pt"
@@ -102,28 +99,20 @@ def _from_hub(repository: str, name: str, network: str) -> Path:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors by their names, of a .safetensors file or one of PyTorch; runs no code of theirs."""
-    try:
-        if path.suffix == ".safetensors":
-            return without_wrapping(load_file(path))
-        with warnings.catch_warnings():  # of a TorchScript file, which is refused below
-            warnings.simplefilter("ignore", UserWarning)
-            loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} holds no weights that can be read ({_reason(error)}); give a .safetensors "
-            f"file or a .pth with a plain dictionary of tensors"
-        ) from error
+    with warnings.catch_warnings():  # of a TorchScript file, which is none of these
+        warnings.simplefilter("ignore", UserWarning)
+        content = read_pickle(path)
     for holder in HOLDERS:
-        if isinstance(loaded, dict) and isinstance(loaded.get(holder), dict):
-            loaded = loaded[holder]
-    if not isinstance(loaded, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()
+        if isinstance(content, dict) and isinstance(content.get(holder), dict):
+            content = content[holder]
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
     ):
         raise ValueError(
-            f"{path} holds a {type(loaded).__name__} that is no plain dictionary of tensors; give "
+            f"{path} holds a {type(content).__name__} that is no plain dictionary of tensors; give "
             f"a file with a network's state dict alone"
         )
-    return without_wrapping(loaded)
+    return without_wrapping(content)
 
 
 def read_scripted(path: Path, device: torch.device) -> Any:
@@ -155,25 +144,15 @@ def _reason(error: Exception) -> str:
 
 def checksum_of(module: nn.Module) -> str:
     """SHA-256 of a module's state dict: names, types, shapes and numbers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(numbers.numpy().data)
-    return digest.hexdigest()
+    return digest_of_weights(module, lambda name, x: f"{name} {x.dtype} {tuple(x.shape)}\n")
 
 
 def folder_checksum(name: str, module: nn.Module) -> str:
-    """SHA-256 of a transformers model's weights: of its file, if it is one, as the hub shows it.
-
-    Args:
-        name: on the hub, or a folder.
-        module: what was loaded from there.
-    """
+    """SHA-256 of what transformers loaded: of its file, if it is one, as the hub shows it."""
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(name, "model.safetensors")
+        file = cached_file(name, "model.safetensors")
     except OSError:  # several files, or an older format
-        found = None
-    return checksum_of(module) if found is None else sha256_of(Path(found))
+        file = None
+    return checksum_of(module) if file is None else sha256_of(Path(file))

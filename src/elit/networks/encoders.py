@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elit._transformers import load_frozen, loading
-from elit.evaluation.resize import centre_crop, resize_pil, shorter_side
+from elit.networks.resize import centre_crop, resize_pil, shorter_side
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,7 @@ class ClipFeatures(nn.Module):
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Read B texts; returns (B, 768) of the large model. What is too long is cut off."""
-        longest = max(len(ids) for ids in self.tokenizer(list(texts))["input_ids"])
-        if longest > self.longest:
+        if max(map(len, self.tokenizer(list(texts))["input_ids"])) > self.longest:
             _warn_of_cut(self.longest)
         batch = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.longest,
@@ -130,10 +129,10 @@ def _normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
 
 def _model(kind: Any, name: str) -> Any:
     """A frozen float32 model of transformers with all its weights."""
-    wanted = kind.config_class.model_type
-    config = kind.config_class.get_config_dict(name)[0]
-    if config.get("model_type") != wanted:
-        raise ValueError(f"its model type {config.get('model_type')!r} is not {wanted!r}")
+    expected = kind.config_class.model_type
+    given = kind.config_class.get_config_dict(name)[0].get("model_type")
+    if given != expected:
+        raise ValueError(f"its model type {given!r} is not {expected!r}")
     return load_frozen(kind, name)
 
 

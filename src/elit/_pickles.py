@@ -33,7 +33,7 @@ HARMLESS = [
 
 
 def read_pickle(path: Path) -> Any:
-    """What a .pt or .safetensors file holds, its tensors on the CPU.
+    """Read a .pt or .safetensors file, its tensors on the CPU.
 
     Raises:
         ValueError: if it is damaged, or names anything to call that is not known to be harmless.
@@ -70,11 +70,7 @@ def check_bytes(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise a ValueError if tensors of a file are not as they were saved.
 
     PyTorch stores a checksum of each storage and never looks at it. Files in the older format,
-    without a zip, have none.
-
-    Args:
-        path: the file.
-        tensors: read from it, as they came. The others in the file are not looked at.
+    without a zip, have none. What else is in the file is not looked at.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -100,7 +96,7 @@ def _check_pickle(path: Path) -> None:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file, whatever its name, begins as these do: a length, then JSON."""
+    """Tell whether a file begins as safetensors' do: a length, then JSON."""
     with path.open("rb") as file:
         start = file.read(9)
     if len(start) < 9:
