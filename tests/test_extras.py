@@ -13,8 +13,8 @@ from elit.evaluation.encoders import load_dinov2
 from elit.pipelines.text_encoder import encoder_settings
 from elit.preparation.clips import _by_ffmpeg
 from elit.preparation.source import datasets_module
+from elit.training.finetune import add_lora
 from elit.training.metrics import summary_writer_class, wandb_module
-from elit.training.retrofit import add_lora
 from elit.viz.sheet import check_mp4
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ def test_it_is_made_in_one_place_of_extras_that_exist() -> None:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "missing":
                 named.append(node.args[1].value)
-    assert len(named) == 8
+    assert len(named) == 7
     assert set(named) == {"lora", "prepare", "tensorboard", "text", "video", "wandb"}
     assert set(named) <= set(extras)
 

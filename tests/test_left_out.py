@@ -15,8 +15,7 @@ from elit.evaluation.latent_spread import latent_moments, latent_spread
 from elit.evaluation.left_out import has_original_core, leave_out, watch_latents
 from elit.flow.objective import flow_matching_loss
 from elit.models.dit import DiT
-from elit.training.health import InterfaceWatch
-from elit.training.probe import watch_interface
+from elit.training.watch import InterfaceWatch, watch_interface
 
 BACKBONES = {
     "dit": lambda: tiny_elastic(depth=5),

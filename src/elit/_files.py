@@ -96,6 +96,48 @@ def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
     sync(path.parent)
 
 
+def replace_files(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a folder aside, then move its files over those of `folder` one by one.
+
+    For a folder that readers may have open: each file is at any moment the old or the new one.
+    """
+    from safetensors import SafetensorError
+
+    aside = folder / ".export.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        write(aside)
+        files = [file for file in aside.rglob("*") if file.is_file()]
+        # Weights first and the index last: what the index names is there.
+        for file in sorted(files, key=lambda f: (f.suffix == ".json", -len(f.parts), f)):
+            open_to_others(file)
+            sync(file)
+            place = folder / file.relative_to(aside)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+    except SafetensorError as error:
+        raise as_os_error(error, folder) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def rename_folder(aside: Path, target: Path) -> None:
+    """Give a folder that is complete its name, once the disk holds all of it."""
+    for file in aside.rglob("*"):
+        if file.is_file():
+            sync(file)
+    sync(aside)
+    aside.rename(target)
+    sync(target.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; one that is half removed no longer bears its name."""
+    aside = path.with_name(f".{path.name}.removed")
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
 def _mark() -> str:
     """Tells apart what is written aside, and by whom: see `remove_leftovers`."""
     return f"{_place()}-{os.getpid()}-{secrets.token_hex(4)}"
