@@ -56,7 +56,11 @@ def _link(aside: Path, path: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path, message: str) -> Iterator[None]:
-    """Keep a folder for this process; a ValueError with this message if another one has it."""
+    """Keep a folder for this process; a ValueError with this message if another one has it.
+
+    A folder that it made goes again if an error comes before anything is written there.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
@@ -68,7 +72,15 @@ def locked(folder: Path, message: str) -> Iterator[None]:
             pass
         except OSError as error:
             raise ValueError(message) from error
-        yield
+        try:
+            yield
+        except BaseException:
+            if made and [path.name for path in folder.iterdir()] == [".lock"]:
+                (folder / ".lock").unlink()
+                with contextlib.suppress(OSError):  # another process has made one there
+                    for path in made:
+                        path.rmdir()
+            raise
 
 
 def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
