@@ -23,8 +23,8 @@ from elit.cost.devices import peak_flops
 from elit.cost.flops import forward_flops
 from elit.data import WholeBatches, load_dataset
 from elit.data.manifest import Autoencoder, Manifest, Shard, Split
+from elit.data.order import StepBatches
 from elit.models.presets import preset_config, preset_model
-from elit.training.randomness import StepBatches
 
 PER_SHARD, BATCH, CLASSES = 2048, 256, 1000
 GPU, MFU = "NVIDIA H100 80GB HBM3", 0.5
@@ -65,7 +65,7 @@ def rate(folder: Path, workers: int, batches: int) -> float:
     dataset = load_dataset("prepared", path=folder)
     dataset.left_out = frozenset(("captions",))
     steps = range(batches + 1)
-    order = StepBatches(len(dataset), BATCH, range(1), 1, steps, 0, dataset.buckets)
+    order = StepBatches(len(dataset), BATCH, range(1), 1, steps, 0, dataset.buckets or ())
     loader = DataLoader(WholeBatches(dataset), sampler=order, batch_size=None, num_workers=workers)
     loading = iter(loader)
     next(loading)

@@ -13,8 +13,8 @@ from elit.networks.encoders import load_dinov2
 from elit.pipelines.text_encoder import encoder_settings
 from elit.preparation.images import _by_ffmpeg
 from elit.preparation.source import datasets_module
+from elit.training.finetune import add_lora
 from elit.training.metrics import summary_writer_class, wandb_module
-from elit.training.retrofit import add_lora
 from elit.viz.sheet import check_mp4
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from test_finetune import run as run  # a fixture
 
 from elit import load_elastic, load_interface
 from elit.data import load_dataset
-from elit.training.foreign import TensorConditioning
+from elit.training.finetune import TensorConditioning
 
 SIZES = {"sd3": (4, 16, 16), "flux": (4, 16, 16), "qwen": (4, 16, 16), "wan": (4, 4, 16, 16)}
 
@@ -98,7 +98,7 @@ def test_dropped_texts_are_the_empty_one(tmp_path: Path) -> None:
         len(dataset),
         len(load_dataset("tensors", "validation", path=dataset_path(tmp_path))),
     ) == (38, 2)
-    conditioning = TensorConditioning(make("sd3"), dataset, torch.device("cpu"))
+    conditioning = TensorConditioning(make("sd3"), torch.device("cpu"), dataset)
     batch = dataset.batch([0, 1, 2])
     told = conditioning(batch, torch.tensor([False, True, False]))
     assert told.keys() == {"encoder_hidden_states", "pooled_projections"}

@@ -38,9 +38,9 @@ from elit.interface.budget import format_budget
 from elit.models.dit import DiT
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.pipelines.load import load_pipeline
-from elit.training.checkpoint import read_state
 from elit.training.loop import train
 from elit.training.metrics import read_metrics
+from elit.training.resume import read_state
 
 MANY = int(os.environ.get("ELIT_FUZZ", "2000"))
 

@@ -20,7 +20,7 @@ from elit.pipelines.text_encoder import encoder_settings
 from elit.preparation.autoencoder import _hub_config, load_vae
 from elit.preparation.settings import PrepareSettings
 from elit.preparation.source import open_source
-from elit.training.foreign import fetch_base
+from elit.training.finetune import fetch_base
 
 
 def behind(error: Exception, *, raised_from: bool) -> OSError:

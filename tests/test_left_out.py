@@ -20,8 +20,7 @@ from elit.inspection.left_out import (
     watch_latents,
 )
 from elit.models.dit import DiT
-from elit.training.health import InterfaceWatch
-from elit.training.probe import watch_interface
+from elit.training.watch import InterfaceWatch, watch_interface
 
 BACKBONES = {
     "dit": lambda: tiny_elastic(depth=5),

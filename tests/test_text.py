@@ -1,6 +1,7 @@
 """Texts: words, padding, text encoders of transformers, and the pipeline that draws texts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -424,6 +425,11 @@ def test_text_encoders_that_do_not_fit(tmp_path, monkeypatch) -> None:
     with pytest.raises(ValueError, match="its model type 'bert' is none of clip"):
         load_text_encoder(str(tmp_path / "bert"))
     save_encoder("t5", tmp_path / "t5")
+    shutil.copytree(tmp_path / "t5", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"d_ff": 7}))
+    with pytest.raises(ValueError, match=r"other' cannot be loaded: .*size"):
+        load_text_encoder(str(tmp_path / "other"))
     tokenizer, encoder = load_text_encoder(str(tmp_path / "t5"))
     euler = make_scheduler("euler")
     with pytest.raises(ValueError, match=r"states are 16 wide, but the model takes 24"):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -28,12 +29,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from elit import ElitPipeline
+from elit._random import generator
 from elit.data import load_dataset
+from elit.data.order import StepBatches
 from elit.training.build import build_model
 from elit.training.checkpoint import checkpoint_steps
 from elit.training.loop import TrainingDivergedError, batch_loss, train
 from elit.training.metrics import MetricsLog
-from elit.training.randomness import StepBatches, generator
 from elit.training.run import Run
 from elit.training.validation import budgets_out_of_order, validation_losses
 
@@ -70,12 +72,12 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path) -> None:
 
 def test_what_is_finished_is_not_trained_again(tmp_path) -> None:
     train(tiny_config(tmp_path), progress=False)
-    before = files_of(tmp_path, 6)
+    before = files_of(tmp_path, 6)["model"]
     again = train(tiny_config(tmp_path), progress=False)
-    assert again.step == 6
-    assert again.finished
-    after = files_of(tmp_path, 6)
-    assert all(torch.equal(before["model"][k], after["model"][k]) for k in before["model"])
+    assert (again.step, again.finished) == (6, True)
+    assert all(
+        torch.equal(before[k], tensor) for k, tensor in files_of(tmp_path, 6)["model"].items()
+    )
 
 
 def test_more_steps_go_on_from_the_last_checkpoint(tmp_path) -> None:
@@ -142,14 +144,18 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_weights(tmp_path) -
     assert timeless(whole) == timeless(killed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_first(tmp_path, number) -> None:
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGTERM, 1)],
+)
+def test_a_signal_saves_first(tmp_path, number, workers) -> None:
+    """With workers it goes to the whole group, as service managers send it: they get it too."""
     folder = tmp_path / "run"
-    config = tiny_config(folder, steps=100_000, train_checkpoint_every=0)
+    config = tiny_config(folder, steps=100_000, train_checkpoint_every=0, data_num_workers=workers)
     file, log = tmp_path / "run.yaml", folder / "metrics.jsonl"
-    process = fork_command(config, file)
+    process = fork_command(config, file, apart=workers > 0)
     wait_for(lambda: (log.exists() and log.stat().st_size) or not process.is_alive())
-    os.kill(process.pid, number)
+    (os.killpg if workers else os.kill)(process.pid, number)
     process.join(60)
     assert process.exitcode == 130, Path(f"{file}.err").read_text()
     assert "the same command again goes on" in Path(f"{file}.out").read_text()
@@ -194,21 +200,9 @@ def test_threads_are_those_asked_for_and_given_back(tmp_path, monkeypatch) -> No
     assert torch.get_num_threads() == before
 
 
-def test_a_signal_to_the_whole_group_saves_first(tmp_path) -> None:
-    """As service managers send it: the loader's workers get it too."""
-    config = tiny_config(tmp_path / "run", steps=100_000, data_num_workers=1)
-    process = fork_command(config, tmp_path / "run.yaml", apart=True)
-    log = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: (log.exists() and log.stat().st_size) or not process.is_alive())
-    os.killpg(process.pid, signal.SIGTERM)
-    process.join(60)
-    assert process.exitcode == 130, (tmp_path / "run.yaml.err").read_text()
-    assert checkpoint_steps(tmp_path / "run" / "checkpoints")
-
-
 def test_sheets_show_the_budgets_that_are_trained(tmp_path) -> None:
     run = Run(tiny_config(tmp_path, latents_min=2, latents_max=8), CPU)
-    assert run.kept == [8, 4, 2]
+    assert run.shown_latents == [8, 4, 2]
     run.close()
 
 
@@ -224,24 +218,6 @@ def test_two_processes_do_not_share_a_folder(tmp_path) -> None:
         holder.kill()
         holder.join()
         train(tiny_config(folder, steps=2), progress=False)
-
-
-def test_a_torn_state_is_named(tmp_path) -> None:
-    train(tiny_config(tmp_path, steps=2), progress=False)
-    state = tmp_path / "checkpoints" / "step-00000002" / "state.json"
-    saved = json.loads(state.read_text())
-    del saved["ema_steps"]
-    state.write_text(json.dumps(saved))
-    with pytest.raises(
-        ValueError, match=r"step-00000002 cannot be read.*state\.json is not as it was"
-    ):
-        train(tiny_config(tmp_path, steps=4), progress=False)
-
-
-def test_a_run_that_is_further_already_is_refused(tmp_path) -> None:
-    train(tiny_config(tmp_path, steps=4), progress=False)
-    with pytest.raises(ValueError, match=r"at step 4 already, beyond train\.steps=2; raise"):
-        train(tiny_config(tmp_path, steps=2), progress=False)
 
 
 def test_processes_that_find_different_checkpoints_are_told(tmp_path) -> None:
@@ -287,21 +263,6 @@ def test_a_run_that_diverges_stops_and_spoils_nothing(tmp_path, lr, checkpoint_e
     assert weights.read_bytes() == exported
 
 
-def test_another_run_in_the_same_folder_is_refused(tmp_path) -> None:
-    train(tiny_config(tmp_path, steps=2), progress=False)
-    other = tiny_config(tmp_path, steps=4, data_batch_size=8)
-    with pytest.raises(ValueError, match=r"holds another run \(data: .*another output_dir"):
-        train(other, progress=False)
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path) -> None:
-    train(tiny_config(tmp_path, steps=2), progress=False)
-    (file,) = (tmp_path / "checkpoints" / "step-00000002").glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"step-00000002 cannot be read.*remove that folder"):
-        train(tiny_config(tmp_path, steps=4), progress=False)
-
-
 def _swap_two(file: Path) -> None:
     with safe_open(file, framework="pt") as opened:
         layout = opened.metadata()
@@ -332,39 +293,68 @@ def _change_the_step(file: Path) -> None:
     file.parent.rename(file.parent.with_name("step-00000003"))
 
 
-@pytest.mark.parametrize(
-    ("edit", "reason"),
-    [
-        (_swap_two, "safetensors is not as it was written"),
-        (_flip_a_bit, "safetensors is not as it was written"),
-        (_add_a_shard, "is missing, or was put there"),
-        (_change_the_state, r"state\.json is not as it was written"),
-        (_change_the_step, r"state\.json is not as it was written"),
-    ],
-)
-def test_a_checkpoint_that_was_edited_is_refused(tmp_path, edit, reason) -> None:
-    train(tiny_config(tmp_path, steps=2), progress=False)
-    (file,) = (tmp_path / "checkpoints" / "step-00000002").glob("*.safetensors")
-    edit(file)
-    with pytest.raises(ValueError, match=rf"step-0000000. cannot be read.*{reason}"):
-        train(tiny_config(tmp_path, steps=4), progress=False)
+def _tear_the_state(file: Path) -> None:
+    state = json.loads(file.with_name("state.json").read_text())
+    del state["ema_steps"]
+    file.with_name("state.json").write_text(json.dumps(state))
 
 
-def test_a_checkpoint_with_a_weight_missing_is_named(tmp_path) -> None:
-    train(tiny_config(tmp_path, steps=2), progress=False)
-    (file,) = (tmp_path / "checkpoints" / "step-00000002").glob("*.safetensors")
+def _remove_it(file: Path) -> None:
+    file.unlink()
+
+
+def _drop_a_weight(file: Path) -> None:
     with safe_open(file, framework="pt") as opened:
         layout = opened.metadata()  # of the shards, by name
     tensors = load_file(file)
     tensors.pop("ema.read.latents")
     save_file(tensors, file, layout)
-    state = file.with_name("state.json")
-    known = json.loads(state.read_text())
-    del known["digest"]
-    known["files"][file.name] = file.stat().st_size  # as early checkpoints have it
-    state.write_text(json.dumps(known))
-    with pytest.raises(ValueError, match=r"step-00000002 cannot be read.*read\.latents"):
-        train(tiny_config(tmp_path, steps=4), progress=False)
+    state = json.loads(file.with_name("state.json").read_text())
+    del state["digest"]
+    state["files"][file.name] = file.stat().st_size  # as early checkpoints have it
+    file.with_name("state.json").write_text(json.dumps(state))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """The folder of a run at its step 2."""
+    folder = tmp_path_factory.mktemp("saved")
+    train(tiny_config(folder, steps=2), progress=False)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (_swap_two, "safetensors is not as it was written"),
+        (_flip_a_bit, "safetensors is not as it was written"),
+        (_remove_it, "safetensors is missing, or was put there"),
+        (_drop_a_weight, r"read\.latents"),
+        (_add_a_shard, "is missing, or was put there"),
+        (_tear_the_state, r"state\.json is not as it was written"),
+        (_change_the_state, r"state\.json is not as it was written"),
+        (_change_the_step, r"state\.json is not as it was written"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(saved, tmp_path, edit, reason) -> None:
+    shutil.copytree(saved, tmp_path / "run")
+    (file,) = (tmp_path / "run" / "checkpoints" / "step-00000002").glob("*.safetensors")
+    edit(file)
+    message = rf"step-0000000. cannot be read.*{reason}.*remove that folder"
+    with pytest.raises(ValueError, match=message):
+        train(tiny_config(tmp_path / "run", steps=4), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("steps", "changes", "message"),
+    [
+        (1, {}, r"at step 2 already, beyond train\.steps=1; raise"),
+        (4, {"data_batch_size": 8}, r"holds another run \(data: .*another output_dir"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused(saved, steps, changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(tiny_config(saved, steps=steps, **changes), progress=False)
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_at_once(tmp_path) -> None:
@@ -374,40 +364,35 @@ def test_a_folder_that_cannot_be_made_is_an_error_at_once(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
-        ({"train_steps": 0}, r"train\.steps=0 .* at least 1"),
-        ({"optimizer_lr": -1.0}, r"optimizer\.lr=-1\.0 .* above 0"),
-        ({"optimizer_lr": float("nan")}, r"optimizer\.lr=nan"),
-        ({"objective_label_dropout": 1.0}, r"label_dropout=1\.0 .* \[0, 1\)"),
-        ({"data_batch_size": 0}, r"data\.batch_size=0"),
+        (
+            {"model_preset": "dit-tiny/2", "latents_min": 2},
+            "no effect on the plain model 'dit-tiny/2'",
+        ),
+        ({"latents_max": 17}, r"cannot keep 1\.\.17 latents .* <= 16"),
     ],
 )
-def test_numbers_out_of_range_are_refused(tmp_path, change, message) -> None:
-    change = dict(change)
-    steps = change.pop("train_steps", 2)
+def test_latents_that_a_model_lacks_are_refused(tmp_path, changes, message) -> None:
     with pytest.raises(ValueError, match=message):
-        tiny_config(tmp_path, steps, **change)
-
-
-def test_latents_mean_nothing_to_a_plain_model(tmp_path) -> None:
-    config = tiny_config(tmp_path, model_preset="dit-tiny/2", latents_min=2)
-    with pytest.raises(ValueError, match=r"no effect on the plain model 'dit-tiny/2'"):
-        train(config, progress=False)
-
-
-def test_more_latents_than_there_are_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"cannot keep 1\.\.17 latents .* <= 16"):
-        train(tiny_config(tmp_path, latents_max=17), progress=False)
+        train(tiny_config(tmp_path, **changes), progress=False)
 
 
 # ---- what a step draws ----
 
 
-def test_a_plain_model_trains(tmp_path) -> None:
-    result = train(tiny_config(tmp_path, model_preset="dit-tiny/2", train_validate_every=6), False)
-    assert result.finished
-    assert "validation/loss_1" in metrics(tmp_path)[-1]
+def test_a_plain_model_trains_and_ends_with_a_validation_and_a_sheet(tmp_path) -> None:
+    often = {"train_validate_every": 4, "train_sample_every": 5}
+    config = tiny_config(tmp_path / "a", model_preset="dit-tiny/2", **often)
+    for _ in range(2):  # the second has nothing to do
+        assert train(config, progress=False).finished
+    validated = [line["step"] for line in metrics(tmp_path / "a") if "validation/loss_1" in line]
+    assert validated == [4, 6]
+    sheets = sorted(path.stem for path in (tmp_path / "a" / "samples").iterdir())
+    assert sheets == ["step-00000005", "step-00000006"]
+    train(tiny_config(tmp_path / "b"), progress=False)  # 0 is never
+    assert not any("validation/loss_1" in line for line in metrics(tmp_path / "b"))
+    assert not (tmp_path / "b" / "samples").exists()
 
 
 def test_budgets_are_drawn_from_the_whole_range_and_by_step_alone(tmp_path) -> None:
@@ -534,6 +519,7 @@ def test_validation_uses_the_same_noise_for_all_budgets(tmp_path) -> None:
     run.close()
 
 
+@pytest.mark.filterwarnings("error")
 def test_budgets_out_of_order_are_reported_beyond_noise_only() -> None:
     small = torch.linspace(0.1, 0.9, 100)
     worse = small + 0.1 + 0.01 * torch.randn(100, generator=torch.Generator().manual_seed(0))
@@ -545,20 +531,16 @@ def test_budgets_out_of_order_are_reported_beyond_noise_only() -> None:
     assert budgets_out_of_order({16: small, 8: worse}) == []
     assert budgets_out_of_order({16: noisy, 8: small}) == []
     assert budgets_out_of_order({None: small}) == []
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_single_held_out_sample_has_no_error_to_tell() -> None:
-    one = torch.tensor([0.5])
+    one = torch.tensor([0.5])  # which has no error to tell
     assert budgets_out_of_order({16: one + 1, 8: one}) == []
 
 
 def test_metrics_of_steps_that_were_lost_are_dropped(tmp_path) -> None:
-    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    log = MetricsLog(tmp_path, 0, tiny_config(tmp_path))
     for step in range(1, 6):
         log.write(step, loss=float(step))
     log.close()
-    log = MetricsLog(tmp_path, 3, tensorboard=False)
+    log = MetricsLog(tmp_path, 3, tiny_config(tmp_path))
     log.write(4, loss=40.0)
     log.close()
     assert [line["loss"] for line in metrics(tmp_path)] == [1.0, 2.0, 3.0, 40.0]

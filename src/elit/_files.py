@@ -56,7 +56,11 @@ def _link(aside: Path, path: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path, message: str) -> Iterator[None]:
-    """Keep a folder for this process; a ValueError with this message if another one has it."""
+    """Keep a folder for this process; a ValueError with this message if another one has it.
+
+    A folder that it made goes again if an error comes before anything is written there.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
@@ -68,7 +72,15 @@ def locked(folder: Path, message: str) -> Iterator[None]:
             pass
         except OSError as error:
             raise ValueError(message) from error
-        yield
+        try:
+            yield
+        except BaseException:
+            if made and [path.name for path in folder.iterdir()] == [".lock"]:
+                (folder / ".lock").unlink()
+                with contextlib.suppress(OSError):  # another process has made one there
+                    for path in made:
+                        path.rmdir()
+            raise
 
 
 def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
@@ -94,6 +106,48 @@ def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     sync(path.parent)
+
+
+def replace_files(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a folder aside, then move its files over those of `folder` one by one.
+
+    For a folder that readers may have open: each file is at any moment the old or the new one.
+    """
+    from safetensors import SafetensorError
+
+    aside = folder / ".export.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        write(aside)
+        files = [file for file in aside.rglob("*") if file.is_file()]
+        # Weights first and the index last: what the index names is there.
+        for file in sorted(files, key=lambda f: (f.suffix == ".json", -len(f.parts), f)):
+            open_to_others(file)
+            sync(file)
+            place = folder / file.relative_to(aside)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+    except SafetensorError as error:
+        raise as_os_error(error, folder) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def rename_folder(aside: Path, target: Path) -> None:
+    """Give a folder that is complete its name, once the disk holds all of it."""
+    for file in aside.rglob("*"):
+        if file.is_file():
+            sync(file)
+    sync(aside)
+    aside.rename(target)
+    sync(target.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; one that is half removed no longer bears its name."""
+    aside = path.with_name(f".{path.name}.removed")
+    path.rename(aside)
+    shutil.rmtree(aside)
 
 
 def _mark() -> str:

@@ -4,9 +4,9 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from elit._choices import check_choice
 from elit._numbers import is_real
@@ -119,3 +119,39 @@ def describe_type(hint: Any) -> str:
         inner = [describe_type(arg) for arg in args if arg is not type(None)]
         return " or ".join(inner) + (", or null" if len(inner) < len(args) else "")
     return str(hint)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which values a field may hold beside what its type says: a part of `Annotated[type, Rule]`.
+
+    Attributes:
+        allows: tells whether a value is allowed.
+        words: what is allowed.
+    """
+
+    allows: Callable[[Any], Any]
+    words: str
+
+
+def check_fields(value: Any, where: str = "") -> None:
+    """Raise a ValueError for a value in a tree of dataclasses that its words or rules exclude."""
+    for name, hint in typing.get_type_hints(type(value), include_extras=True).items():
+        held, key = getattr(value, name), _under(where, name)
+        if dataclasses.is_dataclass(held):
+            check_fields(held, key)
+        else:
+            _check_field(hint, held, key)
+
+
+def _check_field(hint: Any, held: Any, key: str, end: str = "") -> None:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in _UNIONS and held is not None:
+        for kind in args:
+            _check_field(kind, held, key, ", or null" if type(None) in args else "")
+    elif origin is Literal:
+        check_choice(held, args, key)
+    elif origin is Annotated:
+        for rule in args[1:]:
+            if not rule.allows(held):
+                raise ValueError(f"{key}={held!r} is not allowed; give {rule.words}{end}")

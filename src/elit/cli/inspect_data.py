@@ -12,7 +12,7 @@ from elit.data import ImageDataset, load_dataset
 from elit.inspection.inspector import Subject
 from elit.pipelines.autoencoder import decode
 from elit.pipelines.base import ElasticPipeline
-from elit.training.foreign import stored_texts
+from elit.training.conditioning import stored_texts
 
 SHOWN = 4  # images on the sheets
 _OPTION = "data.options."

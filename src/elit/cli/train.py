@@ -88,6 +88,7 @@ def check_config(config: TrainConfig, thorough: bool = False) -> None:
     from elit._devices import pick_device
     from elit.cost.flops import cost_of
     from elit.data import load_dataset
+    from elit.data.order import StepBatches
     from elit.flow.objective import SigmaDensity
     from elit.models.elastic import ElasticMixin
     from elit.training.build import (
@@ -95,13 +96,12 @@ def check_config(config: TrainConfig, thorough: bool = False) -> None:
         check_buckets,
         check_condition,
         check_draws,
+        is_foreign,
         latents_to_show,
         tail_dropping,
+        text_settings,
     )
-    from elit.training.conditioning import text_settings
-    from elit.training.foreign import is_foreign
-    from elit.training.parallel import check_parallel
-    from elit.training.randomness import StepBatches
+    from elit.training.distributed import shard_size
 
     output_folder(config.output_dir, "--output_dir")
     pick_device(config.train.device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -120,12 +120,12 @@ def check_config(config: TrainConfig, thorough: bool = False) -> None:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     chunks = processes * config.train.accumulation
     check_draws(config, chunks)
-    check_parallel(config.train, processes)
+    shard_size(config.train, processes)
     StepBatches(len(dataset), data.batch_size, range(chunks), chunks, range(1), config.seed)
     if config.retrofit.base is not None:
         if not thorough:
             return
-        from elit.training.retrofit import build_retrofit
+        from elit.training.finetune import build_retrofit
 
         model, _ = build_retrofit(config, dataset)
         check_condition(config, dataset, model)
@@ -136,7 +136,7 @@ def check_config(config: TrainConfig, thorough: bool = False) -> None:
             model = build_model(config, dataset, of_texts).requires_grad_(False)
     check_buckets(model, dataset)
     if thorough and not is_foreign(model):
-        from elit.training.vae import load_run_vae
+        from elit.training.build import load_run_vae
 
         load_run_vae(config, dataset)
     if isinstance(model, ElasticMixin):

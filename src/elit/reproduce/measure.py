@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from elit._devices import pick_device
+from elit._random import generator
 from elit.choosing.points import OperatingPoint
 from elit.data import ImageDataset, load_dataset
 from elit.evaluation.drawing import Drawing
@@ -24,7 +25,6 @@ from elit.networks.feature_network import FeatureNetwork, load_network
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.training.config import DataConfig
 from elit.training.metrics import FILE as METRICS
-from elit.training.randomness import generator
 
 MOST_REFERENCE = 10_000  # real pictures that samples are compared with
 _BATCH = 128

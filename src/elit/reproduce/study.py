@@ -19,6 +19,7 @@ from elit._choices import check_choice
 from elit._devices import usable_cores
 from elit._files import locked, remove_leftovers, write_json
 from elit._plain import read_json
+from elit._signals import stop_on_signals
 from elit.data import ImageDataset, load_dataset
 from elit.reproduce.claims import CLAIMS
 from elit.reproduce.evidence import Study
@@ -30,7 +31,6 @@ from elit.reproduce.workers import Workers, end_if_imported
 from elit.training.config import DataConfig
 from elit.training.loop import TrainingDivergedError
 from elit.training.metrics import FILE as METRICS
-from elit.training.signals import stop_on_signals
 
 STAMP = "study.json"
 # Whose code changes what is trained and measured; judging may change.

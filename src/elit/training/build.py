@@ -1,47 +1,69 @@
-"""What a config describes, made: the model and the sampler of its tail dropping."""
+"""What a config describes, made: the model, what tells it what to draw, its tail dropping.
+
+What can only be checked with the data or the model at hand is checked here; the rest by the config.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from elit._random import generator
 from elit.cost.flops import cost_of
 from elit.data import ImageDataset
 from elit.interface.budget import TailDropping, default_budgets
 from elit.models.elastic import ElasticMixin
 from elit.models.presets import DEFAULT_VOCAB_SIZE, nearest_resolution, preset_config, preset_model
+from elit.pipelines.autoencoder import scale_and_shift
+from elit.pipelines.text_encoder import encoder_settings, load_text_encoder
+from elit.preparation.autoencoder import load_vae, weights_sha256
 from elit.training.conditioning import (
+    STATES,
     Conditioning,
     LabelConditioning,
     StoredTextConditioning,
     TextConditioning,
-    TextEncoding,
-    text_settings,
+    first_batch,
 )
 from elit.training.config import PREPARED, WORDS, LatentsConfig, TextConfig, TrainConfig
-from elit.training.distributed import World
-from elit.training.foreign import TensorConditioning, is_foreign
-from elit.training.parallel import place
-from elit.training.randomness import generator
-from elit.training.vae import load_run_vae
+from elit.training.distributed import World, place
 
 if TYPE_CHECKING:
-    from elit.training.retrofit import Distillation
+    from elit.training.finetune import Distillation
+
+logger = logging.getLogger(__name__)
 
 MakeModel = Callable[[TrainConfig, ImageDataset, Mapping[str, Any]], Any]
 """(config, data set, arguments that follow from the text encoder) -> model on the CPU"""
+
+# Class: scale of its timestep, and how (B, C, h, w) becomes tokens: None is left to the model.
+FLOW_TRANSFORMERS = {
+    "SD3Transformer2DModel": (1000.0, None),
+    "WanTransformer3DModel": (1000.0, None),
+    "CogView4Transformer2DModel": (1000.0, None),
+    "FluxTransformer2DModel": (1.0, "flux"),
+    "QwenImageTransformer2DModel": (1.0, "qwen"),
+}
+
+MASK, POOLED = "encoder_attention_mask", "pooled_projections"
+
+
+def is_foreign(model: Any) -> bool:
+    """Whether a model is one of diffusers', also after it was made elastic."""
+    return any(kind.__name__ in FLOW_TRANSFORMERS for kind in type(model).__mro__)
 
 
 def build_parts(
     config: TrainConfig, dataset: ImageDataset, world: World, make_model: MakeModel | None = None
 ) -> tuple[Any, Conditioning, Distillation | None]:
     """A run's model on the CPU, what turns batches into conditions, what it is compared with."""
-    device = world.device
     teacher = None
     if config.retrofit.base is not None:
-        from elit.training.retrofit import build_retrofit
+        from elit.training.finetune import Distillation, build_retrofit
 
         model, teacher = build_retrofit(config, dataset)
         check_condition(config, dataset, model)
@@ -51,17 +73,14 @@ def build_parts(
         make_model = make_model or build_model
         model = make_model(config, dataset, text_settings(config.text, dataset))
     check_buckets(model, dataset)
-    conditioning = make_conditioning(config, dataset, model, device)
+    conditioning = make_conditioning(config, dataset, model, world.device)
     told = {"class_labels", "captions", *dataset.encodings}
     dataset.left_out = frozenset(told.difference(conditioning.reads))
-    distillation = None
-    if teacher is not None:
-        if teacher is not model:
-            place(teacher, config.train, world)
-        from elit.training.retrofit import Distillation
-
-        distillation = Distillation(model, teacher, config.retrofit, conditioning)
-    return model, conditioning, distillation
+    if teacher is None:
+        return model, conditioning, None
+    if teacher is not model:
+        place(teacher, config.train, world)
+    return model, conditioning, Distillation(model, teacher, config.retrofit, conditioning)
 
 
 def make_conditioning(
@@ -69,58 +88,138 @@ def make_conditioning(
 ) -> Conditioning:
     """What turns batches into what the model is told."""
     if is_foreign(model):
+        from elit.training.finetune import TensorConditioning
+
         keeps_base = config.retrofit.train in ("adapters", "interface")
-        return TensorConditioning(model, dataset, device, keeps_base)
-    vae = load_run_vae(config, dataset)
+        return TensorConditioning(model, device, dataset, keeps_base)
+    vae, name = load_run_vae(config, dataset), config.text.encoder
     if not model.takes_text:
         return LabelConditioning(model, device, vae)
-    if config.text.encoder == PREPARED:
+    if name == PREPARED:
         return StoredTextConditioning(model, device, dataset, vae)
+    if name == WORDS:
+        return TextConditioning(model, device, vae)
+    if os.path.isdir(name):  # the pipeline keeps the name, wherever it is loaded
+        name = os.path.abspath(name)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    return TextConditioning(model, device, TextEncoding(config.text, device, dtype), vae)
+    tokenizer, encoder = load_text_encoder(name, dtype)
+    return TextConditioning(model, device, vae, name, tokenizer, encoder.to(device))
 
 
-def check_draws(config: TrainConfig, chunks: int) -> None:
-    """Raise a ValueError if a micro-batch, one of `chunks` of a step, is too small to be shared."""
-    samples, draws = config.data.batch_size // chunks, config.latents.draws
-    if draws > max(samples, 1):  # that none are left is told where the batch is cut
+def load_run_vae(config: TrainConfig, dataset: ImageDataset) -> Any | None:
+    """The autoencoder that encoded a data set, frozen, on the CPU; None of pixels.
+
+    One that can't be loaded is an error where the run draws; else its pipeline has none.
+    """
+    about = dataset.autoencoder
+    if about is None:
+        return None
+    try:
+        vae, _ = load_vae(about.name)
+    except ValueError as error:
+        if config.train.sample_every:
+            raise ValueError(
+                f"{error}. Samples are drawn with it: give its folder as data.options.vae, or set "
+                f"train.sample_every=0"
+            ) from error
+        logger.warning("the saved pipeline has no autoencoder: %s", error)
+        return None
+    sha256 = weights_sha256(vae)
+    if sha256 != about.sha256:
         raise ValueError(
-            f"latents.draws={draws} shares a micro-batch of {samples} samples; lower it, or raise "
-            f"data.batch_size to {draws * chunks}"
+            f"the autoencoder {about.name} has weights of SHA-256 {sha256}, the data was encoded "
+            f"with those of {about.sha256}; give the folder of the right one as data.options.vae"
         )
-
-
-def check_condition(config: TrainConfig, dataset: ImageDataset, model: ElasticMixin) -> None:
-    """Raise a ValueError if the data can't tell a pretrained model what to draw."""
-    if is_foreign(model):
-        check_tensors(config, dataset, model)
-        return
-    if model.takes_text and config.text.encoder == PREPARED:
-        check_stored_texts(config, dataset, text_settings(config.text, dataset), model.config)
-        return
-    if model.takes_text and not dataset.has_captions:
+    if (about.scale, about.shift) != scale_and_shift(vae):
         raise ValueError(
-            f"{config.retrofit.base} draws texts, but the data set {config.data.name!r} has no "
-            f"captions; use data.name=captioned-shapes"
+            f"the autoencoder {about.name} does not scale latents as when the data was encoded: "
+            f"look at scaling_factor, shift_factor, latents_mean and latents_std in its config, or "
+            f"prepare the data anew"
         )
-    if not model.takes_text and config.text != TextConfig():
+    return vae.eval().requires_grad_(False)
+
+
+def build_model(
+    config: TrainConfig, dataset: ImageDataset, of_texts: Mapping[str, Any] | None = None
+) -> Any:
+    """Model of a config, made for the images of a data set, with weights from the run's seed.
+
+    `of_texts` are the arguments of the model that follow from its text encoder.
+    """
+    name, overrides = config.model.preset, config.model.overrides
+    channels, *size = dataset.image_shape
+    resolution = nearest_resolution(name, size)
+    preset = preset_config(name, resolution, overrides)
+    patch = preset["patch_size"]
+    if len(size) == 2 and isinstance(patch, Sequence) and len(patch) == 3:
         raise ValueError(
-            f"text.* have no effect on {config.retrofit.base}, which draws classes; leave them out"
+            f"{name!r} draws clips, but the data set {config.data.name!r} has images; use "
+            f"data.name=moving-shapes, or a preset of images"
         )
+    follows = {
+        "sample_size": size[0] if len(size) == 2 and size[0] == size[1] else size,
+        "in_channels": channels,
+        **_condition_arguments(config, dataset, of_texts or {}),
+    }
+    for key, value in follows.items():
+        if overrides.get(key, value) != value:
+            raise ValueError(
+                f"model.overrides.{key}={overrides[key]} does not fit the data set "
+                f"{config.data.name!r} or the text encoder, which has {value}; leave it out"
+            )
+    if preset.get("group") is not None and config.latents.min is not None:
+        follows["min_latents"] = config.latents.min
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(config.seed, "weights").initial_seed())
+        try:
+            arguments = preset_config(name, resolution, {**follows, **overrides})
+            return preset_model(name)(**arguments)
+        except (RuntimeError, OverflowError) as error:
+            if "overflow" not in str(error).lower() and "too large" not in str(error):
+                raise
+            raise ValueError(
+                f"{name!r} for {'x'.join(map(str, dataset.image_shape))} of {config.data.name!r} "
+                f"with model.overrides={overrides} is too large"
+            ) from error
 
 
-def check_stored_texts(
-    config: TrainConfig, dataset: ImageDataset, found: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> None:
-    """Raise a ValueError if a data set's encoded texts are not what a model reads."""
-    check_null(config, dataset)
-    keys = ("vocab_size", "text_dim", "pooled_dim")
-    short = wanted["max_text_length"] < found["max_text_length"]
-    if short or any(found[key] != wanted[key] for key in keys):
-        here, there = ({k: d[k] for k in (*keys, "max_text_length")} for d in (found, wanted))
+def _condition_arguments(
+    config: TrainConfig, dataset: ImageDataset, of_texts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of the model that say what it is told: classes, or texts."""
+    name, takes_text = config.model.preset, preset_model(config.model.preset).takes_text
+    _check_told(config, dataset, takes_text, repr(name))
+    if not takes_text:
+        if not dataset.num_classes:
+            raise ValueError(
+                f"{name!r} draws classes, but the data set {config.data.name!r} has none; use an "
+                f"mmdit preset for captions, or prepare the data with labels"
+            )
+        return {"num_classes": dataset.num_classes}
+    arguments = dict(of_texts)
+    if config.text.encoder == WORDS:  # which have no vector for a whole text
+        arguments["pooled_dim"] = None
+        if preset_config(name).get("vocab_size") is None:
+            arguments |= {"vocab_size": DEFAULT_VOCAB_SIZE, "text_dim": None}
+    if config.text.max_length is not None:
+        arguments["max_text_length"] = config.text.max_length
+    return arguments
+
+
+def _check_told(config: TrainConfig, dataset: ImageDataset, takes_text: bool, name: str) -> None:
+    """Raise a ValueError if the data can't tell a model what its config says it is told."""
+    if not takes_text:
+        if config.text != TextConfig():
+            raise ValueError(
+                f"text.* have no effect on {name}, which draws classes; leave them out, or use an "
+                f"mmdit preset"
+            )
+    elif config.text.encoder == PREPARED:
+        check_null(config, dataset)
+    elif not dataset.has_captions:
         raise ValueError(
-            f"the data's encoded texts are of {here}, the model reads {there}; encode them as for "
-            f"the data that it was trained on"
+            f"{name} draws texts, but the data set {config.data.name!r} has no captions; use "
+            f"data.name=captioned-shapes, or a preset that draws classes"
         )
 
 
@@ -134,28 +233,48 @@ def check_null(config: TrainConfig, dataset: ImageDataset) -> None:
         )
 
 
-def check_tensors(config: TrainConfig, dataset: ImageDataset, model: Any) -> None:
-    """Raise a ValueError if a diffusers transformer doesn't take a data set's tensors."""
-    if config.text != TextConfig():
+def text_settings(config: TextConfig, dataset: ImageDataset) -> dict[str, Any]:
+    """Arguments of the model that follow from what encodes its texts."""
+    if config.encoder != PREPARED:
+        return {} if config.encoder == WORDS else encoder_settings(config.encoder)
+    if STATES not in dataset.encodings:
         raise ValueError(
-            f"text.* have no effect on data.name={config.data.name}, which are encoded already"
+            f"text.encoder={PREPARED} reads texts that were encoded beforehand, and the data set "
+            f"has none; run `elit prepare` with --text-encoder, or use text.encoder={WORDS}"
         )
-    check_null(config, dataset)
-    conditioning = TensorConditioning(model, dataset, torch.device("cpu"))
-    firsts = [int(bucket.runs[0, 0]) for bucket in dataset.buckets or ()] or [0]
-    for first in firsts:
-        batch = dataset.batch([first])
-        try:
-            with torch.no_grad():
-                x, sigma = dataset.on_device(batch["images"]).to(model.dtype), torch.ones(1)
-                conditioning.velocity(model, x, sigma, conditioning(batch), {"num_latents": 1})
-        except (RuntimeError, TypeError, KeyError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"{config.data.options.get('path')} doesn't fit {config.retrofit.base}: {reason}; "
-                f"it has {', '.join(['latents', *sorted(dataset.encodings)])}, which are to be "
-                f"arguments of the transformer's forward"
-            ) from error
+    if foreign := sorted({*dataset.encodings} - {STATES, MASK, POOLED}):
+        raise ValueError(
+            f"the data set's encoded texts have {foreign[0]}, which an MM-DiT doesn't take; encode "
+            f"them with CLIP, T5 or Qwen alone, or train the transformer that they are of"
+        )
+    batch = first_batch(dataset, 1)
+    states, pooled = batch[STATES], batch.get(POOLED)
+    return {
+        "vocab_size": None,
+        "text_dim": states.shape[2],
+        "pooled_dim": None if pooled is None else pooled.shape[1],
+        "max_text_length": states.shape[1],
+    }
+
+
+def check_condition(config: TrainConfig, dataset: ImageDataset, model: Any) -> None:
+    """Raise a ValueError if the data can't tell a pretrained model what to draw."""
+    if is_foreign(model):
+        from elit.training.finetune import check_tensors
+
+        check_null(config, dataset)
+        check_tensors(config, dataset, model)
+        return
+    _check_told(config, dataset, model.takes_text, str(config.retrofit.base))
+    if not model.takes_text or config.text.encoder != PREPARED:
+        return
+    stored, length = text_settings(config.text, dataset), "max_text_length"
+    read = {key: model.config[key] for key in stored}
+    if read[length] < stored[length] or read | {length: 0} != stored | {length: 0}:
+        raise ValueError(
+            f"the data's encoded texts are of {stored}, the model reads {read}; encode them as for "
+            f"the data that it was trained on"
+        )
 
 
 def check_buckets(model: Any, dataset: ImageDataset) -> None:
@@ -173,96 +292,14 @@ def check_buckets(model: Any, dataset: ImageDataset) -> None:
             ) from error
 
 
-def build_model(
-    config: TrainConfig, dataset: ImageDataset, of_texts: Mapping[str, Any] | None = None
-) -> Any:
-    """Model of a config, made for the images of a data set, with weights from the run's seed.
-
-    Args:
-        config: of the run.
-        dataset: that it trains on.
-        of_texts: arguments of the model that follow from its text encoder.
-    """
-    channels, *size = dataset.image_shape
-    arguments: dict[str, Any] = {
-        "sample_size": size[0] if len(size) == 2 and size[0] == size[1] else size,
-        "in_channels": channels,
-    }
-    arguments |= condition_arguments(config, dataset, of_texts or {})
-    resolution = nearest_resolution(config.model.preset, size)
-    preset = preset_config(config.model.preset, resolution, config.model.overrides)
-    patch = preset["patch_size"]
-    if len(size) == 2 and isinstance(patch, Sequence) and len(patch) == 3:
+def check_draws(config: TrainConfig, chunks: int) -> None:
+    """Raise a ValueError if a micro-batch, one of `chunks` of a step, is too small to be shared."""
+    samples, draws = config.data.batch_size // chunks, config.latents.draws
+    if draws > max(samples, 1):  # that none are left is told where the batch is cut
         raise ValueError(
-            f"{config.model.preset!r} draws clips, but the data set {config.data.name!r} has "
-            f"images; use data.name=moving-shapes, or a preset of images"
+            f"latents.draws={draws} shares a micro-batch of {samples} samples; lower it, or raise "
+            f"data.batch_size to {draws * chunks}"
         )
-    if preset.get("group") is not None and config.latents.min is not None:
-        arguments["min_latents"] = config.latents.min
-        if "min_latents" in config.model.overrides:
-            raise ValueError(
-                "latents.min and model.overrides.min_latents are the same thing; give one of them"
-            )
-    for key, given in arguments.items():
-        wanted = config.model.overrides.get(key, given)
-        if wanted != given and key != "min_latents":
-            raise ValueError(
-                f"model.overrides.{key}={wanted} does not fit the data set {config.data.name!r} or "
-                f"the text encoder, which has {given}; leave it out"
-            )
-    arguments |= config.model.overrides
-    arguments = preset_config(config.model.preset, resolution, arguments)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(config.seed, "weights").initial_seed())
-        try:
-            return preset_model(config.model.preset)(**arguments)
-        except (RuntimeError, OverflowError) as error:
-            if "overflow" not in str(error).lower() and "too large" not in str(error):
-                raise
-            raise ValueError(
-                f"{config.model.preset!r} for {'x'.join(map(str, dataset.image_shape))} of "
-                f"{config.data.name!r} with model.overrides={config.model.overrides} is too large"
-            ) from error
-
-
-def condition_arguments(
-    config: TrainConfig, dataset: ImageDataset, of_texts: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Arguments of the model that say what it is told: classes, or texts."""
-    if not preset_model(config.model.preset).takes_text:
-        if config.text != TextConfig():
-            raise ValueError(
-                f"text.* have no effect on {config.model.preset!r}, which draws classes; leave "
-                f"them out, or use an mmdit preset"
-            )
-        if not dataset.num_classes:
-            raise ValueError(
-                f"{config.model.preset!r} draws classes, but the data set {config.data.name!r} has "
-                f"none; use an mmdit preset for captions, or prepare the data with labels"
-            )
-        return {"num_classes": dataset.num_classes}
-    is_stored = config.text.encoder == PREPARED
-    if is_stored:
-        check_null(config, dataset)
-    if is_stored and config.text.max_length is not None:
-        raise ValueError(
-            f"text.max_length={config.text.max_length} has no effect on text.encoder={PREPARED}, "
-            f"whose texts are encoded already; leave it out"
-        )
-    if not dataset.has_captions and not is_stored:
-        raise ValueError(
-            f"{config.model.preset!r} draws texts, but the data set {config.data.name!r} has no "
-            f"captions; use data.name=captioned-shapes, or a preset that draws classes"
-        )
-    arguments = dict(of_texts)
-    preset = preset_config(config.model.preset)
-    if config.text.encoder == WORDS:  # which have no vector for a whole text
-        arguments["pooled_dim"] = None
-        if preset.get("vocab_size") is None:
-            arguments |= {"vocab_size": DEFAULT_VOCAB_SIZE, "text_dim": None}
-    if config.text.max_length is not None:
-        arguments["max_text_length"] = config.text.max_length
-    return arguments
 
 
 def tail_dropping(config: TrainConfig, model: ElasticMixin) -> TailDropping | None:
@@ -307,5 +344,5 @@ def latents_to_show(
         most = most or model.max_latents
         share = most / model.max_latents
         budgets = [share * b for b in default_budgets(model.min_latents, most)]
-    kept = {model.resolve_budget(budget) for budget in budgets}
-    return sorted(kept, key=lambda n: n or 0, reverse=True)
+    numbers = {model.resolve_budget(budget) for budget in budgets}
+    return sorted(numbers, key=lambda n: n or 0, reverse=True)

@@ -9,8 +9,6 @@ Each process writes what it holds, in the background, into a folder aside that t
 when all have finished. Another number of processes reads them back, sharded or not.
 """
 
-import errno
-import hashlib
 import json
 import re
 import shutil
@@ -23,20 +21,22 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
 from torch.distributed.tensor import DTensor
 
-from elit._files import digest_of, json_text, sha256_of
+from elit._files import digest_of, json_text, remove_folder, rename_folder, sha256_of
 from elit.training.distributed import World, is_of_connection
-from elit.training.folder import remove_folder, rename_folder
+from elit.training.resume import STATE, check_files, check_names, unreadable, unwritable
 
 _NAME = re.compile(r"step-(\d{8,})")
-STATE = "state.json"
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
+
+
+def step_name(step: int) -> str:
+    """Name of what belongs to a step: `step-00001000`."""
+    return f"step-{step:08d}"
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -46,16 +46,18 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 class Checkpoints:
-    """The checkpoints of a run: one at a time is written while training goes on.
+    """The last `keep` checkpoints of a run: one at a time is written while training goes on.
 
-    Args:
-        folder: of the checkpoints.
-        world: the processes of the run; all call `save` together.
-        keep: how many of the last ones to keep.
+    All processes of the run call `save` and `load` together.
+
+    Attributes:
+        begun: step of the last one that was begun, or loaded.
+        saved: step of the last one that is known to be complete; 0 for none.
     """
 
     def __init__(self, folder: Path, world: World, keep: int):
         self.folder, self.world, self.keep = folder, world, keep
+        self.begun = self.saved = 0
         # It says so whenever there is one process; in a thread, so for the whole program.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         # Of its own: the background thread's messages must not mix with those of training.
@@ -63,19 +65,14 @@ class Checkpoints:
         self._writing: Future | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Begin to write a checkpoint; the tensors may change as soon as this returns.
-
-        Args:
-            step: number of the step.
-            tensors: by name.
-            state: plain types.
-        """
+        """Begin to write a checkpoint; the tensors may change as soon as this returns."""
         self.wait()
-        writing = self._writing = Future()
-        writer = HuggingFaceStorageWriter(str(self._aside(step)), save_distributed=True)
+        writing: Future = Future()
+        self.begun, self._writing = step, writing
+        aside = self.folder / f".{step_name(step)}.part"
         written = dcp.async_save(
             self._share(tensors),
-            storage_writer=writer,
+            storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True),
             process_group=self.group,
             no_dist=self.world.size == 1,
         )
@@ -86,14 +83,12 @@ class Checkpoints:
             try:
                 written.result()
                 if self.world.is_main:
-                    self._name(step, state)
+                    self._name(aside, step, state)
                 writing.set_result(step)
             except BaseException as error:
                 if self.world.is_main:
-                    shutil.rmtree(
-                        self._aside(step), ignore_errors=True
-                    )  # makes room on a full disk
-                writing.set_exception(_write_error(self.folder / f"step-{step:08d}", error))
+                    shutil.rmtree(aside, ignore_errors=True)  # makes room on a full disk
+                writing.set_exception(unwritable(self.folder / step_name(step), error))
 
         written.add_done_callback(complete)
 
@@ -103,15 +98,20 @@ class Checkpoints:
         others = {name for i, name in enumerate(copies) if i % self.world.size != self.world.rank}
         return {name: tensor for name, tensor in tensors.items() if name not in others}
 
-    def _name(self, step: int, state: Mapping[str, Any]) -> None:
+    def _name(self, aside: Path, step: int, state: Mapping[str, Any]) -> None:
         """Give a checkpoint that all have written its name, and remove the oldest."""
-        aside = self._aside(step)
         files = {file.name: sha256_of(file) for file in sorted(aside.iterdir())}
-        whole = {"step": step, **json.loads(json.dumps(state)), "files": files}
-        (aside / STATE).write_text(json_text({**whole, "digest": digest_of(whole)}))
-        rename_folder(aside, self.folder / f"step-{step:08d}")
+        content = {"step": step, **json.loads(json.dumps(state)), "files": files}
+        (aside / STATE).write_text(json_text({**content, "digest": digest_of(content)}))
+        rename_folder(aside, self.folder / step_name(step))
         for old in checkpoint_steps(self.folder)[: -self.keep]:
-            remove_folder(self.folder / f"step-{old:08d}")
+            remove_folder(self.folder / step_name(old))
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed run left half written or half removed."""
+        for pattern in (".step-*.part", ".step-*.removed"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path)
 
     @property
     def has_failed(self) -> bool:
@@ -119,44 +119,31 @@ class Checkpoints:
         writing = self._writing
         return writing is not None and writing.done() and writing.exception() is not None
 
-    def poll(self) -> int | None:
-        """The step of a checkpoint that has been written since; None if there is nothing new."""
-        is_done = self._writing is not None and self._writing.done() and not self.has_failed
-        return self.wait() if is_done else None
-
-    def wait(self) -> int | None:
-        """Wait for what is being written; its step, or None if there was nothing.
-
-        Raises:
-            OSError: if it could not be written.
-        """
+    def wait(self) -> None:
+        """Wait for what is being written, or raise an OSError if it could not be."""
         writing, self._writing = self._writing, None
-        return None if writing is None else writing.result()
-
-    def _aside(self, step: int) -> Path:
-        return self.folder / f".step-{step:08d}.part"
+        if writing is not None:
+            self.saved = writing.result()
 
     def load(self, step: int, tensors: dict[str, Tensor], keys: Sequence[str]) -> dict[str, Any]:
-        """Fill tensors in place, by name, and return the state; ValueError for a damaged one.
+        """Fill tensors in place, by name, and return these keys of the state.
 
-        Args:
-            step: number of the step.
-            tensors: as they were saved, by name.
-            keys: of the state.
+        Raises:
+            ValueError: for a checkpoint that is damaged, or of another model.
         """
-        path = self.folder / f"step-{step:08d}"
+        path = self.folder / step_name(step)
         reader = HuggingFaceStorageReader(str(path))
         state, problem = {}, None
         try:
             state = json.loads((path / STATE).read_text())
-            self._check_files(path, step, state)
-            _check_names(reader, tensors)
+            check_files(path, step, state, self.world)
+            check_names(reader.read_metadata().state_dict_metadata, tensors)
             state = {key: state[key] for key in keys}
         except Exception as error:  # of many kinds: the files may hold anything
             problem = error
         (any_problem,) = self.world.any(problem is not None)
         if problem is not None:
-            raise _read_error(path, problem) from problem
+            raise unreadable(path, problem) from problem
         if any_problem:
             raise ValueError(f"checkpoint {path} cannot be read by another process, which says why")
         try:
@@ -171,68 +158,9 @@ class Checkpoints:
         except Exception as error:
             if isinstance(error, RuntimeError) and is_of_connection(error):
                 raise
-            raise _read_error(path, error) from error
+            raise unreadable(path, error) from error
+        self.begun = self.saved = step
         return state
-
-    def _check_files(self, path: Path, step: int, state: Mapping[str, Any]) -> None:
-        """Raise a ValueError for a checkpoint that is not as it was written.
-
-        Each process reads its share of the files. Early checkpoints know their sizes alone.
-        """
-        files = state["files"]
-        found = {file.name for file in path.glob("*.safetensors")}
-        if different := sorted(found ^ files.keys()):
-            raise ValueError(f"{different[0]} is missing, or was put there by something else")
-        whole = {key: value for key, value in state.items() if key != "digest"}
-        is_early = all(isinstance(written, int) for written in files.values())
-        if state["step"] != step or not (is_early or state.get("digest") == digest_of(whole)):
-            raise ValueError(f"{STATE} is not as it was written")
-        for name, written in list(files.items())[self.world.rank :: self.world.size]:
-            file = path / name
-            if written != (file.stat().st_size if isinstance(written, int) else sha256_of(file)):
-                raise ValueError(f"{name} is not as it was written")
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint, as far as it can be read: `load` says what is wrong with it."""
-    try:
-        state = json.loads((path / STATE).read_text())
-        return state if isinstance(state.get("config", {}).get("data", {}), dict) else {}
-    except (OSError, ValueError, AttributeError):
-        return {}
-
-
-def _check_names(reader: HuggingFaceStorageReader, tensors: Mapping[str, Tensor]) -> None:
-    """Raise a KeyError for tensors that only one side has."""
-    different = sorted(tensors.keys() ^ reader.read_metadata().state_dict_metadata.keys())
-    if different:
-        others = f" and {len(different) - 1} others" if len(different) > 1 else ""
-        raise KeyError(f"{different[0]}{others}: in only one of checkpoint and model")
-
-
-def _read_error(path: Path, error: BaseException) -> ValueError:
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return ValueError(
-        f"checkpoint {path} cannot be read: {reason}; remove that folder to resume from the "
-        f"checkpoint before it, or choose another output_dir"
-    )
-
-
-def _write_error(target: Path, error: BaseException) -> Exception:
-    """What kept a checkpoint from being written, of whichever process."""
-    causes: list[BaseException] = [error]
-    if isinstance(error, CheckpointException):
-        causes = [failure[0] for failure in error.failures.values()]
-    for cause in causes:
-        if isinstance(cause, RuntimeError) and is_of_connection(cause):
-            return cause  # another process has ended: that is what to tell
-    reason = next((c for c in causes if isinstance(c, OSError) and c.strerror), causes[0])
-    number = getattr(reason, "errno", None) or errno.EIO
-    text = getattr(reason, "strerror", None) or " ".join(str(reason).split())[:200]
-    return OSError(number, f"{text} (the checkpoints before it are as they were)", str(target))
-
-
-# ---- what is in one ----
 
 
 def run_tensors(
@@ -240,48 +168,18 @@ def run_tensors(
 ) -> dict[str, Tensor]:
     """Everything of a run that is a tensor, by name; what is frozen stays where it came from.
 
-    Args:
-        model: online weights.
-        averaged: their moving average, in the order of the model's trained parameters.
-        optimizer: AdamW, whose state need not be there yet.
+    The averages are in the order of the trained parameters; AdamW need not have made its state.
     """
-    frozen = frozen_names(model)
-    trained = {n: p for n, p in model.named_parameters() if n not in frozen}
+    parameters = dict(model.named_parameters())
+    frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
+    trained = {name: p for name, p in parameters.items() if name not in frozen}
     tensors = {f"model.{n}": t for n, t in model.state_dict().items() if n not in frozen}
     tensors |= {f"ema.{n}": t for n, t in zip(trained, averaged, strict=True)}
     for name, parameter in trained.items():
-        if parameter not in optimizer.state:
-            start_state(optimizer, parameter)
+        if parameter not in optimizer.state:  # AdamW would make it in its first step
+            place = parameter.device if optimizer.defaults["fused"] else "cpu"
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=place), **moments}
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{name}/{key}"] = value
     return {name: tensor.detach() for name, tensor in tensors.items()}
-
-
-def start_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
-    """AdamW's state before its first step, which it would make by itself then."""
-    is_fused = optimizer.defaults["fused"]
-    optimizer.state[parameter] = {
-        "step": torch.zeros((), device=parameter.device if is_fused else "cpu"),
-        "exp_avg": torch.zeros_like(parameter),
-        "exp_avg_sq": torch.zeros_like(parameter),
-    }
-
-
-def frozen_names(model: nn.Module) -> set[str]:
-    """Parameters that are not trained: a checkpoint leaves them where they came from."""
-    return {name for name, p in model.named_parameters() if not p.requires_grad}
-
-
-def frozen_digest(model: nn.Module) -> str | None:
-    """A fingerprint of the parameters that a checkpoint leaves out: first numbers, and all summed.
-
-    Sums of the bits, as whole numbers: no device rounds them.
-    """
-    digest, frozen = hashlib.sha256(), frozen_names(model)
-    for name, parameter in model.named_parameters():
-        if name in frozen:
-            some = parameter.detach().flatten()[:64].float().cpu()
-            digest.update(name.encode() + some.numpy().tobytes())
-            bits = parameter.detach().contiguous().view(_BITS[parameter.element_size()])
-            digest.update(str(int(bits.sum(dtype=torch.int64))).encode())
-    return digest.hexdigest() if frozen else None

@@ -5,18 +5,40 @@ The defaults are the paper's; the YAML files in `configs/` say where a run diffe
 
 import copy
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from elit._choices import check_choice
 from elit._files import typed_path
-from elit.training.rules import check_values
+from elit._numbers import MOST
+from elit._plain import Rule, check_fields
+from elit.data import DATASETS
+from elit.models.presets import preset_class
 
 WORDS = "words"  # the built-in reader of captions
 PREPARED = "prepared"  # texts that were encoded with the data; and the data set of that name
-# Of data sets with a fingerprint: what changes no sample. What it holds, a fingerprint tells.
-_FREE_OPTIONS = ("path", "damaged", "verify", "vae")
+
+# Types of fields that hold some numbers only: `check_fields` reads which.
+_FROM_0 = Rule(lambda value: 0 <= value <= MOST, f"a number of at least 0, at most {MOST}")
+_ABOVE_0 = Rule(lambda value: 0 < value < math.inf, "a number above 0")
+_SHARES = Rule(lambda values: all(0 <= value < 1 for value in values), "numbers in [0, 1)")
+Count = Annotated[
+    int, Rule(lambda value: 1 <= value <= MOST, f"a number of at least 1, at most {MOST}")
+]
+CountOr0 = Annotated[int, _FROM_0]
+AtLeast0 = Annotated[float, _FROM_0]
+Positive = Annotated[float, _ABOVE_0]
+Share = Annotated[float, Rule(lambda value: 0 <= value < 1, "a number in [0, 1)")]
+Weight = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a number in [0, 1]")]
+Seed = Annotated[int, Rule(lambda value: 0 <= value < 2**63, "a number from 0 to 2^63 - 1")]
+Length = Annotated[int, Rule(lambda value: 1 <= value <= MOST, f"a number from 1 to {MOST}")]
+# Thousands are a segmentation fault in OpenMP.
+Threads = Annotated[int, Rule(lambda value: 1 <= value <= 1024, "a number from 1 to 1024")]
+Processes = Annotated[int, Rule(lambda value: value >= 1, "a number of at least 1")]
+Project = Annotated[str, Rule(str.strip, "a project's name")]
 
 
 @dataclass
@@ -49,8 +71,8 @@ class DataConfig:
 
     name: str = "digits"
     options: dict[str, Any] = field(default_factory=dict)
-    batch_size: int = 256
-    num_workers: int = 0
+    batch_size: Count = 256
+    num_workers: CountOr0 = 0
 
 
 @dataclass
@@ -65,7 +87,7 @@ class TextConfig:
     """
 
     encoder: str = WORDS
-    max_length: int | None = None
+    max_length: Length | None = None
 
 
 @dataclass
@@ -73,17 +95,17 @@ class ObjectiveConfig:
     """Noise levels and label dropout.
 
     Attributes:
-        density: of the noise levels: "logit_normal" (paper) or "uniform".
+        density: density of the noise levels, "logit_normal" (paper) or "uniform".
         logit_mean: mean of the logit-normal density; above 0 leans towards noise.
         logit_std: its standard deviation.
-        label_dropout: share of labels replaced by the null label, of captions by the empty one, for
-            guidance.
+        label_dropout: share of labels replaced by the null label, and of captions by the empty one,
+            for guidance.
     """
 
     density: Literal["logit_normal", "uniform"] = "logit_normal"
     logit_mean: float = 0.0
-    logit_std: float = 1.0
-    label_dropout: float = 0.1
+    logit_std: Positive = 1.0
+    label_dropout: Share = 0.1
 
 
 @dataclass
@@ -91,8 +113,8 @@ class LatentsConfig:
     """Tail dropping: how many latents per group a step keeps. A plain model has none.
 
     Attributes:
-        min: fewest; by default the model's `min_latents`.
-        max: most; by default all. Equal to `min`, it trains a single budget.
+        min: fewest latents; by default the model's `min_latents`.
+        max: most latents; by default all. Equal to `min`, it trains a single budget.
         order: "first" keeps the first latents (paper), "random" any (ablation).
         draws: numbers drawn in each step. One is uniform (paper). More cut the batch into as many
             parts, each of which draws from a part of the range of its own, on a log scale.
@@ -101,7 +123,7 @@ class LatentsConfig:
     min: int | None = None
     max: int | None = None
     order: Literal["first", "random"] = "first"
-    draws: int = 1
+    draws: Count = 1
 
 
 @dataclass
@@ -110,18 +132,17 @@ class RetrofitConfig:
 
     Attributes:
         base: folder of the pretrained pipeline, or of a diffusers transformer, or its hub name.
-        start: output_dir of an earlier fine-tuning of this base, from whose weights this one goes
-            on.
+        start: output_dir of an earlier fine-tuning of this base; this one starts from its weights.
         head: blocks before Read.
         tail: blocks after Write.
         group: tokens of one group along each axis.
         init: "identity" starts lossless at full budget, "learned" as the paper does.
         train: "interface" alone; with "adapters" that act only below full budget, so that the
             original stays in there; with "lora" that acts at all budgets (peft); or "all".
-        rank: of adapters or of LoRA.
+        rank: rank of the adapters or of LoRA.
         distill: weight of matching the original's velocity; the data's velocity has the rest.
         features: weight of matching the original's tokens after the core.
-        base_lr: learning rate of the original parameters, as a fraction of the others', of "all".
+        base_lr: with "all", learning rate of the original parameters as a fraction of the others'.
     """
 
     base: str | None = None
@@ -131,10 +152,10 @@ class RetrofitConfig:
     group: list[int] = field(default_factory=lambda: [4, 4])
     init: Literal["identity", "learned"] = "identity"
     train: Literal["adapters", "interface", "lora", "all"] = "adapters"
-    rank: int = 16
-    distill: float = 0.5
-    features: float = 1.0
-    base_lr: float = 1.0
+    rank: Count = 16
+    distill: Weight = 0.5
+    features: AtLeast0 = 1.0
+    base_lr: Positive = 1.0
 
 
 @dataclass
@@ -147,19 +168,19 @@ class OptimizerConfig:
         weight_decay: decoupled weight decay.
         warmup_steps: steps of linear warm-up.
         schedule: "constant", or "cosine" down to `final_lr` at the last step.
-        final_lr: of the cosine, as a fraction of `lr`.
+        final_lr: rate at the end of the cosine, as a fraction of `lr`.
         clip: largest gradient norm; larger ones are scaled down to it.
         ema: decay of the weights' moving average, ramped up from 0.
     """
 
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    warmup_steps: int = 10_000
+    lr: Positive = 1e-4
+    betas: Annotated[tuple[float, float], _SHARES] = (0.9, 0.999)
+    weight_decay: AtLeast0 = 0.0
+    warmup_steps: CountOr0 = 10_000
     schedule: Literal["constant", "cosine"] = "constant"
-    final_lr: float = 0.0
-    clip: float = 1.0
-    ema: float = 0.9999
+    final_lr: AtLeast0 = 0.0
+    clip: Positive = 1.0
+    ema: Share = 0.9999
 
 
 @dataclass
@@ -182,33 +203,33 @@ class LoopConfig:
         gradient_checkpointing: recompute blocks in the backward pass to save memory.
         compile: compile the blocks; a few graphs serve all budgets.
         log_every: write metrics.
-        validate_every: measure the validation loss at every budget.
-        sample_every: draw a sheet of samples.
-        checkpoint_every: save.
+        validate_every: measure the validation loss at every budget, and once more at the end.
+        sample_every: draw a sheet of samples, and one more at the end.
+        checkpoint_every: save a checkpoint.
         keep_checkpoints: how many of the last checkpoints to keep.
         tensorboard: also write TensorBoard files (extra: tensorboard).
         wandb: project at Weights & Biases to send the metrics to (extra: wandb).
-        peak_tflops: of the device in the run's precision, for `mfu`; by default from a table.
+        peak_tflops: peak of the device in the run's precision, for `mfu`; by default from a table.
     """
 
-    steps: int = 500_000
-    accumulation: int = 1
+    steps: Count = 500_000
+    accumulation: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     tf32: bool = True
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
-    shard_size: int | None = None
+    shard_size: Processes | None = None
     device: str = "auto"
-    threads: int | None = None
+    threads: Threads | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
-    log_every: int = 50
-    validate_every: int = 5_000
-    sample_every: int = 5_000
-    checkpoint_every: int = 5_000
-    keep_checkpoints: int = 3
+    log_every: CountOr0 = 50
+    validate_every: CountOr0 = 5_000
+    sample_every: CountOr0 = 5_000
+    checkpoint_every: CountOr0 = 5_000
+    keep_checkpoints: Count = 3
     tensorboard: bool = False
-    wandb: str | None = None
-    peak_tflops: float | None = None
+    wandb: Project | None = None
+    peak_tflops: Positive | None = None
 
 
 @dataclass
@@ -216,16 +237,16 @@ class SampleConfig:
     """The sheets of samples: one row for each budget, from the same noise.
 
     Attributes:
-        budgets: of the rows and of the validation losses; by default 1, 1/2, 1/4, ...
+        budgets: budgets of the rows and of the validation losses; by default 1, 1/2, 1/4, ...
         steps: Euler steps.
-        guidance_scale: of cheap classifier-free guidance; 1 is none.
-        columns: at most so many classes, or captions.
+        guidance_scale: scale of cheap classifier-free guidance; 1 is none.
+        columns: most classes or captions shown.
     """
 
     budgets: list[float] | None = None
-    steps: int = 40
-    guidance_scale: float = 2.0
-    columns: int = 10
+    steps: Count = 40
+    guidance_scale: AtLeast0 = 2.0
+    columns: Count = 10
 
 
 @dataclass
@@ -234,11 +255,11 @@ class TrainConfig:
 
     Attributes:
         output_dir: folder of the run. The same command again resumes what it finds there.
-        seed: of everything random.
+        seed: seed of everything random.
     """
 
     output_dir: str = "runs/train"
-    seed: int = 0
+    seed: Seed = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -250,56 +271,13 @@ class TrainConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
-        if not self.output_dir:
-            raise ValueError("output_dir is empty; give a folder, such as runs/train")
         self._map_paths(typed_path)
-        check_values(self)
-        if self.optimizer.final_lr and self.optimizer.schedule == "constant":
-            raise ValueError(
-                f"optimizer.final_lr={self.optimizer.final_lr} has no effect on a constant "
-                f"schedule; set optimizer.schedule=cosine, or leave it out"
-            )
-        if self.train.shard_size is not None and self.train.parallel != "hsdp":
-            raise ValueError(
-                f"train.shard_size={self.train.shard_size} has no effect on train.parallel="
-                f"{self.train.parallel}; set train.parallel=hsdp, or leave it out"
-            )
-        self._check_retrofit()
-        guides = self.sample.guidance_scale != 1 and self.train.sample_every
-        if guides and not self.objective.label_dropout:
-            raise ValueError(
-                f"sample.guidance_scale={self.sample.guidance_scale} guides by the null label, "
-                f"which objective.label_dropout=0 never trains; set sample.guidance_scale=1, "
-                f"or label_dropout above 0"
-            )
-
-    def _check_retrofit(self) -> None:
-        options = self.retrofit
-        if options.base is None and options != RetrofitConfig():
-            raise ValueError(
-                "retrofit.* have no effect without retrofit.base; give it, or leave them out"
-            )
-        if options.base is not None and self.model != ModelConfig():
-            raise ValueError(
-                "model.* have no effect on a retrofit, whose model is retrofit.base; leave them out"
-            )
-        if options.init == "learned" and options.train == "adapters":
-            raise ValueError(
-                "retrofit.train=adapters leaves full budget as it is, which retrofit.init=learned "
-                "doesn't start from; use train=all, lora or interface"
-            )
-        if options.rank != RetrofitConfig.rank and options.train in ("interface", "all"):
-            raise ValueError(
-                f"retrofit.rank has no effect on retrofit.train={options.train}, which has neither "
-                f"adapters nor LoRA; leave it out"
-            )
-        if options.base_lr != 1 and options.train != "all":
-            raise ValueError(
-                f"retrofit.base_lr has no effect on retrofit.train={options.train}, which leaves "
-                f"the original's parameters alone; leave it out"
-            )
-        if self.latents.draws > 1 and self.latents.order == "random":
-            raise ValueError("latents.draws above 1 has no effect on latents.order=random")
+        check_fields(self)
+        preset_class(self.model.preset)  # or an error
+        check_choice(self.data.name, DATASETS, "data set")
+        for clashes, message in _CLASHES:
+            if clashes(self):
+                raise ValueError(message.format(self))
 
     def _map_paths(self, change: Callable[[str | os.PathLike], str]) -> None:
         """Change all paths of the config, and names that may be paths."""
@@ -325,17 +303,70 @@ class TrainConfig:
         return json.loads(json.dumps(asdict(self)))  # tuples become lists
 
 
-def fixed_settings(config: TrainConfig, fingerprint: str | None = None) -> dict[str, Any]:
-    """What a resumed run must agree on with its checkpoint; the rest may change on the way.
+def _guides_untrained(config: TrainConfig) -> bool:
+    guides = config.sample.guidance_scale != 1 and config.train.sample_every > 0
+    return guides and not config.objective.label_dropout
 
-    Args:
-        config: of the run.
-        fingerprint: of its data set, where that may change.
-    """
-    settings = config.from_anywhere().to_dict()
-    del settings["data"]["num_workers"]  # changes no sample
-    if fingerprint is not None:
-        for option in _FREE_OPTIONS:
-            settings["data"]["options"].pop(option, None)
-        settings["data"]["fingerprint"] = fingerprint
-    return {key: settings[key] for key in ("seed", "model", "data", "text", "retrofit")}
+
+# Values that are allowed alone but not together, and what to say of them.
+_CLASHES: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
+    (
+        lambda config: not config.output_dir,
+        "output_dir is empty; give a folder, such as runs/train",
+    ),
+    (
+        lambda config: config.optimizer.final_lr > 0 and config.optimizer.schedule == "constant",
+        "optimizer.final_lr={0.optimizer.final_lr} has no effect on a constant schedule; set "
+        "optimizer.schedule=cosine, or leave it out",
+    ),
+    (
+        lambda config: config.train.shard_size is not None and config.train.parallel != "hsdp",
+        "train.shard_size={0.train.shard_size} has no effect on train.parallel="
+        "{0.train.parallel}; set train.parallel=hsdp, or leave it out",
+    ),
+    (
+        lambda config: config.retrofit.base is None and config.retrofit != RetrofitConfig(),
+        "retrofit.* have no effect without retrofit.base; give it, or leave them out",
+    ),
+    (
+        lambda config: config.retrofit.base is not None and config.model != ModelConfig(),
+        "model.* have no effect on a retrofit, whose model is retrofit.base; leave them out",
+    ),
+    (
+        lambda config: (config.retrofit.init, config.retrofit.train) == ("learned", "adapters"),
+        "retrofit.train=adapters leaves full budget as it is, which retrofit.init=learned doesn't "
+        "start from; use train=all, lora or interface",
+    ),
+    (
+        lambda config: (
+            config.retrofit.rank != RetrofitConfig.rank
+            and config.retrofit.train in ("interface", "all")
+        ),
+        "retrofit.rank has no effect on retrofit.train={0.retrofit.train}, which has neither "
+        "adapters nor LoRA; leave it out",
+    ),
+    (
+        lambda config: config.retrofit.base_lr != 1 and config.retrofit.train != "all",
+        "retrofit.base_lr has no effect on retrofit.train={0.retrofit.train}, which leaves the "
+        "original's parameters alone; leave it out",
+    ),
+    (
+        lambda config: config.latents.min is not None and "min_latents" in config.model.overrides,
+        "latents.min and model.overrides.min_latents are the same thing; give one of them",
+    ),
+    (
+        lambda config: config.text.encoder == PREPARED and config.text.max_length is not None,
+        f"text.max_length={{0.text.max_length}} has no effect on text.encoder={PREPARED}, whose "
+        "texts are encoded already; leave it out",
+    ),
+    (
+        lambda config: config.latents.draws > 1 and config.latents.order == "random",
+        "latents.draws above 1 has no effect on latents.order=random",
+    ),
+    (
+        _guides_untrained,
+        "sample.guidance_scale={0.sample.guidance_scale} guides by the null label, which "
+        "objective.label_dropout=0 never trains; set sample.guidance_scale=1, or label_dropout "
+        "above 0",
+    ),
+)

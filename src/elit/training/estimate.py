@@ -8,7 +8,7 @@ import torch
 
 from elit.cost.devices import known_accelerator
 from elit.cost.flops import cost_of, mean_flops
-from elit.cost.memory import SavedBytes, saved_bytes, state_bytes
+from elit.cost.memory import saved_bytes, state_bytes
 from elit.data import ImageDataset, load_dataset
 from elit.models.presets import preset_inputs
 from elit.training.build import build_model, tail_dropping
@@ -69,15 +69,19 @@ def estimate(
     step = config.data.batch_size * (3 * forward + teacher)
     shared = _share(config, gpus)
     state, gathered = state_bytes(model, shared, with_teacher=_teaches(retrofit))
-    kept = _saved(config, model, samples, most, shared > 1)
+    precision = config.train.precision
+    half_weights = shared > 1 and precision != "fp32"
+    saved = saved_bytes(
+        type(model), model.config, samples, most, precision, half_weights=half_weights
+    )
     seconds = step / (gpus * chip.tflops * 1e12 * mfu)
     memory = {
         "state_gb": state,
         "gathered_gb": gathered,
-        "activations_gb": kept.whole,
-        "checkpointed_gb": kept.checkpointed,
-        "memory_gb": state + gathered + kept.whole,
-        "memory_checkpointed_gb": state + gathered + kept.checkpointed,
+        "activations_gb": saved.whole,
+        "checkpointed_gb": saved.checkpointed,
+        "memory_gb": state + gathered + saved.whole,
+        "memory_checkpointed_gb": state + gathered + saved.checkpointed,
     }
     return {
         "model": plan.model.preset,
@@ -108,12 +112,11 @@ class ExpectedData(ImageDataset):
                 f"({', '.join(map(str, known))}), and its data is not there to be looked at; "
                 f"prepare it first"
             )
-        given = known[min(known) if resolution is None else resolution]
-        size = given.sample_size
-        space = (size, size) if isinstance(size, int) else tuple(size)
-        self.image_shape = (given.in_channels, *space)
-        self.class_names = tuple(map(str, range(given.num_classes or 0)))
-        self.has_captions = given.max_text_length is not None
+        inputs = known[min(known) if resolution is None else resolution]
+        size = inputs.sample_size
+        self.image_shape = (inputs.in_channels, *((size, size) if isinstance(size, int) else size))
+        self.class_names = tuple(map(str, range(inputs.num_classes or 0)))
+        self.has_captions = inputs.max_text_length is not None
 
 
 def _data(config: TrainConfig) -> ImageDataset:
@@ -153,13 +156,3 @@ def _share(config: TrainConfig, gpus: int) -> int:
     if config.train.parallel == "fsdp":
         return gpus
     return min(gpus, config.train.shard_size or _GPUS_OF_A_MACHINE)
-
-
-def _saved(
-    config: TrainConfig, model: Any, samples: int, most: int | None, sharded: bool
-) -> SavedBytes:
-    precision = config.train.precision
-    half_weights = sharded and precision != "fp32"
-    return saved_bytes(
-        type(model), model.config, samples, most, precision, half_weights=half_weights
-    )

@@ -1,7 +1,5 @@
 """The training loop, from top to bottom."""
 
-import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,20 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elit._files import locked
+from elit._signals import stop_on_signals
 from elit.flow.objective import flow_matching_loss
 from elit.training.build import MakeModel
+from elit.training.conditioning import Arguments
 from elit.training.config import TrainConfig
 from elit.training.distributed import (
     ProcessLostError,
-    World,
     cpu_threads,
     distributed_world,
     matrix_products,
 )
-from elit.training.noise import draw_rows
+from elit.training.randomness import draw_rows
+from elit.training.resume import locked_run
 from elit.training.run import Run, TrainingDivergedError
-from elit.training.signals import stop_on_signals
+from elit.training.watch import PartLatents
 
 __all__ = ["ProcessLostError", "TrainResult", "TrainingDivergedError", "train"]
 
@@ -63,21 +62,21 @@ def train(
         distributed_world(loop.device) as world,
         matrix_products(world.device, loop.tf32),
         stop_on_signals() as stop_requested,
-        _locked(config, world),
+        locked_run(config, world),
     ):
         run = Run(config, world, make_model)
         steps = range(run.step, loop.steps)
         batches, stopped = run.monitor.watched(run.loader(steps)), False
         with run.progress_bar(progress) as bar:
             for step in steps:
-                kept, latent_indices = run.draw_latents(step)
+                part_latents, latent_indices = run.draw_latents(step)
                 run.optimizer.set_learning_rate(step)
                 loss = torch.zeros((), device=world.device)
                 for chunk in run.chunks:
                     batch = next(batches)
                     with run.parallel.gradient_sync(last=chunk == run.chunks[-1]):
                         with run.autocast():
-                            part = batch_loss(run, batch, step, chunk, kept, latent_indices)
+                            part = batch_loss(run, batch, step, chunk, part_latents, latent_indices)
                         run.optimizer.backward(part / len(run.chunks))
                     loss += part.detach() / len(run.chunks)
                 grad_norm = run.optimizer.clip()
@@ -95,15 +94,15 @@ def train(
                 if broken:
                     raise run.diverged(
                         f"loss {loss.item():g} and gradient norm {grad_norm.item():g} "
-                        f"in step {step + 1} (num_latents {', '.join(map(str, kept))}"
-                        f"{run.monitor.blamed_rows(step + 1, run.dataset)})"
+                        f"in step {step + 1} (num_latents {', '.join(map(str, part_latents))}"
+                        f"{run.monitor.blamed_rows(step + 1)})"
                     )
                 run.optimizer.step(skip)
                 if not skip:
-                    run.average.step()
+                    run.average.step(run.trained)
 
                 bar.update()
-                run.after_step(step + 1, kept, loss, grad_norm, bar)
+                run.after_step(step + 1, part_latents, loss, grad_norm, bar)
                 if stopped:
                     break
         run.finish()
@@ -113,72 +112,46 @@ def train(
         return TrainResult(run.folder, run.step, finished, stopped, run.seconds)
 
 
-def _locked(config: TrainConfig, world: World) -> contextlib.AbstractContextManager[None]:
-    """Keep the run's folder for these processes, before what lies there is read."""
-    if not world.is_main:
-        return contextlib.nullcontext()
-    return locked(
-        Path(config.output_dir),
-        f"another process trains in {config.output_dir}; wait for its end, or choose another "
-        f"output_dir",
-    )
-
-
 def batch_loss(
     run: Run,
     batch: dict[str, Any],
     step: int,
     chunk: int,
-    kept: Sequence[int | None],
+    part_latents: PartLatents,
     latent_indices: Tensor | None,
 ) -> Tensor:
     """Mean loss of one micro-batch, its noise a function of (seed, step, row).
 
-    Args:
-        run: whose model it is.
-        batch: of the data set.
-        step: number of the step.
-        chunk: number of the micro-batch.
-        kept: latents per group, for each of as many parts of the batch.
-        latent_indices: the latents to keep instead of the first ones.
+    The batch is cut into as many parts as there are `part_latents`, the latents per group that each
+    keeps: the first ones, or those of `latent_indices`.
     """
-    device = run.world.device
-    moved = batch["images"].to(device, non_blocking=True)
-    size = len(moved)
+    stored = batch["images"].to(run.world.device, non_blocking=True)
     draws = draw_rows(
-        range(chunk * size, (chunk + 1) * size),
-        run.dataset.seen_shape(moved),
+        range(chunk * len(stored), (chunk + 1) * len(stored)),
+        run.dataset.seen_shape(stored),
         run.density,
         run.config.seed,
         step,
-        device,
+        run.world.device,
         run.dataset.has_posterior,
     )
-    data = run.dataset.on_device(moved, draws.posterior)
+    data = run.dataset.on_device(stored, draws.posterior)
     condition = run.conditioning(batch, draws.dropout < run.config.objective.label_dropout)
+    parts = torch.arange(len(data)).tensor_split(len(part_latents))
     losses = []
-    for rows, num_latents in zip(
-        torch.arange(len(data)).tensor_split(len(kept)), kept, strict=True
-    ):
+    for rows, num_latents in zip(parts, part_latents, strict=True):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
-        latents: dict[str, int | Tensor] = {}
-        if num_latents is not None:
-            latents["num_latents"] = num_latents
+        latents: Arguments = {} if num_latents is None else {"num_latents": num_latents}
         if latent_indices is not None:
-            latents["latent_indices"] = latent_indices.to(device)
-        of_part = {name: value[part] for name, value in condition.items()}
+            latents["latent_indices"] = latent_indices.to(run.world.device)
+        told = {name: value[part] for name, value in condition.items()}
         noise, sigma = draws.noise[part], draws.sigma[part]
-        losses.append(_part_loss(run, data[part], noise, sigma, of_part, latents))
+        losses.append(_part_loss(run, data[part], noise, sigma, told, latents))
     return torch.cat(losses).mean()
 
 
 def _part_loss(
-    run: Run,
-    data: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    condition: dict[str, Tensor],
-    latents: dict[str, int | Tensor],
+    run: Run, data: Tensor, noise: Tensor, sigma: Tensor, condition: Arguments, latents: Arguments
 ) -> Tensor:
     """Losses (B,) at one number of latents: of the data, and of the original where one teaches."""
     seen: list[Tensor] = []

@@ -8,7 +8,8 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from elit._extras import missing
-from elit._files import write_file, write_json
+from elit._files import write_json, write_text
+from elit.training.config import TrainConfig
 from elit.viz.charts import COLOURS, picture, ramp, run_chart
 from elit.viz.sheet import save_image
 
@@ -26,35 +27,21 @@ class Sink(Protocol):
 
 
 class MetricsLog:
-    """Writes metrics to every sink of a run; metrics.jsonl is always one of them.
+    """Writes metrics to every sink of a run, from a step on; metrics.jsonl is always one of them.
 
-    Args:
-        folder: of the run.
-        step: step that the run goes on from.
-        tensorboard: whether to write TensorBoard files too.
-        active: whether to write anything: one process of a run does.
-        wandb: project at Weights & Biases, or none.
-        config: what to show there as the run's settings.
+    One process of a run is active, the others write nothing.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        step: int,
-        tensorboard: bool,
-        active: bool = True,
-        wandb: str | None = None,
-        config: Mapping[str, Any] | None = None,
-    ):
+    def __init__(self, folder: Path, step: int, config: TrainConfig, active: bool = True):
         self.path = folder / FILE
         self.sinks: list[Sink] = []
         if not active:
             return
         self.sinks.append(JsonLines(self.path, step))
-        if tensorboard:
+        if config.train.tensorboard:
             self.sinks.append(TensorBoard(folder, step))
-        if wandb is not None:
-            self.sinks.append(WeightsAndBiases(folder, wandb, config or {}))
+        if config.train.wandb is not None:
+            self.sinks.append(WeightsAndBiases(folder, config.train.wandb, config.to_dict()))
 
     def write(self, step: int, **values: float) -> None:
         """Add the values of a step."""
@@ -73,17 +60,14 @@ class JsonLines:
 
     def __init__(self, path: Path, step: int):
         lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-        kept = "".join(line for line in lines if _step_of(line) <= step)
-        write_file(path, lambda aside: aside.write_text(kept))
+        write_text(path, "".join(line for line in lines if _step_of(line) <= step))
         self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add one line: the step and its values."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
@@ -95,12 +79,10 @@ class TensorBoard:
         self._writer = writer(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a point to the chart of each value."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Close the files."""
         self._writer.close()
 
 
@@ -138,11 +120,9 @@ class WeightsAndBiases:
         write_json(notes, {"project": project, "id": self._run.id})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a point to the chart of each value."""
         self._run.log({"step": step, **values})
 
     def close(self) -> None:
-        """Send the rest."""
         self._run.finish()
 
 

@@ -1,15 +1,18 @@
-"""AdamW with what surrounds it: schedule, clipping, and the scale of the loss in fp16."""
+"""AdamW with what surrounds it: schedule, clipping, the scale of the loss in fp16, the average."""
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from elit.training.config import OptimizerConfig, TrainConfig
-from elit.training.parallel import whole
-from elit.training.retrofit import parameter_groups
+from elit.training.distributed import whole
+from elit.training.finetune import parameter_groups
 
 LEAST_SCALE = 1.0  # of the loss: if gradients overflow even there, the run has diverged
 
@@ -26,17 +29,7 @@ def learning_rate(options: OptimizerConfig, steps: int, step: int) -> float:
 
 
 class Optimizer:
-    """AdamW over the parameters that have gradients.
-
-    Attributes:
-        trained: those parameters.
-        adamw: PyTorch's optimiser.
-
-    Args:
-        model: with its parameters where they stay.
-        config: of the run.
-        device: of the parameters.
-    """
+    """PyTorch's AdamW over the parameters that have gradients, where these stay."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device):
         self.config = config
@@ -99,3 +92,28 @@ class Optimizer:
         """Go on from `state`."""
         if self.scaler.is_enabled() and state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
+
+
+class Average(EMAModel):
+    """Exponential moving average of the trained parameters; its decay is ramped up from 0."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float):
+        self.parameters = list(parameters)
+        super().__init__(self.parameters, decay=decay, foreach=True)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The parameters hold their averages, and the averages the parameters."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchange both, a tensor at a time: a whole copy may not fit."""
+        for weight, average in zip(self.parameters, self.shadow_params, strict=True):
+            online = weight.detach().clone()
+            weight.copy_(average)
+            average.copy_(online)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from elit._devices import pick_device
 from elit._files import write_json
+from elit._random import seed_of
 from elit.cost.flops import cost_of
 from elit.data import ImageDataset, load_dataset
 from elit.evaluation.frechet import Moments, frechet_distance
@@ -29,7 +30,6 @@ from elit.training.conditioning import LabelConditioning
 from elit.training.config import TrainConfig
 from elit.training.distributed import World, cpu_threads
 from elit.training.loop import train
-from elit.training.randomness import seed_of
 from elit.training.validation import validation_losses
 from elit.viz.sheet import contact_sheet, save_image
 

@@ -1,158 +1,66 @@
-"""Randomness as a function of (seed, step): a resumed run draws what it would have drawn."""
+"""What a step draws for each row of its batch: a function of (seed, step, row) alone.
 
-from collections.abc import Iterator, Sequence
+So a run may go on with another number of processes or micro-batches, and draws what it would have.
+"""
 
-import numpy as np
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
-from torch.utils.data import Sampler
+from torch import Tensor
 
-from elit.data.buckets import Array, Bucket
+from elit._random import generator
+from elit.flow.objective import SigmaDensity
 
-_STREAMS = {
-    "order": 0,
-    "budget": 1,
-    "noise": 2,
-    "validation": 3,
-    "sheet": 4,
-    "weights": 5,
-    "bucket": 6,
-}
-_BLOCK = 4096  # steps whose buckets are drawn at once
+ROWS_AT_ONCE = 16  # that one generator serves; a GPU would take long over one for each row
 
 
-def seed_of(seed: int, stream: str, *place: int) -> int:
-    """Seed of a stream at a place, such as (step, micro-batch), independent of all others."""
-    state = np.random.SeedSequence([seed, _STREAMS[stream], *place]).generate_state(1, np.uint64)
-    return int(state[0]) >> 1
+class Draws(NamedTuple):
+    """Random numbers of B rows.
+
+    Attributes:
+        noise: (B, ...), standard normal.
+        sigma: (B,), noise levels in [0, 1].
+        dropout: (B,), uniform in [0, 1): below the share of dropped labels, the label is dropped.
+        posterior: (B, ...), standard normal, for the draw from an autoencoder's posterior; or None.
+    """
+
+    noise: Tensor
+    sigma: Tensor
+    dropout: Tensor
+    posterior: Tensor | None
 
 
-def generator(
-    seed: int, stream: str, *place: int, device: torch.device | str = "cpu"
-) -> torch.Generator:
-    """Generator with that seed."""
-    return torch.Generator(device).manual_seed(seed_of(seed, stream, *place))
-
-
-class StepBatches(Sampler[list[int]]):
-    """Indices of each micro-batch from a step on: a fresh shuffle of the data every epoch.
-
-    Batches run across the end of an epoch, so that all have one size. Where the data has buckets,
-    a step takes all its samples from one of them, drawn with the bucket's share as its
-    probability, and each bucket has epochs of its own.
+def draw_rows(
+    rows: range,
+    shape: Sequence[int],
+    density: SigmaDensity,
+    seed: int,
+    step: int,
+    device: torch.device,
+    with_posterior: bool = False,
+) -> Draws:
+    """Draw for rows that are next to each other in the whole batch of a step.
 
     Args:
-        num_samples: size of the data set.
-        batch_size: samples of one step, over all processes and micro-batches.
-        chunks: numbers of this process's micro-batches among all those of a step.
-        num_chunks: micro-batches of a step, over all processes.
-        steps: the steps to serve.
-        seed: of the shuffle.
-        buckets: of the data set; None shuffles all samples.
+        rows: one or more, counted over all processes and micro-batches.
+        shape: of one sample.
+        device: to draw on; others draw other numbers.
+        with_posterior: whether the data are moments of an autoencoder's posterior.
     """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        chunks: range,
-        num_chunks: int,
-        steps: range,
-        seed: int,
-        buckets: Sequence[Bucket] | None = None,
-    ):
-        if batch_size % num_chunks:
-            raise ValueError(
-                f"data.batch_size {batch_size} cannot be cut into {num_chunks} equal micro-batches "
-                f"(processes x train.accumulation); use a multiple of {num_chunks}"
-            )
-        self.batch_size = batch_size
-        self.chunks, self.num_chunks = chunks, num_chunks
-        self.steps, self.seed = steps, seed
-        everything = Bucket((), np.array([[0, num_samples]]), window=num_samples)
-        self.buckets = list(buckets or [everything])
-
-    def __len__(self) -> int:
-        return len(self.steps) * len(self.chunks)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size = self.batch_size // self.num_chunks
-        orders = [BucketOrder(self.buckets, n, self.seed) for n in range(len(self.buckets))]
-        for bucket, turn in self._turns():
-            for chunk in self.chunks:
-                first = turn * self.batch_size + chunk * size
-                yield orders[bucket].take(first, size).tolist()
-
-    def _turns(self) -> Iterator[tuple[int, int]]:
-        """Each step's bucket, and how many steps before it took the same."""
-        if len(self.buckets) == 1:
-            yield from ((0, step) for step in self.steps)
-            return
-        counts = np.array([len(bucket) for bucket in self.buckets], dtype=float)
-        bounds = counts.cumsum() / counts.sum()
-        taken = np.zeros(len(counts), dtype=np.int64)
-        for block in range(-(-self.steps.stop // _BLOCK)):
-            draw = torch.rand(_BLOCK, generator=generator(self.seed, "bucket", block))
-            drawn = np.searchsorted(bounds[:-1], draw.numpy(), side="right")
-            first = block * _BLOCK
-            if first + _BLOCK <= self.steps.start:
-                taken += np.bincount(drawn, minlength=len(counts))
-                continue
-            for step, bucket in enumerate(drawn.tolist(), first):
-                if step in self.steps:
-                    yield bucket, int(taken[bucket])
-                taken[bucket] += 1
-
-
-class BucketOrder:
-    """The endless order of a bucket's samples: each once an epoch, shuffled window by window.
-
-    A window is as many whole runs, in an order of the epoch's own, as hold the bucket's `window`.
-    Only the window in use is made, so that nothing is as long as the data set but a small one's.
-    """
-
-    def __init__(self, buckets: Sequence[Bucket], number: int, seed: int):
-        self.bucket, self.seed = buckets[number], seed
-        self.size = len(self.bucket)
-        # A single bucket is shuffled as data without buckets is.
-        self.place = () if len(buckets) == 1 else (1 + number,)
-        self._epoch, self._window = -1, (0, np.empty(0, dtype=np.int64))  # where it begins, order
-
-    def take(self, start: int, count: int) -> Array:
-        """Indices (count,) at the places from `start` on."""
-        parts: list[Array] = []
-        while count:
-            epoch, place = divmod(start, self.size)
-            first, order = self._window_at(epoch, place)
-            part = order[place - first : place - first + count]
-            parts.append(part)
-            start, count = start + len(part), count - len(part)
-        return np.concatenate(parts)
-
-    def _window_at(self, epoch: int, place: int) -> tuple[int, Array]:
-        """The window that holds a place of an epoch: its own first place, and its samples."""
-        first, order = self._window
-        if epoch == self._epoch and first <= place < first + len(order):
-            return self._window
-        bucket, number = self.bucket, 0
-        if self.size <= bucket.window:
-            first, which = 0, None
-            shuffle = generator(self.seed, "order", epoch, *self.place)
-        else:
-            which, first, number = self._runs_at(epoch, place)
-            shuffle = generator(self.seed, "order", epoch, 1 + sum(self.place), 1 + number)
-        indices = bucket.indices(which)
-        shuffled = torch.randperm(len(indices), generator=shuffle).numpy()
-        self._epoch, self._window = epoch, (first, indices[shuffled])
-        return self._window
-
-    def _runs_at(self, epoch: int, place: int) -> tuple[Array, int, int]:
-        """Runs of the window at a place of an epoch, its first place, and its number."""
-        bucket = self.bucket
-        shuffle = generator(self.seed, "order", epoch, 1 + sum(self.place), 0, 1)
-        runs = torch.randperm(len(bucket.runs), generator=shuffle).numpy()
-        ends = bucket.runs[runs, 1].cumsum() * len(bucket.offsets)
-        starts = np.concatenate([[0], ends[:-1]])
-        numbers = starts // bucket.window
-        number = int(numbers[np.searchsorted(ends, place, side="right")])
-        inside = numbers == number
-        return runs[inside], int(starts[inside][0]), number
+    first, last = rows.start // ROWS_AT_ONCE, (rows.stop - 1) // ROWS_AT_ONCE
+    blocks: list[list[Tensor]] = []
+    for block in range(first, last + 1):
+        draw = generator(seed, "noise", step, block, device=device)
+        noise = torch.randn((ROWS_AT_ONCE, *shape), generator=draw, device=device)
+        sigma = density.sample(ROWS_AT_ONCE, draw)
+        drawn = [noise, sigma, torch.rand(ROWS_AT_ONCE, generator=draw, device=device)]
+        if with_posterior:
+            drawn.append(torch.randn((ROWS_AT_ONCE, *shape), generator=draw, device=device))
+        blocks.append(drawn)
+    start = rows.start - first * ROWS_AT_ONCE
+    own = slice(start, start + len(rows))
+    noise, sigma, dropout, *posterior = (
+        torch.cat(block)[own] for block in zip(*blocks, strict=True)
+    )
+    return Draws(noise, sigma, dropout, posterior[0] if posterior else None)

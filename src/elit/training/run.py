@@ -4,7 +4,7 @@ import contextlib
 import errno
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -16,43 +16,28 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from elit._files import write_file
+from elit._files import remove_leftovers, replace_files, write_text
+from elit._random import generator
 from elit._signals import ignore_signals
 from elit.data import WholeBatches, load_dataset
+from elit.data.order import StepBatches
 from elit.flow.objective import SigmaDensity
-from elit.interface.budget import format_budget
-from elit.training.average import Average
-from elit.training.build import (
-    MakeModel,
-    build_parts,
-    check_draws,
-    latents_to_show,
-    tail_dropping,
-)
-from elit.training.checkpoint import (
-    Checkpoints,
-    checkpoint_steps,
-    frozen_digest,
-    run_tensors,
-)
-from elit.training.conditioning import OwnConditioning
-from elit.training.config import TrainConfig, fixed_settings
-from elit.training.distributed import World
-from elit.training.folder import remove_leftovers, replace_folder_files
+from elit.training.build import MakeModel, build_parts, check_draws, latents_to_show, tail_dropping
+from elit.training.checkpoint import Checkpoints, checkpoint_steps, run_tensors, step_name
+from elit.training.config import TrainConfig
+from elit.training.distributed import Parallel, World, half_dtype, whole
+from elit.training.finetune import without_lora
 from elit.training.metrics import MetricsLog, draw_curves
-from elit.training.monitor import Monitor
-from elit.training.optimizer import Optimizer
-from elit.training.parallel import Parallel, half_dtype, whole
-from elit.training.probe import watch_interface
-from elit.training.randomness import StepBatches, generator
-from elit.training.resume import check_not_taken, check_same_data, check_same_run
-from elit.training.retrofit import without_lora
-from elit.training.validation import (
-    budgets_out_of_order,
-    sample_sheet,
-    validation_losses,
-    worth_of_parts,
+from elit.training.optimizer import Average, Optimizer
+from elit.training.resume import (
+    check_same_data,
+    check_same_run,
+    fixed_settings,
+    frozen_digest,
+    last_step,
 )
+from elit.training.validation import sample_sheet, validation_losses, worth_of_parts
+from elit.training.watch import Monitor, PartLatents, watch_interface
 from elit.viz.sheet import save_image
 
 logger = logging.getLogger(__name__)
@@ -81,7 +66,7 @@ class Run:
         # A retrofit is shown at full budget too, where it may be the untrained original.
         is_retrofit = config.retrofit.base is not None
         most = None if is_retrofit or self.dropping is None else self.dropping.max_latents
-        self.kept = latents_to_show(self.model, config.sample.budgets, most)
+        self.shown_latents = latents_to_show(self.model, config.sample.budgets, most)
         if config.train.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         if config.train.compile:
@@ -96,24 +81,25 @@ class Run:
         accumulation = config.train.accumulation
         self.chunks = range(world.rank * accumulation, (world.rank + 1) * accumulation)
         check_draws(config, world.size * accumulation)
+        self._order = partial(
+            StepBatches, len(self.dataset), config.data.batch_size, self.chunks,
+            world.size * accumulation, seed=config.seed, buckets=self.dataset.buckets or (),
+        )  # fmt: skip
 
         self._patient_group = world.new_cpu_group()  # to wait in for what takes long
-        keep = config.train.keep_checkpoints
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", world, keep)
-        self.step = self.saved_step = self._resume()
+        folder, keep = self.folder / "checkpoints", config.train.keep_checkpoints
+        self.checkpoints = Checkpoints(folder, world, keep)
+        self.step = self._resume()
         self._exported_step: int | None = None  # a kill may have come before the last export
-        self._saving: int | None = None
         if world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.remove_leftovers()
             remove_leftovers(self.folder)
             text = yaml.safe_dump(config.from_anywhere().to_dict(), sort_keys=False)
-            write_file(self.folder / "config.yaml", lambda aside: aside.write_text(text))
-        loop = config.train
-        self.log = MetricsLog(
-            self.folder, self.step, loop.tensorboard, world.is_main, loop.wandb, config.to_dict()
-        )
-        size = len(self.dataset)
-        self.monitor = Monitor(config, world, self.model, size, self.step, self.rows_of)
+            write_text(self.folder / "config.yaml", text)
+        self.log = MetricsLog(self.folder, self.step, config, world.is_main)
+        seen = self.model, self.dataset, self.step
+        self.monitor = Monitor(config, world, *seen, self.rows_of)
 
     @property
     def seconds(self) -> float:
@@ -122,32 +108,18 @@ class Run:
 
     def loader(self, steps: range) -> DataLoader:
         """This process's micro-batches of these steps."""
-        data = self.config.data
-        sampler = StepBatches(
-            len(self.dataset),
-            data.batch_size,
-            self.chunks,
-            self.world.size * len(self.chunks),
-            steps,
-            self.config.seed,
-            self.dataset.buckets,
-        )
+        workers = self.config.data.num_workers
         return DataLoader(
-            WholeBatches(self.dataset),
-            sampler=sampler,
-            batch_size=None,
-            num_workers=data.num_workers,
-            worker_init_fn=ignore_signals,
-            persistent_workers=data.num_workers > 0,
+            WholeBatches(self.dataset), sampler=self._order(steps=steps), batch_size=None,
+            num_workers=workers, worker_init_fn=ignore_signals, persistent_workers=workers > 0,
             pin_memory=self.world.device.type == "cuda",
-        )
+        )  # fmt: skip
 
     def rows_of(self, step: int) -> list[int]:
         """Rows of the training data that this process sees in a step."""
-        batches = self.loader(range(step, step + 1)).sampler
-        return [row for rows in batches for row in rows]
+        return [row for rows in self._order(steps=range(step, step + 1)) for row in rows]
 
-    def draw_latents(self, step: int) -> tuple[Sequence[int | None], Tensor | None]:
+    def draw_latents(self, step: int) -> tuple[PartLatents, Tensor | None]:
         """Latents per group of a step, the same on all processes, without a word between them.
 
         Returns:
@@ -156,10 +128,10 @@ class Run:
         if self.dropping is None:
             return [None], None
         draw = generator(self.config.seed, "budget", step)
-        kept = self.dropping.draw_strata(self.config.latents.draws, draw)
+        part_latents = self.dropping.draw_strata(self.config.latents.draws, draw)
         # The fewest come last: processes look for unused parameters in the last forward, and at
         # full budget the interface may be one.
-        return kept[::-1], self.dropping.choose(kept[0], draw)
+        return part_latents[::-1], self.dropping.choose(part_latents[0], draw)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Precision of the forward."""
@@ -183,57 +155,43 @@ class Run:
     def progress_bar(self, shown: bool) -> tqdm:
         """Bar over the steps, on the main process."""
         return tqdm(
-            total=self.config.train.steps,
-            initial=self.step,
-            desc="training",
-            unit="step",
-            disable=not (shown and self.world.is_main),
-            dynamic_ncols=True,
-        )
+            total=self.config.train.steps, initial=self.step, desc="training", unit="step",
+            disable=not (shown and self.world.is_main), dynamic_ncols=True,
+        )  # fmt: skip
 
     def after_step(
-        self, step: int, kept: Sequence[int | None], loss: Tensor, grad_norm: Tensor, bar: tqdm
+        self, step: int, part_latents: PartLatents, loss: Tensor, grad_norm: Tensor, bar: tqdm
     ) -> None:
-        """Log, validate, draw and save when their time has come."""
+        """Log, validate, draw and save when due; a run ends with a validation and a sheet."""
         loop, self.step = self.config.train, step
-        values = self.monitor.after_step(step, kept, loss, grad_norm)
+        is_last = step == loop.steps
+        values = self.monitor.after_step(step, part_latents, loss, grad_norm)
         if values is not None:
-            self._log_step(values, bar)
-        self._note_saved(self.checkpoints.poll())
+            images = f"{values['images_per_second']:.0f}/s"
+            bar.set_postfix(loss=f"{values['loss']:.4f}", images=images, refresh=False)
+            values["lr"] = self.optimizer.lr
+            if self.optimizer.scaler.is_enabled():
+                values["loss_scale"] = self.optimizer.scaler.get_scale()
+            self.log.write(self.step, **values)
         with self.monitor.paused():
-            if _due(step, loop.validate_every):
+            if _is_due(step, loop.validate_every, is_last):
                 self.validate()
-            if self.conditioning.draws and _due(step, loop.sample_every):
+            if self.conditioning.draws and _is_due(step, loop.sample_every, is_last):
                 self.draw_sheet()
-            if _due(step, loop.checkpoint_every):
+            if _is_due(step, loop.checkpoint_every):
                 self.save()
-
-    def _log_step(self, values: dict[str, float], bar: tqdm) -> None:
-        images = f"{values['images_per_second']:.0f}/s"
-        bar.set_postfix(loss=f"{values['loss']:.4f}", images=images, refresh=False)
-        values["lr"] = self.optimizer.lr
-        if self.optimizer.scaler.is_enabled():
-            values["loss_scale"] = self.optimizer.scaler.get_scale()
-        self.log.write(self.step, **values)
 
     def validate(self) -> None:
         """Measure held-out losses and what the core is worth; log, and warn of what looks wrong."""
         data, seed = (self.held_out, self.conditioning, self.density), self.config.seed
         with self.averaged_weights():
             with watch_interface(self.model) as probe:
-                losses = validation_losses(self.model, *data, self.kept, seed, self.world)
+                losses = validation_losses(self.model, *data, self.shown_latents, seed, self.world)
             worth = worth_of_parts(losses, self.model, *data, seed, self.world)
-        means = {
-            f"validation/loss_{format_budget(self.model.budget_of(n))}": loss.mean().item()
-            for n, loss in losses.items()
-        }
         seen = probe.values(self.world)
-        inside = self.monitor.after_validation(self.step, seen, list(means.values()), worth)
-        self.log.write(self.step, **means, **inside)
+        self.log.write(self.step, **self.monitor.after_validation(self.step, losses, seen, worth))
         if self.world.is_main:
             draw_curves(self.folder)
-        for message in budgets_out_of_order(losses) if self.world.is_main else ():
-            logger.warning("step %d: %s", self.step, message)
 
     def draw_sheet(self) -> None:
         """Draw samples at every budget with the averaged weights."""
@@ -241,12 +199,11 @@ class Run:
         # Shards are called together, a copy by the main process alone.
         if self.world.is_main or self.parallel.is_sharded:
             with self.averaged_weights():
-                assert isinstance(self.conditioning, OwnConditioning)
                 sheet = sample_sheet(
-                    self.conditioning, self.held_out, config.sample, self.kept, config.seed
+                    self.conditioning, self.held_out, config.sample, self.shown_latents, config.seed
                 )
             if self.world.is_main:
-                save_image(sheet, self.folder / "samples" / f"step-{self.step:08d}.png")
+                save_image(sheet, self.folder / "samples" / f"{step_name(self.step)}.png")
         self.world.barrier(self._patient_group)
 
     def save(self) -> None:
@@ -254,36 +211,31 @@ class Run:
         finite = all(whole(p.isfinite().all()) for p in self.trained)
         if any(self.world.any(not finite)):
             raise self.diverged(f"weights after step {self.step}")
-        if self.step != self.saved_step and self.step != self._saving:
-            self._note_saved(self.checkpoints.wait())
-            self._saving = self.step
+        if self.step != self.checkpoints.begun:
             self.checkpoints.save(self.step, self._tensors(), self._state())
-            if not self.saved_step:  # a pipeline without any checkpoint could not be gone on with
-                self._note_saved(self.checkpoints.wait())
+            if not self.checkpoints.saved:  # a pipeline alone could not be gone on with
+                self.checkpoints.wait()
         if self.step != self._exported_step:
             with self.averaged_weights():
                 model = self.parallel.whole_model()
                 if self.world.is_main:
                     export = partial(self.conditioning.export, without_lora(model))
-                    replace_folder_files(self.folder, export)
+                    replace_files(self.folder, export)
             self.world.barrier(self._patient_group)
         self._exported_step = self.step
 
     def finish(self) -> None:
         """Save, wait until all is written, and close."""
         self.save()
-        self._note_saved(self.checkpoints.wait())
+        self.checkpoints.wait()
         self.close()
 
-    def _note_saved(self, step: int | None) -> None:
-        self.saved_step = step or self.saved_step
-
     def _tensors(self) -> dict[str, Tensor]:
-        return run_tensors(self.model, self.average.weights, self.optimizer.adamw)
+        return run_tensors(self.model, self.average.shadow_params, self.optimizer.adamw)
 
     def _state(self) -> dict[str, Any]:
         return {
-            "ema_steps": self.average.steps,
+            "ema_steps": self.average.optimization_step,
             "seconds": self.seconds,
             "base": self.frozen,
             "in_use": self.dataset.in_use,
@@ -293,37 +245,25 @@ class Run:
 
     def _resume(self) -> int:
         """Load the last checkpoint, if there is one; the number of steps done."""
-        folder = self.folder / "checkpoints"
-        step = max(checkpoint_steps(folder), default=0)
-        found = self.world.gather(step)
-        if len(set(found)) > 1:
-            raise ValueError(
-                f"the processes find different last checkpoints in {folder}, of the steps {found}: "
-                f"output_dir must be one folder that all of them share"
-            )
-        if step > self.config.train.steps:
-            raise ValueError(
-                f"{self.folder} is at step {step} already, beyond train.steps="
-                f"{self.config.train.steps}; raise train.steps, or choose another output_dir"
-            )
-        if not step:
-            check_not_taken(self.folder)
-            return 0
-        check_same_run(folder / f"step-{step:08d}", self.config, self.frozen, self.dataset)
-        state = self.checkpoints.load(step, self._tensors(), ("ema_steps", "seconds", "scaler"))
-        self.average.steps = state["ema_steps"]
-        self._seconds_before = state["seconds"]
-        self.optimizer.load_state(state)
-        if self.world.is_main and step < self.config.train.steps:
+        folder = self.checkpoints.folder
+        steps = self.world.gather(max(checkpoint_steps(folder), default=0))
+        step = last_step(self.folder, steps, self.config.train.steps)
+        if step:
+            check_same_run(folder / step_name(step), self.config, self.frozen, self.dataset)
+            state = self.checkpoints.load(step, self._tensors(), ("ema_steps", "seconds", "scaler"))
+            self.average.optimization_step = state["ema_steps"]
+            self._seconds_before = state["seconds"]
+            self.optimizer.load_state(state)
+        if self.world.is_main and 0 < step < self.config.train.steps:
             logger.info("resuming %s at step %d", self.folder, step)
         return step
 
     def diverged(self, what: str) -> TrainingDivergedError:
         """Close the files; the error that tells a user whose run went wrong what to do."""
         with contextlib.suppress(OSError):  # that is of the step before, and less bad
-            self._note_saved(self.checkpoints.wait())
+            self.checkpoints.wait()
         self.close()
-        saved = f"step {self.saved_step}" if self.saved_step else "none yet"
+        saved = f"step {self.checkpoints.saved}" if self.checkpoints.saved else "none yet"
         return TrainingDivergedError(
             f"{what}: not finite. Nothing of it was saved (last checkpoint: {saved}). Look at "
             f"{self.log.path} for where it began; a lower optimizer.lr, a longer "
@@ -332,11 +272,9 @@ class Run:
 
     def unsaved(self) -> OSError:
         """Close the files; the error of a checkpoint that some process could not write."""
+        error = OSError(errno.EIO, "another process could not write it, and says why", self.folder)
         try:
             self.checkpoints.wait()
-            error = OSError(
-                errno.EIO, "another process could not write it, and says why", str(self.folder)
-            )
         except OSError as own:
             error = own
         self.close()
@@ -348,5 +286,5 @@ class Run:
         self.parallel.close()
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _is_due(step: int, every: int, is_last: bool = False) -> bool:
+    return every > 0 and (is_last or step % every == 0)

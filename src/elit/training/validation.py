@@ -3,14 +3,16 @@
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from elit._random import generator, seed_of
 from elit.data import ImageDataset
 from elit.flow.guidance import CheapCFG
 from elit.flow.objective import SigmaDensity, flow_matching_loss
@@ -19,10 +21,9 @@ from elit.interface.budget import format_budget
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.budgets import draw_budgets
-from elit.training.conditioning import Conditioning, OwnConditioning
+from elit.training.conditioning import Conditioning
 from elit.training.config import SampleConfig
 from elit.training.distributed import World
-from elit.training.randomness import generator, seed_of
 from elit.viz.sheet import contact_sheet, film_strip
 
 logger = logging.getLogger(__name__)
@@ -36,17 +37,14 @@ def validation_losses(
     dataset: ImageDataset,
     conditioning: Conditioning,
     density: SigmaDensity,
-    kept: Sequence[int | None],
+    shown_latents: Sequence[int | None],
     seed: int,
     world: World,
     batch_size: int = 128,
 ) -> dict[int | None, Tensor]:
-    """Losses of the same samples, noise and noise levels at several numbers of latents.
+    """Losses (samples,) of the same samples, noise and noise levels at several numbers of latents.
 
-    Each process measures its share; all must call this together.
-
-    Returns:
-        num_latents: (samples,) losses on the CPU.
+    On the CPU. Each process measures its share; all must call this together.
     """
     count = min(len(dataset), MAX_SAMPLES)
     # Spread over the set: it may be sorted by class.
@@ -58,24 +56,30 @@ def validation_losses(
     posterior = noise  # not looked at
     if dataset.has_posterior:
         posterior = torch.randn(noise.shape, generator=generator(seed, "validation", 1))
-    losses = {num_latents: torch.empty(count) for num_latents in kept}
+    losses = {num_latents: torch.empty(count) for num_latents in shown_latents}
     for members in _alike(dataset, chosen):
         share = -(-len(members) // world.size)  # the last begin again: shards are called together
         mine = members[(torch.arange(share) + world.rank * share) % len(members)]
-        found: dict[int | None, list[Tensor]] = {num_latents: [] for num_latents in kept}
+        measured: dict[int | None, list[Tensor]] = {
+            num_latents: [] for num_latents in shown_latents
+        }
         for part in mine.split(batch_size):
             batch = dataset.batch(chosen[part].tolist())
             shape = len(part), *dataset.seen_shape(batch["images"])
-            drawn = (
+            own_noise, own_posterior = (
                 x[part, : math.prod(shape[1:])].view(shape).to(world.device)
                 for x in (noise, posterior)
             )
-            noise_of_part, posterior_of_part = drawn
-            images = dataset.on_device(batch["images"].to(world.device), posterior_of_part)
-            moved = images, noise_of_part, sigma[part].to(world.device)
-            for num_latents, loss in _losses(model, conditioning, batch, moved, kept):
-                found[num_latents].append(loss)
-        for num_latents, parts in found.items():
+            images = dataset.on_device(batch["images"].to(world.device), own_posterior)
+            moved = images, own_noise, sigma[part].to(world.device)
+            condition = conditioning(batch)
+            for num_latents, parts in measured.items():
+                latents = {} if num_latents is None else {"num_latents": num_latents}
+                velocity = partial(
+                    conditioning.velocity, model, condition=condition, latents=latents
+                )
+                parts.append(flow_matching_loss(velocity, *moved).cpu())
+        for num_latents, parts in measured.items():
             losses[num_latents][members] = world.gather_rows(torch.cat(parts))[: len(members)]
     return losses
 
@@ -86,23 +90,19 @@ def worth_of_parts(
     """Rise of the loss at the most latents, as a share of it, without the core and without all of
     the interface; none of a plain model, or where the core is that of a retrofit's original.
 
-    All processes must call this together, once `validation_losses` have been measured.
-
-    Args:
-        losses: those of `validation_losses`.
-        model: the model.
-        measured: what follows the model there, without the numbers of latents.
+    `measured` are the arguments of `validation_losses`, which gave the losses, without the numbers
+    of latents. All processes must call this together.
     """
     most = max((n for n in losses if n is not None), default=None)
     if most is None or has_original_core(model):
         return {}
     dataset, conditioning, density, *rest = measured
-    full, found = losses[most].mean(), dict[str, float]()
+    worth: dict[str, float] = {}
     for part in PARTS:
         with leave_out(model, part):
             without = validation_losses(model, dataset, conditioning, density, [most], *rest)[most]
-        found[part] = float(without.mean() / full - 1)
-    return found
+        worth[part] = float(without.mean() / losses[most].mean() - 1)
+    return worth
 
 
 def _alike(dataset: ImageDataset, chosen: Tensor) -> list[Tensor]:
@@ -114,33 +114,15 @@ def _alike(dataset: ImageDataset, chosen: Tensor) -> list[Tensor]:
     return [members for members in inside if len(members)]
 
 
-def _losses(
-    model: ElasticMixin,
-    conditioning: Conditioning,
-    batch: Mapping[str, Any],
-    moved: tuple[Tensor, Tensor, Tensor],
-    kept: Sequence[int | None],
-) -> Iterator[tuple[int | None, Tensor]]:
-    """Losses (B,) of a batch at each number of latents."""
-    condition = conditioning(batch)
-    for num_latents in kept:
-        latents = {} if num_latents is None else {"num_latents": num_latents}
-
-        def velocity(x: Tensor, s: Tensor, latents: Mapping[str, Any] = latents) -> Tensor:
-            return conditioning.velocity(model, x, s, condition, latents)
-
-        yield num_latents, flow_matching_loss(velocity, *moved).cpu()
-
-
 def budgets_out_of_order(losses: dict[int | None, Tensor]) -> list[str]:
     """A message for each budget that is worse than the next smaller one.
 
-    The samples are the same, so their differences are tested: two standard errors are needed, and
-    half a percent: less matters to nobody.
+    The samples are the same, so their differences are tested: it takes two standard errors, and
+    half a percent of the loss.
     """
-    kept = sorted((n for n in losses if n is not None), reverse=True)
     messages = []
-    for larger, smaller in itertools.pairwise(kept):
+    numbers = sorted((n for n in losses if n is not None), reverse=True)
+    for larger, smaller in itertools.pairwise(numbers):
         difference = losses[larger] - losses[smaller]
         if len(difference) < 2:
             continue  # a single sample has no standard error
@@ -156,7 +138,7 @@ def budgets_out_of_order(losses: dict[int | None, Tensor]) -> list[str]:
 
 
 def sample_sheet(
-    conditioning: OwnConditioning,
+    conditioning: Conditioning,
     dataset: ImageDataset,
     config: SampleConfig,
     kept: Sequence[int | None],

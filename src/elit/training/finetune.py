@@ -1,23 +1,34 @@
-"""Fine-tuning of a retrofit: the pretrained model made elastic, and the original as its teacher."""
+"""Fine-tuning of a retrofit: the pretrained model made elastic, and the original as its teacher.
+
+Of diffusers' transformers those that predict the velocity, noise - data, as ours do; they differ in
+the scale of time and in how VAE latents are packed into tokens.
+"""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
+from elit._choices import nearest
 from elit._extras import missing
+from elit._hub import not_fetched
+from elit._random import generator
 from elit.data import ImageDataset
-from elit.pipelines.folder import OURS, read_config
+from elit.pipelines.folder import OURS, may_be_on_hub, read_config
 from elit.pipelines.load import load_pipeline
 from elit.retrofit.elastic import PREFIX
 from elit.retrofit.elasticize import elasticize
-from elit.retrofit.files import load_elastic
-from elit.training.config import RetrofitConfig, TrainConfig
-from elit.training.foreign import fetch_base, is_foreign, load_transformer
-from elit.training.randomness import generator
+from elit.retrofit.files import load_elastic, save_interface
+from elit.training.build import FLOW_TRANSFORMERS, is_foreign
+from elit.training.conditioning import STATES, Arguments, Conditioning, stored_texts
+from elit.training.config import RetrofitConfig, TextConfig, TrainConfig
 
+GUIDANCE = 3.5  # that guidance-distilled models are told
 LORA = "retrofit"  # name of peft's adapter
 
 
@@ -70,15 +81,38 @@ def load_start(model: Any, options: RetrofitConfig) -> None:
     model.load_state_dict(begun.state_dict())
 
 
+def fetch_base(base: str) -> str:
+    """The folder of a base; of a name on the hub, what is fetched of its transformer alone."""
+    if Path(base).exists() or not may_be_on_hub(base):
+        return base
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    patterns = ["model_index.json", "config.json", "transformer/*"]
+    try:
+        return snapshot_download(base, allow_patterns=patterns)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ValueError(not_fetched(f"retrofit.base={base}", error)) from error
+
+
 def load_base(base: str) -> Any:
-    """The transformer of a pipeline of ours, or of diffusers', in a folder or on the hub."""
-    folder = fetch_base(base)
-    index = Path(folder, "model_index.json")
-    if index.exists():
-        theirs = read_config(index).get("_class_name") not in OURS
-    else:
-        theirs = Path(folder, "config.json").exists()
-    return load_transformer(folder) if theirs else load_pipeline(base).transformer
+    """The transformer of a pipeline of ours or of diffusers', in a folder or on the hub."""
+    folder = Path(fetch_base(base))
+    is_pipeline = (folder / "model_index.json").exists()
+    is_ours = is_pipeline and read_config(folder / "model_index.json").get("_class_name") in OURS
+    if is_ours or not (is_pipeline or (folder / "config.json").exists()):
+        return load_pipeline(base).transformer  # or the error of what is no folder of either
+    folder = folder / "transformer" if is_pipeline else folder
+    name = str(read_config(folder / "config.json").get("_class_name"))
+    if name not in FLOW_TRANSFORMERS:
+        near = None if hasattr(diffusers, name) else nearest(name, FLOW_TRANSFORMERS)
+        raise ValueError(
+            f"{folder} holds a {name}, which elit finetune can't train"
+            + (f" (did you mean {near}?)" if near else "")
+            + f"; it trains plain DiTs and SiTs of elit's and {', '.join(FLOW_TRANSFORMERS)}; for "
+            f"others write the loop as examples/elasticize_sd3.py does"
+        )
+    return getattr(diffusers, name).from_pretrained(folder)
 
 
 def check_data(model: Any, dataset: ImageDataset, config: TrainConfig) -> None:
@@ -105,6 +139,29 @@ def check_data(model: Any, dataset: ImageDataset, config: TrainConfig) -> None:
             f"{base} knows {model.config.num_classes} classes, but the data set {name!r} has "
             f"{dataset.num_classes}"
         )
+
+
+def check_tensors(config: TrainConfig, dataset: ImageDataset, model: Any) -> None:
+    """Raise a ValueError if a diffusers transformer doesn't take a data set's tensors."""
+    if config.text != TextConfig():
+        raise ValueError(
+            f"text.* have no effect on data.name={config.data.name}, which are encoded already"
+        )
+    conditioning = TensorConditioning(model, torch.device("cpu"), dataset)
+    firsts = [int(bucket.runs[0, 0]) for bucket in dataset.buckets or ()] or [0]
+    for first in firsts:
+        batch = dataset.batch([first])
+        try:
+            with torch.no_grad():
+                x, sigma = dataset.on_device(batch["images"]).to(model.dtype), torch.ones(1)
+                conditioning.velocity(model, x, sigma, conditioning(batch), {"num_latents": 1})
+        except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{config.data.options.get('path')} doesn't fit {config.retrofit.base}: {reason}; "
+                f"it has {', '.join(['latents', *sorted(dataset.encodings)])}, which are to be "
+                f"arguments of the transformer's forward"
+            ) from error
 
 
 def choose_parameters(model: Any, options: RetrofitConfig) -> None:
@@ -208,6 +265,62 @@ class Distillation:
         return loss
 
 
-def _squared_error(found: Tensor, wanted: Tensor) -> Tensor:
+def _squared_error(student: Tensor, original: Tensor) -> Tensor:
     """Means over everything but the batch, (B,) float32."""
-    return (found.float() - wanted.float()).square().flatten(1).mean(1)
+    return (student.float() - original.float()).square().flatten(1).mean(1)
+
+
+class TensorConditioning(Conditioning):
+    """Conditions that come with the data, and the calls of a diffusers transformer."""
+
+    draws = False  # the stock pipeline does
+
+    def __init__(
+        self, model: Any, device: torch.device, dataset: ImageDataset, keeps_base: bool = True
+    ):
+        super().__init__(model, device)
+        self.reads, self.null = dataset.encodings, dataset.null
+        self.keeps_base = keeps_base
+        self._ids: dict[tuple[int, int], Tensor] = {}
+        base = next(k.__name__ for k in type(model).__mro__ if k.__name__ in FLOW_TRANSFORMERS)
+        self.time_scale, self.packing = FLOW_TRANSFORMERS[base]
+
+    def __call__(self, batch: Mapping[str, Any], dropped: Tensor | None = None) -> Arguments:
+        return stored_texts(batch, self.reads, self.null, self.device, dropped)
+
+    def velocity(
+        self, model: Any, x: Tensor, sigma: Tensor, condition: Arguments, latents: Mapping[str, Any]
+    ) -> Tensor:
+        """Velocity (B, C, ...) of noisy VAE latents x (B, C, ...) at noise levels (B,)."""
+        given: Arguments = {"hidden_states": x, **condition, **latents, "return_dict": False}
+        given["timestep"] = sigma * self.time_scale
+        if self.packing is None:
+            return model(**given)[0]
+        height, width = x.shape[2] // 2, x.shape[3] // 2
+        given["hidden_states"] = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+        if self.packing == "qwen":
+            given["img_shapes"] = [[(1, height, width)]] * len(x)
+        else:
+            given |= self._flux_arguments(x, condition[STATES], height, width)
+        tokens = model(**given)[0]
+        return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=height, w=width, p=2, q=2)
+
+    def _flux_arguments(self, x: Tensor, text: Tensor, height: int, width: int) -> Arguments:
+        if (height, width) not in self._ids:  # kept: their grid is looked up by the tensor
+            ids = torch.zeros(height, width, 3, device=x.device)
+            ids[..., 1] += torch.arange(height, device=x.device)[:, None]
+            ids[..., 2] += torch.arange(width, device=x.device)
+            self._ids[height, width] = ids.flatten(0, 1)
+        given: Arguments = {
+            "img_ids": self._ids[height, width],
+            "txt_ids": torch.zeros(text.shape[1], 3, device=x.device),
+        }
+        if self.model.config.guidance_embeds:
+            given["guidance"] = torch.full((len(x),), GUIDANCE, device=x.device)
+        return given
+
+    def export(self, model: Any, folder: Path) -> None:
+        """Write the transformer whole, and its interface alone where the base is as it was."""
+        model.save_pretrained(folder / "transformer")
+        if self.keeps_base:
+            save_interface(model, folder / "interface.safetensors")
