@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from torch import nn
 
-from elit.cli.common import format_table
+from elit._tables import format_table
 from elit.reproduce.measure import Bench
 from elit.reproduce.runs import SHOWN_BUDGETS, Trainings
 from elit.reproduce.scales import SCALES

@@ -18,13 +18,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 from elit import CheapCFG, ElitPipeline, elasticize
-from elit.cli.common import format_table
-from elit.cli.config import load_config, read_yaml
+from elit._tables import format_table
 from elit.data import load_dataset
 from elit.interface.budget import format_budget
 from elit.networks.classifier import fit_classifier
 from elit.training.build import build_parts
 from elit.training.config import TrainConfig
+from elit.training.config_files import load_config, read_yaml
 from elit.training.distributed import World
 from elit.training.loop import train
 from elit.training.run import SigmaDensity

@@ -27,12 +27,12 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from elit import create_model
-from elit.cli.config import built_in_configs, load_config
 from elit.cost.devices import peak_flops
 from elit.cost.flops import forward_flops, on_meta
 from elit.cost.memory import saved_bytes
 from elit.flow.objective import flow_matching_loss
 from elit.models.presets import preset_config, preset_model
+from elit.training.config_files import built_in_configs, load_config
 from elit.training.estimate import estimate
 
 MANY_GPUS = 64  # for Qwen-Image, which 8 do not hold

@@ -104,7 +104,7 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
 # each of them, which takes far longer than these runs do.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(  # the first collects no garbage while the others are imported
-    ["no_garbage", "elit.training.loop", "elit.cli.train", "elit.pipelines.elit_pipeline",
+    ["no_garbage", "elit.training.loop", "elit.training.preflight", "elit.pipelines.elit_pipeline",
      "elit.evaluation.sweep", "elit.preparation.run", "matplotlib.backends.backend_agg",
      "sklearn.datasets", __name__]
 )  # fmt: skip

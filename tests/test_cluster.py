@@ -9,8 +9,8 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from elit.cli.config import load_config
 from elit.cli.main import command_parser
+from elit.training.config_files import load_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DOCS = Path(__file__).parents[1] / "docs"

@@ -9,16 +9,16 @@ import yaml
 from idx_files import idx_folder
 
 from elit._plain import describe_type, fits_type
-from elit.cli.config import (
+from elit.cli.main import main
+from elit.training.config import DataConfig, LoopConfig, TrainConfig
+from elit.training.config_files import (
     Field,
     built_in_configs,
     config_fields,
     find_config,
     load_config,
 )
-from elit.cli.main import main
-from elit.cli.train import check_config
-from elit.training.config import DataConfig, LoopConfig, TrainConfig
+from elit.training.preflight import check_config
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from sweeps import sweep_report
 from transformers import CLIPTextConfig
 
 from elit import ElitPipeline, ElitTextPipeline, create_model, make_scheduler
-from elit.cli.config import built_in_configs, config_fields, load_config
 from elit.cli.main import COMMANDS, command_parser, main
+from elit.training.config_files import built_in_configs, config_fields, load_config
 
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -349,9 +349,10 @@ def test_example_caption_check(there, capsys, monkeypatch) -> None:
 # ---- names, links, tables ----
 
 
-def test_the_paper_s_table_names_what_exists() -> None:
-    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", (ROOT / "docs" / "paper.md").read_text())
-    assert len(named) > 30
+@pytest.mark.parametrize(("page", "least"), [("paper", 30), ("architecture", 20)])
+def test_tables_of_code_name_what_exists(page, least) -> None:
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", (ROOT / "docs" / f"{page}.md").read_text())
+    assert len(named) > least
     for file, name in named:
         found = importlib.import_module("elit." + file.removesuffix(".py").replace("/", "."))
         for part in name.split("."):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from elit import create_model
-from elit.cli.config import load_config
 from elit.cli.main import main
 from elit.cost.devices import accelerator, peak_flops
 from elit.cost.flops import cost_of, forward_flops, mean_flops, on_meta
@@ -15,6 +14,7 @@ from elit.interface.budget import TailDropping
 from elit.models.dit import DiT
 from elit.models.presets import preset_config, preset_model
 from elit.training.config import TrainConfig
+from elit.training.config_files import load_config
 from elit.training.estimate import estimate
 
 

@@ -14,7 +14,6 @@ from helpers import tiny_elastic
 from runs import held
 
 from elit import ElitPipeline, make_scheduler
-from elit.cli import evaluating
 from elit.cli.main import main
 
 TINY_RUN = """
@@ -39,12 +38,6 @@ def run(tmp_path_factory) -> Path:
     words = ["train", str(home / "tiny.yaml"), "--output_dir", str(home / "run")]
     assert main([*words, "--train.device", "cpu"]) == 0
     return home / "run"
-
-
-def test_the_lists_of_the_flags_are_the_library_s() -> None:
-    from elit.networks.feature_network import NETWORKS
-
-    assert evaluating.NETWORKS == NETWORKS
 
 
 def test_eval_scores_a_run(run, tmp_path, capsys) -> None:

@@ -29,7 +29,6 @@ from elit._plain import fits_type
 from elit.caching.configs import TeaCacheConfig
 from elit.choosing.points import OperatingPoint
 from elit.choosing.sweep_file import read_sweep
-from elit.cli.config import config_fields
 from elit.cli.main import main
 from elit.data.manifest import MANIFEST
 from elit.data.prepared import Prepared
@@ -38,6 +37,7 @@ from elit.interface.budget import format_budget
 from elit.models.dit import DiT
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.pipelines.load import load_pipeline
+from elit.training.config_files import config_fields
 from elit.training.loop import train
 from elit.training.metrics import read_metrics
 from elit.training.resume import read_state

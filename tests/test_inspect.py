@@ -460,7 +460,7 @@ def test_a_retrofit_is_looked_at_where_it_reads() -> None:
 def test_a_subject_and_an_inspector_refuse_what_makes_no_sense() -> None:
     with pytest.raises(ValueError, match="draws=3: give an even number, of at least 2"):
         make_subject(tiny_elastic(), draws=3)
-    with pytest.raises(ValueError, match="this DiT is a plain model without a latent interface"):
+    with pytest.raises(ValueError, match="this is a plain DiT without a latent interface"):
         Inspector(tiny_dit(), make_subject(tiny_dit()))
 
 

@@ -161,14 +161,6 @@ def test_a_converted_folder_runs_the_published_sampler(folder) -> None:
     torch.testing.assert_close(pipeline([3], **settings).images.double(), exact, rtol=0, atol=1e-5)
 
 
-def test_the_command_names_what_the_library_takes() -> None:
-    from elit.cli import convert as command
-    from elit.interop import checkpoint
-
-    assert command.FORMATS == convert.FORMATS
-    assert command.WEIGHTS == checkpoint.WEIGHTS
-
-
 def test_convert_tells_what_it_did(file, tmp_path, capsys) -> None:
     words = ["convert", "official", str(file), str(tmp_path / "a"), *FLAGS]
     assert main(words) == 0

@@ -10,13 +10,13 @@ from retrofit_models import make
 from test_finetune_foreign import write_data
 
 from elit import load_elastic
-from elit.cli.config import built_in_configs, load_config
 from elit.cli.main import main
-from elit.cli.train import check_config
 from elit.cost.flops import cost_of, mean_flops
 from elit.training.build import build_model, tail_dropping
 from elit.training.config import TrainConfig
+from elit.training.config_files import built_in_configs, load_config
 from elit.training.estimate import ExpectedData
+from elit.training.preflight import check_config
 
 # FID, FDD, IS, TFLOPs of a training step; PAPER.md.
 FIGURES = {

@@ -6,10 +6,10 @@ import json
 import pytest
 from runs import tiny_config
 
-from elit.cli.config import load_config
 from elit.cli.main import main
 from elit.models.presets import create_model
 from elit.training import quickstart as module
+from elit.training.config_files import load_config
 
 
 @pytest.mark.parametrize(

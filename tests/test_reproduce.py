@@ -19,22 +19,23 @@ import pytest
 import torch
 
 from elit.cli import reproduce as command
-from elit.cli.config import load_config
 from elit.cli.main import command_parser, main
 from elit.interface.budget import format_budget
 from elit.models.presets import create_model
 from elit.reproduce.claims import CLAIMS
 from elit.reproduce.claims_flops import first_below, judge_reach, reach_row
 from elit.reproduce.evidence import Study
+from elit.reproduce.paper import CONFIGS
 from elit.reproduce.pieces import Piece, Pieces
 from elit.reproduce.report import PAGE, PICTURE, RESULTS, TABLE, summary
 from elit.reproduce.runs import VARIANTS, Trainings, equal_steps
-from elit.reproduce.scales import PAPER, SCALES, Scale, Size
+from elit.reproduce.scales import SCALES, Scale, Size
 from elit.reproduce.spread import SpreadDiT, build_spread_model, gather, spread
 from elit.reproduce.study import STAMP, reproduce, way_out, without_words
 from elit.reproduce.verdict import FAILS, HOLDS, UNDECIDED, judge, judge_order, standard_error
 from elit.reproduce.workers import Workers
 from elit.training.config import DataConfig
+from elit.training.config_files import load_config
 from elit.training.loop import TrainingDivergedError
 
 MICRO = Scale(
@@ -487,14 +488,13 @@ def test_the_report_has_no_private_path() -> None:
 
 def test_flags_and_tables_agree() -> None:
     assert tuple(CLAIMS) == command.LETTERS
-    assert (*SCALES, PAPER) == command.SCALES
     assert all(name == scale.name for name, scale in SCALES.items())
 
 
 def test_the_papers_commands_can_be_typed(capsys) -> None:
     assert main(["reproduce", "--scale", "paper", "--json"]) == 0
     runs = json.loads(capsys.readouterr().out)["runs"]
-    assert len(runs) == len(command.PAPER_CONFIGS)
+    assert len(runs) == len(CONFIGS)
     for run in runs:
         words = shlex.split(run["command"])
         assert words[:5] == ["torchrun", "--nproc-per-node", "8", "-m", "elit"]

@@ -183,6 +183,24 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
+def output_folder(path: str | Path, flag: str) -> Path:
+    """A folder to write into; an error now, not after the work, if that cannot be.
+
+    Args:
+        path: the folder, which need not exist yet, and is not made here.
+        flag: the flag that chooses it, for the message.
+    """
+    folder = Path(path)
+    existing = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not existing.is_dir():
+        reason = f"{existing} is not a folder"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        reason = f"{existing} is read-only for you"
+    else:
+        return folder
+    raise ValueError(f"cannot write into {folder}: {reason}; choose another folder with {flag}")
+
+
 def save_tensors(path: Path, tensors: dict[str, Any], about: dict[str, str] | None = None) -> None:
     """Write tensors by name, and what is to be told with them, as safetensors."""
     from safetensors import SafetensorError

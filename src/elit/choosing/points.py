@@ -1,10 +1,12 @@
 """Operating points: budget, steps and guide of a run."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from elit.flow.guidance import Guidance, make_guidance
+from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
 from elit.interface.budget import format_budget
+from elit.models.elastic import ElasticMixin
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class OperatingPoint:
     """
 
     budget: float = 1.0
-    steps: int = 40
+    steps: int = DEFAULT_STEPS
     guidance: str = "none"
     scale: float | None = None
     guide_budget: float | None = None
@@ -37,9 +39,25 @@ class OperatingPoint:
 
     def make_guidance(self) -> Guidance | None:
         """Its guidance."""
-        scale = 2.0 if self.scale is None else self.scale
+        scale = DEFAULT_SCALE if self.scale is None else self.scale
         interval = (0.0, 1.0) if self.interval is None else self.interval
         return make_guidance(self.guidance, scale, self.guide_budget or "lowest", interval)
+
+    def resolved(self, model: ElasticMixin) -> "OperatingPoint":
+        """The same at the budgets that really run, and with all that is left to defaults."""
+        budget = model.budget_of(model.resolve_budget(self.budget))
+        if self.guidance == "none":
+            return OperatingPoint(budget, self.steps)
+        guide = None
+        if self.guidance in ("ag", "ccfg"):
+            if not model.is_elastic:
+                raise ValueError(
+                    f"guidance {self.guidance} needs a lower budget; this model has none"
+                )
+            given = self.guide_budget
+            guide = model.budget_of(model.resolve_budget(given) if given else model.min_latents)
+        scale = DEFAULT_SCALE if self.scale is None else self.scale
+        return replace(self, budget=budget, scale=scale, guide_budget=guide)
 
     def guide(self) -> str:
         """Its guidance in words: 'ccfg 3, guide 1/16'."""

@@ -1,170 +1,15 @@
-"""What the commands share: flags and their values, output folders, tables, messages."""
+"""What the commands print: reports, tables, numbers, messages."""
 
-import argparse
 import contextlib
 import errno
 import json
 import logging
-import math
-import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from fractions import Fraction
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from elit._choices import check_choice, nearest
-from elit._files import cache_advice, typed_path
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ValueErrors, and which names the flag that was meant.
-
-    Attributes:
-        open_flags: beginnings of flags that may go on as they like, such as "--data.options.".
-    """
-
-    def __init__(self, **kwargs: Any):
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(**kwargs, allow_abbrev=False)
-        self.open_flags: tuple[str, ...] = ()
-
-    @property
-    def flags(self) -> list[str]:
-        """All flags, such as "--budget"."""
-        return [flag for action in self._actions for flag in action.option_strings]
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        args = sys.argv[1:] if args is None else list(args)
-        self._check_flags(args)
-        parsed, rest = self.parse_known_args(args, namespace)
-        if rest:
-            self.error(f"unexpected argument {rest[0]!r}")
-        return parsed
-
-    def _check_flags(self, args: Sequence[str]) -> None:
-        """Look for unknown flags first: argparse would complain of what follows from them."""
-        for word in args:
-            if word == "--":  # what follows are no flags
-                return
-            flag = word.partition("=")[0]
-            if not flag.startswith("-") or flag in self.flags or _is_number(word):
-                continue
-            if flag.startswith(self.open_flags) and flag not in self.open_flags:
-                self.add_argument(flag, dest=flag[2:], default=argparse.SUPPRESS)
-                continue
-            long_flags = [known for known in self.flags if known.startswith("--")]
-            near = nearest(flag, long_flags) if flag.startswith("--") else None
-            raise ValueError(
-                f"unknown flag {flag}: "
-                + (f"did you mean {near}?" if near else f"`{self.prog} --help` lists all")
-            )
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of leaving the process."""
-        raise ValueError(f"{message.removeprefix('argument ')}; see `{self.prog} --help`")
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
-# ---- values of flags: each is a `type=` of argparse ----
-
-
-def whole_number(least: int, most: float = math.inf) -> Callable[[str], int]:
-    """A whole number, at least `least` and at most `most`."""
-    limits = f"at least {least}" + ("" if most == math.inf else f" and at most {most}")
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not allowed; give a whole number, {limits}"
-            )
-        return value
-
-    return parse
-
-
-def number(text: str) -> float:
-    """A finite number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give a number, such as 1.5")
-    return value
-
-
-def budget(text: str) -> float:
-    """A fraction in (0, 1], as a number or as the tables print it: 1/4."""
-    try:
-        value = float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ZeroDivisionError):
-        value = math.nan
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(
-            f"budget {text!r} is outside (0, 1]: it is the fraction of the latents to keep; "
-            f"give a number such as 0.25 or 1/4, or 1 for all"
-        )
-    return value
-
-
-def one_of(allowed: Sequence[str], what: str) -> Callable[[str], str]:
-    """One of a few words."""
-
-    def parse(text: str) -> str:
-        try:
-            check_choice(text, allowed, what)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        return text
-
-    return parse
-
-
-def path_text(text: str) -> str:
-    """A path, with `~` and `$VARIABLES` replaced; names of the hub and of data sets stay."""
-    try:
-        return typed_path(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def add_json_flag(parser: argparse.ArgumentParser) -> None:
-    """`--json`, alike in all commands."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-
-
-# ---- output ----
-
-
-def output_folder(path: str | Path, flag: str) -> Path:
-    """A folder to write into; an error now, not after the work, if that cannot be.
-
-    Args:
-        path: the folder, which need not exist yet, and is not made here.
-        flag: the flag that chooses it, for the message.
-    """
-    folder = Path(path)
-    existing = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
-    if not existing.is_dir():
-        reason = f"{existing} is not a folder"
-    elif not os.access(existing, os.W_OK | os.X_OK):
-        reason = f"{existing} is read-only for you"
-    else:
-        return folder
-    raise ValueError(f"cannot write into {folder}: {reason}; choose another folder with {flag}")
+from elit._files import cache_advice
 
 
 def print_json(value: Any) -> None:
@@ -172,18 +17,10 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns under their names, the first to the left, the others to the right."""
-    lines = [[str(cell) for cell in line] for line in (header, *rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+def print_report(report: Any, as_json: bool, show: Callable[[Any], None]) -> int:
+    """A command's report, as JSON or by what shows it to people; the exit code 0."""
+    (print_json if as_json else show)(report)
+    return 0
 
 
 def flops_column(gflops: Sequence[float]) -> tuple[str, list[str]]:
@@ -193,43 +30,9 @@ def flops_column(gflops: Sequence[float]) -> tuple[str, list[str]]:
     return unit, [f"{value * factor:.{digits}f}" for value in gflops]
 
 
-def with_error(value: float, error: float | None) -> tuple[str, str]:
-    """A signed value and its standard error, both to the error's second significant digit.
-
-    Without an error, or with none above 0, the value has three digits: 0.00002, 0.000012 ->
-    ('+0.000020', '0.000012').
-    """
-    if not error or not math.isfinite(error):
-        return f"{value:+.3g}", "-" if error is None else f"{error:.3g}"
-    error_text = f"{error:.1e}"  # rounded first: 0.0996 has its second digit where 0.10 has
-    digits = 1 - int(error_text.partition("e")[2])
-    if digits > 8:
-        return f"{value:+.1e}", error_text
-    digits = max(digits, 0)
-    return f"{value:+.{digits}f}", f"{error:.{digits}f}"
-
-
 def format_count(number: int) -> str:
     """698300000 -> '698.3 M'."""
     return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.1f} k"
-
-
-def format_input(resolution: int | list[int], frames: int | None, config: Mapping[str, Any]) -> str:
-    """256, None -> '256 px'; [256, 512], 29 -> '29 frames of 256x512 px'.
-
-    Without an autoencoder the size is that of the model's input, by its config: of more channels
-    than an image has these are VAE latents.
-    """
-    from elit.pipelines.folder import draws_images
-
-    sides = [resolution] * 2 if isinstance(resolution, int) else list(resolution)
-    own = config["sample_size"]
-    own = [own] * 2 if isinstance(own, int) else list(own)
-    if not draws_images(config["in_channels"]) and own[-2:] == sides:
-        length = [] if frames is None else [frames]
-        return f"{'x'.join(map(str, [*length, *sides]))} VAE latents"
-    size = resolution if isinstance(resolution, int) else "x".join(map(str, sides))
-    return f"{size} px" if frames is None else f"{frames} frames of {size} px"
 
 
 def one_line(error: Exception) -> str:

@@ -3,27 +3,17 @@
 import argparse
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from elit.cli.common import (
-    Parser,
-    add_json_flag,
-    format_count,
-    one_of,
-    output_folder,
-    path_text,
-    print_json,
-    quiet_diffusers,
-    tell_of_hub,
-    whole_number,
-)
+from elit._files import output_folder
+from elit.cli.common import format_count, print_report, quiet_diffusers, tell_of_hub
+from elit.cli.flags import Parser, choice, count, flag, path_text
+from elit.interop import FORMATS, WEIGHTS
 
-# As the library has them, without its imports; a test compares them.
-FORMATS = ("official", "dit")
-WEIGHTS = ("ema", "model")
-
-_EPILOG = """\
+USAGE = "elit convert FORMAT FILE.pt OUT [flags]"
+EPILOG = """\
 official: the public SiT and ELIT-SiT checkpoints; the folder is an ElitPipeline, which the other
 commands take. dit: Facebook's DiT; the folder is a DiTPipeline of diffusers'. The .pt files are
 read without running code of theirs. The weights stay under their own licence, which the folder's
@@ -32,23 +22,22 @@ README.md names."""
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit convert`."""
-    parser.usage = "elit convert FORMAT FILE.pt OUT [flags]"
-    parser.epilog = _EPILOG
-    add = parser.add_argument
-    add("format", type=one_of(FORMATS, "format"), metavar="FORMAT", help=", ".join(FORMATS))
-    add("file", type=path_text, metavar="FILE", help="the checkpoint")
-    add("out", type=path_text, metavar="OUT", help="the folder to write, new or empty")
-    add("--weights", type=one_of(WEIGHTS, "weights"), default="ema", metavar="NAME",
-        help="ema, the average over training, or model (default: ema)")  # fmt: skip
-    add("--encoder-depth", type=whole_number(0), default=8, metavar="N",
-        help="blocks before the Read (default: 8, as in all public ones)")  # fmt: skip
-    add("--decoder-depth", type=whole_number(0), metavar="N",
-        help="blocks after the Write (default: 4 of L and XL, 2 of S and B)")  # fmt: skip
-    add("--num-heads", type=whole_number(1), metavar="N",
-        help="attention heads (default: those of the public model of this width)")  # fmt: skip
-    add("--vae", type=path_text, metavar="NAME",
-        help="autoencoder to put in, of the hub or a folder (default: none)")  # fmt: skip
-    add_json_flag(parser)
+    add = parser.add
+    add("FORMAT", **choice("format of the checkpoint", FORMATS, "format", metavar="FORMAT"))
+    add("FILE", **flag("checkpoint to read", "FILE", path_text))
+    add("OUT", **flag("folder to write, new or empty", "OUT", path_text))
+    about = "weights to take: ema, the average over training, or model"
+    add("weights", **{**choice(about, WEIGHTS, "weights", default="ema"), "help": about})
+    add(
+        "encoder-depth", **count("blocks before the Read (default: 8, as in all public ones)", 8, 0)
+    )
+    add("decoder-depth", **count(
+        "blocks after the Write (default: 4 of L and XL, 2 of S and B)", least=0))  # fmt: skip
+    add("num-heads", **count("attention heads (default: those of the public model of this width)"))
+    add("vae", **flag(
+        "autoencoder to put in, of the hub or a folder (default: none)", "NAME", path_text
+    ))  # fmt: skip
+    add("json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,24 +45,14 @@ def run(args: argparse.Namespace) -> int:
     check_paths(args)  # before the imports: a mistake is told at once
     from elit.interop.convert import ConversionSettings, convert_official
 
-    settings = ConversionSettings(
-        format=args.format,
-        weights=args.weights,
-        encoder_depth=args.encoder_depth,
-        num_heads=args.num_heads,
-        decoder_depth=args.decoder_depth,
-        vae=args.vae,
-    )
+    given = {field.name: getattr(args, field.name) for field in fields(ConversionSettings)}
+    settings = ConversionSettings(**given)
     with quiet_diffusers():
         try:
             report = convert_official(args.file, args.out, settings)
         except ValueError as error:  # whose names are Python's, not those of flags
             raise ValueError(_with_flags(str(error))) from error
-    if args.json:
-        print_json(report)
-    else:
-        _print_report(report)
-    return 0
+    return print_report(report, args.json, _show)
 
 
 def check_paths(args: argparse.Namespace) -> None:
@@ -102,7 +81,7 @@ def _with_flags(message: str) -> str:
     return re.sub(names, flag, message)
 
 
-def _print_report(report: dict[str, Any]) -> None:
+def _show(report: dict[str, Any]) -> None:
     from elit.pipelines.folder import draws_images
 
     config, source = report["config"], report["source"]

@@ -6,50 +6,29 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from elit import __version__
-from elit.cli.common import (
-    Parser,
-    add_json_flag,
-    format_count,
-    format_input,
-    format_table,
-    path_text,
-    print_json,
-)
+from elit._tables import format_table
+from elit.cli.common import format_count, print_report
+from elit.cli.flags import Parser
+from elit.interface.budget import format_budget
+from elit.models.presets import PRESETS, preset_inputs
+from elit.pipelines.shapes import Shape, load_shape
 
-_PACKAGES = (
-    "torch",
-    "diffusers",
-    "safetensors",
-    "scikit-learn",
-    "tensorboard",
-    "datasets",
-)
+_PACKAGES = ("torch", "diffusers", "safetensors", "scikit-learn", "tensorboard", "datasets")
 
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit info`."""
-    parser.add_argument(
-        "model",
-        type=path_text,
-        metavar="NAME_OR_PATH",
-        nargs="?",
-        help="a preset, or the folder of a pipeline or a model (default: all presets)",
-    )
-    add_json_flag(parser)
+    about = "preset, or folder of a pipeline or a model (default: all presets)"
+    parser.add("NAME_OR_PATH", nargs="?", help=about)
+    parser.add("json")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what there is to know."""
-    if args.model is None:
-        report: dict[str, Any] = {"installed": installed(), "presets": presets()}
-        show = _print_presets
-    else:
-        report, show = describe(args.model), _print_model
-    if args.json:
-        print_json(report)
-    else:
-        show(report)
-    return 0
+    if args.model is not None:
+        shape = load_shape(args.model)
+        return print_report(shape.describe(), args.json, lambda card: _show_model(card, shape))
+    return print_report({"installed": installed(), "presets": presets()}, args.json, show_presets)
 
 
 def installed() -> dict[str, str | None]:
@@ -69,49 +48,26 @@ def installed() -> dict[str, str | None]:
 
 def presets() -> list[dict[str, Any]]:
     """What each preset is."""
-    from elit.models.presets import PRESETS, preset_inputs
-
-    report = []
-    for name in PRESETS:
-        card = describe(name)
-        keys = ("model", "parameters", "split", "max_latents")
-        resolutions = list(preset_inputs(name))
-        report.append({key: card[key] for key in keys} | {"resolutions": resolutions})
-    return report
-
-
-def describe(name: str) -> dict[str, Any]:
-    """Config, size, split, groups and budgets of a preset or a checkpoint."""
-    from elit.cli.models import load_shape
-
-    shape = load_shape(name)
-    cost = shape.cost
-    kept = range(cost.min_latents, cost.max_latents + 1) if cost.is_elastic else []
-    return {
-        "model": shape.name,
-        "resolution": shape.resolution,
-        "frames": shape.frames,
-        "parameters": cost.parameters,
-        "split": list(cost.split),
-        "group": None if cost.group is None else list(cost.group),
-        "max_latents": cost.max_latents,
-        "min_latents": cost.min_latents,
-        "budgets": [cost.budget_of(n) for n in kept] or [1.0],
-        "config": shape.config,
-    }
+    cards = {name: load_shape(name).describe() for name in PRESETS}
+    keys = ("model", "parameters", "split", "max_latents")
+    return [
+        {**{key: card[key] for key in keys}, "resolutions": list(preset_inputs(name))}
+        for name, card in cards.items()
+    ]
 
 
 def _format_split(split: list[int]) -> str:
     return "-".join(map(str, split)) if split[1:] != [0, 0] else str(split[0])
 
 
-def _print_presets(report: dict[str, Any]) -> None:
+def show_presets(report: dict[str, Any]) -> None:
+    """A line for each preset, and what is installed."""
     rows = [
         (
             card["model"],
             format_count(card["parameters"]),
             _format_split(card["split"]),
-            card["max_latents"] or "-",
+            card["max_latents"],
             ", ".join(map(str, card["resolutions"])),
         )
         for card in report["presets"]
@@ -122,12 +78,9 @@ def _print_presets(report: dict[str, Any]) -> None:
         print(f"{name:14}{found or 'not installed'}")
 
 
-def _print_model(report: dict[str, Any]) -> None:
-    from elit.interface.budget import format_budget
-
+def _show_model(report: dict[str, Any], shape: Shape) -> None:
     elastic = report["group"] is not None
-    size = format_input(report["resolution"], report["frames"], report["config"])
-    print(f"{report['model']} at {size}")
+    print(f"{report['model']} at {shape.input_size}")
     print(f"{'parameters':14}{format_count(report['parameters'])}")
     print(f"{'blocks':14}{_format_split(report['split'])}{' (head-core-tail)' if elastic else ''}")
     if elastic:

@@ -8,10 +8,11 @@ from typing import Any
 
 from elit import __version__
 from elit._choices import nearest
-from elit.cli.common import Parser, logging_to_stderr, one_line
+from elit.cli.common import logging_to_stderr, one_line
+from elit.cli.flags import Parser
 
-# Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`; it is
-# imported when it is called for, so that the help stays quick.
+# Each is a module of this package with `add_arguments(parser)`, `run(args) -> int`, and perhaps a
+# USAGE and an EPILOG; it is imported when it is called for, so that the help stays quick.
 COMMANDS = {
     "quickstart": "train on handwritten digits, draw them at five budgets, print what each cost",
     "prepare": "encode your own images, clips and captions, once, for training",
@@ -109,8 +110,14 @@ def command(name: str) -> Any:
 
 def command_parser(name: str) -> Parser:
     """The parser of a command's flags."""
-    parser = Parser(prog=f"elit {name}", description=COMMANDS[name])
-    command(name).add_arguments(parser)
+    module = command(name)
+    parser = Parser(
+        prog=f"elit {name}",
+        description=COMMANDS[name],
+        usage=getattr(module, "USAGE", None),
+        epilog=getattr(module, "EPILOG", None),
+    )
+    module.add_arguments(parser)
     return parser
 
 

@@ -3,12 +3,15 @@
 import argparse
 from typing import Any
 
-from elit.cli.common import Parser, format_count, format_table, print_json, whole_number
-from elit.cli.config import built_in_names, load_config
-from elit.cli.train import add_config_flags
+from elit._tables import format_table
+from elit.cli.common import format_count, print_report
+from elit.cli.flags import Parser, count, flag
+from elit.cli.train import add_config, add_config_flags, overrides_of
 from elit.cost.devices import known_accelerator
+from elit.training.config_files import load_config
 
-_EPILOG = """\
+USAGE = "elit plan [CONFIG] [--gpus N] [--gpu NAME] [--mfu M] [--key.sub VALUE ...]"
+EPILOG = """\
 Nothing is made, and nothing read but the config. Data that is not there yet counts as what the
 preset was made for, at --data.options.resolution. Memory is that of eager mode, without the
 gigabyte or two that CUDA and its allocator need; compiled blocks keep less."""
@@ -16,63 +19,42 @@ gigabyte or two that CUDA and its allocator need; compiled blocks keep less."""
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit plan`: its own, and one for each key of the config."""
-    parser.usage = "elit plan [CONFIG] [--gpus N] [--gpu NAME] [--mfu M] [--key.sub VALUE ...]"
-    parser.epilog = _EPILOG
-    parser.add_argument(
-        "config",
-        metavar="CONFIG",
-        nargs="?",
-        help=f"YAML file, or one of the built-in {built_in_names()}",
-    )
-    parser.add_argument(
-        "--gpus", type=whole_number(1), default=8, metavar="N", help="how many (default: 8)"
-    )
-    parser.add_argument(
-        "--gpu", default="h100", metavar="NAME", help="which, such as a100 (default: h100)"
-    )
-    parser.add_argument(
-        "--mfu",
-        type=float,
-        default=0.5,
-        metavar="M",
-        help="share of their peak that the model's operations reach (default: 0.5)",
-    )
-    add_config_flags(parser, dry_run=False)
+    add_config(parser)
+    parser.add("gpus", **count("number of GPUs", 8))
+    parser.add("gpu", **flag("kind of GPU, such as a100", "NAME", default="h100"))
+    parser.add("mfu", **flag("share of their peak that is reached", "M", float, default=0.5))
+    add_config_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Count and print."""
-    own = ("config", "gpus", "gpu", "mfu", "json")
-    overrides = {key: value for key, value in vars(args).items() if key not in own}
     known_accelerator(args.gpu)  # before the imports, as all mistakes
-    config = load_config(args.config, overrides)
+    config = load_config(args.config, overrides_of(args))
     from elit.training.estimate import estimate
 
-    found = estimate(config, args.gpus, args.gpu, args.mfu)
-    if args.json:
-        print_json(found)
-    else:
-        _print(found, config.train.steps)
-    return 0
+    report = estimate(config, args.gpus, args.gpu, args.mfu)
+    return print_report(report, args.json, lambda report: _show(report, config.train.steps))
 
 
-def _print(found: dict[str, Any], steps: int) -> None:
-    days = f" ({found['hours'] / 24:.1f} days)" if found["hours"] > 48 else ""
+def _show(report: dict[str, Any], steps: int) -> None:
+    hours = report["hours"]
+    days = f" ({hours / 24:.1f} days)" if hours > 48 else ""
     print(
-        f"{found['model']}: {format_count(found['parameters'])} parameters\n"
-        f"training step, batch {found['batch_size']}: {found['step_tflops']:.4g} TFLOPs\n"
-        f"{steps} steps: {found['total_eflops']:.4g} EFLOPs\n"
-        f"{found['gpus']} x {found['gpu']}, {found['peak_tflops']:g} TFLOP/s each at MFU "
-        f"{found['mfu']:g}: {found['step_seconds']:.3g} s a step, {found['hours']:.3g} hours{days}"
+        f"{report['model']}: {format_count(report['parameters'])} parameters\n"
+        f"training step, batch {report['batch_size']}: {report['step_tflops']:.4g} TFLOPs\n"
+        f"{steps} steps: {report['total_eflops']:.4g} EFLOPs\n"
+        f"{report['gpus']} x {report['gpu']}, {report['peak_tflops']:g} TFLOP/s each at MFU "
+        f"{report['mfu']:g}: {report['step_seconds']:.3g} s a step, {hours:.3g} hours{days}"
     )
-    rows: list[tuple[str, str, str]] = []
-    for what, plain, checkpointed in (
-        ("weights, gradients, moments, averages", "state_gb", "state_gb"),
-        ("blocks gathered by FSDP", "gathered_gb", "gathered_gb"),
-        ("activations", "activations_gb", "checkpointed_gb"),
-        ("in all", "memory_gb", "memory_checkpointed_gb"),
-    ):
-        if found[plain]:
-            rows.append((what, f"{found[plain]:.1f}", f"{found[checkpointed]:.1f}"))
-    header = (f"GB of {found['gpu_gb']:g}, {found['samples']} samples", "plain", "checkpointed")
+    rows = [
+        (what, f"{report[plain]:.1f}", f"{report[checkpointed]:.1f}")
+        for what, plain, checkpointed in (
+            ("weights, gradients, moments, averages", "state_gb", "state_gb"),
+            ("blocks gathered by FSDP", "gathered_gb", "gathered_gb"),
+            ("activations", "activations_gb", "checkpointed_gb"),
+            ("in all", "memory_gb", "memory_checkpointed_gb"),
+        )
+        if report[plain]
+    ]
+    header = (f"GB of {report['gpu_gb']:g}, {report['samples']} samples", "plain", "checkpointed")
     print(f"\n{format_table(header, rows)}")

@@ -3,110 +3,76 @@
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from elit.cli.common import (
-    Parser,
-    add_json_flag,
-    format_table,
-    output_folder,
-    path_text,
-    print_json,
-    quiet_diffusers,
-    whole_number,
-)
-from elit.cli.config import load_config
-from elit.cli.train import check_config
-from elit.training.config import ModelConfig
+from elit._files import output_folder
+from elit._tables import format_table
+from elit.cli.common import print_json, quiet_diffusers
+from elit.cli.flags import Parser, count, flag
+from elit.training.config import ModelConfig, TrainConfig
+from elit.training.config_files import load_config
 
 if TYPE_CHECKING:
     from elit.training.quickstart import QuickstartSummary
 
+CONFIG = "digits"
 POOR = 0.9  # accuracy at full budget below which something went wrong
+_KEYS = {
+    "out": "output_dir", "seed": "seed", "preset": "model.preset", "steps": "train.steps",
+    "lr": "optimizer.lr",
+}  # fmt: skip
+EPILOG = """\
+Trains the built-in config `digits` and leaves samples.png, summary.json and a pipeline
+for `elit sample` in the folder. The same command again goes on if it was stopped."""
 
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit quickstart`."""
-    parser.epilog = (
-        "Trains the built-in config `digits` and leaves samples.png, summary.json and a pipeline\n"
-        "for `elit sample` in the folder. The same command again goes on if it was stopped."
-    )
-    parser.add_argument(
-        "--out",
-        type=path_text,
-        metavar="DIR",
-        default="runs/quickstart",
-        help="folder of the run (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=whole_number(0), default=0, help="of everything random (default: 0)"
-    )
-    parser.add_argument(
-        "--preset",
-        metavar="NAME",
-        help="another tiny elastic model, such as elit-uvit-tiny/4 (default: the config's)",
-    )
-    parser.add_argument(
-        "--steps",
-        type=whole_number(1),
-        help="training steps (default: those of the config; few make poor digits)",
-    )
-    parser.add_argument(
-        "--lr",
-        metavar="RATE",
-        help="learning rate (default: that of the config)",
-    )
-    add_json_flag(parser)
+    parser.add("out", default="runs/quickstart", help="folder of the run")
+    parser.add("seed", help="seed of everything random")
+    parser.add("preset", **flag(
+        "another tiny elastic model, such as elit-uvit-tiny/4 (default: the config's)", "NAME"
+    ))  # fmt: skip
+    parser.add("steps", **count(
+        "training steps (default: those of the config; few make poor digits)"
+    ))  # fmt: skip
+    parser.add("lr", **flag("learning rate (default: that of the config)", "RATE"))
+    parser.add("json")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, draw, judge, print the table."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("quickstart runs in one process; under torchrun use `elit train digits`")
-    overrides = {"output_dir": args.out, "seed": str(args.seed)}
-    if args.steps is not None:
-        overrides["train.steps"] = str(args.steps)
-    if args.preset is not None:
-        overrides["model.preset"] = args.preset
-    if args.lr is not None:
-        overrides["optimizer.lr"] = args.lr
-    try:
-        config = load_config("digits", overrides)
-    except ValueError as error:
-        raise _with_own_flags(error) from error
-    given, own = args.preset, load_config("digits", {}).model
-    other_model = given is not None and given.lower() != own.preset
-    if other_model:
-        config = replace(config, model=ModelConfig(given))
+    with _own_flags():
+        config = _config(args)
     folder = output_folder(args.out, "--out")
-    try:
+    from elit.training.preflight import check_config
+
+    with _own_flags():
         check_config(config)
-    except ValueError as error:
-        raise _with_own_flags(error) from error
     if not config.model.preset.lower().startswith("elit-"):
         raise ValueError(
             f"--preset {args.preset} has no budgets to choose; give elit-{args.preset}"
         )
-
-    if other_model:
-        left_out = ", ".join(f"{key}={value}" for key, value in own.overrides.items())
-        print(f"elit: {given} without the config's overrides: {left_out}", file=sys.stderr)
-
+    if not config.model.overrides:
+        own = load_config(CONFIG, {}).model.overrides
+        left_out = ", ".join(f"{key}={value}" for key, value in own.items())
+        print(f"elit: {args.preset} without the config's overrides: {left_out}", file=sys.stderr)
     from elit.training.quickstart import quickstart
 
-    with quiet_diffusers():
-        try:
-            summary = quickstart(config)
-        except ValueError as error:
-            raise _with_own_flags(error) from error
+    with quiet_diffusers(), _own_flags():
+        summary = quickstart(config)
     if args.json:
         print_json(summary.to_dict())
     elif not summary.finished:
         print(f"stopped and saved: {folder}\nthe same command again goes on")
     else:
-        print(_table(summary))
         print(
+            f"{_table(summary)}\n"
             f"trained in {summary.train_seconds:.0f} s, {summary.total_seconds:.0f} s in all\n"
             f"picture: {folder / 'samples.png'}\n"
             f"more:    elit sample {folder} --labels 3 7 --budget 1 0.25"
@@ -116,48 +82,44 @@ def run(args: argparse.Namespace) -> int:
     return 0 if summary.finished else 130
 
 
+def _config(args: argparse.Namespace) -> TrainConfig:
+    given = {key: getattr(args, name) for name, key in _KEYS.items()}
+    config = load_config(CONFIG, {k: str(value) for k, value in given.items() if value is not None})
+    if config.model.preset.lower() == load_config(CONFIG, {}).model.preset:
+        return config
+    return replace(config, model=ModelConfig(args.preset))
+
+
+@contextmanager
+def _own_flags() -> Iterator[None]:
+    """Errors name the config's keys by the flags of this command."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for name, key in _KEYS.items():
+            if name != key:
+                text = text.replace(f"--{key}", f"--{name}").replace(key, f"--{name}")
+        raise ValueError(text) from error
+
+
 def _table(summary: "QuickstartSummary") -> str:
     """The rows, and the plain model below them."""
     from elit.interface.budget import format_budget
 
-    header = [
-        "budget",
-        "latents per picture",
-        "MFLOPs per forward",
-        "of full",
-        "ms per image",
-        "held-out loss",
-        "accuracy",
-        "distance",
-    ]
-    cells = [
-        [
-            format_budget(row.budget),
-            str(row.num_latents * summary.num_groups),
-            f"{row.mflops:.1f}",
-            f"{row.share:.0%}",
-            f"{row.ms_per_image:.1f}",
-            f"{row.loss:.4f}",
-            f"{row.accuracy:.3f}",
-            f"{row.distance:.2f}",
-        ]
+    header = (
+        "budget", "latents per picture", "MFLOPs per forward", "of full", "ms per image",
+        "held-out loss", "accuracy", "distance",
+    )  # fmt: skip
+    cells: list[tuple[Any, ...]] = [
+        (
+            format_budget(row.budget), row.num_latents * summary.num_groups, f"{row.mflops:.1f}",
+            f"{row.share:.0%}", f"{row.ms_per_image:.1f}", f"{row.loss:.4f}",
+            f"{row.accuracy:.3f}", f"{row.distance:.2f}",
+        )
         for row in summary.rows
-    ]
-    if summary.plain is not None:
-        plain = summary.plain
-        costs = [f"{plain.mflops:.1f}", f"{plain.share:.0%}", f"{plain.ms_per_image:.1f}"]
-        cells.append(["plain model, time only", "", *costs, "", "", ""])
+    ]  # fmt: skip
+    if (plain := summary.plain) is not None:
+        costs = f"{plain.mflops:.1f}", f"{plain.share:.0%}", f"{plain.ms_per_image:.1f}"
+        cells.append(("plain model, time only", "", *costs, "", "", ""))
     return format_table(header, cells)
-
-
-def _with_own_flags(error: ValueError) -> ValueError:
-    """The same error; the config's keys have other names here."""
-    text = str(error)
-    for key, flag in (
-        ("train.steps", "--steps"),
-        ("output_dir", "--out"),
-        ("model.preset", "--preset"),
-        ("optimizer.lr", "--lr"),
-    ):
-        text = text.replace(f"--{key}", flag).replace(key, flag)
-    return ValueError(text)

@@ -4,34 +4,17 @@ import argparse
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from elit.cli.common import (
-    Parser,
-    add_json_flag,
-    format_table,
-    one_of,
-    output_folder,
-    path_text,
-    print_json,
-    quiet_diffusers,
-    whole_number,
-)
-
-if TYPE_CHECKING:
-    from elit.reproduce.study import StudyResult
+from elit._files import output_folder
+from elit._tables import format_table
+from elit.cli.common import print_report, quiet_diffusers
+from elit.cli.flags import Parser, choice, count, flag, one_of, path_text
+from elit.reproduce.scales import PAPER, SCALES
 
 LETTERS = tuple("abcdefghi")
-SCALES = ("tiny", "small", "base", "paper")
-# What the paper's own runs are: config, and GPUs of the estimate.
-PAPER_CONFIGS = tuple(
-    f"imagenet-{side}/{name}"
-    for side in (256, 512)
-    for name in ("dit", "elit-dit", "elit-dit-mb", "uvit", "elit-uvit", "elit-uvit-mb")
-)
-_GPUS = 8
-
-_EPILOG = """\
+USAGE = "elit reproduce --scale SCALE [--data FOLDER] [--claims a b ...] [flags]"
+EPILOG = """\
 claims:
   a  ELIT against DiT at equal training FLOPs   f  a picture spread among zero tokens
   b  loss over budgets                          g  Read's attention and the loss
@@ -51,36 +34,22 @@ was done, and writes the report anew, of those claims alone, over the one that i
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit reproduce`."""
-    parser.usage = "elit reproduce --scale SCALE [--data FOLDER] [--claims a b ...] [flags]"
-    parser.epilog = _EPILOG
-    add = parser.add_argument
-    add("--scale", type=one_of(SCALES, "scale"), required=True, metavar="SCALE",
-        help="tiny, small, base or paper")  # fmt: skip
-    add(
-        "--data",
-        type=path_text,
-        metavar="FOLDER",
-        help="folder with the four idx files of Fashion-MNIST",
-    )
-    add(
-        "--out",
-        type=path_text,
-        metavar="DIR",
-        help="folder of the results (default: runs/reproduce-SCALE)",
-    )
-    add("--claims", type=one_of(LETTERS, "claim"), nargs="+", metavar="LETTER",
-        help="which (default: all); the report is then of these alone")  # fmt: skip
-    add("--workers", type=whole_number(1), metavar="N",
-        help="processes, of one thread each (default: one for each core; at base one)")  # fmt: skip
-    add("--seeds", type=whole_number(1), metavar="N",
-        help="trainings of each model (default: the scale's)")  # fmt: skip
-    add_json_flag(parser)
+    add = parser.add
+    words = (*SCALES, PAPER)
+    add("scale", **choice("size of the study", words, "scale", metavar="SCALE", required=True))
+    add("data", **flag("folder with the four idx files of Fashion-MNIST", "FOLDER", path_text))
+    add("out", help="folder of the results (default: runs/reproduce-SCALE)")
+    add("claims", **flag("claims of the report (default: all)", "LETTER", one_of(LETTERS, "claim"),
+        nargs="+"))  # fmt: skip
+    add("workers", **count("processes, of one thread each (default: one a core; at base one)"))
+    add("seeds", **count("trainings of each model (default: the scale's)"))
+    add("json")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, measure, judge, print the table."""
-    if args.scale == "paper":
-        return print_paper(args)
+    if args.scale == PAPER:
+        return show_paper(args)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("reproduce starts its own processes; run it without torchrun")
     if args.data is None and args.scale != "tiny":
@@ -91,10 +60,14 @@ def run(args: argparse.Namespace) -> int:
             f"Debian's package dataset-fashion-mnist, or a mirror on the hub; --scale tiny goes "
             f"without"
         )
-    if args.data is not None:
-        check_data(args.data)
+    from elit.data.idx import FILES, is_idx_folder
+
+    if args.data is not None and not is_idx_folder(args.data):
+        raise ValueError(
+            f"--data {args.data} is no folder of Fashion-MNIST's files; give one with "
+            f"{', '.join(FILES)} in it, plain or as .gz"
+        )
     out = output_folder(args.out or default_folder(args.scale), "--out")
-    from elit.reproduce.scales import SCALES as TABLE
     from elit.reproduce.study import reproduce
     from elit.training.config import DataConfig
 
@@ -103,10 +76,16 @@ def run(args: argparse.Namespace) -> int:
         data = DataConfig("fashion-mnist", {"path": args.data})
     with quiet_diffusers():
         result = reproduce(
-            TABLE[args.scale], out, data, args.claims or LETTERS, args.workers, args.seeds,
+            SCALES[args.scale], out, data, args.claims or LETTERS, args.workers, args.seeds,
             command=typed(args),
         )  # fmt: skip
-    show(result, args.json)
+    if result.report is None:
+        stopped = {"finished": False, "done": result.done, "pieces": result.pieces}
+        print_report(stopped, args.json, lambda _: print(
+            f"stopped and saved: {result.folder}, {result.done} of {result.pieces} pieces done\n"
+            f"the same command goes on"))  # fmt: skip
+    else:
+        print_report(result.report, args.json, lambda report: _show(report, result.folder))
     return 0 if result.finished else 130
 
 
@@ -115,79 +94,50 @@ def default_folder(scale: str) -> str:
     return f"runs/reproduce-{scale}"
 
 
-def check_data(folder: str) -> None:
-    """Raise a ValueError if a folder has none of the files."""
-    from elit.data.idx import FILES, is_idx_folder
-
-    if not is_idx_folder(folder):
-        raise ValueError(
-            f"--data {folder} is no folder of Fashion-MNIST's files; give one with "
-            f"{', '.join(FILES)} in it, plain or as .gz"
-        )
-
-
 def typed(args: argparse.Namespace) -> str:
     """The command line, without where its user keeps data and results."""
-    words = ["elit", "reproduce", "--scale", args.scale]
-    if args.data is not None:
-        words += ["--data", "FOLDER"]
-    if args.out is not None and Path(args.out) != Path(default_folder(args.scale)):
-        words += ["--out", Path(args.out).absolute().name]
-    if args.claims is not None:
-        words += ["--claims", *args.claims]
-    for flag in ("workers", "seeds"):
-        if getattr(args, flag) is not None:
-            words += [f"--{flag}", str(getattr(args, flag))]
+    shown = {name: getattr(args, name) for name in ("scale", "data", "out", "claims", "workers",
+             "seeds")}  # fmt: skip
+    shown["data"] = args.data and "FOLDER"
+    if args.out is not None:
+        is_default = Path(args.out) == Path(default_folder(args.scale))
+        shown["out"] = None if is_default else Path(args.out).absolute().name
+    words = ["elit", "reproduce"]
+    for name, value in shown.items():
+        if value is not None:
+            words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     return shlex.join(words)
 
 
-def show(result: "StudyResult", as_json: bool) -> None:
-    """Print what came of it."""
-    if result.report is None and as_json:
-        print_json({"finished": False, "done": result.done, "pieces": result.pieces})
-        return
-    if result.report is None:
-        print(
-            f"stopped and saved: {result.folder}, {result.done} of {result.pieces} pieces done\n"
-            f"the same command goes on"
-        )
-        return
-    if as_json:
-        print_json(result.report)
-        return
+def _show(report: dict[str, Any], folder: Path) -> None:
     from elit.reproduce.report import PAGE, PICTURE, TABLE
 
     rows = [
         (f"({letter}) {row['what']}", row["here"], row["word"])
-        for letter, claim in result.report["claims"].items()
+        for letter, claim in report["claims"].items()
         for row in claim["rows"]
     ]
     print(format_table(("claim", "here", "verdict"), rows))
-    print("\n" + "\n".join(str(result.folder / name) for name in (PAGE, PICTURE, TABLE)))
+    print("\n" + "\n".join(str(folder / name) for name in (PAGE, PICTURE, TABLE)))
 
 
-def print_paper(args: argparse.Namespace) -> int:
+def show_paper(args: argparse.Namespace) -> int:
     """The commands of the paper's own runs, and what they cost."""
-    for flag in ("data", "out", "claims", "workers", "seeds"):
-        if getattr(args, flag) is not None:
-            raise ValueError(f"--{flag} has no effect on --scale paper, which trains nothing")
-    from elit.cli.config import load_config
-    from elit.training.estimate import estimate
+    for name in ("data", "out", "claims", "workers", "seeds"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} has no effect on --scale paper, which trains nothing")
+    from elit.reproduce.paper import paper_runs
 
-    runs: list[dict[str, Any]] = []
-    for name in PAPER_CONFIGS:
-        found = estimate(load_config(name, {}), gpus=_GPUS)
-        command = f"torchrun --nproc-per-node {_GPUS} -m elit train {name}"
-        runs.append({"command": command, **found})
-    if args.json:
-        print_json({"runs": runs})
-        return 0
+    return print_report({"runs": paper_runs()}, args.json, _show_paper)
+
+
+def _show_paper(report: dict[str, Any]) -> None:
     rows = [
         (run["command"], f"{run['step_tflops']:.0f}", f"{run['total_eflops']:.0f}",
          f"{run['hours'] / 24:.1f}")
-        for run in runs
+        for run in report["runs"]
     ]  # fmt: skip
-    header = ("command", "TFLOPs a step", "EFLOPs", f"days on {_GPUS} H100 at MFU 0.5")
+    gpus = report["runs"][0]["gpus"]
+    header = ("command", "TFLOPs a step", "EFLOPs", f"days on {gpus} H100 at MFU 0.5")
     print(format_table(header, rows))
     print("\nthe data first: docs/training.md; then `elit eval` and `elit sweep` on each run")
-    return 0

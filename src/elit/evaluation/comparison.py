@@ -6,7 +6,8 @@ from typing import Any
 
 from elit._pareto import is_number
 from elit.choosing.sweep_file import SWEEP_FILE, read_sweep
-from elit.evaluation.score_names import SCORES
+from elit.evaluation.score_names import SCORES, score_infos
+from elit.viz.sweeps import Rows, best_at_costs
 
 Report = dict[str, Any]
 
@@ -123,6 +124,31 @@ def differences(reports: Mapping[str, Report]) -> dict[str, dict[str, Any]]:
     values = {key: {n: r["settings"].get(key) for n, r in reports.items()} for key in keys}
     first = next(iter(reports))
     return {key: own for key, own in values.items() if any(v != own[first] for v in own.values())}
+
+
+def compare(reports: Mapping[str, Report]) -> Report:
+    """All that is said of two sweeps, in plain types; a ValueError if they may not be compared."""
+    check_comparable(reports)
+    score, differing = ranking_of(reports), differences(reports)
+    info, rows = score_infos()[score], Rows(reports)
+    settings = next(iter(reports.values()))["settings"]
+    return {
+        "format": 1,
+        "models": {name: report["model"] for name, report in reports.items()},
+        "settings": {key: value for key, value in settings.items() if key not in differing},
+        "differences": differing,
+        "ranked_by": score,
+        "lower_is_better": info.lower_is_better,
+        "notes": notes_on(reports),
+        "shared": shared_points(reports),
+        "best": [
+            {
+                "gflops_per_image": cost,
+                "best": {name: None if i is None else rows.rows[i] for name, i in places.items()},
+            }
+            for cost, places in best_at_costs(rows, score, info)
+        ],
+    }
 
 
 def _file_of(path: Path) -> Path:

@@ -1,5 +1,10 @@
 """Scores by the names that files and flags use."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from elit.viz.sweeps import ScoreInfo
+
 SCORES: dict[str, tuple[str, bool]] = {
     "fid": ("FID", True),
     "sfid": ("sFID", True),
@@ -16,3 +21,10 @@ SCORES: dict[str, tuple[str, bool]] = {
     "accuracy": ("classifier accuracy", False),
 }
 """Title, and whether lower is better, in the order that tables show them."""
+
+
+def score_infos() -> "dict[str, ScoreInfo]":
+    """What tables and pages say of each score."""
+    from elit.viz.sweeps import ScoreInfo
+
+    return {name: ScoreInfo(*about) for name, about in SCORES.items()}

@@ -107,15 +107,20 @@ class Worth:
     moments: dict[str, Tensor] = field(default_factory=dict)
 
 
+def check_elastic(model: Any, name: str = "this") -> None:
+    """Raise a ValueError for a model without a latent interface."""
+    if not model.is_elastic:
+        raise ValueError(
+            f"{name} is a plain {type(model).__name__} without a latent interface: there is "
+            f"nothing to look into; give an elastic model (elit-...)"
+        )
+
+
 class Inspector:
     """Looks into an elastic model, one of ours or a retrofit, on its device."""
 
     def __init__(self, model: Any, subject: Subject):
-        if not model.is_elastic:
-            raise ValueError(
-                f"this {type(model).__name__} is a plain model without a latent interface: there "
-                f"is nothing to look into; give an elastic one (elit-...)"
-            )
+        check_elastic(model)
         self.model, self.subject = model.eval(), subject
         self.device = next(model.parameters()).device
         self.is_retrofit = isinstance(model, ElasticTransformer)

@@ -15,11 +15,10 @@ from elit._files import typed_path
 from elit._numbers import is_whole
 from elit._pickles import check_bytes, read_pickle
 from elit._wrappers import HOLDERS, without_wrapping
+from elit.interop import WEIGHTS
 from elit.interop.tensors import PROJECTORS, check_tensors
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS = ("ema", "model")
 
 
 @dataclass(frozen=True)

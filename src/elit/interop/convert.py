@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from elit._choices import check_choice
 from elit._files import as_os_error, json_text, open_to_others, sha256_of, typed_path, write_folder
 from elit.flow.schedulers import FlowMatchUniformEulerScheduler
+from elit.interop import FORMATS
 from elit.interop.cards import model_card
 from elit.interop.checkpoint import Checkpoint
 from elit.interop.dit import read_dit, training_scheduler
@@ -25,7 +26,6 @@ from elit.preparation.autoencoder import load_vae
 logger = logging.getLogger(__name__)
 
 CONVERSION_FILE = "conversion.json"
-FORMATS = ("official", "dit")
 VAE_SCALE = 0.18215  # of the VAE latents that the public models were trained on
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from elit._choices import check_choice
 from elit._files import sha256_of, typed_path
 from elit.data import ImageDataset
-from elit.networks import inception
+from elit.networks import NETWORKS, inception
 from elit.networks.classifier import ClassifierFeatures, fit_network
 from elit.networks.encoders import CLIP, DINOV2, ClipFeatures, load_clip, load_dinov2
 from elit.networks.resize import resize_tf_bilinear
@@ -26,7 +26,6 @@ from elit.networks.weights import (
     read_scripted,
 )
 
-NETWORKS = ("inception", "dinov2", "clip", "i3d", "classifier")
 _OF_FILES = (".pt", ".ts", ".pth", ".pt2")
 _I3D_SIDE = 224
 _I3D_FRAMES = 10  # fewer leave nothing after its strides in time

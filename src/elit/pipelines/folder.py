@@ -146,6 +146,21 @@ def draws_images(in_channels: int) -> bool:
     return in_channels in (1, 3)
 
 
+def check_draws_images(pipeline: Any, name: str) -> None:
+    """Raise a ValueError for a pipeline of VAE latents that has no autoencoder."""
+    channels = pipeline.transformer.in_channels
+    if pipeline.vae is not None or draws_images(channels):
+        return
+    kind = type(pipeline).__name__
+    raise ValueError(
+        f"{name} holds no autoencoder: what it draws are VAE latents of {channels} channels, no "
+        f"images; put in the one that it was trained with, of a public checkpoint by `elit convert "
+        f"official FILE NEW --vae stabilityai/sd-vae-ft-mse`, of any folder from Python by "
+        f"{kind}.from_pretrained({name!r}, vae=AutoencoderKL.from_pretrained(...))"
+        f".save_pretrained('NEW')"
+    )
+
+
 def model_class_of(path: Path, library: Any, class_name: Any) -> type:
     """Class of a model of ours that a config file names."""
     if isinstance(library, str) and library.startswith(("elit.models.", ELASTIC_MODULE)):

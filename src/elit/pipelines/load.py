@@ -3,9 +3,12 @@
 import os
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 
+from elit._devices import pick_device
 from elit._files import typed_path
+from elit.flow.schedulers import make_scheduler
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.pipelines.folder import check_pipeline_folder, loading_error, read_config
@@ -33,3 +36,29 @@ def load_pipeline(name: str | os.PathLike, **kwargs: Any) -> ElasticPipeline:
     kind = index.get("_class_name")
     # Of what is none of ours, `ElitPipeline` says so.
     return PIPELINES.get(str(kind), ElitPipeline).from_pretrained(name, **kwargs)
+
+
+def open_pipeline(
+    name: str | os.PathLike,
+    device: str = "auto",
+    dtype: str = "fp32",
+    variant: str | None = None,
+    sampler: str | None = None,
+    local_rank: int = 0,
+) -> ElasticPipeline:
+    """Load a pipeline onto its device, by the words of a command line.
+
+    Args:
+        name: of the folder, or on the hub.
+        device: "auto", or a name of torch.
+        dtype: "fp32" or "bf16".
+        variant: of the files of weights.
+        sampler: instead of the one that was saved.
+        local_rank: number of this process among several on a machine, each on its own device.
+    """
+    place = pick_device(device, local_rank, share=True)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    pipeline = load_pipeline(name, dtype=dtypes[dtype], variant=variant).to(place)
+    if sampler is not None:
+        pipeline.scheduler = make_scheduler(sampler)
+    return pipeline

@@ -1,6 +1,7 @@
 """What a run will take: FLOPs, hours and memory, from its config alone."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,15 @@ def _share(config: TrainConfig, gpus: int) -> int:
     if config.train.parallel == "fsdp":
         return gpus
     return min(gpus, config.train.shard_size or _GPUS_OF_A_MACHINE)
+
+
+def training_of_run(run: str, config: TrainConfig) -> dict[str, Any]:
+    """Steps and EFLOPs of a run's training, as far as its folder says."""
+    from elit.training.checkpoint import checkpoint_steps
+
+    steps = max(checkpoint_steps(Path(run) / "checkpoints"), default=config.train.steps)
+    config = replace(config, train=replace(config.train, steps=steps))
+    try:
+        return {"steps": steps, "eflops": estimate(config, gpus=1)["total_eflops"]}
+    except ValueError:  # a retrofit of a base that has no known size
+        return {"steps": steps, "eflops": None}

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from elit._random import generator, seed_of
 from elit.data import ImageDataset
+from elit.evaluation.samples import cell_size
 from elit.flow.guidance import CheapCFG
 from elit.flow.objective import SigmaDensity, flow_matching_loss
 from elit.inspection.left_out import PARTS, has_original_core, leave_out
 from elit.interface.budget import format_budget
 from elit.models.elastic import ElasticMixin
-from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.budgets import draw_budgets
 from elit.training.conditioning import Conditioning
 from elit.training.config import SampleConfig
@@ -172,12 +172,3 @@ def _on_device(vae: Any, device: torch.device) -> Iterator[None]:
     finally:
         if vae is not None:
             vae.to("cpu")
-
-
-def cell_size(pipeline: ElasticPipeline) -> int:
-    """Least side of a picture on a sheet: a strip of four frames, or one with a text above, is
-    wide.
-    """
-    if pipeline.draws_clips:
-        return 256
-    return 96 if pipeline.transformer.takes_text else 64

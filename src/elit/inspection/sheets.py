@@ -1,4 +1,4 @@
-"""The sheets of `elit inspect`."""
+"""Sheets of an inspection: where Read looks and the loss is, samples, what latents are worth."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from elit.cli.inspect_data import to_pictures
 from elit.inspection.inspector import (
     Inspector,
     Maps,
@@ -19,6 +18,7 @@ from elit.inspection.inspector import (
 )
 from elit.inspection.left_out import PARTS
 from elit.inspection.numbers import mean_over_levels
+from elit.inspection.subject import to_pictures
 from elit.interface.budget import format_budget
 from elit.interface.grid import TokenGrid
 from elit.pipelines.base import ElasticPipeline

@@ -16,6 +16,7 @@ from elit.models.presets import (
     preset_frames_per_latent,
     preset_inputs,
 )
+from elit.pipelines.folder import check_model_config, draws_images, read_config
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,32 @@ class Shape:
         """Frames of a clip; None of an image."""
         length = self.cost.sample_size[:-2]
         return (length[0] - 1) * self.time_scale + 1 if length else None
+
+    @property
+    def input_size(self) -> str:
+        """Size of its input in words: "256 px", "29 frames of 256x512 px", "32x32 VAE latents"."""
+        if self.vae_scale == 1 and not draws_images(self.config["in_channels"]):
+            return f"{'x'.join(map(str, self.cost.sample_size))} VAE latents"
+        sides = self.resolution if isinstance(self.resolution, list) else [self.resolution]
+        frames = "" if self.frames is None else f"{self.frames} frames of "
+        return f"{frames}{'x'.join(map(str, sides))} px"
+
+    def describe(self) -> dict[str, Any]:
+        """Config, size, split, groups and budgets, in plain types."""
+        cost = self.cost
+        kept = range(cost.min_latents, cost.max_latents + 1) if cost.is_elastic else []
+        return {
+            "model": self.name,
+            "resolution": self.resolution,
+            "frames": self.frames,
+            "parameters": cost.parameters,
+            "split": list(cost.split),
+            "group": None if cost.group is None else list(cost.group),
+            "max_latents": cost.max_latents,
+            "min_latents": cost.min_latents,
+            "budgets": [cost.budget_of(n) for n in kept] or [1.0],
+            "config": self.config,
+        }
 
 
 def load_shape(
@@ -106,8 +133,6 @@ def _find_shape(name: str, resolution: int | None) -> Shape:
 
 
 def _checkpoint_shape(folder: Path, resolution: int | None) -> Shape:
-    from elit.pipelines.folder import check_model_config, read_config
-
     is_pipeline = (folder / "transformer" / "config.json").exists()
     file = folder / "transformer" / "config.json" if is_pipeline else folder / "config.json"
     if not file.exists():
@@ -141,8 +166,6 @@ def _checkpoint_shape(folder: Path, resolution: int | None) -> Shape:
 
 def _vae_scales(file: Path) -> tuple[int, int]:
     """Pixels per element of the VAE latents along an axis of space, frames along time."""
-    from elit.pipelines.folder import read_config
-
     if not file.exists():
         return 1, 1
     import torch

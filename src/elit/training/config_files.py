@@ -15,6 +15,7 @@ from elit._files import typed_path
 from elit._plain import describe_type, fits_type, from_plain
 from elit.training.config import TrainConfig
 
+FROM_BASE = ("seed", "data", "text", "objective")  # what a fine-tuning takes from its base's run
 BASE = "base"  # key of a YAML file: another one, whose values hold where this one has none
 
 
@@ -115,11 +116,36 @@ def load_config(
     fields = {field.key: field for field in config_fields()}
     for key, text in overrides.items():
         field = fields.get(key)
-        value = text if field is not None and _is_text(field.hint, text) else _read_flag(key, text)
+        value = text if field is not None and _is_text(field.hint, text) else read_flag(key, text)
         if field is not None:
             value = from_plain(field.hint, value, f"--{key}")
         _put(values, key.split("."), value)
     return from_plain(TrainConfig, values)
+
+
+def settings_of_base(base: str) -> dict[str, Any]:
+    """What a fine-tuning takes over from the run that trained its base, by `load_config`'s `under`.
+
+    Args:
+        base: folder of a pipeline, or its name on the hub.
+    """
+    from elit.pipelines.folder import may_be_on_hub
+
+    if not (Path(base).is_dir() or may_be_on_hub(base)):
+        raise ValueError(
+            f"there is no folder {base}; give the output_dir of `elit train`, or a folder "
+            f"that save_pretrained wrote; `hf download NAME --local-dir FOLDER` fetches one"
+        )
+    file = Path(base) / "config.yaml"
+    trained = read_yaml(file) if file.exists() else {}
+    taken = {key: trained[key] for key in FROM_BASE if key in trained}
+    return {**taken, "retrofit": {"base": base}}
+
+
+def config_of_run(run: str) -> TrainConfig | None:
+    """The config that a run was trained by; None where its folder has none."""
+    file = Path(run) / "config.yaml"
+    return load_config(str(file), {}) if file.is_file() else None
 
 
 def _is_text(hint: Any, text: str) -> bool:
@@ -128,7 +154,8 @@ def _is_text(hint: Any, text: str) -> bool:
     return is_literal or hint is str or (hint == (str | None) and text != "null")
 
 
-def _read_flag(key: str, text: str) -> Any:
+def read_flag(key: str, text: str) -> Any:
+    """The value of a flag, as YAML has it."""
     try:
         return _load_yaml(text)
     except ValueError as error:

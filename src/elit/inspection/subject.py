@@ -1,73 +1,54 @@
-"""What `elit inspect` looks at: images of a run's own data set, and their pictures."""
+"""What an inspection looks at: images of a data set with their conditions, and their pictures."""
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elit.cli.config import load_config
-from elit.data import ImageDataset, load_dataset
+from elit.data import ImageDataset
 from elit.inspection.inspector import Subject
 from elit.pipelines.autoencoder import decode
 from elit.pipelines.base import ElasticPipeline
-from elit.training.conditioning import stored_texts
 
 SHOWN = 4  # images on the sheets
-_OPTION = "data.options."
 
 
-def load_subject(
-    args: argparse.Namespace, pipeline: ElasticPipeline
-) -> tuple[Subject, dict[str, Any]]:
-    """Images of a data set with their conditions, and what to tell of them."""
-    dataset, about = run_dataset(args)
-    model = pipeline.transformer
-    indices = spread_indices(dataset, args.images)
+def choose_subject(
+    pipeline: ElasticPipeline,
+    dataset: ImageDataset,
+    name: str,
+    count: int = 32,
+    draws: int = 4,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> tuple[Subject, list[int], list[str]]:
+    """Images of a data set with their conditions, their indices, and a name for each.
+
+    Args:
+        pipeline: on its device; its model is what is looked into.
+        dataset: such as the model was trained on.
+        name: of the data set, for messages.
+        count: images, spread over the data set.
+        draws: of noise for each image, an even number.
+        seed: of the noise.
+        batch_size: samples of a forward.
+    """
+    indices = spread_indices(dataset, count)
     batch = dataset.batch(indices)
     images = batch["images"]
     posterior = None
     if dataset.has_posterior:
-        draw = torch.Generator().manual_seed(args.seed)
         shape = len(images), *dataset.seen_shape(images)
-        posterior = torch.randn(shape, generator=draw)
+        posterior = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     images = dataset.on_device(images, posterior)
     try:
-        model.token_grid(images)
+        pipeline.transformer.token_grid(images)
     except ValueError as error:
         raise ValueError(
-            f"{about['data']} doesn't fit {args.run}: {error}. Choose what it was trained on by "
-            f"--data"
+            f"{name} doesn't fit the model: {error}. Choose what it was trained on by --data"
         ) from error
-    condition, names = conditions(batch, dataset, pipeline, about["data"])
-    subject = Subject(images, condition, args.seed, args.draws, args.batch_size)
-    about |= {"images": len(images), "indices": indices, "names": names}
-    return subject, about
-
-
-def run_dataset(args: argparse.Namespace) -> tuple[ImageDataset, dict[str, Any]]:
-    """The data set that a run was trained on, or the one of the flags."""
-    import yaml
-
-    given = {
-        key.removeprefix(_OPTION): yaml.safe_load(value)
-        for key, value in vars(args).items()
-        if key.startswith(_OPTION)
-    }
-    file = Path(args.run) / "config.yaml"
-    if args.data is not None:
-        name, options = args.data, given
-    elif file.is_file():
-        config = load_config(str(file), {})
-        name, options = config.data.name, {**config.data.options, **given}
-    else:
-        raise ValueError(
-            f"{args.run} has no config.yaml, which would say what it was trained on; choose a data "
-            f"set with --data, such as --data digits"
-        )
-    dataset = load_dataset(name, args.split, **options)
-    return dataset, {"data": name, "options": options, "split": args.split}
+    condition, names = conditions(batch, dataset, pipeline, name)
+    return Subject(images, condition, seed, draws, batch_size), indices, names
 
 
 def spread_indices(dataset: ImageDataset, count: int) -> list[int]:
@@ -109,7 +90,8 @@ def conditions(
             )
         return {"class_labels": labels}, [dataset.class_names[i] for i in labels.tolist()]
     if dataset.encodings:
-        return stored_texts(batch, dataset.encodings, {}, torch.device("cpu"), None), captions
+        stored = {key: batch[key] for key in dataset.encodings}
+        return {k: x.float() if x.is_floating_point() else x for k, x in stored.items()}, captions
     if not dataset.has_captions:
         raise ValueError(
             f"the model reads texts, but the data set {name} has none; choose what it was trained "
