@@ -6,6 +6,7 @@ check a source that breaks it.
 
 import ast
 import functools
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -220,6 +221,21 @@ def test_source_keeps(rule) -> None:
         where = path.relative_to(SRC.parents[1])
         messages += [f"{where}, {message}" for message in rule(tree, module, is_package)]
     assert not messages, "\n" + "\n".join(messages)
+
+
+def test_no_files_import_one_another_in_a_circle() -> None:
+    names = {".".join(path.relative_to(SRC.parent).with_suffix("").parts): path for path in FILES}
+    graph = {}
+    for name, path in names.items():
+        if path.stem == "__init__":  # front doors name what lies behind them
+            continue
+        imports = imported_modules(parse(path), name, is_package=False)
+        known = (t if t in names else t.rpartition(".")[0] for _, t in imports)
+        graph[name] = {target for target in known if target in names and target != name}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_the_front_door_stays_quick() -> None:

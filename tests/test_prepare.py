@@ -733,7 +733,7 @@ def test_captions_that_are_cut_off_are_counted(kind, cut, tmp_path, caplog) -> N
 
 def test_texts_take_the_arguments_that_finetuning_feeds() -> None:
     from elit.preparation.texts import PIPELINES
-    from elit.training.build import FLOW_TRANSFORMERS
+    from elit.retrofit.known import FLOW_TRANSFORMERS
 
     assert len(PIPELINES) == len(FLOW_TRANSFORMERS)
 

@@ -23,7 +23,7 @@ _LONGEST = 256  # tokens, of an encoder that knows no limit
 _STATES, _MASK, _POOLED = "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"
 _QWEN, _QWEN_MASK = "QwenImagePipeline", "encoder_hidden_states_mask"
 # Pipeline: arguments of its transformer, in the order in which its encode_prompt gives them; None
-# is left out. They are those of training.build.FLOW_TRANSFORMERS.
+# is left out. They are those of retrofit.known.FLOW_TRANSFORMERS.
 PIPELINES: dict[str, tuple[str | None, ...]] = {
     "StableDiffusion3Pipeline": (_STATES, None, _POOLED, None),
     "FluxPipeline": (_STATES, _POOLED, None),

@@ -145,3 +145,19 @@ def find_layout(model: nn.Module) -> Layout:
         + (f" (did you mean {near}?)" if near else "")
         + f": {', '.join(LAYOUTS)}. Say how it is laid out: layout=Layout(blocks='blocks', ...)"
     )
+
+
+# Those that predict noise - data, as ours do: scale of the timestep, and how (B, C, h, w) becomes
+# tokens: None is left to the model.
+FLOW_TRANSFORMERS = {
+    "SD3Transformer2DModel": (1000.0, None),
+    "WanTransformer3DModel": (1000.0, None),
+    "CogView4Transformer2DModel": (1000.0, None),
+    "FluxTransformer2DModel": (1.0, "flux"),
+    "QwenImageTransformer2DModel": (1.0, "qwen"),
+}
+
+
+def is_foreign(model: Any) -> bool:
+    """Whether a model is one of diffusers', also after it was made elastic."""
+    return any(kind.__name__ in FLOW_TRANSFORMERS for kind in type(model).__mro__)

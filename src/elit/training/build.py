@@ -21,6 +21,7 @@ from elit.models.presets import DEFAULT_VOCAB_SIZE, nearest_resolution, preset_c
 from elit.pipelines.autoencoder import scale_and_shift
 from elit.pipelines.text_encoder import encoder_settings, load_text_encoder
 from elit.preparation.autoencoder import load_vae, weights_sha256
+from elit.retrofit.known import is_foreign
 from elit.training.conditioning import (
     STATES,
     Conditioning,
@@ -40,21 +41,7 @@ logger = logging.getLogger(__name__)
 MakeModel = Callable[[TrainConfig, ImageDataset, Mapping[str, Any]], Any]
 """(config, data set, arguments that follow from the text encoder) -> model on the CPU"""
 
-# Class: scale of its timestep, and how (B, C, h, w) becomes tokens: None is left to the model.
-FLOW_TRANSFORMERS = {
-    "SD3Transformer2DModel": (1000.0, None),
-    "WanTransformer3DModel": (1000.0, None),
-    "CogView4Transformer2DModel": (1000.0, None),
-    "FluxTransformer2DModel": (1.0, "flux"),
-    "QwenImageTransformer2DModel": (1.0, "qwen"),
-}
-
 MASK, POOLED = "encoder_attention_mask", "pooled_projections"
-
-
-def is_foreign(model: Any) -> bool:
-    """Whether a model is one of diffusers', also after it was made elastic."""
-    return any(kind.__name__ in FLOW_TRANSFORMERS for kind in type(model).__mro__)
 
 
 def build_parts(

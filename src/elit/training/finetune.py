@@ -24,7 +24,7 @@ from elit.pipelines.load import load_pipeline
 from elit.retrofit.elastic import PREFIX
 from elit.retrofit.elasticize import elasticize
 from elit.retrofit.files import load_elastic, save_interface
-from elit.training.build import FLOW_TRANSFORMERS, is_foreign
+from elit.retrofit.known import FLOW_TRANSFORMERS, is_foreign
 from elit.training.conditioning import STATES, Arguments, Conditioning, stored_texts
 from elit.training.config import RetrofitConfig, TextConfig, TrainConfig
 

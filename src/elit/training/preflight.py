@@ -15,12 +15,12 @@ from elit.data.order import StepBatches
 from elit.flow.objective import SigmaDensity
 from elit.models.elastic import ElasticMixin
 from elit.models.presets import preset_model
+from elit.retrofit.known import is_foreign
 from elit.training.build import (
     build_model,
     check_buckets,
     check_condition,
     check_draws,
-    is_foreign,
     latents_to_show,
     load_run_vae,
     tail_dropping,
