@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+import elit
 from elit.cli import reproduce as command
 from elit.cli.main import command_parser, main
 from elit.interface.budget import format_budget
@@ -38,7 +39,7 @@ from elit.reproduce.report import PAGE, PICTURE, RESULTS, TABLE, summary
 from elit.reproduce.runs import VARIANTS, Piece, Trainings, equal_steps
 from elit.reproduce.scales import SCALES, Scale, Size
 from elit.reproduce.spread import SpreadDiT, build_spread_model, gather, spread
-from elit.reproduce.study import STAMP, reproduce, without_words
+from elit.reproduce.study import _ROOMS, STAMP, reproduce, without_words
 from elit.reproduce.workers import Workers, way_out
 from elit.training.config import DataConfig
 from elit.training.config_files import load_config
@@ -321,6 +322,7 @@ def test_only_what_code_does_counts() -> None:
     one = without_words('"""Says."""\ndef f(x):\n    """Adds."""\n    return x + 1  # one\n')
     assert one == without_words("def f(x):\n\n    return (x + 1)\n")
     assert one != without_words("def f(x):\n    return x + 2\n")
+    assert all((Path(elit.__file__).parent / room).exists() for room in _ROOMS)
 
 
 @pytest.mark.parametrize("name", ["workers", "seeds"])
