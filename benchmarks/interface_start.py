@@ -20,7 +20,7 @@ from torch import nn
 
 from elit._tables import format_table
 from elit.reproduce.measure import Bench
-from elit.reproduce.runs import SHOWN_BUDGETS, Trainings
+from elit.reproduce.runs import SHOWN_BUDGETS, VARIANTS, Trainings
 from elit.reproduce.scales import SCALES
 from elit.training.build import build_model
 from elit.training.config import DataConfig
@@ -75,7 +75,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     data = DataConfig("fashion-mnist", {"path": args.data})
-    bench, rows = Bench(data, SCALES["small"].images, "cpu"), []
+    bench, rows = Bench(Trainings(SCALES["small"], Path(args.out), data)), []
     for name in args.starts:
         for lr in args.lr:
             size = replace(SCALES["small"].sizes[0], steps=args.steps, lr=lr)
@@ -89,11 +89,12 @@ def main() -> None:
                     config,
                     make_model=partial(build_started, STARTS[name]) if STARTS[name] else None,
                 )
-                model = trainings.model_class(variant).from_pretrained(
-                    Path(config.output_dir) / "transformer"
-                )
+                model_class = VARIANTS[variant].model_class
+                model = model_class.from_pretrained(Path(config.output_dir) / "transformer")
                 budgets = SHOWN_BUDGETS if model.is_elastic else (1.0,)
-                found = bench.losses(model, [(model.resolve_budget(b), None) for b in budgets])
+                found = bench.losses(
+                    model, [{"num_latents": model.resolve_budget(b)} for b in budgets]
+                )
                 losses.append([float(loss.mean()) for loss in found])
             cells = [f"{sum(x) / len(x):.4f}" for x in zip(*losses, strict=True)]
             rows.append([name, f"{lr:g}", *cells, *[""] * (len(SHOWN_BUDGETS) - len(cells))])

@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,7 @@ def write_tree(draw: random.Random, path: Path, tree: Any) -> list[str]:
 
 
 def run_cases(
-    case: Callable[[random.Random, Path], str | None], seeds: range, folder: Path
+    case: Callable[[random.Random, Path], str | None], seeds: Iterable[int], folder: Path
 ) -> list[str]:
     """Run a case for each seed, in a folder of its own; what went wrong, by its seed."""
     wrong = []
@@ -180,10 +180,8 @@ def run_cases(
             with time_limit():
                 fault = case(random.Random(seed), place)
         except (Exception, TookTooLongError) as error:
-            at = [
-                f"{Path(f.filename).name}:{f.lineno}"
-                for f in traceback.extract_tb(error.__traceback__)
-            ]
+            frames = traceback.extract_tb(error.__traceback__)
+            at = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
             fault = f"{type(error).__name__}: {str(error)[:300]} ({', '.join(at[-4:])})"
         if fault is not None:
             wrong.append(f"seed {seed}: {fault}")

@@ -11,27 +11,16 @@ from retrofit_models import make
 
 @dataclass(frozen=True)
 class Stock:
-    """A stock pipeline.
+    """A stock pipeline."""
 
-    Attributes:
-        transformer: its name in `FOREIGN`.
-        build: makes the pipeline of a transformer.
-        inputs: its arguments without guidance.
-        guided: those that switch guidance on.
-        unguided: those that switch it off.
-        calls: of a guided step: "cond", "uncond", or "both" in one batch.
-        text_in_core: tokens of the text that the core's blocks get in one tensor with the image's.
-        extra: more arguments.
-    """
-
-    transformer: str
-    build: Callable[[Any], Any]
-    inputs: Callable[[], dict[str, Any]]
-    guided: Callable[[], dict[str, Any]]
-    unguided: dict[str, Any]
-    calls: tuple[str, ...] = ("both",)
-    text_in_core: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
+    transformer: str  # its name in `FOREIGN`
+    build: Callable[[Any], Any]  # makes the pipeline of a transformer
+    inputs: Callable[[], dict[str, Any]]  # its arguments without guidance
+    guided: Callable[[], dict[str, Any]]  # those that switch guidance on
+    unguided: dict[str, Any]  # those that switch it off
+    calls: tuple[str, ...] = ("both",)  # of a guided step: "cond", "uncond", or both in one batch
+    text_in_core: int = 0  # tokens of the text that the core's blocks get in one tensor
+    extra: dict[str, Any] = field(default_factory=dict)  # more arguments
 
 
 def text(seed: int = 1, width: int = 12) -> torch.Tensor:
@@ -63,35 +52,37 @@ def tiny_vae() -> Any:
 
 
 MASK, CLIP = torch.ones(1, 5, dtype=torch.long), {"num_frames": 13, "height": 128, "width": 64}
+IMAGE, OFF = {"height": 128, "width": 64}, {"guidance_scale": 1.0}
+APART = {"calls": ("cond", "uncond")}
+
+
+def prompt(dim: int = 12, mask: torch.Tensor | None = None, **more: Any) -> Callable[[], dict]:
+    """Arguments of a text, and more."""
+    masks = {} if mask is None else {"prompt_attention_mask": mask}
+    return lambda: {"prompt_embeds": text(1, dim)} | masks | more
+
+
+def away(
+    dim: int = 12, mask: torch.Tensor | None = None, scale: str = "guidance_scale", **more: Any
+) -> Callable[[], dict]:
+    """Arguments of guidance away from another text, and more."""
+    masks = {} if mask is None else {"negative_prompt_attention_mask": mask}
+    return lambda: {"negative_prompt_embeds": text(2, dim), scale: 3.0} | masks | more
+
+
+POOLED = {"pooled_prompt_embeds": pooled(1)}
+AWAY_POOLED = {"negative_pooled_prompt_embeds": pooled(2)}
 STOCK = {
     "qwen": Stock(
-        "qwen",
-        _without(diffusers.QwenImagePipeline, _euler),
-        lambda: {"prompt_embeds": text(1), "height": 128, "width": 64},
-        lambda: {"negative_prompt_embeds": text(2), "true_cfg_scale": 3.0},
-        {},
-        calls=("cond", "uncond"),
+        "qwen", _without(diffusers.QwenImagePipeline, _euler), prompt(**IMAGE),
+        away(scale="true_cfg_scale"), {}, **APART,
     ),
     "flux": Stock(
-        "flux",
-        _without(diffusers.FluxPipeline, _euler, "text_encoder_2", "tokenizer_2"),
-        lambda: {
-            "prompt_embeds": text(1), "pooled_prompt_embeds": pooled(1), "height": 128, "width": 64
-        },
-        lambda: {
-            "negative_prompt_embeds": text(2), "negative_pooled_prompt_embeds": pooled(2),
-            "true_cfg_scale": 3.0,
-        },
-        {},
-        calls=("cond", "uncond"),
+        "flux", _without(diffusers.FluxPipeline, _euler, "text_encoder_2", "tokenizer_2"),
+        prompt(**POOLED, **IMAGE), away(scale="true_cfg_scale", **AWAY_POOLED), {}, **APART,
     ),
     "wan": Stock(
-        "wan",
-        _without(diffusers.WanPipeline, _euler),
-        lambda: {"prompt_embeds": text(1), **CLIP},
-        lambda: {"negative_prompt_embeds": text(2), "guidance_scale": 3.0},
-        {"guidance_scale": 1.0},
-        calls=("cond", "uncond"),
+        "wan", _without(diffusers.WanPipeline, _euler), prompt(**CLIP), away(), OFF, **APART
     ),
     "sd3": Stock(
         "sd3",
@@ -99,79 +90,37 @@ STOCK = {
             diffusers.StableDiffusion3Pipeline, _euler,
             "text_encoder_2", "text_encoder_3", "tokenizer_2", "tokenizer_3",
         ),
-        lambda: {
-            "prompt_embeds": text(1), "pooled_prompt_embeds": pooled(1), "height": 128, "width": 64
-        },
-        lambda: {
-            "negative_prompt_embeds": text(2), "negative_pooled_prompt_embeds": pooled(2),
-            "guidance_scale": 3.0,
-        },
-        {"guidance_scale": 1.0},
+        prompt(**POOLED, **IMAGE), away(**AWAY_POOLED), OFF,
     ),
     "dit": Stock(
         "dit",
         lambda model: diffusers.DiTPipeline(model, tiny_vae(), diffusers.DDIMScheduler()),
-        lambda: {"class_labels": [3]},
-        lambda: {"guidance_scale": 3.0},
-        {"guidance_scale": 1.0},
+        lambda: {"class_labels": [3]}, lambda: {"guidance_scale": 3.0}, OFF,
         extra={"output_type": "np"},
     ),
     "pixart": Stock(
-        "pixart",
-        _without(diffusers.PixArtAlphaPipeline, diffusers.DDIMScheduler),
-        lambda: {
-            "prompt_embeds": text(1), "prompt_attention_mask": MASK, "negative_prompt": None,
-            "height": 128, "width": 64, "use_resolution_binning": False,
-        },
-        lambda: {
-            "negative_prompt_embeds": text(2), "negative_prompt_attention_mask": MASK,
-            "guidance_scale": 3.0,
-        },
-        {"guidance_scale": 1.0},
+        "pixart", _without(diffusers.PixArtAlphaPipeline, diffusers.DDIMScheduler),
+        prompt(mask=MASK, negative_prompt=None, **IMAGE, use_resolution_binning=False),
+        away(mask=MASK), OFF,
     ),
 }  # fmt: skip
 
 MORE = {
     "ltx": Stock(
-        "ltx",
-        _without(diffusers.LTXPipeline, _euler),
-        lambda: {
-            "prompt_embeds": text(1), "prompt_attention_mask": MASK.bool(),
-            "num_frames": 25, "height": 256, "width": 128,
-        },
-        lambda: {
-            "negative_prompt_embeds": text(2), "negative_prompt_attention_mask": MASK.bool(),
-            "guidance_scale": 3.0,
-        },
-        {"guidance_scale": 1.0},
+        "ltx", _without(diffusers.LTXPipeline, _euler),
+        prompt(mask=MASK.bool(), num_frames=25, height=256, width=128), away(mask=MASK.bool()), OFF,
     ),
     "cogvideox": Stock(
-        "cogvideox",
-        _without(diffusers.CogVideoXPipeline, diffusers.CogVideoXDDIMScheduler),
-        lambda: {"prompt_embeds": text(1), **CLIP},
-        lambda: {"negative_prompt_embeds": text(2), "guidance_scale": 3.0},
-        {"guidance_scale": 1.0},
+        "cogvideox", _without(diffusers.CogVideoXPipeline, diffusers.CogVideoXDDIMScheduler),
+        prompt(**CLIP), away(), OFF,
     ),
     "mochi": Stock(
-        "mochi",
-        _without(diffusers.MochiPipeline, _euler),
-        lambda: {
-            "prompt_embeds": text(1, 16), "prompt_attention_mask": MASK.bool(),
-            "num_frames": 19, "height": 128, "width": 64,
-        },
-        lambda: {
-            "negative_prompt_embeds": text(2, 16), "negative_prompt_attention_mask": MASK.bool(),
-            "guidance_scale": 3.0,
-        },
-        {"guidance_scale": 1.0},
+        "mochi", _without(diffusers.MochiPipeline, _euler),
+        prompt(16, MASK.bool(), **CLIP | {"num_frames": 19}), away(16, MASK.bool()), OFF,
     ),
     "cogview4": Stock(
-        "cogview4",
-        _without(diffusers.CogView4Pipeline, _euler),
-        lambda: {"prompt_embeds": text(1), "height": 128, "width": 64},
-        lambda: {"negative_prompt_embeds": text(2), "guidance_scale": 3.0},
-        {"guidance_scale": 1.0},
-        calls=("cond", "uncond"),
+        "cogview4", _without(diffusers.CogView4Pipeline, _euler), prompt(**IMAGE), away(), OFF,
+        **APART,
     ),
 }  # fmt: skip
 ALL = STOCK | MORE

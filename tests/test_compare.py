@@ -172,14 +172,7 @@ def test_mistakes_are_told(compare, tmp_path, words, message) -> None:
         ({"reference": {"name": "other", "digest": "beef"}}, r"reference \(c0ffee and beef\)"),
         ({"reference": None}, r"reference \(c0ffee and None\)"),
         ({"networks": []}, r"networks \(classifier sha256:77aa and none\)"),
-        (
-            {
-                "networks": [
-                    {"name": "classifier", "weights": "sha256:77aa", "preprocessing": "8 px"}
-                ]
-            },
-            "networks",
-        ),
+        ({"networks": [NETWORK | {"preprocessing": "8 px"}]}, "networks"),
         ({"samples": 9, "seed": 7}, r"samples \(1000 and 9\), seed \(0 and 7\); run"),
     ],
 )
@@ -296,7 +289,12 @@ HUGE = 10**400
         (row(steps=0), "row 5: steps 0"),
         (row(guidance="zz"), "row 5: guidance 'zz'"),
         (row(guidance=[]), "row 5: guidance"),
+        (row(guidance=["cfg"]), "row 5: guidance "),
+        (row(sampler=["a"]), "row 5: sampler "),
+        (row(budget=HUGE), "row 5: budget "),
+        (row(steps=1.5), "row 5: steps 1.5"),
         (row(scale="zz"), "row 5: scale 'zz'"),
+        (row(scale=None), "row 5: scale None"),
         (row(interval=[0.5]), "row 5: interval"),
         (row(interval={}), "row 5: interval"),
         (row(interval=[0.9, 0.1]), "row 5: interval"),

@@ -92,18 +92,23 @@ def test_densities(density: SigmaDensity, quantile) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("make", "arguments", "message"),
     [
-        (("cosine",), "density 'cosine' is unknown; use 'logit_normal' or 'uniform'"),
-        (("logit_normal", 0.0, 0.0), r"std 0\.0 is not allowed; .* std is positive"),
-        (("logit_normal", 0.0, -1.0), r"std -1\.0"),
-        (("logit_normal", 0.0, math.nan), "std nan"),
-        (("logit_normal", math.inf), "mean inf"),
+        (SigmaDensity, ("cosine",), "density 'cosine' is unknown; use 'logit_normal' or 'uniform'"),
+        (SigmaDensity, ("logit_normal", 0.0, 0.0), r"std 0\.0 is not allowed; .* std is positive"),
+        (SigmaDensity, ("logit_normal", 0.0, -1.0), r"std -1\.0"),
+        (SigmaDensity, ("logit_normal", 0.0, math.nan), "std nan"),
+        (SigmaDensity, ("logit_normal", math.inf), "mean inf"),
+        (SigmaDensity, ("uniform", -0.5, 0.8), "have no effect on a uniform density"),
+        (AutoGuidance, (3.0, "low"), r"guide budget 'low' .*'lowest'"),
+        (CheapCFG, (3.0, "low"), r"guide budget 'low' .*'lowest'"),
+        (lambda: Guidance(3.0, drop_label=False, budget=None), (), "drop_label"),
+        (make_scheduler, ("ddim",), "unknown sampler 'ddim': use one of 'euler', 'heun', "),
     ],
 )
-def test_bad_densities(arguments: tuple, message: str) -> None:
+def test_what_is_refused(make, arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SigmaDensity(*arguments)
+        make(*arguments)
 
 
 # ---- guidance ----
@@ -223,17 +228,6 @@ def test_bad_guidance(make, arguments: dict, message: str) -> None:
         make(**arguments)
 
 
-@pytest.mark.parametrize("make", [AutoGuidance, CheapCFG])
-def test_a_guide_of_unknown_budget_is_refused(make) -> None:
-    with pytest.raises(ValueError, match=r"guide budget 'low' .*'lowest'"):
-        make(3.0, budget="low")
-
-
-def test_a_guide_like_the_prediction_is_refused() -> None:
-    with pytest.raises(ValueError, match="drop_label"):
-        Guidance(3.0, drop_label=False, budget=None)
-
-
 # ---- samplers ----
 
 
@@ -306,7 +300,7 @@ def test_euler_and_heun_are_the_rectangle_and_trapezoid_rules() -> None:
 
 
 # Not Euler-Maruyama: its last step, without noise, still follows the drift of the SDE.
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "euler-maruyama"])
+@pytest.mark.parametrize("sampler", ODE_SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_every_ode_sampler_lands_on_a_single_image(sampler: str, steps: int) -> None:
     """All data in one point: the paths are straight, and any number of steps is exact."""
@@ -531,6 +525,10 @@ def test_noise_levels_of_each_sampler() -> None:
     """One for each call of the model, read from `sigmas`: `timesteps` may be rounded."""
     quarters = [1, 0.75, 0.5, 0.25]
     assert start_sampling(make_scheduler("euler"), 4, "cpu") == pytest.approx(quarters)
+    twice = [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]  # 2N - 1 calls
+    assert start_sampling(make_scheduler("heun"), 4, "cpu") == twice
+    shifted = start_sampling(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), 4, "cpu")
+    assert shifted == pytest.approx([3 * s / (1 + 2 * s) for s in quarters])
     thirds = [1, 0.68, 0.36, 0.04]
     assert start_sampling(make_scheduler("euler-maruyama"), 4, "cpu") == pytest.approx(thirds)
     for sampler in ("unipc", "dpm-solver"):
@@ -551,20 +549,6 @@ def test_levels_fall_and_end_at_zero(sampler: str, steps: int) -> None:
     torch.testing.assert_close(
         scheduler.timesteps.float() / 1000, torch.tensor(levels), atol=1e-3, rtol=0
     )
-
-
-def test_shifted_scheduler_shifts_the_uniform_grid() -> None:
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    levels = start_sampling(scheduler, 4, "cpu")
-    assert levels == pytest.approx([3 * s / (1 + 2 * s) for s in (1, 0.75, 0.5, 0.25)])
-
-
-def test_schedulers_return_outputs_as_diffusers_do() -> None:
-    for sampler in SAMPLERS:
-        scheduler = make_scheduler(sampler)
-        start_sampling(scheduler, 3, "cpu")
-        x = torch.zeros(1, 2)
-        assert scheduler.step(x, scheduler.timesteps[0], x).prev_sample.shape == x.shape
 
 
 @pytest.mark.parametrize("sampler", ["heun", "euler-maruyama"])
@@ -597,8 +581,3 @@ def test_schedulers_that_cannot_do_what_is_asked() -> None:
         start_sampling(make_scheduler("dpm-solver"), 2, "cpu", sigmas=[1.0, 0.5])
     with pytest.raises(ValueError, match="DDIMScheduler is not a flow-matching scheduler"):
         start_sampling(diffusers.DDIMScheduler(), 2, "cpu")
-
-
-def test_unknown_sampler() -> None:
-    with pytest.raises(ValueError, match="unknown sampler 'ddim': use one of 'euler', 'heun', "):
-        make_scheduler("ddim")

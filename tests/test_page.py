@@ -21,7 +21,7 @@ from sweeps import GUIDES, INFOS, sweep_report
 from elit._pareto import best_within, pareto_front
 from elit.viz.charts import RAMPS, Chart, Line, ramp, svg
 from elit.viz.page import budgets_chart, compare_page, cost_chart, guidance_chart, sweep_page
-from elit.viz.sweeps import Rows, ScoreInfo, best_at_costs, guide_of
+from elit.viz.sweeps import Rows, best_at_costs, guide_of
 
 FID = INFOS["fid"]
 VOID = {"meta", "link", "img", "br"}
@@ -124,9 +124,7 @@ PAGES = {
     "no times": lambda: sweep_page(sweep_report(timed=False, **FEW), INFOS),
     "one score": lambda: sweep_page(sweep_report(**FEW | {"scores": ("kid",)}), INFOS),
     "no scores": lambda: sweep_page(sweep_report(scores=("fid",)) | {"rows": unscored()}, INFOS),
-    "plain": lambda: sweep_page(
-        sweep_report(**FEW | {"budgets": (1,)}), INFOS
-    ),
+    "plain": lambda: sweep_page(sweep_report(**FEW | {"budgets": (1,)}), INFOS),
     "odd": lambda: sweep_page(odd(sweep_report(**FEW)), INFOS),
     "two": lambda: compare_page(
         {"elit <a>": sweep_report(**FEW), "dit": sweep_report(**FEW | {"budgets": (1,)}, seed=1)},
@@ -245,6 +243,8 @@ def test_models_side_by_side_show_where_their_settings_differ(pages) -> None:
 
 
 def test_the_first_choice_of_each_picker_is_shown(pages) -> None:
+    report = sweep_report(**FEW) | {"ranked_by": "is"}  # comes first
+    assert Page(sweep_page(report, INFOS)).all("option")[0]["at"]["value"] == "is"
     for name in ("usual", "two", "plain"):
         page = Page(pages[name])
         first, allowed = {}, {}
@@ -263,11 +263,6 @@ def test_the_first_choice_of_each_picker_is_shown(pages) -> None:
             assert all(v in allowed[k] for k, v in chosen.items())
             assert ("hidden" in element["at"]) == any(first[k] != v for k, v in chosen.items())
         assert {e["at"].get("data-guide") for e in picked} >= set(allowed["guide"])
-
-
-def test_the_score_that_ranks_comes_first() -> None:
-    report = sweep_report(**FEW) | {"ranked_by": "is"}
-    assert Page(sweep_page(report, INFOS)).all("option")[0]["at"]["value"] == "is"
 
 
 def test_sheets_are_in_the_page(pages) -> None:
@@ -296,7 +291,15 @@ def test_what_cannot_be_shown_is_said() -> None:
         compare_page({"a": sweep_report()}, INFOS)
 
 
-def test_what_was_not_measured_is_said(pages) -> None:
+def test_what_was_not_measured_and_what_warns_is_said(pages) -> None:
+    report = sweep_report(**FEW)
+    for row in report["rows"][:3]:
+        row["warnings"] = ["<few> samples"]
+    page = sweep_page(report, INFOS)
+    said = f'<p class="warning">3 of {len(report["rows"])} rows: &lt;few&gt; samples</p>'
+    assert page.count(said) == 1
+    assert page.index(said) < page.index("<h2")
+    assert 'class="warning"' not in pages["usual"]
     assert "No times were measured" in pages["no times"]
     assert "No times were measured" not in pages["usual"]
     assert "ms per image" not in pages["no times"]
@@ -322,11 +325,8 @@ def test_points_lie_where_their_values_say(name) -> None:
     scores = [rows.rows[i]["scores"][name] for i in points]
     assert linear(costs, [x for x, _ in points.values()])
     assert linear(scores, [y for _, y in points.values()])
-    assert points[scores_at(scores, max, points)][1] < points[scores_at(scores, min, points)][1]
-
-
-def scores_at(scores: list[float], which, points) -> int:
-    return list(points)[scores.index(which(scores))]
+    high, low = (list(points.values())[scores.index(f(scores))][1] for f in (max, min))
+    assert high < low
 
 
 CASES = {
@@ -420,6 +420,7 @@ def front_by_force(points: list[tuple], lower: bool) -> set[int]:
 
 @pytest.mark.parametrize("lower", [True, False])
 def test_the_front_is_what_nothing_beats(lower) -> None:
+    assert pareto_front([1, 2, 3, 4], [math.nan, math.inf, True, 5], lower) == [3]
     draw = random.Random(7)
     for _ in range(300):
         numbers = [None, *range(draw.randint(1, 6))]  # many ties
@@ -437,10 +438,6 @@ def test_the_front_is_what_nothing_beats(lower) -> None:
             else:
                 assert costs[best] <= cap
                 assert values[best] == (min if lower else max)(within)
-
-
-def test_the_front_leaves_out_what_is_no_number() -> None:
-    assert pareto_front([1, 2, 3, 4], [math.nan, math.inf, True, 5], True) == [3]
 
 
 @pytest.mark.parametrize("name", ["fid", "accuracy"])
@@ -531,11 +528,8 @@ def test_the_best_at_each_cost(name) -> None:
     assert 3 < len(costs) <= 12
     for cost, best in table:
         for model, i in best.items():
-            within = [
-                row["scores"][name]
-                for row in reports[model]["rows"]
-                if row["gflops_per_image"] <= cost
-            ]
+            rows_of = reports[model]["rows"]
+            within = [r["scores"][name] for r in rows_of if r["gflops_per_image"] <= cost]
             wanted = (min if info.lower_is_better else max)(within, default=None)
             assert (None if i is None else rows.score(i, name)) == wanted
             assert i is None or rows.models[i] == model
@@ -558,33 +552,14 @@ def luminance(colour: str) -> float:
 @pytest.mark.parametrize("count", [2, 5, 16])
 def test_budgets_are_told_apart_without_hues(theme, paper, count) -> None:
     """Lightness goes one way, and all stand out from the paper, the full budget most."""
+    assert ramp(1) == [RAMPS["light"][-1]]
+    assert ramp(4, "dark")[::3] == list(RAMPS["dark"][::3])
     lights = [luminance(colour) for colour in ramp(count, theme)]
     assert len(lights) == count
     assert lights == sorted(lights, reverse=theme == "light")
     for light in lights:
         pair = sorted([light, luminance(paper)])
         assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 3
-
-
-def test_one_budget_has_the_strongest_colour() -> None:
-    assert ramp(1) == [RAMPS["light"][-1]]
-    assert ramp(4, "dark")[::3] == list(RAMPS["dark"][::3])
-
-
-def test_warnings_of_rows_stand_on_top(pages) -> None:
-    report = sweep_report(**FEW)
-    for row in report["rows"][:3]:
-        row["warnings"] = ["<few> samples"]
-    page = sweep_page(report, INFOS)
-    said = f'<p class="warning">3 of {len(report["rows"])} rows: &lt;few&gt; samples</p>'
-    assert page.count(said) == 1
-    assert page.index(said) < page.index("<h2")
-    assert 'class="warning"' not in pages["usual"]
-
-
-def test_a_direction_is_named() -> None:
-    assert ScoreInfo("FID", True).axis() == "FID, lower is better"
-    assert INFOS["is"].axis() == "Inception Score, higher is better"
 
 
 ALONE = """

@@ -126,14 +126,11 @@ def test_padding_never_leaks(words: bool) -> None:
     assert not torch.allclose(run(changed, mask)[1], out[1], atol=1e-3)
 
 
-def test_the_order_of_words_matters() -> None:
+def test_the_order_of_words_and_a_vector_for_the_whole_text_count() -> None:
     condition = [encode([text], word_model().config) for text in ("red on blue", "blue on red")]
     model, samples = word_model(), torch.randn(1, 3, 8, 8)
     outs = [model(samples, 0.5, **c).sample for c in condition]
     assert not torch.allclose(*outs, atol=1e-3)
-
-
-def test_a_vector_for_the_whole_text_counts() -> None:
     model = state_model(pooled_dim=6)
     samples, condition = torch.randn(2, 3, 8, 8), model.example_condition(2)
     out = model(samples, 0.5, **condition).sample
@@ -142,6 +139,8 @@ def test_a_vector_for_the_whole_text_counts() -> None:
 
 
 # ---- what the model refuses ----
+
+RIGHT = {"encoder_hidden_states": torch.zeros(2, 3, 16)}
 
 
 @pytest.mark.parametrize(
@@ -152,22 +151,12 @@ def test_a_vector_for_the_whole_text_counts() -> None:
         ({"encoder_hidden_states": torch.zeros(2, 3, 8)}, r"shape \(2, 3, 8\) does not fit"),
         ({"encoder_hidden_states": torch.zeros(1, 3, 16)}, r"shape \(1, 3, 16\) does not fit"),
         ({"encoder_hidden_states": torch.zeros(2, 13, 16)}, "13 tokens is too long.* 12 at most"),
-        (
-            {
-                "encoder_hidden_states": torch.zeros(2, 3, 16),
-                "encoder_attention_mask": torch.ones(2, 3),
-            },
-            r"encoder_attention_mask of \(2, 3\) torch.float32 does not fit.*bool",
-        ),
-        (
-            {
-                "encoder_hidden_states": torch.zeros(2, 3, 16),
-                "pooled_projections": torch.ones(2, 3),
-            },
-            r"pooled_projections of shape \(2, 3\) do not fit; this model takes none",
-        ),
+        ({**RIGHT, "encoder_attention_mask": torch.ones(2, 3)},
+         r"encoder_attention_mask of \(2, 3\) torch.float32 does not fit.*bool"),
+        ({**RIGHT, "pooled_projections": torch.ones(2, 3)},
+         r"pooled_projections of shape \(2, 3\) do not fit; this model takes none"),
     ],
-)
+)  # fmt: skip
 def test_texts_that_do_not_fit(condition: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         state_model()(torch.zeros(2, 3, 8, 8), 0.5, **condition)
@@ -266,10 +255,7 @@ def test_no_mask_hides_nothing() -> None:
         ("red", r"prompt_embeds is \('red', 'red'\); give what encode_prompt returned"),
         ({"encoder_hidden_states": [[1, 2]]}, "give tensors, named"),
         ({"encoder_hidden_states": torch.tensor(3)}, "give tensors, named"),
-        (
-            {"encoder_hidden_states": torch.ones(1, 2).long(), "foo": torch.ones(1)},
-            "prompt_embeds has foo=",
-        ),
+        ({"encoder_hidden_states": torch.ones(1, 2).long(), "foo": torch.ones(1)}, "_embeds has f"),
         ({"encoder_hidden_states": torch.tensor([[1, 64]])}, r"words outside 0\.\.63"),
         ({"encoder_hidden_states": torch.tensor([[1, -1]])}, r"words outside 0\.\.63"),
         ({"encoder_hidden_states": torch.tensor([[True]])}, "torch.bool; this model takes num"),
@@ -356,11 +342,8 @@ def save_encoder(kind: str, folder) -> None:
 
     save_tokenizer(kind, folder)
     torch.manual_seed(0)
-    small = {
-        "vocab_size": 300 if kind == "qwen2" else 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
+    words = 300 if kind == "qwen2" else 8
+    small = {"vocab_size": words, "num_hidden_layers": 2, "num_attention_heads": 2}
     width = {"hidden_size": 16, "intermediate_size": 32}
     if kind == "clip":
         config = transformers.CLIPTextConfig(
@@ -534,15 +517,7 @@ def test_captions_train_and_become_images(capsys, tmp_path, monkeypatch) -> None
 def test_a_frozen_encoder_by_name_trains_too(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_encoder("t5", tmp_path / "t5")
-    words = [
-        "train",
-        "captioned-shapes",
-        "--output_dir",
-        "run",
-        *SHORT.split(),
-        "--text.encoder",
-        "t5",
-    ]
+    words = f"train captioned-shapes --output_dir run {SHORT} --text.encoder t5".split()
     code, _, err = cli(capsys, *words)
     assert code == 0, err
     pipeline = load_pipeline("run")

@@ -43,7 +43,8 @@ def test_captions_must_match() -> None:
 
 @pytest.mark.parametrize(
     ("budget", "text"),
-    [(1, "1"), (1 / 2, "1/2"), (1 / 3, "1/3"), (1 / 16, "1/16"), (0.3, "0.3"), (7 / 16, "0.438")],
+    [(1, "1"), (1 / 2, "1/2"), (1 / 3, "1/3"), (1 / 16, "1/16"), (0.3, "0.3"), (7 / 16, "0.438"),
+     (1 / 1024, "1/1024"), (1e-320, "9.99989e-321")],
 )  # fmt: skip
 def test_budgets_are_written_as_people_read_them(budget: float, text: str) -> None:
     assert format_budget(budget) == text

@@ -2,13 +2,12 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from elit._files import write_json, write_text
-from elit.reproduce.evidence import NOT_DEFINED, Claim, Finding, Row, Study
-from elit.reproduce.verdict import RULE
+from elit.reproduce.claims import CLAIMS
+from elit.reproduce.evidence import NOT_DEFINED, RULE, Finding, Row, Study
 from elit.viz.charts import THEMES, Chart, Line, picture, svg
 from elit.viz.page import templates
 from elit.viz.sheet import save_image
@@ -24,35 +23,28 @@ _MARKERS = "osD^v"
 
 
 def write_report(
-    folder: Path, study: Study, claims: Sequence[Claim], about: Mapping[str, Any]
+    folder: Path, study: Study, letters: Sequence[str], about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Judge the claims and write all files.
+    """Judge claims and write all files; what results.json holds.
 
-    Args:
-        folder: of the study.
-        study: with its results.
-        claims: to judge.
-        about: of the run: when, where, how long; it is told apart from what was measured.
-
-    Returns:
-        What results.json holds.
+    When, where and how long the study ran is `about`, told apart from what was measured.
     """
-    findings = {claim: claim.find(study) for claim in claims}
-    report = {
+    findings = {letter: CLAIMS[letter].find(study) for letter in letters}
+    report: dict[str, Any] = {
         "scale": study.scale.name,
-        "settings": study.scale.settings() | {"seeds": len(study.seeds()),
-                                              "few_seeds": len(study.seeds(few=True))},
+        "settings": study.scale.settings()
+        | {"seeds": study.scale.seeds, "few_seeds": study.scale.few_seeds},
         "data": repr(study.trainings.dataset),
         "rule": RULE,
         "claims": {
-            claim.letter: {
-                "title": claim.title,
+            letter: {
+                "title": CLAIMS[letter].title,
                 "sentence": finding.sentence,
                 "verdict": summary(finding),
                 "rows": [row.to_dict() for row in finding.rows],
                 "figures": finding.figures,
             }
-            for claim, finding in findings.items()
+            for letter, finding in findings.items()
         },
         "pieces": {
             key: {name: value for name, value in result.items() if name != "seconds"}
@@ -63,12 +55,24 @@ def write_report(
     panels = []
     for finding in findings.values():
         verdict = textwrap.fill(f"verdict: {summary(finding)}", 62)
-        for chart in map(chart_of, finding.figures):
-            panels.append(replace(chart, x=f"{chart.x}\n\n{verdict}\n"))
+        for shown in finding.figures:
+            panels.append(chart_of({**shown, "x": f"{shown['x']}\n\n{verdict}\n"}))
     if panels:
         save_image(picture(panels, size=(5.2, 5.0), columns=3), folder / PICTURE)
-    write_text(folder / TABLE, markdown(findings, report))
-    write_text(folder / PAGE, page(findings, report))
+    rows = [
+        (f"({letter}) {row.what}", row.paper, row.here, row.control, verdict_text(row))
+        for letter, finding in findings.items()
+        for row in finding.rows
+    ]
+    settings = settings_text(report)
+    write_text(folder / TABLE, markdown(rows, settings))
+    page = templates().get_template("claims.html").render(
+        title="Claims of the ELIT paper", themes=THEMES, scale=report["scale"], rule=RULE,
+        header=_HEADER, rows=rows, words=_WORDS, settings=settings,
+        claims=[(letter, claim, [svg(chart_of(f)) for f in claim["figures"]])
+                for letter, claim in report["claims"].items()],
+    )  # fmt: skip
+    write_text(folder / PAGE, page)
     write_json(folder / RESULTS, report)
     return report
 
@@ -116,37 +120,12 @@ def settings_text(report: Mapping[str, Any]) -> str:
     )
 
 
-def table_rows(findings: Mapping[Claim, Finding]) -> list[tuple[str, ...]]:
-    """Cells of the table."""
-    return [
-        (f"({claim.letter}) {row.what}", row.paper, row.here, row.control, verdict_text(row))
-        for claim, finding in findings.items()
-        for row in finding.rows
-    ]
-
-
-def markdown(findings: Mapping[Claim, Finding], report: Mapping[str, Any]) -> str:
+def markdown(rows: Sequence[Sequence[str]], settings: str) -> str:
     """The table as Markdown, what was done, and the rule."""
-    lines = ["| " + " | ".join(_HEADER) + " |", "|" + "---|" * len(_HEADER)]
-    lines += [
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-        for row in table_rows(findings)
-    ]
-    text = "\n".join(lines)
-    return f"{text}\n\n{settings_text(report)}\n\n{RULE}\n"
-
-
-def page(findings: Mapping[Claim, Finding], report: Mapping[str, Any]) -> str:
-    """The page, which needs no other file."""
-    claims = [
-        (claim.letter, report["claims"][claim.letter], [svg(chart_of(f)) for f in finding.figures])
-        for claim, finding in findings.items()
-    ]
-    return templates().get_template("claims.html").render(
-        title="Claims of the ELIT paper", themes=THEMES, scale=report["scale"], rule=RULE,
-        header=_HEADER, rows=table_rows(findings), claims=claims, words=_WORDS,
-        settings=settings_text(report),
-    )  # fmt: skip
+    cells = [_HEADER, ["---"] * len(_HEADER), *rows]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+    lines[1] = "|" + "---|" * len(_HEADER)
+    return "\n".join([*lines, "", settings, "", RULE, ""])
 
 
 def chart_of(figure: Mapping[str, Any]) -> Chart:

@@ -1,15 +1,19 @@
-"""The trainings of a study: which model, how it is trained, and for how many steps."""
+"""The work of a study: which models are trained, how, for how many steps, and what they do then."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from elit.cost.flops import cost_of, mean_flops, on_meta
-from elit.data import ImageDataset, load_dataset
-from elit.interface.budget import default_budgets
+from elit._plain import read_json
+from elit.choosing.points import OperatingPoint
+from elit.cost.flops import cost_of, mean_flops
+from elit.cost.formulas import ModelCost
+from elit.data import load_dataset
+from elit.interface.budget import TailDropping, default_budgets
 from elit.models.presets import preset_model
 from elit.reproduce.scales import Scale, Size
 from elit.reproduce.spread import SpreadDiT, build_spread_model
@@ -24,33 +28,31 @@ from elit.training.config import (
     SampleConfig,
     TrainConfig,
 )
+from elit.training.validation import MAX_SAMPLES
 
 SHOWN_BUDGETS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A model and how it is trained.
+    """A model and how it is trained."""
 
-    Attributes:
-        title: in tables.
-        elastic: whether it has a latent interface.
-        all_budgets: whether each step draws its budget (multi-budget), or all are full.
-        order: which latents a step keeps, "first" or "random".
-        group: tokens along a side of a group; 0 is the scale's, -1 the whole picture.
-        spread: whether pictures are spread among zero tokens.
-        backbone: "dit" or "uvit".
-        ladder: whether its loss is measured at lower budgets too.
-    """
+    title: str  # in tables
+    elastic: bool = True  # whether it has a latent interface
+    all_budgets: bool = False  # whether each step draws its budget (multi-budget), or all are full
+    order: Literal["first", "random"] = "first"  # which latents a step keeps
+    group: int = 0  # tokens along a side of a group; 0 is the scale's, -1 the whole picture
+    spread: bool = False  # whether pictures are spread among zero tokens
+    backbone: str = "dit"  # "dit" or "uvit"
+    ladder: bool = False  # whether its loss is measured at lower budgets too
 
-    title: str
-    elastic: bool = True
-    all_budgets: bool = False
-    order: str = "first"
-    group: int = 0
-    spread: bool = False
-    backbone: str = "dit"
-    ladder: bool = False
+    @property
+    def make_model(self) -> MakeModel:
+        return build_spread_model if self.spread else build_model
+
+    @property
+    def model_class(self) -> type[Any]:
+        return SpreadDiT if self.spread else preset_model(f"{self.backbone}-tiny/2")
 
 
 VARIANTS = {
@@ -73,109 +75,104 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a study.
+    """One training of a study."""
 
-    Attributes:
-        name: of its folder, without slashes.
-        variant: key of VARIANTS.
-        size: of the model.
-        seed: of everything random in it.
-        steps: optimiser steps.
-        step_flops: of one, mean over the budgets drawn: three forwards of each sample.
-    """
+    name: str  # of its folder, without slashes
+    variant: str  # key of VARIANTS
+    size: Size  # of the model
+    seed: int  # of everything random in it
+    steps: int  # optimiser steps
+    step_flops: float  # of one, mean over the budgets drawn: three forwards of each sample
 
-    name: str
-    variant: str
-    size: Size
-    seed: int
-    steps: int
-    step_flops: float
+    @property
+    def form(self) -> Variant:
+        return VARIANTS[self.variant]
 
     @property
     def flops(self) -> float:
-        """Of the whole training."""
         return self.steps * self.step_flops
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "size": self.size.name, "flops": self.flops}
 
-@dataclass
+
+@dataclass(frozen=True)
+class Piece:
+    """A training with its loss, or something measured of its model: done once, told in JSON."""
+
+    key: str  # of its result, a file name without its ending
+    training: Training  # that it is, or whose model it measures
+    kind: str  # "train", "draw" or "look"
+    cost: float  # FLOPs, for the bar
+    point: OperatingPoint | None = None  # how to draw
+
+    def file(self, folder: Path) -> Path:
+        return folder / "pieces" / f"{self.key}.json"
+
+    def is_ready(self, folder: Path) -> bool:
+        """Whether the model that it measures is trained."""
+        trained = folder / "pieces" / f"train-{self.training.name}.json"
+        return self.kind == "train" or trained.exists()
+
+    def result(self, folder: Path) -> Mapping[str, Any]:
+        return read_json(self.file(folder), "remove it, and the same command makes it anew")
+
+
 class Trainings:
-    """Makes the trainings of a study, all of a claim at equal FLOPs.
+    """Makes the trainings of a study, all of a claim at equal FLOPs, and the pieces of its work."""
 
-    Attributes:
-        scale: of the study.
-        folder: of the study.
-        data: name and options of the data set.
-    """
-
-    scale: Scale
-    folder: Path
-    data: DataConfig
-    _flops: dict[tuple[str, str], float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.dataset: ImageDataset = load_dataset(self.data.name, "train", **self.data.options)
+    def __init__(self, scale: Scale, folder: Path, data: DataConfig):
+        self.scale, self.folder, self.data = scale, folder, data
+        self.dataset = load_dataset(data.name, "train", **data.options)
+        self.cost: Any = cache(self._cost)
 
     def training(
         self, variant: str, seed: int, size: Size | None = None, steps: int | None = None
     ) -> Training:
-        """A training as costly as that of the plain model, or of a given number of steps.
-
-        Args:
-            variant: key of VARIANTS.
-            seed: of the training.
-            size: of the model; by default the scale's first.
-            steps: of it and not of equal cost.
-        """
+        """A training as costly as the plain model's, or of `steps`; of the first size or `size`."""
         size = size or self.scale.sizes[0]
         cost = self.step_flops(variant, size)
         suffix = "" if steps is None else f"-{steps}-steps"
         if steps is None:
-            plain = "uvit" if VARIANTS[variant].backbone == "uvit" else "dit"
+            plain = VARIANTS[variant].backbone
             steps = equal_steps(size.steps, self.step_flops(plain, size), cost)
         name = f"{size.name}-{variant}{suffix}-seed{seed}"
         return Training(name, variant, size, seed, steps, cost)
 
+    def _cost(self, variant: str, size: Size) -> tuple[ModelCost, TailDropping | None]:
+        config = self.config(Training("count", variant, size, 0, 1, 0))
+        with torch.device("meta"):
+            model = VARIANTS[variant].make_model(config, self.dataset, {})
+        return cost_of(model), tail_dropping(config, model)
+
     def step_flops(self, variant: str, size: Size) -> float:
         """FLOPs of a training step, mean over the budgets that it may draw."""
-        key = variant, size.name
-        if key not in self._flops:
-            config = self.config(Training("count", variant, size, 0, 1, 0))
-            model = self.on_meta(config, variant)
-            forward = mean_flops(cost_of(model), tail_dropping(config, model))
-            self._flops[key] = 3 * self.scale.batch_size * forward
-        return self._flops[key]
-
-    def on_meta(self, config: TrainConfig, variant: str) -> Any:
-        """The model without memory."""
-        with torch.device("meta"):
-            model = build_model(config, self.dataset)
-        if VARIANTS[variant].spread:
-            model = on_meta(SpreadDiT, dict(model.config))
-        return model.requires_grad_(False)
+        cost, dropping = self.cost(variant, size)
+        return 3 * self.scale.batch_size * mean_flops(cost, dropping)
 
     def forward_flops(self, variant: str, budget: float) -> int:
         """FLOPs of one forward of one picture, of the scale's first size."""
-        config = self.config(Training("count", variant, self.scale.sizes[0], 0, 1, 0))
-        cost = cost_of(self.on_meta(config, variant))
+        cost, _ = self.cost(variant, self.scale.sizes[0])
         return cost.flops(cost.resolve_budget(budget))
+
+    def sampling_flops(self, variant: str, point: OperatingPoint) -> float:
+        """FLOPs of one picture, guides included."""
+        lowest = 1 / self.scale.group**2
+        guide = {"none": [], "cfg": [point.budget]}.get(point.guidance, [lowest])
+        return point.steps * sum(self.forward_flops(variant, b) for b in (point.budget, *guide))
 
     def config(self, training: Training) -> TrainConfig:
         """The config of a training; its folder is in the study's."""
-        scale, size, variant = self.scale, training.size, VARIANTS[training.variant]
+        scale, size, variant = self.scale, training.size, training.form
         _, height, _ = self.dataset.image_shape
-        overrides: dict[str, Any] = {
-            "patch_size": height // scale.tokens,
-            "hidden_size": size.hidden_size,
-            "num_heads": size.num_heads,
-            "depth": size.depth,
-        }
+        overrides: dict[str, Any] = {"patch_size": height // scale.tokens, "depth": size.depth}
+        overrides |= {"hidden_size": size.hidden_size, "num_heads": size.num_heads}
         latents = LatentsConfig()
         if variant.elastic:
             group = {0: scale.group, -1: scale.tokens}.get(variant.group, variant.group)
             overrides |= {"head": size.head, "tail": size.tail, "group": group}
             least = 1 if variant.all_budgets else group**2
-            order: Any = variant.order
-            latents = LatentsConfig(min=least, max=group**2, order=order)
+            latents = LatentsConfig(min=least, max=group**2, order=variant.order)
         every = max(1, training.steps // scale.validations)
         prefix = "elit-" if variant.elastic else ""
         return TrainConfig(
@@ -197,31 +194,38 @@ class Trainings:
             sample=SampleConfig(budgets=[1.0]),
         )  # fmt: skip
 
-    @staticmethod
-    def make_model(variant: str) -> MakeModel:
-        """What makes the model of a variant."""
-        return build_spread_model if VARIANTS[variant].spread else build_model
-
-    @staticmethod
-    def model_class(variant: str) -> type[Any]:
-        """Class of the model of a variant."""
-        found = VARIANTS[variant]
-        return SpreadDiT if found.spread else preset_model(f"{found.backbone}-tiny/2")
-
-    @staticmethod
-    def measured_budgets(variant: str, group: int) -> list[float]:
-        """Budgets at which the loss of a variant is measured."""
-        if not VARIANTS[variant].ladder:
-            return [1.0]
-        possible = default_budgets(1, group**2)
+    def budgets(self, training: Training) -> list[float]:
+        """Budgets at which a training's loss is measured."""
+        possible = default_budgets(1, self.scale.group**2) if training.form.ladder else [1.0]
         return [budget for budget in SHOWN_BUDGETS if budget in possible]
+
+    def random_sets(self, training: Training) -> int:
+        """Sets of random latents at each of them."""
+        counts = training.variant == "elit-mb" and training.size == self.scale.sizes[0]
+        return self.scale.random_sets if counts else 0
+
+    def train(self, training: Training) -> Piece:
+        """The piece that trains a model and measures its loss."""
+        every = self.config(training).train.validate_every
+        choices = len(self.budgets(training)) * (1 + self.random_sets(training))
+        forwards = training.steps / every * min(MAX_SAMPLES, self.scale.images)
+        forwards += choices * self.scale.images
+        cost = training.flops + forwards / (3 * self.scale.batch_size) * training.step_flops
+        return Piece(f"train-{training.name}", training, "train", cost)
+
+    def draw(self, training: Training, point: OperatingPoint) -> Piece:
+        """The piece that draws and judges samples."""
+        words = str(point).replace(", ", "-").replace(" ", "-").replace("/", "of")
+        cost = self.scale.samples * self.sampling_flops(training.variant, point)
+        return Piece(f"draw-{training.name}-{words}", training, "draw", cost, point)
+
+    def look(self, training: Training) -> Piece:
+        """The piece that looks at Read's attention."""
+        forwards = self.scale.inspected * 4 * len(self.scale.sigmas)
+        cost = forwards * self.forward_flops(training.variant, 1.0)
+        return Piece(f"look-{training.name}", training, "look", cost)
 
 
 def equal_steps(plain_steps: int, plain_cost: float, cost: float) -> int:
     """Steps whose FLOPs come nearest to those of the plain model's training."""
     return max(1, round(plain_steps * plain_cost / cost))
-
-
-def describe(training: Training) -> Mapping[str, Any]:
-    """Plain types for JSON."""
-    return {**asdict(training), "size": training.size.name, "flops": training.flops}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
+from einops import rearrange
 from torch import Tensor
 
 from elit.data import ImageDataset
@@ -18,19 +19,19 @@ __all__ = ["ModelMixin", "SpreadDiT", "build_spread_model", "gather", "spread"]
 
 def spread(x: Tensor, patch: Sequence[int]) -> Tensor:
     """Put the patch at (r, c) of a token grid to (2r, 2c) of one twice as large, else zeros."""
-    batch, channels, height, width = x.shape
-    rows, columns = height // patch[0], width // patch[1]
-    wide = x.new_zeros(batch, channels, rows, 2, patch[0], columns, 2, patch[1])
-    wide[:, :, :, 0, :, :, 0] = x.reshape(batch, channels, rows, patch[0], columns, patch[1])
-    return wide.reshape(batch, channels, 2 * height, 2 * width)  # (B, C, 2h, 2w)
+    patches = _patches(x, patch)
+    wide = patches.new_zeros(*patches.shape[:4], 2 * patches.shape[4], 2 * patches.shape[5])
+    wide[..., ::2, ::2] = patches
+    return rearrange(wide, "b c p q h w -> b c (h p) (w q)")  # (B, C, 2h, 2w)
 
 
 def gather(x: Tensor, patch: Sequence[int]) -> Tensor:
     """Take the patches that `spread` has put into (B, C, 2h, 2w)."""
-    batch, channels, height, width = x.shape
-    rows, columns = height // (2 * patch[0]), width // (2 * patch[1])
-    wide = x.reshape(batch, channels, rows, 2, patch[0], columns, 2, patch[1])
-    return wide[:, :, :, 0, :, :, 0].reshape(batch, channels, height // 2, width // 2)
+    return rearrange(_patches(x, patch)[..., ::2, ::2], "b c p q h w -> b c (h p) (w q)")
+
+
+def _patches(x: Tensor, patch: Sequence[int]) -> Tensor:
+    return rearrange(x, "b c (h p) (w q) -> b c p q h w", p=patch[0], q=patch[1])
 
 
 class SpreadDiT(DiT):
