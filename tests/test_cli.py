@@ -258,6 +258,7 @@ def test_python_m_elit_is_the_same() -> None:
     ("line", "message"),
     [
         # commands and flags
+        ("train", "no CONFIG is given; name a YAML file or one of the built-in "),
         ("smaple x", r"unknown command smaple: did you mean sample\?"),
         ("zzz", "unknown command zzz: the commands are " + ", ".join(COMMANDS)),
         ("--verison", r"unknown flag --verison: did you mean --version\?"),

@@ -46,8 +46,9 @@ def _show(report: dict[str, Any], steps: int) -> None:
         f"{report['gpus']} x {report['gpu']}, {report['peak_tflops']:g} TFLOP/s each at MFU "
         f"{report['mfu']:g}: {report['step_seconds']:.3g} s a step, {hours:.3g} hours{days}"
     )
+    digits = 1 if report["memory_gb"] >= 1 else 4
     rows = [
-        (what, f"{report[plain]:.1f}", f"{report[checkpointed]:.1f}")
+        (what, f"{report[plain]:.{digits}f}", f"{report[checkpointed]:.{digits}f}")
         for what, plain, checkpointed in (
             ("weights, gradients, moments, averages", "state_gb", "state_gb"),
             ("blocks gathered by FSDP", "gathered_gb", "gathered_gb"),

@@ -65,6 +65,10 @@ def overrides_of(args: argparse.Namespace) -> dict[str, str]:
 def run(args: argparse.Namespace) -> int:
     """Train, or with --dry-run only check and print the config."""
     overrides = overrides_of(args)
+    if args.config is None and not overrides and not args.dry_run:
+        raise ValueError(
+            f"no CONFIG is given; name a YAML file or one of the built-in {built_in_names()}"
+        )
     config = load_config(args.config, overrides)
     return check_and_train(config, args, overrides)
 

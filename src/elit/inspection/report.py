@@ -157,8 +157,8 @@ def words_on_core(core: dict[str, Any]) -> str:
         return worth
     read, after = (_cell(spread, ".1%", "") for spread in spreads)
     return (
-        f"{worth}\nthe latents of a group differ in {read} of their variance after Read, in "
-        f"{after} after the core; 0% are copies of one another"
+        f"{worth}\n{read} of the latents' variance lies within a group after Read, {after} after "
+        f"the core (0% would mean copies of one another, 100% independent latents)"
     )
 
 

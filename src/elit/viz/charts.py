@@ -7,6 +7,7 @@ settings, which a process shares, are set and reset under a lock.
 import io
 import math
 import re
+import textwrap
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -178,10 +179,14 @@ def _save(
             (size[0] * columns, size[1] * rows), layout=None if alone else "constrained"
         )
         if alone:
-            figure.subplots_adjust(0.125, 0.15, 0.985, 0.98 - 0.08 * bool(charts[0].title))
+            figure.subplots_adjust(0.125, 0.15, 0.985, 0.9 - 0.07 * bool(charts[0].title))
         axes = figure.subplots(rows, columns, squeeze=False).flat
         for axis, chart in zip(axes, charts, strict=False):
             _draw(axis, chart, colours)
+            if alone:  # where no long name nor wide number pushes it out
+                axis.set_ylabel("")
+                name = "\n".join(filter(None, (chart.title, chart.y)))
+                axis.set_title(name, loc="left", x=-0.1, fontsize=9)
         for axis in figure.axes[len(charts) :]:
             axis.set_axis_off()
         figure.savefig(file, **how)
@@ -213,7 +218,7 @@ def _draw(axis: Any, chart: Chart, colours: Sequence[str]) -> None:
         for *at, text in zip(line.x, line.y, line.texts, strict=False):
             axis.annotate(text, at, (4, 4), textcoords="offset points", fontsize=7, color=colour)
     _scale(axis, chart)
-    axis.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
+    axis.set(title=chart.title, xlabel=chart.x, ylabel=textwrap.fill(chart.y, 36))
     if not any(len(line.x) for line in chart.series):
         axis.text(0.5, 0.5, "nothing yet", transform=axis.transAxes, ha="center", color=FAINT)
     elif chart.labels == "start":
