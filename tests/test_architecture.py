@@ -7,6 +7,7 @@ check a source that breaks it.
 import ast
 import functools
 import graphlib
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -257,6 +258,16 @@ def test_front_door_tells_type_checkers_the_truth() -> None:
     }
     given = {name: getattr(elit, name).__module__ for name in elit.__all__ if name[0] != "_"}
     assert given == typed, "bring the TYPE_CHECKING imports and the lazy names into line"
+
+
+@pytest.mark.parametrize(
+    "room", ["elit", "elit.data", "elit.flow", "elit.interface", "elit.preparation"]
+)
+def test_rooms_give_the_names_that_they_list_and_no_others(room: str) -> None:
+    module = importlib.import_module(room)
+    assert all(getattr(module, name) is not None for name in module.__all__)
+    with pytest.raises(AttributeError, match=f"module '{room}' has no attribute 'colour'"):
+        _ = module.colour
 
 
 # ---- the rules on sources that break them ----

@@ -83,8 +83,8 @@ def open_quietly(run: Path) -> ElitPipeline:
 class Clock:
     """Goes on by half a second when it is read, and by a millisecond for a latent of an image."""
 
-    def __init__(self, pipeline: ElitPipeline, latent: float = 0.001):
-        self.now, self.latent, self.forwards = 0.0, latent, 0
+    def __init__(self, pipeline: ElitPipeline, latent: float = 0.001, read: float = 0.5):
+        self.now, self.latent, self.read, self.forwards = 0.0, latent, read, 0
         pipeline.transformer.register_forward_pre_hook(self.tick, with_kwargs=True)
 
     def tick(self, _, args: tuple, kwargs: dict) -> None:
@@ -94,7 +94,7 @@ class Clock:
             self.now += 100
 
     def __call__(self) -> float:
-        self.now += 0.5
+        self.now += self.read
         return self.now
 
 
@@ -221,6 +221,14 @@ def test_a_sweep_of_something_else_is_refused(run) -> None:
         choose(pipeline, max_flops=9e9)
 
 
+def test_a_sweep_s_numbers_may_be_at_the_ends_of_what_is_allowed(run) -> None:
+    ends = {"budget": 1, "guide_budget": 1, "interval": [0, 1], "scale": 0, "ms_per_image": 0}
+    rows = [{**POINTS[1].to_dict(), "gflops_per_image": 1e-9, "scores": {"fd": 0}, **ends}]
+    rows.append(rows[0] | {"interval": [0.5, 0.5], "guide_budget": None, "ms_per_image": None})
+    change(run, rows=rows)
+    assert read_sweep(run / "swept")["rows"] == rows
+
+
 @pytest.mark.parametrize("change", [{"budget": "auto"}, {"max_flops": 1e9}, {"max_ms": 5}])
 def test_a_pipeline_that_is_to_choose_names_the_way(change) -> None:
     with pytest.raises(ValueError, match=r"elit\.choose does: point = .*point\.arguments\(\)"):
@@ -237,21 +245,28 @@ def test_a_pipeline_that_is_to_choose_names_the_way(change) -> None:
 @pytest.mark.parametrize(
     ("guidance", "latents"), [(None, 8), (CFG(2.0), 16), (CheapCFG(2.0, 0.25), 12)]
 )
-def test_times_of_runs(set_clock, guidance, latents: int) -> None:
+def test_times_of_runs(set_clock, capsys, guidance, latents: int) -> None:
     """What is read is half a second a run, for a batch of two, and its calls."""
     pipeline = tiny_pipeline()
+    pipeline.set_progress_bar_config(desc="own")
     set_clock(pipeline)
     times = CallTimes(pipeline, [0, 1], keep=False)
     runs = [pipeline.calls(0.5, n, guidance) for n in (1, 4, 40)]
     assert times.ms_of_runs(runs) == pytest.approx([250 + n * latents for n in (1, 4, 40)])
     assert times.decode_ms_per_image() == pytest.approx(250)
+    assert capsys.readouterr().err == ""
+    assert pipeline._progress_bar_config == {"desc": "own"}
 
 
-def test_a_longer_run_that_took_less_is_no_gain(set_clock) -> None:
+@pytest.mark.parametrize(
+    ("clock", "expected"), [({"latent": -0.001}, [500, 500]), ({"read": -0.5}, [16, 640])]
+)
+def test_no_part_of_a_run_takes_less_than_no_time(set_clock, clock, expected) -> None:
+    """As where a longer run was measured to take less."""
     pipeline = tiny_pipeline()
-    set_clock(pipeline, latent=-0.001)
+    set_clock(pipeline, **clock)
     times = CallTimes(pipeline, [0], keep=False)
-    assert times.ms_of_runs([pipeline.calls(1.0, n) for n in (1, 40)]) == pytest.approx([500, 500])
+    assert times.ms_of_runs([pipeline.calls(1.0, n) for n in (1, 40)]) == pytest.approx(expected)
 
 
 def test_times_of_one_setting_are_not_those_of_another() -> None:

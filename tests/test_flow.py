@@ -19,7 +19,9 @@ from elit.flow.objective import (
 from elit.flow.schedulers import (
     SAMPLERS,
     FlowMatchEulerMaruyamaScheduler,
+    FlowMatchUniformEulerScheduler,
     FlowMatchUniformHeunScheduler,
+    _trial,
     make_scheduler,
     start_sampling,
 )
@@ -162,6 +164,8 @@ def test_guidance_extrapolates_from_its_guide(
     guide = x * torch.tensor(factors)[:, None]
     torch.testing.assert_close(velocity, guide + scale * (plain - guide))
     assert calls == expected
+    forwards = make(scale).forwards(0.5, 16, guide_latents)
+    assert list(forwards) == [(latents, len(labels) // 2) for labels, latents in expected]
 
 
 def test_autoguidance_at_the_predictions_budget_is_no_guidance() -> None:
@@ -421,6 +425,12 @@ def test_schedulers_that_would_leave_noise_are_refused(name: str, settings, step
         start_sampling(of_diffusers(name, settings), steps, "cpu")
 
 
+def test_the_flow_that_schedulers_are_tried_on_is_solved_by_many_steps() -> None:
+    error, allowed = _trial(make_scheduler("euler"), 300, None)
+    assert 0 < error < 0.003
+    assert allowed == pytest.approx(0.03 + 1.2 * error, abs=1e-5)
+
+
 def test_levels_shift_with_the_number_of_tokens_as_in_diffusers_pipelines() -> None:
     flux, ltx = (of_diffusers("FlowMatchEulerDiscreteScheduler", one) for one in (FLUX, LTX))
     for tokens, mu in ((256, 0.5), (1024, 0.63), (4096, 1.15)):
@@ -551,14 +561,20 @@ def test_levels_fall_and_end_at_zero(sampler: str, steps: int) -> None:
     )
 
 
-@pytest.mark.parametrize("sampler", ["heun", "euler-maruyama"])
-def test_own_schedulers_save_and_load(sampler: str, tmp_path) -> None:
-    own = {"last_sigma": 0.1} if sampler == "euler-maruyama" else {}
-    scheduler = type(make_scheduler(sampler))(**own)
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        (FlowMatchUniformEulerScheduler, {}),
+        (FlowMatchUniformHeunScheduler, {}),
+        (FlowMatchEulerMaruyamaScheduler, {"last_sigma": 0.1, "path": "cosine"}),
+    ],
+)
+def test_own_schedulers_save_and_load(kind: type, own: dict, tmp_path) -> None:
+    scheduler = kind(**own)
     scheduler.save_pretrained(tmp_path)
-    loaded = type(scheduler).from_pretrained(tmp_path)
+    loaded = kind.from_pretrained(tmp_path)
     assert loaded.config.num_train_timesteps == 1000
-    assert loaded.config.get("last_sigma") == scheduler.config.get("last_sigma")
+    assert {name: getattr(loaded, name) for name in own} == own
     assert start_sampling(loaded, 4, "cpu") == start_sampling(scheduler, 4, "cpu")
 
 

@@ -269,6 +269,10 @@ def test_a_budget_is_rounded_to_the_nearest_number_of_latents(budget: float, tot
     assert abs(kept - budget * total) <= 0.5 or (kept == 1 and budget * total < 1)
 
 
+def test_a_half_goes_to_the_even_number() -> None:
+    assert [resolve_budget(0.5, total) for total in (3, 5, 7, 9)] == [2, 2, 4, 4]
+
+
 @given(st.integers(1, 4096), st.data())
 def test_the_budget_of_n_latents_keeps_n_latents(total: int, data) -> None:
     kept = data.draw(st.integers(1, total))

@@ -347,6 +347,7 @@ def test_other_sizes(height: int | None, width: int | None) -> None:
     images = draw(make_pipeline(), height=height, width=width)
     assert images.shape == (3, 3, height or 8, width or 8)
     assert images.isfinite().all()
+    assert make_pipeline().input_size(None, 128, 128) == (128, 128)  # 256 times
 
 
 @pytest.mark.parametrize(("sampler", "calls"), [("euler", 4), ("heun", 7), ("unipc", 4)])
@@ -550,7 +551,7 @@ def test_other_variants_and_formats_say_how_they_are_loaded(
         ({"budget": [1, 0.5, 0]}, r"budget 0 is outside \(0, 1\]"),
         ({"num_inference_steps": 0}, "num_inference_steps 0 .*; 40 is usual"),
         ({"num_inference_steps": 10**9}, "a whole number from 1 to 10000; 40 is usual"),
-        ({"height": 2**20}, "more than 256 times what this model was made for, 8x8"),
+        ({"height": 128, "width": 129}, "more than 256 times what this model was made for, 8x8"),
         ({"noise": torch.zeros(1, 3, 8, 8).int()}, r"noise of torch.int32 is none; give floats"),
         ({"class_labels": 1j}, "class_labels 1j are not labels"),
         ({"class_labels": [10**400]}, "class_labels .* are not labels"),
@@ -561,6 +562,7 @@ def test_other_variants_and_formats_say_how_they_are_loaded(
         ({"guidance": 3.0}, r"guidance 3\.0 is not a Guidance; .* CFG\(3\.0\)"),
         ({"generator": make_generators(1, 2)}, "2 generators for 1 samples; give one"),
         ({"generator": [None]}, "generator None is not a torch.Generator"),
+        ({"dtype": torch.float16}, "samples in torch.float16 would lose what a step adds"),
         ({"dtype": torch.float64}, "FlowMatchEulerDiscreteScheduler rounds samples to float32"),
         ({"noise": [[0]]}, r"noise \[\[0\]\] does not fit; give a tensor of shape"),
         ({"height": True}, "a side of True is no positive integer"),
