@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import make_generators, tiny_elastic
+from helpers import make_generators, tiny_dit, tiny_elastic
 from sweeps import sweep_report
 
 from elit import CFG, CheapCFG, ElitPipeline, ElitTextPipeline, choose, create_model, load_pipeline
@@ -149,7 +149,7 @@ def test_what_is_chosen_is_said_and_drawn(run, caplog) -> None:
     assert len(images) == 2
 
 
-def test_a_cap_in_milliseconds(run, set_clock) -> None:
+def test_a_cap_in_milliseconds(run, set_clock, tmp_path, capsys) -> None:
     pipeline = open_quietly(run)
     clock, draw = set_clock(pipeline), random.Random(0)
     ms = {p: 250 + p.steps * (16 * p.budget + (p.guidance == "ccfg")) for p in POINTS}
@@ -163,7 +163,12 @@ def test_a_cap_in_milliseconds(run, set_clock) -> None:
     measured = clock.forwards
     choose(open_quietly(run), max_ms=1e4, what=2)
     assert clock.forwards == measured > 0  # by the file of times
+    assert "timing" not in capsys.readouterr().err
+    pipeline.set_progress_bar_config(disable=False)
     choose(pipeline, max_ms=1e6, what=3)  # another batch
+    assert "timing" in capsys.readouterr().err
+    files = map(Path.read_text, (tmp_path / "cache" / "times").glob("*.json"))
+    assert sorted(json.loads(text)["of"]["batch_size"] for text in files) == [2, 3]
     assert clock.forwards > measured
     with pytest.raises(
         ValueError, match="GFLOPs and 1e-09 ms an image; the cheapest is budget 1/4"
@@ -227,6 +232,12 @@ def test_a_sweep_s_numbers_may_be_at_the_ends_of_what_is_allowed(run) -> None:
     rows.append(rows[0] | {"interval": [0.5, 0.5], "guide_budget": None, "ms_per_image": None})
     change(run, rows=rows)
     assert read_sweep(run / "swept")["rows"] == rows
+
+
+def test_a_plain_model_has_no_guide_of_a_lower_budget() -> None:
+    for name in ("ag", "ccfg"):
+        with pytest.raises(ValueError, match=f"guidance {name} needs a lower budget; this model"):
+            OperatingPoint(guidance=name).resolved(tiny_dit())
 
 
 @pytest.mark.parametrize("change", [{"budget": "auto"}, {"max_flops": 1e9}, {"max_ms": 5}])

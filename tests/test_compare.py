@@ -301,6 +301,9 @@ HUGE = 10**400
         (lambda r: r.update(lower_is_better="no"), "lower_is_better 'no'"),
         (lambda r: r["settings"].update(reference=3), "settings: reference 3"),
         (lambda r: r["model"].update(training=3), "model: training 3"),
+        (lambda r: r["model"].update(training={"eflops": "many"}), "model: training {'eflops'"),
+        (lambda r: r["model"].update(weights=3), "model: weights 3"),
+        (lambda r: r.update(model=3), "no result of `elit sweep`: model 3"),
     ],
 )
 def test_files_that_are_no_sweep(tmp_path, change, message) -> None:

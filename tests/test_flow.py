@@ -576,6 +576,9 @@ def test_own_schedulers_save_and_load(kind: type, own: dict, tmp_path) -> None:
     assert loaded.config.num_train_timesteps == 1000
     assert {name: getattr(loaded, name) for name in own} == own
     assert start_sampling(loaded, 4, "cpu") == start_sampling(scheduler, 4, "cpu")
+    step = torch.ones(1, 1), scheduler.timesteps[0], torch.zeros(1, 1)
+    assert loaded.step(*step).prev_sample.isfinite().all()
+    assert isinstance(scheduler.step(*step, return_dict=False), tuple)
 
 
 @pytest.mark.parametrize("steps", [0, -3, 2.5, 10**7])

@@ -480,6 +480,7 @@ def test_shards(name: str, change: Any, message: str, tmp_path: Path) -> None:
         ("scheduler/scheduler_config.json", "shift_terminal", [1], r"terminal is \[1\]; give a n"),
         ("scheduler/scheduler_config.json", "num_train_timesteps", [], r"timesteps is \[\]; give"),
         ("scheduler/scheduler_config.json", "shift", 0, "shift is 0; give 0.001 to 1000"),
+        ("scheduler/scheduler_config.json", "shift", 1000.5, "shift is 1000.5; give 0.001 to 1000"),
         ("scheduler/scheduler_config.json", "num_train_timesteps", 0, "is 0; give at least 1, to"),
         ("transformer/config.json", "hidden_size", "8", "config.json: hidden_size is '8'; give"),
         ("transformer/config.json", "sample_size", 7, "sample_size of its transformer: input of"),

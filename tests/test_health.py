@@ -72,7 +72,8 @@ def test_entropy_and_coverage_of_known_weights() -> None:
     mean = torch.full((1, 1, 4, 4), 0.25)
     for weights, entropy, coverage in ((same, 0, 0.25), (own, 0, 1), (mean, np.log(4), 1)):
         assert attention_entropy(weights).mean().item() == pytest.approx(entropy)
-        assert attention_coverage(weights).tolist() == pytest.approx([coverage])
+        several = weights.expand(2, 3, 4, 4)
+        assert attention_coverage(several).tolist() == pytest.approx([coverage] * 2)
 
 
 def test_the_probe_sees_the_latents_at_each_budget() -> None:

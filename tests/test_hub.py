@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 
 from elit._hub import hub_reason, not_fetched
 from elit.networks.weights import _from_hub
+from elit.pipelines.folder import loading_error
 from elit.pipelines.load import load_pipeline
 from elit.pipelines.text_encoder import encoder_settings
 from elit.preparation.autoencoder import _hub_config, load_vae
@@ -72,6 +73,16 @@ def test_what_the_hub_did_not_say_is_told_as_it_came() -> None:
     error = behind(answered(EntryNotFoundError), raised_from=False)
     assert hub_reason(error) is None
     assert "(a/b does not appear to have a file named config.json);" in not_fetched("a/b", error)
+
+
+def test_a_pipeline_that_cannot_be_loaded_says_what_to_try(tmp_path) -> None:
+    advice = "Weights of another kind need variant='fp16' or use_safetensors=False"
+    for missing in ("model.safetensors", "files of variant fp16"):
+        assert advice in str(loading_error("a/b", OSError(f"there are no {missing}")))
+    assert advice not in str(loading_error("a/b", OSError("no")))
+    long = ValueError("It is of\n another size (8). More that nobody reads.")
+    message = str(loading_error(str(tmp_path), long))
+    assert message.startswith(f"{tmp_path} cannot be loaded: It is of another size (8); give the")
 
 
 @pytest.mark.parametrize("ask", [

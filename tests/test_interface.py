@@ -248,6 +248,40 @@ def test_closed_gates_give_the_learned_latents_and_the_tokens() -> None:
     torch.testing.assert_close(latents, learned.expand(2, 4, 3, DIM))
 
 
+def test_read_and_write_by_their_formulas() -> None:
+    """As trained weights have them: a sign or a place elsewhere makes other pictures of them."""
+    grid, (read, write) = TokenGrid((2, 4), (2, 2)), (make_read(4), make_write(4))
+    tokens, condition = make_tokens(grid)
+
+    def normed(x: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(x, (DIM,), eps=1e-6)
+
+    with torch.no_grad():
+        ((shift, scale, gate),) = read.modulation(condition)
+        context = normed(tokens) * (1 + scale) + shift + read.token_place.repeat(2, 1)
+        queries = normed(read.latents[:3])
+        update = [read.attention(queries, group) for group in context.split(4, dim=1)]
+        x = (read.latents + read.latent_index)[:3].repeat(2, 1) + gate * torch.cat(update, 1)
+        latents = x + gate * read.mlp(normed(x) * (1 + scale) + shift)
+        torch.testing.assert_close(read(tokens, condition, grid, 3), latents)
+
+        ((shift, scale, gate),) = write.modulation(condition)
+        place = write.token_place.repeat(2, 1)
+        queries = normed(tokens) * (1 + scale) + shift + place
+        pairs = zip(queries.split(4, dim=1), normed(latents).split(3, dim=1), strict=True)
+        x = tokens + gate * torch.cat([write.attention(*pair) for pair in pairs], 1)
+        written = x + gate * write.mlp(normed(x) * (1 + scale) + shift + place)
+        torch.testing.assert_close(write(tokens, latents, condition, grid), written)
+
+    for part, start in ((read, 1.0), (write, 0.1)):
+        part.modulation.reset_parameters()
+        part.reset_parameters()
+        ((shift, scale, gate),) = part.modulation(condition)
+        assert not shift.any()
+        assert not scale.any()
+        assert torch.equal(gate, torch.full_like(gate, start))
+
+
 @pytest.mark.parametrize("num_latents", [0, -1, 5])
 def test_read_refuses_latents_that_it_does_not_have(num_latents: int) -> None:
     grid = TokenGrid((4, 4), (2, 2))
@@ -344,6 +378,8 @@ def test_random_dropping_keeps_a_random_set() -> None:
         counts[kept] += 1
     torch.testing.assert_close(counts / 2000, torch.full((8,), 3 / 8), atol=0.04, rtol=0)
     assert dropping.choose(8, generator).tolist() == list(range(8))
+    kept = {tuple(dropping.choose(3, torch.Generator().manual_seed(5)).tolist()) for _ in range(9)}
+    assert len(kept) == 1  # every rank keeps the same
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,9 @@ def test_labels_in_any_form() -> None:
         options = {"num_inference_steps": 3, "output_type": "latent"}
         again = pipeline(labels, generator=make_generators(1), **options).images
         assert torch.equal(again, images)
+    conditions = ({"class_labels": torch.tensor([label])} for label in (1, 3))
+    direct = pipeline.draw(*conditions, generator=make_generators(1), **options).images
+    assert torch.equal(direct, images)
 
 
 def test_a_run_is_the_euler_method_by_hand() -> None:
