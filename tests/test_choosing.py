@@ -234,6 +234,13 @@ def test_a_sweep_s_numbers_may_be_at_the_ends_of_what_is_allowed(run) -> None:
     assert read_sweep(run / "swept")["rows"] == rows
 
 
+def test_defaults_of_a_point() -> None:
+    rest = {"budget": 1.0, "num_inference_steps": 40}
+    assert OperatingPoint().arguments() == rest | {"guidance": None}
+    assert OperatingPoint(guidance="cfg").arguments() == rest | {"guidance": CFG(2.0)}
+    assert OperatingPoint(guidance="ccfg").arguments() == rest | {"guidance": CheapCFG(2.0)}
+
+
 def test_a_plain_model_has_no_guide_of_a_lower_budget() -> None:
     for name in ("ag", "ccfg"):
         with pytest.raises(ValueError, match=f"guidance {name} needs a lower budget; this model"):

@@ -21,6 +21,7 @@ from elit.pipelines.autoencoder import decode, has_time, spatial_scale, temporal
 from elit.pipelines.base import check_sample_dtype
 from elit.pipelines.budgets import draw_budgets
 from elit.pipelines.elit_pipeline import ElitPipeline
+from elit.pipelines.text_pipeline import ElitTextPipeline
 from elit.retrofit.elasticize import elasticize
 
 
@@ -470,6 +471,16 @@ def test_a_transformer_that_became_elastic_is_saved_as_what_it_is(tmp_path) -> N
     loaded = ElitPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(draw(loaded, budget=0.5), draw(pipeline, budget=0.5))
+
+
+def test_folders_of_another_kind_and_of_a_shift_that_is_none(tmp_path) -> None:
+    make_pipeline(sampler="unipc").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"load it by ElitPipeline\.from_pretrained, or whichever"):
+        ElitTextPipeline.from_pretrained(tmp_path)
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"flow_shift": 0}))
+    with pytest.raises(ValueError, match=r"flow_shift is 0; give 0\.001 to 1000"):
+        ElitPipeline.from_pretrained(tmp_path)
 
 
 def test_save_and_load_with_an_autoencoder(tmp_path) -> None:
