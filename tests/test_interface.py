@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from elit.interface import Read, TailDropping, TokenGrid, Write, resolve_budget
-from elit.interface.budget import check_num_latents
+from elit.interface.budget import check_num_latents, default_budgets
 from elit.interface.grid import format_size
 
 DIM, HEADS = 16, 2
@@ -301,6 +301,11 @@ def test_a_budget_is_rounded_to_the_nearest_number_of_latents(budget: float, tot
     assert isinstance(kept, int)
     assert 1 <= kept <= total
     assert abs(kept - budget * total) <= 0.5 or (kept == 1 and budget * total < 1)
+
+
+def test_default_budgets_halve_down_to_the_fewest_latents() -> None:
+    assert default_budgets(2, 16) == [1, 1 / 2, 1 / 4, 1 / 8]
+    assert default_budgets(3, 16) == [1, 1 / 2, 1 / 4]
 
 
 def test_a_half_goes_to_the_even_number() -> None:

@@ -22,6 +22,7 @@ from elit.cost.formulas import ModelCost
 from elit.flow.guidance import UNGUIDED, Condition, Forwards, Guidance
 from elit.flow.sampling import Generators, sample
 from elit.flow.schedulers import start_sampling
+from elit.flow.words import DEFAULT_STEPS
 from elit.interface.budget import check_num_latents
 from elit.interface.grid import format_size
 from elit.models.elastic import ElasticMixin
@@ -38,7 +39,6 @@ from elit.pipelines.folder import check_pipeline_source, draws_images, loading_e
 logger = logging.getLogger(__name__)
 
 MOST_TIMES = 256  # the size that a model was made for: beyond, a run would not end
-DEFAULT_STEPS = 40
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[Any, int, Tensor, dict], dict]
 _CHOOSE = (
