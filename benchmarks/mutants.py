@@ -52,8 +52,8 @@ def status(code: object, file: Path, tests: list[str]) -> int:
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    usual, own = SourceFileLoader.get_code, str(file)
-    SourceFileLoader.get_code = lambda self, name: code if self.path == own else usual(self, name)
+    usual = SourceFileLoader.get_code
+    SourceFileLoader.get_code = lambda s, n: code if Path(s.path).resolve() == file else usual(s, n)
     import pytest
 
     os._exit(pytest.main(["-xq", "-n0", "-p", "no:cacheprovider", *tests]))
