@@ -33,7 +33,7 @@ _STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # names of formats that PIL do
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 PACKED = (".tar", *BUILDERS)
 SUFFIXES = (*PACKED, *TABLES)
-_TEXT = ".txt"
+_TEXTS = (".txt", ".caption")
 _SHOWN = 3
 Parts = dict[Path, tuple[str, ...]]
 
@@ -98,9 +98,8 @@ class Layout:
                 for split, of_split in splits.items()
             }
         else:
-            beside = {f.with_suffix(""): f for f in files if f.suffix.lower() == _TEXT}
-            texts = {} if self.settings.caption_column == NONE else beside
-            used |= {texts[p.with_suffix("")] for p in pictures if p.with_suffix("") in texts}
+            texts = {} if self.settings.caption_column == NONE else _texts_beside(files, pictures)
+            used.update(texts.values())
             labels, captions = self._labels(splits), self._captions(pictures, texts)
             tables = {
                 split: {"image": [str(p) for p in of_split]}
@@ -165,20 +164,17 @@ class Layout:
         read: dict[Path, str] = {}
         if not texts:
             return read
-        for place in {p.with_suffix("") for p in pictures} & texts.keys():
+        for place, file in texts.items():
             try:
-                read[place] = texts[place].read_text(encoding="utf-8-sig").strip()
+                read[place] = file.read_text(encoding="utf-8-sig").strip()
             except ValueError as error:
-                raise ValueError(
-                    f"{texts[place]} is no UTF-8 ({error}); save it as such"
-                ) from error
-        if not read:
-            return {}
+                raise ValueError(f"{file} is no UTF-8 ({error}); save it as such") from error
         lack = [p for p in pictures if p.with_suffix("") not in read]
-        self.notes.append(f"captions, from the {_TEXT} file beside each picture")
+        kinds = " or ".join(sorted({file.suffix.lower() for file in texts.values()}))
+        self.notes.append(f"captions, from the {kinds} file beside each picture")
         if lack:
             self.notes.append(
-                f"{_count(lack, 'picture', self.root)}, without {_TEXT}: the caption is empty"
+                f"{_count(lack, 'picture', self.root)}, without {kinds}: the caption is empty"
             )
         return {p: read.get(p.with_suffix(""), "") for p in pictures}
 
@@ -281,6 +277,18 @@ def _split_of(path: Path) -> str | None:
     of_folders = [_OF_NAME[p.lower()] for p in path.parts[:-1] if p.lower() in _OF_NAME]
     match = _SHARD.fullmatch(path.stem.lower())
     return of_folders[-1] if of_folders else match and _OF_NAME.get(match[1] or match[2])
+
+
+def _texts_beside(files: list[Path], pictures: list[Path]) -> dict[Path, Path]:
+    """Files of text by the place, a path without its ending, of the pictures they belong to."""
+    places, texts = {p.with_suffix("") for p in pictures}, dict[Path, Path]()
+    for file in files:
+        place = file.with_suffix("")
+        if file.suffix.lower() in _TEXTS and place in places:
+            if place in texts:
+                raise ValueError(f"{texts[place]} and {file} are of one picture; leave one")
+            texts[place] = file
+    return texts
 
 
 def _below_one(parts: Parts, keep: bool = False) -> Parts:
