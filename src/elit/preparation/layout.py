@@ -4,11 +4,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from elit._listing import files_of
+from elit.preparation.images import picture_suffixes
 from elit.preparation.settings import NONE, PrepareSettings
 from elit.preparation.tables import (
     BUILDERS,
@@ -29,7 +29,6 @@ _SPLITS = {
 _OF_NAME = {word: split for split, words in _SPLITS.items() for word in words}
 _SHARD = re.compile(r"(?:.+-)?([a-z]+)-\d{5}-of-\d{5}|([a-z]+)(?:[-_.]?\d[\w.-]*)?")
 _VIDEOS = frozenset((".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"))
-_STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # names of formats that PIL doesn't read itself
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 PACKED = (".tar", *BUILDERS)
 SUFFIXES = (*PACKED, *TABLES)
@@ -75,7 +74,7 @@ class Layout:
 
     @property
     def _pictures(self) -> frozenset[str]:
-        return _picture_suffixes() | (_VIDEOS if self.settings.frames else frozenset())
+        return picture_suffixes() | (_VIDEOS if self.settings.frames else frozenset())
 
     # ---- pictures, each a file ----
 
@@ -261,15 +260,6 @@ class Layout:
                 self._left,
             )  # fmt: skip
         return load_files(self.datasets, kind, files)
-
-
-@cache
-def _picture_suffixes() -> frozenset[str]:
-    """Endings of all files that PIL reads."""
-    from PIL import Image
-
-    known = Image.registered_extensions()
-    return frozenset(s for s, f in known.items() if f in Image.OPEN and f not in _STUBS)
 
 
 def _split_of(path: Path) -> str | None:

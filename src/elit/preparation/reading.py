@@ -153,8 +153,6 @@ def reason_of(error: Exception, rows: Rows, number: int) -> str:
     """The reason why a row was skipped, and its file where that is known."""
     reason = getattr(error, "strerror", None) or str(error)  # a file that is not there is named
     reason = " ".join(reason.split()) or type(error).__name__
-    if "<_io.BytesIO object" in reason:  # says where it lay in memory
-        reason = "cannot identify image file"
     name = _name_of(rows, number)
     return reason if name is None else f"{name}: {reason.replace(str(rows.folder / name), 'it')}"
 
