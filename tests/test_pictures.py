@@ -7,8 +7,8 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
 from helpers import refuses
+from PIL import Image, ImageCms
 from prepare_sources import class_folder, picture, run, shard
 
 from elit.evaluation.images import open_images

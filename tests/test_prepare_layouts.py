@@ -49,7 +49,9 @@ def rows(*classes: str | None, start: int = 0, captions: Any = None) -> list[Row
 
 def columns(*seeds: int, **more: Any) -> bytes:
     """A parquet file of pictures."""
-    return table(image=[{"bytes": png(seed), "path": None} for seed in seeds], **more)
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.null()})
+    pictures = [{"bytes": png(seed), "path": None} for seed in seeds]
+    return table(image=pa.array(pictures, kind), **more)
 
 
 def table(**columns: Any) -> bytes:
@@ -271,6 +273,10 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
     ),
     "parquet without rows": (
         {"a.parquet": table(image=pa.array([], pa.binary()))}, "a.parquet has no rows; give", "",
+    ),
+    "parquet, one without rows": (
+        {"a.parquet": columns(), "b.parquet": columns(0)},
+        {"train": rows(None)}, "1 rows in train",
     ),
     "parquet of several pictures a row": (
         {"a.parquet": table(images=[[{"bytes": png(), "path": None}]])},

@@ -206,19 +206,22 @@ def _rows_of(
 
 def load_files(datasets: Any, kind: str, files: Sequence[Path]) -> Any:
     """Rows of parquet or arrow files, by datasets, which keeps a copy for each state of theirs."""
+    about: list[Any] = []
     if kind == ".parquet":
         from pyarrow import ArrowInvalid, parquet
 
-        about = []
         for file in files:
             try:
                 about.append(parquet.ParquetFile(file))
             except ArrowInvalid as error:
-                raise ValueError(f"{file} is no whole parquet file ({error})") from error
+                raise ValueError(
+                    f"{file} is no whole parquet file ({error}); copy it again"
+                ) from error
         if not (listed := sum(one.metadata.num_rows for one in about)):
             raise ValueError(f"{files[0]} has no rows; give one with pictures in it")
     state = stamp(files) or digest_of([sha256_of(file) for file in files])
-    paths = {"train": [escape(str(file)) for file in files]}
+    filled = [file for file, one in zip(files, about, strict=False) if one.metadata.num_rows]
+    paths = {"train": [escape(str(file)) for file in filled or files]}
     with by_datasets(str(files[0])):
         builder = BUILDERS[kind]
         table = datasets.load_dataset(builder, name=f"elit-{state}", data_files=paths)["train"]
