@@ -7,8 +7,9 @@ import zlib
 
 import numpy as np
 import pytest
+from helpers import refuses
 from PIL import Image, ImageCms
-from prepare_sources import class_folder, run, shard
+from prepare_sources import class_folder, picture, run, shard
 
 from elit.evaluation.images import open_images
 from elit.preparation.images import LONGEST, fit, read_clips, read_image
@@ -212,3 +213,12 @@ def test_where_memory_ends_the_file_is_named(tmp_path, monkeypatch) -> None:
     assert caught.value.errno == errno.ENOMEM
     with pytest.raises(ValueError, match=r"0000\.png cannot be read as a picture: MemoryError"):
         open_images(str(tmp_path / "images"))
+
+
+def test_scores_read_all_kinds_of_pictures_that_are_prepared(tmp_path) -> None:
+    for number, (suffix, kind) in enumerate((("png", "PNG"), ("GIF", "GIF"), ("jfif", "JPEG"))):
+        picture(number).save(tmp_path / f"{number}.{suffix}", kind)
+    assert open_images(str(tmp_path)).count == 3
+    (tmp_path / "0.png").write_bytes(b"none")
+    refuses("0.png cannot be read as a picture: cannot identify image file; mend", open_images,
+            str(tmp_path))  # fmt: skip

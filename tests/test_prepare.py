@@ -451,6 +451,9 @@ def test_an_empty_or_absent_source_and_a_strange_vae(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"nothing of .* could be read: row 0: cat/0000\.png"):
         run(tmp_path / "broken", tmp_path / "out2")
     assert not (tmp_path / "out2" / "manifest.json").exists()
+    table = tmp_path / "table.jsonl"
+    table.write_text('{"image": "0.png"}')
+    refuses("row 0: 0.png: No such file or directory$", run, table, tmp_path / "out3")
 
 
 def test_dry_run_tells_and_writes_nothing(tmp_path, capsys) -> None:

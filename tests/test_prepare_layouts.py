@@ -49,7 +49,9 @@ def rows(*classes: str | None, start: int = 0, captions: Any = None) -> list[Row
 
 def columns(*seeds: int, **more: Any) -> bytes:
     """A parquet file of pictures."""
-    return table(image=[{"bytes": png(seed), "path": None} for seed in seeds], **more)
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.null()})
+    pictures = [{"bytes": png(seed), "path": None} for seed in seeds]
+    return table(image=pa.array(pictures, kind), **more)
 
 
 def table(**columns: Any) -> bytes:
@@ -132,6 +134,10 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
         classes("cat", "dog") | {"5.png": 5}, "train has 1 picture, such as 5.png, beside the "
         "folders of its classes, cat, dog", "",
     ),
+    "classes that are numbers": (
+        classes(*map(str, range(11)), count=1),
+        {"train": [(n, str(n), None) for n in (0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9)]}, "11 classes",
+    ),
     # split folders
     "splits of classes": (
         classes("train/cat", "train/dog", "val/cat", "val/dog", count=1),
@@ -173,6 +179,15 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
         classes("10_cat", "5_dog", count=1) | {"10_cat/0.txt": "a", "5_dog/0.txt": "b"},
         {"train": rows("10_cat", "5_dog", captions=["a", "b"])}, "captions",
     ),
+    "texts .caption": (
+        pictures("0.png", "1.png") | {"0.caption": "a", "1.TXT": "b"},
+        {"train": rows(None, None, captions=["a", "b"])},
+        "captions, from the .caption or .txt file beside each picture",
+    ),
+    "two texts of one picture": (
+        pictures("0.png") | {"0.caption": "a", "0.txt": "b"},
+        "0.caption and .*0.txt are of one picture; leave one", "",
+    ),
     "metadata.csv": (
         FOUR | {"metadata.csv": "file_name,text\n" + "\n".join(
             f'{name},"{text}"' for name, text in zip(
@@ -197,6 +212,14 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
                                          {"file_name": "1.png", "label": True, "text": 6})},
         {"train": [(1, "True", "12"), (0, "False", "3")],
          "validation": rows("True", "True", start=2, captions=["5", "6"])}, "2 classes",
+    ),
+    "metadata.csv of a spreadsheet": (
+        pictures("0.png", "1.png") | {
+            "metadata.csv": '\ufefffile_name; text ; label\r\n0.png; "a, b; c";1\r\n1.png;b;0\r\n'},
+        {"train": rows("1", "0", captions=["a, b; c", "b"])}, "captions in text",
+    ),
+    "metadata.csv without rows": (
+        FOUR | {"metadata.csv": "file_name,text\n"}, "from its folder; it has no rows", "",
     ),
     "metadata.csv one too few": (
         FOUR | {"metadata.csv": "file_name,text\n0.png,a\n1.png,b\n2.png,c\n"},
@@ -248,6 +271,17 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
         {"a.parquet": columns(0, 1, 2, label=[1.0, None, 0.0], text=["null", "NA", None])},
         {"train": [(0, "1", "null"), (2, "0", "")]}, "2 classes",
     ),
+    "parquet without rows": (
+        {"a.parquet": table(image=pa.array([], pa.binary()))}, "a.parquet has no rows; give", "",
+    ),
+    "parquet, one without rows": (
+        {"a.parquet": columns(), "b.parquet": columns(0)},
+        {"train": rows(None)}, "1 rows in train",
+    ),
+    "parquet of several pictures a row": (
+        {"a.parquet": table(images=[[{"bytes": png(), "path": None}]])},
+        "image_column 'images' holds List.*; give a column of pictures", "",
+    ),
     "parquet that differs": (
         {"a.parquet": columns(0, text=["a"]), "b.parquet": columns(1)},
         "b.parquet and .*a.parquet differ in the column 'text'", "",
@@ -262,6 +296,11 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
                                    "__MACOSX/x/._1.jpg": 5})},
         {"train": rows("1", "0", captions=["null", "b"])}, "left out: 1, such as test-drive.tar/",
     ),
+    "tar of folders": (
+        {"a.tar": packed(pictures("cat/0.png", "dog/0.png"))}, {"train": rows(None, None)},
+        "left out: 1, such as the folders in a.tar, cat to dog, as classes",
+    ),
+    "tar without rows": ({"a.tar": packed({})}, "no column of pictures among no columns", ""),
     "tar with a late text": (
         {"a.tar": packed(FOUR | pictures(*(f"{i}.png" for i in range(4, 8)), start=4)
                          | {"7.txt": "seven"})},

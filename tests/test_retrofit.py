@@ -376,6 +376,8 @@ def test_models_that_cannot_be_patched() -> None:
         elasticize({}, 1, 1, 4)
     with pytest.raises(ValueError, match="is elastic already; unelasticize it first"):
         elasticize(elastic("dit"), 1, 1, 4)
+    with pytest.raises(ValueError, match="is compiled; elasticize it first, then compile it"):
+        elasticize(torch.compile(nn.Linear(2, 2)), 1, 1, (2, 2))
     with pytest.raises(ValueError, match="is not elastic"):
         unelasticize(make("dit"))
     shared = Own()

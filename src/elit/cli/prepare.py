@@ -11,9 +11,10 @@ from elit.preparation.settings import DEFAULT_VAE, DTYPES, PrepareSettings
 
 USAGE = "elit prepare SOURCE OUT [flags]"
 EPILOG = """\
-SOURCE: a folder of pictures, with a subfolder for each class, with a .txt beside each picture, or
-with metadata.csv or metadata.jsonl; a folder of parquet or tar files, one such file, or a pattern
-in quotes; a folder of MNIST's idx files; a name on the hub. --dry-run says what it was taken for.
+SOURCE: a folder of pictures, with a subfolder for each class, with a .txt or .caption beside each
+picture, or with metadata.csv or metadata.jsonl; a folder of parquet or tar files, one such file, or
+a pattern in quotes; a folder of MNIST's idx files; a name on the hub. --dry-run says what it was
+taken for.
 The same command again goes on with what was stopped, also with another number of processes.
 `elit prepare OUT --verify` compares a finished folder with its checksums; with SOURCE and OUT it
 makes again what is damaged."""

@@ -25,12 +25,11 @@ from elit.evaluation.parts import batches
 from elit.interface.grid import format_size
 from elit.networks.weights import checksum_of
 from elit.pipelines.autoencoder import decode
-from elit.preparation.images import READING, fit, read_image
+from elit.preparation.images import READING, fit, picture_suffixes, read_image
 
 _UNREADABLE = (
     OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -137,16 +136,20 @@ def of_dataset(dataset: ImageDataset, name: str, vae: Any = None) -> Images:
 
 
 def _of_folder(folder: Path, size: tuple[int, int] | None) -> Images:
-    files = [path for path in files_of(folder)[0] if path.suffix.lower() in SUFFIXES]
+    files = [path for path in files_of(folder)[0] if path.suffix.lower() in picture_suffixes()]
     if not files:
-        raise ValueError(f"{folder} has no pictures in it ({', '.join(SUFFIXES)})")
+        raise ValueError(
+            f"{folder} has no pictures in it, such as .png or .jpg; give a folder with some"
+        )
 
     def picture(path: Path) -> Image.Image:
         try:
             image = read_image(str(path))
         except Exception as error:  # a file can be broken in any way, or too large
             reason = str(error) or type(error).__name__
-            raise ValueError(f"{path} cannot be read as a picture: {reason}") from error
+            raise ValueError(
+                f"{path} cannot be read as a picture: {reason}; mend or remove it"
+            ) from error
         return image if size is None else fit(image, size)
 
     width, height = picture(files[0]).size

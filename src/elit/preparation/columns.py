@@ -11,6 +11,7 @@ IMAGE_NAMES = (
 )  # fmt: skip
 LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label", "category")
 CAPTION_NAMES = ("caption", "text", "captions", "txt", "prompt", "description")
+_STORED = ("binary", "large_binary", "string", "large_string")  # pictures, or their paths
 MOST_CLASSES = 100_000
 
 
@@ -18,23 +19,22 @@ def find_image(features: Any, name: str | None) -> str:
     """The column of pictures, by its type or name."""
     if name is not None:
         check_choice(name, features, "image_column")
-        kind = str(getattr(features[name], "dtype", ""))
-        if not _is_shown(features[name]) and kind not in ("binary", "string"):
-            raise ValueError(
-                f"image_column {name!r} holds {features[name]}; give a column of pictures"
-            )
-        return name
     typed = [n for n, f in features.items() if _is_shown(f)]
     named = [n for n in features if n.lower() in IMAGE_NAMES]
-    if len(typed) == 1:
-        return typed[0]
-    candidates = typed or named
+    candidates = [name] if name is not None else typed or named
     if len(candidates) != 1:
         what = f"several columns of pictures: {', '.join(candidates)}" if candidates else (
-            f"no column of pictures among {', '.join(features)}"
+            f"no column of pictures among {', '.join(features) or 'no columns'}"
         )  # fmt: skip
         raise ValueError(f"the source has {what}; name it with --image-column")
-    return candidates[0]
+    (name,) = candidates
+    feature = features[name]
+    is_stored = "bytes" in feature if isinstance(feature, dict) else (
+        str(getattr(feature, "dtype", "")) in _STORED
+    )  # fmt: skip
+    if not _is_shown(feature) and not is_stored:
+        raise ValueError(f"image_column {name!r} holds {feature}; give a column of pictures")
+    return name
 
 
 def _is_shown(feature: Any) -> bool:
@@ -99,7 +99,9 @@ def find_classes(tables: list[Any], label: str | None) -> tuple[tuple[str, ...],
         return tuple(feature.names), {}
     values = {v for table in tables for v in table.unique(label) if v not in (None, "") and v == v}
     if all(isinstance(value, str | bool) for value in values):
-        ordered = sorted(values | {False, True} if True in values or False in values else values)
+        flags = {False, True} if True in values or False in values else set()
+        is_counted = not flags and all(map(str.isdecimal, values))  # 2 is before 10
+        ordered = sorted(values | flags, key=(lambda v: (len(v), v)) if is_counted else None)
         names: Sequence[Any] = ordered
         numbers: dict[Any, int] = {value: number for number, value in enumerate(ordered)}
     elif any(value % 1 for value in values):

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,17 @@ WIDEST = 2.0  # ratio of the sides of a bucket, at most
 SPARE = 1 / 8  # of the pixels, by which a bucket may have more or fewer
 LONGEST = 8  # times the length that is cut out: what is scaled at most
 READING = 2  # another number whenever the pixels of `read_image` and `fit` change
+_STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # names of formats that PIL doesn't read itself
 _DURATION = 100  # of a picture of a GIF that doesn't say, in ms, as browsers have it
 _EDGE = 1e-3  # of a frame: what a time lies before the edge of one by rounding
 _WHITE = (255, 255, 255, 255)
+
+
+@cache
+def picture_suffixes() -> frozenset[str]:
+    """Endings of all files that PIL reads."""
+    known = Image.registered_extensions()
+    return frozenset(s for s, f in known.items() if f in Image.OPEN and f not in _STUBS)
 
 
 def read_image(content: bytes | str) -> Image.Image:
@@ -37,7 +45,11 @@ def read_image(content: bytes | str) -> Image.Image:
         content = Path(content).read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of broken EXIF data, and of large but allowed pictures
-        with Image.open(io.BytesIO(content)) as image:
+        try:
+            opened = Image.open(io.BytesIO(content))
+        except UnidentifiedImageError:  # which says where it lay in memory
+            raise UnidentifiedImageError("cannot identify image file") from None
+        with opened as image:
             layout = image.tile[0][3] if image.tile else None
             image.load()
             value = image.info.get("transparency")

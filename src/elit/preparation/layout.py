@@ -4,11 +4,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from elit._listing import files_of
+from elit.preparation.images import picture_suffixes
 from elit.preparation.settings import NONE, PrepareSettings
 from elit.preparation.tables import (
     BUILDERS,
@@ -29,11 +29,10 @@ _SPLITS = {
 _OF_NAME = {word: split for split, words in _SPLITS.items() for word in words}
 _SHARD = re.compile(r"(?:.+-)?([a-z]+)-\d{5}-of-\d{5}|([a-z]+)(?:[-_.]?\d[\w.-]*)?")
 _VIDEOS = frozenset((".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"))
-_STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # names of formats that PIL doesn't read itself
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 PACKED = (".tar", *BUILDERS)
 SUFFIXES = (*PACKED, *TABLES)
-_TEXT = ".txt"
+_TEXTS = (".txt", ".caption")
 _SHOWN = 3
 Parts = dict[Path, tuple[str, ...]]
 
@@ -75,7 +74,7 @@ class Layout:
 
     @property
     def _pictures(self) -> frozenset[str]:
-        return _picture_suffixes() | (_VIDEOS if self.settings.frames else frozenset())
+        return picture_suffixes() | (_VIDEOS if self.settings.frames else frozenset())
 
     # ---- pictures, each a file ----
 
@@ -98,9 +97,8 @@ class Layout:
                 for split, of_split in splits.items()
             }
         else:
-            beside = {f.with_suffix(""): f for f in files if f.suffix.lower() == _TEXT}
-            texts = {} if self.settings.caption_column == NONE else beside
-            used |= {texts[p.with_suffix("")] for p in pictures if p.with_suffix("") in texts}
+            texts = {} if self.settings.caption_column == NONE else _texts_beside(files, pictures)
+            used.update(texts.values())
             labels, captions = self._labels(splits), self._captions(pictures, texts)
             tables = {
                 split: {"image": [str(p) for p in of_split]}
@@ -165,20 +163,17 @@ class Layout:
         read: dict[Path, str] = {}
         if not texts:
             return read
-        for place in {p.with_suffix("") for p in pictures} & texts.keys():
+        for place, file in texts.items():
             try:
-                read[place] = texts[place].read_text(encoding="utf-8-sig").strip()
+                read[place] = file.read_text(encoding="utf-8-sig").strip()
             except ValueError as error:
-                raise ValueError(
-                    f"{texts[place]} is no UTF-8 ({error}); save it as such"
-                ) from error
-        if not read:
-            return {}
+                raise ValueError(f"{file} is no UTF-8 ({error}); save it as such") from error
         lack = [p for p in pictures if p.with_suffix("") not in read]
-        self.notes.append(f"captions, from the {_TEXT} file beside each picture")
+        kinds = " or ".join(sorted({file.suffix.lower() for file in texts.values()}))
+        self.notes.append(f"captions, from the {kinds} file beside each picture")
         if lack:
             self.notes.append(
-                f"{_count(lack, 'picture', self.root)}, without {_TEXT}: the caption is empty"
+                f"{_count(lack, 'picture', self.root)}, without {kinds}: the caption is empty"
             )
         return {p: read.get(p.with_suffix(""), "") for p in pictures}
 
@@ -267,20 +262,23 @@ class Layout:
         return load_files(self.datasets, kind, files)
 
 
-@cache
-def _picture_suffixes() -> frozenset[str]:
-    """Endings of all files that PIL reads."""
-    from PIL import Image
-
-    known = Image.registered_extensions()
-    return frozenset(s for s, f in known.items() if f in Image.OPEN and f not in _STUBS)
-
-
 def _split_of(path: Path) -> str | None:
     """Split that a file's folder, or its name, says."""
     of_folders = [_OF_NAME[p.lower()] for p in path.parts[:-1] if p.lower() in _OF_NAME]
     match = _SHARD.fullmatch(path.stem.lower())
     return of_folders[-1] if of_folders else match and _OF_NAME.get(match[1] or match[2])
+
+
+def _texts_beside(files: list[Path], pictures: list[Path]) -> dict[Path, Path]:
+    """Files of text by the place, a path without its ending, of the pictures they belong to."""
+    places, texts = {p.with_suffix("") for p in pictures}, dict[Path, Path]()
+    for file in files:
+        place = file.with_suffix("")
+        if file.suffix.lower() in _TEXTS and place in places:
+            if place in texts:
+                raise ValueError(f"{texts[place]} and {file} are of one picture; leave one")
+            texts[place] = file
+    return texts
 
 
 def _below_one(parts: Parts, keep: bool = False) -> Parts:

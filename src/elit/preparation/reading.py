@@ -151,9 +151,8 @@ def is_of_file(error: Exception) -> bool:
 
 def reason_of(error: Exception, rows: Rows, number: int) -> str:
     """The reason why a row was skipped, and its file where that is known."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    if "<_io.BytesIO object" in reason:  # says where it lay in memory
-        reason = "cannot identify image file"
+    reason = getattr(error, "strerror", None) or str(error)  # a file that is not there is named
+    reason = " ".join(reason.split()) or type(error).__name__
     name = _name_of(rows, number)
     return reason if name is None else f"{name}: {reason.replace(str(rows.folder / name), 'it')}"
 

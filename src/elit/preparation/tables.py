@@ -47,8 +47,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        names = list(reader.fieldnames or ())
+        separator = max(",;\t", key=file.readline().count)  # as spreadsheets write them
+        file.seek(0)
+        reader = csv.DictReader(file, strict=True, delimiter=separator, skipinitialspace=True)
+        names = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         if len(set(names)) < len(names):
             raise ValueError(f"two of its columns have one name: {', '.join(names)}")
         rows: list[dict[str, Any]] = []
@@ -120,7 +122,7 @@ def file_column(names: Iterable[str], where: Path) -> str:
     if len(columns) != 1:
         raise ValueError(
             f"{where} must have one column file_name, with paths from its folder; it has "
-            f"{', '.join(names) or 'none'}"
+            f"{', '.join(names) or 'no rows'}"
         )
     return columns[0]
 
@@ -197,22 +199,29 @@ def _rows_of(
             rows.setdefault(f"{folder}/{key}", {}).update(columns)
         else:
             left.append(f"{path.name}/{member.name}")
+    if len(folders := sorted({name.rpartition("/")[0] for name in rows})) > 1:
+        left.append(f"the folders in {path.name}, {folders[0] or '.'} to {folders[-1]}, as classes")
     return list(rows.values())
 
 
 def load_files(datasets: Any, kind: str, files: Sequence[Path]) -> Any:
     """Rows of parquet or arrow files, by datasets, which keeps a copy for each state of theirs."""
+    about: list[Any] = []
     if kind == ".parquet":
         from pyarrow import ArrowInvalid, parquet
 
-        about = []
         for file in files:
             try:
                 about.append(parquet.ParquetFile(file))
             except ArrowInvalid as error:
-                raise ValueError(f"{file} is no whole parquet file ({error})") from error
+                raise ValueError(
+                    f"{file} is no whole parquet file ({error}); copy it again"
+                ) from error
+        if not (listed := sum(one.metadata.num_rows for one in about)):
+            raise ValueError(f"{files[0]} has no rows; give one with pictures in it")
     state = stamp(files) or digest_of([sha256_of(file) for file in files])
-    paths = {"train": [escape(str(file)) for file in files]}
+    filled = [file for file, one in zip(files, about, strict=False) if one.metadata.num_rows]
+    paths = {"train": [escape(str(file)) for file in filled or files]}
     with by_datasets(str(files[0])):
         builder = BUILDERS[kind]
         table = datasets.load_dataset(builder, name=f"elit-{state}", data_files=paths)["train"]
@@ -224,7 +233,6 @@ def load_files(datasets: Any, kind: str, files: Sequence[Path]) -> Any:
                     f"{file} and {files[0]} differ in the column {sorted(differ)[0]!r}; give files "
                     f"of the same columns"
                 )
-        listed = sum(one.metadata.num_rows for one in about)
         if listed != len(table):
             raise ValueError(f"{len(table)} of the {listed} rows of {files[0].parent} were read")
     return table

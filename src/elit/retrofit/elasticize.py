@@ -49,6 +49,8 @@ def elasticize(
     if isinstance(transformer, DiffusionPipeline):
         elasticize(transformer_of(transformer), head, tail, group, init, rank, layout)
         return with_its_class(transformer)
+    if hasattr(transformer, "_orig_mod"):
+        raise ValueError("this model is compiled; elasticize it first, then compile it")
     if not isinstance(transformer, nn.Module):
         raise ValueError(
             f"elasticize takes a transformer, a torch module, not {type(transformer).__name__}"

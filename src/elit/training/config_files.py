@@ -238,12 +238,15 @@ def _load_yaml(text: str) -> Any:
     import yaml
 
     try:
-        _check_unique(yaml.compose(text, _loader()))
+        _check_nodes(yaml.compose(text, _loader()))
         return yaml.load(text, _loader())
     except RecursionError:
         raise ValueError("it refers to itself (& and *) or is too deep; write it out") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date that is none, not UTF-8
         raise ValueError(" ".join(str(error).split())) from error
+
+
+_ODD = re.compile(r"[-+]?0_*[0-7]|.*:")  # octal, sexagesimal
 
 
 @cache
@@ -258,8 +261,13 @@ def _loader() -> Any:
     return Loader
 
 
-def _check_unique(node: Any) -> None:
-    """Raise a ValueError for a key given twice: YAML would take the last one without a word."""
+def _check_nodes(node: Any) -> None:
+    """Raise a ValueError for what YAML takes for something else without a word.
+
+    Of a key given twice it has the last one; 010 is 8, and 1:30 is 90.
+    """
+    if getattr(node, "tag", "").endswith((":int", ":float")) and _ODD.match(node.value):
+        raise ValueError(f"{node.value} is no plain number; write it in decimals, or in quotes")
     pairs = node.value if isinstance(getattr(node, "value", None), list) else []
     names = [pair[0].value for pair in pairs if isinstance(pair, tuple)]
     for name in names:
@@ -267,7 +275,7 @@ def _check_unique(node: Any) -> None:
             raise ValueError(f"key {name} is given twice; remove one of them")
     for pair in pairs:
         for child in pair if isinstance(pair, tuple) else (pair,):
-            _check_unique(child)
+            _check_nodes(child)
 
 
 def _check_tree(values: dict[str, Any], config_class: type, path: str, prefix: str = "") -> None:
