@@ -11,7 +11,7 @@ import random
 import re
 import shutil
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -342,7 +342,11 @@ AREAS = {
 }  # fmt: skip
 
 
-def fuzz(area: str, seeds: range, folder: Path, capsys: Any) -> list[str]:
+# Seeds of sweeps that once failed: negative scales, rows without the score, no weights.
+FAILED_FIRST = (1563, 1670, 1764, 1878, 2130, 2312, 2332)
+
+
+def fuzz(area: str, seeds: Iterable[int], folder: Path, capsys: Any) -> list[str]:
     """What went wrong in the cases of an area, by their seeds."""
     case: Callable[[random.Random, Path], str | None]
     if area == "configs":
@@ -366,7 +370,8 @@ def fuzz(area: str, seeds: range, folder: Path, capsys: Any) -> list[str]:
 @pytest.mark.parametrize("area", AREAS)
 @pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_wrong_inputs(area: str, many: bool, tmp_path: Path, capsys: Any) -> None:
-    seeds = range(1000, 1000 + MANY) if many else range(AREAS[area])
+    count = MANY // 10 if area == "sweeps" else MANY  # a comparison draws its page
+    seeds = sorted({*range(1000, 1000 + count), *FAILED_FIRST}) if many else range(AREAS[area])
     wrong = fuzz(area, seeds, tmp_path, capsys)
     assert not wrong, "\n".join(wrong)
 

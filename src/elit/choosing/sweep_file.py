@@ -24,6 +24,10 @@ def _is_interval(value: Any) -> bool:
     return is_pair and 0 <= value[0] <= value[1] <= 1
 
 
+def _is_scale(value: Any) -> bool:
+    return is_real(value) and value >= 0
+
+
 def _or_none(check: Check) -> Check:
     return lambda value: value is None or check(value)
 
@@ -95,7 +99,8 @@ def read_sweep(file: str | os.PathLike) -> dict[str, Any]:
     for number, row in enumerate(report["rows"]):
         _check(row, _ROW, file, f"row {number}: ")
         if row["guidance"] != "none":
-            _check(row, {"scale": is_real}, file, f"row {number}: ")
+            _check(row, {"scale": _is_scale}, file, f"row {number}: ")
+    report["model"].setdefault("weights", None)
     if not report["rows"]:
         raise ValueError(f"{file} has no rows; run `elit sweep` to its end")
     return report

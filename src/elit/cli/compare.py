@@ -85,7 +85,7 @@ def _show(report: dict[str, Any], reports: dict[str, dict[str, Any]], page: Path
             (
                 in_words(point),
                 *(f"{point['gflops_per_image'][name]:.4g}" for name in names),
-                *(_number(point["scores"][score][name]) for name in names),
+                *(_number(point["scores"].get(score, {}).get(name)) for name in names),
             )
             for point in report["shared"]
         ]
@@ -95,7 +95,9 @@ def _show(report: dict[str, Any], reports: dict[str, dict[str, Any]], page: Path
     for line in report["best"]:
         cells: list[Any] = []
         for row in map(line["best"].get, names):
-            cells += [None, None] if row is None else [_number(row["scores"][score]), in_words(row)]
+            cells += (
+                [None, None] if row is None else [_number(row["scores"][score]), in_words(row)]
+            )
         lines.append((f"{line['gflops_per_image']:.4g}", *cells))
     print(f"{format_table(header, lines)}\n\n{page}")
 

@@ -112,7 +112,7 @@ def shared_points(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
                 "ms_per_image": {name: r.get("ms_per_image") for name, r in rows.items()},
                 "scores": {
                     score: {name: r["scores"].get(score) for name, r in rows.items()}
-                    for score in row["scores"]
+                    for score in dict.fromkeys(s for r in rows.values() for s in r["scores"])
                 },
             })  # fmt: skip
     return points
