@@ -95,9 +95,7 @@ def _show(report: dict[str, Any], reports: dict[str, dict[str, Any]], page: Path
     for line in report["best"]:
         cells: list[Any] = []
         for row in map(line["best"].get, names):
-            cells += (
-                [None, None] if row is None else [_number(row["scores"][score]), in_words(row)]
-            )
+            cells += [None, None] if row is None else [_number(row["scores"][score]), in_words(row)]
         lines.append((f"{line['gflops_per_image']:.4g}", *cells))
     print(f"{format_table(header, lines)}\n\n{page}")
 
