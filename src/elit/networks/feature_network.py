@@ -153,6 +153,9 @@ def load_network(
     return _LOADERS[network](weights, device, dataset)
 
 
+_Loader = Callable[[Any, torch.device, Any], FeatureNetwork]  # of weights, device and data set
+
+
 def _inception(weights: str | Path | None, device: torch.device, _: Any) -> FeatureNetwork:
     path = find_inception(weights)
     module = inception.load_inception(path).to(device)
@@ -163,24 +166,19 @@ def _inception(weights: str | Path | None, device: torch.device, _: Any) -> Feat
     )  # fmt: skip
 
 
-def _dinov2(weights: str | Path | None, device: torch.device, _: Any) -> FeatureNetwork:
-    name = typed_path(weights or DINOV2)
-    module, prepare, words = load_dinov2(name)
-    checksum = folder_checksum(name, module)
-    return FeatureNetwork(
-        "dinov2", module.to(device), ("pool",), checksum, words, "images", device,
-        lambda images: prepare(_rgb(images)),
-    )  # fmt: skip
+def _pooled(name: str, default: str, load: Callable[[str], Any], of: str) -> _Loader:
+    """Loader of a vision model of transformers, by its pooled features."""
 
+    def open_network(weights: str | Path | None, device: torch.device, _: Any) -> FeatureNetwork:
+        source = typed_path(weights or default)
+        module, prepare, words = load(source)
+        checksum = folder_checksum(source, module)
+        return FeatureNetwork(
+            name, module.to(device), ("pool",), checksum, words, of, device,
+            lambda images: prepare(_rgb(images)),
+        )  # fmt: skip
 
-def _clip(weights: str | Path | None, device: torch.device, _: Any) -> FeatureNetwork:
-    name = typed_path(weights or CLIP)
-    module, prepare, words = load_clip(name)
-    checksum = folder_checksum(name, module)
-    return FeatureNetwork(
-        "clip", module.to(device), ("pool",), checksum, words, "texts", device,
-        lambda images: prepare(_rgb(images)),
-    )  # fmt: skip
+    return open_network
 
 
 class _I3D(nn.Module):
@@ -249,10 +247,10 @@ def _classifier(_: Any, device: torch.device, dataset: ImageDataset | None) -> F
     )  # fmt: skip
 
 
-_LOADERS: dict[str, Callable[[Any, torch.device, Any], FeatureNetwork]] = {
+_LOADERS: dict[str, _Loader] = {
     "inception": _inception,
-    "dinov2": _dinov2,
-    "clip": _clip,
+    "dinov2": _pooled("dinov2", DINOV2, load_dinov2, "images"),
+    "clip": _pooled("clip", CLIP, load_clip, "texts"),
     "i3d": _i3d,
     "classifier": _classifier,
 }
