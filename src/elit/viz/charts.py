@@ -7,7 +7,6 @@ settings, which a process shares, are set and reset under a lock.
 import io
 import math
 import re
-import textwrap
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -218,7 +217,7 @@ def _draw(axis: Any, chart: Chart, colours: Sequence[str]) -> None:
         for *at, text in zip(line.x, line.y, line.texts, strict=False):
             axis.annotate(text, at, (4, 4), textcoords="offset points", fontsize=7, color=colour)
     _scale(axis, chart)
-    axis.set(title=chart.title, xlabel=chart.x, ylabel=textwrap.fill(chart.y, 36))
+    axis.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
     if not any(len(line.x) for line in chart.series):
         axis.text(0.5, 0.5, "nothing yet", transform=axis.transAxes, ha="center", color=FAINT)
     elif chart.labels == "start":
@@ -285,6 +284,7 @@ def _mark_log(scale: Any) -> None:
 
 def _name_starts(axis: Any, lines: Sequence[Line]) -> None:
     """Labels before the first points, each once, moved up where they would cover another."""
+    axis.margins(y=0.12)  # a label above the highest point needs room too
     room = axis.transAxes.transform((-0.17, 0))
     axis.set_ylim(axis.get_ylim())  # else they are set when it is drawn
     axis.set_xlim(left=axis.transData.inverted().transform(room)[0])
