@@ -657,6 +657,23 @@ def test_a_pipeline_that_broke_off_leaves_nothing(pipe) -> None:
     assert torch.equal(draw(pipe), images)
 
 
+@pytest.mark.parametrize(
+    "config", [TeaCacheConfig(50.0), stock.FirstBlockCacheConfig(threshold=50.0)]
+)
+def test_a_branch_that_broke_off_is_not_gone_on_with(pipe, config) -> None:
+    # The next run begins unguided: at its second step it would take up the guided branch's state.
+    later = {"guidance": CFG(2.0, interval=(0.0, 0.9))}
+    pipe.transformer.enable_cache(config)
+    images = draw(pipe, **later)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, callback_on_step_end=stop, guidance=CFG(2.0))
+    assert torch.equal(draw(pipe, **later), images)
+
+
 # ---- what is refused ----
 
 

@@ -145,8 +145,22 @@ def test_what_is_chosen_is_said_and_drawn(run, caplog) -> None:
     assert point.arguments() == {
         "budget": 1.0, "num_inference_steps": 2, "guidance": point.make_guidance()
     }  # fmt: skip
-    images = pipeline([0, 1], **point.arguments(), generator=make_generators(0, 1)).images
-    assert len(images) == 2
+    drawn, spelt_out = (
+        pipeline([0, 1], generator=make_generators(0, 1), output_type="pt", **arguments).images
+        for arguments in (point.arguments(), {"num_inference_steps": 2})
+    )
+    assert point.make_guidance() is None
+    assert torch.equal(drawn, spelt_out)
+
+
+def test_a_text_is_one_and_a_number_counts(run) -> None:
+    model = create_model("elit-mmdit-tiny/2")
+    pipeline = ElitTextPipeline(model, make_scheduler("euler"))
+    assert CallTimes(pipeline, "a red disc", keep=False).what == ["a red disc"]
+    assert CallTimes(pipeline, 3, keep=False).what == ["", "", ""]
+    for count in (0, -1, True):
+        with pytest.raises(ValueError, match=f"what={count} is not allowed; give labels, texts"):
+            choose(open_quietly(run), max_ms=1.0, what=count)
 
 
 def test_a_cap_in_milliseconds(run, set_clock, tmp_path, capsys) -> None:

@@ -79,6 +79,7 @@ class TestPredict:
     def test_a_label_does_not_depend_on_the_batch(self, fitted):
         classifier, images, _, _ = fitted
         together = classifier.predict(images[:20])
+        assert torch.equal(classifier.predict(images[:20].double().requires_grad_()), together)
         alone = torch.cat([classifier.predict(image[None]) for image in images[:20]])
         assert torch.equal(together, alone)
 

@@ -275,6 +275,8 @@ def test_the_sampler_calls_what_predicts_with_what_it_was_given() -> None:
     assert torch.equal(x, torch.full((2, 3), 2.0))  # Heun's correction starts from the noise
     with pytest.raises(ValueError, match="2 pairs in latents_of_steps for 3 calls of the model"):
         flow.sample(predict, x, scheduler, guidance, kept[:2], *given)
+    with pytest.raises(ValueError, match=r"null_condition lacks label, by which .*; give the same"):
+        flow.sample(predict, x, scheduler, guidance, kept, {"label": label})
 
 
 def flow_of_cubic(x: Tensor, sigma: float) -> Tensor:

@@ -110,7 +110,12 @@ def content(path: Path, folder: Path) -> object:
         return timeless(json.loads(raw.replace(str(folder).encode(), b"FOLDER")))
     if path.suffix == ".png":
         Image.open(io.BytesIO(raw)).load()
-    if path.suffix in (".csv", ".html"):  # with times
+    if path.suffix == ".html":  # with times
+        assert raw.rstrip().endswith(b"</html>")
+        return None
+    if path.suffix == ".csv":  # likewise: a line for each row, or it is cut off
+        assert raw.endswith(b"\n")
+        assert len({line.count(b",") for line in raw.splitlines()}) == 1
         return None
     return raw.replace(str(folder).encode(), b"FOLDER")
 
@@ -164,6 +169,7 @@ def test_sigkill_at_any_moment(case) -> None:
             shutil.rmtree(case.home / "killed")
     case.end("killed")
     assert_same(case.home / "killed", case.home / "whole")
+    assert leftovers  # else no kill came while something was written
     print(f"{kills} kills, {leftovers} while it wrote, {ended} ends, {seconds:.1f} s a run, "
           f"{time.monotonic() - begun:.0f} s in all")  # fmt: skip
 

@@ -319,9 +319,10 @@ def test_keys_are_names(tmp_path, key) -> None:
     refuses(r"not by name", from_official_checkpoint, tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("path", [None, 5, b"x.pt", "~nobody-of-this-name/x.pt"], ids=str)
+@pytest.mark.parametrize("path", [None, 5, b"x.pt"], ids=str)
 def test_what_is_no_path(path) -> None:
-    refuses(r"is no path|there is no such user", from_official_checkpoint, path)
+    refuses("is no path", from_official_checkpoint, path)
+    refuses("there is no such user", from_official_checkpoint, "~nobody-of-this-name/x.pt")
 
 
 # ---- files that are a little different ----

@@ -382,14 +382,19 @@ def test_budgets_go_evenly_from_the_full_one_down() -> None:
 
 
 def test_labels_stand_apart() -> None:
-    """Also where all lines begin nearly in one point."""
-    for spread in (0.0, 0.001, 1.0, 50.0):
-        series = [Line((4, 8), (1 + spread * k, 2.0), f"budget {k}") for k in range(7)]
-        texts = Page(svg(Chart("", "steps", "s", series, labels="start"))).all("text")
-        labels = [(float(e["at"]["y"]), e["text"]) for e in texts if "budget" in e["text"]]
-        assert sorted(text for _, text in labels) == [f"budget {k}" for k in range(7)]
+    """Also where all lines begin nearly in one point, and at the top of the chart."""
+    for spread, end in itertools.product((0.0, 0.001, 1.0, 50.0), (2.0, -500.0)):
+        series = [Line((4, 8), (1 + spread * k, end), f"budget {k:02}") for k in range(12)]
+        page = Page(svg(Chart("", "steps", "s", series, labels="start")))
+        labels = [
+            (float(e["at"]["y"]), e["text"]) for e in page.all("text") if "budget" in e["text"]
+        ]
+        names = [text for _, text in sorted(labels, reverse=bool(spread))]  # y counts from the top
+        assert (names if spread else sorted(names)) == [f"budget {k:02}" for k in range(12)]
         heights = sorted(y for y, _ in labels)
         assert all(below - above >= 8.8 for above, below in itertools.pairwise(heights))
+        assert heights[0] > 0
+        assert heights[-1] < float(page.all("svg")[0]["at"]["viewbox"].split()[3])
 
 
 def test_a_drawing_takes_the_colours_of_its_page_and_words_stay_words() -> None:

@@ -119,6 +119,18 @@ def test_flops_of_xl_are_the_public_models(budget: float, gigaflops: float) -> N
     assert counted == pytest.approx(gigaflops, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("depth", "ratios"), [(8, (1.079, 0.953, 0.923)), (4, (1.079, 0.700, 0.610))]
+)
+def test_flops_of_b_over_the_plain_model(depth: int, ratios: tuple) -> None:
+    with torch.device("meta"):
+        model = create_model("elit-sit-b/2", head=depth).requires_grad_(False)
+        plain = create_model("sit-b/2").requires_grad_(False)
+    whole = forward_flops(plain)
+    counted = [forward_flops(model, n) / whole for n in (16, 4, 1)]
+    assert counted == pytest.approx(ratios, abs=1e-3)
+
+
 def elastic_model() -> SiT:
     """8x8 tokens in groups of 4x4."""
     return randomise(SiT(16, 4, 2, 64, 4, 6, 10, group=4, head=2, tail=2))

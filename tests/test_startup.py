@@ -37,7 +37,8 @@ from elit.cli.main import main
 found, seen = {{}}, set()
 for line in {lines!r}:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        main(line.split())
+        code = main(line.split())
+    assert code == 0 or code == 2, (line, code)
     now = set({HEAVY!r}) & set(sys.modules)
     found[line], seen = sorted(now - seen), now
 print(json.dumps(found))

@@ -52,7 +52,8 @@ class BlockPort:
         if not isinstance(arguments.get(self.tokens), Tensor):
             raise ValueError(
                 f"a block got no tokens as {self.tokens!r}, but {', '.join(arguments)}; "
-                f"give layout=Layout(hidden_states=...), the name of the right one"
+                f"name the right one, for elasticize by layout=Layout(hidden_states=...), for a step "
+                f"cache by hidden_states in the block's own forward"
             )
         return arguments
 

@@ -25,7 +25,7 @@ def choose(
     max_flops: float | None = None,
     max_ms: float | None = None,
     num_inference_steps: int | None = None,
-    what: int | Sequence[Any] = 1,
+    what: int | str | Sequence[Any] = 1,
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from elit._devices import synchronize
 from elit._files import cache_folder, digest_of, write_json
+from elit._numbers import check_whole
 from elit._plain import from_plain, read_json
 from elit.flow.guidance import CFG, CheapCFG, Forwards, Guidance
 from elit.pipelines.base import ElasticPipeline
@@ -57,14 +58,16 @@ class CallTimes:
     def __init__(
         self,
         pipeline: ElasticPipeline,
-        what: int | Sequence[Any],
+        what: int | str | Sequence[Any],
         size: Sequence[int | None] = (None, None, None),
         keep: bool = True,
         progress: bool = False,
     ):
         model = pipeline.transformer
         if isinstance(what, int):
+            check_whole(what, "what", advice="labels, texts, or their number")
             what = ["" if model.takes_text else 0] * what
+        what = [what] if isinstance(what, str) else what
         self.pipeline, self.what, self.size = pipeline, list(what), tuple(size)
         self.progress = progress
         if model.is_cache_enabled:

@@ -43,7 +43,7 @@ def sample(
     Args:
         predict: the model.
         noise: samples at the scheduler's first level.
-        scheduler: one that `start_sampling` began a run of.
+        scheduler: one that `start_sampling` began a run of, before each call.
         guidance: None is no guidance.
         latents_of_steps: latents per group of the prediction and of its guide, for each call of
             the scheduler; by default all.
@@ -64,6 +64,12 @@ def sample(
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if takes_generator else {}
     condition, null_condition = condition or {}, null_condition or {}
+    missing = condition.keys() - null_condition.keys()
+    if missing and guidance.drop_label and guidance.scale != 1:
+        raise ValueError(
+            f"null_condition lacks {', '.join(sorted(missing))}, by which {guidance} guides; give "
+            f"the same names as in condition"
+        )
     x = noise
     steps = zip(levels, scheduler.timesteps, latents, strict=True)
     for i, (sigma, timestep, (kept, guide)) in enumerate(steps):

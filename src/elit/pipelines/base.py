@@ -210,6 +210,7 @@ class ElasticPipeline(DiffusionPipeline):
         x = self._start(noise, generator, (count, self.transformer.in_channels, *size), dtype)
         kept = self.latents_of_steps(budget, len(levels), guidance, num_latents)
         call = _Calls(self.transformer, count, len(levels))
+        self.transformer._reset_stateful_cache()  # a run that broke off may have left something
         with self.progress_bar(total=len(levels)) as progress_bar:
 
             def after_step(step: int, timestep: Tensor, samples: Tensor) -> Tensor:

@@ -283,17 +283,23 @@ def _mark_log(scale: Any) -> None:
 
 
 def _name_starts(axis: Any, lines: Sequence[Line]) -> None:
-    """Labels before the first points, each once, moved up where they would cover another."""
+    """Labels before the first points, each once, moved apart and kept within the axis."""
     axis.margins(y=0.12)  # a label above the highest point needs room too
     room = axis.transAxes.transform((-0.17, 0))
     axis.set_ylim(axis.get_ylim())  # else they are set when it is drawn
     axis.set_xlim(left=axis.transData.inverted().transform(room)[0])
     starts = {(line.label, line.x[0], line.y[0]) for line in lines if line.label and len(line.x)}
-    taken: list[tuple[float, float]] = []
-    for label, x, y in sorted(starts, key=lambda start: (start[2], start[0])):
-        px, py = axis.transData.transform((x, y)) * 72 / axis.figure.dpi
-        place = max([py, *(above + 9 for beside, above in taken if abs(beside - px) < 50)])
-        taken.append((px, place))
+    ordered = sorted(starts, key=lambda start: (start[2], start[0]))
+    points = [axis.transData.transform(start[1:]) * 72 / axis.figure.dpi for start in ordered]
+    highest = axis.transAxes.transform((0, 1))[1] * 72 / axis.figure.dpi
+    places: list[float] = []
+    for i, (px, py) in enumerate(points):
+        beside = [k for k in range(i) if abs(points[k][0] - px) < 50]
+        places.append(max([py, *(places[k] + 9 for k in beside)]))
+    for i in reversed(range(len(places))):  # what rose above the axis goes down again
+        beside = [k for k in range(i + 1, len(places)) if abs(points[k][0] - points[i][0]) < 50]
+        places[i] = min([places[i], highest, *(places[k] - 9 for k in beside)])
+    for (label, x, y), (_, py), place in zip(ordered, points, places, strict=True):
         axis.annotate(
             label, (x, y), (-6, place - py), textcoords="offset points", fontsize=7.5,
             ha="right", va="center",
