@@ -164,6 +164,30 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
         classes("train/cat", "train/dog", "val/cat", "val/dog", count=1) | {"extra/0.png": 9},
         "has the splits train, val, and beside them extra", "",
     ),
+    "one split with classes beside a folder": (
+        classes("train/cat", "train/dog", count=2) | pictures("test/0.png", "extra/0.png"),
+        "has the splits train, and beside them extra, test; move", "",
+    ),
+    "archives": (FOUR | {"rest.zip": "x"}, r"has 1 archive, such as rest.zip; unpack it", ""),
+    "pictures of a kind unknown": (
+        FOUR | {"a.heic": "x", "b.HEIC": "x"}, "2 pictures that Pillow cannot read, such as a.heic",
+        "",
+    ),
+    "one class alone": (
+        pictures("dog/0.png", "dog/1.png"), {"train": rows(None, None)},
+        "one folder alone, dog, is no class",
+    ),
+    "labels of several types": (
+        pictures("train/0.png", "train/1.png", "val/0.png")
+        | {"train/metadata.csv": "file_name,label\n0.png,0\n1.png,1\n",
+           "val/metadata.csv": "file_name,label\n0.png,a\n"},
+        "label_column 'label' holds values of several types, such as .*; give all of all", "",
+    ),
+    "texts and metadata": (
+        FOUR | {"0.txt": "a", "metadata.csv": "file_name,label\n" + "".join(
+            f"{i}.png,{i}\n" for i in range(4))},
+        "has 1 text, such as 0.txt, beside pictures, and metadata.csv; put the captions", "",
+    ),
     # captions
     "texts": (
         FOUR | {f"{i}.txt": f"text {i}\n" for i in range(4)} | {"readme.txt": "x"},
@@ -312,7 +336,7 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
          "00000.parquet": b"x", "00000_stats.json": "{}"},
         {"train": rows(None, captions=["a"])}, "left out: 2",
     ),
-    "no pictures": ({"0.heic": "x", "1.svg": "x"}, "holds no pictures: 1 .heic, 1 .svg; give", ""),
+    "no pictures": ({"0.md": "x", "1.svg": "x"}, "holds no pictures: 1 .md, 1 .svg; give", ""),
     "videos alone": ({"0.mp4": "x"}, "holds no pictures: 1 .mp4; give --frames", ""),
 }  # fmt: skip
 
@@ -395,3 +419,25 @@ def test_no_picture_of_a_random_folder_is_lost(count, tmp_path) -> None:
         assert {os.path.normpath(name) for name in used} <= there
         assert len(used) + unused == len(there), (seed, source.notes)
     assert refused < count * 0.7
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (
+            "train_2",
+            r"train_2.parquet and .*train_1.parquet differ in the column 'label'; give fil",
+        ),
+        ("validation", r"number the classes of 'label' in different ways, .*cat.*; give splits"),
+    ],
+)
+def test_classes_in_another_order_are_refused(second, message, tmp_path) -> None:
+    import datasets
+
+    for file, names in (("train_1", ["cat", "dog"]), (second, ["dog", "cat"])):
+        columns = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+        rows = {"image": [{"bytes": png(i), "path": None} for i in range(2)], "label": [0, 1]}
+        table = datasets.Dataset.from_dict(rows, features=datasets.Features(columns))
+        (tmp_path / "set").mkdir(exist_ok=True)
+        table.to_parquet(tmp_path / "set" / f"{file}.parquet")
+    refuses(message, run, tmp_path / "set", tmp_path / "out")

@@ -4,8 +4,10 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-# Around any part: torch.compile, FSDP and activation checkpoints
-PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Around any part: torch.compile, FSDP, activation checkpoints, DeepSpeed under Lightning
+PARTS = {
+    "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"
+}  # fmt: skip
 # Around the whole: DistributedDataParallel and AveragedModel, Lightning
 WHOLES = ("module.", "model.")
 HOLDERS = ("state_dict", "model_state_dict", "module")  # keys of files, over those of weights

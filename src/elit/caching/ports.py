@@ -52,8 +52,8 @@ class BlockPort:
         if not isinstance(arguments.get(self.tokens), Tensor):
             raise ValueError(
                 f"a block got no tokens as {self.tokens!r}, but {', '.join(arguments)}; "
-                f"name the right one, for elasticize by layout=Layout(hidden_states=...), for a step "
-                f"cache by hidden_states in the block's own forward"
+                f"name the right one: for elasticize by layout=Layout(hidden_states=...), for a "
+                f"step cache by hidden_states in the block's own forward"
             )
         return arguments
 

@@ -92,9 +92,15 @@ def check_same(folder: Path, content: dict[str, Any]) -> bool:
     except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}); prepare into another folder") from error
     differ = sorted(_differences(before, content, ()))
+    differ.sort(key=lambda one: one[0].endswith(".fingerprint"))  # it follows from others
     if differ:
         name, was, now = differ[0]
         more = f", and {len(differ) - 1} more" if len(differ) > 1 else ""
+        if name.endswith(".fingerprint"):
+            raise ValueError(
+                f"{folder} was begun with other pictures, labels or captions in "
+                f"{name.split('.')[-2]} than its source has now; prepare into another folder"
+            )
         raise ValueError(
             f"{folder} was begun with {name}={was:.80}, not {now:.80}{more}; give the same source "
             f"and settings to go on, or another folder"

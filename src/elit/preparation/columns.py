@@ -90,18 +90,35 @@ def _find(
     return name
 
 
+def in_order(names: set[Any]) -> list[Any]:
+    """Sort names of classes; where all are numbers, 2 is before 10."""
+    is_counted = all(isinstance(name, str) and name.isdecimal() for name in names)
+    return sorted(names, key=(lambda name: (len(name), name)) if is_counted else None)
+
+
 def find_classes(tables: list[Any], label: str | None) -> tuple[tuple[str, ...], dict[Any, int]]:
     """Names of the classes and, where the column has names and not numbers, their numbers."""
     if label is None:
         return (), {}
-    feature = tables[0].features[label]
+    feature, *others = (table.features[label] for table in tables)
+    for other in others:
+        if other != feature and (hasattr(feature, "names") or hasattr(other, "names")):
+            raise ValueError(
+                f"the splits number the classes of {label!r} in different ways, {feature} and "
+                f"{other}; give splits that agree"
+            )
     if hasattr(feature, "names"):
         return tuple(feature.names), {}
     values = {v for table in tables for v in table.unique(label) if v not in (None, "") and v == v}
-    if all(isinstance(value, str | bool) for value in values):
-        flags = {False, True} if True in values or False in values else set()
-        is_counted = not flags and all(map(str.isdecimal, values))  # 2 is before 10
-        ordered = sorted(values | flags, key=(lambda v: (len(v), v)) if is_counted else None)
+    kinds = {type(v) if isinstance(v, str | bool) else float: v for v in values}
+    if len(kinds) > 1:
+        first, other, *_ = map(repr, kinds.values())
+        raise ValueError(
+            f"label_column {label!r} holds values of several types, such as {first} and {other}; "
+            f"give all of all splits one type, such as text"
+        )
+    if not kinds.keys() & {float}:
+        ordered = in_order({False, True} if bool in kinds else values)
         names: Sequence[Any] = ordered
         numbers: dict[Any, int] = {value: number for number, value in enumerate(ordered)}
     elif any(value % 1 for value in values):
@@ -125,6 +142,10 @@ def count_empty(table: Any, column: str) -> int:
     from pyarrow import compute
 
     values = table.select_columns([column]).with_format("arrow")[:][column]
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        return len(values) - (
+            compute.sum(compute.list_value_length(values).cast("bool")).as_py() or 0
+        )
     if not pa.types.is_string(values.type) and not pa.types.is_large_string(values.type):
         return values.null_count
     return len(values) - (compute.sum(compute.not_equal(values, "")).as_py() or 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elit._listing import files_of
+from elit.preparation.columns import in_order
 from elit.preparation.images import picture_suffixes
 from elit.preparation.settings import NONE, PrepareSettings
 from elit.preparation.tables import (
@@ -33,7 +34,8 @@ _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 PACKED = (".tar", *BUILDERS)
 SUFFIXES = (*PACKED, *TABLES)
 _TEXTS = (".txt", ".caption")
-_SHOWN = 3
+_ARCHIVES = frozenset((".zip", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"))
+_UNREADABLE = frozenset((".heic", ".heif", ".jxl", ".avif", ".cr2", ".nef", ".arw", ".dng"))
 Parts = dict[Path, tuple[str, ...]]
 
 
@@ -47,6 +49,7 @@ class Layout:
         self.notes: list[str] = []  # what was decided
         self._left: list[str] = []
         pictures = [f for f in files if f.suffix.lower() in self._pictures]
+        self._refuse_unread(files)
         if pictures:
             self._read_pictures(files, pictures)
         else:
@@ -76,6 +79,15 @@ class Layout:
     def _pictures(self) -> frozenset[str]:
         return picture_suffixes() | (_VIDEOS if self.settings.frames else frozenset())
 
+    def _refuse_unread(self, files: list[Path]) -> None:
+        """Raise a ValueError for rows that would be left out: packed, or of an unknown kind."""
+        for kinds, what, advice in (
+            (_ARCHIVES, "archive", "unpack it, or move it elsewhere"),
+            (_UNREADABLE - self._pictures, "picture that Pillow cannot read", "convert it to PNG"),
+        ):
+            if unread := [f for f in files if f.suffix.lower() in kinds]:
+                raise ValueError(f"{self.root} has {_count(unread, what, self.root)}; {advice}")
+
     # ---- pictures, each a file ----
 
     def _read_pictures(self, files: list[Path], pictures: list[Path]) -> None:
@@ -90,14 +102,21 @@ class Layout:
         splits = self._by_split(pictures)
         metadata = [f for f in files if f.name.lower() in _METADATA]
         used = {*pictures, *metadata}
+        texts = {} if self.settings.caption_column == NONE else _texts_beside(files, pictures)
         if metadata:
             rows = self._by_metadata(metadata, pictures)
+            if texts:
+                unread = list(texts.values())
+                raise ValueError(
+                    f"{self.root} has {_count(unread, 'text', self.root)}, beside pictures, and "
+                    f"{metadata[0].name}; put the captions into one of them, or leave them out "
+                    f"with --caption-column {NONE}"
+                )
             tables = {
                 split: columns_of([row for picture, row in rows if picture in of_split])
                 for split, of_split in splits.items()
             }
         else:
-            texts = {} if self.settings.caption_column == NONE else _texts_beside(files, pictures)
             used.update(texts.values())
             labels, captions = self._labels(splits), self._captions(pictures, texts)
             tables = {
@@ -113,8 +132,9 @@ class Layout:
             where = metadata[0] if metadata else self.root
             self.tables[split] = as_table(self.datasets, columns, where, self._left, "image")
         left = [f for f in files if f not in used]
-        self._left += [str(f.relative_to(self.root)) for f in left]
-        if spare := [f for f in left if f.suffix.lower() in TABLES]:
+        spare = [f for f in left if f.suffix.lower() in TABLES]
+        self._left += [str(f.relative_to(self.root)) for f in left if f not in spare]
+        if spare:
             self.notes.append(
                 f"{_count(spare, 'table', self.root)}, not read: beside pictures only "
                 f"{', '.join(_METADATA)} are"
@@ -128,7 +148,7 @@ class Layout:
         if not all(top.lower() in _OF_NAME for top in tops):
             flat = {names[0] for names in parts.values() if len(names) == 2}
             deep = {n[0] for n in parts.values() if len(n) > 2 and n[0].lower() in _OF_NAME} - flat
-            if len({_OF_NAME[top.lower()] for top in deep}) > 1:
+            if deep:
                 others = [top or "pictures" for top in sorted(tops - deep)]
                 raise ValueError(
                     f"{self.root} has the splits {_listed(sorted(deep))}, and beside them "
@@ -144,8 +164,12 @@ class Layout:
         """The class of each picture: the folder below its split that it lies in."""
         parts = _below_one({p: names for of in splits.values() for p, names in of.items()})
         labels = {p: names[0] if len(names) > 1 else None for p, names in parts.items()}
-        classes = sorted({name for name in labels.values() if name is not None})
+        classes = in_order({name for name in labels.values() if name is not None})
         if self.settings.label_column == NONE or not classes:
+            root = len(self.root.parts)
+            tops = {p.parts[root] if len(p.parts) > root + 1 else "" for p in labels}
+            if len(tops) == 1 and "" not in tops and not tops & _OF_NAME.keys() and not classes:
+                self.notes.append(f"one folder alone, {tops.pop()}, is no class")
             return dict.fromkeys(labels)
         for split, of_split in splits.items():
             without = [p for p in of_split if labels[p] is None]

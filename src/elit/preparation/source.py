@@ -231,6 +231,8 @@ def open_source(settings: PrepareSettings) -> Source:
     notes += [f"{len(given[n])} rows of {n} are not used" for n in given if n not in taken]
     notes.append(f"{len(classes)} classes" if label else "no labels")
     notes.append(f"captions in {caption}" if caption else "no captions")
+    if caption and not hasattr(first.features[caption], "dtype"):
+        notes.append(f"of several texts in {caption} the first is taken")
     if caption and isinstance(loaded, Layout):
         for ours, table in tables.items():
             if empty := count_empty(table, caption):

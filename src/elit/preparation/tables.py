@@ -219,23 +219,37 @@ def load_files(datasets: Any, kind: str, files: Sequence[Path]) -> Any:
                 ) from error
         if not (listed := sum(one.metadata.num_rows for one in about)):
             raise ValueError(f"{files[0]} has no rows; give one with pictures in it")
+        _check_schemas(files, about)
     state = stamp(files) or digest_of([sha256_of(file) for file in files])
     filled = [file for file, one in zip(files, about, strict=False) if one.metadata.num_rows]
     paths = {"train": [escape(str(file)) for file in filled or files]}
     with by_datasets(str(files[0])):
         builder = BUILDERS[kind]
         table = datasets.load_dataset(builder, name=f"elit-{state}", data_files=paths)["train"]
-    if kind == ".parquet":
-        first = set(about[0].schema_arrow.names)
-        for file, one in zip(files, about, strict=True):
-            if differ := first ^ set(one.schema_arrow.names):
-                raise ValueError(
-                    f"{file} and {files[0]} differ in the column {sorted(differ)[0]!r}; give files "
-                    f"of the same columns"
-                )
-        if listed != len(table):
-            raise ValueError(f"{len(table)} of the {listed} rows of {files[0].parent} were read")
+    if kind == ".parquet" and listed != len(table):
+        raise ValueError(f"{len(table)} of the {listed} rows of {files[0].parent} were read")
     return table
+
+
+def _check_schemas(files: Sequence[Path], about: Sequence[Any]) -> None:
+    """Raise a ValueError unless all parquet files have the same columns, types and classes."""
+
+    def columns(one: Any) -> dict[str, Any]:
+        schema = one.schema_arrow
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = features.get("info", {}).get("features", {})
+        return {n: (schema.field(n).type, features.get(n, {}).get("names")) for n in schema.names}
+
+    filled = [(file, columns(one)) for file, one in zip(files, about, strict=True)
+              if one.metadata.num_rows]  # fmt: skip
+    first, wanted = filled[0]
+    for file, found in filled[1:]:
+        differ = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+        if differ:
+            raise ValueError(
+                f"{file} and {first} differ in the column {differ[0]!r}; give files of the same "
+                f"columns, types and classes"
+            )
 
 
 @contextmanager
