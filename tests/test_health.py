@@ -23,11 +23,14 @@ from elit.interface.attention_maps import (
     watch_attention,
 )
 from elit.layers.transformer import CrossAttention
+from elit.training.config import LoopConfig, OptimizerConfig, TrainConfig
+from elit.training.distributed import World
 from elit.training.loop import train
 from elit.training.metrics import MetricsLog, draw_curves, read_metrics
 from elit.training.run import Run
 from elit.training.watch import (
     InterfaceWatch,
+    Monitor,
     SpeedWatch,
     SpikeWatch,
     Warnings,
@@ -189,6 +192,19 @@ def test_messages_say_where_how_far_and_what_to_do() -> None:
     assert "num_latents" not in spike_message("loss", spike, [None], "")
     assert "not finite: 7;" in describe_rows([3, 7], lambda row: row == 7)
     assert describe_rows([]) == ""
+
+
+def test_a_gradient_s_spike_says_what_it_was_clipped_to(caplog) -> None:
+    config = TrainConfig(optimizer=OptimizerConfig(clip=0.75), train=LoopConfig(log_every=1))
+    world = World(0, 1, torch.device("cpu"))
+    monitor = Monitor(config, world, tiny_dit(), range(100), 0, lambda step: [step])
+    for step in range(1, 82):
+        norm = torch.tensor(0.5 if step < 81 else 4.0)
+        monitor.after_step(step, [None], torch.tensor(0.5), norm)
+    assert caplog.messages == [
+        "step 81: gradient norm 4 is 8.0 times what is usual (0.5); it was clipped to 0.75; if "
+        "they come often, lower optimizer.lr or optimizer.clip; its rows of the data: 80"
+    ]
 
 
 def test_a_warning_comes_once_in_a_thousand_steps(caplog) -> None:
