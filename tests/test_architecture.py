@@ -158,7 +158,7 @@ def check_wide_types(tree: ast.AST, module: str, is_package: bool) -> list[str]:
         if named:
             messages.append(
                 f"line {node.lineno}: 64-bit floats on the sampling path (Apple's MPS has none): "
-                f"use float32 / complex64, or elit._wide where it must be exact"
+                f"use float32 / complex64, or elit._devices.wide where it must be exact"
             )
     return messages
 

@@ -156,8 +156,8 @@ def test_what_is_chosen_is_said_and_drawn(run, caplog) -> None:
 def test_a_text_is_one_and_a_number_counts(run) -> None:
     model = create_model("elit-mmdit-tiny/2")
     pipeline = ElitTextPipeline(model, make_scheduler("euler"))
-    assert CallTimes(pipeline, "a red disc", keep=False).what == ["a red disc"]
-    assert CallTimes(pipeline, 3, keep=False).what == ["", "", ""]
+    assert CallTimes(pipeline, "a red disc").what == ["a red disc"]
+    assert CallTimes(pipeline, 3).what == ["", "", ""]
     for count in (0, -1, True):
         with pytest.raises(ValueError, match=f"what={count} is not allowed; give labels, texts"):
             choose(open_quietly(run), max_ms=1.0, what=count)
@@ -261,16 +261,6 @@ def test_a_plain_model_has_no_guide_of_a_lower_budget() -> None:
             OperatingPoint(guidance=name).resolved(tiny_dit())
 
 
-@pytest.mark.parametrize("change", [{"budget": "auto"}, {"max_flops": 1e9}, {"max_ms": 5}])
-def test_a_pipeline_that_is_to_choose_names_the_way(change) -> None:
-    with pytest.raises(ValueError, match=r"elit\.choose does: point = .*point\.arguments\(\)"):
-        tiny_pipeline()([0], **change)
-    with pytest.raises(AttributeError, match=r"elit\.choose does"):
-        tiny_pipeline().choose_operating_point(max_flops=1e9)
-    with pytest.raises(AttributeError, match="has no attribute 'colour'"):
-        _ = tiny_pipeline().colour
-
-
 # ---- times, behind a clock that is no real one ----
 
 
@@ -282,7 +272,7 @@ def test_times_of_runs(set_clock, capsys, guidance, latents: int) -> None:
     pipeline = tiny_pipeline()
     pipeline.set_progress_bar_config(desc="own")
     set_clock(pipeline)
-    times = CallTimes(pipeline, [0, 1], keep=False)
+    times = CallTimes(pipeline, [0, 1])
     runs = [pipeline.calls(0.5, n, guidance) for n in (1, 4, 40)]
     assert times.ms_of_runs(runs) == pytest.approx([250 + n * latents for n in (1, 4, 40)])
     assert times.decode_ms_per_image() == pytest.approx(250)
@@ -297,7 +287,7 @@ def test_no_part_of_a_run_takes_less_than_no_time(set_clock, clock, expected) ->
     """As where a longer run was measured to take less."""
     pipeline = tiny_pipeline()
     set_clock(pipeline, **clock)
-    times = CallTimes(pipeline, [0], keep=False)
+    times = CallTimes(pipeline, [0])
     assert times.ms_of_runs([pipeline.calls(1.0, n) for n in (1, 40)]) == pytest.approx(expected)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from elit import flow
-from elit._wide import wide
+from elit._devices import wide
 from elit.flow.guidance import CFG, AutoGuidance, CheapCFG, Guidance
 from elit.flow.objective import (
     SigmaDensity,

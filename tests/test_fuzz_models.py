@@ -155,8 +155,6 @@ def pipeline_case(rng: random.Random) -> None:
         "output_type": lambda: rng.choice(("pil", "np", "pt")),
         "callback_on_step_end": lambda: lambda *_: rng.choice((None, {}, *ODD)),
         "callback_on_step_end_tensor_inputs": lambda: ["samples"],
-        "max_flops": lambda: 1e9,
-        "max_ms": lambda: 10,
         "negative_prompt" if kind == "texts" else "dtype": lambda: rng.choice(("b", torch.float64)),
     }
     for name in rng.sample([*given, *usual], rng.randint(0, 3)):

@@ -197,7 +197,7 @@ def test_a_float64_model_is_not_rounded_on_the_way(guidance) -> None:
 )
 def test_types_that_samples_can_have(dtype, device: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason) if reason else contextlib.nullcontext():
-        check_sample_dtype(dtype, device)
+        check_sample_dtype(dtype, device, FlowMatchUniformEulerScheduler())
 
 
 def test_bfloat16_weights_and_float32_samples() -> None:
@@ -577,7 +577,10 @@ def test_other_variants_and_formats_say_how_they_are_loaded(
         ({"generator": make_generators(1, 2)}, "2 generators for 1 samples; give one"),
         ({"generator": [None]}, "generator None is not a torch.Generator"),
         ({"dtype": torch.float16}, "samples in torch.float16 would lose what a step adds"),
-        ({"dtype": torch.float64}, "FlowMatchEulerDiscreteScheduler rounds samples to float32"),
+        (
+            {"dtype": torch.float64},
+            "rounded to float32 by a FlowMatchEulerDiscreteScheduler; use",
+        ),
         ({"noise": [[0]]}, r"noise \[\[0\]\] does not fit; give a tensor of shape"),
         ({"height": True}, "a side of True is no positive integer"),
         ({"height": 6}, "6x8 tokens cannot be cut into groups of 4x4: 6 is not a multiple of 4"),

@@ -40,43 +40,33 @@ try:
 except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0+unknown"
 
-_HOME = {
-    "AutoGuidance": "elit.flow.guidance",
-    "CFG": "elit.flow.guidance",
-    "CheapCFG": "elit.flow.guidance",
-    "DiT": "elit.models.dit",
-    "ElasticGuidance": "elit.retrofit.guider",
-    "HDiT": "elit.models.hdit",
-    "ElitPipeline": "elit.pipelines.elit_pipeline",
-    "ElitTextPipeline": "elit.pipelines.text_pipeline",
-    "FlowMatchEulerMaruyamaScheduler": "elit.flow.schedulers",
-    "FlowMatchUniformEulerScheduler": "elit.flow.schedulers",
-    "FlowMatchUniformHeunScheduler": "elit.flow.schedulers",
-    "Guidance": "elit.flow.guidance",
-    "Layout": "elit.retrofit.layout",
-    "MMDiT": "elit.models.mmdit",
-    "PerToken": "elit.retrofit.layout",
-    "SiT": "elit.models.sit",
-    "TailDropping": "elit.interface.budget",
-    "TeaCacheConfig": "elit.caching.configs",
-    "UViT": "elit.models.uvit",
-    "calibrate_cache": "elit.caching.calibration",
-    "choose": "elit.choosing.choose",
-    "create_model": "elit.models.presets",
-    "disable_step_cache": "elit.caching.mixin",
-    "elasticize": "elit.retrofit.elasticize",
-    "enable_step_cache": "elit.caching.mixin",
-    "from_official_checkpoint": "elit.interop.official",
-    "load_elastic": "elit.retrofit.files",
-    "load_interface": "elit.retrofit.files",
-    "load_pipeline": "elit.pipelines.load",
-    "make_scheduler": "elit.flow.schedulers",
-    "resolve_budget": "elit.interface.budget",
-    "save_interface": "elit.retrofit.files",
-    "unelasticize": "elit.retrofit.elasticize",
+_NAMES = {
+    "elit.caching.calibration": "calibrate_cache",
+    "elit.caching.configs": "TeaCacheConfig",
+    "elit.caching.mixin": "disable_step_cache enable_step_cache",
+    "elit.choosing.choose": "choose",
+    "elit.flow.guidance": "AutoGuidance CFG CheapCFG Guidance",
+    "elit.flow.schedulers": "FlowMatchEulerMaruyamaScheduler FlowMatchUniformEulerScheduler "
+    "FlowMatchUniformHeunScheduler make_scheduler",
+    "elit.interface.budget": "TailDropping resolve_budget",
+    "elit.interop.official": "from_official_checkpoint",
+    "elit.models.dit": "DiT",
+    "elit.models.hdit": "HDiT",
+    "elit.models.mmdit": "MMDiT",
+    "elit.models.presets": "create_model",
+    "elit.models.sit": "SiT",
+    "elit.models.uvit": "UViT",
+    "elit.pipelines.elit_pipeline": "ElitPipeline",
+    "elit.pipelines.load": "load_pipeline",
+    "elit.pipelines.text_pipeline": "ElitTextPipeline",
+    "elit.retrofit.elasticize": "elasticize unelasticize",
+    "elit.retrofit.files": "load_elastic load_interface save_interface",
+    "elit.retrofit.guider": "ElasticGuidance",
+    "elit.retrofit.layout": "Layout PerToken",
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> object:

@@ -1,9 +1,9 @@
-"""Devices by their names."""
+"""Devices by their names, and the one way to float64 on the sampling path."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -45,3 +45,11 @@ def pick_device(name: str, local_rank: int = 0, *, share: bool = False) -> torch
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} is not usable ({reason}); use auto or cpu") from error
     return device
+
+
+def wide(device: torch.device) -> dict[str, Any]:
+    """`device` and `dtype` of exact tensors: float64 there, or on the CPU where MPS has none."""
+    import torch
+
+    place = torch.device("cpu") if device.type == "mps" else device
+    return {"device": place, "dtype": torch.float64}

@@ -36,22 +36,16 @@ def write_file(path: Path, write: Callable[[Path], Any], replace: bool = True) -
         write(aside)
         open_to_others(aside)
         sync(aside)
-        if replace or not _link(aside, path):
+        try:
+            if not replace:
+                os.link(aside, path)
+        except OSError as error:  # of a disk that has no links, too
+            replace = not isinstance(error, FileExistsError)
+        if replace:
             os.replace(aside, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # makes room on a full disk
     sync(path.parent)
-
-
-def _link(aside: Path, path: Path) -> bool:
-    """Give a file its name unless there is one; False on a disk that cannot."""
-    try:
-        os.link(aside, path)
-    except FileExistsError:
-        pass
-    except OSError:
-        return False
-    return True
 
 
 @contextlib.contextmanager
@@ -96,16 +90,10 @@ def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
     aside = path.with_name(f".{path.name[:150]}.{_mark()}.part")
     try:
         write(aside)
-        for file in aside.rglob("*"):
-            if file.is_file():
-                sync(file)
-        if os.name == "nt" and path.is_dir():
-            path.rmdir()  # which renames onto no folder, even an empty one
-        os.replace(aside, path)
+        rename_folder(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    sync(path.parent)
 
 
 def replace_files(folder: Path, write: Callable[[Path], Any]) -> None:
@@ -139,6 +127,8 @@ def rename_folder(aside: Path, target: Path) -> None:
         if file.is_file():
             sync(file)
     sync(aside)
+    if os.name == "nt" and target.is_dir():
+        target.rmdir()  # which renames onto no folder, even an empty one
     aside.rename(target)
     sync(target.parent)
 
@@ -167,15 +157,14 @@ def _umask() -> int:
     return mask
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, replace: bool = True) -> None:
     """Write a text in UTF-8."""
-    write_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_file(path, lambda aside: aside.write_text(text, encoding="utf-8"), replace)
 
 
 def write_json(path: Path, value: Any, replace: bool = True) -> None:
     """Write plain types as JSON."""
-    text = json_text(value)
-    write_file(path, lambda aside: aside.write_text(text, encoding="utf-8"), replace)
+    write_text(path, json_text(value), replace)
 
 
 def json_text(value: Any) -> str:

@@ -2,14 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeGuard
 
+from elit._numbers import is_real as is_number
+
+__all__ = ["best_within", "is_number", "pareto_front"]
 Numbers = Sequence[float | None]
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value of a JSON file is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def pareto_front(costs: Numbers, values: Numbers, lower_is_better: bool) -> list[int]:
@@ -18,9 +15,15 @@ def pareto_front(costs: Numbers, values: Numbers, lower_is_better: bool) -> list
     One point beats another where neither its cost nor its value is worse and one of them is better;
     of equal points none beats the other.
     """
+    sign = 1 if lower_is_better else -1
+    points = sorted(
+        (cost, sign * value, i)
+        for i, (cost, value) in enumerate(zip(costs, values, strict=True))
+        if is_number(cost) and is_number(value)
+    )
     front: list[int] = []
     best, last = math.inf, None
-    for cost, value, i in _ordered(costs, values, lower_is_better):
+    for cost, value, i in points:
         if value < best or (cost, value) == last:
             front.append(i)
             best, last = value, (cost, value)
@@ -37,15 +40,3 @@ def best_within(
         within = [i for i in front if (costs[i] or 0.0) <= cap]
         found.append(within[-1] if within else None)
     return found
-
-
-def _ordered(
-    costs: Numbers, values: Numbers, lower_is_better: bool
-) -> list[tuple[float, float, int]]:
-    """(cost, value, place) by cost and then by value, where lower is better."""
-    sign = 1 if lower_is_better else -1
-    return sorted(
-        (cost, sign * value, i)
-        for i, (cost, value) in enumerate(zip(costs, values, strict=True))
-        if is_number(cost) and is_number(value)
-    )

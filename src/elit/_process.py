@@ -1,13 +1,8 @@
-"""Which process of how many this is, and how it ends when told to."""
+"""Which process of how many this is."""
 
 import os
 import re
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
 
 @dataclass(frozen=True)
@@ -55,21 +50,3 @@ def _number(name: str, default: int) -> int:
         return int(text) if text else default
     except ValueError:
         raise ValueError(f"the variable {name} is {text!r}; it must be a whole number") from None
-
-
-@contextmanager
-def ends_on_sigterm() -> Iterator[None]:
-    """SIGTERM, which Slurm and torchrun send, ends the run as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: Any) -> NoReturn:
-        del number, frame
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -3,8 +3,9 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
+from typing import Any
 
 STOPS = (int(signal.SIGINT), int(signal.SIGTERM))
 
@@ -16,26 +17,36 @@ def ignore_signals(_: int = 0) -> None:
 
 
 @contextmanager
+def _answered_by(handle: Callable[[int, FrameType | None], Any], *numbers: int) -> Iterator[None]:
+    """Signals handled so meanwhile, in the main thread, which alone may do this."""
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before |= {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
     """Catch SIGINT and SIGTERM; gives a function that says whether one has come.
 
     A second one stops at once.
     """
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread may catch signals
-        return
+    before = {number: signal.getsignal(number) for number in STOPS}
 
     def handle(number: int, frame: FrameType | None) -> None:
         del frame
         received.append(number)
-        signal.signal(number, previous[number])
+        signal.signal(number, before[number])
 
-    previous = {number: signal.getsignal(number) for number in STOPS}
-    for number in STOPS:
-        signal.signal(number, handle)
-    try:
+    with _answered_by(handle, *STOPS):
         yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+
+
+def ends_on_sigterm() -> AbstractContextManager[None]:
+    """SIGTERM, which Slurm and torchrun send, ends the run as Ctrl-C does."""
+    return _answered_by(signal.default_int_handler, signal.SIGTERM)

@@ -1,6 +1,6 @@
 """Operating points: budget, steps and guide of a run."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from elit.flow.guidance import Guidance, make_guidance
@@ -81,8 +81,5 @@ class OperatingPoint:
     def from_dict(cls, row: dict[str, Any]) -> "OperatingPoint":
         """Of a row of a sweep's file, which holds more."""
         ends = row.get("interval")
-        interval = None if ends is None else (float(ends[0]), float(ends[1]))
-        return cls(
-            float(row["budget"]), int(row["steps"]), str(row["guidance"]), row.get("scale"),
-            row.get("guide_budget"), interval,
-        )  # fmt: skip
+        known = {field.name: row[field.name] for field in fields(cls) if field.name in row}
+        return cls(**known | {"interval": ends and tuple(ends)})

@@ -4,6 +4,7 @@ import logging
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -51,7 +52,6 @@ class CallTimes:
         pipeline: on its device, without a step cache.
         what: labels or texts of a batch, of which the longest counts, or their number.
         size: frames, height and width in pixels, None where the model was made for it.
-        keep: whether to read and write the file.
         progress: whether to show a bar while measuring.
     """
 
@@ -60,7 +60,6 @@ class CallTimes:
         pipeline: ElasticPipeline,
         what: int | str | Sequence[Any],
         size: Sequence[int | None] = (None, None, None),
-        keep: bool = True,
         progress: bool = False,
     ):
         model = pipeline.transformer
@@ -84,9 +83,9 @@ class CallTimes:
             "batch_size": len(self.what),
             "torch": torch.__version__,
         }
-        self.file = cache_folder() / "times" / f"{digest_of(self.key)}.json" if keep else None
+        self.file = cache_folder() / "times" / f"{digest_of(self.key)}.json"
         self._seconds: dict[str, float] = {}
-        if self.file is not None and self.file.exists():
+        if self.file.exists():
             try:
                 kept = read_json(self.file, "remove it")
                 self._seconds = from_plain(dict[str, float], kept.get("seconds"))
@@ -96,9 +95,8 @@ class CallTimes:
     def ms_of_runs(self, runs: Sequence[Sequence[Forwards]]) -> list[float]:
         """Milliseconds for one image of a batch that each of these runs draws."""
         self._measure(call for run in runs for call in run)
-        start, each = self._seconds["start"], self._seconds
-        seconds = [start + sum(each[_name(call)] for call in run) for run in runs]
-        return [1000 * took / len(self.what) for took in seconds]
+        names = (["start", *map(_name, run)] for run in runs)
+        return [1000 * sum(map(self._seconds.__getitem__, n)) / len(self.what) for n in names]
 
     def decode_ms_per_image(self) -> float:
         """Milliseconds in which one image of a batch is decoded: the autoencoder's, if any."""
@@ -139,25 +137,21 @@ class CallTimes:
 
     def _keep(self, seconds: dict[str, float]) -> None:
         self._seconds |= seconds
-        if self.file is not None:
-            write_json(self.file, {"of": self.key, "seconds": self._seconds})
+        write_json(self.file, {"of": self.key, "seconds": self._seconds})
 
     def _run(self, call: Forwards, steps: int) -> tuple[float, int]:
         """Seconds and calls of a run whose calls are all of one kind."""
-        pipeline, model = self.pipeline, self.pipeline.transformer
+        pipeline = self.pipeline
         (latents, doubled), *guide = call
         guidance: Guidance | None = CFG(2.0) if doubled == 2 else None
         if guide:
-            guidance = CheapCFG(2.0, model.budget_of(guide[0][0]))
+            guidance = CheapCFG(2.0, pipeline.transformer.budget_of(guide[0][0]))
         frames, height, width = self.size
-
-        def run() -> None:
-            draw_batch(
-                pipeline, self.what, range(len(self.what)), num_latents=latents,
-                num_inference_steps=steps, guidance=guidance, height=height, width=width,
-                num_frames=frames, output_type="latent",
-            )  # fmt: skip
-
+        run = partial(
+            draw_batch, pipeline, self.what, range(len(self.what)), num_latents=latents,
+            num_inference_steps=steps, guidance=guidance, height=height, width=width,
+            num_frames=frames, output_type="latent",
+        )  # fmt: skip
         return self._timed(run), len(pipeline.scheduler.timesteps)
 
     def _timed(self, run: Callable[[], Any]) -> float:

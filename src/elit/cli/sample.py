@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     pipeline = open_pipeline(args)
     from elit.evaluation.samples import FILE, SHEET, choose_folder, draw_into
     from elit.pipelines.folder import check_draws_images, weights_digest
-    from elit.pipelines.teacache import load_teacache
+    from elit.pipelines.load import load_teacache
     from elit.pipelines.text_pipeline import ElitTextPipeline
 
     check_draws_images(pipeline, args.run)

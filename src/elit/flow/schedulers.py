@@ -18,8 +18,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from elit._choices import check_choice
+from elit._devices import wide
 from elit._numbers import is_whole
-from elit._wide import wide
 from elit.flow.sampling import levels_of
 from elit.flow.words import SAMPLERS
 

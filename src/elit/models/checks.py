@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elit._wide import wide
+from elit._devices import wide
 
 
 def check_samples(samples: Tensor, model: Any) -> None:

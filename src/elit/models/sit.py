@@ -10,8 +10,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
 from torch import Tensor, nn
 
+from elit._devices import wide
 from elit._numbers import is_whole
-from elit._wide import wide
 from elit.interface.grid import TokenGrid
 from elit.layers.transformer import (
     MLP,

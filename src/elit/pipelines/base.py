@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from safetensors import SafetensorError
@@ -34,20 +33,22 @@ from elit.pipelines.autoencoder import (
     spatial_scale,
     temporal_scale,
 )
-from elit.pipelines.folder import check_pipeline_source, draws_images, loading_error
+from elit.pipelines.folder import (
+    OURS,
+    check_parts,
+    check_pipeline_folder,
+    draws_images,
+    loading_error,
+)
 
 logger = logging.getLogger(__name__)
 
 MOST_TIMES = 256  # the size that a model was made for: beyond, a run would not end
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[Any, int, Tensor, dict], dict]
-_CHOOSE = (
-    "a pipeline chooses no budget; elit.choose does: point = elit.choose(pipeline, max_flops=1e9), "
-    "then pipeline(..., **point.arguments())"
-)
 
 
-def check_sample_dtype(dtype: torch.dtype, device_type: str) -> None:
+def check_sample_dtype(dtype: torch.dtype, device_type: str, scheduler: Any) -> None:
     """Raise a ValueError unless samples can be of this type, on a device such as "cuda"."""
     reason, use = "", "use torch.float32 or torch.float64; the model computes in its own dtype"
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -56,15 +57,11 @@ def check_sample_dtype(dtype: torch.dtype, device_type: str) -> None:
         reason = "would lose what a step adds"
     elif dtype != torch.float32 and device_type == "mps":
         reason, use = "cannot be on mps", "use torch.float32, or pipeline.to('cpu')"
+    elif dtype != torch.float32 and not getattr(scheduler, "any_dtype", False):
+        reason = f"are rounded to float32 by a {type(scheduler).__name__}"
+        use = "use a FlowMatchUniformEulerScheduler, or make_scheduler with heun or euler-maruyama"
     if reason:
         raise ValueError(f"samples in {dtype} {reason}; {use}")
-
-
-def refuse_choosing(budget: Any, options: Mapping[str, Any]) -> None:
-    """Raise a ValueError for arguments of a call that choose a budget."""
-    is_auto = isinstance(budget, str) and budget == "auto"
-    if is_auto or not options.keys().isdisjoint(("max_flops", "max_ms")):
-        raise ValueError(_CHOOSE)
 
 
 class _Calls:
@@ -97,30 +94,33 @@ class _Calls:
 class ElasticPipeline(DiffusionPipeline):
     """A pipeline whose transformer is one of ours.
 
-    A subclass registers the modules, turns what a user wants drawn into conditions of the model,
-    and calls `draw`.
+    A subclass says what it draws, turns what a user wants drawn into conditions of the model, and
+    calls `draw`.
     """
 
+    draws: str
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["samples"]
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("load_operating_points", "choose_operating_point", "operating_point"):
-            raise AttributeError(_CHOOSE)
-        return super().__getattr__(name)
-
-    def set_processors(self) -> None:
-        """Make what turns tensors into pictures; the last thing that a subclass makes."""
-        if self.vae is not None:
-            check_usable(type(self.vae).__name__, self.vae.config)
-            if self.draws_clips and not has_time(self.vae):
+    def __init__(self, transformer: Any, scheduler: Any, vae: Any, **others: Any):
+        super().__init__()
+        takes_text = getattr(transformer, "takes_text", False)
+        draws = "texts" if takes_text else "classes"
+        if draws != self.draws:
+            raise ValueError(
+                f"a {type(transformer).__name__} draws {draws}, not {self.draws}; "
+                f"make an {OURS[takes_text]} of it"
+            )
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, **others)
+        if vae is not None:
+            check_usable(type(vae).__name__, vae.config)
+            if self.draws_clips and not has_time(vae):
                 raise ValueError(
-                    f"a {type(self.vae).__name__} is of images, the transformer draws clips; use "
-                    f"the autoencoder that it was trained with"
+                    f"a {type(vae).__name__} is of images, the transformer draws clips; use the "
+                    f"autoencoder that it was trained with"
                 )
-        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
-        self.video_processor = VideoProcessor(vae_scale_factor=1)
+        self.image_processor = self.video_processor = VideoProcessor(vae_scale_factor=1)
 
     @classmethod
     def from_pretrained(
@@ -132,7 +132,9 @@ class ElasticPipeline(DiffusionPipeline):
         Weights are read from safetensors alone, unless `use_safetensors` says otherwise.
         """
         name = typed_path(pretrained_model_name_or_path)
-        check_pipeline_source(name, cls, kwargs)
+        folder = check_pipeline_folder(name)
+        if folder is not None:
+            check_parts(folder, cls, kwargs)
         kwargs.setdefault("use_safetensors", True)
         try:
             pipeline = super().from_pretrained(name, **kwargs)
@@ -204,7 +206,7 @@ class ElasticPipeline(DiffusionPipeline):
         count = len(next(iter(condition.values())))
         self._check_options(guidance, generator, count, output_type)
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._check_dtype(dtype)
+        check_sample_dtype(dtype, self._execution_device.type, self.scheduler)
         size = self.input_size(num_frames, height, width)
         levels = self.start(num_inference_steps, self._execution_device, sigmas, size)
         x = self._start(noise, generator, (count, self.transformer.in_channels, *size), dtype)
@@ -288,39 +290,36 @@ class ElasticPipeline(DiffusionPipeline):
                 f"{len(each)} budgets for {num_calls} calls of the model in this run; "
                 f"give one number, or one for each call"
             )
-        if num_latents is None:
-            kept = [model.resolve_budget(b) for b in each]
-        elif model.is_elastic:
-            kept = [check_num_latents(n, model.max_latents) for n in each]
-        else:
+        if num_latents is not None and not model.is_elastic:
             raise ValueError(
                 f"num_latents {num_latents} asked of a model that is not elastic; leave it out"
             )
-        self._warn_if_untrained("budget", kept)
-        if guidance is None or guidance.budget is None:
-            return [(n, n) for n in kept]
-        if guidance.budget == "lowest":
-            guide = model.min_latents or None
+        if num_latents is None:
+            kept = [model.resolve_budget(one) for one in each]
         else:
-            guide = model.resolve_budget(guidance.budget)
-            self._warn_if_untrained("guide budget", [guide])
-        if guide is not None and guide > min(kept):
-            logger.warning(
-                "the guide keeps %d latents per group, more than the %d that it guides",
-                guide, min(kept),
-            )  # fmt: skip
-        if not guidance.drop_label and guide in kept:
-            logger.warning("autoguidance has no effect where its guide has the same budget")
-        return [(n, guide) for n in kept]
-
-    def _warn_if_untrained(self, what: str, kept: Sequence[Any]) -> None:
-        """Warn of a budget below all that the model was trained with."""
-        model = self.transformer
-        if model.is_elastic and min(kept) < model.min_latents:
-            logger.warning(
-                "%s %g keeps %d latents per group, but this model was trained with %d or more",
-                what, model.budget_of(min(kept)), min(kept), model.min_latents,
-            )  # fmt: skip
+            kept = [check_num_latents(one, model.max_latents) for one in each]
+        lowest = min(kept) if model.is_elastic else None
+        guides, fewest = kept, {"budget": lowest}
+        if guidance is not None and guidance.budget is not None:
+            if guidance.budget == "lowest":
+                guide = model.min_latents or None
+            else:
+                guide = model.resolve_budget(guidance.budget)
+            guides, fewest["guide budget"] = [guide] * num_calls, guide
+            if guide is not None and guide > lowest:
+                logger.warning(
+                    "the guide keeps %d latents per group, more than the %d that it guides",
+                    guide, lowest,
+                )  # fmt: skip
+            if not guidance.drop_label and guide in kept:
+                logger.warning("autoguidance has no effect where its guide has the same budget")
+        for what, number in fewest.items():
+            if number is not None and number < model.min_latents:
+                logger.warning(
+                    "%s %g keeps %d latents per group, but this model was trained with %d or more",
+                    what, model.budget_of(number), number, model.min_latents,
+                )  # fmt: skip
+        return list(zip(kept, guides, strict=True))
 
     @property
     def draws_clips(self) -> bool:
@@ -357,15 +356,6 @@ class ElasticPipeline(DiffusionPipeline):
             raise ValueError(
                 f"{channels} channels are no image: these are VAE latents; "
                 f"make the pipeline with vae=..., or ask for output_type='latent'"
-            )
-
-    def _check_dtype(self, dtype: torch.dtype) -> None:
-        """Raise a ValueError unless samples can be of it, from step to step."""
-        check_sample_dtype(dtype, self._execution_device.type)
-        if dtype != torch.float32 and not getattr(self.scheduler, "any_dtype", False):
-            raise ValueError(
-                f"a {type(self.scheduler).__name__} rounds samples to float32; for {dtype} use a "
-                f"FlowMatchUniformEulerScheduler, or make_scheduler with heun or euler-maruyama"
             )
 
     def _check_callback(self, callback: StepCallback | None, names: Iterable[str]) -> None:

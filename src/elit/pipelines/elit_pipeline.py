@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elit.flow.guidance import Guidance
 from elit.flow.sampling import Generators
-from elit.pipelines.base import ElasticPipeline, refuse_choosing
+from elit.pipelines.base import ElasticPipeline
 
 
 class ElitPipeline(ElasticPipeline):
@@ -24,17 +24,12 @@ class ElitPipeline(ElasticPipeline):
         vae: the autoencoder in whose VAE latents the model works; None for pixels.
     """
 
+    draws = "classes"
+
     def __init__(
         self, transformer: ModelMixin, scheduler: SchedulerMixin, vae: AutoencoderKL | None = None
     ):
-        super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        if getattr(transformer, "takes_text", False):
-            raise ValueError(
-                f"a {type(transformer).__name__} draws texts, not classes; "
-                f"make an ElitTextPipeline of it"
-            )
-        self.set_processors()
+        super().__init__(transformer, scheduler, vae)
 
     def __call__(
         self,
@@ -46,7 +41,6 @@ class ElitPipeline(ElasticPipeline):
         **options: Any,
     ) -> ImagePipelineOutput | tuple:
         """Draw one image for each label, in [0, num_classes); all other arguments are `draw`'s."""
-        refuse_choosing(budget, options)
         labels = self._check_labels(class_labels).to(self._execution_device)
         null = {"class_labels": torch.full_like(labels, self.null_label)}
         run = budget, num_inference_steps, guidance, generator
@@ -59,6 +53,7 @@ class ElitPipeline(ElasticPipeline):
 
     def _check_labels(self, class_labels: int | Sequence[int] | Tensor) -> Tensor:
         """Labels (B,) int64 on the CPU."""
+        allowed = f"0..{self.null_label - 1}"
         try:
             labels = torch.as_tensor(class_labels).cpu().reshape(-1)
         except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -67,12 +62,11 @@ class ElitPipeline(ElasticPipeline):
         if not len(labels) or not is_whole or labels.dtype == torch.bool:
             raise ValueError(
                 f"class_labels {class_labels!r:.60} are not labels; "
-                f"give one or more integers in 0..{self.null_label - 1}"
+                f"give one or more integers in {allowed}"
             )
-        wrong = [label for label in labels.tolist() if not 0 <= label < self.null_label]
-        if wrong:
-            raise ValueError(
-                f"class label {wrong[0]} is out of range; "
-                f"this model knows the labels 0..{self.null_label - 1}"
-            )
+        for label in labels.tolist():
+            if not 0 <= label < self.null_label:
+                raise ValueError(
+                    f"class label {label} is out of range; this model knows the labels {allowed}"
+                )
         return labels.long()

@@ -30,20 +30,6 @@ _WEIGHTS = re.compile(
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def check_pipeline_source(name: str, pipeline_class: type, given: Mapping[str, Any]) -> None:
-    """Raise a ValueError unless `name` is a sound pipeline folder, or may be a name on the hub.
-
-    Args:
-        name: folder or hub name.
-        pipeline_class: class that is to be loaded.
-        given: arguments of `from_pretrained`: components, which the folder need not hold then,
-            `variant` and `use_safetensors`.
-    """
-    folder = check_pipeline_folder(name)
-    if folder is not None:
-        _check_folder(folder, pipeline_class, given)
-
-
 def check_pipeline_folder(name: str) -> Path | None:
     """The folder of that name with a pipeline in it; None for what may be a name on the hub."""
     folder = Path(name)
@@ -173,59 +159,59 @@ def model_class_of(path: Path, library: Any, class_name: Any) -> type:
     )
 
 
-def _check_folder(folder: Path, pipeline_class: type, given: Mapping[str, Any]) -> None:
-    index = read_config(folder / "model_index.json")
+def check_parts(folder: Path, pipeline_class: type, given: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless a folder is a sound pipeline of a class.
+
+    Args:
+        folder: of the pipeline.
+        pipeline_class: class that is to be loaded.
+        given: arguments of `from_pretrained`: components, which the folder need not hold then,
+            `variant` and `use_safetensors`.
+    """
+    index_file = folder / "model_index.json"
+    index = read_config(index_file)
     found, wanted = index.get("_class_name"), [c.__name__ for c in pipeline_class.__mro__]
     if found not in wanted:
+        advice = _ADVICE
         if found in OURS:
             advice = f"load it by {found}.from_pretrained, or whichever it is by load_pipeline"
         elif isinstance(found, str) and found.endswith("Pipeline"):
             advice = f"load it by diffusers.{found}.from_pretrained"
-        else:
-            advice = _ADVICE
         raise ValueError(f"{folder} holds a pipeline {found}, not {wanted[0]}; {advice}")
     for name in index:
         if not name.startswith("_"):
             parts = inspect.signature(pipeline_class).parameters
-            check_choice(name, parts, "part", f" in {folder / 'model_index.json'}")
-    for name in ("transformer", "scheduler", "vae"):
-        if name in given or (name == "vae" and index.get(name) in (None, [None, None])):
+            check_choice(name, parts, "part", f" in {index_file}")
+    for name in ("transformer", "scheduler", "vae", "text_encoder", "tokenizer"):
+        entry, must_be = index.get(name), name in ("transformer", "scheduler")
+        if name in given or (not must_be and entry in (None, [None, None])):
             continue
-        _check_component(folder, name, index.get(name))
-        if name != "scheduler":
+        if not any((folder / name).glob("*")):  # diffusers makes an empty tokenizer of no files
+            raise ValueError(f"{folder} holds no {name}; {_ADVICE}")
+        if name not in ("text_encoder", "tokenizer"):  # which transformers checks itself
+            _check_config(index_file, name, entry)
+        if name not in ("scheduler", "tokenizer"):
             _check_weights(folder / name, given)
-    for name in ("text_encoder", "tokenizer"):  # diffusers makes an empty tokenizer of no files
-        entry = index.get(name)
-        if name in given or entry in (None, [None, None]) or any((folder / name).glob("*")):
-            if name == "text_encoder" and name not in given and entry not in (None, [None, None]):
-                _check_weights(folder / name, given)
-            continue
-        raise ValueError(f"{folder} names a {name}, but has no folder of that name; {_ADVICE}")
 
 
-def _scheduler_class(library: str, class_name: str) -> Any:
-    if library not in ("diffusers", "elit.flow.schedulers"):
-        return None  # loading it says so
-    return getattr(importlib.import_module(library), class_name, None)
-
-
-def _check_component(folder: Path, name: str, entry: Any) -> None:
-    index_file = folder / "model_index.json"
+def _check_config(index_file: Path, name: str, entry: Any) -> None:
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
         raise ValueError(f"{index_file} names no {name}, but {entry!r}; {_ADVICE}")
     library, class_name = entry
     file = "scheduler_config.json" if name == "scheduler" else "config.json"
-    config_file = folder / name / file
+    config_file = index_file.parent / name / file
     config = read_config(config_file)
     if config.get("_class_name") != class_name:
         raise ValueError(
             f"{config_file} is of a {config.get('_class_name')}, but {index_file} names a "
             f"{class_name}; {_ADVICE}"
         )
-    if name == "scheduler" and (found := _scheduler_class(library, class_name)) is not None:
-        _check_scheduler_config(config_file, config, found)
     if name == "transformer":
         check_model_config(config_file, config, model_class_of(index_file, library, class_name))
+    elif name == "scheduler" and library in ("diffusers", "elit.flow.schedulers"):
+        kind = getattr(importlib.import_module(library), class_name, None)
+        if kind is not None:  # or loading it says so
+            _check_scheduler_config(config_file, config, kind)
 
 
 def _check_weights(folder: Path, given: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
-"""Load a pipeline whose kind is not known beforehand."""
+"""Load a pipeline whose kind is not known beforehand, and the step cache that was fitted to it."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,13 +9,17 @@ from diffusers import DiffusionPipeline
 
 from elit._devices import pick_device
 from elit._files import typed_path
+from elit.caching.configs import CALIBRATION_FILE, TeaCacheConfig
 from elit.flow.schedulers import make_scheduler
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.elit_pipeline import ElitPipeline
-from elit.pipelines.folder import check_pipeline_folder, loading_error, read_config
+from elit.pipelines.folder import (
+    check_pipeline_folder,
+    loading_error,
+    read_config,
+    weights_digest,
+)
 from elit.pipelines.text_pipeline import ElitTextPipeline
-
-PIPELINES = {kind.__name__: kind for kind in (ElitPipeline, ElitTextPipeline)}
 
 
 def load_pipeline(name: str | os.PathLike, **kwargs: Any) -> ElasticPipeline:
@@ -33,9 +38,9 @@ def load_pipeline(name: str | os.PathLike, **kwargs: Any) -> ElasticPipeline:
             index = DiffusionPipeline.load_config(name)
         except (OSError, ValueError) as error:
             raise loading_error(name, error) from error
-    kind = index.get("_class_name")
+    is_text = index.get("_class_name") == ElitTextPipeline.__name__
     # Of what is none of ours, `ElitPipeline` says so.
-    return PIPELINES.get(str(kind), ElitPipeline).from_pretrained(name, **kwargs)
+    return (ElitTextPipeline if is_text else ElitPipeline).from_pretrained(name, **kwargs)
 
 
 def open_pipeline(
@@ -62,3 +67,20 @@ def open_pipeline(
     if sampler is not None:
         pipeline.scheduler = make_scheduler(sampler)
     return pipeline
+
+
+def load_teacache(folder: str | os.PathLike, threshold: float) -> TeaCacheConfig:
+    """TeaCache as `elit calibrate` fitted it, for `pipeline.transformer.enable_cache`.
+
+    Args:
+        folder: of the pipeline; its weights must be those that were calibrated.
+        threshold: change between steps below which the blocks are skipped.
+    """
+    file = Path(folder) / CALIBRATION_FILE
+    cache = TeaCacheConfig.load(file, threshold=threshold)
+    if cache.weights not in (None, weights_digest(Path(folder))):
+        raise ValueError(
+            f"{file} was fitted to other weights than {folder} holds now; run `elit calibrate "
+            f"{folder}` again"
+        )
+    return cache

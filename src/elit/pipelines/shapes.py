@@ -156,7 +156,13 @@ def _checkpoint_shape(folder: Path, resolution: int | None) -> Shape:
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     scales = _vae_scales(folder / "vae" / "config.json") if is_pipeline else (1, 1)
     if resolution is not None:
-        config["sample_size"] = _sample_size(config["sample_size"], resolution, scales[0])
+        saved, (side, rest) = config["sample_size"], divmod(resolution, scales[0])
+        if rest:
+            raise ValueError(
+                f"resolution {resolution} is not a multiple of {scales[0]}, the VAE's scale; "
+                f"use {(side + 1) * scales[0]}"
+            )
+        config["sample_size"] = side if isinstance(saved, int) else [*saved[:-2], side, side]
     try:
         on_meta(model, config)  # or an error
     except TypeError as error:
@@ -180,14 +186,3 @@ def _vae_scales(file: Path) -> tuple[int, int]:
         return spatial_scale(vae), temporal_scale(vae)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} does not describe a {kind.__name__}: {error}") from error
-
-
-def _sample_size(saved: Any, resolution: int, scale: int) -> Any:
-    """Size of the model's input, (t,) h, w, at another resolution."""
-    if resolution % scale:
-        raise ValueError(
-            f"resolution {resolution} is not a multiple of {scale}, the VAE's scale; "
-            f"use {-(-resolution // scale) * scale}"
-        )
-    side = resolution // scale
-    return side if isinstance(saved, int) else [*saved[:-2], side, side]

@@ -61,14 +61,7 @@ def _encoder_class(transformers: Any, encoder_config: Any) -> Any:
 
 def text_width(encoder_config: Any) -> int:
     """Width of an encoder's states."""
-    config = getattr(encoder_config, "text_config", None) or encoder_config
-    return getattr(config, "hidden_size", None) or config.d_model
-
-
-def _positions(encoder_config: Any) -> float:
-    """Most tokens that an encoder takes; T5 knows no limit."""
-    config = getattr(encoder_config, "text_config", None) or encoder_config
-    return getattr(config, "max_position_embeddings", None) or float("inf")
+    return encoder_config.get_text_config().hidden_size
 
 
 def check_text_encoder(text_encoder: Any, model_config: Any) -> None:
@@ -94,8 +87,10 @@ def tokens_of(
     if model_config["vocab_size"] is not None:
         tokens = tokenize(texts, model_config["vocab_size"])
     else:
-        if _positions(text_encoder.config) < longest:
-            longest, limited_by = int(_positions(text_encoder.config)), "the text encoder takes"
+        config = text_encoder.config.get_text_config()
+        most = getattr(config, "max_position_embeddings", longest)  # T5 knows no limit
+        if most < longest:
+            longest, limited_by = most, "the text encoder takes"
         tokens = [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
     for text, ids in zip(texts, tokens, strict=True):
         if len(ids) > longest and not truncate:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elit.flow.guidance import Condition, Guidance
 from elit.flow.sampling import Generators
-from elit.pipelines.base import ElasticPipeline, refuse_choosing
+from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.text_encoder import check_text_encoder, encode, load_text_encoder, tokens_of
 
 
@@ -33,6 +33,7 @@ class ElitTextPipeline(ElasticPipeline):
         text_encoder_name: name on the hub, or folder, of both.
     """
 
+    draws = "texts"
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]
 
@@ -45,31 +46,20 @@ class ElitTextPipeline(ElasticPipeline):
         tokenizer: Any | None = None,
         text_encoder_name: str | None = None,
     ):
-        super().__init__()
-        if not getattr(transformer, "takes_text", False):
-            raise ValueError(
-                f"a {type(transformer).__name__} draws classes, not texts; "
-                f"make an ElitPipeline of it"
-            )
-        if (text_encoder is None) != (tokenizer is None):
-            raise ValueError("text_encoder and tokenizer go together; give both, or neither")
-        has_encoder = text_encoder is not None or text_encoder_name is not None
-        if has_encoder and transformer.config.vocab_size is not None:
-            raise ValueError(
-                f"this {type(transformer).__name__} reads words itself (vocab_size="
-                f"{transformer.config.vocab_size}); make the pipeline without a text encoder"
-            )
-        self.register_modules(
-            transformer=transformer,
-            scheduler=scheduler,
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
+        super().__init__(
+            transformer, scheduler, vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
         self.register_to_config(text_encoder_name=text_encoder_name)
+        if (text_encoder is None) != (tokenizer is None):
+            raise ValueError("text_encoder and tokenizer go together; give both, or neither")
+        words = transformer.config.vocab_size
+        if words is not None and (text_encoder, text_encoder_name) != (None, None):
+            raise ValueError(
+                f"this {type(transformer).__name__} reads words itself (vocab_size={words}); "
+                f"make the pipeline without a text encoder"
+            )
         if text_encoder is not None:
             check_text_encoder(text_encoder, transformer.config)
-        self.set_processors()
 
     def __call__(
         self,
@@ -91,7 +81,6 @@ class ElitTextPipeline(ElasticPipeline):
             prompt_embeds: what `encode_prompt` gave for the prompts and their negative ones,
                 (condition, null condition), instead of both.
         """
-        refuse_choosing(budget, options)
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds")
         if negative_prompt != "" and prompt_embeds is not None:

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from elit._devices import pick_device
 from elit._files import remove_leftovers, write_json
-from elit._process import Process, ends_on_sigterm, this_process
+from elit._process import Process, this_process
+from elit._signals import ends_on_sigterm
 from elit.data.manifest import (
     FORMAT,
     MOMENTS,
