@@ -44,6 +44,7 @@ from elit.pipelines.folder import (
 logger = logging.getLogger(__name__)
 
 MOST_TIMES = 256  # the size that a model was made for: beyond, a run would not end
+TENSORS = ["samples"]  # that a step callback is given
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[Any, int, Tensor, dict], dict]
 
@@ -64,31 +65,66 @@ def check_sample_dtype(dtype: torch.dtype, device_type: str, scheduler: Any) -> 
         raise ValueError(f"samples in {dtype} {reason}; {use}")
 
 
-class _Calls:
-    """The transformer as the sampler calls it, at one noise level for all samples.
+class _Run:
+    """A call of a pipeline while the sampler runs: what changes in it stands here alone.
 
-    Step caches know the calls by diffusers' names: the guided one, its guide, or both in one
-    batch, and by where they are in the run.
+    Step caches know the calls of the model by diffusers' names: the guided one, its guide, or both
+    in one batch, and by where they are in the run.
     """
 
-    def __init__(self, model: Any, count: int, steps: int):
-        self.model, self.count, self.steps = model, count, steps
+    def __init__(
+        self, pipeline: Any, count: int, steps: int, callback: StepCallback | None,
+        names: Iterable[str],
+    ):  # fmt: skip
+        self.pipeline, self.count, self.steps = pipeline, count, steps
+        self.callback, self.names = callback, names
+        self.bar = pipeline.progress_bar(total=steps)
         self.begin(0)
 
     def begin(self, step: int) -> None:
         """Begin a step."""
         self.place = {"step_index": step, "num_inference_steps": self.steps}
-        self.names = iter(("cond", "uncond"))
+        self.calls = iter(("cond", "uncond"))
 
-    def __call__(
+    def predict(
         self, x: Tensor, sigma: float, condition: Condition, num_latents: int | None
     ) -> Tensor:
-        name = "cond_uncond" if len(x) > self.count else next(self.names)
+        """Velocities by the transformer, at one noise level and one budget for all samples."""
+        model = self.pipeline.transformer
+        name = "cond_uncond" if len(x) > self.count else next(self.calls)
         level = torch.full((len(x),), sigma, device=x.device)
         kept = {} if num_latents is None else {"num_latents": num_latents}
-        with self.model.cache_context(name, **self.place):
-            x = x.to(self.model.dtype)
-            return self.model(x, level, **condition, **kept, return_dict=False)[0]
+        with model.cache_context(name, **self.place):
+            return model(x.to(model.dtype), level, **condition, **kept, return_dict=False)[0]
+
+    def after_step(self, step: int, timestep: Tensor, samples: Tensor) -> Tensor:
+        """Samples to go on from: the callback may give others."""
+        self.begin(step + 1)
+        self.bar.update()
+        if self.callback is None:
+            return samples
+        given = dict.fromkeys(self.names, samples)
+        changed = self.callback(self.pipeline, step, timestep, given)
+        if not isinstance(changed, Mapping | None):
+            raise ValueError(f"the step callback gave {changed!r:.60}; give a dict of tensors")
+        check_callback(None, changed or ())
+        new = (changed or {}).get("samples", samples)
+        if not isinstance(new, Tensor) or (new.shape, new.dtype) != (samples.shape, samples.dtype):
+            raise ValueError(
+                f"the step callback gave samples {new!r:.60}; give a tensor of shape "
+                f"{tuple(samples.shape)} and {samples.dtype}"
+            )
+        return new
+
+
+def check_callback(callback: StepCallback | None, names: Iterable[str]) -> None:
+    """Raise a ValueError unless a callback is one, of tensors that there are."""
+    if not (callback is None or callable(callback)):
+        raise ValueError(f"callback_on_step_end {callback!r:.60} is no function")
+    if not isinstance(names, Iterable) or isinstance(names, str):
+        raise ValueError(f"{names!r} are no names for the step callback; give a list of them")
+    for name in names:
+        check_choice(name, TENSORS, "tensor", " of the step callback")
 
 
 class ElasticPipeline(DiffusionPipeline):
@@ -101,7 +137,7 @@ class ElasticPipeline(DiffusionPipeline):
     draws: str
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
-    _callback_tensor_inputs = ["samples"]
+    _callback_tensor_inputs = TENSORS
 
     def __init__(self, transformer: Any, scheduler: Any, vae: Any, **others: Any):
         super().__init__()
@@ -205,28 +241,20 @@ class ElasticPipeline(DiffusionPipeline):
         generator = list(generator) if isinstance(generator, Sequence) else generator
         count = len(next(iter(condition.values())))
         self._check_options(guidance, generator, count, output_type)
-        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         check_sample_dtype(dtype, self._execution_device.type, self.scheduler)
         size = self.input_size(num_frames, height, width)
         levels = self.start(num_inference_steps, self._execution_device, sigmas, size)
         x = self._start(noise, generator, (count, self.transformer.in_channels, *size), dtype)
         kept = self.latents_of_steps(budget, len(levels), guidance, num_latents)
-        call = _Calls(self.transformer, count, len(levels))
         self.transformer._reset_stateful_cache()  # a run that broke off may have left something
-        with self.progress_bar(total=len(levels)) as progress_bar:
-
-            def after_step(step: int, timestep: Tensor, samples: Tensor) -> Tensor:
-                call.begin(step + 1)
-                if callback_on_step_end is not None:
-                    given = dict.fromkeys(callback_on_step_end_tensor_inputs, samples)
-                    changed = callback_on_step_end(self, step, timestep, given)
-                    samples = self._changed(changed, samples)
-                progress_bar.update()
-                return samples
-
+        run = _Run(
+            self, count, len(levels), callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
+        with run.bar:
             x = sample(
-                call, x, self.scheduler, guidance, kept, condition, null_condition, generator,
-                after_step,
+                run.predict, x, self.scheduler, guidance, kept, condition, null_condition,
+                generator, run.after_step,
             )  # fmt: skip
         if not x.isfinite().all():
             guided = f"a smaller guidance scale than {guidance.scale:g}, " if guidance else ""
@@ -326,11 +354,6 @@ class ElasticPipeline(DiffusionPipeline):
         """Whether the transformer makes clips, not images."""
         return len(self.transformer.sample_size) == 3
 
-    @property
-    def vae_scale(self) -> int:
-        """Pixels per element of the VAE latents along each axis; 1 without a VAE."""
-        return spatial_scale(self.vae)
-
     def _check_options(
         self, guidance: Guidance | None, generator: Generators, count: int, output_type: str
     ) -> None:
@@ -340,16 +363,16 @@ class ElasticPipeline(DiffusionPipeline):
                 f"give CFG(3.0), AutoGuidance(2.0), CheapCFG(3.0), or None"
             )
         generators: list[Any] = generator if isinstance(generator, list) else [generator] * count
-        for one in generators:
-            if not isinstance(one, torch.Generator) and generator is not None:
-                raise ValueError(
-                    f"generator {one!r} is not a torch.Generator; "
-                    f"give torch.Generator().manual_seed({one if isinstance(one, int) else 0})"
-                )
         if len(generators) != count:
             raise ValueError(
                 f"{len(generators)} generators for {count} samples; give one for each, or one"
             )
+        for one in generators if generator is not None else ():
+            if not isinstance(one, torch.Generator):
+                raise ValueError(
+                    f"generator {one!r} is not a torch.Generator; "
+                    f"give torch.Generator().manual_seed({one if isinstance(one, int) else 0})"
+                )
         check_choice(output_type, OUTPUT_TYPES, "output_type")
         channels = self.transformer.in_channels
         if output_type != "latent" and self.vae is None and not draws_images(channels):
@@ -358,48 +381,27 @@ class ElasticPipeline(DiffusionPipeline):
                 f"make the pipeline with vae=..., or ask for output_type='latent'"
             )
 
-    def _check_callback(self, callback: StepCallback | None, names: Iterable[str]) -> None:
-        if not (callback is None or callable(callback)):
-            raise ValueError(f"callback_on_step_end {callback!r:.60} is no function")
-        if not isinstance(names, Iterable) or isinstance(names, str):
-            raise ValueError(f"{names!r} are no names for the step callback; give a list of them")
-        for name in names:
-            check_choice(name, self._callback_tensor_inputs, "tensor", " of the step callback")
-
-    def _changed(self, changed: Any, samples: Tensor) -> Tensor:
-        """The samples after a step's callback, which may have given others."""
-        if not isinstance(changed, Mapping | None):
-            raise ValueError(f"the step callback gave {changed!r:.60}; give a dict of tensors")
-        self._check_callback(None, changed or ())
-        new = (changed or {}).get("samples", samples)
-        if not isinstance(new, Tensor) or (new.shape, new.dtype) != (samples.shape, samples.dtype):
-            raise ValueError(
-                f"the step callback gave samples {new!r:.60}; give a tensor of shape "
-                f"{tuple(samples.shape)} and {samples.dtype}"
-            )
-        return new
-
     def input_size(
         self, num_frames: int | None, height: int | None, width: int | None
     ) -> tuple[int, ...]:
         """Size of the transformer's input, (h, w) or (t, h, w), for pixels and frames asked for."""
-        made_for, scale = self.transformer.sample_size, self.vae_scale
+        made_for, scale = self.transformer.sample_size, spatial_scale(self.vae)
         if not self.draws_clips and num_frames is not None:
             raise ValueError(f"num_frames={num_frames} asked of a model of images; leave it out")
-        asked = [num_frames, height, width][-len(made_for) :]
-        for side in asked:
+        for side in (num_frames, height, width):
             if not (side is None or is_whole(side)):
                 raise ValueError(f"a side of {side!r} is no positive integer")
-        *frames, height, width = asked
         for side in (height, width):
             if side is not None and side % scale:
                 raise ValueError(
                     f"an image side of {side} pixels is not a multiple of {scale}, "
                     f"the VAE's scale; use {-(-side // scale) * scale}"
                 )
-        sides = [n and latent_frames(n, temporal_scale(self.vae)) for n in frames]
-        sides += [side and side // scale for side in (height, width)]
-        size = tuple(side or default for side, default in zip(sides, made_for, strict=True))
+        asked = [side and side // scale for side in (height, width)]
+        if self.draws_clips:
+            length = num_frames and latent_frames(num_frames, temporal_scale(self.vae))
+            asked = [length, *asked]
+        size = tuple(side or default for side, default in zip(asked, made_for, strict=True))
         if math.prod(size) > MOST_TIMES * math.prod(made_for):
             raise ValueError(
                 f"an input of {format_size(size)} is more than {MOST_TIMES} times "
@@ -424,7 +426,8 @@ class ElasticPipeline(DiffusionPipeline):
         """Height and width, or frames, height and width, that the model was made for."""
         *frames, height, width = self.transformer.sample_size
         frames = [(length - 1) * temporal_scale(self.vae) + 1 for length in frames]
-        return (*frames, height * self.vae_scale, width * self.vae_scale)
+        scale = spatial_scale(self.vae)
+        return (*frames, height * scale, width * scale)
 
     def _start(
         self,
