@@ -6,12 +6,13 @@ import logging
 import math
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import make_generators, randomise, tiny_dit, tiny_elastic
+from helpers import make_generators, randomise, refuses, tiny_dit, tiny_elastic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -49,10 +50,10 @@ def make_vae() -> diffusers.AutoencoderKL:
     return vae.eval()
 
 
-def draw(pipeline: ElitPipeline, labels=(0, 1, 2), seeds=(1, 2, 3), **options) -> Tensor:
+def draw(pipeline: ElitPipeline, labels: Any = (0, 1, 2), seeds=(1, 2, 3), **options) -> Tensor:
     """Raw samples of a short run, one seed for each label."""
     options = {"num_inference_steps": 3, "output_type": "latent"} | options
-    return pipeline(list(labels), generator=make_generators(*seeds), **options).images
+    return pipeline(labels, **{"generator": make_generators(*seeds)} | options).images
 
 
 def record_calls(pipeline: ElitPipeline) -> list[tuple[list[int], int | None, float]]:
@@ -61,13 +62,8 @@ def record_calls(pipeline: ElitPipeline) -> list[tuple[list[int], int | None, fl
 
     def note(_, args: tuple, kwargs: dict) -> None:
         assert not torch.is_grad_enabled()
-        calls.append(
-            (
-                kwargs["class_labels"].tolist(),
-                kwargs.get("num_latents"),
-                round(args[1][0].item(), 4),
-            )
-        )
+        labels, level = kwargs["class_labels"].tolist(), round(args[1][0].item(), 4)
+        calls.append((labels, kwargs.get("num_latents"), level))
 
     pipeline.transformer.register_forward_pre_hook(note, with_kwargs=True)
     return calls
@@ -91,25 +87,18 @@ def test_an_image_depends_on_its_generator_and_not_on_its_batch(sampler: str, gu
     assert not torch.allclose(others[1], others[0], atol=0.1)  # same label, another seed
 
 
-def test_same_seed_same_images_whatever_was_drawn_before() -> None:
-    pipeline = make_pipeline()
+def test_a_run_draws_from_its_generators_alone() -> None:
+    pipeline = make_pipeline(sampler="euler-maruyama")
     first = draw(pipeline)
     draw(pipeline, num_inference_steps=5, guidance=CFG(2.0))
     torch.manual_seed(123)
     before = torch.get_rng_state()
     assert torch.equal(draw(pipeline), first)
-    assert torch.equal(torch.get_rng_state(), before)  # nothing comes from the global generator
-
-
-def test_one_generator_draws_for_the_whole_batch_and_several_may_come_in_a_tuple() -> None:
-    pipeline = make_pipeline(sampler="euler-maruyama")
-    options = {"num_inference_steps": 2, "output_type": "latent"}
-    generators = (torch.Generator().manual_seed(5) for _ in range(2))
-    first, second = (pipeline([0, 1], generator=g, **options).images for g in generators)
-    assert torch.equal(first, second)
-    assert not torch.allclose(first[0], first[1])
-    tupled = pipeline([0, 1], generator=tuple(make_generators(1, 2)), **options).images
-    assert torch.equal(tupled, draw(pipeline, (0, 1), (1, 2), num_inference_steps=2))
+    assert torch.equal(draw(pipeline, generator=tuple(make_generators(1, 2, 3))), first)
+    assert torch.equal(torch.get_rng_state(), before)  # nothing comes from the global one
+    of_one, again = (draw(pipeline, (1, 1), generator=make_generators(5)[0]) for _ in range(2))
+    assert torch.equal(of_one, again)
+    assert not torch.allclose(of_one[0], of_one[1])
 
 
 def test_noise_is_the_same_whatever_the_samples_dtype() -> None:
@@ -125,24 +114,21 @@ def test_noise_is_the_same_whatever_the_samples_dtype() -> None:
 def test_all_budgets_from_one_noise() -> None:
     pipeline = make_pipeline()
     options = {"num_inference_steps": 3, "output_type": "latent"}
-    drawn = draw_budgets(pipeline, [0, 1, 2], [0.25, 1.0], [1, 2, 3], batch_size=2, **options)
-    for budget, (images, seconds) in zip((0.25, 1.0), drawn, strict=True):
-        expected = draw(pipeline, budget=budget)
-        torch.testing.assert_close(torch.stack(images), expected, rtol=1e-4, atol=1e-4)
-        assert seconds > 0
-    what = {"class_labels": [0, 1, 2]}
-    ((images, _),) = draw_budgets(pipeline, what, [0.25], [1, 2, 3], **options)
-    assert torch.equal(torch.stack(images), draw(pipeline, budget=0.25))
+    for what, at_once in (([0, 1, 2], 2), ({"class_labels": [0, 1, 2]}, None)):
+        drawn = draw_budgets(pipeline, what, [0.25, 1.0], [1, 2, 3], at_once, **options)
+        for budget, (images, seconds) in zip((0.25, 1.0), drawn, strict=True):
+            expected = draw(pipeline, budget=budget)
+            torch.testing.assert_close(torch.stack(images), expected, rtol=1e-4, atol=1e-4)
+            assert seconds > 0
 
 
 def test_labels_in_any_form() -> None:
     pipeline = make_pipeline()
     images = draw(pipeline, [1], [1])
-    for labels in (1, [1], (1,), np.array([1]), torch.tensor([1]), torch.tensor(1)):
-        options = {"num_inference_steps": 3, "output_type": "latent"}
-        again = pipeline(labels, generator=make_generators(1), **options).images
-        assert torch.equal(again, images)
+    for labels in (1, (1,), np.array([1]), torch.tensor([1]), torch.tensor(1)):
+        assert torch.equal(draw(pipeline, labels, [1]), images)
     conditions = ({"class_labels": torch.tensor([label])} for label in (1, 3))
+    options = {"num_inference_steps": 3, "output_type": "latent"}
     direct = pipeline.draw(*conditions, generator=make_generators(1), **options).images
     assert torch.equal(direct, images)
 
@@ -268,48 +254,26 @@ def test_which_labels_and_budgets_the_transformer_sees(guidance, expected: list)
     assert [(labels, latents) for labels, latents, _ in calls] == expected
 
 
-def test_guidance_acts_within_its_interval() -> None:
-    pipeline = make_pipeline()
+@pytest.mark.parametrize(
+    ("sampler", "options", "latents", "levels"),
+    [
+        ("euler", {"budget": [0.25, 0.5, 1]}, [4, 8, 16], [1, 0.6667, 0.3333]),
+        ("euler", {"num_latents": [4, 8, 16]}, [4, 8, 16], [1, 0.6667, 0.3333]),
+        ("euler", {"budget": (0.3,) * 3}, [5] * 3, [1, 0.6667, 0.3333]),
+        ("euler", {"num_latents": 5}, [5] * 3, [1, 0.6667, 0.3333]),
+        ("heun", {"budget": [0.25, 0.5, 0.5, 1, 1]}, [4, 8, 8, 16, 16], None),
+        ("heun", {"sigmas": [1.0, 0.7, 0.2], "num_inference_steps": 40}, [16] * 5,
+         [1, 0.7, 0.7, 0.2, 0.2]),
+        ("euler", {"guidance": CheapCFG(3.0, interval=(0.3, 0.7))}, [16, 16, 2, 16, 2],
+         [1, 0.6667, 0.6667, 0.3333, 0.3333]),
+    ],
+)  # fmt: skip
+def test_budgets_and_levels_of_each_call(sampler: str, options, latents, levels) -> None:
+    pipeline = make_pipeline(sampler=sampler)
     calls = record_calls(pipeline)
-    guidance = CheapCFG(3.0, interval=(0.2, 0.6))
-    draw(pipeline, [1], [1], num_inference_steps=5, guidance=guidance)
-    assert [sigma for labels, _, sigma in calls if labels == [3]] == [0.6, 0.4, 0.2]
-    assert [sigma for labels, _, sigma in calls if labels == [1]] == [1, 0.8, 0.6, 0.4, 0.2]
-
-
-def test_a_budget_for_each_step() -> None:
-    pipeline = make_pipeline()
-    calls = record_calls(pipeline)
-    stepwise = draw(pipeline, [1], [1], budget=[0.25, 0.5, 1])
-    assert [latents for _, latents, _ in calls] == [4, 8, 16]
-    assert not torch.allclose(stepwise, draw(pipeline, [1], [1]), atol=1e-3)
-    constant = draw(pipeline, [1], [1], budget=(0.5, 0.5, 0.5))
-    assert torch.equal(constant, draw(pipeline, [1], [1], budget=0.5))
-    pipeline.scheduler = make_scheduler("heun")
-    calls.clear()
-    draw(pipeline, [1], [1], budget=[0.25, 0.5, 0.5, 1, 1])
-    assert [latents for _, latents, _ in calls] == [4, 8, 8, 16, 16]
-    with pytest.raises(ValueError, match="3 budgets for 5 calls of the model in this run"):
-        draw(pipeline, [1], [1], budget=[0.25, 0.5, 1])
-    calls.clear()
-    draw(pipeline, [1], [1], sigmas=[1.0, 0.7, 0.2], num_inference_steps=40)
-    assert [sigma for _, _, sigma in calls] == [1, 0.7, 0.7, 0.2, 0.2]
-
-
-def test_numbers_of_latents_instead_of_budgets() -> None:
-    pipeline = make_pipeline()
-    assert torch.equal(draw(pipeline, num_latents=5), draw(pipeline, budget=0.3))
-    each = draw(pipeline, num_latents=[4, 8, 16])
-    assert torch.equal(each, draw(pipeline, budget=[0.25, 0.5, 1]))
-    for wrong, message in (
-        ({"num_latents": 17}, r"num_latents 17 is outside 1\.\.16"),
-        ({"num_latents": 0.5}, r"num_latents 0\.5 is not an integer"),
-        ({"num_latents": 4, "budget": 0.5}, r"num_latents=4 and budget=0\.5; give one"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            draw(pipeline, **wrong)
-    with pytest.raises(ValueError, match="num_latents 4 asked of a model that is not elastic"):
-        draw(make_pipeline(tiny_dit(in_channels=3)), num_latents=4)
+    draw(pipeline, [1], [1], **options)
+    assert [n for _, n, _ in calls] == latents
+    assert levels in (None, [level for *_, level in calls])
 
 
 def test_a_plain_transformer() -> None:
@@ -319,8 +283,8 @@ def test_a_plain_transformer() -> None:
     assert {latents for _, latents, _ in calls} == {None}
     cfg = draw(pipeline, guidance=CFG(3.0))
     assert torch.equal(draw(pipeline, guidance=CheapCFG(3.0)), cfg)  # it has one budget only
-    with pytest.raises(ValueError, match=r"budget 0\.5 asked of a model that is not elastic"):
-        draw(pipeline, budget=0.5)
+    for options in ({"budget": 0.5}, {"num_latents": 4}):
+        refuses("asked of a model that is not elastic", draw, pipeline, **options)
 
 
 @pytest.mark.parametrize(
@@ -456,7 +420,6 @@ def test_save_and_load_in_pixels(sampler: str, tmp_path) -> None:
     assert index["vae"] == [None, None]
     assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").exists()
     loaded = ElitPipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
     assert type(loaded.scheduler) is type(pipeline.scheduler)
     assert loaded.vae is None
     assert torch.equal(draw(loaded), draw(pipeline))
@@ -469,7 +432,6 @@ def test_a_transformer_that_became_elastic_is_saved_as_what_it_is(tmp_path) -> N
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["transformer"] == ["elit.retrofit.elastic", "ElasticDiT"]
     loaded = ElitPipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
     assert torch.equal(draw(loaded, budget=0.5), draw(pipeline, budget=0.5))
 
 
@@ -487,12 +449,10 @@ def test_save_and_load_with_an_autoencoder(tmp_path) -> None:
     pipeline = make_pipeline(tiny_elastic(in_channels=4), "heun", make_vae())
     pipeline.save_pretrained(tmp_path)
     loaded = ElitPipeline.from_pretrained(str(tmp_path))
-    loaded.set_progress_bar_config(disable=True)
     assert isinstance(loaded.vae, diffusers.AutoencoderKL)
     expected = draw(pipeline, output_type="pt", guidance=CheapCFG(2.0), budget=0.5)
     assert torch.equal(draw(loaded, output_type="pt", guidance=CheapCFG(2.0), budget=0.5), expected)
     half = ElitPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    half.set_progress_bar_config(disable=True)
     assert half.transformer.dtype == half.vae.dtype == torch.bfloat16
     images = draw(half, output_type="pt", guidance=CheapCFG(2.0), budget=0.5)
     assert (images - expected).abs().mean() < 0.05
@@ -542,7 +502,6 @@ def test_other_variants_and_formats_say_how_they_are_loaded(
         with pytest.raises(ValueError, match=message):
             ElitPipeline.from_pretrained(tmp_path)
     again = ElitPipeline.from_pretrained(tmp_path, **options)
-    again.set_progress_bar_config(disable=True)
     assert torch.equal(draw(again), draw(pipeline))
     with pytest.raises(ValueError, match=r"no \..* weights of variant fp8; load it with"):
         ElitPipeline.from_pretrained(tmp_path, **(options | {"variant": "fp8"}))
@@ -562,6 +521,12 @@ def test_other_variants_and_formats_say_how_they_are_loaded(
         ({"budget": 0}, r"budget 0 is outside \(0, 1\]"),
         ({"budget": float("nan")}, r"budget nan is outside \(0, 1\]"),
         ({"budget": "0.5"}, r"budget '0\.5' is not a number"),
+        ({"budget": [0.25, 0.5]}, "2 budgets for 3 calls of the model in this run"),
+        ({"num_latents": 17}, r"num_latents 17 is outside 1\.\.16"),
+        ({"num_latents": 0.5}, r"num_latents 0\.5 is not an integer"),
+        ({"num_latents": 4, "budget": 0.5}, r"num_latents=4 and budget=0\.5; give one"),
+        ({"guidance": CFG(1e38)}, "no longer finite; a smaller guidance scale than 1e"),
+        ({"height": 8.5}, "a side of 8.5 is no positive integer"),
         ({"budget": [1, 0.5, 0]}, r"budget 0 is outside \(0, 1\]"),
         ({"num_inference_steps": 0}, "num_inference_steps 0 .*; 40 is usual"),
         ({"num_inference_steps": 10**9}, "a whole number from 1 to 10000; 40 is usual"),
@@ -659,11 +624,6 @@ def test_an_autoencoder_of_the_other_kind() -> None:
     with torch.no_grad():
         expected = vae.decode((latents * std + mean)[:, :, None]).sample[:, :, 0]
     torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1))
-
-
-def test_samples_that_are_not_finite_are_no_images() -> None:
-    with pytest.raises(ValueError, match="no longer finite; a smaller guidance scale than 1e"):
-        draw(make_pipeline(), guidance=CFG(1e38), output_type="pil")
 
 
 def test_levels_shift_with_the_size_that_is_drawn() -> None:
