@@ -22,8 +22,10 @@ _REPORT: dict[str, Any] = {
     "settings": dict[str, Any],
     "rows": list[dict[str, Any]],
 }
-_MODEL: dict[str, Any] = {"weights": str | None, "training": dict[str, Any] | None}
-_TRAINING: dict[str, Any] = {"eflops": float | None}
+_MODEL: dict[str, Any] = {
+    "weights": str | None,
+    "training": (dict[str, Any] | None, lambda x: fits_type(x.get("eflops"), float | None)),
+}
 _SETTINGS: dict[str, Any] = {
     "sampler": str,
     "size": (list[int], lambda x: all(map(is_whole, x))),
@@ -69,7 +71,6 @@ def read_sweep(file: str | os.PathLike) -> dict[str, Any]:
         )
     _check(report, _REPORT, file, "")
     _check(report["model"], _MODEL, file, "model: ")
-    _check(report["model"].get("training") or {}, _TRAINING, file, "training: ")
     _check(report["settings"], _SETTINGS, file, "settings: ")
     for number, row in enumerate(report["rows"]):
         _check(row, _ROW, file, f"row {number}: ")
