@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import make_generators, tiny_dit, tiny_elastic
+from helpers import make_generators, refuses, tiny_dit, tiny_elastic
 from sweeps import sweep_report
 
 from elit import CFG, CheapCFG, ElitPipeline, ElitTextPipeline, choose, create_model, load_pipeline
@@ -54,13 +54,12 @@ def run(tmp_path) -> Path:
     """A pipeline with a sweep of it."""
     folder = tmp_path / "run"
     tiny_pipeline().save_pretrained(folder)
-    report = sweep_report(scores=("fd",)) | {
-        "model": {"weights": weights_digest(folder)},
-        "rows": [
-            {**p.to_dict(), "gflops_per_image": cost_of(p), "scores": {"fd": score_of(p)}}
-            for p in POINTS
-        ],
-    }
+    rows = [
+        {**p.to_dict(), "gflops_per_image": cost_of(p), "scores": {"fd": score_of(p)}}
+        for p in POINTS
+    ]
+    report = sweep_report(scores=("fd",)) | {"rows": rows}
+    report["model"] = {"weights": weights_digest(folder)}
     report["settings"] |= {"sampler": "FlowMatchUniformEulerScheduler", "size": [8, 8]}
     (folder / "swept").mkdir()
     (folder / "swept" / "sweep.json").write_text(json.dumps(report))
@@ -142,25 +141,17 @@ def test_what_is_chosen_is_said_and_drawn(run, caplog) -> None:
         point = choose(pipeline, max_flops=8e9)
     assert f"chose {point}: fd {score_of(point):.4g}, the best of 18 points" in caplog.text
     assert "within 8 GFLOPs an image; it costs 8 GFLOPs" in caplog.text
-    assert point.arguments() == {
-        "budget": 1.0, "num_inference_steps": 2, "guidance": point.make_guidance()
-    }  # fmt: skip
-    drawn, spelt_out = (
-        pipeline([0, 1], generator=make_generators(0, 1), output_type="pt", **arguments).images
-        for arguments in (point.arguments(), {"num_inference_steps": 2})
-    )
-    assert point.make_guidance() is None
-    assert torch.equal(drawn, spelt_out)
+    assert point.arguments() == {"budget": 1.0, "num_inference_steps": 2, "guidance": None}
+    options = {"generator": make_generators(0, 1), "output_type": "pt"}
+    drawn = pipeline([0, 1], **options, **point.arguments()).images
+    options |= {"generator": make_generators(0, 1)}
+    assert torch.equal(drawn, pipeline([0, 1], **options, num_inference_steps=2).images)
 
 
-def test_a_text_is_one_and_a_number_counts(run) -> None:
-    model = create_model("elit-mmdit-tiny/2")
-    pipeline = ElitTextPipeline(model, make_scheduler("euler"))
+def test_a_text_is_one_and_a_number_counts() -> None:
+    pipeline = ElitTextPipeline(create_model("elit-mmdit-tiny/2"), make_scheduler("euler"))
     assert CallTimes(pipeline, "a red disc").what == ["a red disc"]
     assert CallTimes(pipeline, 3).what == ["", "", ""]
-    for count in (0, -1, True):
-        with pytest.raises(ValueError, match=f"what={count} is not allowed; give labels, texts"):
-            choose(open_quietly(run), max_ms=1.0, what=count)
 
 
 def test_a_cap_in_milliseconds(run, set_clock, tmp_path, capsys) -> None:
@@ -184,10 +175,8 @@ def test_a_cap_in_milliseconds(run, set_clock, tmp_path, capsys) -> None:
     files = map(Path.read_text, (tmp_path / "cache" / "times").glob("*.json"))
     assert sorted(json.loads(text)["of"]["batch_size"] for text in files) == [2, 3]
     assert clock.forwards > measured
-    with pytest.raises(
-        ValueError, match="GFLOPs and 1e-09 ms an image; the cheapest is budget 1/4"
-    ):
-        choose(pipeline, max_flops=9e9, max_ms=1e-9)
+    message = "GFLOPs and 1e-09 ms an image; the cheapest is budget 1/4"
+    refuses(message, choose, pipeline, max_flops=9e9, max_ms=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -199,45 +188,46 @@ def test_a_cap_in_milliseconds(run, set_clock, tmp_path, capsys) -> None:
         ({"max_flops": -1}, "max_flops=-1 is not allowed"),
         ({"max_ms": float("nan")}, "max_ms=nan is not allowed"),
         ({"max_ms": True}, "max_ms=True is not allowed"),
+        ({"max_ms": 1, "what": 0}, "what=0 is not allowed; give labels, texts"),
+        ({"max_ms": 1, "what": True}, "what=True is not allowed; give labels, texts"),
         ({"max_flops": 10**400}, "max_flops=1000"),
         ({"max_flops": 9e9, "height": 16}, "measured at 8x8, not at 16x8"),
         ({"max_flops": 9e9, "sweep": "nowhere.json"}, "there is no nowhere.json; `elit sweep RUN`"),
     ],
 )
 def test_what_cannot_be_met_is_refused(run, arguments, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        choose(open_quietly(run), **arguments)
+    refuses(message, choose, open_quietly(run), **arguments)
 
 
 def test_longer_texts_than_the_sweep_s_are_not_capped_by_its_flops(tmp_path) -> None:
     model = create_model("elit-mmdit-tiny/2", 16, in_channels=3)
     pipeline = ElitTextPipeline(model, make_scheduler("euler"))
     report = sweep_report()
-    report["model"]["weights"] = None
-    report["settings"]["text_tokens"] = 4
+    report["model"]["weights"], report["settings"]["text_tokens"] = None, 4
     (tmp_path / "sweep.json").write_text(json.dumps(report))
-    choose(pipeline, max_flops=1e9, what=["a red disc"], sweep=tmp_path)
-    with pytest.raises(ValueError, match="texts of up to 4 tokens, but these have 6"):
-        choose(pipeline, max_flops=1e9, what=["a large red disc there"], sweep=tmp_path)
+    given = {"max_flops": 1e9, "sweep": tmp_path}
+    choose(pipeline, what=["a red disc"], **given)
+    message = "texts of up to 4 tokens, but these have 6"
+    refuses(message, choose, pipeline, what=["a large red disc there"], **given)
 
 
-def test_a_sweep_of_something_else_is_refused(run) -> None:
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("settings", {"sampler_settings": "01"}, "other settings of the FlowMatchUniformEuler"),
+        ("settings", {"sampler": "Heun"}, "with Heun, but this pipeline has a FlowMatchUniformEul"),
+        ("model", {"weights": "0123456789abcdef"}, "of other weights"),
+        ("", {"format": 99}, "another version"),
+        (None, {}, "run `elit sweep .*, or name its file with sweep="),
+    ],
+)
+def test_a_sweep_of_something_else_is_refused(run, part, changes, message: str) -> None:
     pipeline = open_quietly(run)
-    change(run, "settings", sampler_settings="0123")
-    with pytest.raises(ValueError, match="other settings of the FlowMatchUniformEulerScheduler"):
-        choose(pipeline, max_flops=9e9)
-    pipeline.scheduler = make_scheduler("heun")
-    with pytest.raises(ValueError, match="with FlowMatchUniformEulerScheduler, but"):
-        choose(pipeline, max_flops=9e9)
-    change(run, model={"weights": "0123456789abcdef"})
-    with pytest.raises(ValueError, match="of other weights"):
-        choose(pipeline, max_flops=9e9)
-    change(run, format=99)
-    with pytest.raises(ValueError, match="another version"):
-        read_sweep(run / "swept")
-    (run / "swept" / "sweep.json").unlink()
-    with pytest.raises(ValueError, match=r"run `elit sweep .*, or name its file with sweep="):
-        choose(pipeline, max_flops=9e9)
+    if part is None:
+        (run / "swept" / "sweep.json").unlink()
+    else:
+        change(run, part, **changes)
+    refuses(message, choose, pipeline, max_flops=9e9)
 
 
 def test_a_sweep_s_numbers_may_be_at_the_ends_of_what_is_allowed(run) -> None:
@@ -250,15 +240,11 @@ def test_a_sweep_s_numbers_may_be_at_the_ends_of_what_is_allowed(run) -> None:
 
 def test_defaults_of_a_point() -> None:
     rest = {"budget": 1.0, "num_inference_steps": 40}
-    assert OperatingPoint().arguments() == rest | {"guidance": None}
-    assert OperatingPoint(guidance="cfg").arguments() == rest | {"guidance": CFG(2.0)}
-    assert OperatingPoint(guidance="ccfg").arguments() == rest | {"guidance": CheapCFG(2.0)}
-
-
-def test_a_plain_model_has_no_guide_of_a_lower_budget() -> None:
+    for name, guidance in {"none": None, "cfg": CFG(2.0), "ccfg": CheapCFG(2.0)}.items():
+        assert OperatingPoint(guidance=name).arguments() == rest | {"guidance": guidance}
     for name in ("ag", "ccfg"):
-        with pytest.raises(ValueError, match=f"guidance {name} needs a lower budget; this model"):
-            OperatingPoint(guidance=name).resolved(tiny_dit())
+        message = f"guidance {name} needs a lower budget; this model has none"
+        refuses(message, OperatingPoint(guidance=name).resolved, tiny_dit())
 
 
 # ---- times, behind a clock that is no real one ----
@@ -292,28 +278,23 @@ def test_no_part_of_a_run_takes_less_than_no_time(set_clock, clock, expected) ->
 
 
 def test_times_of_one_setting_are_not_those_of_another() -> None:
-    pipeline, files = tiny_pipeline(), []
+    pipeline = tiny_pipeline()
 
-    def note(**options) -> None:
-        files.append(CallTimes(pipeline, **({"what": [0, 1]} | options)).file)
+    def file(what=(0, 1), **options) -> Path:
+        return CallTimes(pipeline, what, **options).file
 
-    note()
-    note(what=[2, 0])
-    assert files.pop() == files[0]  # whatever is drawn
-    note(what=[0])
-    note(size=(None, 4, 4))
+    files = [file(), file([0]), file(size=(None, 4, 4))]
+    assert file([2, 0]) == files[0]  # whatever is drawn
     pipeline.transformer.to(torch.bfloat16)
-    note()
+    files.append(file())
     pipeline.transformer.blocks[0].compile()
-    note()
-    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    note()
-    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    note()
+    files.append(file())
+    for shift in (3.0, 1.0):
+        pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        files.append(file())
     assert len(set(files)) == 7
     pipeline.transformer.enable_cache(diffusers.FirstBlockCacheConfig(0.1))
-    with pytest.raises(ValueError, match="without a step cache"):
-        note()
+    refuses("without a step cache", file)
 
 
 def test_on_the_command_line(run, capsys) -> None:

@@ -7,14 +7,20 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 
+def save_word_tokenizer(folder: Path, words: list[str]) -> None:
+    """A tokenizer of words between spaces, whose first two are of padding and unknown."""
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=words[1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=words[0], unk_token=words[1]
+    ).save_pretrained(folder)
+
+
 def save_tiny_clip(folder: Path) -> None:
     """It knows the words a, red, blue and disc."""
     words = ["[pad]", "[unk]", "a", "red", "blue", "disc", "[begin]", "[end]"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[unk]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[pad]", unk_token="[unk]"
-    ).save_pretrained(folder)
+    save_word_tokenizer(folder, words)
     small = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     torch.manual_seed(0)
     config = transformers.CLIPConfig(
