@@ -94,6 +94,11 @@ def test_latents_are_scaled_as_diffusers_pipelines_do() -> None:
     assert scale_and_shift(tiny_autoencoder("AutoencoderKLKVAE")) == ((1.0,), (0.0,))
     scale, shift = scale_and_shift(tiny_autoencoder("AutoencoderKLWan"))
     assert (scale, shift) == (pytest.approx((2.0, 0.5, 1.0, 1 / 3)), (0.5, -1.0, 0.25, 2.0))
+    ltx = with_statistics("AutoencoderKLLTXVideo")  # in buffers
+    scale, shift = scale_and_shift(ltx)
+    assert shift == pytest.approx(ltx.latents_mean.tolist())
+    factor = ltx.config.scaling_factor
+    assert scale == pytest.approx([factor / x for x in ltx.latents_std.tolist()])
     # And with a scaling factor beside the statistics, as of Playground 2.5
     scale, shift = scale_and_shift(tiny_autoencoder("AutoencoderKL"))
     assert (scale, shift) == (pytest.approx((1.0, 0.25, 0.5, 1 / 6)), (0.5, -1.0, 0.25, 2.0))

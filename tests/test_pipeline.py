@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_generators, randomise, refuses, tiny_dit, tiny_elastic
+from prepare_sources import tiny_vae
 from safetensors.torch import load_file, save_file
+from tiny_autoencoders import tiny_autoencoder
 from torch import Tensor, nn
 
 from elit.flow.guidance import CFG, AutoGuidance, CheapCFG
 from elit.flow.schedulers import SAMPLERS, FlowMatchUniformEulerScheduler, make_scheduler
 from elit.models.dit import DiT
-from elit.pipelines.autoencoder import decode, has_time, spatial_scale, temporal_scale
 from elit.pipelines.base import check_sample_dtype
 from elit.pipelines.budgets import draw_budgets
 from elit.pipelines.elit_pipeline import ElitPipeline
@@ -32,22 +33,6 @@ def make_pipeline(transformer: nn.Module | None = None, sampler: str = "euler", 
     pipeline = ElitPipeline(transformer, make_scheduler(sampler), vae)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def make_vae() -> diffusers.AutoencoderKL:
-    """A tiny autoencoder that halves the sides and has 4 channels inside."""
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.5,
-        shift_factor=0.25,
-    )
-    return vae.eval()
 
 
 def draw(pipeline: ElitPipeline, labels: Any = (0, 1, 2), seeds=(1, 2, 3), **options) -> Tensor:
@@ -361,34 +346,16 @@ def test_output_types() -> None:
 
 
 def test_the_autoencoder_decodes_scaled_and_shifted_samples() -> None:
-    vae = make_vae()
+    vae = tiny_vae(latent_channels=4)
     pipeline = make_pipeline(tiny_elastic(in_channels=4), vae=vae)
-    raw = draw(pipeline)
-    assert raw.shape == (3, 4, 8, 8)
     with torch.no_grad():
-        decoded = vae.decode(raw / 0.5 + 0.25).sample
+        decoded = vae.decode(draw(pipeline) / 0.5 + 0.25).sample
     images = draw(pipeline, output_type="pt")
     torch.testing.assert_close(images, (decoded / 2 + 0.5).clamp(0, 1))
     assert images.shape == (3, 3, 16, 16)
     assert draw(pipeline, output_type="np", height=8, width=24).shape == (3, 8, 24, 3)
-    with pytest.raises(ValueError, match=r"17 pixels is not a multiple of 2, .*; use 18"):
-        draw(pipeline, height=17)
-
-
-def test_a_mean_and_a_scale_of_each_channel_among_the_weights() -> None:
-    """As LTX's."""
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLLTXVideo(
-        latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
-        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, scaling_factor=0.5,
-    ).eval()  # fmt: skip
-    mean, std = torch.tensor([0.1, -0.2, 0.3, 0.4]), torch.tensor([1.0, 2.0, 0.5, 4.0])
-    vae.load_state_dict(vae.state_dict() | {"latents_mean": mean, "latents_std": std})
-    raw, columns = torch.randn(1, 4, 2, 1, 1), [x.view(1, 4, 1, 1, 1) for x in (mean, std)]
-    with torch.no_grad():
-        expected = vae.decode(raw * columns[1] / 0.5 + columns[0]).sample
-        torch.testing.assert_close(decode(vae, raw), expected)
-    assert (spatial_scale(vae), temporal_scale(vae), has_time(vae)) == (32, 8, True)
+    message = r"17 pixels is not a multiple of 2, .*; use 18"
+    refuses(message, draw, pipeline, height=17)
 
 
 # ---- save and load ----
@@ -445,7 +412,7 @@ def test_folders_that_do_not_fit(tmp_path, part: str, changes, message: str) -> 
 
 
 def test_save_and_load_with_an_autoencoder(tmp_path) -> None:
-    pipeline = make_pipeline(tiny_elastic(in_channels=4), "heun", make_vae())
+    pipeline = make_pipeline(tiny_elastic(in_channels=4), "heun", tiny_vae(latent_channels=4))
     pipeline.save_pretrained(tmp_path)
     options = {"output_type": "pt", "guidance": CheapCFG(2.0), "budget": 0.5}
     expected = draw(pipeline, **options)
@@ -539,12 +506,12 @@ def test_other_variants_and_formats_say_how_they_are_loaded(
 )
 def test_bad_input(options: dict, message: str) -> None:
     pipeline = make_pipeline()
-    with pytest.raises(ValueError, match=message):
-        pipeline(**{"class_labels": [1], "num_inference_steps": 3} | options)
+    refuses(message, pipeline, **{"class_labels": [1], "num_inference_steps": 3} | options)
 
 
-def clip_model() -> nn.Module:
-    return randomise(tiny_elastic(sample_size=(2, 4, 4), group=(1, 2, 2), in_channels=3))
+def clip_model(channels: int = 3) -> nn.Module:
+    sizes = {"sample_size": (2, 4, 4), "group": (1, 2, 2), "in_channels": channels}
+    return randomise(tiny_elastic(**sizes))
 
 
 def test_clips_are_lists_of_frames_of_any_length_and_size() -> None:
@@ -552,7 +519,6 @@ def test_clips_are_lists_of_frames_of_any_length_and_size() -> None:
     assert pipeline.pixel_size() == (2, 4, 4)
     assert draw(pipeline).shape == (3, 3, 2, 4, 4)
     assert draw(pipeline, output_type="pt", num_frames=5, height=8).shape == (3, 5, 3, 8, 4)
-    assert draw(pipeline, output_type="np").shape == (3, 2, 4, 4, 3)
     clips = draw(pipeline, output_type="pil", num_frames=3)
     assert [len(clip) for clip in clips] == [3, 3, 3]
     assert clips[0][0].size == (4, 4)
@@ -560,24 +526,15 @@ def test_clips_are_lists_of_frames_of_any_length_and_size() -> None:
     assert np.abs(np.asarray(clips[1][2]) / 255 - pixels[1, 2]).max() < 0.003
 
 
-def make_clip_vae() -> tuple[diffusers.AutoencoderKLWan, Tensor, Tensor]:
-    """A tiny autoencoder of clips, 1/4 in time and 1/8 in space, 4 channels; mean and deviation."""
-    torch.manual_seed(0)
-    mean, std = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 1.5, 0.5]
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=mean,
-        latents_std=std,
-    )  # fmt: skip
-    return vae.eval(), *(torch.tensor(x).view(1, 4, 1, 1, 1) for x in (mean, std))
-
-
 def test_clips_in_the_latents_of_a_video_autoencoder() -> None:
-    model = randomise(tiny_elastic(sample_size=(2, 4, 4), group=(1, 2, 2), in_channels=4))
-    vae, mean, std = make_clip_vae()
-    pipeline = make_pipeline(model, vae=vae)
+    vae = tiny_autoencoder("AutoencoderKLWan")  # 1/4 in time and 1/8 in space
+    pipeline = make_pipeline(clip_model(4), vae=vae)
     assert pipeline.pixel_size() == (5, 32, 32)
     latents = draw(pipeline, [1], [1])
     assert latents.shape == (1, 4, 2, 4, 4)
+    mean, std = (torch.tensor(x).view(1, 4, 1, 1, 1) for x in (
+        vae.config.latents_mean, vae.config.latents_std
+    ))  # fmt: skip
     with torch.no_grad():
         expected = vae.decode(latents * std + mean).sample  # (1, 3, 5, 32, 32)
     clips = draw(pipeline, [1], [1], output_type="pt")
@@ -586,26 +543,16 @@ def test_clips_in_the_latents_of_a_video_autoencoder() -> None:
     assert longer.shape == (1, 9, 3, 64, 32)
     message = r"num_frames=8 is not a multiple of 4.*use 5 or 9"
     refuses(message, draw, pipeline, [1], [1], num_frames=8)
-
-
-def test_an_autoencoder_of_the_other_kind() -> None:
     message = "AutoencoderKL is of images, the transformer draws clips"
-    refuses(message, make_pipeline, clip_model(), vae=make_vae())
-    # A picture is a clip of one frame
-    (vae, mean, std), latents = make_clip_vae(), torch.randn(2, 4, 4, 4)
-    found = make_pipeline(tiny_elastic(in_channels=4), vae=vae).decode(latents, "pt")
-    with torch.no_grad():
-        expected = vae.decode(latents[:, :, None] * std + mean).sample[:, :, 0]
-    torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1))
+    refuses(message, make_pipeline, clip_model(4), vae=tiny_vae())
 
 
 def test_levels_shift_with_the_size_that_is_drawn() -> None:
     """Flux's settings: mu is .5 at 256 tokens, here with 4x4 and 8x8."""
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+    pipeline = make_pipeline()
+    scheduler = pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=64
     )
-    pipeline = ElitPipeline(tiny_elastic(in_channels=3), scheduler)
-    pipeline.set_progress_bar_config(disable=True)
     for side, mu in ((4, 0.5), (8, 1.15)):
         draw(pipeline, num_inference_steps=2, height=side, width=side)
         expected = [1, math.exp(mu) / (math.exp(mu) + 1), 0]

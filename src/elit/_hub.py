@@ -42,8 +42,6 @@ def not_fetched(what: str, error: BaseException) -> str:
 
 def _behind(error: BaseException | None) -> Iterator[BaseException]:
     """An error and those that it came from."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
+    while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,31 +72,34 @@ def choose(
             )
     ranked_by, rows = report["ranked_by"], _rows(report, file, num_inference_steps)
     points = [OperatingPoint.from_dict(row) for row in rows]
-    costs = [[row["gflops_per_image"] * 1e9] if max_flops is not None else [] for row in rows]
+    costs: dict[str, list[float]] = {}  # of each cap, by row
+    if max_flops is not None:
+        costs["max_flops"] = [row["gflops_per_image"] * 1e9 for row in rows]
     if max_ms is not None:
         hidden = getattr(pipeline, "_progress_bar_config", {}).get("disable", False)
         times = CallTimes(pipeline, what, size, progress=not hidden)
-        all_ms = times.ms_of_runs([pipeline.calls(**point.arguments()) for point in points])
-        costs = [[*cost, ms] for cost, ms in zip(costs, all_ms, strict=True)]
+        runs = [pipeline.calls(**point.arguments()) for point in points]
+        costs["max_ms"] = times.ms_of_runs(runs)
+    each = list(zip(*costs.values(), strict=True))
     sign = 1 if report["lower_is_better"] else -1
-    limits = list(caps.values())
     within = [
         (sign * row["scores"][ranked_by], cost, i)
-        for i, (row, cost) in enumerate(zip(rows, costs, strict=True))
-        if all(c <= limit for c, limit in zip(cost, limits, strict=True))
+        for i, (row, cost) in enumerate(zip(rows, each, strict=True))
+        if all(c <= cap for c, cap in zip(cost, caps.values(), strict=True))
     ]
+    limits = _words(caps, caps.values())
     if not within:
-        i = costs.index(min(costs))
+        i = each.index(min(each))
         raise ValueError(
-            f"no point of {file} keeps within {_words(caps, limits)}; the cheapest is "
-            f"{points[i]}, at {_words(caps, costs[i])}"
+            f"no point of {file} keeps within {limits}; the cheapest is {points[i]}, at "
+            f"{_words(caps, each[i])}"
         )
     score, cost, i = min(within)
     for warning in rows[i].get("warnings") or ():
         logger.warning("%s, which that choice is by: %s", ranked_by, warning)
     logger.info(
         "chose %s: %s %.4g, the best of %d points within %s; it costs %s",
-        points[i], ranked_by, sign * score, len(points), _words(caps, limits), _words(caps, cost),
+        points[i], ranked_by, sign * score, len(points), limits, _words(caps, cost),
     )  # fmt: skip
     return points[i]
 
@@ -145,7 +148,7 @@ def _check_is_of(
         )
 
 
-def _words(caps: dict[str, float], costs: Sequence[float]) -> str:
+def _words(caps: dict[str, float], costs: Iterable[float]) -> str:
     """'1.2 GFLOPs and 31 ms an image'."""
     pairs = ((cost, *_UNITS[name]) for name, cost in zip(caps, costs, strict=True))
     return " and ".join(f"{cost / size:.4g} {unit}" for cost, size, unit in pairs) + " an image"
