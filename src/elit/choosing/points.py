@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from elit._plain import from_plain
 from elit.flow.guidance import Guidance, make_guidance
 from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
 from elit.interface.budget import format_budget
@@ -80,6 +81,5 @@ class OperatingPoint:
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> "OperatingPoint":
         """Of a row of a sweep's file, which holds more."""
-        ends = row.get("interval")
         known = {field.name: row[field.name] for field in fields(cls) if field.name in row}
-        return cls(**known | {"interval": ends and tuple(ends)})
+        return from_plain(cls, known)
