@@ -21,13 +21,10 @@ from torch import Tensor
 HARMLESS = [
     (argparse.Namespace, "argparse.Namespace"),
     *(
-        (pure, f"{module}.{name}")
+        (getattr(pathlib, f"Pure{system}Path"), f"{module}.{pure}{system}Path")
         for module in ("pathlib", "pathlib._local")
-        for pure, names in (
-            (pathlib.PurePosixPath, ("PosixPath", "PurePosixPath")),
-            (pathlib.PureWindowsPath, ("WindowsPath", "PureWindowsPath")),
-        )
-        for name in names
+        for system in ("Posix", "Windows")
+        for pure in ("", "Pure")
     ),
 ]
 

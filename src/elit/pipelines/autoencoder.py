@@ -108,24 +108,19 @@ def decode(vae: Any, samples: Tensor, finite: bool = True) -> Tensor:
         ValueError: if the autoencoder can't take them, or makes another size of them.
         SamplesDivergedError: if the pictures are to be `finite` and are not.
     """
-    name, alone = type(vae).__name__, samples.ndim == 4 and has_time(vae)
-    check_usable(name, vae.config)
+    name = type(vae).__name__
     *time, height, width = samples.shape[2:]
     size, length = spatial_scale(vae), temporal_scale(vae)
-    _check_rae(vae, height * size, width * size)
+    wanted = [*((t - 1) * length + 1 for t in time), height * size, width * size]
+    alone = _goes_in_alone(vae, samples, *wanted[-2:])
     scale, shift = (_of_channels(n, samples, name) for n in scale_and_shift(vae))
-    latents = samples / scale + shift
-    if _packed(vae) > 1:
-        latents = pixel_shuffle(latents, _packed(vae))  # (B, C, h, w)
-    if alone:  # Qwen-Image's is of clips
-        latents = latents[:, :, None]  # (B, C, 1, h, w)
+    latents = pixel_shuffle(samples / scale + shift, _packed(vae))  # (B, C, h, w)
     with _computing(vae) as dtype:
-        found = vae.decode(latents.to(dtype))
+        found = vae.decode((latents[:, :, None] if alone else latents).to(dtype))
     decoded = getattr(found, "sample", found)
     decoded = decoded[:, :, 0] if alone else decoded
     if _is_rae(vae):  # its pictures are in [0, 1]
         decoded = decoded * 2 - 1
-    wanted = [*((t - 1) * length + 1 for t in time), height * size, width * size]
     _check_shape(name, "decodes latents", samples, decoded, wanted)
     if finite and not decoded.isfinite().all():
         helps = "look at its weights" if dtype == torch.float32 else "load it in float32"
@@ -142,11 +137,9 @@ def encode(vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
     The log-variance is None where an autoencoder has no posterior. What `decode` takes is
     (draw - shift) * scale, with the numbers of `scale_and_shift`.
     """
-    name, alone = type(vae).__name__, pictures.ndim == 4 and has_time(vae)
-    check_usable(name, vae.config)
     *time, height, width = pictures.shape[2:]
     size, length = spatial_scale(vae), temporal_scale(vae)
-    _check_rae(vae, height, width)
+    alone = _goes_in_alone(vae, pictures, height, width)
     given = pictures / 2 + 0.5 if _is_rae(vae) else pictures
     with _computing(vae) as dtype:
         encoded = vae.encode((given[:, :, None] if alone else given).to(dtype))
@@ -159,10 +152,9 @@ def encode(vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
         found = [posterior.mode()]  # Cosmos's is one point
     if alone:
         found = [x[:, :, 0] for x in found]
-    if _packed(vae) > 1:
-        found = [pixel_unshuffle(x, _packed(vae)) for x in found]
+    found = [pixel_unshuffle(x, _packed(vae)) for x in found]
     wanted = [*(latent_frames(t, length, "frames") for t in time), height // size, width // size]
-    _check_shape(name, "encodes pictures", pictures, found[0], wanted)
+    _check_shape(type(vae).__name__, "encodes pictures", pictures, found[0], wanted)
     return found[0], found[1] if len(found) > 1 else None
 
 
@@ -241,13 +233,18 @@ def _is_rae(vae: Any) -> bool:
     return type(vae).__name__ == "AutoencoderRAE"
 
 
-def _check_rae(vae: Any, height: int, width: int) -> None:
-    """An AutoencoderRAE scales whatever it is given to its own size, and gives that back."""
+def _goes_in_alone(vae: Any, given: Tensor, height: int, width: int) -> bool:
+    """Whether pictures go in as clips of one frame, or a ValueError if they can't at all.
+
+    An AutoencoderRAE scales whatever it is given to its own size, and gives that back.
+    """
+    check_usable(type(vae).__name__, vae.config)
     if _is_rae(vae) and (height, width) != (vae.decoder_image_size,) * 2:
         side = vae.decoder_image_size
         raise ValueError(
             f"this AutoencoderRAE is of pictures of {side}x{side} alone, not of {height}x{width}"
         )
+    return given.ndim == 4 and has_time(vae)  # Qwen-Image's is of clips
 
 
 def _packed(vae: Any) -> int:

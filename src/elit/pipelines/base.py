@@ -245,7 +245,7 @@ class ElasticPipeline(DiffusionPipeline):
         check_sample_dtype(dtype, self._execution_device.type, self.scheduler)
         size = self.input_size(num_frames, height, width)
         levels = self.start(num_inference_steps, self._execution_device, sigmas, size)
-        x = self._start(noise, generator, (count, self.transformer.in_channels, *size), dtype)
+        x = self._noise(noise, generator, (count, self.transformer.in_channels, *size), dtype)
         kept = self.latents_of_steps(budget, len(levels), guidance, num_latents)
         self.transformer._reset_stateful_cache()  # a run that broke off may have left something
         run = _Run(
@@ -429,7 +429,7 @@ class ElasticPipeline(DiffusionPipeline):
         scale = spatial_scale(self.vae)
         return (*frames, height * scale, width * scale)
 
-    def _start(
+    def _noise(
         self,
         noise: Tensor | None,
         generator: Generators,
