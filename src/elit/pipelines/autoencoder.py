@@ -114,7 +114,9 @@ def decode(vae: Any, samples: Tensor, finite: bool = True) -> Tensor:
     wanted = [*((t - 1) * length + 1 for t in time), height * size, width * size]
     alone = _goes_in_alone(vae, samples, *wanted[-2:])
     scale, shift = (_of_channels(n, samples, name) for n in scale_and_shift(vae))
-    latents = pixel_shuffle(samples / scale + shift, _packed(vae))  # (B, C, h, w)
+    latents = samples / scale + shift
+    if _packed(vae) > 1:
+        latents = pixel_shuffle(latents, _packed(vae))  # (B, C, h, w)
     with _computing(vae) as dtype:
         found = vae.decode((latents[:, :, None] if alone else latents).to(dtype))
     decoded = getattr(found, "sample", found)
@@ -152,7 +154,8 @@ def encode(vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
         found = [posterior.mode()]  # Cosmos's is one point
     if alone:
         found = [x[:, :, 0] for x in found]
-    found = [pixel_unshuffle(x, _packed(vae)) for x in found]
+    if _packed(vae) > 1:
+        found = [pixel_unshuffle(x, _packed(vae)) for x in found]
     wanted = [*(latent_frames(t, length, "frames") for t in time), height // size, width // size]
     _check_shape(type(vae).__name__, "encodes pictures", pictures, found[0], wanted)
     return found[0], found[1] if len(found) > 1 else None
