@@ -149,10 +149,11 @@ SURFACE = {
     "--resolution --aspect-ratios --multiple --flips --frames --fps --clips-per-video --vae "
     "--pixels --text-encoder --max-text-length --dtype --store-dtype --batch-size --part-size "
     "--workers --device --verify --dry-run --json",
-    "train": f"[config] --dry-run --json {CONFIG_FLAGS}",
-    "plan": f"[config] --gpus --gpu --mfu --json {CONFIG_FLAGS}",
-    "finetune": "base [config] --dry-run --json "
-    + CONFIG_FLAGS.replace("--model.preset --model.overrides ", "").replace("--retrofit.base ", ""),
+    "train": f"[config] --dry-run {CONFIG_FLAGS} --json",
+    "plan": f"[config] --gpus --gpu --mfu {CONFIG_FLAGS} --json",
+    "finetune": "base [config] --dry-run "
+    + CONFIG_FLAGS.replace("--model.preset --model.overrides ", "").replace("--retrofit.base ", "")
+    + "--json",
     "sample": "run --variant --labels --prompts --negative-prompt --count --budget --sweep "
     "--max-gflops --max-ms --steps --guidance --scale --guide-budget --interval --sampler "
     "--teacache --seed --size --frames --video --batch-size --device --dtype --out --json",

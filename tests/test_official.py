@@ -55,7 +55,7 @@ def test_settings_come_from_the_tensors(tmp_path) -> None:
 
 @pytest.mark.parametrize(("width", "heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16)], ids=str)
 def test_heads_are_those_of_the_public_size(width: int, heads: int) -> None:
-    from elit.interop.official import Unknowns, settings_of
+    from elit.interop.official import settings_of
 
     meta = make_state(width=16, depth=1, group=None, heads=1)
     state = {}
@@ -63,7 +63,7 @@ def test_heads_are_those_of_the_public_size(width: int, heads: int) -> None:
         shape = [width if n == 16 else 4 * width if n == 64 else n for n in value.shape]
         state[name] = torch.empty(shape, device="meta")
     state["pos_embed"] = torch.empty(1, 64, width, device="meta")
-    assert settings_of(state, Unknowns())["num_heads"] == heads
+    assert settings_of(state, ConversionSettings())["num_heads"] == heads
 
 
 def test_a_state_dict_alone_is_a_checkpoint_too(tmp_path, state) -> None:

@@ -2,9 +2,16 @@
 
 import argparse
 
+from elit._files import typed_path
 from elit.cli.common import quiet_diffusers
-from elit.cli.flags import Parser, flag, path_text, switch
-from elit.cli.train import add_config, add_config_flags, check_and_train, overrides_of
+from elit.cli.flags import Parser
+from elit.cli.train import (
+    DRY_RUN,
+    add_config,
+    add_config_flags,
+    check_and_train,
+    overrides_of,
+)
 from elit.training.config_files import load_config, settings_of_base
 
 USAGE = "elit finetune BASE [CONFIG] [--dry-run] [--json] [--key.sub VALUE ...]"
@@ -16,9 +23,9 @@ The same command again goes on with a run that was stopped."""
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit finetune`: those of `elit train`, and the base."""
-    parser.add("BASE", **flag("pretrained pipeline: folder or hub name", "BASE", path_text))
+    parser.add("BASE", "pretrained pipeline: folder or hub name", typed_path)
     add_config(parser, default="finetune")
-    parser.add("dry-run", **switch("check the config, print it in full, and stop"))
+    parser.switch("dry-run", DRY_RUN)
     add_config_flags(parser, without=("retrofit.base", "model.preset", "model.overrides"))
 
 

@@ -19,8 +19,7 @@ _PACKAGES = ("torch", "diffusers", "safetensors", "scikit-learn", "tensorboard",
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit info`."""
     about = "preset, or folder of a pipeline or a model (default: all presets)"
-    parser.add("NAME_OR_PATH", nargs="?", help=about)
-    parser.add("json")
+    parser.add("NAME_OR_PATH", about, nargs="?")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 from elit._tables import format_table
 from elit.cli.common import format_count, print_report
-from elit.cli.flags import Parser, count, flag
+from elit.cli.flags import Parser, WholeNumber, number
 from elit.cli.train import add_config, add_config_flags, overrides_of
 from elit.cost.devices import known_accelerator
 from elit.training.config_files import load_config
@@ -20,9 +20,9 @@ gigabyte or two that CUDA and its allocator need; compiled blocks keep less."""
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit plan`: its own, and one for each key of the config."""
     add_config(parser)
-    parser.add("gpus", **count("number of GPUs", 8))
-    parser.add("gpu", **flag("kind of GPU, such as a100", "NAME", default="h100"))
-    parser.add("mfu", **flag("share of their peak that is reached", "M", float, default=0.5))
+    parser.add("gpus", "number of GPUs", WholeNumber(), default=8)
+    parser.add("gpu", "kind of GPU, such as a100", default="h100")
+    parser.add("mfu", "share of their peak that is reached", number, "M", default=0.5)
     add_config_flags(parser)
 
 

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from elit._plain import describe_type
-from elit.cli.common import print_json
-from elit.cli.flags import Parser, switch
+from elit.cli.common import print_report
+from elit.cli.flags import Parser
 from elit.training.config import TrainConfig
 from elit.training.config_files import built_in_names, config_fields, load_config
 
@@ -19,24 +20,24 @@ EPILOG = """\
 Defaults < CONFIG < command line. Keys of data.options and model.overrides are given as
 --data.options.count 500, --model.overrides.hidden_size 96; lists as --sample.budgets "[1, 0.25]".
 The same command again goes on with a run that was stopped."""
+DRY_RUN = "check the config, print it in full, and stop"
 
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit train`: its own, and one for each key of the config."""
     add_config(parser)
-    parser.add("dry-run", **switch("check the config, print it in full, and stop"))
+    parser.switch("dry-run", DRY_RUN)
     add_config_flags(parser)
 
 
 def add_config(parser: Parser, default: str | None = None) -> None:
     """CONFIG."""
     about = f"YAML file, or one of the built-in {built_in_names()}"
-    parser.add("CONFIG", metavar="CONFIG", nargs="?", default=default, help=about)
+    parser.add("CONFIG", about, nargs="?", default=default)
 
 
 def add_config_flags(parser: Parser, without: Collection[str] = ()) -> None:
-    """`--json`, and a flag for each key of the config but some."""
-    parser.add("json")
+    """A flag for each key of the config but some."""
     groups = {"": parser.add_argument_group("the run")}
     for field in config_fields():
         if field.key in without:
@@ -90,11 +91,10 @@ def check_and_train(
         return train_config(config, args.json)
     import yaml
 
-    if args.json:
-        print_json(config.to_dict())
-    else:
-        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
-    return 0
+    def show(values: dict[str, Any]) -> None:
+        print(yaml.safe_dump(values, sort_keys=False), end="")
+
+    return print_report(config.to_dict(), args.json, show)
 
 
 def train_config(config: TrainConfig, as_json: bool) -> int:
@@ -107,13 +107,12 @@ def train_config(config: TrainConfig, as_json: bool) -> int:
         return code
     folder, sample = result.folder, sample_command(config)
     done = f"step {result.step} of {config.train.steps}"
-    if as_json:
-        report = {"output_dir": str(folder), "step": result.step, "finished": result.finished}
-        print_json({**report, "seconds": result.seconds, "sample": sample})
-    elif result.finished:
-        print(f"trained to {done} in {result.seconds:.0f} s: {folder}\nsample:  {sample}")
-    else:
-        print(f"stopped and saved at {done}: {folder}\nthe same command again goes on")
+    report = {"output_dir": str(folder), "step": result.step, "finished": result.finished}
+    report |= {"seconds": result.seconds, "sample": sample}
+    text = f"stopped and saved at {done}: {folder}\nthe same command again goes on"
+    if result.finished:
+        text = f"trained to {done} in {result.seconds:.0f} s: {folder}\nsample:  {sample}"
+    print_report(report, as_json, lambda _: print(text))
     return code
 
 
