@@ -26,6 +26,7 @@ from elit.interop.convert import ConversionSettings, convert_official
 def test_a_converted_folder_is_the_checkpoint(folder, state) -> None:
     pipeline = load_pipeline(folder)
     assert type(pipeline) is ElitPipeline
+    assert type(pipeline.scheduler).__name__ == "FlowMatchUniformEulerScheduler"  # the published
     expected = from_official_checkpoint(GOLDEN / "elit_tiny.weights.safetensors", **TINY)
     x, sigma, label = torch.randn(1, 4, 16, 16), torch.tensor([0.4]), torch.tensor([3])
     for kept in (1, 16):
@@ -134,31 +135,6 @@ def test_places_of_the_folder(file, tmp_path, monkeypatch) -> None:
         convert_official(file, out, settings)
     for name in ("real", "home", "x" * 250):
         assert (tmp_path / name / "model_index.json").exists()
-
-
-def test_diffusers_dit_is_refused_with_what_to_do(tmp_path, folder) -> None:
-    from diffusers import DiTTransformer2DModel
-
-    model = DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, num_layers=1,
-                                  sample_size=4, num_embeds_ada_norm=3)  # fmt: skip
-    model.save_pretrained(tmp_path / "DiT" / "transformer")
-    for name in ("DiT", "DiT/transformer"):
-        with pytest.raises(
-            ValueError, match=r"not a velocity, and can be no ElitPipeline.*elasticize"
-        ):
-            from_official_checkpoint(tmp_path / name)
-    with pytest.raises(ValueError, match=r"a folder with a SiT, .*ElitPipeline.from_pretrained"):
-        from_official_checkpoint(folder)
-
-
-def test_a_converted_folder_runs_the_published_sampler(folder) -> None:
-    pipeline = load_pipeline(folder)
-    assert type(pipeline.scheduler).__name__ == "FlowMatchUniformEulerScheduler"
-    noise = torch.randn(1, 4, 16, 16, dtype=torch.float64)
-    settings = {"num_inference_steps": 3, "output_type": "latent", "noise": noise}
-    exact = pipeline([3], dtype=torch.float64, **settings).images
-    assert exact.dtype == torch.float64
-    torch.testing.assert_close(pipeline([3], **settings).images.double(), exact, rtol=0, atol=1e-5)
 
 
 def test_convert_tells_what_it_did(file, tmp_path, capsys) -> None:

@@ -1,13 +1,11 @@
 """The public SiT and ELIT-SiT checkpoints as models of ours: names, shapes, settings."""
 
-import json
 import logging
 import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,9 +101,7 @@ def from_official_checkpoint(
 
 def read_official(path: str | os.PathLike, given: ConversionSettings) -> tuple[SiT, Checkpoint]:
     """Read a checkpoint, with what else its file tells."""
-    path = as_path(path)
-    _refuse_diffusers(path)
-    return read_model(path, given, _make, to_ours)
+    return read_model(as_path(path), given, _make, to_ours)
 
 
 def _make(checkpoint: Checkpoint, given: ConversionSettings) -> tuple[SiT, Shapes, Tensor]:
@@ -143,25 +139,6 @@ def _without_null(args: Mapping[str, Any]) -> int | None:
     """The number of classes of a model that was trained without a null class, else None."""
     dropout = args.get("class_dropout_prob", args.get("cfg_prob"))
     return as_whole(args.get("num_classes")) if dropout == 0 else None
-
-
-def _refuse_diffusers(path: Path) -> None:
-    """Raise a ValueError that says what to do with a folder of diffusers'."""
-    for name in ("transformer/config.json", "config.json"):
-        try:
-            kind = json.loads((path / name).read_text(encoding="utf-8"))["_class_name"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if str(kind) in ("DiTTransformer2DModel", "Transformer2DModel"):
-            raise ValueError(
-                f"{path} holds a {kind} of diffusers', such as DiT-XL/2: it predicts noise and its "
-                f"variance at 1000 steps, not a velocity, and can be no ElitPipeline. Load it as a "
-                f"DiTPipeline, and make its transformer elastic with elasticize"
-            )
-        raise ValueError(
-            f"{path} is a folder with a {kind}, not a public SiT's .pt file; our own folders are "
-            f"loaded by ElitPipeline.from_pretrained"
-        )
 
 
 # ---- what a state dict means ----
