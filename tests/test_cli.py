@@ -139,7 +139,7 @@ SURFACE = {
     "--pixels --text-encoder --max-text-length --dtype --store-dtype --batch-size --part-size "
     "--workers --device --verify --dry-run --json",
     "train": f"[config] --dry-run {CONFIG_FLAGS} --json",
-    "plan": f"[config] --gpus --gpu --mfu {CONFIG_FLAGS} --json",
+    "plan": f"--gpus --gpu --mfu [config] {CONFIG_FLAGS} --json",
     "finetune": "base [config] --dry-run "
     + CONFIG_FLAGS.replace("--model.preset --model.overrides ", "").replace("--retrofit.base ", "")
     + "--json",

@@ -20,24 +20,16 @@ EPILOG = """\
 Defaults < CONFIG < command line. Keys of data.options and model.overrides are given as
 --data.options.count 500, --model.overrides.hidden_size 96; lists as --sample.budgets "[1, 0.25]".
 The same command again goes on with a run that was stopped."""
-DRY_RUN = "check the config, print it in full, and stop"
 
 
-def add_arguments(parser: Parser) -> None:
-    """Flags of `elit train`: its own, and one for each key of the config."""
-    add_config(parser)
-    parser.switch("dry-run", DRY_RUN)
-    add_config_flags(parser)
-
-
-def add_config(parser: Parser, default: str | None = None) -> None:
-    """CONFIG."""
+def add_arguments(
+    parser: Parser, default: str | None = None, without: Collection[str] = (), trains: bool = True
+) -> None:
+    """Flags of `elit train`: its own, and one for each key of the config but some."""
     about = f"YAML file, or one of the built-in {built_in_names()}"
     parser.add("CONFIG", about, nargs="?", default=default)
-
-
-def add_config_flags(parser: Parser, without: Collection[str] = ()) -> None:
-    """A flag for each key of the config but some."""
+    if trains:
+        parser.switch("dry-run", "check the config, print it in full, and stop")
     groups = {"": parser.add_argument_group("the run")}
     for field in config_fields():
         if field.key in without:
@@ -47,12 +39,9 @@ def add_config_flags(parser: Parser, without: Collection[str] = ()) -> None:
             groups[section] = parser.add_argument_group(f"{section}.*")
         about = f"{field.about} ({describe_type(field.hint)}; default: {field.default})"
         groups[section].add_argument(
-            f"--{field.key}",
-            dest=field.key,
-            metavar="VALUE",
-            default=argparse.SUPPRESS,
+            f"--{field.key}", dest=field.key, metavar="VALUE", default=argparse.SUPPRESS,
             help=about.replace("%", "%%"),
-        )
+        )  # fmt: skip
         if field.is_mapping:
             parser.open_flags += (f"--{field.key}.",)
 
@@ -77,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def check_and_train(
     config: TrainConfig, args: argparse.Namespace, overrides: dict[str, str]
 ) -> int:
-    """Check a config, then print it, with --dry-run, or train."""
+    """Check a config, then print it, with --dry-run, or train and say how it ended."""
     from elit.training.preflight import check_config
 
     check_config(config, thorough=args.dry_run)
@@ -87,18 +76,13 @@ def check_and_train(
         print(
             f"elit: {config.model.preset} with the config's overrides: {changes}", file=sys.stderr
         )
-    if not args.dry_run:
-        return train_config(config, args.json)
-    import yaml
+    if args.dry_run:
+        import yaml
 
-    def show(values: dict[str, Any]) -> None:
-        print(yaml.safe_dump(values, sort_keys=False), end="")
+        def show(values: dict[str, Any]) -> None:
+            print(yaml.safe_dump(values, sort_keys=False), end="")
 
-    return print_report(config.to_dict(), args.json, show)
-
-
-def train_config(config: TrainConfig, as_json: bool) -> int:
-    """Train, say how it ended, and give the exit code."""
+        return print_report(config.to_dict(), args.json, show)
     from elit.training.loop import train
 
     result = train(config)
@@ -112,7 +96,7 @@ def train_config(config: TrainConfig, as_json: bool) -> int:
     text = f"stopped and saved at {done}: {folder}\nthe same command again goes on"
     if result.finished:
         text = f"trained to {done} in {result.seconds:.0f} s: {folder}\nsample:  {sample}"
-    print_report(report, as_json, lambda _: print(text))
+    print_report(report, args.json, lambda _: print(text))
     return code
 
 
