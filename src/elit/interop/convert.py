@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
 from safetensors import SafetensorError
 
 from elit._choices import check_choice
@@ -16,7 +16,7 @@ from elit.flow.schedulers import FlowMatchUniformEulerScheduler
 from elit.interop import FORMATS
 from elit.interop.cards import model_card
 from elit.interop.checkpoint import Checkpoint, ConversionSettings
-from elit.interop.dit import read_dit, training_scheduler
+from elit.interop.dit import read_dit
 from elit.interop.official import read_official
 from elit.models.sit import SiT
 from elit.pipelines.elit_pipeline import ElitPipeline
@@ -55,9 +55,15 @@ def convert_official(
     source = {"file": file.name, "sha256": sha256_of(file)} | vars(settings)
     report = {"source": source} | _about(model, checkpoint)
 
+    if isinstance(model, DiTTransformer2DModel):
+        steps = DDIMScheduler(beta_schedule="linear", clip_sample=False)  # of its training
+        pipeline: DiffusionPipeline = DiTPipeline(model, vae, steps)
+    else:
+        pipeline = ElitPipeline(model, FlowMatchUniformEulerScheduler(), vae)
+
     def write(aside: Path) -> None:
         try:
-            _pipeline(model, vae).save_pretrained(aside)
+            pipeline.save_pretrained(aside)
         except SafetensorError as error:
             raise as_os_error(error, out) from error
         for weights in aside.rglob("*.safetensors"):
@@ -74,12 +80,6 @@ def convert_official(
             raise
         return _same_conversion(out, file, settings)  # another process was faster
     return {"out": str(out)} | report
-
-
-def _pipeline(model: SiT | DiTTransformer2DModel, vae: Any) -> DiffusionPipeline:
-    if isinstance(model, DiTTransformer2DModel):
-        return DiTPipeline(model, vae, training_scheduler())
-    return ElitPipeline(model, FlowMatchUniformEulerScheduler(), vae)
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DDIMScheduler, DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
 from elit.interop.checkpoint import (
@@ -77,11 +77,6 @@ def _to_ours(model: DiTTransformer2DModel, theirs: Mapping[str, Tensor]) -> dict
     """State dict of a model: copies, for what was read is a view, and blocks share embeddings."""
     names = (name for name, _ in model.named_parameters())
     return {name: _part(theirs, name).to(torch.float32, copy=True) for name in names}
-
-
-def training_scheduler() -> DDIMScheduler:
-    """The 1000 steps that a DiT was trained on: its variances grow linearly."""
-    return DDIMScheduler(beta_schedule="linear", clip_sample=False)
 
 
 def _key_of(name: str) -> str:
