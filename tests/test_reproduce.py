@@ -34,10 +34,9 @@ from elit.reproduce.evidence import (
     judge_order,
     judge_reach,
 )  # fmt: skip
-from elit.reproduce.paper import CONFIGS
 from elit.reproduce.report import PAGE, PICTURE, RESULTS, TABLE, summary
 from elit.reproduce.runs import VARIANTS, Piece, Trainings, equal_steps
-from elit.reproduce.scales import SCALES, Scale, Size
+from elit.reproduce.scales import CONFIGS, SCALES, Scale, Size
 from elit.reproduce.spread import SpreadDiT, build_spread_model, gather, spread
 from elit.reproduce.study import _ROOMS, STAMP, reproduce
 from elit.reproduce.workers import Workers, way_out

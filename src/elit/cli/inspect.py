@@ -28,7 +28,7 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add
     add("RUN variant")
     add("images", "images to look at, spread over the data", WholeNumber(2), default=32)
-    add("draws", "draws of noise for each image, an even number", _even, "N", default=4)
+    add("draws", "draws of noise for each image, an even number", WholeNumber(2), default=4)
     add("sigma", "noise levels, 1 is noise alone", _noise_level, "S", nargs="+",
         default=[0.25, 0.5, 0.75])  # fmt: skip
     add("budget", "fractions of the latents to look at", nargs="+", default=[1.0, 0.25])
@@ -40,13 +40,6 @@ def add_arguments(parser: Parser) -> None:
     add("device")
     add("out", "folder to write into (default: RUN/inspected)")
     parser.set_defaults(sampler=None, dtype="fp32")
-
-
-def _even(text: str) -> int:
-    value = WholeNumber(2)(text)
-    if value % 2:
-        raise ValueError(f"{text!r} is not allowed; give an even number")
-    return value
 
 
 def _noise_level(text: str) -> float:

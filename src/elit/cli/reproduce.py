@@ -10,7 +10,7 @@ from elit._files import output_folder, typed_path
 from elit._tables import format_table
 from elit.cli.common import print_report, quiet_diffusers
 from elit.cli.flags import OneOf, Parser, WholeNumber
-from elit.reproduce.scales import PAPER, SCALES
+from elit.reproduce.scales import PAPER, SCALES, paper_runs
 
 LETTERS = tuple("abcdefghi")
 USAGE = "elit reproduce --scale SCALE [--data FOLDER] [--claims a b ...] [flags]"
@@ -125,8 +125,6 @@ def show_paper(args: argparse.Namespace) -> int:
     for name in ("data", "out", "claims", "workers", "seeds"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} has no effect on --scale paper, which trains nothing")
-    from elit.reproduce.paper import paper_runs
-
     return print_report({"runs": paper_runs()}, args.json, _show_paper)
 
 
