@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prepare_sources import tiny_vae
 from safetensors.torch import load_file
 from sit_reference import make_state
 from torch import Tensor
@@ -57,16 +58,8 @@ def file(state, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory) -> Path:
     """A tiny autoencoder of four channels, half the size."""
-    from diffusers import AutoencoderKL
-
     folder = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-    ).save_pretrained(folder)
+    tiny_vae(latent_channels=4, scaling_factor=0.18215, shift_factor=None).save_pretrained(folder)
     return folder
 
 

@@ -1,7 +1,7 @@
 """The house rules that a machine can check: who imports whom, what stays out of where.
 
-Each check reads the source with `ast` and returns messages; `test_each_rule_can_fail` feeds every
-check a source that breaks it.
+Each check reads the source with `ast` and yields messages with their lines;
+`test_each_rule_can_fail` feeds every check a source that breaks it.
 """
 
 import ast
@@ -88,119 +88,80 @@ def is_within(name: str, module: str) -> bool:
 
 # ---- the rules: each takes (tree, dotted name of the module, is it a package) ----
 
+Messages = Iterator[tuple[int, str]]  # line and what is wrong there
 
-def check_direction(tree: ast.AST, module: str, is_package: bool) -> list[str]:
+
+def check_direction(tree: ast.AST, module: str, is_package: bool) -> Messages:
     room = room_of(module)
     if room in FRONT_DOORS:
-        return []
-    is_room = is_package or module.count(".") > 1
-    if is_room and room not in RANK:
-        return [f"the room `{room}` is unknown: give it a place in TIERS of {Path(__file__).name}"]
+        return
+    if (is_package or module.count(".") > 1) and room not in RANK:
+        yield 1, f"the room `{room}` is unknown: give it a place in TIERS of {Path(__file__).name}"
+        return
     rank = RANK.get(room, -1)  # a module directly under elit serves all rooms: it imports none
-    messages = []
     for line, name in imported_modules(tree, module, is_package=is_package):
         target = room_of(name)
         if not is_within(name, "elit") or target == room or name == "elit.__version__":
             continue
         if target in RANK and RANK[target] >= rank:
-            messages.append(
-                f"line {line}: `{room}` imports `{name}`, but `{target}` doesn't lie below it: "
-                f"move the shared part down, or pass it in as an argument"
-            )
+            yield line, f"`{room}` imports `{name}`, but `{target}` doesn't lie below it"
         elif target not in RANK and not (SRC / f"{target}.py").exists():
-            messages.append(
-                f"line {line}: imports `{name}` through the front door: "
-                f"import it from the module that defines it"
-            )
-    return messages
+            yield line, f"imports `{name}` through the front door, not where it is defined"
 
 
-def check_foreign_imports(tree: ast.AST, module: str, is_package: bool) -> list[str]:
+def check_foreign_imports(tree: ast.AST, module: str, is_package: bool) -> Messages:
     room = room_of(module)
-    messages = []
-    for line, name in imported_modules(tree, module, is_package=is_package):
+    names = list(imported_modules(tree, module, is_package=is_package))
+    used = (n for n in ast.walk(tree) if isinstance(n, ast.Attribute))
+    names += [(n.lineno, dotted(n)) for n in used if dotted(n) == "torch.distributed"]
+    for line, name in names:
         if room in {"layers", "interface"} and is_within(name, "diffusers"):
-            messages.append(
-                f"line {line}: `{room}` imports diffusers: it is plain PyTorch; "
-                f"what needs diffusers belongs in models or above"
-            )
+            yield line, f"`{room}` is plain PyTorch: what needs diffusers lies above"
         if room != "training" and is_within(name, "torch.distributed"):
-            messages.append(f"line {line}: imports torch.distributed: only training/ may")
-    if room != "training":
-        messages += [
-            f"line {node.lineno}: uses torch.distributed: only training/ may"
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Attribute) and dotted(node) == "torch.distributed"
-        ]
-    return messages
+            yield line, "uses torch.distributed: only training/ may"
 
 
-def check_print(tree: ast.AST, module: str, is_package: bool) -> list[str]:
-    if room_of(module) == "cli":
-        return []
-    return [
-        f"line {node.lineno}: print() in the library: return the text, log it, or print it in cli/"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and dotted(node.func) == "print"
-    ]
-
-
-def check_wide_types(tree: ast.AST, module: str, is_package: bool) -> list[str]:
-    if room_of(module) not in SAMPLING_PATH:
-        return []
-    messages = []
+def check_print(tree: ast.AST, module: str, is_package: bool) -> Messages:
     for node in ast.walk(tree):
-        named = (
+        is_print = isinstance(node, ast.Call) and dotted(node.func) == "print"
+        if is_print and room_of(module) != "cli":
+            yield node.lineno, "print() in the library: return the text, log it, or print in cli/"
+
+
+def check_wide_types(tree: ast.AST, module: str, is_package: bool) -> Messages:
+    for node in ast.walk(tree) if room_of(module) in SAMPLING_PATH else ():
+        if (
             (isinstance(node, ast.Attribute) and node.attr in WIDE_TYPES)
             or (isinstance(node, ast.Constant) and node.value in ("float64", "complex128"))
             or (isinstance(node, ast.alias) and node.name in WIDE_TYPES)
-        )
-        if named:
-            messages.append(
-                f"line {node.lineno}: 64-bit floats on the sampling path (Apple's MPS has none): "
-                f"use float32 / complex64, or elit._devices.wide where it must be exact"
-            )
-    return messages
+        ):
+            yield node.lineno, "64-bit floats on the sampling path, which MPS lacks: see elit._devices.wide"
 
 
-def check_host_sync(tree: ast.AST, module: str, is_package: bool) -> list[str]:
-    if room_of(module) not in {"layers", "interface", "models"}:
-        return []
-    return [
-        f"line {call.lineno}: .{call.func.attr}() in a forward waits for the device: "
-        f"keep the value a tensor, or take it as an argument"
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef) and function.name == "forward"
-        for call in ast.walk(function)
-        if isinstance(call, ast.Call)
-        and isinstance(call.func, ast.Attribute)
-        and call.func.attr in {"item", "tolist"}
-    ]
+def check_host_sync(tree: ast.AST, module: str, is_package: bool) -> Messages:
+    for function in ast.walk(tree) if room_of(module) in {"layers", "interface", "models"} else ():
+        if isinstance(function, ast.FunctionDef) and function.name == "forward":
+            for call in ast.walk(function):
+                waits = getattr(getattr(call, "func", None), "attr", "") in {"item", "tolist"}
+                if isinstance(call, ast.Call) and waits:
+                    yield call.lineno, ".item() in a forward waits for the device: keep a tensor"
 
 
-def check_length(tree: ast.AST, module: str, is_package: bool) -> list[str]:
-    messages = []
+def check_length(tree: ast.AST, module: str, is_package: bool) -> Messages:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = node.end_lineno - node.lineno + 1
             if ast.get_docstring(node) is not None:
                 lines -= node.body[0].end_lineno - node.body[0].lineno + 1
             if lines > MAX_FUNCTION_LINES:
-                messages.append(
-                    f"line {node.lineno}: {node.name}() has {lines} lines without its docstring "
-                    f"(at most {MAX_FUNCTION_LINES}): find the seam and split it"
-                )
-    return messages
+                text = f"{node.name}() has {lines} lines (at most {MAX_FUNCTION_LINES}): split it"
+                yield node.lineno, text
 
 
 RULES = [
-    check_direction,
-    check_foreign_imports,
-    check_print,
-    check_wide_types,
-    check_host_sync,
+    check_direction, check_foreign_imports, check_print, check_wide_types, check_host_sync,
     check_length,
-]
+]  # fmt: skip
 
 
 # ---- the rules on our source ----
@@ -220,7 +181,7 @@ def test_source_keeps(rule) -> None:
         module = ".".join(parts[:-1] if is_package else parts)
         tree = parse(path)
         where = path.relative_to(SRC.parents[1])
-        messages += [f"{where}, {message}" for message in rule(tree, module, is_package)]
+        messages += [f"{where}:{line}: {text}" for line, text in rule(tree, module, is_package)]
     assert not messages, "\n" + "\n".join(messages)
 
 
@@ -320,9 +281,9 @@ GOOD = [
 
 @pytest.mark.parametrize(("rule", "module", "source"), BAD)
 def test_each_rule_can_fail(rule, module: str, source: str) -> None:
-    assert len(rule(ast.parse(source), module, False)) == 1
+    assert len(list(rule(ast.parse(source), module, False))) == 1
 
 
 @pytest.mark.parametrize(("rule", "module", "source"), GOOD)
 def test_each_rule_lets_pass(rule, module: str, source: str) -> None:
-    assert rule(ast.parse(source), module, False) == []
+    assert not list(rule(ast.parse(source), module, False))

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from helpers import tiny_dit, tiny_elastic
 from PIL import Image
+from prepare_sources import tiny_vae
 
 from elit import __version__
 from elit._choices import check_choice
@@ -35,7 +36,7 @@ train: {steps: 3, log_every: 1, validate_every: 0, sample_every: 0, checkpoint_e
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
     """A folder of checkpoints: sound, plain, with a VAE, and broken in many ways."""
-    from diffusers import AutoencoderKL, AutoencoderKLWan
+    from diffusers import AutoencoderKLWan
 
     from elit import ElitPipeline, make_scheduler
 
@@ -43,17 +44,9 @@ def folders(tmp_path_factory) -> Path:
     tiny, euler = tiny_elastic(in_channels=1), make_scheduler("euler")
     ElitPipeline(tiny, euler).save_pretrained(home / "tiny")
     ElitPipeline(tiny_dit(in_channels=1), euler).save_pretrained(home / "plain")
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=1,
-        norm_num_groups=4,
-    )
-    ElitPipeline(tiny, euler, vae).save_pretrained(home / "vae")
+    ElitPipeline(tiny, euler, tiny_vae(latent_channels=1)).save_pretrained(home / "vae")
     tiny_elastic(sample_size=(8, 16)).save_pretrained(home / "wide")
-    latents = tiny_elastic(in_channels=4)
-    ElitPipeline(latents, euler).save_pretrained(home / "latents")
+    ElitPipeline(tiny_elastic(in_channels=4), euler).save_pretrained(home / "latents")
     clips = tiny_elastic(sample_size=(2, 4, 4), group=(1, 2, 2), in_channels=4)
     clip_vae = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
@@ -64,31 +57,27 @@ def folders(tmp_path_factory) -> Path:
     def broken(name: str) -> Path:
         return Path(shutil.copytree(home / "tiny", home / name))
 
-    weights = broken("truncated") / "transformer" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    weights = broken("beheaded") / "transformer" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:7])
-    (broken("weightless") / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    for name, end in (("truncated", -100), ("beheaded", 7)):
+        (broken(name) / weights).write_bytes((home / "tiny" / weights).read_bytes()[:end])
+    (broken("weightless") / weights).unlink()
     (broken("indexless") / "model_index.json").unlink()
     (broken("torn") / "model_index.json").write_text('{"_class_name": ')
     (broken("torn_config") / "transformer" / "config.json").write_text("{")
-    change_json(broken("foreign") / "model_index.json", _class_name="DiTPipeline")
-    change_json(
-        broken("foreign_model") / "model_index.json",
-        transformer=["diffusers", "DiTTransformer2DModel"],
-    )
-    change_json(broken("foreign_config") / "transformer" / "config.json", _class_name="Flux")
-    change_json(broken("deeper") / "transformer" / "config.json", depth=4)
-    change_json(broken("shallower") / "transformer" / "config.json", depth=2, tail=0)
-    change_json(broken("wider") / "transformer" / "config.json", hidden_size=64)
-    change_json(broken("newer") / "transformer" / "config.json", registers=4)
+    for name, file, changes in (
+        ("foreign", "model_index", {"_class_name": "DiTPipeline"}),
+        ("foreign_model", "model_index", {"transformer": ["diffusers", "DiTTransformer2DModel"]}),
+        ("foreign_config", "transformer/config", {"_class_name": "Flux"}),
+        ("deeper", "transformer/config", {"depth": 4}),
+        ("shallower", "transformer/config", {"depth": 2, "tail": 0}),
+        ("wider", "transformer/config", {"hidden_size": 64}),
+        ("newer", "transformer/config", {"registers": 4}),
+    ):
+        path = broken(name) / f"{file}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     (home / "empty").mkdir()
     (home / "file").touch()
     return home
-
-
-def change_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.fixture
@@ -149,10 +138,11 @@ SURFACE = {
     "--resolution --aspect-ratios --multiple --flips --frames --fps --clips-per-video --vae "
     "--pixels --text-encoder --max-text-length --dtype --store-dtype --batch-size --part-size "
     "--workers --device --verify --dry-run --json",
-    "train": f"[config] --dry-run --json {CONFIG_FLAGS}",
-    "plan": f"[config] --gpus --gpu --mfu --json {CONFIG_FLAGS}",
-    "finetune": "base [config] --dry-run --json "
-    + CONFIG_FLAGS.replace("--model.preset --model.overrides ", "").replace("--retrofit.base ", ""),
+    "train": f"[config] --dry-run {CONFIG_FLAGS} --json",
+    "plan": f"--gpus --gpu --mfu [config] {CONFIG_FLAGS} --json",
+    "finetune": "base [config] --dry-run "
+    + CONFIG_FLAGS.replace("--model.preset --model.overrides ", "").replace("--retrofit.base ", "")
+    + "--json",
     "sample": "run --variant --labels --prompts --negative-prompt --count --budget --sweep "
     "--max-gflops --max-ms --steps --guidance --scale --guide-budget --interval --sampler "
     "--teacache --seed --size --frames --video --batch-size --device --dtype --out --json",
@@ -172,27 +162,18 @@ SURFACE = {
 }
 
 
-def test_there_are_these_commands() -> None:
-    assert list(COMMANDS) == list(SURFACE)
-
-
-@pytest.mark.parametrize("name", SURFACE)
-def test_surface_is_frozen(name) -> None:
+@pytest.mark.parametrize("name", COMMANDS)
+def test_surface_is_frozen_and_help_says_what_every_flag_does(run, name) -> None:
+    code, out, err = run(name, "--help")
+    assert (code, err) == (0, "")
+    assert COMMANDS[name] in out
     words = []
     for action in command_parser(name)._actions:
         optional = f"[{action.dest}]" if action.nargs == "?" else action.dest
         words += action.option_strings or [optional]
-    assert words == ["-h", "--help", *SURFACE[name].split()]
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_says_what_every_flag_does(run, name) -> None:
-    code, out, err = run(name, "--help")
-    assert (code, err) == (0, "")
-    assert COMMANDS[name] in out
-    for action in command_parser(name)._actions:
         assert action.help, f"{action.dest} has no help"
         assert not re.match(r"(of|that|what|which|likewise|default|by)\b", action.help), action.help
+    assert words == ["-h", "--help", *SURFACE[name].split()]
 
 
 def test_without_a_command_the_help_is_printed(run) -> None:
@@ -209,11 +190,11 @@ def test_paths_are_as_a_shell_reads_them(run, folders, tmp_path, monkeypatch) ->
     shutil.copytree(folders / "tiny", tmp_path / "runs" / "tiny")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    for name, out in (("~/runs/tiny", "~/a"), ("$RUNS/tiny", "${RUNS}/b"), ("../runs/tiny", "c")):
+    for name, out in (("~/runs/tiny", "$RUNS/a"), ("../runs/tiny", "b")):
         assert run("sample", name, "--labels", 1, "--steps", 1, "--out", out)[0] == 0
-    for sheet in ("a", "runs/b", "elsewhere/c"):
+    for sheet in ("runs/a", "elsewhere/b"):
         assert (tmp_path / sheet / "samples.png").is_file()
-    assert os.listdir() == ["c"]  # and no folder named ~
+    assert os.listdir() == ["b"]  # and no folder named $RUNS
     code, _, err = run("sample", "$NO_SUCH/tiny")
     assert (code, "the variable $NO_SUCH is not set" in err) == (2, True)
 
@@ -263,10 +244,8 @@ def test_python_m_elit_is_the_same() -> None:
         ("zzz", "unknown command zzz: the commands are " + ", ".join(COMMANDS)),
         ("--verison", r"unknown flag --verison: did you mean --version\?"),
         ("sample @tiny --bugdet 1", r"unknown flag --bugdet: did you mean --budget\?"),
-        ("sample @tiny --bugdet=1", r"unknown flag --bugdet: did you mean --budget\?"),
         ("sample --lable 3 @tiny", r"unknown flag --lable: did you mean --labels\?"),
         ("sample @tiny -n 4", r"unknown flag -n: `elit sample --help` lists all"),
-        ("flops dit-b/2 --zzz", r"unknown flag --zzz: `elit flops --help` lists all"),
         ("flops", r"required: NAME_OR_PATH; see `elit flops --help`"),
         ("flops dit-b/2 more", r"unexpected argument 'more'"),
         # values of flags
@@ -278,25 +257,13 @@ def test_python_m_elit_is_the_same() -> None:
         ("sample @tiny --budget", r"--budget: expected at least one argument"),
         ("sample @tiny --labels three", r"--labels: 'three' is not allowed; give a whole number"),
         ("sample @tiny --labels -1", r"--labels: '-1' is not allowed; .*at least 0"),
-        ("sample @tiny --steps 0", r"--steps: '0' is not allowed; .*at least 1"),
-        ("train digits --train.threads 100000", r"train.threads=100000 .*from 1 to 1024"),
-        ("train digits --data.batch_size 1e14", r"data.batch_size"),
         (f"train moving-shapes --data.options.count {10**19}", r"count=1000.*at most 922337"),
-        (
-            "train moving-shapes --data.options.size 1000000 --dry-run",
-            r"size=1000000.* at most 16384",
-        ),
-        (f"train captioned-shapes --text.max_length {10**20}", r"text.max_length=1000.* 1 to 21"),
-        ("train captioned-shapes --model.overrides.pooled_dim 7", r"pooled_dim=7 does not fit"),
         ("quickstart --lr fast", r"--lr.*fast"),
         ("quickstart --lr -1", r"--lr.*-1"),
         ("quickstart --preset elit-video-dit-tiny/2", r"draws clips, but the data set 'digits'"),
         ("quickstart --preset uvit-tiny/2", r"has no budgets to choose; give elit-uvit-tiny/2"),
         ("quickstart --preset elit-dit-tiny/3", r"'elit-dit-tiny/3'"),
-        ("sample @tiny --steps 2.5", r"--steps: '2.5' is not allowed; give a whole number"),
-        ("sample @tiny --seed -3", r"--seed: '-3' is not allowed; .*at least 0"),
         ("sample @tiny --guidance cgf", r"unknown guidance 'cgf'.*did you mean 'cfg'\?"),
-        ("sample @tiny --sampler eular", r"unknown sampler 'eular'.*did you mean 'euler'\?"),
         ("sample @tiny --dtype fp16", r"unknown dtype 'fp16': use one of 'fp32', 'bf16'"),
         ("sample @tiny --device tpu", r"device 'tpu' is not usable .*use auto or cpu"),
         ("flops dit-b/2 --resolution big", r"--resolution: 'big' is not allowed; give a whole"),
@@ -308,19 +275,14 @@ def test_python_m_elit_is_the_same() -> None:
         # values that only the model or the library can judge
         ("sample @tiny --labels 2 3", r"class label 3 is out of range; .*the labels 0..2"),
         ("sample @tiny --size 9 8", r"9x8 tokens cannot be cut into groups of 4x4.*12x8"),
-        ("sample @vae --size 17 16", r"17 pixels is not a multiple of 2"),
-        ("sample @plain --budget 0.5", r"budget 0.5 asked of a model that is not elastic"),
-        ("sample @tiny --guidance cfg --scale -1", r"guidance scale -1.0 is not allowed"),
         ("sample @tiny --guidance cfg --interval 1 0", r"interval \(1.0, 0.0\) is not allowed"),
         ("flops dit-s/2 --budgets 0.5", r"budget 0.5 asked of a model that is not elastic"),
         ("flops elit-dit-s/2 --resolution 300", r"not made for 300 px; it knows 256 and 512"),
         ("flops @vae --resolution 17", r"resolution 17 is not a multiple of 2.*use 18"),
-        ("flops @tiny --resolution 10", r"10x10 tokens cannot be cut into groups of 4x4"),
         # folders
         ("sample @tiny --out @file", r"cannot write into .*is not a folder; .*with --out"),
         ("sample @tiny --out @file/in", r"cannot write into .*file is not a folder; .*with --out"),
         ("quickstart --out @file", r"cannot write into .*is not a folder; .*with --out"),
-        ("train digits --output_dir @file", r"is not a folder; .*with --output_dir"),
         # checkpoints
         ("sample @missing", r"there is no folder .*missing; give the output_dir of `elit train`"),
         ("sample here", r"there is no folder here; give"),
@@ -341,10 +303,7 @@ def test_python_m_elit_is_the_same() -> None:
         ("sample @wider", r"cannot be loaded: Cannot load .* expected shape"),
         ("sample @newer", r"settings that this version's DiT does not know: registers"),
         ("sample some/model", r"some/model is neither a folder nor can it be fetched from"),
-        ("eval @missing", r"there is no folder .*missing; give the output_dir of `elit train`"),
         ("inspect @missing", r"there is no folder .*missing; give the output_dir of"),
-        ("convert official nowhere.pt out", r"there is no file nowhere.pt; give a checkpoint's"),
-        ("convert official @empty out", r"empty is a folder; give a checkpoint's file"),
         ("convert official @file @file", r"cannot write into .*is not a folder; .*with OUT"),
         ("flops @missing", r"is neither a preset nor a checkpoint's folder"),
         ("flops dit-xl/3", r"neither a preset nor a checkpoint's folder: did you mean dit-xl/"),
@@ -353,7 +312,6 @@ def test_python_m_elit_is_the_same() -> None:
         ("flops @foreign_config", r"is of a Flux: only elit.s own models are known, DiT, UViT"),
         ("info @newer", r"does not know: registers"),
         ("info elit-dit-xxl/2", r"did you mean elit-dit-xl/2\?"),
-        ("train nowhere.yaml", r"nowhere.yaml is neither a file nor one of the built-in"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, line, message) -> None:
@@ -412,26 +370,17 @@ def test_debug_shows_where_a_mistake_comes_from(run, monkeypatch) -> None:
         main(["smaple"])
 
 
-@pytest.mark.parametrize("bug", [TypeError, RuntimeError, KeyError])
-def test_our_own_bugs_keep_their_traceback(run, monkeypatch, bug) -> None:
-    from elit.cli import info
-
+@pytest.mark.parametrize("bug", [TypeError, RuntimeError, KeyError, KeyboardInterrupt])
+def test_our_own_bugs_keep_their_traceback_and_an_interrupt_has_none(run, monkeypatch, bug) -> None:
     def fail(name: str) -> None:
         raise bug("oops")
 
-    monkeypatch.setattr(info, "load_shape", fail)
-    with pytest.raises(bug, match="oops"):
-        run("info", "dit-s/2")
-
-
-def test_an_interrupt_is_no_traceback(run, monkeypatch) -> None:
-    from elit.cli import info
-
-    def interrupt(name: str) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(info, "load_shape", interrupt)
-    assert run("info", "dit-s/2") == (130, "", "elit: interrupted\n")
+    monkeypatch.setattr("elit.cli.info.load_shape", fail)
+    if bug is KeyboardInterrupt:
+        assert run("info", "dit-s/2") == (130, "", "elit: interrupted\n")
+    else:
+        with pytest.raises(bug, match="oops"):
+            run("info", "dit-s/2")
 
 
 # ---- runs of VAE latents ----
@@ -448,69 +397,41 @@ def test_a_run_without_its_autoencoder_draws_no_images(run, folders, command) ->
     assert not Path("out").exists()
 
 
-def test_the_way_from_python_puts_an_autoencoder_in(run, folders) -> None:
-    from diffusers import AutoencoderKL
-
-    from elit import ElitPipeline
-
-    AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=4).save_pretrained(
-        "vae"
-    )
-    vae = AutoencoderKL.from_pretrained("vae")
-    ElitPipeline.from_pretrained(f"{folders}/latents", vae=vae).save_pretrained("NEW")
-    code, _, err = run("sample", "NEW", "--labels", 1, "--steps", 1, "--device", "cpu")
-    assert code == 0, err
-
-
 # ---- flops ----
-
-FLOPS_KEYS = {
-    "model": str,
-    "resolution": int,
-    "parameters": int,
-    "train_tflops": float,
-    "train_tflops_multi_budget": (float, type(None)),
-    "rows": list,
-    "text_tokens": (int, type(None)),
-    "frames": (int, type(None)),
-}
 
 
 def test_flops_json_has_this_form(run) -> None:
     for name in ("dit-tiny/2", "@tiny"):
         report = run_json(run, "flops", name)
-        assert list(report) == list(FLOPS_KEYS)
-        assert all(isinstance(report[key], kind) for key, kind in FLOPS_KEYS.items())
+        assert [(key, type(value).__name__) for key, value in report.items()] == [
+            ("model", "str"), ("resolution", "int"), ("parameters", "int"),
+            ("train_tflops", "float"),
+            ("train_tflops_multi_budget", "float" if name == "@tiny" else "NoneType"),
+            ("rows", "list"), ("text_tokens", "NoneType"), ("frames", "NoneType"),
+        ]  # fmt: skip
         for row in report["rows"]:
             assert list(row) == ["budget", "num_latents", "gflops"]
 
 
-@pytest.mark.parametrize(
-    ("resolution", "gflops", "tflops"), [(256, 237.2, 182), (512, 1049.0, 806)]
-)
-def test_flops_of_the_baseline_are_the_paper_s(run, resolution, gflops, tflops) -> None:
-    report = run_json(run, "flops", "DiT-XL/2", "--resolution", resolution)
-    assert report["model"] == "dit-xl/2"
-    assert report["parameters"] == pytest.approx(675e6, rel=0.001)
-    assert report["train_tflops"] == pytest.approx(tflops, rel=0.005)
-    assert report["train_tflops_multi_budget"] is None
-    (row,) = report["rows"]
-    assert row == {"budget": 1, "num_latents": None, "gflops": pytest.approx(gflops, rel=0.0005)}
-
-
-@pytest.mark.parametrize(
-    ("resolution", "tflops", "multi_budget", "rows"),
-    [(256, 188, 190, {}), (512, 831, 804, {1: 1083, 0.75: 877, 0.5: 685, 0.25: 503})],
-)
-def test_flops_of_elit_are_the_paper_s(run, resolution, tflops, multi_budget, rows) -> None:
-    budgets = rows or {1: None}
-    line = ("flops", "elit-dit-xl/2", "--resolution", resolution, "--budgets", *budgets)
+@pytest.mark.parametrize(("name", "millions", "resolution", "tflops", "multi_budget", "rows"), [
+    ("DiT-XL/2", 675, 256, 182, None, {1: 237.2}), ("DiT-XL/2", 675, 512, 806, None, {1: 1049}),
+    ("elit-dit-xl/2", 698, 256, 188, 190, {}),
+    ("elit-dit-xl/2", 698, 512, 831, 804, {1: 1083, 0.75: 877, 0.5: 685, 0.25: 503}),
+])  # fmt: skip
+def test_flops_are_the_paper_s(run, name, millions, resolution, tflops, multi_budget, rows) -> None:
+    line = ["flops", name, "--resolution", resolution, "--budgets", *(rows or [1])]
     report = run_json(run, *line)
-    assert report["parameters"] == pytest.approx(698e6, rel=0.005)
+    assert report["model"] == name.lower()
+    assert report["parameters"] == pytest.approx(millions * 1e6, rel=0.005)
     assert report["train_tflops"] == pytest.approx(tflops, rel=0.005)
+    assert [row["budget"] for row in report["rows"]] == list(rows or [1])
+    if multi_budget is None:
+        assert report["train_tflops_multi_budget"] is None
+        (row,) = report["rows"]
+        assert (row["num_latents"], row["gflops"]) == (None, pytest.approx(rows[1], rel=0.0005))
+        return
     # Paper: makes the latents that it drops; here: never, hence up to 4 % less.
     assert 0.96 <= report["train_tflops_multi_budget"] / multi_budget <= 1.01
-    assert [row["budget"] for row in report["rows"]] == list(budgets)
     for row in report["rows"] if rows else []:
         assert 0.96 <= row["gflops"] / rows[row["budget"]] <= 1.01
 
@@ -656,10 +577,8 @@ def test_default_folders_are_never_overwritten_by_other_settings(run, folders) -
     assert outs == [str(home / "1"), str(home / "2"), str(home / "1")]
     assert run(*line, 1, "--out", home / "3")[0] == 0
     code, _, err = run(*line, 2, "--out", home / "3")
-    assert code == 2
-    assert (
-        "holds samples of other settings, or other files; choose another folder with --out" in err
-    )
+    message = "holds samples of other settings, or other files; choose another folder with --out"
+    assert (code, message in err) == (2, True)
 
 
 def test_what_a_killed_call_drew_is_not_mixed_with_other_settings(run, folders, monkeypatch):

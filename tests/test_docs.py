@@ -143,7 +143,7 @@ def check_elit(name: str, words: list[str], capsys) -> None:
         code = main([name, *words, *([] if args.dry_run else ["--dry-run"])])
         assert code == 0, capsys.readouterr().err
     if name == "sample":
-        from elit.cli.sample import make_guidance
+        from elit.cli.common import make_guidance
 
         make_guidance(args)
 

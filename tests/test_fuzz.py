@@ -348,23 +348,18 @@ FAILED_FIRST = (1563, 1670, 1764, 1878, 2130, 2312, 2332)
 
 def fuzz(area: str, seeds: Iterable[int], folder: Path, capsys: Any) -> list[str]:
     """What went wrong in the cases of an area, by their seeds."""
-    case: Callable[[random.Random, Path], str | None]
-    if area == "configs":
-        case = partial(config_case, capsys=capsys)
-    elif area == "manifests":
-        case = partial(manifest_case, bases=make_prepared(folder / "bases"))
-    elif area == "pipelines":
-        case = partial(pipeline_case, bases=make_pipelines(folder / "bases"))
-    elif area == "checkpoints":
-        base = make_run(folder / "base")
-        shutil.copytree(base, folder / "three")
+    if area == "checkpoints":
+        shutil.copytree(make_run(folder / "base"), folder / "three")
         make_run(folder / "three", 3)
-        case = partial(checkpoint_case, base=base)
-    elif area == "sweeps":
-        case = partial(sweep_case, capsys=capsys)
-    else:
-        case = calibration_case
-    return run_cases(case, seeds, folder)
+    make: dict[str, Callable[[], Callable[[random.Random, Path], str | None]]] = {
+        "configs": lambda: partial(config_case, capsys=capsys),
+        "manifests": lambda: partial(manifest_case, bases=make_prepared(folder / "bases")),
+        "pipelines": lambda: partial(pipeline_case, bases=make_pipelines(folder / "bases")),
+        "checkpoints": lambda: partial(checkpoint_case, base=folder / "base"),
+        "sweeps": lambda: partial(sweep_case, capsys=capsys),
+        "calibrations": lambda: calibration_case,
+    }
+    return run_cases(make[area](), seeds, folder)
 
 
 @pytest.mark.parametrize("area", AREAS)

@@ -665,7 +665,7 @@ def test_inspect_takes_another_data_set(inspect) -> None:
         ("digits", ("--data", "digitz"), "unknown data set 'digitz'"),
         ("digits", ("--data.options.count", "5"), "option 'count' of data set 'digits'"),
         ("digits", ("--images", "1"), "'1' is not allowed; give a whole number, at least 2"),
-        ("digits", ("--draws", "3"), "'3' is not allowed; give an even number"),
+        ("digits", ("--draws", "3"), "draws=3: give an even number, of at least 2"),
         ("digits", ("--sigma", "1.5"), r"noise level '1.5' is outside \[0, 1\]"),
         ("digits", ("--sigma", "much"), r"noise level 'much' is outside \[0, 1\]"),
         ("digits", ("--budget", "0"), r"budget '0' is outside \(0, 1\]"),

@@ -20,7 +20,6 @@ from elit import from_official_checkpoint
 from elit._pickles import check_bytes, read_pickle
 from elit._wrappers import without_wrapping
 from elit.interop.convert import ConversionSettings, convert_official
-from elit.models.sit import SiT
 
 # ---- what a file means ----
 
@@ -46,8 +45,8 @@ def test_settings_come_from_the_tensors(tmp_path) -> None:
         "depth": 5, "num_classes": 7, "group": 3, "head": 2, "tail": 2, "min_latents": 1,
         "mlp_ratio": 2.0, "qk_norm": True, "write_depth": 2,
     }  # fmt: skip
-    with pytest.raises(ValueError, match=r"num_heads=4 contradicts the file.*num_heads=8"):
-        from_official_checkpoint(file, encoder_depth=2, num_heads=4)
+    message = r"num_heads=4 contradicts the file.*num_heads=8"
+    refuses(message, from_official_checkpoint, file, encoder_depth=2, num_heads=4)
     deep = public_file(tmp_path / "deep.pt", elastic_state(depth=14, width=8, heads=1))
     model = from_official_checkpoint(deep, num_heads=1)  # more blocks than B: four in the tail
     assert model.split == (8, 2, 4)
@@ -55,7 +54,7 @@ def test_settings_come_from_the_tensors(tmp_path) -> None:
 
 @pytest.mark.parametrize(("width", "heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16)], ids=str)
 def test_heads_are_those_of_the_public_size(width: int, heads: int) -> None:
-    from elit.interop.official import Unknowns, settings_of
+    from elit.interop.official import settings_of
 
     meta = make_state(width=16, depth=1, group=None, heads=1)
     state = {}
@@ -63,19 +62,20 @@ def test_heads_are_those_of_the_public_size(width: int, heads: int) -> None:
         shape = [width if n == 16 else 4 * width if n == 64 else n for n in value.shape]
         state[name] = torch.empty(shape, device="meta")
     state["pos_embed"] = torch.empty(1, 64, width, device="meta")
-    assert settings_of(state, Unknowns())["num_heads"] == heads
+    assert settings_of(state, ConversionSettings())["num_heads"] == heads
 
 
-def test_a_state_dict_alone_is_a_checkpoint_too(tmp_path, state) -> None:
-    torch.save(state, tmp_path / "bare.pt")
-    model = from_official_checkpoint(tmp_path / "bare.pt", **TINY)
-    expected = from_official_checkpoint(GOLDEN / "elit_tiny.weights.safetensors", **TINY)
-    assert all(torch.equal(v, expected.state_dict()[k]) for k, v in model.state_dict().items())
-
-
-def test_an_older_pickle_without_a_zip(tmp_path, state) -> None:
-    torch.save({"ema": state}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert isinstance(from_official_checkpoint(tmp_path / "old.pt", **TINY), SiT)
+@pytest.mark.parametrize("form", ["bare", "older pickle", "safetensors"])
+def test_other_forms_of_a_file(tmp_path, state, form) -> None:
+    golden, file = GOLDEN / "elit_tiny.weights.safetensors", tmp_path / "x.pt"
+    if form == "safetensors":
+        file.write_bytes(golden.read_bytes())
+    else:
+        content = state if form == "bare" else {"ema": state}
+        torch.save(content, file, _use_new_zipfile_serialization=form == "bare")
+    model = from_official_checkpoint(file, **TINY)
+    expected = from_official_checkpoint(golden, **TINY).state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
 
 def test_the_model_outlives_its_file(tmp_path, state) -> None:
@@ -135,13 +135,6 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, state, place, 
     assert mark.exists()
 
 
-@pytest.mark.parametrize("function", [eval, getattr, __import__], ids=lambda f: f.__name__)
-def test_no_function_of_python_is_called(tmp_path, function) -> None:
-    file = tmp_path / "evil.pt"
-    torch.save({"ema": {}, "args": Call(function, "1")}, file)
-    refuses(rf"wants {function.__name__} called to be read", from_official_checkpoint, file)
-
-
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
 def test_a_truncated_file(tmp_path, file, share) -> None:
     cut = tmp_path / "cut.pt"
@@ -157,25 +150,25 @@ def test_what_is_no_checkpoint(tmp_path) -> None:
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({"ema": 1}))
     for name in ("text.pt", "zip.pt", "cut.safetensors", "plain.pt"):
         refuses(re.escape(f"{name} "), from_official_checkpoint, tmp_path / name)
-    with pytest.raises(ValueError, match=r"there is no file .*none.pt; give a checkpoint's file"):
-        from_official_checkpoint(tmp_path / "none.pt")
-    refuses(r"is a folder; give a checkpoint's file", from_official_checkpoint, tmp_path)
-    for content, message in (
-        ([1], r"holds a list, not a checkpoint"),
-        ({"epoch": 3}, r"has no 'ema': it holds epoch; it is no checkpoint of a DiT or SiT"),
-        ({"model": {}}, r"has no 'ema': it holds model; give weights='model'"),
-        ({"ema": {"a": 1}}, r"'ema' in .* is a dict, not tensors by name"),
-        ({"ema": {"x": torch.ones(1)}}, r"it has no pos_embed, .* it is another model"),
+    for path, message in (
+        (tmp_path / "none.pt", r"there is no file .*none.pt; give a checkpoint's file"),
+        (tmp_path, r"is a folder; give a checkpoint's file"),
+        *((path, "is no path") for path in (None, 5, b"x.pt")),
+        ("~nobody-of-this-name/x.pt", "there is no such user"),
     ):
-        torch.save(content, tmp_path / "x.pt")
-        refuses(message, from_official_checkpoint, tmp_path / "x.pt")
+        refuses(message, from_official_checkpoint, path)
 
 
 def without(state: dict, *names: str) -> dict:
     return {key: value for key, value in state.items() if not key.startswith(names)}
 
 
+def plain(_: dict) -> dict:
+    return make_state(width=32, depth=3, group=None)
+
+
 ATTENTION = f"{READ}fit_layer.latents_attend_to_patches.0"
+BIAS = "blocks.1.attn.proj.bias"
 
 
 @pytest.mark.parametrize(
@@ -187,21 +180,19 @@ ATTENTION = f"{READ}fit_layer.latents_attend_to_patches.0"
         (lambda s: without(s, "input_token_editor"), r"it has no input_token_editor"),
         (lambda s: without(s, "output_token_editor"), r"11 missing keys \(output_token_editor"),
         (lambda s: s | {"blocks.0.extra": torch.ones(2)}, r"1 unknown keys \(blocks.0.extra\)"),
-        (lambda s: s | {"blocks.1.attn.proj.bias": torch.ones(63)},
-         r"1 keys of another shape \(blocks.1.attn.proj.bias is \(63,\), not \(64,\)\)"),
-        (lambda s: s | {"blocks.1.attn.proj.bias": torch.full((64,), torch.nan)},
-         r"1 keys without finite float32 numbers \(blocks.1.attn.proj.bias\)"),
-        (lambda s: s | {"blocks.1.attn.proj.bias": torch.full((64,), 1e300, dtype=torch.float64)},
-         r"1 keys without finite float32 numbers \(blocks.1.attn.proj.bias\)"),
+        (lambda s: s | {BIAS: torch.ones(63)},
+         rf"1 keys of another shape \({BIAS} is \(63,\), not \(64,\)\)"),
+        (lambda s: s | {BIAS: torch.full((64,), torch.nan)},
+         rf"1 keys without finite float32 numbers \({BIAS}\)"),
+        (lambda s: s | {BIAS: torch.full((64,), 1e300, dtype=torch.float64)},
+         rf"1 keys without finite float32 numbers \({BIAS}\)"),
         (lambda s: s | {"pos_embed": torch.zeros(1, 1, 64).expand(1, 4096, 64)},
          r"pos_embed claims the shape \(1, 4096, 64\), but the file holds 256 bytes of it"),
-        (lambda s: s | {"blocks.1.attn.proj.bias": torch.ones(64).to_sparse()},
-         r"blocks.1.attn.proj.bias is sparse or quantized"),
-        (lambda s: s | {"blocks.1.attn.proj.bias": torch.ones(64, device="meta")},
-         r"blocks.1.attn.proj.bias is without data"),
+        (lambda s: s | {BIAS: torch.ones(64).to_sparse()}, rf"{BIAS} is sparse or quantized"),
+        (lambda s: s | {BIAS: torch.ones(64, device="meta")}, rf"{BIAS} is without data"),
         (lambda s: s | {"\x1b[2J\n": torch.ones(2)}, r"1 unknown keys \(\?\[2J\?\)"),
-        (lambda s: s | {"blocks.1.attn.proj.bias": torch.ones(64, dtype=torch.int64)},
-         r"blocks.1.attn.proj.bias is of torch.int64, not one of torch.float16"),
+        (lambda s: s | {BIAS: torch.ones(64, dtype=torch.int64)},
+         rf"{BIAS} is of torch.int64, not one of torch.float16"),
         (lambda s: s | {"pos_embed": s["pos_embed"].roll(1, 1)}, r"made with other positions"),
         (lambda s: s | {"pos_embed": s["pos_embed"][:, :63]}, r"63 tokens is of no square image"),
         (lambda s: s | {"x_embedder.proj.weight": torch.ones(64)}, r"\(64,\) should have 4 axes"),
@@ -210,92 +201,97 @@ ATTENTION = f"{READ}fit_layer.latents_attend_to_patches.0"
         (lambda s: s | {f"{READ}learned_query_embed": torch.ones(15, 64)}, r"15 latents .*square"),
         (lambda s: s | {f"{READ}learned_query_embed": torch.ones(9, 64)},
          r"8x8 tokens cannot be cut into groups of 3x3"),
+        (plain, r"encoder_depth=2 is of an ELIT-SiT, but this is a plain"),
+        (lambda s: {f"{name}.{key}": x for name in ("net", "teacher") for key, x in s.items()},
+         r"net\.pos_embed, teacher\.pos_embed"),
+        (lambda s: s | {f"_orig_mod.{key}": x for key, x in s.items()}, r"it has .* twice"),
+        (lambda s: {"x": torch.ones(1)}, r"it has no pos_embed, .* it is another model"),
     ],
-    ids=["read", "block", "no read", "no write", "extra", "shape", "nan", "beyond float32", "claim",
-         "sparse", "meta", "control", "whole", "positions",
-         "oblong", "axes", "variance", "latents", "group"],
 )  # fmt: skip
 def test_keys_that_do_not_fit_are_named(tmp_path, state, change, message) -> None:
-    file = public_file(tmp_path / "x.pt", change(state))
-    refuses(rf"x.pt cannot be converted: .*{message}", from_official_checkpoint, file, **TINY)
+    torch.save({"ema": change(state)}, tmp_path / "x.pt")
+    message = rf"x.pt cannot be converted: .*{message}"
+    refuses(message, from_official_checkpoint, tmp_path / "x.pt", **TINY)
 
 
-def test_a_wrong_encoder_depth(tmp_path, file, state) -> None:
-    with pytest.raises(ValueError, match=r"encoder_depth=8 and 2 blocks .*no core in the 6 blocks"):
-        from_official_checkpoint(file, num_heads=4)
-    with pytest.raises(ValueError, match=r"encoder_depth=4 .*8 in all public"):
-        from_official_checkpoint(file, encoder_depth=4, num_heads=4)
-    for wrong in (-1, 2.0, True, None):
-        with pytest.raises(ValueError, match=rf"encoder_depth={wrong} is not allowed"):
-            from_official_checkpoint(file, encoder_depth=wrong, num_heads=4)
-    assert from_official_checkpoint(file, encoder_depth=0, num_heads=4).split == (0, 4, 2)
-    none_after = from_official_checkpoint(file, encoder_depth=2, decoder_depth=0, num_heads=4)
-    assert none_after.split == (2, 4, 0)
+@pytest.mark.parametrize(
+    ("content", "given", "message"),
+    [
+        (lambda s: [1], {}, r"holds a list, not a checkpoint"),
+        (lambda s: {"epoch": 3}, {}, r"no 'ema': it holds epoch; it is no checkpoint of a DiT or"),
+        (lambda s: {"model": {}}, {}, r"has no 'ema': it holds model; give weights='model'"),
+        (lambda s: {"ema": {"a": 1}}, {}, r"'ema' in .* is a dict, not tensors by name"),
+        *((lambda s, key=key: {"ema": {key: torch.ones(1)}}, {}, r"not by name")
+          for key in (0, None, (1, 2), b"pos_embed")),
+        (lambda s: {"ema": s}, {"encoder_depth": 8}, r"8 and 2 blocks .*no core in the 6 blocks"),
+        (lambda s: {"ema": s}, {"encoder_depth": 4}, r"encoder_depth=4 .*8 in all public"),
+        *((lambda s: {"ema": s}, {"encoder_depth": wrong}, f"encoder_depth={wrong} is not allowed")
+          for wrong in (-1, 2.0, True, None)),
+        (lambda s: {"ema": s}, {"num_heads": 0}, r"num_heads=0 is not allowed"),
+        (lambda s: {"ema": s}, {"num_heads": 5}, r"width 64 cannot be divided into 5 heads"),
+        (lambda s: {"ema": s}, {"num_heads": None},
+         r"width 64 .*no public one .*\(384, 768, 1024, 1152\)"),
+        (lambda s: {"ema": s}, {"weights": "emma"}, r"unknown weights 'emma'.*did you mean 'ema'"),
+        (lambda s: {"ema": s, "args": argparse.Namespace(encoder_depth=2)}, {"encoder_depth": 3},
+         r"encoder_depth=3 contradicts the args .*give encoder_depth=2"),
+        (lambda s: {"ema": s, "args": {"dit_decoder_depth": 1.0}}, {"decoder_depth": 2},
+         r"decoder_depth=2 contradicts the args .*decoder_depth=1"),
+        (lambda s: {"ema": s, "args": {"num_heads": torch.tensor(8)}}, {},
+         r"num_heads=4 contradicts the args .*num_heads=8"),
+        (lambda s: {"ema": s, "args": {"enable_elit": False}}, {},
+         r"enable_elit=False, but its tensors are of an ELIT-SiT"),
+        (lambda s: {"ema": plain(s), "args": argparse.Namespace(enable_elit=True)},
+         {"encoder_depth": 8}, r"enable_elit=True, but its tensors are of a plain SiT"),
+        (lambda s: {"ema": plain(s)}, {"encoder_depth": 8, "decoder_depth": 1},
+         r"decoder_depth=1 is of an ELIT-SiT"),
+        (lambda s: {"ema": s, "args": {"class_dropout_prob": 0.0, "num_classes": 9}}, {},
+         r"embedding_table.weight is \(11, 64\), not \(9, 64\)"),
+    ],
+)  # fmt: skip
+def test_files_and_arguments_that_contradict(tmp_path, state, content, given, message) -> None:
+    torch.save(content(state), tmp_path / "x.pt")
+    refuses(message, from_official_checkpoint, tmp_path / "x.pt", **TINY | given)
+
+
+def test_depths_are_as_given_or_told(tmp_path, file, state) -> None:
     told = public_file(tmp_path / "x.pt", state, args=argparse.Namespace(encoder_depth=2))
-    with pytest.raises(
-        ValueError, match=r"encoder_depth=3 contradicts the args .*give encoder_depth=2"
+    for path, given, split in (
+        (file, {"encoder_depth": 0}, (0, 4, 2)),
+        (file, {"decoder_depth": 0}, (2, 4, 0)),
+        (told, {}, (2, 2, 2)),
     ):
-        from_official_checkpoint(told, encoder_depth=3, num_heads=4)
-    assert from_official_checkpoint(told, **TINY).split == (2, 2, 2)
-
-
-def test_a_plain_sit_given_as_elit_and_the_other_way(tmp_path, state) -> None:
-    plain = make_state(width=32, depth=3, group=None)
-    file = public_file(tmp_path / "x.pt", plain)
-    assert not from_official_checkpoint(file, num_heads=4).is_elastic
-    with pytest.raises(ValueError, match=r"encoder_depth=2 is of an ELIT-SiT, but this is a plain"):
-        from_official_checkpoint(file, **TINY)
-    file = public_file(tmp_path / "x.pt", plain, args=argparse.Namespace(enable_elit=True))
-    with pytest.raises(ValueError, match=r"enable_elit=True, but its tensors are of a plain SiT"):
-        from_official_checkpoint(file, num_heads=4)
-    file = public_file(tmp_path / "x.pt", state, args={"enable_elit": False})
-    with pytest.raises(ValueError, match=r"enable_elit=False, but its tensors are of an ELIT-SiT"):
-        from_official_checkpoint(file, **TINY)
-
-
-def test_arguments_that_are_not_allowed(file) -> None:
-    with pytest.raises(ValueError, match=r"unknown weights 'emma'.*did you mean 'ema'"):
-        from_official_checkpoint(file, weights="emma", **TINY)
-    with pytest.raises(ValueError, match=r"width 64 .*no public one .*\(384, 768, 1024, 1152\)"):
-        from_official_checkpoint(file, encoder_depth=2)
-    with pytest.raises(ValueError, match=r"num_heads=0 is not allowed"):
-        from_official_checkpoint(file, encoder_depth=2, num_heads=0)
-    with pytest.raises(ValueError, match=r"width 64 cannot be divided into 5 heads"):
-        from_official_checkpoint(file, encoder_depth=2, num_heads=5)
+        assert from_official_checkpoint(path, **TINY | given).split == split
+    plain_file = public_file(tmp_path / "y.pt", plain(state))
+    assert not from_official_checkpoint(plain_file, num_heads=4).is_elastic
 
 
 def test_flipped_bits_are_found_by_their_checksum(tmp_path, file) -> None:
-    whole = file.read_bytes()
+    whole, damaged, generator = file.read_bytes(), tmp_path / "x.pt", random.Random(0)
     header = struct.Struct("<26xHH")  # of a member: the lengths of its name and of what follows
     with zipfile.ZipFile(file) as archive:
         members = [m for m in archive.infolist() if "/data/" in m.filename and m.file_size > 1000]
     members.sort(key=lambda member: member.file_size)
-    members = [*members[:-1:6], members[-1]]  # of every size, the least and the largest too
-    generator = random.Random(0)
-    damaged = tmp_path / "x.pt"
-    found = {"ema": 0, "model": 0}
-    for number, member in enumerate(members):
-        lengths = header.unpack_from(whole, member.header_offset)
-        place = member.header_offset + header.size + sum(lengths)
-        place += generator.randrange(member.file_size)
+    found = []
+    for member in [*members[:-1:6], members[-1]]:  # of every size, the least and the largest too
+        place = member.header_offset + header.size + generator.randrange(member.file_size)
+        place += sum(header.unpack_from(whole, member.header_offset))
         changed = bytearray(whole)
         changed[place] ^= 1 << generator.randrange(8)
         damaged.write_bytes(changed)
-        content = read_pickle(damaged)
-        for weights in found:
+        content, hit = read_pickle(damaged), []
+        for weights in ("ema", "model"):
             try:
                 check_bytes(damaged, content[weights])
-            except ValueError as error:
-                assert "do not match their checksum" in str(error)  # noqa: PT017
-                found[weights] += 1
-                if number % 4 == 0:  # whoever loads it is told
-                    with pytest.raises(ValueError, match="do not match their checksum"):
-                        from_official_checkpoint(damaged, weights=weights, **TINY)
-            else:
-                if number % 4 == 0:  # the damage is in weights that nobody asked for
-                    from_official_checkpoint(damaged, weights=weights, **TINY)
-    assert sum(found.values()) >= len(members)  # each is found where it is
-    assert max(found.values()) < len(members)
+            except ValueError:
+                hit.append(weights)
+        found.append(hit)
+    assert all(hit in (["ema"], ["model"], ["ema", "model"]) for hit in found)
+    assert max(sum(weights in hit for hit in found) for weights in ("ema", "model")) < len(found)
+    message = "do not match their checksum"  # whoever loads it is told
+    refuses(message, from_official_checkpoint, damaged, weights=found[-1][0], **TINY)
+    if len(found[-1]) == 1:  # the damage is in weights that nobody asked for
+        other = "model" if found[-1] == ["ema"] else "ema"
+        from_official_checkpoint(damaged, weights=other, **TINY)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -311,18 +307,6 @@ def test_any_damage_is_a_value_error(tmp_path, state, legacy) -> None:
             changed[generator.randrange(len(whole))] = generator.randrange(256)
         (tmp_path / "x.pt").write_bytes(changed)
         refuses(r"x\.pt", from_official_checkpoint, tmp_path / "x.pt", **TINY)
-
-
-@pytest.mark.parametrize("key", [0, None, (1, 2), b"pos_embed"], ids=str)
-def test_keys_are_names(tmp_path, key) -> None:
-    torch.save({"ema": {key: torch.ones(1)}}, tmp_path / "x.pt")
-    refuses(r"not by name", from_official_checkpoint, tmp_path / "x.pt")
-
-
-@pytest.mark.parametrize("path", [None, 5, b"x.pt"], ids=str)
-def test_what_is_no_path(path) -> None:
-    refuses("is no path", from_official_checkpoint, path)
-    refuses("there is no such user", from_official_checkpoint, "~nobody-of-this-name/x.pt")
 
 
 # ---- files that are a little different ----
@@ -375,31 +359,11 @@ def test_wrapped_modules_of_torch_are_read(tmp_path) -> None:
         assert found.keys() == wanted.keys()
 
 
-def test_two_models_in_one_state_dict_are_named(tmp_path, state) -> None:
-    both = {f"{name}.{key}": x for name in ("net", "teacher") for key, x in state.items()}
-    torch.save({"state_dict": both}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"x\.pt cannot be .*net\.pos_embed, teacher\.pos_embed"):
-        from_official_checkpoint(tmp_path / "x.pt", **TINY)
-    twice = state | {f"_orig_mod.{key}": x for key, x in state.items()}
-    torch.save(twice, tmp_path / "y.pt")
-    with pytest.raises(ValueError, match=r"y\.pt cannot be converted: it has .* twice"):
-        from_official_checkpoint(tmp_path / "y.pt", **TINY)
-
-
-def test_safetensors_by_any_name(tmp_path) -> None:
-    golden = (GOLDEN / "elit_tiny.weights.safetensors").read_bytes()
-    (tmp_path / "x.pt").write_bytes(golden)
-    assert isinstance(from_official_checkpoint(tmp_path / "x.pt", **TINY), SiT)
-
-
 def test_what_the_args_tell_is_taken_or_contradicted(tmp_path, state) -> None:
     told = {"encoder_depth": "2", "dit_decoder_depth": 1.0, "num_heads": torch.tensor(8)}
     file = public_file(tmp_path / "x.pt", state, args=told, steps=torch.tensor(7.0))
     model = from_official_checkpoint(file, encoder_depth=2)
     assert (model.split, model.config.num_heads) == ((2, 3, 1), 8)
-    for name, value in (("encoder_depth", 3), ("decoder_depth", 2), ("num_heads", 4)):
-        with pytest.raises(ValueError, match=rf"{name}={value} contradicts the args .*{name}="):
-            from_official_checkpoint(file, **{"encoder_depth": 2} | {name: value})
     report = convert_official(file, tmp_path / "out", ConversionSettings(encoder_depth=2))
     assert report["steps"] == 7
 
@@ -412,15 +376,9 @@ def test_a_model_without_a_null_class_keeps_all_its_classes(tmp_path, state, cap
     assert torch.equal(table[:11], state["y_embedder.embedding_table.weight"])
     assert not table[11].any()
     assert "no null class" in caplog.text
-    args.num_classes = 9
-    with pytest.raises(ValueError, match=r"embedding_table.weight is \(11, 64\), not \(9, 64\)"):
-        from_official_checkpoint(public_file(tmp_path / "x.pt", state, args=args), **TINY)
 
 
 def test_what_means_nothing_is_not_taken_in_silence(tmp_path, state, caplog) -> None:
-    plain = public_file(tmp_path / "x.pt", make_state(width=32, depth=3, group=None))
-    with pytest.raises(ValueError, match=r"decoder_depth=1 is of an ELIT-SiT"):
-        from_official_checkpoint(plain, num_heads=4, decoder_depth=1)
     torch.save(state, tmp_path / "bare.pt")
     from_official_checkpoint(tmp_path / "bare.pt", weights="model", **TINY)
     assert "has one set of weights" in caplog.text

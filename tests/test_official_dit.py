@@ -20,17 +20,17 @@ from elit.interop.dit import read_dit
 HEADS = 4
 
 
-def dit_state(**changes) -> dict[str, Tensor]:
-    """A plain SiT's state dict that predicts noise and its variance."""
-    settings = {"width": 32, "depth": 3, "group": None, "side": 4, "classes": 1000} | changes
-    state = make_state(**settings)
-    last = make_state(**settings | {"channels": 8})
-    return state | {name: v for name, v in last.items() if name.startswith("final_layer.linear")}
+def read(file, **given):
+    return read_dit(file, ConversionSettings("dit", **given))
 
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, Tensor]:
-    return dit_state()
+    """A plain SiT's state dict that predicts noise and its variance."""
+    settings = {"width": 32, "depth": 3, "group": None, "side": 4, "classes": 1000}
+    last = make_state(**settings, channels=8)
+    wide = {name: v for name, v in last.items() if name.startswith("final_layer.linear")}
+    return make_state(**settings) | wide
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def folder(file, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("time", [0, 1, 500, 999])
 def test_outputs_are_those_of_the_formulas(file, state, time) -> None:
     """Written out in tests/sit_reference.py, which the public SiT format's golden values check."""
-    model, _ = read_dit(file, num_heads=HEADS)
+    model, _ = read(file, num_heads=HEADS)
     for module in model.modules():
         if isinstance(module, Timesteps):  # its lowest frequency is that of 128 of 127
             module.downscale_freq_shift = 0
@@ -80,7 +80,7 @@ def test_steps_are_those_of_the_training(folder) -> None:
 def test_a_converted_folder_is_a_pipeline_of_diffusers(folder, file) -> None:
     pipeline = DiTPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    expected = read_dit(file, num_heads=HEADS)[0].state_dict()
+    expected = read(file, num_heads=HEADS)[0].state_dict()
     found = pipeline.transformer.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -140,16 +140,14 @@ def test_convert_tells_what_it_did(file, tmp_path, capsys) -> None:
     assert main([*words, "--encoder-depth", "2"]) == 2
     assert "--encoder-depth 2 is of an ELIT-SiT, not of a DiT" in capsys.readouterr().err
     assert main(["sample", str(tmp_path / "a"), "--labels", "1"]) == 2
-    assert (
-        "not ElitPipeline; load it by diffusers.DiTPipeline.from_pretrained"
-        in capsys.readouterr().err
-    )
+    advice = "not ElitPipeline; load it by diffusers.DiTPipeline.from_pretrained"
+    assert advice in capsys.readouterr().err
 
 
 def test_ema_and_wrapped_training_checkpoints(state, tmp_path) -> None:
     wrapped = {f"module.{name}": value for name, value in state.items()}
     torch.save({"model": wrapped, "ema": state, "steps": 7}, tmp_path / "x.pt")
-    model, about = read_dit(tmp_path / "x.pt", weights="model", num_heads=HEADS)
+    model, about = read(tmp_path / "x.pt", weights="model", num_heads=HEADS)
     assert (about.weights, about.steps, about.stored) == ("model", 7, ["float32"])
     name = "transformer_blocks.2.attn1.to_k.weight"
     assert torch.equal(model.state_dict()[name], state["blocks.2.attn.qkv.weight"][32:64])
@@ -157,10 +155,9 @@ def test_ema_and_wrapped_training_checkpoints(state, tmp_path) -> None:
 
 def test_blocks_do_not_share_memory(file) -> None:
     """Each has the embeddings of its own in diffusers; one that changes must not change others."""
-    model, _ = read_dit(file, num_heads=HEADS)
-    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == len(
-        list(model.parameters())
-    )
+    model, _ = read(file, num_heads=HEADS)
+    places = [p.untyped_storage().data_ptr() for p in model.parameters()]
+    assert len(set(places)) == len(places)
 
 
 @pytest.mark.parametrize(
@@ -188,20 +185,20 @@ def test_blocks_do_not_share_memory(file) -> None:
 )  # fmt: skip
 def test_files_that_are_no_dit(state, tmp_path, change, message) -> None:
     torch.save(change(dict(state)), tmp_path / "x.pt")
-    refuses(message, read_dit, tmp_path / "x.pt", num_heads=HEADS)
+    refuses(message, read, tmp_path / "x.pt", num_heads=HEADS)
 
 
 def test_settings_that_are_not_allowed(file, tmp_path) -> None:
-    refuses(r"width 32 .*no public one .*give num_heads", read_dit, file)
-    refuses(r"num_heads=0 is not allowed", read_dit, file, num_heads=0)
-    refuses(r"cannot be divided into 5 heads", read_dit, file, num_heads=5)
+    refuses(r"width 32 .*no public one .*give num_heads", read, file)
+    refuses(r"num_heads=0 is not allowed", read, file, num_heads=0)
+    refuses(r"cannot be divided into 5 heads", read, file, num_heads=5)
     torch.save({"ema": torch.load(file), "args": {"num_heads": 8}}, tmp_path / "told.pt")
-    with pytest.raises(ValueError, match=r"num_heads=4 contradicts the args .*give num_heads=8"):
-        read_dit(tmp_path / "told.pt", num_heads=HEADS)
-    with pytest.raises(ValueError, match=r"a variance too.*`elit convert dit` makes a DiTPipeline"):
-        from_official_checkpoint(file, num_heads=HEADS)
-    with pytest.raises(ValueError, match=r"unknown format 'dlt'.*did you mean 'dit'"):
-        convert_official(file, tmp_path / "out", ConversionSettings(format="dlt"))
+    message = r"num_heads=4 contradicts the args .*give num_heads=8"
+    refuses(message, read, tmp_path / "told.pt", num_heads=HEADS)
+    message = r"a variance too.*`elit convert dit` makes a DiTPipeline"
+    refuses(message, from_official_checkpoint, file, num_heads=HEADS)
+    message, settings = r"unknown format 'dlt'.*did you mean 'dit'", ConversionSettings("dlt")
+    refuses(message, convert_official, file, tmp_path / "out", settings)
 
 
 def test_settings_of_the_public_ones() -> None:

@@ -6,9 +6,8 @@ from typing import Any
 
 from elit._files import output_folder
 from elit._tables import format_table
-from elit.cli.common import print_report
-from elit.cli.flags import Parser, count, whole_number
-from elit.cli.points import check_run, make_guidance, open_pipeline
+from elit.cli.common import check_run, make_guidance, open_pipeline, print_report
+from elit.cli.flags import Parser, WholeNumber
 from elit.cli.sample import what_to_draw
 from elit.flow.words import DEFAULT_STEPS
 
@@ -22,14 +21,13 @@ of a run each threshold would compute; `elit sample RUN --teacache THRESHOLD` us
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit calibrate`."""
-    parser.add("RUN", "variant", "labels", "prompts")
-    parser.add("budget", nargs="+", default=[1.0], help="budgets to fit to, all at once")
-    parser.add("steps", type=whole_number(3), default=DEFAULT_STEPS)
-    parser.add("guidance", "scale", "guide-budget")
-    parser.add("degree", **count("degree of the polynomial, 1 to 4", 4, most=4))
-    parser.add("seed", "device")
-    parser.add("out", metavar="FILE", help="file to write (default: RUN/teacache.json)")
-    parser.add("json")
+    parser.add("RUN variant labels prompts")
+    parser.add("budget", "budgets to fit to, all at once", nargs="+", default=[1.0])
+    parser.add("steps", kind=WholeNumber(3), default=DEFAULT_STEPS)
+    parser.add("guidance scale guide-budget")
+    parser.add("degree", "degree of the polynomial, 1 to 4", WholeNumber(1, 4), default=4)
+    parser.add("seed device")
+    parser.add("out", "file to write (default: RUN/teacache.json)", metavar="FILE")
     parser.set_defaults(interval=None, sampler=None, dtype="fp32", negative_prompt=None)
 
 

@@ -1,25 +1,30 @@
-"""What the commands print: reports, tables, numbers, messages."""
+"""What commands share: what they print, their messages, and how flags say to draw."""
 
+import argparse
 import contextlib
 import errno
 import json
 import logging
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from elit._files import cache_advice
+from elit.flow.words import DEFAULT_SCALE
 
-
-def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps(value, indent=2))
+if TYPE_CHECKING:
+    from elit.flow.guidance import Guidance
+    from elit.pipelines.base import ElasticPipeline
 
 
 def print_report(report: Any, as_json: bool, show: Callable[[Any], None]) -> int:
     """A command's report, as JSON or by what shows it to people; the exit code 0."""
-    (print_json if as_json else show)(report)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report)
     return 0
 
 
@@ -46,6 +51,19 @@ def one_line(error: Exception) -> str:
         advice = advice or "check that it exists and that you may read and write there"
         return f"{place}{reason}; {advice}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def as_flags(names: Mapping[str, str]) -> Iterator[None]:
+    """Name settings in errors by the flags that they are here."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for name, flag in names.items():
+            text = re.sub(rf"(--)?\b{re.escape(name)}\b", f"--{flag}", text)
+            text = text.replace(f"--{flag}=", f"--{flag} ")
+        raise ValueError(text) from error
 
 
 class _StderrHandler(logging.Handler):
@@ -101,3 +119,49 @@ def quiet_diffusers() -> Iterator[None]:
         diffusers_logging.set_verbosity(verbosity)
         if bar:
             diffusers_logging.enable_progress_bar()
+
+
+# ---- how to draw ----
+
+
+def check_run(name: str) -> None:
+    """Raise a ValueError, before the imports, unless it is a pipeline's folder or may be a name."""
+    from elit.pipelines.folder import check_pipeline_folder
+
+    if check_pipeline_folder(name) is None:
+        tell_of_hub(name)
+
+
+def make_guidance(args: argparse.Namespace) -> "Guidance | None":
+    """Guidance of the flags; a flag without effect is an error."""
+    if args.guidance == "none":
+        for flag in ("scale", "guide_budget", "interval"):
+            if getattr(args, flag) is not None:
+                name = flag.replace("_", "-")
+                raise ValueError(f"--{name} has no effect without guidance; add --guidance ccfg")
+        return None
+    if args.guidance == "cfg" and args.guide_budget is not None:
+        raise ValueError(
+            "--guide-budget has no effect with --guidance cfg, whose guide has the same budget as "
+            "the sample; use --guidance ccfg"
+        )
+    from elit.flow.guidance import make_guidance as guidance_of
+
+    scale = DEFAULT_SCALE if args.scale is None else args.scale
+    if scale == 1:
+        raise ValueError(
+            f"--guidance {args.guidance} has no effect at --scale 1; choose another scale, such as "
+            f"{DEFAULT_SCALE:g}, or leave --guidance out"
+        )
+    interval = (0.0, 1.0) if args.interval is None else tuple(args.interval)
+    return guidance_of(args.guidance, scale, args.guide_budget or "lowest", interval)
+
+
+def open_pipeline(args: argparse.Namespace, local_rank: int = 0) -> "ElasticPipeline":
+    """The pipeline of the flags on its device, of several processes each on its own."""
+    from elit.pipelines import load
+
+    with quiet_diffusers():
+        return load.open_pipeline(
+            args.run, args.device, args.dtype, args.variant, args.sampler, local_rank
+        )

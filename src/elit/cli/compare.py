@@ -6,10 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from elit._files import output_folder, write_json, write_text
+from elit._files import output_folder, typed_path, write_json, write_text
 from elit._tables import format_table
 from elit.cli.common import print_report
-from elit.cli.flags import Parser, flag, path_text
+from elit.cli.flags import Parser
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +23,9 @@ size. Writes a page, and the same numbers as JSON beside it."""
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit compare`."""
-    parser.add("A", **flag("run that was swept, or a sweep.json", "A", path_text))
-    parser.add("B", **flag("run or sweep.json to compare with", "B", path_text))
-    parser.add("out", metavar="FILE", default=PAGE, help="page to write")
-    parser.add("json")
+    parser.add("A", "run that was swept, or a sweep.json", typed_path)
+    parser.add("B", "run or sweep.json to compare with", typed_path)
+    parser.add("out", "page to write", metavar="FILE", default=PAGE)
 
 
 def run(args: argparse.Namespace) -> int:

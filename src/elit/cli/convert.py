@@ -1,15 +1,14 @@
 """`elit convert`: checkpoints of others as folders that every command here takes."""
 
 import argparse
-import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from elit._files import output_folder
-from elit.cli.common import format_count, print_report, quiet_diffusers, tell_of_hub
-from elit.cli.flags import Parser, choice, count, flag, path_text
+from elit._files import output_folder, typed_path
+from elit.cli.common import as_flags, format_count, print_report, quiet_diffusers, tell_of_hub
+from elit.cli.flags import OneOf, Parser, WholeNumber
 from elit.interop import FORMATS, WEIGHTS
 
 USAGE = "elit convert FORMAT FILE.pt OUT [flags]"
@@ -18,28 +17,27 @@ official: the public SiT and ELIT-SiT checkpoints; the folder is an ElitPipeline
 commands take. dit: Facebook's DiT; the folder is a DiTPipeline of diffusers'. The .pt files are
 read without running code of theirs. The weights stay under their own licence, which the folder's
 README.md names."""
+_NAMES = {name: name.replace("_", "-") for name in ("encoder_depth", "decoder_depth", "num_heads")}
 
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit convert`."""
     add = parser.add
-    add("FORMAT", **choice("format of the checkpoint", FORMATS, "format", metavar="FORMAT"))
-    add("FILE", **flag("checkpoint to read", "FILE", path_text))
-    add("OUT", **flag("folder to write, new or empty", "OUT", path_text))
-    about = "weights to take: ema, the average over training, or model"
-    add("weights", **{**choice(about, WEIGHTS, "weights", default="ema"), "help": about})
-    add(
-        "encoder-depth", **count("blocks before the Read (default: 8, as in all public ones)", 8, 0)
-    )
-    add("decoder-depth", **count(
-        "blocks after the Write (default: 4 of L and XL, 2 of S and B)", least=0))  # fmt: skip
-    add("num-heads", **count("attention heads (default: those of the public model of this width)"))
-    add("vae", **flag(
-        "autoencoder to put in, of the hub or a folder (default: none)", "NAME", path_text
-    ))  # fmt: skip
-    add("json")
+    add("FORMAT", "format of the checkpoint: {}", OneOf(FORMATS, "format"))
+    add("FILE", "checkpoint to read", typed_path)
+    add("OUT", "folder to write, new or empty", typed_path)
+    add("weights", "weights to take: ema, the average over training, or model",
+        OneOf(WEIGHTS, "weights"), default="ema")  # fmt: skip
+    add("encoder-depth", "blocks before the Read (default: 8, as in all public ones)",
+        WholeNumber(0), default=8)  # fmt: skip
+    add("decoder-depth", "blocks after the Write (default: 4 of L and XL, 2 of S and B)",
+        WholeNumber(0))  # fmt: skip
+    add("num-heads", "attention heads (default: those of the public model of this width)",
+        WholeNumber())  # fmt: skip
+    add("vae", "autoencoder to put in, of the hub or a folder (default: none)", typed_path)
 
 
+@as_flags(_NAMES)
 def run(args: argparse.Namespace) -> int:
     """Convert and tell."""
     check_paths(args)  # before the imports: a mistake is told at once
@@ -48,10 +46,7 @@ def run(args: argparse.Namespace) -> int:
     given = {field.name: getattr(args, field.name) for field in fields(ConversionSettings)}
     settings = ConversionSettings(**given)
     with quiet_diffusers():
-        try:
-            report = convert_official(args.file, args.out, settings)
-        except ValueError as error:  # whose names are Python's, not those of flags
-            raise ValueError(_with_flags(str(error))) from error
+        report = convert_official(args.file, args.out, settings)
     return print_report(report, args.json, _show)
 
 
@@ -69,16 +64,6 @@ def check_paths(args: argparse.Namespace) -> None:
         raise ValueError(f"there is no file {file}; give a checkpoint's file, such as model.pt")
     if args.vae is not None and not Path(args.vae).is_dir():
         tell_of_hub(args.vae)
-
-
-def _with_flags(message: str) -> str:
-    """A message that names flags instead of Python's arguments."""
-    names = r"\b(encoder_depth|decoder_depth|num_heads)\b(=?)"
-
-    def flag(found: re.Match[str]) -> str:
-        return f"--{found[1].replace('_', '-')}{' ' if found[2] else ''}"
-
-    return re.sub(names, flag, message)
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -2,9 +2,10 @@
 
 import argparse
 
+from elit._files import typed_path
+from elit.cli import train
 from elit.cli.common import quiet_diffusers
-from elit.cli.flags import Parser, flag, path_text, switch
-from elit.cli.train import add_config, add_config_flags, check_and_train, overrides_of
+from elit.cli.flags import Parser
 from elit.training.config_files import load_config, settings_of_base
 
 USAGE = "elit finetune BASE [CONFIG] [--dry-run] [--json] [--key.sub VALUE ...]"
@@ -16,15 +17,14 @@ The same command again goes on with a run that was stopped."""
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit finetune`: those of `elit train`, and the base."""
-    parser.add("BASE", **flag("pretrained pipeline: folder or hub name", "BASE", path_text))
-    add_config(parser, default="finetune")
-    parser.add("dry-run", **switch("check the config, print it in full, and stop"))
-    add_config_flags(parser, without=("retrofit.base", "model.preset", "model.overrides"))
+    parser.add("BASE", "pretrained pipeline: folder or hub name", typed_path)
+    set_here = "retrofit.base", "model.preset", "model.overrides"
+    train.add_arguments(parser, default="finetune", without=set_here)
 
 
 def run(args: argparse.Namespace) -> int:
     """Fine-tune, or with --dry-run only check and print the config."""
-    overrides = overrides_of(args)
+    overrides = train.overrides_of(args)
     config = load_config(args.config, overrides, settings_of_base(args.base))
     with quiet_diffusers():
-        return check_and_train(config, args, overrides)
+        return train.check_and_train(config, args, overrides)

@@ -3,7 +3,8 @@
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from elit._files import typed_path
 from elit.flow.words import DEFAULT_SCALE, GUIDANCES, SAMPLERS
 
 AUTO = "auto"  # as a budget: what `elit sweep` found best within a cap
+Kind = Callable[[str], Any]  # of a value: makes it of what was typed, or raises a ValueError
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -19,16 +21,13 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        if (
-            default is None
-            or default is False
-            or default == argparse.SUPPRESS
-            or "default:" in text
-        ):
+        if default is None or default is False or default in (argparse.SUPPRESS, (), []):
+            return text
+        if "default:" in text:
             return text
         several = default if isinstance(default, list | tuple) else [default]
         shown = " ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in several)
-        return f"{text} (default: {shown})" if several else text
+        return f"{text} (default: {shown})"
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,12 +46,31 @@ class Parser(argparse.ArgumentParser):
         """All flags, such as "--budget"."""
         return [flag for action in self._actions for flag in action.option_strings]
 
-    def add(self, *names: str, **changes: Any) -> None:
-        """Add flags, or arguments, whose names are in capitals: as in FLAGS but for the changes."""
-        for name in names:
-            given = {**FLAGS.get(name, {}), **changes}
+    def add(
+        self,
+        names: str,
+        about: str = "",
+        kind: Kind | None = None,
+        metavar: Any = None,
+        **more: Any,
+    ) -> None:
+        """Add flags, or arguments, whose names are in capitals: as in FLAGS but for what is given.
+
+        Words to choose from stand in for a {} of the help.
+        """
+        for name in names.split():
+            given = {**FLAGS.get(name, {}), **_flag(about, kind, metavar, **more)}
+            parse = given.pop("type", str)
+            if isinstance(parse, OneOf):
+                given["help"] = given["help"].format(", ".join(parse.words))
+            usual = "N" if isinstance(parse, WholeNumber) else "NAME"
+            given.setdefault("metavar", name if name.isupper() else usual)
             word = given.pop("word", name.lower()) if name.isupper() else f"--{name}"
-            self.add_argument(word, **given)
+            self.add_argument(word, type=_told(parse), **given)
+
+    def switch(self, name: str, about: str) -> None:
+        """Add a flag without a value."""
+        self.add_argument(f"--{name}", action="store_true", help=about)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = sys.argv[1:] if args is None else list(args)
@@ -68,172 +86,132 @@ class Parser(argparse.ArgumentParser):
             if word == "--":  # what follows are no flags
                 return
             flag = word.partition("=")[0]
-            if not flag.startswith("-") or flag in self.flags or not math.isnan(_number(word)):
+            if not flag.startswith("-") or flag in self.flags or not math.isnan(as_number(word)):
                 continue
             if flag.startswith(self.open_flags) and flag not in self.open_flags:
                 self.add_argument(flag, dest=flag[2:], default=argparse.SUPPRESS)
                 continue
             long_flags = [known for known in self.flags if known.startswith("--")]
             near = nearest(flag, long_flags) if flag.startswith("--") else None
-            raise ValueError(
-                f"unknown flag {flag}: "
-                + (f"did you mean {near}?" if near else f"`{self.prog} --help` lists all")
-            )
+            hint = f"did you mean {near}?" if near else f"`{self.prog} --help` lists all"
+            raise ValueError(f"unknown flag {flag}: {hint}")
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of leaving the process."""
         raise ValueError(f"{message.removeprefix('argument ')}; see `{self.prog} --help`")
 
 
-# ---- values of flags: each is a `type=` of argparse ----
+# ---- kinds of values ----
 
 
-def _number(text: str) -> float:
+def _told(kind: Kind) -> Kind:
+    """A kind as argparse wants it: of other errors than its own it says nothing."""
+
+    def parse(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+def as_number(text: str) -> float:
+    """A number or a fraction, such as 1/4; nan where it is none."""
     try:
         return float(Fraction(text)) if "/" in text else float(text)
     except (ValueError, ZeroDivisionError, OverflowError):
         return math.nan
 
 
-def whole_number(least: int, most: float = math.inf) -> Callable[[str], int]:
-    """A whole number, at least `least` and at most `most`."""
-    limits = f"at least {least}" + ("" if most == math.inf else f" and at most {most}")
+@dataclass(frozen=True)
+class WholeNumber:
+    """A whole number within limits."""
 
-    def parse(text: str) -> int:
+    least: int = 1
+    most: float = math.inf
+
+    def __call__(self, text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            value = least - 1
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not allowed; give a whole number, {limits}"
+            value = self.least - 1
+        if not self.least <= value <= self.most:
+            most = "" if self.most == math.inf else f" and at most {self.most}"
+            raise ValueError(
+                f"{text!r} is not allowed; give a whole number, at least {self.least}{most}"
             )
         return value
 
-    return parse
 
+@dataclass(frozen=True)
+class OneOf:
+    """One of a few words."""
 
-def even_number(text: str) -> int:
-    """A whole number that two divides."""
-    value = whole_number(2)(text)
-    if value % 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give an even number")
-    return value
+    words: Collection[str]
+    what: str  # they are
+
+    def __call__(self, text: str) -> str:
+        check_choice(text, self.words, self.what)
+        return text
 
 
 def number(text: str) -> float:
     """A finite number."""
-    value = math.nan if "/" in text else _number(text)
+    value = math.nan if "/" in text else as_number(text)
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give a number, such as 1.5")
-    return value
-
-
-def noise_level(text: str) -> float:
-    """A number in [0, 1]."""
-    if not 0 <= (value := _number(text)) <= 1:
-        raise argparse.ArgumentTypeError(
-            f"noise level {text!r} is outside [0, 1]: 0 is data, 1 is noise; give one such as 0.5"
-        )
+        raise ValueError(f"{text!r} is not allowed; give a number, such as 1.5")
     return value
 
 
 def budget(text: str) -> float:
     """A fraction in (0, 1], as a number or as the tables print it: 1/4."""
-    if not 0 < (value := _number(text)) <= 1:
-        raise argparse.ArgumentTypeError(
+    if not 0 < (value := as_number(text)) <= 1:
+        raise ValueError(
             f"budget {text!r} is outside (0, 1]: it is the fraction of the latents to keep; "
             f"give a number such as 0.25 or 1/4, or 1 for all"
         )
     return value
 
 
-def budget_or_auto(text: str) -> float | str:
-    """A budget, or the word that has it chosen."""
-    return AUTO if text == AUTO else budget(text)
-
-
-def one_of(allowed: Iterable[str], what: str) -> Callable[[str], str]:
-    """One of a few words."""
-
-    def parse(text: str) -> str:
-        try:
-            check_choice(text, allowed, what)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        return text
-
-    return parse
-
-
-def path_text(text: str) -> str:
-    """A path, with `~` and `$VARIABLES` replaced; names of the hub and of data sets stay."""
-    try:
-        return typed_path(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 # ---- flags that several commands share ----
 
 
-def flag(about: str, metavar: Any = None, type: Any = str, **more: Any) -> dict[str, Any]:  # noqa: A002
-    """What `add_argument` is given for a flag with a value."""
-    return {"help": about, "metavar": metavar, "type": type, **more}
-
-
-def count(
-    about: str, default: Any = None, least: int = 1, most: float = math.inf, **more: Any
-) -> dict[str, Any]:
-    """A flag with a whole number."""
-    return flag(about, "N", whole_number(least, most), default=default, **more)
-
-
-def choice(
-    about: str, words: Iterable[str], what: str, note: str = "", metavar: str = "NAME", **more: Any
-) -> dict[str, Any]:
-    """A flag with one of a few words, which its help lists before the note."""
-    return flag(f"{about}: {', '.join(words)}{note}", metavar, one_of(words, what), **more)
-
-
-def switch(about: str) -> dict[str, Any]:
-    """A flag without a value."""
-    return {"help": about, "action": "store_true"}
+def _flag(about: str, kind: Kind | None = None, metavar: Any = None, **more: Any) -> dict[str, Any]:
+    given = {"help": about, "type": kind, "metavar": metavar}
+    return {**{key: value for key, value in given.items() if value}, **more}
 
 
 _MADE_FOR = "(default: what the model was made for)"
 FLAGS: dict[str, dict[str, Any]] = {
-    "RUN": flag("folder of a pipeline, or its name on the hub", "RUN", path_text),
-    "NAME_OR_PATH": flag(
-        "preset, or folder of a pipeline or a model", "NAME_OR_PATH", path_text, word="model"
-    ),
-    "variant": flag("variant of the files of weights, such as fp16 (default: none)", "NAME"),
-    "labels": flag("classes to draw (default: all, up to 10)", "L", whole_number(0), nargs="+"),
-    "prompts": flag("texts to draw, with a model that draws texts", "TEXT", nargs="+"),
-    "budget": flag("fraction of the latents to keep", "B", budget, default=1.0),
-    "budgets": flag(
+    "RUN": _flag("folder of a pipeline, or its name on the hub", typed_path),
+    "NAME_OR_PATH": _flag("preset, or folder of a pipeline or a model", typed_path, word="model"),
+    "variant": _flag("variant of the files of weights, such as fp16 (default: none)"),
+    "labels": _flag("classes to draw (default: all, up to 10)", WholeNumber(0), "L", nargs="+"),
+    "prompts": _flag("texts to draw, with a model that draws texts", metavar="TEXT", nargs="+"),
+    "budget": _flag("fraction of the latents to keep", budget, "B", default=1.0),
+    "budgets": _flag(
         "fractions of the latents to keep, such as 1 3/4 0.5 (default: 1 and halves of it)",
-        "B", budget, nargs="+",
+        budget, "B", nargs="+",
     ),
-    "steps": count("steps of the sampler"),
-    "guidance": choice("kind of guidance", GUIDANCES, "guidance", default="none"),
-    "scale": flag(f"scale of the guidance (default: {DEFAULT_SCALE:g})", "S", number),
-    "guide-budget": flag(
-        "budget of the guide, for ag and ccfg (default: the lowest trained)", "B", budget
+    "steps": _flag("steps of the sampler", WholeNumber()),
+    "guidance": _flag("kind of guidance: {}", OneOf(GUIDANCES, "guidance"), default="none"),
+    "scale": _flag(f"scale of the guidance (default: {DEFAULT_SCALE:g})", number, "S"),
+    "guide-budget": _flag(
+        "budget of the guide, for ag and ccfg (default: the lowest trained)", budget, "B"
     ),
-    "interval": flag(
-        "noise levels between which guidance acts (default: 0 1)", ("LOW", "HIGH"), number, nargs=2
+    "interval": _flag(
+        "noise levels between which guidance acts (default: 0 1)", number, ("LOW", "HIGH"), nargs=2
     ),
-    "sampler": choice("sampler", SAMPLERS, "sampler", " (default: the one saved in RUN)"),
-    "seed": flag("seed of the first image", "N", whole_number(0, 2**63 - 1), default=0),
-    "size": flag(
-        f"height and width in pixels {_MADE_FOR}", ("H", "W"), whole_number(1), nargs=2
+    "sampler": _flag("sampler: {} (default: the one saved in RUN)", OneOf(SAMPLERS, "sampler")),
+    "seed": _flag("seed of the first image", WholeNumber(0, 2**63 - 1), default=0),
+    "size": _flag(f"height and width in pixels {_MADE_FOR}", WholeNumber(), ("H", "W"), nargs=2),
+    "frames": _flag(f"frames of a clip {_MADE_FOR}", WholeNumber()),
+    "resolution": _flag("pixels of an image's side", WholeNumber()),
+    "batch-size": _flag("images drawn at a time", WholeNumber(), default=32),
+    "device": _flag("device: auto, cpu, cuda or mps", default="auto"),
+    "dtype": _flag(
+        "data type to compute in: {}", OneOf(("fp32", "bf16"), "dtype"), default="fp32"
     ),
-    "frames": count(f"frames of a clip {_MADE_FOR}"),
-    "resolution": count("pixels of an image's side"),
-    "batch-size": count("images drawn at a time", 32),
-    "device": flag("device: auto, cpu, cuda or mps", "NAME", default="auto"),
-    "dtype": choice("data type to compute in", ("fp32", "bf16"), "dtype", default="fp32"),
-    "out": flag("folder to write into", "DIR", path_text),
-    "json": switch("print one JSON object instead"),
+    "out": _flag("folder to write into", typed_path, "DIR"),
 }  # fmt: skip

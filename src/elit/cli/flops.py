@@ -5,7 +5,7 @@ from typing import Any
 
 from elit._tables import format_table
 from elit.cli.common import flops_column, format_count, print_report
-from elit.cli.flags import Parser, count
+from elit.cli.flags import Parser, WholeNumber
 from elit.cost.flops import TRAIN_BATCH, TRAIN_BATCH_MULTI_BUDGET, flops_report
 from elit.interface.budget import format_budget
 from elit.pipelines.shapes import load_shape
@@ -21,13 +21,11 @@ A multiply-add counts as 2, attention included, of one image or clip and one cal
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit flops`."""
     size = "pixels of an image's side (default: the preset's smallest, or the checkpoint's)"
+    text = "length of the text, with a model that draws texts (default: the longest it takes)"
     parser.add("NAME_OR_PATH")
-    parser.add("resolution", help=size)
-    parser.add("frames", "budgets")
-    parser.add("text-tokens", **count(
-        "length of the text, with a model that draws texts (default: the longest it takes)"
-    ))  # fmt: skip
-    parser.add("json")
+    parser.add("resolution", size)
+    parser.add("frames budgets")
+    parser.add("text-tokens", text, WholeNumber())
 
 
 def run(args: argparse.Namespace) -> int:

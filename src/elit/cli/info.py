@@ -19,8 +19,7 @@ _PACKAGES = ("torch", "diffusers", "safetensors", "scikit-learn", "tensorboard",
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit info`."""
     about = "preset, or folder of a pipeline or a model (default: all presets)"
-    parser.add("NAME_OR_PATH", nargs="?", help=about)
-    parser.add("json")
+    parser.add("NAME_OR_PATH", about, nargs="?")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,7 +27,12 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None:
         shape = load_shape(args.model)
         return print_report(shape.describe(), args.json, lambda card: _show_model(card, shape))
-    return print_report({"installed": installed(), "presets": presets()}, args.json, show_presets)
+    keys = ("model", "parameters", "split", "max_latents")
+    presets = []
+    for name in PRESETS:
+        card = load_shape(name).describe()
+        presets.append({key: card[key] for key in keys} | {"resolutions": [*preset_inputs(name)]})
+    return print_report({"installed": installed(), "presets": presets}, args.json, show_presets)
 
 
 def installed() -> dict[str, str | None]:
@@ -44,16 +48,6 @@ def installed() -> dict[str, str | None]:
     from elit._devices import pick_device
 
     return found | {"device": str(pick_device("auto"))}
-
-
-def presets() -> list[dict[str, Any]]:
-    """What each preset is."""
-    cards = {name: load_shape(name).describe() for name in PRESETS}
-    keys = ("model", "parameters", "split", "max_latents")
-    return [
-        {**{key: card[key] for key in keys}, "resolutions": list(preset_inputs(name))}
-        for name, card in cards.items()
-    ]
 
 
 def _format_split(split: list[int]) -> str:

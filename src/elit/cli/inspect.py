@@ -4,11 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from elit._files import output_folder
+from elit._files import output_folder, typed_path
 from elit.choosing.sweep_file import default_home
-from elit.cli.common import print_report
-from elit.cli.flags import Parser, choice, count, even_number, flag, noise_level, path_text
-from elit.cli.points import check_run, open_pipeline
+from elit.cli.common import check_run, open_pipeline, print_report
+from elit.cli.flags import OneOf, Parser, WholeNumber, as_number
 from elit.data import SPLITS
 from elit.training.config_files import config_of_run, read_flag
 
@@ -27,24 +26,28 @@ def add_arguments(parser: Parser) -> None:
     """Flags of `elit inspect`."""
     parser.open_flags = (f"--{_OPTION}",)
     add = parser.add
-    add("RUN", "variant")
-    add("images", **count("images to look at, spread over the data", 32, 2))
-    add("draws", **flag(
-        "draws of noise for each image, an even number", "N", even_number, default=4
-    ))  # fmt: skip
-    add("sigma", **flag(
-        "noise levels, 1 is noise alone", "S", noise_level, nargs="+", default=[0.25, 0.5, 0.75]
-    ))  # fmt: skip
-    add("budget", nargs="+", default=[1.0, 0.25], help="fractions of the latents to look at")
-    add("steps", default=20, help="steps of the samples that are compared")
-    add("data", **flag("data set (default: the one that RUN was trained on)", "NAME", path_text))
-    add("split", **choice("split of the data set", SPLITS, "split", default="validation"))
-    add("batch-size", help="samples of a forward")
-    add("seed", help="seed of the noise and the shuffles")
+    add("RUN variant")
+    add("images", "images to look at, spread over the data", WholeNumber(2), default=32)
+    add("draws", "draws of noise for each image, an even number", WholeNumber(2), default=4)
+    add("sigma", "noise levels, 1 is noise alone", _noise_level, "S", nargs="+",
+        default=[0.25, 0.5, 0.75])  # fmt: skip
+    add("budget", "fractions of the latents to look at", nargs="+", default=[1.0, 0.25])
+    add("steps", "steps of the samples that are compared", default=20)
+    add("data", "data set (default: the one that RUN was trained on)", typed_path)
+    add("split", "split of the data set: {}", OneOf(SPLITS, "split"), default="validation")
+    add("batch-size", "samples of a forward")
+    add("seed", "seed of the noise and the shuffles")
     add("device")
-    add("out", help="folder to write into (default: RUN/inspected)")
-    add("json")
+    add("out", "folder to write into (default: RUN/inspected)")
     parser.set_defaults(sampler=None, dtype="fp32")
+
+
+def _noise_level(text: str) -> float:
+    if not 0 <= (value := as_number(text)) <= 1:
+        raise ValueError(
+            f"noise level {text!r} is outside [0, 1]: 0 is data, 1 is noise; give one such as 0.5"
+        )
+    return value
 
 
 def run(args: argparse.Namespace) -> int:

@@ -118,6 +118,7 @@ def command_parser(name: str) -> Parser:
         epilog=getattr(module, "EPILOG", None),
     )
     module.add_arguments(parser)
+    parser.switch("json", "print one JSON object instead")
     return parser
 
 

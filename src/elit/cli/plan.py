@@ -4,9 +4,9 @@ import argparse
 from typing import Any
 
 from elit._tables import format_table
+from elit.cli import train
 from elit.cli.common import format_count, print_report
-from elit.cli.flags import Parser, count, flag
-from elit.cli.train import add_config, add_config_flags, overrides_of
+from elit.cli.flags import Parser, WholeNumber, number
 from elit.cost.devices import known_accelerator
 from elit.training.config_files import load_config
 
@@ -19,17 +19,16 @@ gigabyte or two that CUDA and its allocator need; compiled blocks keep less."""
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit plan`: its own, and one for each key of the config."""
-    add_config(parser)
-    parser.add("gpus", **count("number of GPUs", 8))
-    parser.add("gpu", **flag("kind of GPU, such as a100", "NAME", default="h100"))
-    parser.add("mfu", **flag("share of their peak that is reached", "M", float, default=0.5))
-    add_config_flags(parser)
+    parser.add("gpus", "number of GPUs", WholeNumber(), default=8)
+    parser.add("gpu", "kind of GPU, such as a100", default="h100")
+    parser.add("mfu", "share of their peak that is reached", number, "M", default=0.5)
+    train.add_arguments(parser, trains=False)
 
 
 def run(args: argparse.Namespace) -> int:
     """Count and print."""
     known_accelerator(args.gpu)  # before the imports, as all mistakes
-    config = load_config(args.config, overrides_of(args))
+    config = load_config(args.config, train.overrides_of(args))
     from elit.training.estimate import estimate
 
     report = estimate(config, args.gpus, args.gpu, args.mfu)

@@ -4,9 +4,9 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from elit._files import output_folder
+from elit._files import output_folder, typed_path
 from elit.cli.common import print_report, quiet_diffusers
-from elit.cli.flags import Parser, choice, count, flag, number, path_text, switch, whole_number
+from elit.cli.flags import OneOf, Parser, WholeNumber, number
 from elit.preparation.settings import DEFAULT_VAE, DTYPES, PrepareSettings
 
 USAGE = "elit prepare SOURCE OUT [flags]"
@@ -23,46 +23,43 @@ _SHOWN = 5  # skipped rows
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit prepare`."""
-    add = parser.add
-    add("SOURCE", **flag("pictures or clips, and what they are", "SOURCE", path_text))
-    add("OUT", **flag("folder to write", "OUT", path_text, nargs="?"))
-    add("source-config", **flag("config of a data set on the hub that has several", "NAME"))
-    add("split", dest="splits", **flag(
-        "splits of the source, by NAME, or OURS=NAME[FROM:TO], such as 'validation=train[-5%%:]' "
-        "(default: train, and validation or test if there is one)", "NAME", nargs="+", default=()
-    ))  # fmt: skip
+    add, switch = parser.add, parser.switch
+    add("SOURCE", "pictures or clips, and what they are", typed_path)
+    add("OUT", "folder to write", typed_path, nargs="?")
+    add("source-config", "config of a data set on the hub that has several")
+    add("split", "splits of the source, by NAME, or OURS=NAME[FROM:TO], such as "
+        "'validation=train[-5%%:]' (default: train, and validation or test if there is one)",
+        dest="splits", nargs="+", default=())  # fmt: skip
     column = "column of the {}s (default: found by its type or name{})"
-    add("image-column", **flag(column.format("image", ""), "NAME"))
-    add("label-column", **flag(column.format("label", "; none leaves them out"), "NAME"))
-    add("caption-column", **flag(column.format("caption", "; none leaves them out"), "NAME"))
-    add("resolution", nargs="+", default=[256], help="sides in pixels, one or several")
-    add("aspect-ratios", **switch(
-        "make rectangles of about as many pixels that fit the pictures' shapes"))  # fmt: skip
-    add("multiple", **count("number that the sides of such rectangles are multiples of", 64))
-    add("flips", **switch("store each picture mirrored too"))
-    add("frames", help="make clips of so many frames")
-    add("fps", **flag("frames a second of clips (default: as they are)", "F", number))
-    add("clips-per-video", **count(
-        "clips of a video at most: as many as fit without overlap, evenly spread "
-        "(default: 1, of its middle)", 1))  # fmt: skip
-    add("vae", **flag(
-        "autoencoder of diffusers, hub or folder", "NAME", path_text, default=DEFAULT_VAE
-    ))  # fmt: skip
-    add("pixels", **switch("store the pictures themselves, without a VAE"))
-    add("text-encoder", **flag(
-        "encode captions too: by a CLIP, T5 or Qwen, or as a diffusers pipeline does; on the "
-        "hub or a folder", "NAME", path_text))  # fmt: skip
-    add("max-text-length", **count("tokens that texts are padded to (default: the encoder's)"))
-    add("dtype", **choice("data type to compute in", DTYPES, "dtype", default="fp32"))
-    add("store-dtype", **choice("data type to store", DTYPES, "dtype", default="fp16"))
-    add("batch-size", help="pictures encoded at a time")
-    add("part-size", **count("rows that are done or undone together (default: 4096, or fewer)"))
-    add("workers", type=whole_number(0), metavar="N",
-        help="processes that read pictures (default: one less than processors)")  # fmt: skip
+    add("image-column", column.format("image", ""))
+    add("label-column", column.format("label", "; none leaves them out"))
+    add("caption-column", column.format("caption", "; none leaves them out"))
+    add("resolution", "sides in pixels, one or several", nargs="+", default=[256])
+    switch("aspect-ratios",
+           "make rectangles of about as many pixels that fit the pictures' shapes")  # fmt: skip
+    add("multiple", "number that the sides of such rectangles are multiples of", WholeNumber(),
+        default=64)  # fmt: skip
+    switch("flips", "store each picture mirrored too")
+    add("frames", "make clips of so many frames")
+    add("fps", "frames a second of clips (default: as they are)", number, "F")
+    add("clips-per-video", "clips of a video at most: as many as fit without overlap, evenly "
+        "spread (default: 1, of its middle)", WholeNumber(), default=1)  # fmt: skip
+    add("vae", "autoencoder of diffusers, hub or folder", typed_path, default=DEFAULT_VAE)
+    switch("pixels", "store the pictures themselves, without a VAE")
+    add("text-encoder", "encode captions too: by a CLIP, T5 or Qwen, or as a diffusers pipeline "
+        "does; on the hub or a folder", typed_path)  # fmt: skip
+    add("max-text-length", "tokens that texts are padded to (default: the encoder's)",
+        WholeNumber())  # fmt: skip
+    add("dtype", kind=OneOf(DTYPES, "dtype"))
+    add("store-dtype", "data type to store: {}", OneOf(DTYPES, "dtype"), default="fp16")
+    add("batch-size", "pictures encoded at a time")
+    add("part-size", "rows that are done or undone together (default: 4096, or fewer)",
+        WholeNumber())  # fmt: skip
+    add("workers", "processes that read pictures (default: one less than processors)",
+        WholeNumber(0))  # fmt: skip
     add("device")
-    add("verify", **switch("compare with the checksums; see below"))
-    add("dry-run", **switch("tell what would be prepared, and stop"))
-    add("json")
+    switch("verify", "compare with the checksums; see below")
+    switch("dry-run", "tell what would be prepared, and stop")
 
 
 def run(args: argparse.Namespace) -> int:

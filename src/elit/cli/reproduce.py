@@ -6,11 +6,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from elit._files import output_folder
+from elit._files import output_folder, typed_path
 from elit._tables import format_table
 from elit.cli.common import print_report, quiet_diffusers
-from elit.cli.flags import Parser, choice, count, flag, one_of, path_text
-from elit.reproduce.scales import PAPER, SCALES
+from elit.cli.flags import OneOf, Parser, WholeNumber
+from elit.reproduce.scales import PAPER, SCALES, paper_runs
 
 LETTERS = tuple("abcdefghi")
 USAGE = "elit reproduce --scale SCALE [--data FOLDER] [--claims a b ...] [flags]"
@@ -35,15 +35,14 @@ was done, and writes the report anew, of those claims alone, over the one that i
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit reproduce`."""
     add = parser.add
-    words = (*SCALES, PAPER)
-    add("scale", **choice("size of the study", words, "scale", metavar="SCALE", required=True))
-    add("data", **flag("folder with the four idx files of Fashion-MNIST", "FOLDER", path_text))
-    add("out", help="folder of the results (default: runs/reproduce-SCALE)")
-    add("claims", **flag("claims of the report (default: all)", "LETTER", one_of(LETTERS, "claim"),
-        nargs="+"))  # fmt: skip
-    add("workers", **count("processes, of one thread each (default: one a core; at base one)"))
-    add("seeds", **count("trainings of each model (default: the scale's)"))
-    add("json")
+    add("scale", "size of the study: {}", OneOf((*SCALES, PAPER), "scale"), "SCALE", required=True)
+    add("data", "folder with the four idx files of Fashion-MNIST", typed_path, "FOLDER")
+    add("out", "folder of the results (default: runs/reproduce-SCALE)")
+    add("claims", "claims of the report (default: all)", OneOf(LETTERS, "claim"), "LETTER",
+        nargs="+")  # fmt: skip
+    add("workers", "processes, of one thread each (default: one a core; at base one)",
+        WholeNumber())  # fmt: skip
+    add("seeds", "trainings of each model (default: the scale's)", WholeNumber())
 
 
 def run(args: argparse.Namespace) -> int:
@@ -126,8 +125,6 @@ def show_paper(args: argparse.Namespace) -> int:
     for name in ("data", "out", "claims", "workers", "seeds"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} has no effect on --scale paper, which trains nothing")
-    from elit.reproduce.paper import paper_runs
-
     return print_report({"runs": paper_runs()}, args.json, _show_paper)
 
 

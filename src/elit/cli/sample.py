@@ -2,25 +2,20 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elit._files import write_json
+from elit._files import typed_path, write_json
 from elit._tables import format_table
 from elit.choosing.sweep_file import default_home
-from elit.cli.common import flops_column, print_report
-from elit.cli.flags import AUTO, Parser, budget_or_auto, choice, count, flag, number, path_text
-from elit.cli.points import (
-    check_auto,
-    check_run,
-    choose_point,
-    make_guidance,
-    open_pipeline,
-)
+from elit.cli.common import check_run, flops_column, make_guidance, open_pipeline, print_report
+from elit.cli.flags import AUTO, OneOf, Parser, WholeNumber, budget, number
 from elit.flow.words import DEFAULT_STEPS
 
 if TYPE_CHECKING:
+    from elit.flow.guidance import Guidance
     from elit.pipelines.base import ElasticPipeline
 
 MAX_DEFAULT_LABELS = 10
@@ -41,32 +36,27 @@ the same folder."""
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit sample`."""
     add = parser.add
-    add("RUN", "variant", "labels", "prompts")
-    add("negative-prompt", **flag(
-        "text that the guide of cfg or ccfg reads (default: an empty one)", "TEXT"))  # fmt: skip
-    add("count", **count("images of each label or text", 1))
-    add("budget", type=budget_or_auto, nargs="+", default=[1.0],
-        help="fractions of the latents to keep, such as 1 0.5 1/4, or auto: what `elit sweep` "
-        "found best within a cap")  # fmt: skip
-    add("sweep", **flag(
-        "file that `--budget auto` chooses from (default: RUN/swept/sweep.json)", "FILE", path_text
-    ))  # fmt: skip
-    add("max-gflops", **flag("cap on an image's GFLOPs, for `--budget auto`", "G", number))
-    add("max-ms", **flag(
-        "cap on an image's milliseconds on this device, drawn --batch-size at a time, for "
-        "`--budget auto`", "MS", number))  # fmt: skip
-    add("steps", help=f"steps of the sampler (default: {DEFAULT_STEPS})")
-    add("guidance", "scale", "guide-budget", "interval", "sampler")
-    add("teacache", **flag(
-        "skip steps at which less changes than this, such as 0.1; needs `elit calibrate RUN`",
-        "THRESHOLD", number))  # fmt: skip
-    add("seed", "size", "frames")
-    add("video", **choice(
-        "format of clips", ("gif", "mp4"), "video format", " (default: gif)", "FORMAT"
-    ))  # fmt: skip
-    add("batch-size", "device", "dtype")
-    add("out", help="folder of the images (default: a new one in RUN)")
-    add("json")
+    add("RUN variant labels prompts")
+    add("negative-prompt", "text that the guide of cfg or ccfg reads (default: an empty one)",
+        metavar="TEXT")  # fmt: skip
+    add("count", "images of each label or text", WholeNumber(), default=1)
+    add("budget", "fractions of the latents to keep, such as 1 0.5 1/4, or auto: what `elit sweep` "
+        "found best within a cap", lambda text: AUTO if text == AUTO else budget(text),
+        nargs="+", default=[1.0])  # fmt: skip
+    add("sweep", "file that `--budget auto` chooses from (default: RUN/swept/sweep.json)",
+        typed_path, "FILE")  # fmt: skip
+    add("max-gflops", "cap on an image's GFLOPs, for `--budget auto`", number, "G")
+    add("max-ms", "cap on an image's milliseconds on this device, drawn --batch-size at a time, "
+        "for `--budget auto`", number, "MS")  # fmt: skip
+    add("steps", f"steps of the sampler (default: {DEFAULT_STEPS})")
+    add("guidance scale guide-budget interval sampler")
+    add("teacache", "skip steps at which less changes than this, such as 0.1; needs "
+        "`elit calibrate RUN`", number, "THRESHOLD")  # fmt: skip
+    add("seed size frames")
+    add("video", "format of clips: {} (default: gif)", OneOf(("gif", "mp4"), "video format"),
+        "FORMAT")  # fmt: skip
+    add("batch-size device dtype")
+    add("out", "folder of the images (default: a new one in RUN)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -133,6 +123,43 @@ def run(args: argparse.Namespace) -> int:
     counts = None if cache is None else model.cache_counts()
     together = min(args.batch_size, len(what) * args.count)
     return print_report(report, args.json, lambda report: _show(report, counts, together))
+
+
+def check_auto(args: argparse.Namespace) -> None:
+    """Caps are of --budget auto, which stands alone and chooses the guidance too."""
+    given = {"--max-gflops": args.max_gflops, "--max-ms": args.max_ms}
+    caps = [flag for flag, value in given.items() if value is not None]
+    for cap in caps:
+        if not 0 < given[cap] <= 1e18:
+            raise ValueError(f"{cap} {given[cap]:g} is not allowed; give a positive number")
+    if AUTO not in args.budget:
+        caps += ["--sweep"] if args.sweep is not None else []
+        if caps:
+            raise ValueError(f"{caps[0]} has no effect without --budget auto; add it")
+        return
+    if len(args.budget) > 1:
+        raise ValueError("--budget auto stands alone; leave the other budgets out")
+    if not caps:
+        raise ValueError("--budget auto needs a cap; add --max-gflops or --max-ms")
+    if args.guidance != "none":
+        raise ValueError("--budget auto chooses the guidance too; leave --guidance out")
+
+
+def choose_point(
+    args: argparse.Namespace, pipeline: "ElasticPipeline", what: Sequence[Any]
+) -> "Guidance | None":
+    """Set budget, steps and guidance of the flags to what a sweep found best within the caps."""
+    from elit.choosing.choose import choose
+
+    height, width = args.size or (None, None)
+    flops = None if args.max_gflops is None else args.max_gflops * 1e9
+    point = choose(
+        pipeline, flops, args.max_ms, args.steps, what[: args.batch_size], height, width,
+        args.frames, args.sweep,
+    )  # fmt: skip
+    interval = None if point.interval is None else list(point.interval)
+    vars(args).update(point.to_dict(), budget=[point.budget], interval=interval)
+    return point.make_guidance()
 
 
 def what_to_draw(args: argparse.Namespace, model: Any) -> list[Any]:

@@ -7,43 +7,35 @@ from typing import Any
 
 from elit._files import locked
 from elit._tables import format_table
-from elit.cli.common import print_report
-from elit.cli.evaluating import (
-    MOST_STEPS,
+from elit.cli.common import check_run, print_report
+from elit.cli.eval import (
+    STEPS,
     add_evaluation_flags,
     home_of,
     interval_of,
     open_evaluation,
     settings_text,
 )
-from elit.cli.flags import Parser, flag, whole_number
-from elit.cli.points import check_run
+from elit.cli.flags import Parser
 from elit.flow.words import DEFAULT_SCALE, GUIDANCES
 
 USAGE = "elit sweep RUN [--budgets B ...] [--steps N ...] [--guidance NAME ...] [flags]"
-SAMPLES = 1000
-STEPS = (5, 10, 20, 40)
 
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit sweep`."""
     add = parser.add
-    add_evaluation_flags(parser, SAMPLES)
+    add_evaluation_flags(parser, samples=1000)
     add("budgets")
-    add(
-        "steps", type=whole_number(1, MOST_STEPS), nargs="+", default=STEPS, help="numbers of steps"
-    )
-    add("guidance", nargs="+", default=None,
-        help=f"kinds of guidance: {', '.join(GUIDANCES)} (default: all that the model can)",
-    )  # fmt: skip
-    add("scale", nargs="+", help=f"scales of the guidance (default: {DEFAULT_SCALE:g})")
-    add("guide-budget", nargs="+",
-        help="budgets of the guide, for ag and ccfg (default: the lowest trained)")  # fmt: skip
-    add("rank-by", **flag(
-        "score that the fronts and `--budget auto` go by (default: the Frechet distance of the "
-        "first network)", "SCORE"))  # fmt: skip
-    add("out", help="folder of the results (default: RUN/swept)")
-    add("json")
+    add("steps", "numbers of steps", STEPS, nargs="+", default=(5, 10, 20, 40))
+    add("guidance", f"kinds of guidance: {', '.join(GUIDANCES)} (default: all that the model can)",
+        nargs="+", default=None)  # fmt: skip
+    add("scale", f"scales of the guidance (default: {DEFAULT_SCALE:g})", nargs="+")
+    add("guide-budget", "budgets of the guide, for ag and ccfg (default: the lowest trained)",
+        nargs="+")  # fmt: skip
+    add("rank-by", "score that the fronts and `--budget auto` go by (default: the Frechet "
+        "distance of the first network)", metavar="SCORE")  # fmt: skip
+    add("out", "folder of the results (default: RUN/swept)")
 
 
 def run(args: argparse.Namespace) -> int:

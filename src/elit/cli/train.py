@@ -7,10 +7,11 @@ import sys
 from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from elit._plain import describe_type
-from elit.cli.common import print_json
-from elit.cli.flags import Parser, switch
+from elit.cli.common import print_report
+from elit.cli.flags import Parser
 from elit.training.config import TrainConfig
 from elit.training.config_files import built_in_names, config_fields, load_config
 
@@ -21,22 +22,14 @@ Defaults < CONFIG < command line. Keys of data.options and model.overrides are g
 The same command again goes on with a run that was stopped."""
 
 
-def add_arguments(parser: Parser) -> None:
-    """Flags of `elit train`: its own, and one for each key of the config."""
-    add_config(parser)
-    parser.add("dry-run", **switch("check the config, print it in full, and stop"))
-    add_config_flags(parser)
-
-
-def add_config(parser: Parser, default: str | None = None) -> None:
-    """CONFIG."""
+def add_arguments(
+    parser: Parser, default: str | None = None, without: Collection[str] = (), trains: bool = True
+) -> None:
+    """Flags of `elit train`: its own, and one for each key of the config but some."""
     about = f"YAML file, or one of the built-in {built_in_names()}"
-    parser.add("CONFIG", metavar="CONFIG", nargs="?", default=default, help=about)
-
-
-def add_config_flags(parser: Parser, without: Collection[str] = ()) -> None:
-    """`--json`, and a flag for each key of the config but some."""
-    parser.add("json")
+    parser.add("CONFIG", about, nargs="?", default=default)
+    if trains:
+        parser.switch("dry-run", "check the config, print it in full, and stop")
     groups = {"": parser.add_argument_group("the run")}
     for field in config_fields():
         if field.key in without:
@@ -46,12 +39,9 @@ def add_config_flags(parser: Parser, without: Collection[str] = ()) -> None:
             groups[section] = parser.add_argument_group(f"{section}.*")
         about = f"{field.about} ({describe_type(field.hint)}; default: {field.default})"
         groups[section].add_argument(
-            f"--{field.key}",
-            dest=field.key,
-            metavar="VALUE",
-            default=argparse.SUPPRESS,
+            f"--{field.key}", dest=field.key, metavar="VALUE", default=argparse.SUPPRESS,
             help=about.replace("%", "%%"),
-        )
+        )  # fmt: skip
         if field.is_mapping:
             parser.open_flags += (f"--{field.key}.",)
 
@@ -76,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def check_and_train(
     config: TrainConfig, args: argparse.Namespace, overrides: dict[str, str]
 ) -> int:
-    """Check a config, then print it, with --dry-run, or train."""
+    """Check a config, then print it, with --dry-run, or train and say how it ended."""
     from elit.training.preflight import check_config
 
     check_config(config, thorough=args.dry_run)
@@ -86,19 +76,13 @@ def check_and_train(
         print(
             f"elit: {config.model.preset} with the config's overrides: {changes}", file=sys.stderr
         )
-    if not args.dry_run:
-        return train_config(config, args.json)
-    import yaml
+    if args.dry_run:
+        import yaml
 
-    if args.json:
-        print_json(config.to_dict())
-    else:
-        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
-    return 0
+        def show(values: dict[str, Any]) -> None:
+            print(yaml.safe_dump(values, sort_keys=False), end="")
 
-
-def train_config(config: TrainConfig, as_json: bool) -> int:
-    """Train, say how it ended, and give the exit code."""
+        return print_report(config.to_dict(), args.json, show)
     from elit.training.loop import train
 
     result = train(config)
@@ -107,13 +91,12 @@ def train_config(config: TrainConfig, as_json: bool) -> int:
         return code
     folder, sample = result.folder, sample_command(config)
     done = f"step {result.step} of {config.train.steps}"
-    if as_json:
-        report = {"output_dir": str(folder), "step": result.step, "finished": result.finished}
-        print_json({**report, "seconds": result.seconds, "sample": sample})
-    elif result.finished:
-        print(f"trained to {done} in {result.seconds:.0f} s: {folder}\nsample:  {sample}")
-    else:
-        print(f"stopped and saved at {done}: {folder}\nthe same command again goes on")
+    report = {"output_dir": str(folder), "step": result.step, "finished": result.finished}
+    report |= {"seconds": result.seconds, "sample": sample}
+    text = f"stopped and saved at {done}: {folder}\nthe same command again goes on"
+    if result.finished:
+        text = f"trained to {done} in {result.seconds:.0f} s: {folder}\nsample:  {sample}"
+    print_report(report, args.json, lambda _: print(text))
     return code
 
 

@@ -4,11 +4,10 @@ import errno
 import json
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
 from safetensors import SafetensorError
 
 from elit._choices import check_choice
@@ -16,9 +15,9 @@ from elit._files import as_os_error, json_text, open_to_others, sha256_of, typed
 from elit.flow.schedulers import FlowMatchUniformEulerScheduler
 from elit.interop import FORMATS
 from elit.interop.cards import model_card
-from elit.interop.checkpoint import Checkpoint
-from elit.interop.dit import read_dit, training_scheduler
-from elit.interop.official import Unknowns, read_official
+from elit.interop.checkpoint import Checkpoint, ConversionSettings
+from elit.interop.dit import read_dit
+from elit.interop.official import read_official
 from elit.models.sit import SiT
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.preparation.autoencoder import load_vae
@@ -27,19 +26,6 @@ logger = logging.getLogger(__name__)
 
 CONVERSION_FILE = "conversion.json"
 VAE_SCALE = 0.18215  # of the VAE latents that the public models were trained on
-
-
-@dataclass(frozen=True)
-class ConversionSettings:
-    """Settings by which a public checkpoint becomes a folder."""
-
-    format: str = "official"  # "official", of the SiT and ELIT-SiT, or "dit"
-    weights: str = "ema"  # "ema" or "model"
-    encoder_depth: int = 8  # blocks before the Read
-    num_heads: int | None = None  # by default that of the public model of the same width
-    decoder_depth: int | None = None  # blocks after the Write; by default the public models'
-    # autoencoder to put into the folder, a folder or a name on the hub; None leaves it out
-    vae: str | None = None
 
 
 def convert_official(
@@ -61,15 +47,23 @@ def convert_official(
     vae = None if settings.vae is None else load_vae(typed_path(settings.vae))[0]
     if file.is_file():
         logger.info("reading %s, %.2f GB", file, file.stat().st_size / 1e9)
-    model, checkpoint = _read(file, settings)
+    model: SiT | DiTTransformer2DModel
+    read = read_official if settings.format == "official" else read_dit
+    model, checkpoint = read(file, settings)
     if vae is not None:
         _check_vae(vae, settings.vae, model.config.in_channels)
     source = {"file": file.name, "sha256": sha256_of(file)} | vars(settings)
     report = {"source": source} | _about(model, checkpoint)
 
+    if isinstance(model, DiTTransformer2DModel):
+        steps = DDIMScheduler(beta_schedule="linear", clip_sample=False)  # of its training
+        pipeline: DiffusionPipeline = DiTPipeline(model, vae, steps)
+    else:
+        pipeline = ElitPipeline(model, FlowMatchUniformEulerScheduler(), vae)
+
     def write(aside: Path) -> None:
         try:
-            _pipeline(model, vae).save_pretrained(aside)
+            pipeline.save_pretrained(aside)
         except SafetensorError as error:
             raise as_os_error(error, out) from error
         for weights in aside.rglob("*.safetensors"):
@@ -86,25 +80,6 @@ def convert_official(
             raise
         return _same_conversion(out, file, settings)  # another process was faster
     return {"out": str(out)} | report
-
-
-def _read(
-    file: Path, settings: ConversionSettings
-) -> tuple[SiT | DiTTransformer2DModel, Checkpoint]:
-    if settings.format == "official":
-        given = Unknowns(settings.encoder_depth, settings.decoder_depth, settings.num_heads)
-        return read_official(file, settings.weights, given)
-    for name in ("encoder_depth", "decoder_depth"):
-        value = getattr(settings, name)
-        if value != getattr(ConversionSettings, name):
-            raise ValueError(f"{name}={value!r} is of an ELIT-SiT, not of a DiT; leave {name} out")
-    return read_dit(file, weights=settings.weights, num_heads=settings.num_heads)
-
-
-def _pipeline(model: SiT | DiTTransformer2DModel, vae: Any) -> DiffusionPipeline:
-    if isinstance(model, DiTTransformer2DModel):
-        return DiTPipeline(model, vae, training_scheduler())
-    return ElitPipeline(model, FlowMatchUniformEulerScheduler(), vae)
 
 
 def _files_in(folder: Path) -> list[Path]:

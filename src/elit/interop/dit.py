@@ -10,27 +10,21 @@ from collections.abc import Mapping
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DDIMScheduler, DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
-from elit._numbers import is_whole
 from elit.interop.checkpoint import (
+    POSITIONS,
     Checkpoint,
+    ConversionSettings,
+    Shapes,
     agreed,
     as_path,
-    cannot_be_converted,
-    read_checkpoint,
+    heads_of,
+    read_model,
+    sizes_of,
 )
 from elit.interop.official import is_elastic
-from elit.interop.tensors import (
-    POSITIONS,
-    check_keys,
-    check_positions,
-    count_of,
-    heads_of,
-    side_of,
-    tensor_of,
-)
 
 NUM_CLASSES = 1000  # ImageNet's: a DiTPipeline knows no other number
 
@@ -52,36 +46,37 @@ _NAMES = (
 
 
 def read_dit(
-    path: str | os.PathLike, *, weights: str = "ema", num_heads: int | None = None
+    path: str | os.PathLike, given: ConversionSettings
 ) -> tuple[DiTTransformer2DModel, Checkpoint]:
     """Read a public DiT checkpoint, of a state dict or of "ema" and "model"; nothing in it is run.
 
     Raises:
-        ValueError: if the file is no DiT, is damaged, wants code run, or contradicts the arguments.
+        ValueError: if the file is no DiT, is damaged, wants code run, or contradicts the settings.
     """
-    if num_heads is not None and not is_whole(num_heads, 1):
-        raise ValueError(f"num_heads={num_heads!r} is not allowed; give a whole number, at least 1")
-    path = as_path(path)
-    checkpoint = read_checkpoint(path, weights)
-    theirs = checkpoint.tensors
-    with cannot_be_converted(path):
-        heads = agreed("num_heads", num_heads, checkpoint.args.get("num_heads"))
-        settings = _settings_of(theirs, heads)
-        # Its positions are computed, so only parameters are without memory at first.
-        with init_empty_weights(include_buffers=False):
-            model = DiTTransformer2DModel(**settings)
-        check_keys(theirs, _shapes(model))
-        check_positions(model.get_buffer("pos_embed.pos_embed"), theirs)
+    return read_model(as_path(path), given, _make, _to_ours)
+
+
+def _make(
+    checkpoint: Checkpoint, given: ConversionSettings
+) -> tuple[DiTTransformer2DModel, Shapes, Tensor]:
+    given.check_plain("not of a DiT")
+    heads = agreed("num_heads", given.num_heads, checkpoint.args.get("num_heads"))
+    # Its positions are computed, so only parameters are without memory at first.
+    with init_empty_weights(include_buffers=False):
+        model = DiTTransformer2DModel(**_settings_of(checkpoint.tensors, heads))
+    positions = model.get_buffer("pos_embed.pos_embed")
+    shapes: Shapes = {POSITIONS: tuple(positions.shape)}
+    for name, parameter in model.named_parameters():
+        rows, *rest = parameter.shape
+        key = _key_of(name)
+        shapes[key] = (3 * rows if ".attn.qkv." in key else rows, *rest)
+    return model, shapes, positions
+
+
+def _to_ours(model: DiTTransformer2DModel, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of a model: copies, for what was read is a view, and blocks share embeddings."""
     names = (name for name, _ in model.named_parameters())
-    # Copies: what was read is a view of the file, and blocks share embeddings.
-    ours = {name: _part(theirs, name).to(torch.float32, copy=True) for name in names}
-    model.load_state_dict(ours, assign=True)
-    return model.eval(), checkpoint
-
-
-def training_scheduler() -> DDIMScheduler:
-    """The 1000 steps that a DiT was trained on: its variances grow linearly."""
-    return DDIMScheduler(beta_schedule="linear", clip_sample=False)
+    return {name: _part(theirs, name).to(torch.float32, copy=True) for name in names}
 
 
 def _key_of(name: str) -> str:
@@ -100,13 +95,13 @@ def _settings_of(theirs: Mapping[str, Tensor], num_heads: int | None) -> dict[st
     """Arguments of the `DiTTransformer2DModel` that a state dict belongs to."""
     if is_elastic(theirs):
         raise ValueError("it is an ELIT-SiT; use `elit convert official`")
-    width, channels, patch = tensor_of(theirs, "x_embedder.proj.weight", 4).shape[:3]
-    tensor_of(theirs, "blocks.0.mlp.fc1.weight", 2)  # or an error
-    rows = len(tensor_of(theirs, "final_layer.linear.weight", 2))
-    if rows != 2 * patch * patch * channels:
+    sizes = sizes_of(theirs)
+    width, channels, patch = sizes["width"], sizes["channels"], sizes["patch"]
+    rows, wanted = sizes["predicted"], 2 * patch * patch * channels
+    if rows != wanted:
         raise ValueError(
             f"final_layer.linear.weight has {rows} rows for {channels} channels, but a DiT "
-            f"predicts noise and its variance, in {2 * patch * patch * channels}; if it is a SiT, "
+            f"predicts noise and its variance, in {wanted}; if it is a SiT, "
             f"use `elit convert official`"
         )
     heads = heads_of(width, None, num_heads)
@@ -114,35 +109,23 @@ def _settings_of(theirs: Mapping[str, Tensor], num_heads: int | None) -> dict[st
         raise ValueError(f"a width of {width} cannot be divided into {heads} heads; give num_heads")
     if width % 4:
         raise ValueError(f"a width of {width} is no multiple of 4, which its positions need")
-    side = side_of(theirs)
-    if theirs[POSITIONS].shape != (1, side * side, width):  # before a table is made of this size
+    table = (1, sizes["side"] ** 2, width)
+    if theirs[POSITIONS].shape != table:  # before one of this size is made
+        raise ValueError(f"{POSITIONS} is {tuple(theirs[POSITIONS].shape)}, not {table}")
+    if sizes["labels"] != NUM_CLASSES + 1:
         raise ValueError(
-            f"{POSITIONS} is {tuple(theirs[POSITIONS].shape)}, not {(1, side * side, width)}"
-        )
-    labels = len(tensor_of(theirs, "y_embedder.embedding_table.weight", 2))
-    if labels != NUM_CLASSES + 1:
-        raise ValueError(
-            f"its table of labels has {labels} rows, but a DiTPipeline takes label {NUM_CLASSES} "
-            f"as that of no class: only DiTs of {NUM_CLASSES} classes can be converted"
+            f"its table of labels has {sizes['labels']} rows, but a DiTPipeline takes label "
+            f"{NUM_CLASSES} as that of no class: only DiTs of {NUM_CLASSES} classes can be "
+            f"converted"
         )
     return {
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
         "in_channels": channels,
         "out_channels": 2 * channels,
-        "num_layers": count_of(theirs, "blocks."),
-        "sample_size": side * patch,
+        "num_layers": sizes["depth"],
+        "sample_size": sizes["side"] * patch,
         "patch_size": patch,
         "num_embeds_ada_norm": NUM_CLASSES,
         "norm_eps": 1e-6,  # the default is for other models
     }
-
-
-def _shapes(model: DiTTransformer2DModel) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the public file that a model would come from."""
-    shapes = {POSITIONS: tuple(model.get_buffer("pos_embed.pos_embed").shape)}
-    for name, parameter in model.named_parameters():
-        rows, *rest = parameter.shape
-        key = _key_of(name)
-        shapes[key] = (3 * rows if ".attn.qkv." in key else rows, *rest)
-    return shapes

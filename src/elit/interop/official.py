@@ -1,35 +1,29 @@
 """The public SiT and ELIT-SiT checkpoints as models of ours: names, shapes, settings."""
 
-import json
 import logging
 import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elit._numbers import is_whole
 from elit.interface.grid import TokenGrid
 from elit.interop.checkpoint import (
+    POSITIONS,
     Checkpoint,
+    ConversionSettings,
+    Shapes,
     agreed,
     as_path,
     as_whole,
-    cannot_be_converted,
-    read_checkpoint,
-)
-from elit.interop.tensors import (
-    POSITIONS,
-    check_keys,
-    check_positions,
     count_of,
     heads_of,
-    side_of,
+    read_model,
+    sizes_of,
     tensor_of,
 )
 from elit.models.presets import SIT_SIZES
@@ -75,19 +69,6 @@ _CROSS_ATTENTION = (
 )
 
 
-@dataclass(frozen=True)
-class Unknowns:
-    """Settings that no tensor tells."""
-
-    encoder_depth: int = 8  # blocks before Read
-    # blocks after Write; None takes the public models' number at this depth
-    decoder_depth: int | None = None
-    # attention heads; None takes the public models' number at this width
-    num_heads: int | None = None
-    # of a model without a null class; None if the last label is the null class
-    num_classes: int | None = None
-
-
 def from_official_checkpoint(
     path: str | os.PathLike,
     *,
@@ -111,81 +92,53 @@ def from_official_checkpoint(
         ValueError: if the file is none of these, is damaged, wants code run, or contradicts the
             arguments.
     """
-    given = Unknowns(encoder_depth, decoder_depth, num_heads)
-    return read_official(path, weights, given)[0]
+    given = ConversionSettings(
+        weights=weights, encoder_depth=encoder_depth, num_heads=num_heads,
+        decoder_depth=decoder_depth,
+    )  # fmt: skip
+    return read_official(path, given)[0]
 
 
-def read_official(path: str | os.PathLike, weights: str, given: Unknowns) -> tuple[SiT, Checkpoint]:
+def read_official(path: str | os.PathLike, given: ConversionSettings) -> tuple[SiT, Checkpoint]:
     """Read a checkpoint, with what else its file tells."""
-    for name, least in (("encoder_depth", 0), ("num_heads", 1), ("decoder_depth", 0)):
-        value = getattr(given, name)
-        if not (is_whole(value, least) or (value is None and name != "encoder_depth")):
-            raise ValueError(
-                f"{name}={value!r} is not allowed; give a whole number, at least {least}"
-            )
-    path = as_path(path)
-    _refuse_diffusers(path)
-    checkpoint = read_checkpoint(path, weights)
-    theirs = checkpoint.tensors
-    with cannot_be_converted(path):
-        elastic = is_elastic(theirs)
-        given = _agreed(checkpoint.args, elastic, given)
-        settings = settings_of(theirs, given)
-        with torch.device("meta"):
-            model = SiT(**settings)
-        check_keys(theirs, official_shapes(model, null_class=given.num_classes is None))
-        check_positions(positions_of(model), theirs)
-    if given.num_classes is not None:
+    return read_model(as_path(path), given, _make, to_ours)
+
+
+def _make(checkpoint: Checkpoint, given: ConversionSettings) -> tuple[SiT, Shapes, Tensor]:
+    args = checkpoint.args
+    num_classes = _without_null(args)
+    given = _agreed(args, is_elastic(checkpoint.tensors), given)
+    with torch.device("meta"):
+        model = SiT(**settings_of(checkpoint.tensors, given, num_classes))
+    if num_classes is not None:
         logger.warning(
-            "%s has no null class: the one here is zeros, so draw without CFG and cheap CFG", path
+            "%s has no null class: the one here is zeros, so draw without CFG and cheap CFG",
+            checkpoint.path,
         )
-    model.load_state_dict(to_ours(model, theirs), assign=True)
-    return model.eval(), checkpoint
+    return model, official_shapes(model, num_classes is None), positions_of(model)
 
 
-def _agreed(args: Mapping[str, Any], elastic: bool, given: Unknowns) -> Unknowns:
+def _agreed(
+    args: Mapping[str, Any], elastic: bool, given: ConversionSettings
+) -> ConversionSettings:
     """Settings that no tensor tells: as given or in the file's `args`, which must agree."""
     kind = "an ELIT-SiT" if elastic else "a plain SiT: none of its keys is of input_token_editor"
     told = args.get("enable_elit")
     if told in (0, 1) and bool(told) != elastic:
         raise ValueError(f"its args say enable_elit={told}, but its tensors are of {kind}")
     heads = agreed("num_heads", given.num_heads, args.get("num_heads"))
-    if elastic:
-        depth = agreed("encoder_depth", given.encoder_depth, args.get("encoder_depth"))
-        decoder_depth = agreed("decoder_depth", given.decoder_depth, args.get("dit_decoder_depth"))
-        return Unknowns(8 if depth is None else depth, decoder_depth, heads, _without_null(args))
-    for name in ("encoder_depth", "decoder_depth"):
-        value = getattr(given, name)
-        if value != getattr(Unknowns, name):
-            raise ValueError(
-                f"{name}={value!r} is of an ELIT-SiT, but this is {kind}; leave {name} out"
-            )
-    return Unknowns(num_heads=heads, num_classes=_without_null(args))
+    if not elastic:
+        given.check_plain(f"but this is {kind}")
+        return replace(given, num_heads=heads)
+    depth = agreed("encoder_depth", given.encoder_depth, args.get("encoder_depth"))
+    decoder_depth = agreed("decoder_depth", given.decoder_depth, args.get("dit_decoder_depth"))
+    return replace(given, encoder_depth=depth, decoder_depth=decoder_depth, num_heads=heads)
 
 
 def _without_null(args: Mapping[str, Any]) -> int | None:
     """The number of classes of a model that was trained without a null class, else None."""
     dropout = args.get("class_dropout_prob", args.get("cfg_prob"))
     return as_whole(args.get("num_classes")) if dropout == 0 else None
-
-
-def _refuse_diffusers(path: Path) -> None:
-    """Raise a ValueError that says what to do with a folder of diffusers'."""
-    for name in ("transformer/config.json", "config.json"):
-        try:
-            kind = json.loads((path / name).read_text(encoding="utf-8"))["_class_name"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if str(kind) in ("DiTTransformer2DModel", "Transformer2DModel"):
-            raise ValueError(
-                f"{path} holds a {kind} of diffusers', such as DiT-XL/2: it predicts noise and its "
-                f"variance at 1000 steps, not a velocity, and can be no ElitPipeline. Load it as a "
-                f"DiTPipeline, and make its transformer elastic with elasticize"
-            )
-        raise ValueError(
-            f"{path} is a folder with a {kind}, not a public SiT's .pt file; our own folders are "
-            f"loaded by ElitPipeline.from_pretrained"
-        )
 
 
 # ---- what a state dict means ----
@@ -200,11 +153,10 @@ def official_name(name: str) -> str:
     return re.sub(f"^{pattern}", theirs, name)
 
 
-def official_shapes(model: SiT, null_class: bool = True) -> dict[str, tuple[int, ...]]:
+def official_shapes(model: SiT, null_class: bool = True) -> Shapes:
     """Keys and shapes of the public file that a model would come from."""
     width = model.config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {}
-    shapes[POSITIONS] = (1, model.own_grid().num_tokens, width)
+    shapes: Shapes = {POSITIONS: (1, model.own_grid().num_tokens, width)}
     for name, parameter in model.named_parameters():
         shapes[official_name(name)] = tuple(parameter.shape)
     if not null_class:
@@ -245,44 +197,46 @@ def is_elastic(theirs: Mapping[str, Tensor]) -> bool:
     return any(key.startswith((READ, WRITE)) for key in theirs)
 
 
-def settings_of(theirs: Mapping[str, Tensor], unknowns: Unknowns) -> dict[str, Any]:
+def settings_of(
+    theirs: Mapping[str, Tensor], given: ConversionSettings, num_classes: int | None = None
+) -> dict[str, Any]:
     """Arguments of the `SiT` that a state dict belongs to.
+
+    Args:
+        theirs: the state dict.
+        given: what no tensor tells.
+        num_classes: of a model without a null class; None if the last label is the null class.
 
     Raises:
         ValueError: if what settings are read from is missing or of an impossible shape.
     """
-    patches = tensor_of(theirs, "x_embedder.proj.weight", 4)
-    width, channels, patch = patches.shape[:3]
-    side = side_of(theirs)
-    hidden, projected = tensor_of(theirs, "blocks.0.mlp.fc1.weight", 2).shape
-    last = tensor_of(theirs, "final_layer.linear.weight", 2)
-    if len(last) == 2 * patch * patch * channels:
+    sizes = sizes_of(theirs)
+    channels, patch, predicted = sizes["channels"], sizes["patch"], sizes["predicted"]
+    if predicted == 2 * patch * patch * channels:
         raise ValueError(
-            f"final_layer.linear.weight has {len(last)} rows for {channels} channels: it predicts "
+            f"final_layer.linear.weight has {predicted} rows for {channels} channels: it predicts "
             f"a variance too, as DiT and the first SiT do, whose tensors look alike. If it is a "
             f"DiT, `elit convert dit` makes a DiTPipeline of it; the first SiT is not read here"
         )
-    depth = count_of(theirs, "blocks.")
-    rows = len(tensor_of(theirs, "y_embedder.embedding_table.weight", 2))
     norm = theirs.get("blocks.0.attn.q_norm.weight")
     settings: dict[str, Any] = {
-        "sample_size": side * patch,
+        "sample_size": sizes["side"] * patch,
         "in_channels": channels,
         "patch_size": patch,
-        "hidden_size": width,
-        "num_heads": heads_of(width, norm, unknowns.num_heads),
-        "depth": depth,
-        "num_classes": unknowns.num_classes or rows - 1,
-        "mlp_ratio": hidden / projected,
+        "hidden_size": sizes["width"],
+        "num_heads": heads_of(sizes["width"], norm, given.num_heads),
+        "depth": sizes["depth"],
+        "num_classes": num_classes or sizes["labels"] - 1,
+        "mlp_ratio": sizes["hidden"] / sizes["projected"],
         "qk_norm": norm is not None,
     }
     if is_elastic(theirs):
-        settings |= _interface(theirs, side, depth, unknowns)
+        settings |= _interface(theirs, sizes["side"], sizes["depth"], given)
     return settings
 
 
 def _interface(
-    theirs: Mapping[str, Tensor], side: int, depth: int, unknowns: Unknowns
+    theirs: Mapping[str, Tensor], side: int, depth: int, given: ConversionSettings
 ) -> dict[str, Any]:
     """The arguments of an elastic model alone."""
     num_latents = len(tensor_of(theirs, f"{READ}learned_query_embed", 2))
@@ -290,7 +244,7 @@ def _interface(
     if group * group != num_latents:
         raise ValueError(f"{num_latents} latents of {READ}learned_query_embed are no square group")
     TokenGrid((side, side), (group, group))  # or an error
-    encoder_depth, decoder_depth = unknowns.encoder_depth, unknowns.decoder_depth
+    encoder_depth, decoder_depth = given.encoder_depth, given.decoder_depth
     if decoder_depth is None:
         decoder_depth = SIT_SIZES["xl" if depth > SIT_SIZES["b"].depth else "b"].tail
     if encoder_depth + decoder_depth >= depth:

@@ -135,7 +135,7 @@ def as_long(study: Study) -> Models:
 
 def at_each_budget(study: Study) -> dict[str, OperatingPoint]:
     """How ELIT-MB is drawn at its budgets, the largest first."""
-    budgets = study.trainings.budgets(study.models("elit-mb").trainings[0])
+    budgets = study.budgets(study.models("elit-mb").trainings[0])
     return {format_budget(budget): study.unguided(budget) for budget in budgets}
 
 
@@ -308,7 +308,7 @@ def over_sampling_flops(
 
 def as_costly(study: Study, budget: float) -> list[OperatingPoint]:
     """The steps at a budget that cost what the scale's do at full budget."""
-    full, cost = (study.trainings.forward_flops("elit-mb", b) for b in (1.0, budget))
+    full, cost = (study.forward_flops("elit-mb", b) for b in (1.0, budget))
     targets = study.scale.equal_steps
     return [OperatingPoint(budget, max(1, round(steps * full / cost))) for steps in targets]
 

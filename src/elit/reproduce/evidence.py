@@ -170,7 +170,7 @@ class Models:
         self.study, self.trainings, first = study, trainings, trainings[0]
         self.title, self.size = first.form.title, first.size.name
         self.steps, self.step_flops = first.steps, first.step_flops
-        self.trained = [study.trainings.train(training) for training in trainings]
+        self.trained = [study.train(training) for training in trainings]
 
     def at(self, size: Size) -> "Models":
         """The same variant of another size."""
@@ -178,10 +178,10 @@ class Models:
 
     @property
     def looked(self) -> list[Piece]:
-        return [self.study.trainings.look(training) for training in self.trainings]
+        return [self.study.look(training) for training in self.trainings]
 
     def drawn(self, point: OperatingPoint) -> list[Piece]:
-        return [self.study.trainings.draw(training, point) for training in self.trainings]
+        return [self.study.draw(training, point) for training in self.trainings]
 
     def results(self, pieces: Iterable[Piece]) -> list[Mapping[str, Any]]:
         return [self.study.results[piece.key] for piece in pieces]
@@ -228,20 +228,17 @@ class Models:
         return f"real pictures: accuracy {self.score('real_accuracy', point).mean:.3f}"
 
 
-class Study:
+class Study(Trainings):
     """Models of a study by what they are, and results of its pieces once there are any."""
 
-    def __init__(self, trainings: Trainings):
-        self.trainings, self.scale = trainings, trainings.scale
-        self.results: Mapping[str, Mapping[str, Any]] = {}
+    results: Mapping[str, Mapping[str, Any]] = {}
 
     def models(
         self, variant: str, size: Size | None = None, few: bool = False, steps: int | None = None
     ) -> Models:
         """A variant's trainings of all seeds or of fewer, at equal FLOPs or of so many steps."""
         seeds = range(self.scale.few_seeds if few else self.scale.seeds)
-        make = self.trainings.training
-        return Models(self, [make(variant, seed, size, steps) for seed in seeds])
+        return Models(self, [self.training(variant, seed, size, steps) for seed in seeds])
 
     def samples(self, variant: str, *points: OperatingPoint) -> list[Piece]:
         """Pieces that train a variant and draw its samples; none where loss is all."""

@@ -34,7 +34,7 @@ def write_report(
         "scale": study.scale.name,
         "settings": study.scale.settings()
         | {"seeds": study.scale.seeds, "few_seeds": study.scale.few_seeds},
-        "data": repr(study.trainings.dataset),
+        "data": repr(study.dataset),
         "rule": RULE,
         "claims": {
             letter: {

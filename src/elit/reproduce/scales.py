@@ -74,3 +74,19 @@ SCALES = {
     ),
 }  # fmt: skip
 PAPER = "paper"  # too large to be trained here: its commands are printed
+CONFIGS = tuple(
+    f"imagenet-{side}/{name}"
+    for side in (256, 512)
+    for name in ("dit", "elit-dit", "elit-dit-mb", "uvit", "elit-uvit", "elit-uvit-mb")
+)
+
+
+def paper_runs(gpus: int = 8) -> list[dict[str, Any]]:
+    """The command of each of the paper's own runs, with what it costs."""
+    from elit.training.config_files import load_config
+    from elit.training.estimate import estimate
+
+    start = f"torchrun --nproc-per-node {gpus} -m elit train"
+    return [
+        {"command": f"{start} {name}", **estimate(load_config(name, {}), gpus)} for name in CONFIGS
+    ]

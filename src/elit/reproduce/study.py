@@ -1,6 +1,5 @@
 """A study: all pieces of its claims, done once, by processes side by side; then the report."""
 
-import ast
 import hashlib
 import json
 import platform
@@ -21,7 +20,6 @@ from elit.data import ImageDataset, load_dataset
 from elit.reproduce.claims import CLAIMS
 from elit.reproduce.evidence import Study
 from elit.reproduce.report import write_report
-from elit.reproduce.runs import Trainings
 from elit.reproduce.scales import Scale
 from elit.reproduce.workers import do_all, end_if_imported
 from elit.training.config import DataConfig
@@ -33,7 +31,7 @@ _ROOMS = (
     "choosing/points.py", "reproduce/measure.py", "reproduce/runs.py", "reproduce/spread.py",
 )  # fmt: skip
 _DIFFERS = {
-    "code": "elit's code, or the version of Python, has changed since",
+    "code": "elit's code has changed since",
     "data": "the data are others",
 }
 
@@ -71,19 +69,18 @@ def reproduce(
             raise ValueError(f"{name} is {value}; give 1 or more")
     if seeds is not None:
         scale = replace(scale, seeds=seeds, few_seeds=seeds)
-    trainings = Trainings(scale, folder, data)
+    study = Study(scale, folder, data)
     held_out = load_dataset(data.name, "validation", **data.options)
     with locked(folder, f"another study runs in {folder}; wait for its end"):
-        started = check_stamp(folder, scale, [trainings.dataset, held_out])
+        started = check_stamp(folder, scale, [study.dataset, held_out])
         remove_leftovers(folder / "pieces")
-        study = Study(trainings)
         letters = sorted(set(claims))
         needs = {c: {piece.key: piece for piece in CLAIMS[c].needs(study)} for c in letters}
         pieces = {key: piece for needed in needs.values() for key, piece in needed.items()}
         count = workers or scale.workers or usable_cores()
         todo = {k: p for k, p in pieces.items() if not p.file(folder).exists()}
         if todo:
-            do_all(needs, todo, min(count, len(todo)), trainings, progress)
+            do_all(needs, todo, min(count, len(todo)), study, progress)
         left = sum(not p.file(folder).exists() for p in pieces.values())
         if left:
             return StudyResult(folder, False, len(pieces) - left, len(pieces))
@@ -140,21 +137,8 @@ def code_digest() -> str:
     for room in _ROOMS:
         place = root / room
         for file in [place] if place.is_file() else sorted(place.rglob("*.py")):
-            digest.update(without_words(file.read_text(encoding="utf-8")).encode())
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def without_words(code: str) -> str:
-    """What code does, without comments, docstrings and layout."""
-    tree = ast.parse(code)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            node.body = [
-                line
-                for line in node.body
-                if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
-            ]
-    return ast.dump(tree)
 
 
 def machine(device: str) -> str:
