@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elit.interface import Read, TailDropping, TokenGrid, Write, resolve_budget
 from elit.interface.budget import check_num_latents, default_budgets
-from elit.interface.grid import format_size
+from elit.interface.fit import format_size
 
 DIM, HEADS = 16, 2
 

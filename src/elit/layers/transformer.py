@@ -7,34 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elit._numbers import check_whole, is_real, is_whole
-
-# ---- how weights start ----
-
-
-def init_weights(module: nn.Module) -> None:
-    """Initialise one module; for `model.apply`, which visits children before their parents.
-
-    Xavier-uniform matrices with zero biases and N(0, 0.02) embeddings; after those, a parent's
-    own `reset_parameters` has the last word (zero gates, learned latents).
-    """
-    if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-        return  # there is nothing to fill, and trying takes longer than making the model
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    elif callable(reset := getattr(module, "reset_parameters", None)):
-        reset()
-
-
-def zero_(linear: nn.Linear) -> None:
-    """Make a linear layer give zero."""
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-
+from elit.layers.initial import zero_
+from elit.layers.sizes import head_dim, pairs_per_axis
 
 # ---- rotary positions, over any number of axes ----
 
@@ -60,17 +34,6 @@ def rotary_embedding(places: Tensor, head_dim: int, theta: float) -> Rotary:
     angle = torch.cat(angles, dim=-1)[:, None]  # (N, 1, d/2)
     cos, sin = angle.cos(), angle.sin()
     return Rotary(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
-
-
-def pairs_per_axis(head_dim: int, num_axes: int) -> list[int]:
-    """Pairs of features that each axis turns, of heads of width `head_dim`."""
-    pairs = head_dim // 2
-    if head_dim % 2 or pairs < num_axes:
-        raise ValueError(
-            f"heads of width {head_dim} cannot carry rotary positions of {num_axes} axes; "
-            f"use an even width of at least {2 * num_axes} (hidden_size / num_heads)"
-        )
-    return [pairs // num_axes + (axis >= num_axes - pairs % num_axes) for axis in range(num_axes)]
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
@@ -121,11 +84,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, layer_norm(x), 1 + scale)
 
 
-def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """x + gate * update, in one pass over memory."""
-    return torch.addcmul(x, gate, update)
-
-
 # ---- attention with normalised queries and keys ----
 
 
@@ -138,16 +96,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, T)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)  # (B, S, H*d)
-
-
-def head_dim(dim: int, num_heads: int) -> int:
-    """Width of one head."""
-    if not is_whole(dim) or not is_whole(num_heads) or dim % num_heads:
-        raise ValueError(
-            f"width {dim} cannot be divided into {num_heads} heads; "
-            f"choose a number of heads that divides {dim}"
-        )
-    return dim // num_heads
 
 
 class HeadNorm(nn.RMSNorm):
@@ -215,9 +163,7 @@ class MLP(nn.Sequential):
     """Two linear layers with a tanh-approximated GELU between."""
 
     def __init__(self, dim: int, ratio: float, bias: bool = True):
-        hidden = ratio * dim if is_real(ratio) else 0
-        if not is_real(hidden) or not is_whole(hidden := round(hidden)):
-            raise ValueError(f"mlp_ratio={ratio!r} is not allowed; give a number above 0, as 4")
+        hidden = round(ratio * dim)
         super().__init__(
             nn.Linear(dim, hidden, bias), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim, bias)
         )
@@ -245,8 +191,8 @@ class TransformerBlock(nn.Module):
 
     def take_in(self, x: Tensor, update: Tensor, attention: Modulation, mlp: Modulation) -> Tensor:
         """Add attention's update, then the MLP's: (B, N, D)."""
-        x = gated_add(x, attention.gate, update)
-        return gated_add(x, mlp.gate, self.mlp(modulate(x, mlp.shift, mlp.scale)))
+        x = torch.addcmul(x, attention.gate, update)
+        return torch.addcmul(x, mlp.gate, self.mlp(modulate(x, mlp.shift, mlp.scale)))
 
 
 class FinalLayer(nn.Module):
@@ -301,7 +247,6 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, dim: int, num_classes: int):
         super().__init__()
-        check_whole(num_classes, "num_classes")
         self.null_label = num_classes
         self.table = nn.Embedding(num_classes + 1, dim)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from elit._devices import wide
 from elit._numbers import is_whole
 from elit.interface.grid import TokenGrid
+from elit.layers.initial import init_weights, zero_
 from elit.layers.transformer import (
     MLP,
     AdaLNZero,
@@ -21,16 +22,12 @@ from elit.layers.transformer import (
     LabelEmbedding,
     TimestepEmbedding,
     TransformerBlock,
-    gated_add,
-    init_weights,
     modulate,
-    zero_,
 )
-from elit.models.elastic import ClassConditional
-from elit.models.geometry import Geometry
+from elit.models.elastic import ElasticMixin
 
 
-class SiT(ClassConditional, ModelMixin, ConfigMixin):
+class SiT(ElasticMixin, ModelMixin, ConfigMixin):
     """Class-conditional diffusion transformer on images, as the public SiT and ELIT-SiT have it.
 
     Other than in `DiT`, positions are absolute and no block rotates by them, queries and keys are
@@ -72,8 +69,7 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
         write_depth: int = 1,
     ):
         super().__init__()
-        shape = (sample_size, in_channels, patch_size, group, min_latents)
-        self.set_geometry(Geometry.of(*shape, (depth, head, tail)))
+        self.set_geometry()
         grid = self.own_grid()
         if not is_whole(hidden_size) or hidden_size % 4:
             raise ValueError(
@@ -111,7 +107,7 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
                 f"sample_size={self.sample_size} has {len(self.sample_size)} axes, but a "
                 f"{type(self).__name__} takes images alone; give (h, w), or use a DiT"
             )
-        return self.geometry.grid((1, self.in_channels, *self.sample_size))
+        return self.geometry.grid(self.sample_size)
 
     def forward(
         self,
@@ -133,7 +129,7 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
 
         tokens = self.patch_embed(grid.patchify(hidden_states, self.patch_size))  # (B, N, D)
         tokens = tokens + self.positions(grid, tokens)
-        condition = self.embed_condition(levels, labels)  # (B, D)
+        condition = F.silu(self.time_embed(levels) + self.label_embed(labels))  # (B, D)
         tokens = self.run(head, tokens, condition, None)  # (B, N, D)
         if self.read is not None:
             tokens = self.places(tokens, grid)
@@ -289,9 +285,9 @@ class SiTRead(nn.Module):
         # that is 0.3 % in an XL.
         queries = self.latents.expand(context.shape[0], -1, -1)  # (B*G, J, D)
         update = self.attention(queries, context).view_as(tokens)  # (B, N, D)
-        latents = gated_add(self.latents.repeat(grid.num_groups, 1), attention.gate, update)
+        latents = torch.addcmul(self.latents.repeat(grid.num_groups, 1), attention.gate, update)
         update = self.mlp(modulate(latents, mlp.shift, mlp.scale))
-        return gated_add(latents, mlp.gate, update) + self.places_on(grid)
+        return torch.addcmul(latents, mlp.gate, update) + self.places_on(grid)
 
     def places_on(self, grid: TokenGrid) -> Tensor:
         """Learned vector of each latent's place (N, D); interpolated on a grid of another size."""

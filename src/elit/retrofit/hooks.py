@@ -23,7 +23,8 @@ from elit.caching.hooks import registry_of
 from elit.caching.hooks import remove_hooks as remove_named_hooks
 from elit.caching.ports import argument_names
 from elit.interface.budget import check_num_latents
-from elit.interface.grid import TokenGrid, format_size
+from elit.interface.fit import format_size
+from elit.interface.grid import TokenGrid
 from elit.retrofit.adapters import install_adapters
 from elit.retrofit.places import latent_places
 from elit.retrofit.session import Call, Session, join_batch, split_batch
