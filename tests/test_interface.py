@@ -15,6 +15,7 @@ from torch import Tensor
 from elit.interface import Read, TailDropping, TokenGrid, Write, resolve_budget
 from elit.interface.budget import check_num_latents, default_budgets
 from elit.interface.fit import format_size
+from elit.interface.initial import init_weights
 
 DIM, HEADS = 16, 2
 
@@ -238,8 +239,8 @@ def test_chosen_latents_are_the_rows_of_reading_all() -> None:
 def test_closed_gates_give_the_learned_latents_and_the_tokens() -> None:
     grid = TokenGrid((4, 4), (2, 2))
     read, write = make_read(4), make_write(4)
-    read.modulation.reset_parameters()
-    write.modulation.reset_parameters()
+    init_weights(read.modulation)
+    init_weights(write.modulation)
     tokens, condition = make_tokens(grid)
     with torch.no_grad():
         latents = read(tokens, condition, grid, 3).unflatten(1, (4, 3))
@@ -274,8 +275,7 @@ def test_read_and_write_by_their_formulas() -> None:
         torch.testing.assert_close(write(tokens, latents, condition, grid), written)
 
     for part, start in ((read, 1.0), (write, 0.1)):
-        part.modulation.reset_parameters()
-        part.reset_parameters()
+        part.apply(init_weights)
         ((shift, scale, gate),) = part.modulation(condition)
         assert not shift.any()
         assert not scale.any()

@@ -51,23 +51,13 @@ class TokenGrid:
 
     def patchify(self, x: Tensor, patch_size: tuple[int, ...]) -> Tensor:
         """(B, C, *space) -> (B, N, C * patch), group by group."""
-        space, tokens, patch, lengths = self._axes(patch_size)
+        space, tokens, patch, lengths = self.axes(patch_size)
         return rearrange(x, f"b c {space} -> b ({tokens}) (c {patch})", **lengths)
 
     def unpatchify(self, tokens: Tensor, patch_size: tuple[int, ...]) -> Tensor:
         """(B, N, C * patch), group by group -> (B, C, *space)."""
-        space, names, patch, lengths = self._axes(patch_size)
+        space, names, patch, lengths = self.axes(patch_size)
         return rearrange(tokens, f"b ({names}) (c {patch}) -> b c {space}", **lengths)
-
-    def to_groups(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) in raster order -> (B, G, P, D), as a foreign model's tokens are grouped."""
-        x = tokens.transpose(1, 2).unflatten(2, self.size)  # (B, D, *size)
-        return self.patchify(x, (1,) * len(self.size)).unflatten(1, (self.num_groups, -1))
-
-    def from_groups(self, groups: Tensor) -> Tensor:
-        """(B, G, P, D) -> (B, N, D) in raster order."""
-        x = self.unpatchify(groups.flatten(1, 2), (1,) * len(self.size))  # (B, D, *size)
-        return x.flatten(2).transpose(1, 2)
 
     def token_places(self, device: torch.device | str | None = None) -> Tensor:
         """Place of every token on the grid, (N, axes) float32, group by group."""
@@ -82,7 +72,7 @@ class TokenGrid:
         places = self.token_places(device).unflatten(0, (self.num_groups, -1))  # (G, P, axes)
         return places.mean(1).repeat_interleave(num_latents, dim=0)
 
-    def _axes(self, patch_size: tuple[int, ...]) -> tuple[str, str, str, dict[str, int]]:
+    def axes(self, patch_size: tuple[int, ...]) -> tuple[str, str, str, dict[str, int]]:
         """Names of axes for einops, of an input, its tokens and a patch, and their lengths.
 
         g are groups along an axis, n tokens of a group along it, p elements of a patch along it.

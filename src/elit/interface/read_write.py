@@ -28,16 +28,6 @@ class Read(nn.Module):
         self.attention = CrossAttention(dim, num_heads)
         self.mlp = MLP(dim, ratio=1)
 
-    def reset_parameters(self) -> None:
-        """Start latents and places as far apart as normalised tokens are, and the gate open.
-
-        Small vectors make the latents copies of one another, and two closed gates in a row, this
-        one and Write's, hide the core from its gradient: docs/paper.md has what that costs.
-        """
-        for embedding in (self.latents, self.latent_index, self.token_place):
-            nn.init.normal_(embedding)
-        self.modulation.open_gates()
-
     def forward(
         self,
         tokens: Tensor,
@@ -46,17 +36,9 @@ class Read(nn.Module):
         num_latents: int,
         latent_indices: Tensor | None = None,
     ) -> Tensor:
-        """Read the tokens into `num_latents` latents per group.
+        """Tokens (B, N, D) and a condition (B, D) -> latents (B, G * n, D), group by group.
 
-        Args:
-            tokens: (B, N, D), group by group.
-            condition: (B, D).
-            grid: the tokens' grid.
-            num_latents: n, latents kept per group: the first n.
-            latent_indices: (n,) latents to keep instead of the first ones.
-
-        Returns:
-            (B, G * n, D), group by group.
+        n = `num_latents` are kept of each group: the first n, or those in `latent_indices` (n,).
         """
         check_num_latents(num_latents, self.max_latents)
         latents, index = self.latents[:num_latents], self.latent_index[:num_latents]
@@ -75,9 +57,8 @@ class Read(nn.Module):
 class Write(nn.Module):
     """Grouped cross-attention from latents into spatial tokens, then an MLP: Read's mirror.
 
-    The result is added to the tokens that entered Read: they skip around the core.
-
-    Paper: attention and MLP modulated apart; here: one adaLN-Zero triple for both, as in Read.
+    The result is added to the tokens that entered Read: they skip around the core. As there, one
+    adaLN-Zero triple modulates both.
     """
 
     def __init__(self, dim: int, num_heads: int, tokens_per_group: int):
@@ -87,28 +68,10 @@ class Write(nn.Module):
         self.attention = CrossAttention(dim, num_heads)
         self.mlp = MLP(dim, ratio=1)
 
-    def reset_parameters(self) -> None:
-        """Start the places as far apart as normalised tokens are, and the gate a little open.
-
-        A closed gate gives the core no gradient until it has moved: docs/paper.md has the trials.
-        """
-        nn.init.normal_(self.token_place)
-        self.modulation.open_gates(0.1)
-
     def forward(
         self, tokens: Tensor, latents: Tensor, condition: Tensor, grid: TokenGrid
     ) -> Tensor:
-        """Write the latents back into the tokens.
-
-        Args:
-            tokens: (B, N, D), group by group, as they entered Read.
-            latents: (B, G * n, D), group by group, for any n.
-            condition: (B, D).
-            grid: the tokens' grid.
-
-        Returns:
-            (B, N, D)
-        """
+        """Tokens (B, N, D) as they entered Read, latents (B, G * n, D), for any n -> (B, N, D)."""
         ((shift, scale, gate),) = self.modulation(condition)
         groups = (grid.num_groups, -1)
         queries = modulate(tokens, shift, scale).unflatten(1, groups) + self.token_place

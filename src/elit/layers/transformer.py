@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elit.layers.initial import zero_
 from elit.layers.sizes import head_dim, pairs_per_axis
 
 # ---- rotary positions, over any number of axes ----
@@ -60,14 +59,6 @@ class AdaLNZero(nn.Module):
         super().__init__()
         self.shape = (num_layers, 3, dim)
         self.linear = nn.Linear(condition_dim or dim, 3 * num_layers * dim)
-
-    def reset_parameters(self) -> None:
-        """Gate everything off."""
-        zero_(self.linear)
-
-    def open_gates(self, gate: float = 1.0) -> None:
-        """Start with gates of this value instead, whatever the condition."""
-        nn.init.constant_(self.linear.bias.view(self.shape)[:, 2], gate)
 
     def forward(self, condition: Tensor) -> list[Modulation]:
         chunks = self.linear(condition)[:, None].unflatten(-1, self.shape)
@@ -203,11 +194,6 @@ class FinalLayer(nn.Module):
         self.modulation = nn.Linear(condition_dim or dim, 2 * dim)
         self.linear = nn.Linear(dim, patch_dim)
 
-    def reset_parameters(self) -> None:
-        """Predict zero."""
-        zero_(self.modulation)
-        zero_(self.linear)
-
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, N, D), (B, D) -> (B, N, patch_dim)."""
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)  # (B, 1, D)
@@ -227,11 +213,6 @@ class TimestepEmbedding(nn.Module):
         self.scale = scale
         self.linear_in = nn.Linear(self.num_features, dim)
         self.linear_out = nn.Linear(dim, dim)
-
-    def reset_parameters(self) -> None:
-        """Start small, as the label embedding does."""
-        nn.init.normal_(self.linear_in.weight, std=0.02)
-        nn.init.normal_(self.linear_out.weight, std=0.02)
 
     def forward(self, timestep: Tensor) -> Tensor:
         half = self.num_features // 2

@@ -26,7 +26,10 @@ class ModelBase(Budgeted, StepCaching, ModelMixin):
     takes_text = False
     always_split = False  # whether a plain model has a head and a tail too
 
-    gradient_checkpointing: bool
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["embed", "norm", "modulation", "project", "place"]
+    gradient_checkpointing = False
+
     read: Any  # a module, or None
     write: Any
 

@@ -9,7 +9,7 @@ from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up 
 from torch import Tensor, nn
 
 from elit.interface import Read, Write
-from elit.layers.initial import init_weights
+from elit.interface.initial import init_weights
 from elit.layers.transformer import (
     FinalLayer,
     LabelEmbedding,
@@ -44,10 +44,8 @@ class DiT(ElasticMixin, ModelMixin, ConfigMixin):
         rope_theta: base of the rotary wavelengths.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerBlock", "Read", "Write"]
     _repeated_blocks = ["TransformerBlock"]
-    _skip_layerwise_casting_patterns = ["embed", "norm", "modulation", "project"]
 
     @register_to_config
     def __init__(
@@ -80,7 +78,6 @@ class DiT(ElasticMixin, ModelMixin, ConfigMixin):
         self.write = Write(*sizes) if self.is_elastic else None
         self.project = FinalLayer(hidden_size, self.patch_dim)
 
-        self.gradient_checkpointing = False
         self.apply(init_weights)
 
     def block_class(self, index: int) -> type[TransformerBlock]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from elit._numbers import is_whole
 from elit.interface import Read, TokenGrid, Write
-from elit.layers.initial import init_weights
+from elit.interface.initial import init_weights
 from elit.layers.neighborhood import NeighborhoodBlock, neighborhood
 from elit.layers.sizes import tile_size
 from elit.layers.transformer import (
@@ -49,10 +49,8 @@ class HDiT(ElasticMixin, ModelMixin, ConfigMixin):
     """
 
     always_split = True
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerBlock", "NeighborhoodBlock", "Read", "Write"]
     _repeated_blocks = ["TransformerBlock", "NeighborhoodBlock"]
-    _skip_layerwise_casting_patterns = ["embed", "norm", "modulation", "project"]
 
     @register_to_config
     def __init__(
@@ -104,7 +102,6 @@ class HDiT(ElasticMixin, ModelMixin, ConfigMixin):
         self.write = Write(*sizes) if self.is_elastic else None
         self.project = FinalLayer(outer_size, outer_patch_dim, hidden_size)
 
-        self.gradient_checkpointing = False
         self.apply(init_weights)
 
     def reset_parameters(self) -> None:

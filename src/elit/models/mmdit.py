@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from elit._numbers import MOST, check_whole
 from elit.interface import Read, TokenGrid, Write
-from elit.layers.initial import init_weights, zero_
+from elit.interface.initial import init_weights, zero_
 from elit.layers.sizes import head_dim
 from elit.layers.text import WordEncoder
 from elit.layers.transformer import (
@@ -48,10 +48,8 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
 
     takes_text = True
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["JointBlock", "TextBlock", "Read", "Write"]
     _repeated_blocks = ["JointBlock"]
-    _skip_layerwise_casting_patterns = ["embed", "norm", "modulation", "project"]
 
     @register_to_config
     def __init__(
@@ -106,7 +104,6 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
         self.write = Write(*sizes) if self.is_elastic else None
         self.project = FinalLayer(hidden_size, self.patch_dim)
 
-        self.gradient_checkpointing = False
         self.apply(init_weights)
 
     def forward(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from elit._devices import wide
 from elit._numbers import is_whole
 from elit.interface.grid import TokenGrid
-from elit.layers.initial import init_weights, zero_
+from elit.interface.initial import init_weights, zero_
+from elit.interface.raster import from_groups, to_groups
 from elit.layers.transformer import (
     MLP,
     AdaLNZero,
@@ -45,10 +46,8 @@ class SiT(ElasticMixin, ModelMixin, ConfigMixin):
         write_depth: layers of the Write.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["SiTBlock", "SiTRead", "SiTWrite"]
     _repeated_blocks = ["SiTBlock"]
-    _skip_layerwise_casting_patterns = ["embed", "norm", "modulation", "project", "place"]
 
     @register_to_config
     def __init__(
@@ -97,7 +96,6 @@ class SiT(ElasticMixin, ModelMixin, ConfigMixin):
             self.write = SiTWrite(hidden_size, num_heads, self.max_latents, write_depth)
         self.project = FinalLayer(hidden_size, self.patch_dim)
 
-        self.gradient_checkpointing = False
         self.apply(init_weights)
 
     def own_grid(self) -> TokenGrid:
@@ -151,7 +149,7 @@ class SiT(ElasticMixin, ModelMixin, ConfigMixin):
             for own, n in zip(self.own_grid().size, grid.size, strict=True)
         )  # (h, D/2), (w, D/2)
         table = torch.cat(torch.broadcast_tensors(cols[None], rows[:, None]), dim=-1)  # (h, w, D)
-        table = grid.to_groups(table.view(1, -1, dim)).view(-1, dim)  # (N, D)
+        table = to_groups(grid, table.view(1, -1, dim)).view(-1, dim)  # (N, D)
         return table.to(like.device, like.dtype)
 
 
@@ -293,12 +291,12 @@ class SiTRead(nn.Module):
         """Learned vector of each latent's place (N, D); interpolated on a grid of another size."""
         if grid.size == self.grid.size:
             return self.latent_places
-        raster = self.grid.from_groups(
-            self.latent_places[None].unflatten(1, (-1, self.grid.tokens_per_group))
+        raster = from_groups(
+            self.grid, self.latent_places[None].unflatten(1, (-1, self.grid.tokens_per_group))
         )
         raster = raster.unflatten(1, self.grid.size).permute(0, 3, 1, 2)  # (1, D, h, w)
         resized = F.interpolate(raster.float(), grid.size, mode="bicubic", align_corners=False)
-        resized = grid.to_groups(resized.flatten(2).transpose(1, 2))  # (1, G, J, D)
+        resized = to_groups(grid, resized.flatten(2).transpose(1, 2))  # (1, G, J, D)
         return resized.flatten(0, 2).to(self.latent_places.dtype)
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from elit.interface.grid import TokenGrid
+from elit.interface.initial import open_gates, zero_
 from elit.interface.read_write import Read, Write
 from elit.layers import transformer as parts
-from elit.layers.initial import zero_
 from elit.layers.transformer import layer_norm, modulate
 from elit.retrofit.places import LatentPlaces
 from elit.retrofit.settings import Init
@@ -87,7 +87,7 @@ class _Exchange(nn.Module):
         """Add nothing at first, but learn at once: gates open, last layers zero."""
         for embedding in (self.latent_index, self.token_place):
             nn.init.normal_(embedding, std=0.02)
-        self.modulation.open_gates()
+        open_gates(self.modulation)
         last: Any = self.mlp[-1]
         zero_(self.attention.to_out)
         zero_(last)
