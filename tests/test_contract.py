@@ -506,13 +506,6 @@ def test_every_setting_changes_the_output(case: Case) -> None:
         assert shown, f"{name}={value!r} changes nothing"
 
 
-@pytest.mark.parametrize("setting", [{"head": 1}, {"tail": 1}, {"min_latents": 2}])
-def test_a_plain_model_refuses_settings_of_the_interface(setting: dict) -> None:
-    (name,) = setting
-    with pytest.raises(ValueError, match=f"{name}.*without groups"):
-        DiT(**TINY | setting)
-
-
 # ---- budgets ----
 
 
@@ -691,65 +684,54 @@ def dit() -> DiT:
     return CASES["elit-dit"].build()
 
 
-def test_samples_that_are_none(dit: DiT) -> None:
-    samples, *rest = make_inputs(dit)
-    refuses(r"takes \(batch, channels, height, width\) with 2", dit, samples[..., 0], *rest)
-    refuses("a batch of no samples", dit, samples[:0], *rest)
-    for dtype in (torch.bfloat16, torch.int64):
-        refuses(f"hidden_states of {dtype}, but this DiT", dit, samples.to(dtype), *rest)
-    refuses("hidden_states on meta, but .* is on cpu; move one", dit, samples.to("meta"), *rest)
-    refuses("are no tensor", dit, samples.tolist(), *rest)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert run(dit, (samples.bfloat16(), *rest)).isfinite().all()
-        refuses(r"of torch\.float64", dit, samples.double(), *rest)
-
-
 @pytest.mark.parametrize(
-    ("level", "message"),
+    ("name", "given", "message"),
     [
-        (torch.tensor([0.5, math.nan]), "timestep nan is outside"),
-        (-0.1, "timestep -0.1 is outside"),
-        (True, "timestep of torch.bool"),
-        ("0.5", "timestep '0.5' is no number"),
-        (None, "timestep is None; give one number for each sample"),
-        (torch.zeros(3), r"timestep of shape \(3,\) does not fit a batch of 2"),
+        ("hidden_states", lambda x: x[..., 0], r"\(batch, channels, height, width\) with 2"),
+        ("hidden_states", lambda x: x[:0], "a batch of no samples"),
+        ("hidden_states", Tensor.bfloat16, r"hidden_states of torch\.bfloat16, but this DiT"),
+        ("hidden_states", Tensor.long, r"hidden_states of torch\.int64, but this DiT"),
+        ("hidden_states", lambda x: x.to("meta"), "on meta, but .* is on cpu; move one"),
+        ("hidden_states", Tensor.tolist, "are no tensor"),
+        ("timestep", torch.tensor([0.5, math.nan]), "timestep nan is outside"),
+        ("timestep", -0.1, "timestep -0.1 is outside"),
+        ("timestep", True, "timestep of torch.bool"),
+        ("timestep", "0.5", "timestep '0.5' is no number"),
+        ("timestep", None, "timestep is None; give one number for each sample"),
+        ("timestep", torch.zeros(3), r"timestep of shape \(3,\) does not fit a batch of 2"),
+        ("class_labels", torch.tensor([0, -1]), r"label -1 is outside 0 \.\.\. 3; 3 means no"),
+        ("class_labels", torch.tensor([0, 4]), r"label 4 is outside 0 \.\.\. 3; 3 means no"),
+        ("num_latents", -1, r"num_latents -1 .*1\.\.16"),
+        ("num_latents", 0.25, r"num_latents 0\.25 .*1\.\.16"),
+        ("num_latents", 2.0, r"num_latents 2\.0 .*1\.\.16"),
+        ("num_latents", True, r"num_latents True .*1\.\.16"),
+        ("latent_indices", torch.arange(2), r"of shape \(2,\).*num_latents = 1"),
+        ("latent_indices", torch.tensor([99]), r"latent_indices \[99\] are outside 0 \.\.\. 15"),
+        ("latent_indices", torch.tensor([-99]), r"latent_indices \[-99\] are outside"),
+        ("latent_indices", [0], "are no tensor of whole numbers"),
+        ("latent_indices", torch.tensor([0.0]), "are no tensor of whole numbers"),
+        ("latent_indices", torch.tensor([True]), "are no tensor of whole numbers"),
     ],
 )
-def test_noise_levels_that_are_none(dit: DiT, level, message: str) -> None:
-    samples, _, *rest = make_inputs(dit)
-    refuses(message, dit, samples, level, *rest)
+def test_inputs_that_are_none(dit: DiT, name: str, given, message: str) -> None:
+    arguments = dict(
+        zip(("hidden_states", "timestep", "class_labels"), make_inputs(dit), strict=True)
+    )
+    arguments["num_latents"] = 1
+    arguments[name] = given(arguments[name]) if callable(given) else given
+    refuses(message, dit, **arguments)
 
 
-def test_labels_and_words_out_of_range(dit: DiT) -> None:
-    samples, levels, _ = make_inputs(dit)
-    for label in (-1, 4):
-        message = f"class label {label} is outside 0 ... 3; 3 means no"
-        refuses(message, dit, samples, levels, torch.tensor([0, label]))
+def test_autocast_takes_what_it_can_cast_and_a_label_stands_for_all(dit: DiT) -> None:
+    samples, levels, _ = inputs = make_inputs(dit)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(dit, (samples.bfloat16(), *inputs[1:])).isfinite().all()
+        refuses(r"of torch\.float64", dit, samples.double(), *inputs[1:])
     one = run(dit, (samples, levels, torch.tensor([1, 1])))
     torch.testing.assert_close(run(dit, (samples, levels, 1)), one)
     model = CASES["mmdit-words"].build()
     samples, levels, _, text = make_inputs(model)
     refuses("word -1 is outside", model, samples, levels, None, text * 0 - 1)
-
-
-@pytest.mark.parametrize("wrong", [-1, 0.25, 2.0, True])
-def test_numbers_of_latents_that_are_none(dit: DiT, wrong: float) -> None:
-    refuses(rf"num_latents {wrong} .*1\.\.16", dit, *make_inputs(dit), num_latents=wrong)
-
-
-@pytest.mark.parametrize(
-    ("indices", "message"),
-    [
-        (torch.arange(2), r"latent_indices of shape \(2,\).*num_latents = 1"),
-        (torch.tensor([99]), r"latent_indices \[99\] are outside 0 \.\.\. 15"),
-        (torch.tensor([-99]), r"latent_indices \[-99\] are outside"),
-        ([0], "are no tensor of whole numbers"),
-        (torch.tensor([0.0]), "are no tensor of whole numbers"),
-        (torch.tensor([True]), "are no tensor of whole numbers"),
-    ],
-)
-def test_latent_indices_that_are_none(dit: DiT, indices, message: str) -> None:
-    refuses(message, dit, *make_inputs(dit), num_latents=1, latent_indices=indices)
 
 
 def test_latent_indices_from_the_end_name_a_latent_once(dit: DiT) -> None:
@@ -775,20 +757,6 @@ def test_looking_for_latents_named_twice_cuts_no_graph() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"group": 3}, "8x8 tokens cannot be cut into groups of 3x3: 8 is not a multiple of 3"),
-        ({"patch_size": 3}, "8x8 cannot be cut into patches of 3x3; resize or pad it to 12x12"),
-    ],
-)
-def test_grid_that_groups_or_patches_do_not_divide(settings: dict, message: str) -> None:
-    model = DiT(**FLAT | settings)
-    inputs = make_inputs(model)
-    with pytest.raises(ValueError, match=message):
-        run(model, inputs)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
         ({"head": 2, "tail": 1}, "head of 2 and a tail of 1 blocks leave no core of 3"),
         ({"head": -1}, "head of -1"),
         ({"group": (2, 2, 2)}, r"group=\(2, 2, 2\) does not fit inputs of 2 axes"),
@@ -805,8 +773,18 @@ def test_grid_that_groups_or_patches_do_not_divide(settings: dict, message: str)
         ({"mlp_ratio": 1e300}, r"mlp_ratio=1e\+300 is not allowed"),
         ({"rope_theta": None}, "rope_theta=None is not allowed"),
         ({"num_classes": "a"}, "num_classes='a' is not allowed"),
+        # These say so of an input, as the model takes other sizes than its own.
+        ({"group": 3}, "8x8 tokens cannot be cut into groups of 3x3: 8 is not a multiple of 3"),
+        ({"patch_size": 3}, "8x8 cannot be cut into patches of 3x3; resize or pad it to 12x12"),
     ],
 )
-def test_settings_that_do_not_fit(settings: dict, message: str) -> None:
+def test_settings_that_do_not_fit(dit: DiT, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DiT(**FLAT | settings)
+        DiT(**FLAT | settings)(*make_inputs(dit))
+
+
+@pytest.mark.parametrize("setting", [{"head": 1}, {"tail": 1}, {"min_latents": 2}])
+def test_a_plain_model_refuses_settings_of_the_interface(setting: dict) -> None:
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"{name}.*without groups"):
+        DiT(**TINY | setting)

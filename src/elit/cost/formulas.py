@@ -1,7 +1,7 @@
 """What a model of ours costs, by formulas from its config alone: no torch, and nothing is built.
 
 A function for each kind of layer says what it holds and does; a model is a sum of them.
-`tests/test_formulas.py` compares them with what the real modules hold and PyTorch counts.
+`tests/test_presets.py` compares them with what the real modules hold and PyTorch counts.
 """
 
 from __future__ import annotations
