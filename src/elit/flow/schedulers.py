@@ -7,7 +7,8 @@ levels that are not rounded to float32.
 
 import inspect
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -23,12 +24,9 @@ from elit._devices import wide
 from elit.flow.sampling import Generators, levels_of
 from elit.flow.words import SAMPLERS
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
 
 def _grid(
-    num_inference_steps: int, sigmas: "Sequence[float] | None", last: float = 0.0
+    num_inference_steps: int, sigmas: Sequence[float] | None, last: float = 0.0
 ) -> list[float]:
     """Noise levels from 1 to `last` in equal steps, or those given, and then 0."""
     if sigmas is not None:
@@ -58,7 +56,7 @@ class FlowMatchUniformEulerScheduler(SchedulerMixin, ConfigMixin):
         self,
         num_inference_steps: int,
         device: torch.device | str | None = None,
-        sigmas: "Sequence[float] | None" = None,
+        sigmas: Sequence[float] | None = None,
     ) -> None:
         """Begin a run of `num_inference_steps` steps, or along the levels `sigmas`."""
         self.levels = self._visited(_grid(num_inference_steps, sigmas, self.last_sigma))
@@ -164,7 +162,7 @@ def _noise_like(sample: Tensor, generator: Generators) -> Tensor:
 
     torch draws other numbers for another type; so, one seed is one path in both.
     """
-    given = generator if isinstance(generator, list) else [generator]
+    given = generator if isinstance(generator, Sequence) else [generator]
     if any(one is not None and one.device.type == "mps" for one in given):  # it has no float64
         return randn_tensor(sample.shape, generator, sample.device, sample.dtype)
     noise = randn_tensor(sample.shape, generator, **wide(sample.device))
@@ -191,7 +189,7 @@ def start_sampling(
     scheduler: SchedulerMixin,
     num_inference_steps: int,
     device: torch.device | str,
-    sigmas: "Sequence[float] | None" = None,
+    sigmas: Sequence[float] | None = None,
     num_tokens: int | None = None,
 ) -> list[float]:
     """Set the steps of a run and give the noise level of each call of the model.
@@ -246,7 +244,7 @@ def _set_levels(
     return levels_of(scheduler)
 
 
-def _mu(config: "Mapping[str, Any]", num_tokens: int | None) -> float:
+def _mu(config: Mapping[str, Any], num_tokens: int | None) -> float:
     """The shift of a number of tokens: on a line through two points, as Flux and LTX have it."""
     if num_tokens is None:
         raise ValueError(
@@ -323,7 +321,7 @@ def _check_steps(num_inference_steps: int) -> None:
         )
 
 
-def _check_sigmas(sigmas: "Sequence[float]") -> np.ndarray:
+def _check_sigmas(sigmas: Sequence[float]) -> np.ndarray:
     try:
         levels = np.asarray(sigmas, dtype=float)
     except (TypeError, ValueError, RuntimeError):

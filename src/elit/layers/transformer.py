@@ -9,14 +9,8 @@ from torch import Tensor, nn
 
 from elit.layers.sizes import head_dim, pairs_per_axis
 
-# ---- rotary positions, over any number of axes ----
-
-
-class Rotary(NamedTuple):
-    """Rotation of every token: (N, 1, d) each, the first half of the sines negated."""
-
-    cos: Tensor
-    sin: Tensor
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines of tokens' rotations, (N, 1, d) each, the first half of the sines negated."""
 
 
 def rotary_embedding(places: Tensor, head_dim: int, theta: float) -> Rotary:
@@ -32,16 +26,13 @@ def rotary_embedding(places: Tensor, head_dim: int, theta: float) -> Rotary:
         angles.append(places[:, axis, None] * theta**-exponents)  # (N, count)
     angle = torch.cat(angles, dim=-1)[:, None]  # (N, 1, d/2)
     cos, sin = angle.cos(), angle.sin()
-    return Rotary(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate x (B, N, H, d) in the tables' float32."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * rotary.cos, torch.cat((second, first), dim=-1), rotary.sin)
-
-
-# ---- adaLN-Zero: a condition shifts and scales what enters a layer and gates what leaves it ----
+    (cos, sin), (first, second) = rotary, x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
 
 
 class Modulation(NamedTuple):
@@ -53,7 +44,10 @@ class Modulation(NamedTuple):
 
 
 class AdaLNZero(nn.Module):
-    """Modulations of `num_layers` layers of width `dim` from one condition, zero at first."""
+    """Modulations of `num_layers` layers of width `dim` from one condition, zero at first.
+
+    They shift and scale what enters a layer and gate what leaves it.
+    """
 
     def __init__(self, dim: int, num_layers: int, condition_dim: int | None = None):
         super().__init__()
@@ -73,9 +67,6 @@ def layer_norm(x: Tensor) -> Tensor:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Normalise x (B, N, D), then scale and shift it."""
     return torch.addcmul(shift, layer_norm(x), 1 + scale)
-
-
-# ---- attention with normalised queries and keys ----
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -103,8 +94,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = (num_heads, head_dim(dim, num_heads))
         self.to_qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = HeadNorm(self.heads[1], eps=1e-6)
-        self.k_norm = HeadNorm(self.heads[1], eps=1e-6)
+        self.q_norm, self.k_norm = (HeadNorm(self.heads[1], eps=1e-6) for _ in range(2))
         self.to_out = nn.Linear(dim, dim)
 
     def project(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,8 +118,7 @@ class CrossAttention(nn.Module):
         self.heads = (num_heads, head_dim(dim, num_heads))
         self.to_q = nn.Linear(dim, dim)
         self.to_kv = nn.Linear(dim, 2 * dim)
-        self.q_norm = HeadNorm(self.heads[1], eps=1e-6)
-        self.k_norm = HeadNorm(self.heads[1], eps=1e-6)
+        self.q_norm, self.k_norm = (HeadNorm(self.heads[1], eps=1e-6) for _ in range(2))
         self.to_out = nn.Linear(dim, dim)
 
     def project(self, queries: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,9 +134,6 @@ class CrossAttention(nn.Module):
         Queries (S, D), which all of the batch share, are projected once, not once per sample.
         """
         return self.to_out(attend(*self.project(queries, context)))
-
-
-# ---- blocks ----
 
 
 class MLP(nn.Sequential):
@@ -198,9 +184,6 @@ class FinalLayer(nn.Module):
         """(B, N, D), (B, D) -> (B, N, patch_dim)."""
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)  # (B, 1, D)
         return self.linear(modulate(x, shift, scale))
-
-
-# ---- embeddings of noise level and class label ----
 
 
 class TimestepEmbedding(nn.Module):

@@ -10,12 +10,7 @@ from torch import Tensor, nn
 
 from elit.interface import Read, Write
 from elit.interface.initial import init_weights
-from elit.layers.transformer import (
-    FinalLayer,
-    LabelEmbedding,
-    TimestepEmbedding,
-    TransformerBlock,
-)
+from elit.layers.transformer import FinalLayer, LabelEmbedding, TimestepEmbedding, TransformerBlock
 from elit.models.elastic import ElasticMixin
 
 

@@ -1,7 +1,7 @@
 """What the forwards of our models share: rotations, the split of blocks, and running them."""
 
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from elit.layers.neighborhood import Neighborhood
 from elit.layers.transformer import Rotary, rotary_embedding
 from elit.models.base import ModelBase
-
-_T = TypeVar("_T")
 
 
 class ElasticMixin(ModelBase):
@@ -22,7 +20,7 @@ class ElasticMixin(ModelBase):
         head_dim = config.hidden_size // config.num_heads
         return rotary_embedding(places, head_dim, config.rope_theta)
 
-    def split_blocks(self, blocks: Iterable[_T]) -> tuple[list[_T], ...]:
+    def split_blocks(self, blocks: Iterable[Any]) -> tuple[list[Any], ...]:
         """Head, core and tail of the blocks."""
         head, core, _ = self.split
         blocks = list(blocks)

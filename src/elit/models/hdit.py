@@ -14,12 +14,7 @@ from elit.interface import Read, TokenGrid, Write
 from elit.interface.initial import init_weights
 from elit.layers.neighborhood import NeighborhoodBlock, neighborhood
 from elit.layers.sizes import tile_size
-from elit.layers.transformer import (
-    FinalLayer,
-    LabelEmbedding,
-    TimestepEmbedding,
-    TransformerBlock,
-)
+from elit.layers.transformer import FinalLayer, LabelEmbedding, TimestepEmbedding, TransformerBlock
 from elit.models.elastic import ElasticMixin
 
 
