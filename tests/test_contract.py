@@ -348,7 +348,7 @@ def test_at_initialisation_the_gates_are_closed() -> None:
 
 
 @ELASTIC
-def test_at_initialisation_the_core_learns_at_once(case: Case) -> None:
+def test_at_initialisation_the_core_learns_at_once_and_latents_are_no_copies(case: Case) -> None:
     """As soon as the last layer isn't zero, each block of the core and Read have a gradient.
 
     The public format's start, a SiT's, is another: there Write gives back nothing at first.
@@ -357,27 +357,18 @@ def test_at_initialisation_the_core_learns_at_once(case: Case) -> None:
         pytest.skip("it has the public format's start")
     model = case.cls(**case.config)
     nn.init.normal_(model.project.linear.weight)
+    seen: list[Tensor] = []
+    model.read.register_forward_hook(lambda module, given, out: seen.append(out))
     squared_error(model, make_inputs(model)).backward()
+    latents = seen[0].unflatten(1, (-1, model.max_latents))  # (B, G, J, D)
+    alike = torch.cosine_similarity(latents[:, :, :, None], latents[:, :, None], dim=-1)
+    others = alike.masked_select(~torch.eye(model.max_latents, dtype=torch.bool))
+    assert others.mean() < 0.5
     _, core, _ = model.split_blocks(model.blocks)
     for block in core:
         assert getattr(block, "image", block).modulation.linear.bias.grad.any()
     for name, parameter in model.read.named_parameters():
         assert parameter.grad.any(), name
-
-
-@ELASTIC
-def test_at_initialisation_latents_are_no_copies(case: Case) -> None:
-    if case.cls is SiT:
-        pytest.skip("it has the public format's start")
-    model = case.cls(**case.config)
-    seen: list[Tensor] = []
-    handle = model.read.register_forward_hook(lambda module, given, out: seen.append(out))
-    run(model, make_inputs(model))
-    handle.remove()
-    latents = seen[0].unflatten(1, (-1, model.max_latents))  # (B, G, J, D)
-    alike = torch.cosine_similarity(latents[:, :, :, None], latents[:, :, None], dim=-1)
-    others = alike.masked_select(~torch.eye(model.max_latents, dtype=torch.bool))
-    assert others.mean() < 0.5
 
 
 # ---- gradients ----

@@ -225,18 +225,6 @@ def test_positions_have_no_rounding_error_at_the_far_end() -> None:
             assert line[at + 288].item() == pytest.approx(math.cos(angle), abs=2e-7)
 
 
-def test_dropped_latents_reach_the_write_as_the_read_left_them() -> None:
-    model = elastic_model()
-    seen = {}
-    model.read.register_forward_hook(lambda _, __, out: seen.update(read=out))
-    model.write.register_forward_pre_hook(lambda _, given: seen.update(write=given[1]))
-    with torch.no_grad():
-        model(torch.randn(2, 4, 16, 16), 0.5, num_latents=5)
-    read, written = (seen[name].unflatten(1, (4, 16)) for name in ("read", "write"))
-    assert torch.equal(read[:, :, 5:], written[:, :, 5:])
-    assert (read[:, :, :5] != written[:, :, :5]).any(-1).all()
-
-
 def test_initialisation_is_the_public_models() -> None:
     torch.manual_seed(0)
     model = SiT(16, 4, 2, 64, 4, 4, 10, group=4, head=1, tail=1)

@@ -184,13 +184,6 @@ def test_samples_are_the_golden_ones(variant: str, name: str, dtype: torch.dtype
     torch.testing.assert_close(drawn.double(), expected, rtol=0, atol=1e-5)
 
 
-def test_noise_of_the_sde_is_the_golden_one() -> None:
-    generator = torch.Generator().manual_seed(1234)
-    for noise in golden("elit_tiny")[0]["sample.sde_noise"]:
-        drawn = torch.randn(noise.shape, dtype=torch.float64, generator=generator)
-        assert torch.equal(drawn, noise)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     ("kind", "scheduler"),
