@@ -22,6 +22,7 @@ from elit._choices import check_choice
 from elit._numbers import is_whole
 from elit._devices import wide
 from elit.flow.sampling import Generators, levels_of
+from elit.flow.sampling import sample as run_sampler
 from elit.flow.words import SAMPLERS
 
 
@@ -292,7 +293,7 @@ def _trial(scheduler: SchedulerMixin, steps: int, num_tokens: int | None) -> tup
     even = torch.special.ndtri((torch.arange(2048) + 0.5) / 2048)
     noise = even.view(1, 1, -1, 1).expand(2, -1, -1, -1)
 
-    def velocity(x: Tensor, sigma: float) -> Tensor:
+    def velocity(x: Tensor, sigma: float, *_: Any) -> Tensor:
         gain = (sigma - (1 - sigma) * std**2) / ((1 - sigma) ** 2 * std**2 + sigma**2)
         return gain * (x - (1 - sigma) * 1.5) - 1.5
 
@@ -300,17 +301,15 @@ def _trial(scheduler: SchedulerMixin, steps: int, num_tokens: int | None) -> tup
         off = x[0] - 1.5, x[1].mean() - 1.5, x[1].std() - 0.5
         return max(one.abs().max().item() for one in off)
 
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    extra = {"generator": torch.Generator().manual_seed(0)} if takes_generator else {}
-    given, euler = noise, noise
-    for sigma, after, timestep in zip(levels, [*levels[1:], 0.0], scheduler.timesteps, strict=True):
-        given = scheduler.step(velocity(given, sigma), timestep, given, **extra, return_dict=False)[
-            0
-        ]
-        euler = euler + (after - sigma) * velocity(euler, sigma)
-    if not given[0].sub(1.5).abs().max() <= 1e-3:
-        return error(given), 1e-3
-    return error(given), 1.2 * error(euler) + 0.03
+    def run(scheduler: SchedulerMixin) -> Tensor:
+        return run_sampler(velocity, noise, scheduler, generator=torch.Generator().manual_seed(0))
+
+    by_euler = FlowMatchUniformEulerScheduler()
+    by_euler.set_timesteps(len(levels), sigmas=levels)
+    result = run(scheduler)
+    if not result[0].sub(1.5).abs().max() <= 1e-3:
+        return error(result), 1e-3
+    return error(result), 1.2 * error(run(by_euler)) + 0.03
 
 
 def _check_steps(num_inference_steps: int) -> None:
