@@ -19,8 +19,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from elit._choices import check_choice
-from elit._numbers import is_whole
 from elit._devices import wide
+from elit._numbers import is_whole
 from elit.flow.sampling import Generators, levels_of
 from elit.flow.sampling import sample as run_sampler
 from elit.flow.words import SAMPLERS
