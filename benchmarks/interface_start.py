@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from elit._tables import format_table
+from elit.interface.initial import open_gates
 from elit.reproduce.measure import Bench
 from elit.reproduce.runs import SHOWN_BUDGETS, VARIANTS, Trainings
 from elit.reproduce.scales import SCALES
@@ -58,7 +59,7 @@ def build_started(start: dict[str, float], *args: Any) -> Any:
         if name in vectors:
             nn.init.normal_(vectors[name], std=value)
         else:
-            {"read_gate": read, "write_gate": write}[name].modulation.open_gates(value)
+            open_gates({"read_gate": read, "write_gate": write}[name].modulation, value)
     return model
 
 

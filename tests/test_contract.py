@@ -8,16 +8,14 @@ import inspect
 import math
 from collections.abc import Container
 from dataclasses import dataclass
-from itertools import pairwise
 
 import pytest
 import torch
 from helpers import TINY, ReferenceDiT, make_inputs, randomise
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from elit.cost.flops import forward_flops
 from elit.models.dit import DiT
 from elit.models.hdit import HDiT
 from elit.models.mmdit import MMDiT
@@ -106,18 +104,10 @@ CASES = {
         DiT, CLIP_GROUPS, (2, 8, 4), MORE | {"sample_size": (2, 4, 4), "group": (1, 2, 2)}
     ),
     "uvit": Case(UViT, SKIPS, (4, 12), PLAIN),
-    "uvit-3d": Case(UViT, CLIP, (2, 8, 4), PLAIN | {"sample_size": (2, 4, 4), "depth": 3}),
     "elit-uvit": Case(
         UViT, FLAT | {"depth": 5}, (4, 12), MORE | {"patch_size": 2, "group": 2, "depth": 6}
     ),
-    "elit-uvit-wide": Case(UViT, WIDE, (6, 6), MORE | {"group": (1, 2), "tail": 1}),
-    "elit-uvit-3d": Case(
-        UViT, CLIP_GROUPS, (2, 8, 4), MORE | {"sample_size": (2, 4, 4), "group": (1, 2, 2)}
-    ),
     "hdit": Case(HDiT, HOURGLASS, (4, 12), PLAIN | HOURGLASS_CHANGES),
-    "hdit-3d": Case(
-        HDiT, HOURGLASS_3D, (2, 8, 4), PLAIN | HOURGLASS_CHANGES | CLIP_CHANGES
-    ),
     "elit-hdit": Case(
         HDiT, HOURGLASS | {"group": 2}, (4, 12), MORE | HOURGLASS_CHANGES | {"group": (1, 2)}
     ),
@@ -148,9 +138,8 @@ CASES = {
 }  # fmt: skip
 # Of these, another row shows nearly as much in less time: `pytest -m slow` runs them.
 SLOW = {
-    "dit-3d", "elit-dit-wide", "uvit", "uvit-3d", "elit-uvit-wide", "elit-uvit-3d", "hdit-3d",
-    "elit-hdit-3d", "mmdit", "mmdit-words", "elit-mmdit-words", "elit-mmdit-3d",
-    "elit-sit-wide",
+    "dit-3d", "elit-dit-wide", "uvit", "elit-hdit-3d", "mmdit", "mmdit-words", "elit-mmdit-words",
+    "elit-mmdit-3d", "elit-sit-wide",
 }  # fmt: skip
 
 
@@ -204,6 +193,7 @@ def test_output_has_the_inputs_shape_at_every_budget_and_size(case: Case) -> Non
             out = run(model, inputs, **budget)
             assert out.shape == inputs[0].shape
             assert out.isfinite().all()
+        assert torch.equal(run(model, inputs), out)  # all latents are kept by default
 
 
 @ALL
@@ -314,24 +304,6 @@ def close_write(model: nn.Module) -> None:
 
 
 @ELASTIC
-def test_behind_a_closed_write_the_core_does_not_matter(case: Case) -> None:
-    """What is left is the trunk of head and tail, at any budget."""
-    model = case.build()
-    close_write(model)
-    _, core, _ = model.split_blocks(model.blocks)
-    if model.takes_text:  # its text goes through the core
-        for block in core:
-            close(block.text.modulation)
-    inputs = make_inputs(model)
-    before = run(model, inputs)
-    for module in (model.read, *(getattr(block, "image", block) for block in core)):
-        for parameter in module.parameters():
-            nn.init.normal_(parameter, std=0.1)
-    for budget in budgets(model)[::3]:
-        torch.testing.assert_close(run(model, inputs, **budget), before)
-
-
-@ELASTIC
 def test_without_write_it_is_the_plain_model_of_head_and_tail(case: Case) -> None:
     if case.cls not in (DiT, MMDiT, SiT):
         pytest.skip("plain and elastic have other skips and levels here")
@@ -376,7 +348,7 @@ def test_at_initialisation_the_gates_are_closed() -> None:
 
 
 @ELASTIC
-def test_at_initialisation_the_core_learns_at_once(case: Case) -> None:
+def test_at_initialisation_the_core_learns_at_once_and_latents_are_no_copies(case: Case) -> None:
     """As soon as the last layer isn't zero, each block of the core and Read have a gradient.
 
     The public format's start, a SiT's, is another: there Write gives back nothing at first.
@@ -385,27 +357,18 @@ def test_at_initialisation_the_core_learns_at_once(case: Case) -> None:
         pytest.skip("it has the public format's start")
     model = case.cls(**case.config)
     nn.init.normal_(model.project.linear.weight)
+    seen: list[Tensor] = []
+    model.read.register_forward_hook(lambda module, given, out: seen.append(out))
     squared_error(model, make_inputs(model)).backward()
+    latents = seen[0].unflatten(1, (-1, model.max_latents))  # (B, G, J, D)
+    alike = torch.cosine_similarity(latents[:, :, :, None], latents[:, :, None], dim=-1)
+    others = alike.masked_select(~torch.eye(model.max_latents, dtype=torch.bool))
+    assert others.mean() < 0.5
     _, core, _ = model.split_blocks(model.blocks)
     for block in core:
         assert getattr(block, "image", block).modulation.linear.bias.grad.any()
     for name, parameter in model.read.named_parameters():
         assert parameter.grad.any(), name
-
-
-@ELASTIC
-def test_at_initialisation_latents_are_no_copies(case: Case) -> None:
-    if case.cls is SiT:
-        pytest.skip("it has the public format's start")
-    model = case.cls(**case.config)
-    seen: list[Tensor] = []
-    handle = model.read.register_forward_hook(lambda module, given, out: seen.append(out))
-    run(model, make_inputs(model))
-    handle.remove()
-    latents = seen[0].unflatten(1, (-1, model.max_latents))  # (B, G, J, D)
-    alike = torch.cosine_similarity(latents[:, :, :, None], latents[:, :, None], dim=-1)
-    others = alike.masked_select(~torch.eye(model.max_latents, dtype=torch.bool))
-    assert others.mean() < 0.5
 
 
 # ---- gradients ----
@@ -506,36 +469,16 @@ def test_every_setting_changes_the_output(case: Case) -> None:
         assert shown, f"{name}={value!r} changes nothing"
 
 
-@pytest.mark.parametrize("setting", [{"head": 1}, {"tail": 1}, {"min_latents": 2}])
-def test_a_plain_model_refuses_settings_of_the_interface(setting: dict) -> None:
-    (name,) = setting
-    with pytest.raises(ValueError, match=f"{name}.*without groups"):
-        DiT(**TINY | setting)
-
-
 # ---- budgets ----
 
 
-def count_flops(model: nn.Module, inputs: tuple, **budget) -> int:
-    counter = FlopCounterMode(display=False)
-    # As matrix products: the counter misses what attention has of its own on a CPU.
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        model(*inputs, **budget)
-    return counter.get_total_flops()
-
-
-@rows(elastic=True, slow={*SLOW, "elit-dit-3d", "elit-uvit"})
+@rows(elastic=True, slow=())
 def test_flops_fall_strictly_with_the_budget(case: Case) -> None:
-    model = case.cls(**case.config).requires_grad_(False)
-    baseline = case.cls(**case.config | case.plain_settings).requires_grad_(False)
-    inputs = make_inputs(model)
-    assert len(budgets(model)) == model.max_latents
-    # Of the second degree in the budget (test_flops.py): rising at both ends is rising throughout.
-    ends = [*budgets(model)[:2], *budgets(model)[-2:]]
-    flops = [count_flops(model, inputs, **budget) for budget in ends]
+    """By formulas, which test_presets.py holds against what is counted."""
+    model, plain = case.cls(**case.config), case.cls(**case.config | case.plain_settings)
+    flops = [forward_flops(model, **budget) for budget in budgets(model)]
     assert flops == sorted(set(flops))
-    assert flops[0] < count_flops(baseline, inputs) < flops[-1]
-    assert count_flops(model, inputs) == flops[-1]
+    assert flops[0] < forward_flops(plain) < flops[-1] == forward_flops(model)
 
 
 @ELASTIC
@@ -555,16 +498,6 @@ def test_the_first_latents_by_index_are_the_first_latents(case: Case) -> None:
             # The order of the latents is none: they are a set.
             back = run(model, inputs, **budget, latent_indices=torch.arange(n).flip(0))
             torch.testing.assert_close(back, expected)
-
-
-@ELASTIC
-def test_every_latent_changes_the_output(case: Case) -> None:
-    model = case.build()
-    inputs = make_inputs(model)
-    assert torch.equal(run(model, inputs), run(model, inputs, num_latents=model.max_latents))
-    outputs = [run(model, inputs, **budget) for budget in budgets(model)]
-    for n, (before, after) in enumerate(pairwise(outputs), 1):
-        assert distance(after, before) > 1e-4, f"latent {n} changes nothing"
 
 
 def test_budgets_of_plain_and_elastic_models(dit: DiT) -> None:
@@ -691,65 +624,54 @@ def dit() -> DiT:
     return CASES["elit-dit"].build()
 
 
-def test_samples_that_are_none(dit: DiT) -> None:
-    samples, *rest = make_inputs(dit)
-    refuses(r"takes \(batch, channels, height, width\) with 2", dit, samples[..., 0], *rest)
-    refuses("a batch of no samples", dit, samples[:0], *rest)
-    for dtype in (torch.bfloat16, torch.int64):
-        refuses(f"hidden_states of {dtype}, but this DiT", dit, samples.to(dtype), *rest)
-    refuses("hidden_states on meta, but .* is on cpu; move one", dit, samples.to("meta"), *rest)
-    refuses("are no tensor", dit, samples.tolist(), *rest)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert run(dit, (samples.bfloat16(), *rest)).isfinite().all()
-        refuses(r"of torch\.float64", dit, samples.double(), *rest)
-
-
 @pytest.mark.parametrize(
-    ("level", "message"),
+    ("name", "given", "message"),
     [
-        (torch.tensor([0.5, math.nan]), "timestep nan is outside"),
-        (-0.1, "timestep -0.1 is outside"),
-        (True, "timestep of torch.bool"),
-        ("0.5", "timestep '0.5' is no number"),
-        (None, "timestep is None; give one number for each sample"),
-        (torch.zeros(3), r"timestep of shape \(3,\) does not fit a batch of 2"),
+        ("hidden_states", lambda x: x[..., 0], r"\(batch, channels, height, width\) with 2"),
+        ("hidden_states", lambda x: x[:0], "a batch of no samples"),
+        ("hidden_states", Tensor.bfloat16, r"hidden_states of torch\.bfloat16, but this DiT"),
+        ("hidden_states", Tensor.long, r"hidden_states of torch\.int64, but this DiT"),
+        ("hidden_states", lambda x: x.to("meta"), "on meta, but .* is on cpu; move one"),
+        ("hidden_states", Tensor.tolist, "are no tensor"),
+        ("timestep", torch.tensor([0.5, math.nan]), "timestep nan is outside"),
+        ("timestep", -0.1, "timestep -0.1 is outside"),
+        ("timestep", True, "timestep of torch.bool"),
+        ("timestep", "0.5", "timestep '0.5' is no number"),
+        ("timestep", None, "timestep is None; give one number for each sample"),
+        ("timestep", torch.zeros(3), r"timestep of shape \(3,\) does not fit a batch of 2"),
+        ("class_labels", torch.tensor([0, -1]), r"label -1 is outside 0 \.\.\. 3; 3 means no"),
+        ("class_labels", torch.tensor([0, 4]), r"label 4 is outside 0 \.\.\. 3; 3 means no"),
+        ("num_latents", -1, r"num_latents -1 .*1\.\.16"),
+        ("num_latents", 0.25, r"num_latents 0\.25 .*1\.\.16"),
+        ("num_latents", 2.0, r"num_latents 2\.0 .*1\.\.16"),
+        ("num_latents", True, r"num_latents True .*1\.\.16"),
+        ("latent_indices", torch.arange(2), r"of shape \(2,\).*num_latents = 1"),
+        ("latent_indices", torch.tensor([99]), r"latent_indices \[99\] are outside 0 \.\.\. 15"),
+        ("latent_indices", torch.tensor([-99]), r"latent_indices \[-99\] are outside"),
+        ("latent_indices", [0], "are no tensor of whole numbers"),
+        ("latent_indices", torch.tensor([0.0]), "are no tensor of whole numbers"),
+        ("latent_indices", torch.tensor([True]), "are no tensor of whole numbers"),
     ],
 )
-def test_noise_levels_that_are_none(dit: DiT, level, message: str) -> None:
-    samples, _, *rest = make_inputs(dit)
-    refuses(message, dit, samples, level, *rest)
+def test_inputs_that_are_none(dit: DiT, name: str, given, message: str) -> None:
+    arguments = dict(
+        zip(("hidden_states", "timestep", "class_labels"), make_inputs(dit), strict=True)
+    )
+    arguments["num_latents"] = 1
+    arguments[name] = given(arguments[name]) if callable(given) else given
+    refuses(message, dit, **arguments)
 
 
-def test_labels_and_words_out_of_range(dit: DiT) -> None:
-    samples, levels, _ = make_inputs(dit)
-    for label in (-1, 4):
-        message = f"class label {label} is outside 0 ... 3; 3 means no"
-        refuses(message, dit, samples, levels, torch.tensor([0, label]))
+def test_autocast_takes_what_it_can_cast_and_a_label_stands_for_all(dit: DiT) -> None:
+    samples, levels, _ = inputs = make_inputs(dit)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(dit, (samples.bfloat16(), *inputs[1:])).isfinite().all()
+        refuses(r"of torch\.float64", dit, samples.double(), *inputs[1:])
     one = run(dit, (samples, levels, torch.tensor([1, 1])))
     torch.testing.assert_close(run(dit, (samples, levels, 1)), one)
     model = CASES["mmdit-words"].build()
     samples, levels, _, text = make_inputs(model)
     refuses("word -1 is outside", model, samples, levels, None, text * 0 - 1)
-
-
-@pytest.mark.parametrize("wrong", [-1, 0.25, 2.0, True])
-def test_numbers_of_latents_that_are_none(dit: DiT, wrong: float) -> None:
-    refuses(rf"num_latents {wrong} .*1\.\.16", dit, *make_inputs(dit), num_latents=wrong)
-
-
-@pytest.mark.parametrize(
-    ("indices", "message"),
-    [
-        (torch.arange(2), r"latent_indices of shape \(2,\).*num_latents = 1"),
-        (torch.tensor([99]), r"latent_indices \[99\] are outside 0 \.\.\. 15"),
-        (torch.tensor([-99]), r"latent_indices \[-99\] are outside"),
-        ([0], "are no tensor of whole numbers"),
-        (torch.tensor([0.0]), "are no tensor of whole numbers"),
-        (torch.tensor([True]), "are no tensor of whole numbers"),
-    ],
-)
-def test_latent_indices_that_are_none(dit: DiT, indices, message: str) -> None:
-    refuses(message, dit, *make_inputs(dit), num_latents=1, latent_indices=indices)
 
 
 def test_latent_indices_from_the_end_name_a_latent_once(dit: DiT) -> None:
@@ -775,20 +697,6 @@ def test_looking_for_latents_named_twice_cuts_no_graph() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"group": 3}, "8x8 tokens cannot be cut into groups of 3x3: 8 is not a multiple of 3"),
-        ({"patch_size": 3}, "8x8 cannot be cut into patches of 3x3; resize or pad it to 12x12"),
-    ],
-)
-def test_grid_that_groups_or_patches_do_not_divide(settings: dict, message: str) -> None:
-    model = DiT(**FLAT | settings)
-    inputs = make_inputs(model)
-    with pytest.raises(ValueError, match=message):
-        run(model, inputs)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
         ({"head": 2, "tail": 1}, "head of 2 and a tail of 1 blocks leave no core of 3"),
         ({"head": -1}, "head of -1"),
         ({"group": (2, 2, 2)}, r"group=\(2, 2, 2\) does not fit inputs of 2 axes"),
@@ -805,8 +713,18 @@ def test_grid_that_groups_or_patches_do_not_divide(settings: dict, message: str)
         ({"mlp_ratio": 1e300}, r"mlp_ratio=1e\+300 is not allowed"),
         ({"rope_theta": None}, "rope_theta=None is not allowed"),
         ({"num_classes": "a"}, "num_classes='a' is not allowed"),
+        # These say so of an input, as the model takes other sizes than its own.
+        ({"group": 3}, "8x8 tokens cannot be cut into groups of 3x3: 8 is not a multiple of 3"),
+        ({"patch_size": 3}, "8x8 cannot be cut into patches of 3x3; resize or pad it to 12x12"),
     ],
 )
-def test_settings_that_do_not_fit(settings: dict, message: str) -> None:
+def test_settings_that_do_not_fit(dit: DiT, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DiT(**FLAT | settings)
+        DiT(**FLAT | settings)(*make_inputs(dit))
+
+
+@pytest.mark.parametrize("setting", [{"head": 1}, {"tail": 1}, {"min_latents": 2}])
+def test_a_plain_model_refuses_settings_of_the_interface(setting: dict) -> None:
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"{name}.*without groups"):
+        DiT(**TINY | setting)

@@ -23,8 +23,8 @@ from helpers import make_generators, make_inputs, tiny_dit, tiny_elastic
 
 import elit
 from elit.flow.schedulers import make_scheduler
+from elit.models.base import ModelBase
 from elit.models.dit import DiT
-from elit.models.elastic import ElasticMixin
 from elit.pipelines.elit_pipeline import ElitPipeline
 
 PACKAGES = [p.parent.name for p in Path(elit.__file__).parent.rglob("__init__.py")]
@@ -136,13 +136,13 @@ def test_densities_of_noise_levels() -> None:
 
 
 def test_missing_and_unexpected_weights_are_only_warned_of(tmp_path) -> None:
-    """The reason for `ElasticMixin.from_pretrained`."""
+    """The reason for `ModelBase.from_pretrained`."""
     tiny_dit().save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     settings = json.loads(config.read_text())
     for depth, kind in ((4, "missing_keys"), (2, "unexpected_keys")):
         config.write_text(json.dumps(settings | {"depth": depth}))
-        load = super(ElasticMixin, DiT).from_pretrained
+        load = super(ModelBase, DiT).from_pretrained
         _, info = load(tmp_path, output_loading_info=True)
         assert len(info[kind]) == 12
         with pytest.raises(ValueError, match="12 " + kind.replace("_", " ")):

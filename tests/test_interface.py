@@ -14,7 +14,8 @@ from torch import Tensor
 
 from elit.interface import Read, TailDropping, TokenGrid, Write, resolve_budget
 from elit.interface.budget import check_num_latents, default_budgets
-from elit.interface.grid import format_size
+from elit.interface.fit import format_size
+from elit.interface.initial import init_weights
 
 DIM, HEADS = 16, 2
 
@@ -178,54 +179,6 @@ def test_groups_do_not_leak_into_each_other(grid: TokenGrid, data) -> None:
             assert not torch.isclose(before[:, touched], after[:, touched]).all(-1).any()
 
 
-@pytest.mark.parametrize("grid", [TokenGrid((2, 6), (2, 3)), TokenGrid((2, 2, 2), (2, 1, 2))])
-def test_every_token_of_a_group_reaches_every_latent_and_back(grid: TokenGrid) -> None:
-    per_group = grid.tokens_per_group
-    read, write = make_read(per_group), make_write(per_group)
-    tokens, condition = make_tokens(grid, batch=1)
-    latents = torch.randn(1, grid.num_groups * per_group, DIM)
-
-    def sees(function, x: Tensor) -> Tensor:
-        """Which inputs (columns) each output (row) depends on."""
-        jacobian = torch.autograd.functional.jacobian(lambda y: function(y)[0].sum(-1), x)
-        return jacobian[:, 0].abs().amax(-1) > 0  # (M, N)
-
-    same_group = torch.block_diag(*[torch.ones(per_group, per_group)] * grid.num_groups) > 0
-    reads = sees(lambda x: read(x, condition, grid, per_group), tokens)
-    writes = sees(lambda x: write(tokens, x, condition, grid), latents)
-    assert torch.equal(reads, same_group)
-    assert torch.equal(writes, same_group)
-
-
-@given(grids())
-def test_place_within_the_group_matters_to_read_and_write(grid: TokenGrid) -> None:
-    """Not the order of a set: exchanging two tokens of a group is seen by Read and Write."""
-    per_group = grid.tokens_per_group
-    assume(per_group > 1)
-    read, write = make_read(per_group), make_write(per_group)
-    tokens, condition = make_tokens(grid)
-    swapped = tokens.clone()
-    swapped[:, [0, 1]] = tokens[:, [1, 0]]
-    with torch.no_grad():
-        latents = read(tokens, condition, grid, per_group)
-        assert not torch.allclose(latents, read(swapped, condition, grid, per_group))
-        written = write(tokens, latents, condition, grid)
-        back = write(swapped, latents, condition, grid)
-        back[:, [0, 1]] = back[:, [1, 0]]
-        assert not torch.allclose(written, back)
-
-
-def test_latents_of_a_group_are_a_set_to_write() -> None:
-    grid = TokenGrid((4, 6), (2, 3))
-    write = make_write(6)
-    tokens, condition = make_tokens(grid)
-    latents = torch.randn(2, grid.num_groups, 5, DIM)
-    with torch.no_grad():
-        straight = write(tokens, latents.flatten(1, 2), condition, grid)
-        shuffled = write(tokens, latents[:, :, [3, 1, 4, 0, 2]].flatten(1, 2), condition, grid)
-    torch.testing.assert_close(straight, shuffled)
-
-
 def test_chosen_latents_are_the_rows_of_reading_all() -> None:
     grid = TokenGrid((4, 4), (2, 2))
     read, (tokens, condition) = make_read(4), make_tokens(grid)
@@ -233,19 +186,6 @@ def test_chosen_latents_are_the_rows_of_reading_all() -> None:
         everything = read(tokens, condition, grid, 4).unflatten(1, (4, 4))
         chosen = read(tokens, condition, grid, 2, torch.tensor([3, 1])).unflatten(1, (4, 2))
     torch.testing.assert_close(chosen, everything[:, :, [3, 1]])
-
-
-def test_closed_gates_give_the_learned_latents_and_the_tokens() -> None:
-    grid = TokenGrid((4, 4), (2, 2))
-    read, write = make_read(4), make_write(4)
-    read.modulation.reset_parameters()
-    write.modulation.reset_parameters()
-    tokens, condition = make_tokens(grid)
-    with torch.no_grad():
-        latents = read(tokens, condition, grid, 3).unflatten(1, (4, 3))
-        assert torch.equal(write(tokens, latents.flatten(1, 2), condition, grid), tokens)
-    learned = (read.latents + read.latent_index)[:3]
-    torch.testing.assert_close(latents, learned.expand(2, 4, 3, DIM))
 
 
 def test_read_and_write_by_their_formulas() -> None:
@@ -274,8 +214,7 @@ def test_read_and_write_by_their_formulas() -> None:
         torch.testing.assert_close(write(tokens, latents, condition, grid), written)
 
     for part, start in ((read, 1.0), (write, 0.1)):
-        part.modulation.reset_parameters()
-        part.reset_parameters()
+        part.apply(init_weights)
         ((shift, scale, gate),) = part.modulation(condition)
         assert not shift.any()
         assert not scale.any()
@@ -321,15 +260,21 @@ def test_the_budget_of_n_latents_keeps_n_latents(total: int, data) -> None:
     assert resolve_budget(lower, total) <= kept  # never more for less
 
 
-@pytest.mark.parametrize("budget", [0, -1, 1.5, 1.0001, math.inf, -math.inf, math.nan])
-def test_budgets_out_of_range(budget: float) -> None:
-    with pytest.raises(ValueError, match=rf"budget {budget} is outside \(0, 1\].*16 .*0\.0625"):
-        resolve_budget(budget, 16)
+OUTSIDE, NO_NUMBER = (
+    r"budget {} is outside \(0, 1\].*16 .*0\.0625",
+    "is not a number; give a fraction",
+)
 
 
-@pytest.mark.parametrize("budget", ["0.5", None, True, (0.5,), 1j, torch.tensor(0.5)])
-def test_budgets_that_are_no_numbers(budget: object) -> None:
-    with pytest.raises(ValueError, match=r"is not a number; give a fraction in \(0, 1\]"):
+@pytest.mark.parametrize(
+    ("message", "budget"),
+    [
+        *((OUTSIDE, b) for b in (0, -1, 1.5, 1.0001, math.inf, -math.inf, math.nan)),
+        *((NO_NUMBER, b) for b in ("0.5", None, True, (0.5,), 1j, torch.tensor(0.5))),
+    ],
+)
+def test_bad_budgets(message: str, budget: object) -> None:
+    with pytest.raises(ValueError, match=message.format(budget)):
         resolve_budget(budget, 16)
 
 
@@ -363,15 +308,6 @@ def test_draws_are_uniform() -> None:
     assert chi_squared < 38  # 15 degrees of freedom: 0.1 % are above
 
 
-def test_a_single_budget() -> None:
-    generator = torch.Generator().manual_seed(0)
-    assert {TailDropping(4, 4, 16).draw(generator) for _ in range(10)} == {4}
-
-
-def test_tail_dropping_keeps_the_first_latents() -> None:
-    assert TailDropping(1, 16, 16).choose(5, torch.Generator()) is None
-
-
 def test_random_dropping_keeps_a_random_set() -> None:
     dropping = TailDropping(1, 8, 8, order="random")
     generator = torch.Generator().manual_seed(0)
@@ -383,6 +319,7 @@ def test_random_dropping_keeps_a_random_set() -> None:
         counts[kept] += 1
     torch.testing.assert_close(counts / 2000, torch.full((8,), 3 / 8), atol=0.04, rtol=0)
     assert dropping.choose(8, generator).tolist() == list(range(8))
+    assert TailDropping(1, 8, 8).choose(3, generator) is None  # the first ones
     kept = {tuple(dropping.choose(3, torch.Generator().manual_seed(5)).tolist()) for _ in range(9)}
     assert len(kept) == 1  # every rank keeps the same
 

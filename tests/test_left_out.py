@@ -19,6 +19,7 @@ from elit.inspection.left_out import (
     leave_out,
     watch_latents,
 )
+from elit.interface.initial import open_gates
 from elit.models.dit import DiT
 from elit.training.watch import InterfaceWatch, watch_interface
 
@@ -120,7 +121,7 @@ def test_the_write_of_a_learned_retrofit_is_left_out() -> None:
     model = elasticize(tiny_dit(patch_size=1), head=1, tail=1, group=(4, 4), init="learned")
     inputs = make_inputs(model)
     assert not has_original_core(model)
-    model.elit.write.modulation.open_gates(0)
+    open_gates(model.elit.write.modulation, 0)
     with leave_out(model, "interface"):
         found = model(*inputs).sample
     torch.testing.assert_close(found, model(*inputs).sample)
@@ -188,7 +189,7 @@ def start(model: DiT, std: float, gate: float) -> DiT:
         for vector in (*vectors, model.write.token_place):
             vector.normal_(std=std)
         model.read.modulation.linear.bias.zero_().view(3, -1)[2] = gate
-    model.write.modulation.open_gates(0)  # as the thresholds were measured
+    open_gates(model.write.modulation, 0)  # as the thresholds were measured
     return model
 
 

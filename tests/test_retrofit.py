@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import elit
 from elit import Layout, PerToken, elasticize, unelasticize
 from elit.interface.grid import TokenGrid
+from elit.interface.raster import from_groups, to_groups
 from elit.retrofit.known import find_layout
 from elit.retrofit.places import latent_places
 
@@ -334,8 +335,8 @@ def test_places_and_cells(group: tuple[int, ...]) -> None:
 def test_groups_of_raster_tokens(size: tuple[int, ...], group: tuple[int, ...]) -> None:
     grid = TokenGrid(size, group)
     tokens = torch.arange(grid.num_tokens)[None, :, None]
-    groups = grid.to_groups(tokens)
-    assert torch.equal(grid.from_groups(groups), tokens)
+    groups = to_groups(grid, tokens)
+    assert torch.equal(from_groups(grid, groups), tokens)
     places = torch.stack(torch.unravel_index(groups[0, :, :, 0], size), dim=-1)  # (G, P, axes)
     assert torch.equal(places.flatten(0, 1).float(), grid.token_places())
 

@@ -11,7 +11,7 @@ from elit._numbers import is_real
 from elit.choosing.points import OperatingPoint
 from elit.choosing.sweep_file import SWEEP_FILE, default_home, read_sweep
 from elit.choosing.timing import CallTimes, describe
-from elit.interface.grid import format_size
+from elit.interface.fit import format_size
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.folder import weights_digest
 

@@ -1,7 +1,7 @@
 """What a model of ours costs, by formulas from its config alone: no torch, and nothing is built.
 
 A function for each kind of layer says what it holds and does; a model is a sum of them.
-`tests/test_formulas.py` compares them with what the real modules hold and PyTorch counts.
+`tests/test_presets.py` compares them with what the real modules hold and PyTorch counts.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 from elit._numbers import MOST
 from elit.interface.budget import Budgeted, check_num_latents
-from elit.interface.grid import TokenGrid, format_size
-from elit.layers.tiles import slab_size
+from elit.interface.fit import format_size
+from elit.layers.sizes import slab_size
 from elit.models.geometry import Geometry
 from elit.retrofit.settings import interface_heads
 
@@ -132,16 +132,12 @@ class ModelCost(Budgeted):
         split = {"head": 1, "tail": 1} if self.kind == "HDiT" else {}
         self.config = config = _DEFAULTS | split | dict(config) | dict(retrofit or {})
         self.retrofit = retrofit is not None
-        shape = (config["sample_size"], config["in_channels"], config["patch_size"])
-        blocks = (config["depth"], config["head"], config["tail"])
-        latents = (config["group"], config["min_latents"])
-        sizes = Geometry.of(*shape, *latents, blocks, always_split=self.kind == "HDiT")
-        self.own_size, self.patch_size = sizes.sample_size, sizes.patch_size
-        self.group = sizes.group
+        sizes = Geometry.of(config, always_split=self.kind == "HDiT")
+        self.sizes, self.group = sizes, sizes.group
         self.max_latents, self.min_latents = sizes.max_latents, sizes.min_latents
         self.split, self.patch_dim = sizes.split, sizes.patch_dim
-        self.sample_size = tuple(sample_size or self.own_size)
-        self.grid = TokenGrid.of_input(self.sample_size, self.patch_size, self.group)
+        self.sample_size = tuple(sample_size or sizes.sample_size)
+        self.grid = sizes.grid(self.sample_size)
         if self.grid.num_tokens > MOST:
             raise ValueError(
                 f"an input of size {format_size(self.sample_size)} has {self.grid.num_tokens} "
@@ -215,7 +211,7 @@ class ModelCost(Budgeted):
         if not self.is_elastic:
             return Cost()
         width, most, rows = self.width, self.max_latents, self.tokens
-        own = TokenGrid.of_input(self.own_size, self.patch_size, self.group).num_tokens
+        own = self.sizes.grid(self.sizes.sample_size).num_tokens
         layer = cross_attention(rows, rows, self.groups, width, learned(2, width))
         layer += mlp(rows, width, bias=False)
         read = learned(most + own, width) + linear(1, width, 6 * width)
@@ -243,7 +239,7 @@ class ModelCost(Budgeted):
 
     def _hourglass(self, core: int) -> Cost:
         """An HDiT's levels, from patches to patches."""
-        merge = tuple(2 if p % 2 == 0 else 1 for p in self.patch_size)
+        merge = tuple(2 if p % 2 == 0 else 1 for p in self.sizes.patch_size)
         outer_size = tuple(n * m for n, m in zip(self.grid.size, merge, strict=True))
         outer, per_inner, narrow = math.prod(outer_size), math.prod(merge), self.width // 2
         patch_dim = self.patch_dim // per_inner

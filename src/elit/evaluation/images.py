@@ -22,7 +22,7 @@ from elit._listing import checksums, files_of
 from elit.data import DATASETS, ImageDataset, load_dataset
 from elit.data.manifest import MANIFEST
 from elit.evaluation.parts import batches
-from elit.interface.grid import format_size
+from elit.interface.fit import format_size
 from elit.networks.weights import checksum_of
 from elit.pipelines.autoencoder import decode
 from elit.preparation.images import READING, fit, picture_suffixes, read_image

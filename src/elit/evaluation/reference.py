@@ -17,7 +17,7 @@ from elit._process import Process
 from elit.evaluation.frechet import Moments
 from elit.evaluation.images import Images
 from elit.evaluation.parts import Parts, batches, part_size
-from elit.interface.grid import format_size
+from elit.interface.fit import format_size
 from elit.networks.feature_network import FeatureNetwork
 
 logger = logging.getLogger(__name__)

@@ -21,6 +21,11 @@ from elit.flow.words import GUIDANCES
 
 Condition = Mapping[str, Tensor]
 """What tells a model what to draw: its arguments by name, (B, ...) each: labels, or a text."""
+Budget = float | Literal["lowest"]
+"""A fraction in (0, 1], or the lowest that the model was trained with."""
+Interval = tuple[float, float]
+"""Noise levels [low, high], both ends included."""
+WHOLE = (0.0, 1.0)
 Velocity = Callable[[Tensor, float, Condition, int | None], Tensor]
 """(samples (B, ...), sigma, condition, num_latents) -> velocities (B, ...)"""
 Forwards = tuple[tuple[int | None, int], ...]
@@ -34,15 +39,14 @@ class Guidance:
     Attributes:
         scale: strength; 1 is no guidance, and then no guide is computed.
         drop_label: whether the guide sees the null label.
-        budget: the guide's budget; None is that of the guided prediction, "lowest" the lowest
-            that the model was trained with.
-        interval: noise levels [low, high] in which guidance acts, both ends included.
+        budget: the guide's budget; None is that of the guided prediction.
+        interval: noise levels in which guidance acts.
     """
 
     scale: float
     drop_label: bool
-    budget: float | Literal["lowest"] | None
-    interval: tuple[float, float] = (0.0, 1.0)
+    budget: Budget | None
+    interval: Interval = WHOLE
 
     def __post_init__(self) -> None:
         if not (is_real(self.scale) and self.scale >= 0):
@@ -126,7 +130,7 @@ def at_least_float32(velocity: Tensor) -> Tensor:
     return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
 
 
-def CFG(scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> Guidance:
+def CFG(scale: float, interval: Interval = WHOLE) -> Guidance:
     """Classifier-free guidance: the guide has no label and the same budget."""
     return Guidance(scale, drop_label=True, budget=None, interval=interval)
 
@@ -135,38 +139,20 @@ UNGUIDED = CFG(1.0)
 """No guide is ever computed."""
 
 
-def AutoGuidance(
-    scale: float,
-    budget: float | Literal["lowest"] = "lowest",
-    interval: tuple[float, float] = (0.0, 1.0),
-) -> Guidance:
+def AutoGuidance(scale: float, budget: Budget = "lowest", interval: Interval = WHOLE) -> Guidance:
     """Autoguidance: the guide has the same label and a lower budget."""
     return Guidance(scale, drop_label=False, budget=budget, interval=interval)
 
 
-def CheapCFG(
-    scale: float,
-    budget: float | Literal["lowest"] = "lowest",
-    interval: tuple[float, float] = (0.0, 1.0),
-) -> Guidance:
+def CheapCFG(scale: float, budget: Budget = "lowest", interval: Interval = WHOLE) -> Guidance:
     """Cheap classifier-free guidance: the guide has no label and a lower budget."""
     return Guidance(scale, drop_label=True, budget=budget, interval=interval)
 
 
 def make_guidance(
-    name: str,
-    scale: float = 2.0,
-    budget: float | Literal["lowest"] = "lowest",
-    interval: tuple[float, float] = (0.0, 1.0),
+    name: str, scale: float = 2.0, budget: Budget = "lowest", interval: Interval = WHOLE
 ) -> Guidance | None:
-    """Guidance by its short name, one of GUIDANCES; None for "none".
-
-    Args:
-        name: the kind of guide.
-        scale: strength.
-        budget: the guide's, of "ag" and "ccfg".
-        interval: noise levels in which guidance acts.
-    """
+    """Guidance by its short name, one of GUIDANCES; None for "none". "cfg" needs no budget."""
     check_choice(name, GUIDANCES, "guidance")
     if name == "none":
         return None

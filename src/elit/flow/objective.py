@@ -46,14 +46,9 @@ class SigmaDensity:
         )
 
 
-def expand_sigma(sigma: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ..., 1), as many axes as `like`."""
-    return sigma.view(-1, *(1,) * (like.ndim - 1))
-
-
 def interpolate(data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """Point at noise level sigma (B,) on the straight line from data to noise (B, ...)."""
-    return torch.lerp(data, noise, expand_sigma(sigma, data))
+    return torch.lerp(data, noise, sigma.view(-1, *(1,) * (data.ndim - 1)))
 
 
 def velocity_target(data: Tensor, noise: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ levels that are not rounded to float32.
 
 import inspect
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -20,15 +21,13 @@ from torch import Tensor
 from elit._choices import check_choice
 from elit._devices import wide
 from elit._numbers import is_whole
-from elit.flow.sampling import levels_of
+from elit.flow.sampling import Generators, levels_of
+from elit.flow.sampling import sample as run_sampler
 from elit.flow.words import SAMPLERS
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 
 def _grid(
-    num_inference_steps: int, sigmas: "Sequence[float] | None", last: float = 0.0
+    num_inference_steps: int, sigmas: Sequence[float] | None, last: float = 0.0
 ) -> list[float]:
     """Noise levels from 1 to `last` in equal steps, or those given, and then 0."""
     if sigmas is not None:
@@ -40,27 +39,15 @@ def _grid(
     return grid if grid[-1] == 0 else [*grid, 0.0]
 
 
-class _CountedSteps(SchedulerMixin, ConfigMixin):
-    """A run over a list of levels, whose steps are counted, not looked up by their timestep."""
+class FlowMatchUniformEulerScheduler(SchedulerMixin, ConfigMixin):
+    """Euler's method on a uniform grid, as diffusers' but for rounding: see `any_dtype`.
 
-    any_dtype = True  # keeps the samples' precision; diffusers' Euler rounds them to float32
-
-    def _begin(self, levels: list[float], device: torch.device | str | None) -> None:
-        self.sigmas = torch.tensor(levels)
-        self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
-        self.levels = levels
-        self._index = 0
-
-    def _next(self) -> tuple[float, float]:
-        """The level that a step starts from and the one that it leads to."""
-        self._index += 1
-        return self.levels[self._index - 1], self.levels[self._index]
-
-
-class FlowMatchUniformEulerScheduler(_CountedSteps):
-    """Euler's method on a uniform grid, as diffusers' but for rounding: see `any_dtype`."""
+    Its steps are counted, not looked up by their timestep.
+    """
 
     order = 1
+    any_dtype = True  # keeps the samples' precision; diffusers' Euler rounds them to float32
+    last_sigma = 0.0
 
     @register_to_config
     def __init__(self, num_train_timesteps: int = 1000):
@@ -70,22 +57,42 @@ class FlowMatchUniformEulerScheduler(_CountedSteps):
         self,
         num_inference_steps: int,
         device: torch.device | str | None = None,
-        sigmas: "Sequence[float] | None" = None,
+        sigmas: Sequence[float] | None = None,
     ) -> None:
         """Begin a run of `num_inference_steps` steps, or along the levels `sigmas`."""
-        self._begin(_grid(num_inference_steps, sigmas), device)
+        self.levels = self._visited(_grid(num_inference_steps, sigmas, self.last_sigma))
+        self.sigmas = torch.tensor(self.levels)
+        self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
+        self._index = 0
 
     def step(
-        self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True
+        self,
+        model_output: Tensor,
+        timestep: Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """A step to the next level."""
+        """A step to the next level; one that adds noise draws it from the generators."""
         del timestep  # steps are counted
-        sigma, sigma_next = self._next()
-        result = sample + (sigma_next - sigma) * model_output
+        at, to = self.levels[self._index : self._index + 2]
+        self._index += 1
+        result = self._advanced(sample, model_output, at, to, generator)
         return SchedulerOutput(prev_sample=result) if return_dict else (result,)
 
+    def _visited(self, grid: list[float]) -> list[float]:
+        """The level of each call of the model, and 0."""
+        return grid
 
-class FlowMatchUniformHeunScheduler(_CountedSteps):
+    def _advanced(
+        self, sample: Tensor, velocity: Tensor, at: float, to: float, generator: Generators
+    ) -> Tensor:
+        """A sample at the level `to`, of one at the level `at`."""
+        del generator
+        return sample + (to - at) * velocity
+
+
+class FlowMatchUniformHeunScheduler(FlowMatchUniformEulerScheduler):
     """Heun's second-order method on a uniform grid; the last step, to sigma 0, is an Euler step.
 
     N steps call the model 2N - 1 times. diffusers' Heun takes no grid and ends at sigma 0.001.
@@ -93,59 +100,29 @@ class FlowMatchUniformHeunScheduler(_CountedSteps):
 
     order = 2
 
-    @register_to_config
-    def __init__(self, num_train_timesteps: int = 1000):
-        self.set_timesteps(num_train_timesteps)
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int,
-        device: torch.device | str | None = None,
-        sigmas: "Sequence[float] | None" = None,
-    ) -> None:
-        """Begin a run of `num_inference_steps` steps, or along the levels `sigmas`."""
-        grid = _grid(num_inference_steps, sigmas)
+    def _visited(self, grid: list[float]) -> list[float]:
+        self._predictor: tuple[Tensor, Tensor, float] | None = None
         # Each level but the first and the last is visited twice: predicted, then corrected.
         twice = [level for level in grid[1:-1] for _ in range(2)]
-        self._begin([grid[0], *twice, grid[-1]], device)
-        self._predictor: tuple[Tensor, Tensor, float] | None = None
+        return [grid[0], *twice, grid[-1]]
 
-    def step(
-        self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True
-    ) -> SchedulerOutput | tuple[Tensor]:
-        """An Euler step to the next level, or the correction of the one before."""
-        del timestep  # steps are counted
-        sigma, sigma_next = self._next()
-        if self._predictor is None:
-            result = sample + (sigma_next - sigma) * model_output
-            if sigma_next > 0:
-                self._predictor = (sample, model_output, sigma_next - sigma)
-        else:
-            start, velocity, length = self._predictor
-            result = start + length * (velocity + model_output) / 2
+    def _advanced(
+        self, sample: Tensor, velocity: Tensor, at: float, to: float, generator: Generators
+    ) -> Tensor:
+        if self._predictor is not None:
+            start, first, length = self._predictor
             self._predictor = None
-        return SchedulerOutput(prev_sample=result) if return_dict else (result,)
+            return start + length * (first + velocity) / 2
+        if to > 0:
+            self._predictor = (sample, velocity, to - at)
+        return super()._advanced(sample, velocity, at, to, generator)
 
 
 MOST_STEPS = 10_000
 PATHS = ("linear", "cosine")
 
 
-def _noise_like(
-    sample: Tensor, generator: torch.Generator | list[torch.Generator] | None
-) -> Tensor:
-    """Standard normal noise, in float32 the rounded numbers of float64.
-
-    torch draws other numbers for another type; so, one seed is one path in both.
-    """
-    given = generator if isinstance(generator, list) else [generator]
-    if any(one is not None and one.device.type == "mps" for one in given):  # it has no float64
-        return randn_tensor(sample.shape, generator, sample.device, sample.dtype)
-    noise = randn_tensor(sample.shape, generator, **wide(sample.device))
-    return noise.to(sample.dtype).to(sample.device)
-
-
-class FlowMatchEulerMaruyamaScheduler(_CountedSteps):
+class FlowMatchEulerMaruyamaScheduler(FlowMatchUniformEulerScheduler):
     """Euler-Maruyama on the reverse SDE with diffusion 2 sigma.
 
     The drift is v - sigma * score. On the straight path the score is -((1 - sigma) v + x) / sigma,
@@ -159,8 +136,6 @@ class FlowMatchEulerMaruyamaScheduler(_CountedSteps):
             -(2 / pi) cot(a) v - x.
     """
 
-    order = 1
-
     @register_to_config
     def __init__(
         self, num_train_timesteps: int = 1000, last_sigma: float = 0.04, path: str = "linear"
@@ -169,37 +144,30 @@ class FlowMatchEulerMaruyamaScheduler(_CountedSteps):
         self.last_sigma, self.path = last_sigma, path
         self.set_timesteps(num_train_timesteps)
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int,
-        device: torch.device | str | None = None,
-        sigmas: "Sequence[float] | None" = None,
-    ) -> None:
-        """Begin a run of `num_inference_steps` steps, or along the levels `sigmas`."""
-        self._begin(_grid(num_inference_steps, sigmas, last=self.last_sigma), device)
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Tensor,
-        sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
-        """One step, with noise from the generators: one for each sample, or one for all."""
-        del timestep  # steps are counted
-        sigma, sigma_next = self._next()
-        result = sample + (sigma_next - sigma) * self._drift(model_output, sample, sigma)
-        if sigma_next > 0:
-            noise = _noise_like(sample, generator)
-            result = result + math.sqrt(2 * sigma * (sigma - sigma_next)) * noise
-        return SchedulerOutput(prev_sample=result) if return_dict else (result,)
-
-    def _drift(self, velocity: Tensor, sample: Tensor, sigma: float) -> Tensor:
+    def _advanced(
+        self, sample: Tensor, velocity: Tensor, at: float, to: float, generator: Generators
+    ) -> Tensor:
         if self.path == "linear":
-            return (2 - sigma) * velocity + sample
-        angle = math.pi * sigma / 2
-        return (1 + 2 * sigma / (math.pi * math.tan(angle))) * velocity + sigma * sample
+            drift = (2 - at) * velocity + sample
+        else:
+            angle = math.pi * at / 2
+            drift = (1 + 2 * at / (math.pi * math.tan(angle))) * velocity + at * sample
+        result = sample + (to - at) * drift
+        if to > 0:
+            result = result + math.sqrt(2 * at * (at - to)) * _noise_like(sample, generator)
+        return result
+
+
+def _noise_like(sample: Tensor, generator: Generators) -> Tensor:
+    """Standard normal noise, in float32 the rounded numbers of float64.
+
+    torch draws other numbers for another type; so, one seed is one path in both.
+    """
+    given = generator if isinstance(generator, Sequence) else [generator]
+    if any(one is not None and one.device.type == "mps" for one in given):  # it has no float64
+        return randn_tensor(sample.shape, generator, sample.device, sample.dtype)
+    noise = randn_tensor(sample.shape, generator, **wide(sample.device))
+    return noise.to(sample.dtype).to(sample.device)
 
 
 def make_scheduler(sampler: str) -> SchedulerMixin:
@@ -222,7 +190,7 @@ def start_sampling(
     scheduler: SchedulerMixin,
     num_inference_steps: int,
     device: torch.device | str,
-    sigmas: "Sequence[float] | None" = None,
+    sigmas: Sequence[float] | None = None,
     num_tokens: int | None = None,
 ) -> list[float]:
     """Set the steps of a run and give the noise level of each call of the model.
@@ -236,7 +204,7 @@ def start_sampling(
     """
     _check_steps(num_inference_steps)
     levels = None if sigmas is None else _check_sigmas(sigmas)
-    if isinstance(scheduler, _CountedSteps):
+    if isinstance(scheduler, FlowMatchUniformEulerScheduler):
         steps = num_inference_steps if levels is None else len(levels)
         scheduler.set_timesteps(steps, device=device, sigmas=levels)
         return levels_of(scheduler)
@@ -267,18 +235,17 @@ def _set_levels(
     if config.get("use_dynamic_shifting"):
         settings["mu"] = _mu(config, num_tokens)
     terminal = config.get("shift_terminal")
-    stretches = terminal and steps > 1  # to have the last level there; a single one stays
-    if terminal and not stretches:
+    if terminal and steps == 1:  # there is nothing to stretch until the last level is there
         scheduler.register_to_config(shift_terminal=None)
     try:
         scheduler.set_timesteps(steps, device=device, **settings)
     finally:
-        if terminal and not stretches:
+        if terminal:
             scheduler.register_to_config(shift_terminal=terminal)
     return levels_of(scheduler)
 
 
-def _mu(config: "Mapping[str, Any]", num_tokens: int | None) -> float:
+def _mu(config: Mapping[str, Any], num_tokens: int | None) -> float:
     """The shift of a number of tokens: on a line through two points, as Flux and LTX have it."""
     if num_tokens is None:
         raise ValueError(
@@ -326,7 +293,7 @@ def _trial(scheduler: SchedulerMixin, steps: int, num_tokens: int | None) -> tup
     even = torch.special.ndtri((torch.arange(2048) + 0.5) / 2048)
     noise = even.view(1, 1, -1, 1).expand(2, -1, -1, -1)
 
-    def velocity(x: Tensor, sigma: float) -> Tensor:
+    def velocity(x: Tensor, sigma: float, *_: Any) -> Tensor:
         gain = (sigma - (1 - sigma) * std**2) / ((1 - sigma) ** 2 * std**2 + sigma**2)
         return gain * (x - (1 - sigma) * 1.5) - 1.5
 
@@ -334,17 +301,15 @@ def _trial(scheduler: SchedulerMixin, steps: int, num_tokens: int | None) -> tup
         off = x[0] - 1.5, x[1].mean() - 1.5, x[1].std() - 0.5
         return max(one.abs().max().item() for one in off)
 
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    extra = {"generator": torch.Generator().manual_seed(0)} if takes_generator else {}
-    given, euler = noise, noise
-    for sigma, after, timestep in zip(levels, [*levels[1:], 0.0], scheduler.timesteps, strict=True):
-        given = scheduler.step(velocity(given, sigma), timestep, given, **extra, return_dict=False)[
-            0
-        ]
-        euler = euler + (after - sigma) * velocity(euler, sigma)
-    if not given[0].sub(1.5).abs().max() <= 1e-3:
-        return error(given), 1e-3
-    return error(given), 1.2 * error(euler) + 0.03
+    def run(scheduler: SchedulerMixin) -> Tensor:
+        return run_sampler(velocity, noise, scheduler, generator=torch.Generator().manual_seed(0))
+
+    by_euler = FlowMatchUniformEulerScheduler()
+    by_euler.set_timesteps(len(levels), sigmas=levels)
+    result = run(scheduler)
+    if not result[0].sub(1.5).abs().max() <= 1e-3:
+        return error(result), 1e-3
+    return error(result), 1.2 * error(run(by_euler)) + 0.03
 
 
 def _check_steps(num_inference_steps: int) -> None:
@@ -355,7 +320,7 @@ def _check_steps(num_inference_steps: int) -> None:
         )
 
 
-def _check_sigmas(sigmas: "Sequence[float]") -> np.ndarray:
+def _check_sigmas(sigmas: Sequence[float]) -> np.ndarray:
     try:
         levels = np.asarray(sigmas, dtype=float)
     except (TypeError, ValueError, RuntimeError):

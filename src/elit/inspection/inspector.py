@@ -15,6 +15,7 @@ from elit.flow.objective import interpolate, velocity_target
 from elit.inspection.left_out import PARTS, LeftOut, latent_moments, leave_out, watch_latents
 from elit.interface.attention_maps import attention_entropy, watch_attention
 from elit.interface.grid import TokenGrid
+from elit.interface.raster import from_groups
 from elit.pipelines.base import ElasticPipeline
 from elit.retrofit.elastic import ElasticTransformer
 
@@ -235,7 +236,7 @@ def token_grid(model: Any, images: Tensor) -> TokenGrid:
 
 def in_raster_order(maps: Tensor, grid: TokenGrid) -> Tensor:
     """Maps (..., G, P) as they lie on the image, (..., *grid.size)."""
-    flat = grid.from_groups(maps.reshape(-1, *maps.shape[-2:], 1))  # (M, N, 1)
+    flat = from_groups(grid, maps.reshape(-1, *maps.shape[-2:], 1))  # (M, N, 1)
     return flat.reshape(*maps.shape[:-2], *grid.size)
 
 

@@ -12,9 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from elit.interface import Read, Write
 from elit.interface.grid import TokenGrid
-from elit.interface.read import Read
-from elit.interface.write import Write
 from elit.models.elastic import ElasticMixin
 from elit.models.sit import SiTRead, SiTWrite
 from elit.retrofit.elastic import ElasticTransformer

@@ -2,8 +2,8 @@
 
 tokens -> head -> Read -> core, on a budget of latents -> Write -> tail -> tokens
 
-`grid.py` cuts the tokens into groups, `read.py` and `write.py` are the two grouped
-cross-attentions, `budget.py` says how many latents are kept.
+`grid.py` cuts the tokens into groups, `read_write.py` has the two grouped cross-attentions,
+`budget.py` says how many latents are kept.
 """
 
 import importlib
@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from elit.interface.budget import TailDropping, resolve_budget
     from elit.interface.grid import TokenGrid
-    from elit.interface.read import Read
-    from elit.interface.write import Write
+    from elit.interface.read_write import Read, Write
 
 _HOME = {
-    "Read": "read", "TailDropping": "budget", "TokenGrid": "grid", "Write": "write",
+    "Read": "read_write", "TailDropping": "budget", "TokenGrid": "grid", "Write": "read_write",
     "resolve_budget": "budget",
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from elit.interface.grid import TokenGrid
+from elit.interface.raster import to_groups
 from elit.interop.checkpoint import (
     POSITIONS,
     Checkpoint,
@@ -185,7 +186,7 @@ def to_ours(model: SiT, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if model.is_elastic:
         grid, width = model.own_grid(), model.config.hidden_size
         raster = ours["read.latent_places"][None, : grid.num_tokens]
-        ours["read.latent_places"] = grid.to_groups(raster).flatten(0, 2)
+        ours["read.latent_places"] = to_groups(grid, raster).flatten(0, 2)
         for name in ("read.modulation.linear.weight", "read.modulation.linear.bias"):
             ours[name] = ours[name][: 6 * width]
     # Copies: what was read is a view of the file.

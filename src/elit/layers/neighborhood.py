@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from elit.layers.tiles import slab_size, tile_size
+from elit.layers.sizes import slab_size, tile_size
 from elit.layers.transformer import Rotary, SelfAttention, TransformerBlock
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from elit._numbers import MOST, check_whole
-from elit.layers.transformer import MLP, SelfAttention, head_dim, rotary_embedding
+from elit.layers.sizes import head_dim
+from elit.layers.transformer import MLP, SelfAttention, rotary_embedding
 
 PADDING, BEGIN = 0, 1  # numbers that no word has
 MIN_VOCAB = 8

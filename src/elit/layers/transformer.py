@@ -7,43 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elit._numbers import check_whole, is_real, is_whole
+from elit.layers.sizes import head_dim, pairs_per_axis
 
-# ---- how weights start ----
-
-
-def init_weights(module: nn.Module) -> None:
-    """Initialise one module; for `model.apply`, which visits children before their parents.
-
-    Xavier-uniform matrices with zero biases and N(0, 0.02) embeddings; after those, a parent's
-    own `reset_parameters` has the last word (zero gates, learned latents).
-    """
-    if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-        return  # there is nothing to fill, and trying takes longer than making the model
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    elif callable(reset := getattr(module, "reset_parameters", None)):
-        reset()
-
-
-def zero_(linear: nn.Linear) -> None:
-    """Make a linear layer give zero."""
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-
-
-# ---- rotary positions, over any number of axes ----
-
-
-class Rotary(NamedTuple):
-    """Rotation of every token: (N, 1, d) each, the first half of the sines negated."""
-
-    cos: Tensor
-    sin: Tensor
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines of tokens' rotations, (N, 1, d) each, the first half of the sines negated."""
 
 
 def rotary_embedding(places: Tensor, head_dim: int, theta: float) -> Rotary:
@@ -59,27 +26,13 @@ def rotary_embedding(places: Tensor, head_dim: int, theta: float) -> Rotary:
         angles.append(places[:, axis, None] * theta**-exponents)  # (N, count)
     angle = torch.cat(angles, dim=-1)[:, None]  # (N, 1, d/2)
     cos, sin = angle.cos(), angle.sin()
-    return Rotary(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
-
-
-def pairs_per_axis(head_dim: int, num_axes: int) -> list[int]:
-    """Pairs of features that each axis turns, of heads of width `head_dim`."""
-    pairs = head_dim // 2
-    if head_dim % 2 or pairs < num_axes:
-        raise ValueError(
-            f"heads of width {head_dim} cannot carry rotary positions of {num_axes} axes; "
-            f"use an even width of at least {2 * num_axes} (hidden_size / num_heads)"
-        )
-    return [pairs // num_axes + (axis >= num_axes - pairs % num_axes) for axis in range(num_axes)]
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate x (B, N, H, d) in the tables' float32."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * rotary.cos, torch.cat((second, first), dim=-1), rotary.sin)
-
-
-# ---- adaLN-Zero: a condition shifts and scales what enters a layer and gates what leaves it ----
+    (cos, sin), (first, second) = rotary, x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
 
 
 class Modulation(NamedTuple):
@@ -91,20 +44,15 @@ class Modulation(NamedTuple):
 
 
 class AdaLNZero(nn.Module):
-    """Modulations of `num_layers` layers of width `dim` from one condition, zero at first."""
+    """Modulations of `num_layers` layers of width `dim` from one condition, zero at first.
+
+    They shift and scale what enters a layer and gate what leaves it.
+    """
 
     def __init__(self, dim: int, num_layers: int, condition_dim: int | None = None):
         super().__init__()
         self.shape = (num_layers, 3, dim)
         self.linear = nn.Linear(condition_dim or dim, 3 * num_layers * dim)
-
-    def reset_parameters(self) -> None:
-        """Gate everything off."""
-        zero_(self.linear)
-
-    def open_gates(self, gate: float = 1.0) -> None:
-        """Start with gates of this value instead, whatever the condition."""
-        nn.init.constant_(self.linear.bias.view(self.shape)[:, 2], gate)
 
     def forward(self, condition: Tensor) -> list[Modulation]:
         chunks = self.linear(condition)[:, None].unflatten(-1, self.shape)
@@ -121,14 +69,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, layer_norm(x), 1 + scale)
 
 
-def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """x + gate * update, in one pass over memory."""
-    return torch.addcmul(x, gate, update)
-
-
-# ---- attention with normalised queries and keys ----
-
-
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention of queries (B, S, H, d) on keys and values (B, T, H, d): (B, S, H*d).
 
@@ -138,16 +78,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, T)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)  # (B, S, H*d)
-
-
-def head_dim(dim: int, num_heads: int) -> int:
-    """Width of one head."""
-    if not is_whole(dim) or not is_whole(num_heads) or dim % num_heads:
-        raise ValueError(
-            f"width {dim} cannot be divided into {num_heads} heads; "
-            f"choose a number of heads that divides {dim}"
-        )
-    return dim // num_heads
 
 
 class HeadNorm(nn.RMSNorm):
@@ -164,8 +94,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = (num_heads, head_dim(dim, num_heads))
         self.to_qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = HeadNorm(self.heads[1], eps=1e-6)
-        self.k_norm = HeadNorm(self.heads[1], eps=1e-6)
+        self.q_norm, self.k_norm = (HeadNorm(self.heads[1], eps=1e-6) for _ in range(2))
         self.to_out = nn.Linear(dim, dim)
 
     def project(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,8 +118,7 @@ class CrossAttention(nn.Module):
         self.heads = (num_heads, head_dim(dim, num_heads))
         self.to_q = nn.Linear(dim, dim)
         self.to_kv = nn.Linear(dim, 2 * dim)
-        self.q_norm = HeadNorm(self.heads[1], eps=1e-6)
-        self.k_norm = HeadNorm(self.heads[1], eps=1e-6)
+        self.q_norm, self.k_norm = (HeadNorm(self.heads[1], eps=1e-6) for _ in range(2))
         self.to_out = nn.Linear(dim, dim)
 
     def project(self, queries: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,16 +136,11 @@ class CrossAttention(nn.Module):
         return self.to_out(attend(*self.project(queries, context)))
 
 
-# ---- blocks ----
-
-
 class MLP(nn.Sequential):
     """Two linear layers with a tanh-approximated GELU between."""
 
     def __init__(self, dim: int, ratio: float, bias: bool = True):
-        hidden = ratio * dim if is_real(ratio) else 0
-        if not is_real(hidden) or not is_whole(hidden := round(hidden)):
-            raise ValueError(f"mlp_ratio={ratio!r} is not allowed; give a number above 0, as 4")
+        hidden = round(ratio * dim)
         super().__init__(
             nn.Linear(dim, hidden, bias), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim, bias)
         )
@@ -245,8 +168,8 @@ class TransformerBlock(nn.Module):
 
     def take_in(self, x: Tensor, update: Tensor, attention: Modulation, mlp: Modulation) -> Tensor:
         """Add attention's update, then the MLP's: (B, N, D)."""
-        x = gated_add(x, attention.gate, update)
-        return gated_add(x, mlp.gate, self.mlp(modulate(x, mlp.shift, mlp.scale)))
+        x = torch.addcmul(x, attention.gate, update)
+        return torch.addcmul(x, mlp.gate, self.mlp(modulate(x, mlp.shift, mlp.scale)))
 
 
 class FinalLayer(nn.Module):
@@ -257,18 +180,10 @@ class FinalLayer(nn.Module):
         self.modulation = nn.Linear(condition_dim or dim, 2 * dim)
         self.linear = nn.Linear(dim, patch_dim)
 
-    def reset_parameters(self) -> None:
-        """Predict zero."""
-        zero_(self.modulation)
-        zero_(self.linear)
-
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, N, D), (B, D) -> (B, N, patch_dim)."""
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)  # (B, 1, D)
         return self.linear(modulate(x, shift, scale))
-
-
-# ---- embeddings of noise level and class label ----
 
 
 class TimestepEmbedding(nn.Module):
@@ -281,11 +196,6 @@ class TimestepEmbedding(nn.Module):
         self.scale = scale
         self.linear_in = nn.Linear(self.num_features, dim)
         self.linear_out = nn.Linear(dim, dim)
-
-    def reset_parameters(self) -> None:
-        """Start small, as the label embedding does."""
-        nn.init.normal_(self.linear_in.weight, std=0.02)
-        nn.init.normal_(self.linear_out.weight, std=0.02)
 
     def forward(self, timestep: Tensor) -> Tensor:
         half = self.num_features // 2
@@ -301,7 +211,6 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, dim: int, num_classes: int):
         super().__init__()
-        check_whole(num_classes, "num_classes")
         self.null_label = num_classes
         self.table = nn.Embedding(num_classes + 1, dim)
 

@@ -2,24 +2,19 @@
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
 from torch import Tensor, nn
 
 from elit.interface import Read, Write
-from elit.layers.transformer import (
-    FinalLayer,
-    LabelEmbedding,
-    TimestepEmbedding,
-    TransformerBlock,
-    init_weights,
-)
-from elit.models.elastic import ClassConditional
-from elit.models.geometry import Geometry
+from elit.interface.initial import init_weights
+from elit.layers.transformer import FinalLayer, LabelEmbedding, TimestepEmbedding, TransformerBlock
+from elit.models.elastic import ElasticMixin
 
 
-class DiT(ClassConditional, ModelMixin, ConfigMixin):
+class DiT(ElasticMixin, ModelMixin, ConfigMixin):
     """Class-conditional diffusion transformer on images (h, w) or clips (t, h, w).
 
     With `group` it is elastic (ELIT): `head` blocks on the spatial tokens, a Read into the
@@ -44,10 +39,8 @@ class DiT(ClassConditional, ModelMixin, ConfigMixin):
         rope_theta: base of the rotary wavelengths.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerBlock", "Read", "Write"]
     _repeated_blocks = ["TransformerBlock"]
-    _skip_layerwise_casting_patterns = ["embed", "norm", "modulation", "project"]
 
     @register_to_config
     def __init__(
@@ -67,31 +60,24 @@ class DiT(ClassConditional, ModelMixin, ConfigMixin):
         rope_theta: float = 10_000.0,
     ):
         super().__init__()
-        shape = (sample_size, in_channels, patch_size, group, min_latents)
-        self.set_geometry(
-            Geometry.of(*shape, (depth, head, tail), (hidden_size, num_heads, rope_theta))
-        )
+        self.set_geometry()
 
         self.patch_embed = nn.Linear(self.patch_dim, hidden_size)
         self.time_embed = TimestepEmbedding(hidden_size)
         self.label_embed = LabelEmbedding(hidden_size, num_classes)
         self.blocks = nn.ModuleList(
-            self.make_block(index, hidden_size, num_heads, mlp_ratio) for index in range(depth)
+            self.block_class(index)(hidden_size, num_heads, mlp_ratio) for index in range(depth)
         )
         sizes = (hidden_size, num_heads, self.max_latents)
         self.read = Read(*sizes) if self.is_elastic else None
         self.write = Write(*sizes) if self.is_elastic else None
         self.project = FinalLayer(hidden_size, self.patch_dim)
 
-        self.gradient_checkpointing = False
         self.apply(init_weights)
 
-    def make_block(
-        self, index: int, hidden_size: int, num_heads: int, mlp_ratio: float
-    ) -> TransformerBlock:
-        """Block number `index` of the model."""
-        del index  # they are all alike
-        return TransformerBlock(hidden_size, num_heads, mlp_ratio)
+    def block_class(self, index: int) -> type[TransformerBlock]:
+        """Class of block number `index`: here they are all alike."""
+        return TransformerBlock
 
     def forward(
         self,
@@ -123,7 +109,7 @@ class DiT(ClassConditional, ModelMixin, ConfigMixin):
         head, core, tail = self.split_blocks(self.blocks)
 
         tokens = self.patch_embed(grid.patchify(hidden_states, self.patch_size))  # (B, N, D)
-        condition = self.embed_condition(levels, labels)  # (B, D)
+        condition = F.silu(self.time_embed(levels) + self.label_embed(labels))  # (B, D)
         rotary = self.rotary(grid.token_places(tokens.device))
         tokens = self.run(head, tokens, condition, rotary)  # (B, N, D)
         if self.read is not None:

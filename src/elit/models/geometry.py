@@ -1,12 +1,15 @@
-"""Sizes that a model is made with, checked once, without torch: input, groups, blocks."""
+"""Sizes that a model is made with, checked once, without torch: input, groups, blocks, widths."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from elit._numbers import check_whole, is_real, is_whole
 from elit.interface.budget import check_num_latents
+from elit.interface.fit import format_size
 from elit.interface.grid import TokenGrid
+from elit.layers.sizes import head_dim, pairs_per_axis
 
 _MOST_BLOCKS = 1000  # the largest models have tens; making one takes milliseconds
 
@@ -21,41 +24,31 @@ class Geometry:
     group: tuple[int, ...] | None  # tokens of one group along each axis, None in a plain model
     min_latents: int  # fewest latents per group that training keeps, 0 in a plain model
     split: tuple[int, int, int]  # blocks of head, core and tail
-    rotary: tuple[int, float] | None  # width of a head, base of the wavelengths; None in a SiT
 
     @classmethod
-    def of(
-        cls,
-        sample_size: int | Sequence[int],
-        in_channels: int,
-        patch_size: int | Sequence[int],
-        group: int | Sequence[int] | None,
-        min_latents: int,
-        blocks: tuple[int, int, int],
-        rotary: tuple[int, int, float] | None = None,
-        always_split: bool = False,
-    ) -> "Geometry":
+    def of(cls, config: Mapping[str, Any], always_split: bool = False) -> "Geometry":
         """Check a model's arguments, where one number stands for all axes, or raise a ValueError.
 
-        `blocks` are depth, head and tail, which a plain model has too if `always_split`; `rotary`
-        are the model's width, its heads and the base of the wavelengths.
+        A plain model has a head and a tail too if `always_split`.
         """
+        sample_size, group = config["sample_size"], config["group"]
         num_axes = len(sample_size) if isinstance(sample_size, Sequence) else 2
         if num_axes not in (2, 3):
             raise ValueError(
                 f"sample_size={sample_size!r} has {num_axes} axes; give (h, w) or (t, h, w)"
             )
-        check_whole(in_channels, "in_channels")
+        check_whole(config["in_channels"], "in_channels")
         groups = None if group is None else per_axis(group, num_axes, "group")
-        return cls(
+        sizes = cls(
             per_axis(sample_size, num_axes, "sample_size"),
-            in_channels,
-            per_axis(patch_size, num_axes, "patch_size"),
+            config["in_channels"],
+            per_axis(config["patch_size"], num_axes, "patch_size"),
             groups,
-            _min_latents(min_latents, groups),
-            _split(*blocks, always_split or groups is not None),
-            None if rotary is None else _rotary(*rotary, num_axes),
+            _min_latents(config["min_latents"], groups),
+            _split(config["depth"], config["head"], config["tail"], always_split or bool(groups)),
         )
+        _check_widths(config, num_axes)
+        return sizes
 
     @property
     def max_latents(self) -> int:
@@ -67,19 +60,17 @@ class Geometry:
         """Numbers in a patch."""
         return self.in_channels * math.prod(self.patch_size)
 
-    def grid(self, shape: Sequence[int]) -> TokenGrid:
-        """Token grid of an input of shape (B, C, *space); a plain model's is one group."""
-        num_axes = len(self.patch_size)
-        axes = "(batch, channels, height, width)"
-        axes = axes if num_axes == 2 else axes.replace("height", "frames, height")
-        if len(shape) != num_axes + 2 or shape[1] != self.in_channels:
+    def grid(self, space: Sequence[int]) -> TokenGrid:
+        """Token grid of an input of size (t,) h, w; a plain model's is one group."""
+        sizes = list(zip(space, self.patch_size, self.group or (1,) * len(space), strict=True))
+        if any(n % p for n, p, _ in sizes):
+            nearest = [math.ceil(n / (p * g)) * p * g for n, p, g in sizes]
             raise ValueError(
-                f"input of shape {tuple(shape)} does not fit; "
-                f"this model takes {axes} with {self.in_channels} channels"
+                f"input of size {format_size(space)} cannot be cut into patches of "
+                f"{format_size(self.patch_size)}; resize or pad it to {format_size(nearest)}"
             )
-        if shape[0] < 1:
-            raise ValueError("a batch of no samples; give at least one")
-        return TokenGrid.of_input(tuple(shape[2:]), self.patch_size, self.group)
+        tokens = tuple(n // p for n, p, _ in sizes)
+        return TokenGrid(tokens, self.group or tokens)
 
 
 def per_axis(value: int | Sequence[int], num_axes: int, name: str) -> tuple[int, ...]:
@@ -114,7 +105,6 @@ def _min_latents(min_latents: int, group: tuple[int, ...] | None) -> int:
 
 
 def _split(depth: int, head: int, tail: int, has_core: bool) -> tuple[int, int, int]:
-    """Blocks of head, core and tail."""
     advice = f"a positive integer, at most {_MOST_BLOCKS}"
     check_whole(depth, "depth", most=_MOST_BLOCKS, advice=advice)
     if not (is_whole(head, 0) and is_whole(tail, 0)):
@@ -133,12 +123,15 @@ def _split(depth: int, head: int, tail: int, has_core: bool) -> tuple[int, int, 
     return depth, 0, 0
 
 
-def _rotary(dim: int, num_heads: int, theta: float, num_axes: int) -> tuple[int, float]:
-    """Width of a head and base of the wavelengths."""
-    from elit.layers.transformer import head_dim, pairs_per_axis
-
-    if not is_real(theta) or theta <= 0:
+def _check_widths(config: Mapping[str, Any], num_axes: int) -> None:
+    theta, ratio, dim = config.get("rope_theta"), config["mlp_ratio"], config["hidden_size"]
+    if "rope_theta" in config and not (is_real(theta) and theta > 0):
         raise ValueError(f"rope_theta={theta!r} is not allowed; give a number above 0, as 10000")
-    width = head_dim(dim, num_heads)
-    pairs_per_axis(width, num_axes)  # raises now what a forward would raise
-    return width, theta
+    width = head_dim(dim, config["num_heads"])
+    if "rope_theta" in config:
+        pairs_per_axis(width, num_axes)  # raises now what a forward would raise
+    hidden = ratio * dim if is_real(ratio) else 0
+    if not is_real(hidden) or not is_whole(round(hidden)):
+        raise ValueError(f"mlp_ratio={ratio!r} is not allowed; give a number above 0, as 4")
+    if "num_classes" in config:
+        check_whole(config["num_classes"], "num_classes")

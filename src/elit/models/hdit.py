@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
@@ -10,20 +11,14 @@ from torch import Tensor, nn
 
 from elit._numbers import is_whole
 from elit.interface import Read, TokenGrid, Write
+from elit.interface.initial import init_weights
 from elit.layers.neighborhood import NeighborhoodBlock, neighborhood
-from elit.layers.tiles import tile_size
-from elit.layers.transformer import (
-    FinalLayer,
-    LabelEmbedding,
-    TimestepEmbedding,
-    TransformerBlock,
-    init_weights,
-)
-from elit.models.elastic import ClassConditional
-from elit.models.geometry import Geometry
+from elit.layers.sizes import tile_size
+from elit.layers.transformer import FinalLayer, LabelEmbedding, TimestepEmbedding, TransformerBlock
+from elit.models.elastic import ElasticMixin
 
 
-class HDiT(ClassConditional, ModelMixin, ConfigMixin):
+class HDiT(ElasticMixin, ModelMixin, ConfigMixin):
     """Hourglass diffusion transformer, class-conditional.
 
     Head and tail are its outer level: neighbourhood attention on tokens of half the patch and half
@@ -48,10 +43,9 @@ class HDiT(ClassConditional, ModelMixin, ConfigMixin):
         mlp_ratio: hidden width of the blocks' MLPs, over their width.
     """
 
-    _supports_gradient_checkpointing = True
+    always_split = True
     _no_split_modules = ["TransformerBlock", "NeighborhoodBlock", "Read", "Write"]
     _repeated_blocks = ["TransformerBlock", "NeighborhoodBlock"]
-    _skip_layerwise_casting_patterns = ["embed", "norm", "modulation", "project"]
 
     @register_to_config
     def __init__(
@@ -72,12 +66,7 @@ class HDiT(ClassConditional, ModelMixin, ConfigMixin):
         rope_theta: float = 10_000.0,
     ):
         super().__init__()
-        shape = (sample_size, in_channels, patch_size, group, min_latents)
-        self.set_geometry(
-            Geometry.of(
-                *shape, (depth, head, tail), (hidden_size, num_heads, rope_theta), always_split=True
-            )
-        )
+        self.set_geometry()
         self.merge = tuple(2 if p % 2 == 0 else 1 for p in self.patch_size)
         self.outer_patch = tuple(p // m for p, m in zip(self.patch_size, self.merge, strict=True))
         outer_per_inner = int(torch.Size(self.merge).numel())
@@ -108,7 +97,6 @@ class HDiT(ClassConditional, ModelMixin, ConfigMixin):
         self.write = Write(*sizes) if self.is_elastic else None
         self.project = FinalLayer(outer_size, outer_patch_dim, hidden_size)
 
-        self.gradient_checkpointing = False
         self.apply(init_weights)
 
     def reset_parameters(self) -> None:
@@ -137,7 +125,7 @@ class HDiT(ClassConditional, ModelMixin, ConfigMixin):
         near = neighborhood(places, outer.size, self.config.kernel_size, self.rotary(places))
 
         tokens = self.patch_embed(outer.patchify(hidden_states, self.outer_patch))  # (B, M, D/2)
-        condition = self.embed_condition(levels, labels)  # (B, D)
+        condition = F.silu(self.time_embed(levels) + self.label_embed(labels))  # (B, D)
         tokens = skipped = self.run(head, tokens, condition, near)  # (B, M, D/2)
 
         patches = outer.unpatchify(tokens, (1,) * len(outer.size))  # (B, D/2, *outer.size)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from elit._numbers import MOST, check_whole
 from elit.interface import Read, TokenGrid, Write
+from elit.interface.initial import init_weights, zero_
+from elit.layers.sizes import head_dim
 from elit.layers.text import WordEncoder
 from elit.layers.transformer import (
     FinalLayer,
@@ -19,15 +21,11 @@ from elit.layers.transformer import (
     TimestepEmbedding,
     TransformerBlock,
     attend,
-    head_dim,
-    init_weights,
     modulate,
     rotate,
-    zero_,
 )
 from elit.models.checks import check_text
 from elit.models.elastic import ElasticMixin
-from elit.models.geometry import Geometry
 
 _ANY = f"a whole number from 1 to {MOST}"
 
@@ -50,10 +48,8 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
 
     takes_text = True
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["JointBlock", "TextBlock", "Read", "Write"]
     _repeated_blocks = ["JointBlock"]
-    _skip_layerwise_casting_patterns = ["embed", "norm", "modulation", "project"]
 
     @register_to_config
     def __init__(
@@ -76,10 +72,7 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
         rope_theta: float = 10_000.0,
     ):
         super().__init__()
-        shape = (sample_size, in_channels, patch_size, group, min_latents)
-        self.set_geometry(
-            Geometry.of(*shape, (depth, head, tail), (hidden_size, num_heads, rope_theta))
-        )
+        self.set_geometry()
         if (text_dim is None) == (vocab_size is None):
             raise ValueError(
                 f"text_dim={text_dim} and vocab_size={vocab_size}: give one of them, text_dim for "
@@ -111,7 +104,6 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
         self.write = Write(*sizes) if self.is_elastic else None
         self.project = FinalLayer(hidden_size, self.patch_dim)
 
-        self.gradient_checkpointing = False
         self.apply(init_weights)
 
     def forward(

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from elit._devices import wide
 from elit._numbers import is_whole
 from elit.interface.grid import TokenGrid
+from elit.interface.initial import init_weights, zero_
+from elit.interface.raster import from_groups, to_groups
 from elit.layers.transformer import (
     MLP,
     AdaLNZero,
@@ -21,16 +23,12 @@ from elit.layers.transformer import (
     LabelEmbedding,
     TimestepEmbedding,
     TransformerBlock,
-    gated_add,
-    init_weights,
     modulate,
-    zero_,
 )
-from elit.models.elastic import ClassConditional
-from elit.models.geometry import Geometry
+from elit.models.elastic import ElasticMixin
 
 
-class SiT(ClassConditional, ModelMixin, ConfigMixin):
+class SiT(ElasticMixin, ModelMixin, ConfigMixin):
     """Class-conditional diffusion transformer on images, as the public SiT and ELIT-SiT have it.
 
     Other than in `DiT`, positions are absolute and no block rotates by them, queries and keys are
@@ -48,10 +46,8 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
         write_depth: layers of the Write.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["SiTBlock", "SiTRead", "SiTWrite"]
     _repeated_blocks = ["SiTBlock"]
-    _skip_layerwise_casting_patterns = ["embed", "norm", "modulation", "project", "place"]
 
     @register_to_config
     def __init__(
@@ -72,8 +68,7 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
         write_depth: int = 1,
     ):
         super().__init__()
-        shape = (sample_size, in_channels, patch_size, group, min_latents)
-        self.set_geometry(Geometry.of(*shape, (depth, head, tail)))
+        self.set_geometry()
         grid = self.own_grid()
         if not is_whole(hidden_size) or hidden_size % 4:
             raise ValueError(
@@ -101,7 +96,6 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
             self.write = SiTWrite(hidden_size, num_heads, self.max_latents, write_depth)
         self.project = FinalLayer(hidden_size, self.patch_dim)
 
-        self.gradient_checkpointing = False
         self.apply(init_weights)
 
     def own_grid(self) -> TokenGrid:
@@ -111,7 +105,7 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
                 f"sample_size={self.sample_size} has {len(self.sample_size)} axes, but a "
                 f"{type(self).__name__} takes images alone; give (h, w), or use a DiT"
             )
-        return self.geometry.grid((1, self.in_channels, *self.sample_size))
+        return self.geometry.grid(self.sample_size)
 
     def forward(
         self,
@@ -133,7 +127,7 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
 
         tokens = self.patch_embed(grid.patchify(hidden_states, self.patch_size))  # (B, N, D)
         tokens = tokens + self.positions(grid, tokens)
-        condition = self.embed_condition(levels, labels)  # (B, D)
+        condition = F.silu(self.time_embed(levels) + self.label_embed(labels))  # (B, D)
         tokens = self.run(head, tokens, condition, None)  # (B, N, D)
         if self.read is not None:
             tokens = self.places(tokens, grid)
@@ -155,7 +149,7 @@ class SiT(ClassConditional, ModelMixin, ConfigMixin):
             for own, n in zip(self.own_grid().size, grid.size, strict=True)
         )  # (h, D/2), (w, D/2)
         table = torch.cat(torch.broadcast_tensors(cols[None], rows[:, None]), dim=-1)  # (h, w, D)
-        table = grid.to_groups(table.view(1, -1, dim)).view(-1, dim)  # (N, D)
+        table = to_groups(grid, table.view(1, -1, dim)).view(-1, dim)  # (N, D)
         return table.to(like.device, like.dtype)
 
 
@@ -289,20 +283,20 @@ class SiTRead(nn.Module):
         # that is 0.3 % in an XL.
         queries = self.latents.expand(context.shape[0], -1, -1)  # (B*G, J, D)
         update = self.attention(queries, context).view_as(tokens)  # (B, N, D)
-        latents = gated_add(self.latents.repeat(grid.num_groups, 1), attention.gate, update)
+        latents = torch.addcmul(self.latents.repeat(grid.num_groups, 1), attention.gate, update)
         update = self.mlp(modulate(latents, mlp.shift, mlp.scale))
-        return gated_add(latents, mlp.gate, update) + self.places_on(grid)
+        return torch.addcmul(latents, mlp.gate, update) + self.places_on(grid)
 
     def places_on(self, grid: TokenGrid) -> Tensor:
         """Learned vector of each latent's place (N, D); interpolated on a grid of another size."""
         if grid.size == self.grid.size:
             return self.latent_places
-        raster = self.grid.from_groups(
-            self.latent_places[None].unflatten(1, (-1, self.grid.tokens_per_group))
+        raster = from_groups(
+            self.grid, self.latent_places[None].unflatten(1, (-1, self.grid.tokens_per_group))
         )
         raster = raster.unflatten(1, self.grid.size).permute(0, 3, 1, 2)  # (1, D, h, w)
         resized = F.interpolate(raster.float(), grid.size, mode="bicubic", align_corners=False)
-        resized = grid.to_groups(resized.flatten(2).transpose(1, 2))  # (1, G, J, D)
+        resized = to_groups(grid, resized.flatten(2).transpose(1, 2))  # (1, G, J, D)
         return resized.flatten(0, 2).to(self.latent_places.dtype)
 
 

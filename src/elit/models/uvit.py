@@ -1,6 +1,7 @@
 """U-ViT and ELIT-U-ViT: a DiT with long skips between its first blocks and its last."""
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
 from torch import Tensor, nn
@@ -37,11 +38,8 @@ class UViT(DiT):
     _no_split_modules = ["TransformerBlock", "SkipBlock", "Read", "Write"]
     _repeated_blocks = ["TransformerBlock", "SkipBlock"]
 
-    def make_block(
-        self, index: int, hidden_size: int, num_heads: int, mlp_ratio: float
-    ) -> TransformerBlock:
-        kind = SkipBlock if index in self.skip_sources else TransformerBlock
-        return kind(hidden_size, num_heads, mlp_ratio)
+    def block_class(self, index: int) -> type[TransformerBlock]:
+        return SkipBlock if index in self.skip_sources else TransformerBlock
 
     @property
     def skip_sources(self) -> dict[int, int]:
@@ -72,7 +70,7 @@ class UViT(DiT):
         skips: dict[int, Tensor] = {}
 
         tokens = self.patch_embed(grid.patchify(hidden_states, self.patch_size))  # (B, N, D)
-        condition = self.embed_condition(levels, labels)  # (B, D)
+        condition = F.silu(self.time_embed(levels) + self.label_embed(labels))  # (B, D)
         rotary = self.rotary(grid.token_places(tokens.device))
         tokens = self.run_skipping(head, tokens, condition, rotary, skips)  # (B, N, D)
         if self.read is not None:

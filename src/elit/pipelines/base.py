@@ -23,7 +23,7 @@ from elit.flow.sampling import Generators, sample
 from elit.flow.schedulers import start_sampling
 from elit.flow.words import DEFAULT_STEPS
 from elit.interface.budget import check_num_latents
-from elit.interface.grid import format_size
+from elit.interface.fit import format_size
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.autoencoder import (
     SamplesDivergedError,

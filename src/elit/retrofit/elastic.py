@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from elit.caching.mixin import StepCaching
 from elit.caching.ports import Block
 from elit.interface.budget import Budgeted, check_num_latents
-from elit.layers.transformer import init_weights
+from elit.interface.initial import init_weights
 from elit.models.dit import DiT
 from elit.models.sit import SiT
 from elit.retrofit.adapters import linear_layers, make_adapters

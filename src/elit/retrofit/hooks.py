@@ -23,7 +23,9 @@ from elit.caching.hooks import registry_of
 from elit.caching.hooks import remove_hooks as remove_named_hooks
 from elit.caching.ports import argument_names
 from elit.interface.budget import check_num_latents
-from elit.interface.grid import TokenGrid, format_size
+from elit.interface.fit import format_size
+from elit.interface.grid import TokenGrid
+from elit.interface.raster import from_groups, to_groups
 from elit.retrofit.adapters import install_adapters
 from elit.retrofit.places import latent_places
 from elit.retrofit.session import Call, Session, join_batch, split_batch
@@ -233,7 +235,7 @@ class CoreHook(EdgeHook):
         for name, per_token in session.layout.per_token.items():
             if name in arguments:
                 call.selected[name] = per_token.select(arguments[name], index, count)
-        call.groups = call.grid.to_groups(tokens)
+        call.groups = to_groups(call.grid, tokens)
         call.latents = session.interface.into_latents(
             call.groups, call.condition, call.grid, call.places
         )
@@ -247,7 +249,7 @@ class CoreHook(EdgeHook):
         groups = self.session.interface.into_tokens(
             call.groups, call.latents, latents, call.condition, call.grid, call.places
         )
-        tokens = call.grid.from_groups(groups)
+        tokens = from_groups(call.grid, groups)
         call.is_written = True
         if self.session.keeps_written:
             self.session.written = tokens

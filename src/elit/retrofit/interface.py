@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from elit.interface.grid import TokenGrid
-from elit.interface.read import Read
-from elit.interface.write import Write
+from elit.interface.initial import open_gates, zero_
+from elit.interface.read_write import Read, Write
 from elit.layers import transformer as parts
-from elit.layers.transformer import gated_add, layer_norm, modulate
+from elit.layers.transformer import layer_norm, modulate
 from elit.retrofit.places import LatentPlaces
 from elit.retrofit.settings import Init
 
@@ -87,10 +87,10 @@ class _Exchange(nn.Module):
         """Add nothing at first, but learn at once: gates open, last layers zero."""
         for embedding in (self.latent_index, self.token_place):
             nn.init.normal_(embedding, std=0.02)
-        self.modulation.open_gates()
+        open_gates(self.modulation)
         last: Any = self.mlp[-1]
-        parts.zero_(self.attention.to_out)
-        parts.zero_(last)
+        zero_(self.attention.to_out)
+        zero_(last)
 
     def modulations(self, condition: Tensor, places: LatentPlaces) -> tuple[Tensor, Tensor, Tensor]:
         """Shift, scale and gate, (B, 1, D) each; the gate is zero at full budget."""
@@ -104,9 +104,9 @@ class _Exchange(nn.Module):
         """Let x (B, G*m, D) take from a context (B, G, k, D), then from an MLP: what is learned."""
         shift, scale, gate = modulation
         update = self.attention(queries.flatten(0, 1), context.flatten(0, 1))  # (B*G, m, D)
-        x = gated_add(x, gate, update.view_as(x))
+        x = torch.addcmul(x, gate, update.view_as(x))
         marked = modulate(x, shift, scale).view_as(queries) + mark
-        return gated_add(x, gate, self.mlp(marked).flatten(1, 2))
+        return torch.addcmul(x, gate, self.mlp(marked).flatten(1, 2))
 
 
 class LosslessRead(_Exchange):

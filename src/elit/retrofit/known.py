@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from elit._choices import nearest
-from elit.interface.grid import format_size
+from elit.interface.fit import format_size
 from elit.models.dit import DiT
 from elit.models.elastic import ElasticMixin
 from elit.models.sit import SiT

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from elit.interface.grid import TokenGrid
+from elit.interface.raster import to_groups
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _latent_places(grid: TokenGrid, num_latents: int, device: str, central: bool
     if central:
         places = places[:1].expand(num_latents)
     tokens = torch.arange(grid.num_tokens)[None, :, None]
-    raster = grid.to_groups(tokens)[0, :, :, 0]  # (G, P): each token's number in raster order
+    raster = to_groups(grid, tokens)[0, :, :, 0]  # (G, P): each token's number in raster order
     reduced = torch.tensor(float(num_latents < grid.tokens_per_group))
     index = raster[:, places].flatten()
     return LatentPlaces(*(x.to(device) for x in (index, cell.flatten(), reduced)))

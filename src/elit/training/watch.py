@@ -30,9 +30,9 @@ from elit.inspection.left_out import (
     latent_spread,
     watch_latents,
 )
+from elit.interface import Read
 from elit.interface.attention_maps import attention_coverage, attention_entropy, watch_attention
 from elit.interface.budget import format_budget
-from elit.interface.read import Read
 from elit.training.config import TrainConfig
 from elit.training.distributed import World
 from elit.training.validation import budgets_out_of_order

@@ -1,0 +1,132 @@
+"""What a model of ours has beside its forward: sizes, checks, loading, step caches."""
+
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from elit.caching.mixin import StepCaching
+from elit.caching.ports import Block, BlockPort
+from elit.interface.budget import Budgeted, check_num_latents
+from elit.interface.grid import TokenGrid
+from elit.models.checks import check_indices, check_samples, labels_of, noise_levels
+from elit.models.geometry import Geometry
+
+
+class ModelBase(Budgeted, StepCaching, ModelMixin):
+    """A transformer that may have a latent interface.
+
+    Attributes:
+        geometry: sizes; those that others ask for stand here too.
+        read, write: the interface, None in a plain model.
+        takes_text: whether a text tells it what to draw, not a class label.
+    """
+
+    takes_text = False
+    always_split = False  # whether a plain model has a head and a tail too
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["embed", "norm", "modulation", "project", "place"]
+    gradient_checkpointing = False
+
+    read: Any  # a module, or None
+    write: Any
+
+    def set_geometry(self) -> None:
+        """Take the sizes from the config, or raise a ValueError of those that do not fit."""
+        self.geometry = geometry = Geometry.of(self.config, self.always_split)
+        self.sample_size, self.patch_size = geometry.sample_size, geometry.patch_size
+        self.in_channels, self.patch_dim = geometry.in_channels, geometry.patch_dim
+        self.group, self.split = geometry.group, geometry.split
+        self.max_latents, self.min_latents = geometry.max_latents, geometry.min_latents
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as any diffusers model, but refuse weights that are not this model's.
+
+        diffusers only warns of them and leaves what is missing random.
+        """
+        source = args[0] if args else "the checkpoint"
+        wants_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except TypeError as error:  # arguments of __init__ that another class's config lacks
+            raise ValueError(f"{source} does not hold a {cls.__name__}: {error}") from error
+        wrong = [
+            f"{len(info[kind])} {kind.replace('_', ' ')} "
+            f"({', '.join(sorted(map(str, info[kind]))[:3])}, ...)"
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            if info[kind]
+        ]
+        if wrong:
+            raise ValueError(
+                f"{source} does not hold the weights of this {cls.__name__}: {', '.join(wrong)}; "
+                f"load it with the class and the config it was saved with, and save the bare model"
+            )
+        return (model, info) if wants_info else model
+
+    def token_grid(self, samples: Tensor) -> TokenGrid:
+        """Token grid of samples (B, C, *space), checked against channels, patch and groups."""
+        shape, frames = tuple(samples.shape), "frames, " * (len(self.patch_size) == 3)
+        if len(shape) != len(self.patch_size) + 2 or shape[1] != self.in_channels:
+            raise ValueError(
+                f"input of shape {shape} does not fit; this model takes "
+                f"(batch, channels, {frames}height, width) with {self.in_channels} channels"
+            )
+        if shape[0] < 1:
+            raise ValueError("a batch of no samples; give at least one")
+        return self.geometry.grid(shape[2:])
+
+    def check_inputs(
+        self, samples: Tensor, timestep: Tensor | float, num_latents: int | None,
+        latent_indices: Tensor | None,
+    ) -> tuple[TokenGrid, Tensor, int]:  # fmt: skip
+        """Grid, noise levels (B,) and number of latents (0 in a plain model), or a ValueError."""
+        check_samples(samples, self)
+        grid, levels = self.token_grid(samples), noise_levels(timestep, samples)
+        if not self.is_elastic:
+            if num_latents is not None or latent_indices is not None:
+                raise ValueError(
+                    f"num_latents {num_latents} asked of a model that is not elastic; "
+                    f"leave it out, or use a model with groups (elit-...)"
+                )
+            return grid, levels, 0
+        num_latents = self.max_latents if num_latents is None else num_latents
+        if latent_indices is not None:
+            if self.read is None:
+                raise ValueError(
+                    f"an elasticized {type(self).__name__.removeprefix('Elastic')} keeps the first "
+                    f"latents; leave latent_indices out"
+                )
+            check_indices(latent_indices, num_latents, self.max_latents)
+        return grid, levels, check_num_latents(num_latents, self.max_latents)
+
+    def check_labels(
+        self, labels: Tensor | None, text: Tensor | None, samples: Tensor
+    ) -> Tensor | None:
+        """Labels (B,), or a ValueError if they are none, or if there is a text."""
+        if text is not None:
+            raise ValueError(
+                f"a {type(self).__name__} takes class_labels, not encoder_hidden_states; "
+                f"leave it None"
+            )
+        return None if labels is None else labels_of(labels, self.config.num_classes, samples)
+
+    def example_condition(self, batch_size: int) -> dict[str, Tensor]:
+        """Arguments that tell the model what to draw, for counting and measuring."""
+        return {"class_labels": torch.arange(batch_size) % self.config.num_classes}
+
+    def cache_blocks(self) -> list[Block]:
+        """Blocks, Read and Write: a skipped Read hands on the tokens, a skipped Write the same."""
+        blocks = list(self.blocks)
+        if self.read is not None:
+            head, core, _ = self.split
+            if not head:
+                raise ValueError(
+                    f"a step cache watches the first block on tokens, but this "
+                    f"{type(self).__name__} has no head; use a model with head >= 1"
+                )
+            blocks.insert(head + core, self.write)
+            blocks.insert(head, self.read)
+        return [(block, BlockPort.of(block)) for block in blocks]
