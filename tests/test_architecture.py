@@ -135,7 +135,7 @@ def check_wide_types(tree: ast.AST, module: str, is_package: bool) -> Messages:
             or (isinstance(node, ast.Constant) and node.value in ("float64", "complex128"))
             or (isinstance(node, ast.alias) and node.name in WIDE_TYPES)
         ):
-            yield node.lineno, "64-bit floats on the sampling path, which MPS lacks: see elit._devices.wide"
+            yield node.lineno, "64-bit floats, which MPS lacks, in sampling: see elit._devices.wide"
 
 
 def check_host_sync(tree: ast.AST, module: str, is_package: bool) -> Messages:
