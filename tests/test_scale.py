@@ -24,9 +24,8 @@ from elit import ElitPipeline
 from elit.training.checkpoint import checkpoint_steps
 from elit.training.config import LoopConfig, TrainConfig
 from elit.training.distributed import matrix_products, shard_size
-from elit.training.loop import train
+from elit.training.loop import ROWS_AT_ONCE, draw_rows, train
 from elit.training.optimizer import LEAST_SCALE
-from elit.training.randomness import ROWS_AT_ONCE, draw_rows
 from elit.training.run import Run
 
 STEPS, EVERY, BATCH = 8, 4, 8

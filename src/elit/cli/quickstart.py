@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from elit._files import output_folder
 from elit._tables import format_table
@@ -14,9 +14,6 @@ from elit.cli.common import print_json, quiet_diffusers
 from elit.cli.flags import Parser, count, flag
 from elit.training.config import ModelConfig, TrainConfig
 from elit.training.config_files import load_config
-
-if TYPE_CHECKING:
-    from elit.training.quickstart import QuickstartSummary
 
 CONFIG = "digits"
 POOR = 0.9  # accuracy at full budget below which something went wrong
@@ -53,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from elit.training.preflight import check_config
 
     with _own_flags():
-        check_config(config)
+        data = check_config(config)
     if not config.model.preset.lower().startswith("elit-"):
         raise ValueError(
             f"--preset {args.preset} has no budgets to choose; give elit-{args.preset}"
@@ -65,21 +62,22 @@ def run(args: argparse.Namespace) -> int:
     from elit.training.quickstart import quickstart
 
     with quiet_diffusers(), _own_flags():
-        summary = quickstart(config)
+        summary = quickstart(config, data=data)
     if args.json:
-        print_json(summary.to_dict())
-    elif not summary.finished:
+        print_json(summary)
+    elif not summary["finished"]:
         print(f"stopped and saved: {folder}\nthe same command again goes on")
     else:
         print(
             f"{_table(summary)}\n"
-            f"trained in {summary.train_seconds:.0f} s, {summary.total_seconds:.0f} s in all\n"
+            f"trained in {summary['train_seconds']:.0f} s, {summary['total_seconds']:.0f} s in "
+            f"all\n"
             f"picture: {folder / 'samples.png'}\n"
             f"more:    elit sample {folder} --labels 3 7 --budget 1 0.25"
         )
-        if summary.rows[0].accuracy < POOR:
+        if summary["rows"][0]["accuracy"] < POOR:
             print("poor digits: trained too briefly? The default number of steps is enough")
-    return 0 if summary.finished else 130
+    return 0 if summary["finished"] else 130
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:
@@ -103,7 +101,7 @@ def _own_flags() -> Iterator[None]:
         raise ValueError(text) from error
 
 
-def _table(summary: "QuickstartSummary") -> str:
+def _table(summary: dict[str, Any]) -> str:
     """The rows, and the plain model below them."""
     from elit.interface.budget import format_budget
 
@@ -113,13 +111,13 @@ def _table(summary: "QuickstartSummary") -> str:
     )  # fmt: skip
     cells: list[tuple[Any, ...]] = [
         (
-            format_budget(row.budget), row.num_latents * summary.num_groups, f"{row.mflops:.1f}",
-            f"{row.share:.0%}", f"{row.ms_per_image:.1f}", f"{row.loss:.4f}",
-            f"{row.accuracy:.3f}", f"{row.distance:.2f}",
+            format_budget(row["budget"]), row["num_latents"] * summary["num_groups"],
+            f"{row['mflops']:.1f}", f"{row['share']:.0%}", f"{row['ms_per_image']:.1f}",
+            f"{row['loss']:.4f}", f"{row['accuracy']:.3f}", f"{row['distance']:.2f}",
         )
-        for row in summary.rows
+        for row in summary["rows"]
     ]  # fmt: skip
-    if (plain := summary.plain) is not None:
-        costs = f"{plain.mflops:.1f}", f"{plain.share:.0%}", f"{plain.ms_per_image:.1f}"
-        cells.append(("plain model, time only", "", *costs, "", "", ""))
+    plain = summary["plain"]
+    costs = f"{plain['mflops']:.1f}", f"{plain['share']:.0%}", f"{plain['ms_per_image']:.1f}"
+    cells.append(("plain model, time only", "", *costs, "", "", ""))
     return format_table(header, cells)

@@ -7,12 +7,16 @@ import sys
 from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elit._plain import describe_type
 from elit.cli.common import print_json
 from elit.cli.flags import Parser, switch
 from elit.training.config import TrainConfig
 from elit.training.config_files import built_in_names, config_fields, load_config
+
+if TYPE_CHECKING:
+    from elit.training.build import DataSets
 
 USAGE = "elit train [CONFIG] [--dry-run] [--json] [--key.sub VALUE ...]"
 EPILOG = """\
@@ -79,7 +83,7 @@ def check_and_train(
     """Check a config, then print it, with --dry-run, or train."""
     from elit.training.preflight import check_config
 
-    check_config(config, thorough=args.dry_run)
+    data = check_config(config, thorough=args.dry_run)
     kept = config.model.overrides
     if "model.preset" in overrides and kept and not any("overrides" in key for key in overrides):
         changes = ", ".join(f"{key}={value}" for key, value in kept.items())
@@ -87,7 +91,7 @@ def check_and_train(
             f"elit: {config.model.preset} with the config's overrides: {changes}", file=sys.stderr
         )
     if not args.dry_run:
-        return train_config(config, args.json)
+        return train_config(config, args.json, data)
     import yaml
 
     if args.json:
@@ -97,11 +101,11 @@ def check_and_train(
     return 0
 
 
-def train_config(config: TrainConfig, as_json: bool) -> int:
+def train_config(config: TrainConfig, as_json: bool, data: "DataSets") -> int:
     """Train, say how it ended, and give the exit code."""
     from elit.training.loop import train
 
-    result = train(config)
+    result = train(config, data=data)
     code = 0 if result.finished else 130
     if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process talks
         return code

@@ -19,10 +19,18 @@ from tqdm import tqdm
 from elit._files import remove_leftovers, replace_files, write_text
 from elit._random import generator
 from elit._signals import ignore_signals
-from elit.data import WholeBatches, load_dataset
+from elit.data import WholeBatches
 from elit.data.order import StepBatches
-from elit.flow.objective import SigmaDensity
-from elit.training.build import MakeModel, build_parts, check_draws, latents_to_show, tail_dropping
+from elit.training.build import (
+    DataSets,
+    MakeModel,
+    build_parts,
+    check_draws,
+    latents_to_show,
+    read_data,
+    sigma_density,
+    tail_dropping,
+)
 from elit.training.checkpoint import Checkpoints, checkpoint_steps, run_tensors, step_name
 from elit.training.config import TrainConfig
 from elit.training.distributed import Parallel, World, half_dtype, whole
@@ -50,15 +58,19 @@ class TrainingDivergedError(RuntimeError):
 class Run:
     """Model, moving average, optimiser, data and files of a run, fresh or resumed."""
 
-    def __init__(self, config: TrainConfig, world: World, make_model: MakeModel | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        make_model: MakeModel | None = None,
+        data: DataSets | None = None,
+    ):
         self._started, self._seconds_before = time.perf_counter(), 0.0
         self.config, self.world = config, world
         self.folder = Path(config.output_dir)
-        self.dataset = load_dataset(config.data.name, "train", **config.data.options)
-        self.held_out = load_dataset(config.data.name, "validation", **config.data.options)
-        check_same_data((self.dataset, self.held_out), world)
-        objective = config.objective
-        self.density = SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
+        self.dataset, self.held_out = data = data or read_data(config)
+        check_same_data(data, world)
+        self.density = sigma_density(config)
         parts = build_parts(config, self.dataset, world, make_model)
         self.model, self.conditioning, self.distillation = parts
         self.frozen = frozen_digest(self.model)
