@@ -132,7 +132,10 @@ def test_a_base_may_be_a_built_in_config(yaml_file) -> None:
     [
         ("base: x.yaml", r"can't be its own base: .*x.yaml -> .*x.yaml; remove one `base`"),
         ("base: y.yaml", r"can't be its own base: .*x.yaml -> .*y.yaml -> .*x.yaml"),
-        ("base: nothing.yaml", r"x.yaml: base nothing.yaml is neither a file in .* nor a built-in"),
+        (
+            "base: nothing.yaml",
+            r"x.yaml: base nothing.yaml is neither a file nor one of the built",
+        ),
         ("base: digist", r"neither a file .*; did you mean digits\?"),
         ("base:", r"x.yaml: base is None; give one file, relative to this one"),
         ("base: [a, b]", r"base is \['a', 'b'\]; give one file"),
@@ -249,8 +252,8 @@ def test_fits_type(value, hint, fits) -> None:
         ("train: {steps: 010}", "x.yaml.*010 is no plain number; write it in decimals"),
         ("train:\n  steps: 1:30", "1:30 is no plain number"),
         ("optimizer: {lr: 1:30.5}", "1:30.5 is no plain number"),
-        ("data: {options: {1: 2}}", "x.yaml.*data.options has a key 1, which is no name"),
-        ("a: &a [*a]", "x.yaml.*refers to itself"),
+        ("data: {options: {1: 2}}", r"x.yaml: data.options is \{1: 2\}; give keys with values"),
+        ("a: &a [*a]", "x.yaml is not YAML: .*recursive"),
         ("seed: 2020-13-45", "x.yaml.*is not YAML: month must be in 1..12"),
     ],
 )
@@ -384,9 +387,12 @@ NAN, INF = float("nan"), float("inf")
         ("objective.label_dropout optimizer.ema", (-0.1, 1.0), r"a number in \[0, 1\)"),
         ("optimizer.betas", ((0.9, 1.0), (-0.1, 0.9)), r"numbers in \[0, 1\)"),
         ("retrofit.distill", (-0.1, 1.1), r"a number in \[0, 1\]"),
-        ("text.max_length", (0, 2**31), "a number from 1 to 2147483647, or null"),
+        (
+            "text.max_length train.shard_size",
+            (0, 2**31),
+            "a number of at least 1, at most 2147483647, or null",
+        ),
         ("train.threads", (0, 1025), "a number from 1 to 1024, or null"),
-        ("train.shard_size", (0,), "a number of at least 1, or null"),
         ("train.peak_tflops", (0.0, INF), "a number above 0, or null"),
         ("train.wandb", ("", " "), "a project's name, or null"),
     ],

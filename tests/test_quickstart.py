@@ -75,9 +75,9 @@ def test_what_it_leaves_and_prints(tmp_path, monkeypatch, capsys) -> None:
 def test_another_preset_comes_without_the_overrides(tmp_path, monkeypatch, capsys) -> None:
     seen = []
 
-    def note(config):
+    def note(config, data):
         seen.append(config)
-        return module.QuickstartSummary([], None, 0, 0, 0, 1, 1, 1.0, False, 0.0, 0.0)  # stopped
+        return {"finished": False}  # stopped
 
     monkeypatch.setattr(module, "quickstart", note)
     own = load_config("digits", {}).model

@@ -167,10 +167,9 @@ def build_model(
     """
     name, overrides = config.model.preset, config.model.overrides
     hints = get_type_hints(preset_model(name).__init__)
+    hints.pop("return", None)
     for key, value in overrides.items():
-        check_choice(
-            key, [hint for hint in hints if hint != "return"], "key", " of model.overrides"
-        )
+        check_choice(key, hints, "key", " of model.overrides")
         from_plain(hints[key], value, f"model.overrides.{key}")
     channels, *size = dataset.image_shape
     resolution = nearest_resolution(name, size)

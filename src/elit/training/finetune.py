@@ -46,8 +46,8 @@ def build_retrofit(config: TrainConfig, dataset: ImageDataset) -> tuple[Any, Any
     rank = options.rank if options.train == "adapters" else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, "weights").initial_seed())
-        teacher, is_taught = None, options.distill > 0 or options.features > 0
-        if is_taught and not (lossless and options.train in ("adapters", "interface")):
+        teacher = None
+        if options.is_taught and not (lossless and options.train in ("adapters", "interface")):
             teacher = elasticize(copy.deepcopy(model), *split).requires_grad_(False)
         elasticize(model, *split, init=options.init, rank=rank)
         if options.start is not None:
@@ -55,7 +55,7 @@ def build_retrofit(config: TrainConfig, dataset: ImageDataset) -> tuple[Any, Any
         choose_parameters(model, options)
     if config.latents.min is not None:
         model.set_min_latents(config.latents.min)
-    return model, (teacher or model) if is_taught else None
+    return model, (teacher or model) if options.is_taught else None
 
 
 def load_start(model: Any, options: RetrofitConfig) -> None:

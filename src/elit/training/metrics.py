@@ -130,7 +130,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     for line in path.read_text(errors="replace").splitlines():
         step, values = _numbers(line)
         for name, value in values.items():
-            series.setdefault(name, []).append((step, value))
+            series.setdefault(name, []).append((int(step), value))
     return series
 
 

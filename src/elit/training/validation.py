@@ -3,8 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -149,7 +148,10 @@ def sample_sheet(
     pipeline.set_progress_bar_config(disable=True)
     model = pipeline.transformer
     guidance = CheapCFG(config.guidance_scale) if config.guidance_scale != 1 else None
-    with _on_device(conditioning.vae, next(model.parameters()).device):
+    vae = conditioning.vae
+    try:
+        if vae is not None:  # it is where the model is only while it draws
+            vae.to(next(model.parameters()).device)
         names, what = conditioning.to_show(pipeline, dataset, config.columns)
         budgets = [model.budget_of(num_latents) for num_latents in kept]
         seeds = [seed_of(seed, "sheet", i) for i in range(len(names))]
@@ -157,18 +159,9 @@ def sample_sheet(
             pipeline, what, budgets, seeds, num_inference_steps=config.steps, guidance=guidance
         )
         rows = [images for images, _ in drawn]
-    if pipeline.draws_clips:
-        rows = [[film_strip(clip) for clip in row] for row in rows]
-    return contact_sheet(rows, [*map(format_budget, budgets)], names, cell_size(pipeline))
-
-
-@contextmanager
-def _on_device(vae: Any, device: torch.device) -> Iterator[None]:
-    """The autoencoder is where the model is only while it draws."""
-    if vae is not None:
-        vae.to(device)
-    try:
-        yield
     finally:
         if vae is not None:
             vae.to("cpu")
+    if pipeline.draws_clips:
+        rows = [[film_strip(clip) for clip in row] for row in rows]
+    return contact_sheet(rows, [*map(format_budget, budgets)], names, cell_size(pipeline))

@@ -49,9 +49,9 @@ PartLatents = Sequence[int | None]  # latents per group of each part of a step's
 
 
 class Spike(NamedTuple):
-    """A value far above what is usual; `index` is its place among those that were looked at."""
+    """A value far above what is usual; `at` is its place among those that were looked at."""
 
-    index: int
+    at: int
     value: float
     usual: float
 
@@ -288,86 +288,72 @@ class InterfaceWatch:
 
         `losses` are those of the validation, the highest budget first.
         """
-        suspicions = dict(self._suspicions(seen, losses, worth or {}))
+        suspicions = self._suspicions(seen, losses, worth or {})
         messages = {kind: text for kind, text in suspicions.items() if kind in self._before}
         self._before = set(suspicions)
         if "copies" in messages:
             messages.pop("alike", None)
-        return messages | dict(self._certainties(seen))
+        return messages | self._certainties(seen)
 
     def _suspicions(
         self, seen: _Seen, losses: Sequence[float], worth: Mapping[str, float]
-    ) -> Iterator[tuple[str, str]]:
+    ) -> dict[str, str]:
         """Whether the core does any work, each latent its own, and Read tells tokens apart."""
+        found = {}
         differs = (max(losses) - min(losses)) / min(losses) if len(losses) > 1 else None
         spread = max(_values(seen, "latent_spread").values(), default=math.inf)
         if spread < self.copies and (differs is None or differs < self.nearly_alike):
             alike = "" if differs is None else (
                 f", and the validation loss differs by {differs:.2%} between the budgets"
             )  # fmt: skip
-            yield (
-                "copies",
-                (
-                    f"the latents of a group are copies of one another (spread {spread:.1%}"
-                    f"){alike}: a single one would do, and more budget buys nothing; {_BEGIN_AGAIN}"
-                ),
+            found["copies"] = (
+                f"the latents of a group are copies of one another (spread {spread:.1%}"
+                f"){alike}: a single one would do, and more budget buys nothing; {_BEGIN_AGAIN}"
             )
         if differs is not None and differs < self.alike:
-            yield (
-                "alike",
-                (
-                    f"the validation loss is the same at all budgets ({losses[0]:.5g}): more latents "
-                    f"tell the tokens no more than few; {_BEGIN_AGAIN}"
-                ),
+            found["alike"] = (
+                f"the validation loss is the same at all budgets ({losses[0]:.5g}): more latents "
+                f"tell the tokens no more than few; {_BEGIN_AGAIN}"
             )
         rise, loss = worth.get("interface", math.inf), losses[0] if losses else math.inf
         has_settled = loss > (1 - self.settled) * self._loss_before
         self._loss_before = loss
         if rise < self.unused and has_settled:
-            yield (
-                "unused",
-                (
-                    f"the core is hardly used: without Read, core and Write the validation loss is "
-                    f"only {rise:.1%} higher, head and tail do all the work; {_BEGIN_AGAIN}"
-                ),
+            found["unused"] = (
+                f"the core is hardly used: without Read, core and Write the validation loss is "
+                f"only {rise:.1%} higher, head and tail do all the work; {_BEGIN_AGAIN}"
             )
         share = min(_values(seen, "read_entropy_share").values(), default=0)
         if share > self.uniform:
-            yield (
-                "uniform",
-                (
-                    f"Read takes the mean of its group's tokens (entropy {share:.1%} of the largest) "
-                    f"at all budgets: its latents have learned nothing to look for; a higher "
-                    f"optimizer.lr or more steps may help, latents that are all alike will not"
-                ),
+            found["uniform"] = (
+                f"Read takes the mean of its group's tokens (entropy {share:.1%} of the largest) "
+                f"at all budgets: its latents have learned nothing to look for; a higher "
+                f"optimizer.lr or more steps may help, latents that are all alike will not"
             )
+        return found
 
-    def _certainties(self, seen: _Seen) -> Iterator[tuple[str, str]]:
+    def _certainties(self, seen: _Seen) -> dict[str, str]:
         """Whether Read looks at few tokens, and whether the latents grow without end."""
+        found = {}
         shares = _values(seen, "read_coverage")
         if narrow := [n for n, share in shares.items() if share < self.narrow]:
-            yield (
-                "narrow",
-                (
-                    f"Read looks at {shares[narrow[0]]:.0%} of a group's tokens at num_latents "
-                    f"{_listed(narrow)}: its attention has collapsed, and the core doesn't "
-                    f"see the rest; lower optimizer.lr, or lengthen optimizer.warmup_steps"
-                ),
+            found["narrow"] = (
+                f"Read looks at {shares[narrow[0]]:.0%} of a group's tokens at num_latents "
+                f"{_listed(narrow)}: its attention has collapsed, and the core doesn't "
+                f"see the rest; lower optimizer.lr, or lengthen optimizer.warmup_steps"
             )
         norms = _values(seen, "latent_norm")
         for n, norm in norms.items():
             before = self._norms.get(n, math.inf)
             if norm > self.largest or norm > max(10.0, self.growth * before):
                 was = f", {before:.3g} before" if before < math.inf else ""
-                yield (
-                    "latents",
-                    (
-                        f"the latents have grown to a root mean square of {norm:.3g} at num_latents "
-                        f"{n}{was}: half precision loses what is small beside it; lower optimizer.lr "
-                        f"or give optimizer.weight_decay"
-                    ),
+                found["latents"] = (
+                    f"the latents have grown to a root mean square of {norm:.3g} at num_latents "
+                    f"{n}{was}: half precision loses what is small beside it; lower optimizer.lr "
+                    f"or give optimizer.weight_decay"
                 )
         self._norms = norms
+        return found
 
 
 def _values(seen: _Seen, name: str) -> dict[int, float]:
@@ -471,8 +457,8 @@ class Monitor:
         ):  # fmt: skip
             for spike in watch.update(latents, values):
                 at, message = (
-                    first + spike.index,
-                    spike_message(what, spike, latents[spike.index], advice),
+                    first + spike.at,
+                    spike_message(what, spike, latents[spike.at], advice),
                 )
                 self.warn(kind, at, f"{message}{describe_rows(self.rows_of(at - 1))}")
         if self.model.is_elastic:
