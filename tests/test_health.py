@@ -243,10 +243,8 @@ def test_a_read_that_looks_at_nothing_or_at_all_is_told() -> None:
     copies = good | {"read_entropy_share": 0.0}  # each latent has a token of its own
     assert watch.update({16: copies, 4: good}) == {}
     collapsed = good | {"read_entropy_share": 0.01, "read_coverage": 0.07}
-    assert (
-        "7% of a group's tokens at num_latents 4"
-        in watch.update({16: good, 4: collapsed})["narrow"]
-    )
+    told = watch.update({16: good, 4: collapsed})
+    assert "7% of a group's tokens at num_latents 4" in told["narrow"]
     uniform = good | {"read_entropy_share": 0.999}
     assert watch.update({16: uniform, 4: uniform}) == {}  # as at the start
     assert "entropy 99.9%" in watch.update({16: uniform, 4: uniform})["uniform"]
@@ -310,11 +308,7 @@ def test_the_cost_of_a_step_is_that_of_its_parts() -> None:
     narrow, wide = (step_flops(cost_of(plain, size), 5, [None]) for size in ((8, 8), (8, 16)))
     assert narrow == 3 * 5 * forward_flops(plain)
     assert wide > 1.9 * narrow
-    before = peak_memory(CPU.device)
-    assert before > 50e6
-    block = np.ones(2**26, np.uint8)
-    assert peak_memory(CPU.device) >= before
-    del block
+    assert peak_memory(CPU.device) > 50e6
 
 
 def test_rows_that_are_not_finite_are_named(tmp_path) -> None:

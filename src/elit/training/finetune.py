@@ -25,7 +25,7 @@ from elit.retrofit.elastic import PREFIX
 from elit.retrofit.elasticize import elasticize
 from elit.retrofit.files import load_elastic, save_interface
 from elit.retrofit.known import FLOW_TRANSFORMERS, is_foreign
-from elit.training.conditioning import STATES, Arguments, Conditioning, stored_texts
+from elit.training.conditioning import STATES, Arguments, StoredTextConditioning
 from elit.training.config import RetrofitConfig, TextConfig, TrainConfig
 
 GUIDANCE = 3.5  # that guidance-distilled models are told
@@ -270,7 +270,7 @@ def _squared_error(student: Tensor, original: Tensor) -> Tensor:
     return (student.float() - original.float()).square().flatten(1).mean(1)
 
 
-class TensorConditioning(Conditioning):
+class TensorConditioning(StoredTextConditioning):
     """Conditions that come with the data, and the calls of a diffusers transformer."""
 
     draws = False  # the stock pipeline does
@@ -278,15 +278,11 @@ class TensorConditioning(Conditioning):
     def __init__(
         self, model: Any, device: torch.device, dataset: ImageDataset, keeps_base: bool = True
     ):
-        super().__init__(model, device)
-        self.reads, self.null = dataset.encodings, dataset.null
+        super().__init__(model, device, dataset)
         self.keeps_base = keeps_base
         self._ids: dict[tuple[int, int], Tensor] = {}
         base = next(k.__name__ for k in type(model).__mro__ if k.__name__ in FLOW_TRANSFORMERS)
         self.time_scale, self.packing = FLOW_TRANSFORMERS[base]
-
-    def __call__(self, batch: Mapping[str, Any], dropped: Tensor | None = None) -> Arguments:
-        return stored_texts(batch, self.reads, self.null, self.device, dropped)
 
     def velocity(
         self, model: Any, x: Tensor, sigma: Tensor, condition: Arguments, latents: Mapping[str, Any]

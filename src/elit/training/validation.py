@@ -56,7 +56,11 @@ def validation_losses(
     if dataset.has_posterior:
         posterior = torch.randn(noise.shape, generator=generator(seed, "validation", 1))
     losses = {num_latents: torch.empty(count) for num_latents in shown_latents}
-    for members in _alike(dataset, chosen):
+    alike = [torch.arange(count)]  # places in `chosen` of the samples of each shape
+    if dataset.buckets:
+        spans = ((bucket.runs[0, 0], bucket.runs[-1].sum()) for bucket in dataset.buckets)
+        alike = [((chosen >= first) & (chosen < end)).nonzero().flatten() for first, end in spans]
+    for members in filter(len, alike):
         share = -(-len(members) // world.size)  # the last begin again: shards are called together
         mine = members[(torch.arange(share) + world.rank * share) % len(members)]
         measured: dict[int | None, list[Tensor]] = {
@@ -102,15 +106,6 @@ def worth_of_parts(
             without = validation_losses(model, dataset, conditioning, density, [most], *rest)[most]
         worth[part] = float(without.mean() / losses[most].mean() - 1)
     return worth
-
-
-def _alike(dataset: ImageDataset, chosen: Tensor) -> list[Tensor]:
-    """Places in `chosen` of the samples of each shape."""
-    if not dataset.buckets:
-        return [torch.arange(len(chosen))]
-    spans = ((bucket.runs[0, 0], bucket.runs[-1].sum()) for bucket in dataset.buckets)
-    inside = [((chosen >= first) & (chosen < end)).nonzero().flatten() for first, end in spans]
-    return [members for members in inside if len(members)]
 
 
 def budgets_out_of_order(losses: dict[int | None, Tensor]) -> list[str]:
