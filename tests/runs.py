@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from elit._files import locked
 from elit._plain import from_plain
 from elit.cli.main import main
+from elit.data.digits import Digits
 from elit.training.config import TrainConfig
 from elit.training.distributed import World
 from elit.training.loop import train
@@ -64,6 +66,19 @@ def timeless(folder: Path) -> list[dict]:
     """Metrics that are the same in the same run."""
     timed = {"images_per_second", "tflops_per_second", "data_wait", "memory_gb"}
     return [{k: v for k, v in line.items() if k not in timed} for line in metrics(folder)]
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """The splits of the digits that are read in a test."""
+    splits, before = [], Digits.__init__
+
+    def note(dataset: Digits, split: str) -> None:
+        splits.append(split)
+        before(dataset, split)
+
+    monkeypatch.setattr(Digits, "__init__", note)
+    return splits
 
 
 def wait_for(condition, seconds: float = 60) -> None:

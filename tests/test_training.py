@@ -25,6 +25,7 @@ from runs import (
     tiny_config,
     wait_for,
 )
+from runs import reads as reads  # a fixture
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -32,7 +33,6 @@ from elit import ElitPipeline
 from elit._random import generator
 from elit.cli.main import main
 from elit.data import load_dataset
-from elit.data.digits import Digits
 from elit.data.order import StepBatches
 from elit.training.build import DataSets, build_model
 from elit.training.checkpoint import checkpoint_steps
@@ -90,21 +90,14 @@ def test_more_steps_go_on_from_the_last_checkpoint(tmp_path) -> None:
     assert [line["step"] for line in metrics(tmp_path / "a")] == list(range(1, 8))
 
 
-def test_data_are_read_once(tmp_path, monkeypatch) -> None:
+def test_data_are_read_once(tmp_path, reads) -> None:
     """By the checks in front of a run, which hand them on."""
-    read, before = [], Digits.__init__
-
-    def note(dataset: Digits, split: str) -> None:
-        read.append(split)
-        before(dataset, split)
-
-    monkeypatch.setattr(Digits, "__init__", note)
     flags = "--train.steps 1 --train.validate_every 0 --train.sample_every 0 --output_dir"
     assert main(["train", "digits", *flags.split(), str(tmp_path / "run")]) == 0
-    assert read == ["train", "validation"]
-    data = load_dataset("shapes", count=40, size=16), load_dataset("shapes", "validation", size=16)
-    config = tiny_config(tmp_path / "own", 1, data_name="shapes", model_preset="dit-tiny/2")
-    assert train(config, progress=False, data=DataSets(*data)).finished
+    assert reads == ["train", "validation"]
+    shapes = [load_dataset("shapes", split, count=40, size=16) for split in reads]
+    assert train(tiny_config(tmp_path / "own", 1), progress=False, data=DataSets(*shapes)).finished
+    assert len(reads) == 2
 
 
 def test_a_cosine_that_is_made_longer_is_told(tmp_path, caplog) -> None:

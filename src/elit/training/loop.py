@@ -1,6 +1,7 @@
 """The training loop, from top to bottom."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,8 +71,8 @@ def train(
         matrix_products(world.device, loop.tf32),
         stop_on_signals() as stop_requested,
         locked_run(config, world),
+        closing(Run(config, world, make_model, data)) as run,
     ):
-        run = Run(config, world, make_model, data)
         steps = range(run.step, loop.steps)
         batches, stopped = run.monitor.watched(run.loader(steps)), False
         with run.progress_bar(progress) as bar:

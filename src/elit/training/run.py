@@ -237,10 +237,9 @@ class Run:
         self._exported_step = self.step
 
     def finish(self) -> None:
-        """Save, wait until all is written, and close."""
+        """Save, and wait until all is written."""
         self.save()
         self.checkpoints.wait()
-        self.close()
 
     def _tensors(self) -> dict[str, Tensor]:
         return run_tensors(self.model, self.average.shadow_params, self.optimizer.adamw)
@@ -271,10 +270,9 @@ class Run:
         return step
 
     def diverged(self, what: str) -> TrainingDivergedError:
-        """Close the files; the error that tells a user whose run went wrong what to do."""
+        """The error that tells a user whose run went wrong what to do."""
         with contextlib.suppress(OSError):  # that is of the step before, and less bad
             self.checkpoints.wait()
-        self.close()
         saved = f"step {self.checkpoints.saved}" if self.checkpoints.saved else "none yet"
         return TrainingDivergedError(
             f"{what}: not finite. Nothing of it was saved (last checkpoint: {saved}). Look at "
@@ -283,14 +281,12 @@ class Run:
         )
 
     def unsaved(self) -> OSError:
-        """Close the files; the error of a checkpoint that some process could not write."""
-        error = OSError(errno.EIO, "another process could not write it, and says why", self.folder)
+        """The error of a checkpoint that some process could not write."""
         try:
             self.checkpoints.wait()
-        except OSError as own:
-            error = own
-        self.close()
-        return error
+        except OSError as error:
+            return error
+        return OSError(errno.EIO, "another process could not write it, and says why", self.folder)
 
     def close(self) -> None:
         """Close the files, and let go of what the process group must outlive."""
