@@ -168,8 +168,8 @@ def _meant(key: str, keys: Iterable[str]) -> str:
     section, dot, name = key.rpartition(".")
     if key in everywhere:  # at the top, what belongs into a section
         return f"did you mean {everywhere[key]}?"
-    top = [BASE, *(known.partition(".")[0] for known in keys)]
-    siblings = [known for known in keys if known.startswith(f"{section}.")] if dot else top
+    inside = [known for known in keys if dot and known.startswith(f"{section}.")]
+    siblings = inside or [BASE, *(known.partition(".")[0] for known in keys)]
     beside = {known.removeprefix(f"{section}."): known for known in siblings}
     for names in (beside, everywhere):
         if near := nearest(name, names):
