@@ -22,12 +22,11 @@ from elit._tables import format_table
 from elit.data import load_dataset
 from elit.interface.budget import format_budget
 from elit.networks.classifier import fit_classifier
-from elit.training.build import build_parts
+from elit.training.build import build_parts, sigma_density
 from elit.training.config import TrainConfig
 from elit.training.config_files import load_config, read_yaml
 from elit.training.distributed import World
 from elit.training.loop import train
-from elit.training.run import SigmaDensity
 from elit.training.validation import validation_losses
 
 SHARES = (0.02, 0.05, 0.10)
@@ -71,8 +70,7 @@ def losses_after(config: TrainConfig) -> list[float]:
     dataset = load_dataset(config.data.name, "validation", **config.data.options)
     world = World(0, 1, torch.device("cpu"))
     model, conditioning, _ = build_parts(config, dataset, world)
-    objective = config.objective
-    density = SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
+    density = sigma_density(config)
     losses = validation_losses(
         model.eval(), dataset, conditioning, density, KEPT, config.seed, world
     )

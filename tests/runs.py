@@ -15,22 +15,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from elit._files import locked
+from elit._plain import from_plain
 from elit.cli.main import main
-from elit.training.config import (
-    DataConfig,
-    LatentsConfig,
-    LoopConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    SampleConfig,
-    TrainConfig,
-)
+from elit.data.digits import Digits
+from elit.training.config import TrainConfig
 from elit.training.distributed import World
 from elit.training.loop import train
 
@@ -47,17 +41,12 @@ def tiny_config(folder: Path, steps: int = 6, **changes) -> TrainConfig:
         "train": {"steps": steps, "log_every": 1, "validate_every": 0, "sample_every": 0,
                   "checkpoint_every": 2, "device": "cpu"},
         "sample": {"steps": 2, "columns": 2},
-        "objective": {}, "latents": {},
+        "output_dir": str(folder), "seed": 3,
     }  # fmt: skip
     for key, value in changes.items():
         section, _, name = key.partition("_")
-        values[section][name] = value
-    classes = {
-        "model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig, "train": LoopConfig,
-        "sample": SampleConfig, "objective": ObjectiveConfig, "latents": LatentsConfig,
-    }  # fmt: skip
-    sections = {name: classes[name](**value) for name, value in values.items()}
-    return TrainConfig(output_dir=str(folder), seed=3, **sections)
+        values.setdefault(section, {})[name] = value
+    return from_plain(TrainConfig, values)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -65,13 +54,31 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def launch(config: TrainConfig, file: Path, *prefix: str, **options: Any) -> subprocess.Popen:
-    """Start `elit train` on a config in a process of its own, that imports everything anew."""
+def launch(config: TrainConfig, *prefix: str, **options: Any) -> subprocess.CompletedProcess:
+    """Run `elit train` on a config in a process of its own, that imports everything anew."""
+    file = Path(f"{config.output_dir}.yaml")
     file.write_text(yaml.safe_dump(config.to_dict()))
     command = [sys.executable, *prefix, "-m", "elit", "train", str(file)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def timeless(folder: Path) -> list[dict]:
+    """Metrics that are the same in the same run."""
+    timed = {"images_per_second", "tflops_per_second", "data_wait", "memory_gb"}
+    return [{k: v for k, v in line.items() if k not in timed} for line in metrics(folder)]
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """The splits of the digits that are read in a test."""
+    splits, before = [], Digits.__init__
+
+    def note(dataset: Digits, split: str) -> None:
+        splits.append(split)
+        before(dataset, split)
+
+    monkeypatch.setattr(Digits, "__init__", note)
+    return splits
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -96,8 +103,7 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
     for kind, tensors in files_of(one, step).items():
         others = files_of(other, step)[kind]
         assert tensors.keys() == others.keys()
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, others[name]), f"{kind} {name}"
+        torch.testing.assert_close(others, tensors, rtol=0, atol=0)
 
 
 # Ranks are forked from a process that has imported everything: torchrun would import it anew in

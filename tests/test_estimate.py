@@ -35,13 +35,7 @@ from elit.training.estimate import estimate
 )
 def test_peaks_are_found_by_short_names_and_by_those_of_pytorch(name: str, tflops: float) -> None:
     assert peak_flops(name) == tflops * 1e12
-
-
-def test_an_unknown_device_has_no_peak() -> None:
     assert peak_flops("cpu") is peak_flops("Quadro K600") is None
-
-
-def test_an_a100_comes_with_two_memories() -> None:
     assert accelerator("NVIDIA A100-SXM4-40GB").memory == 40
     assert accelerator("NVIDIA A100-SXM4-80GB").memory == accelerator("a100").memory == 80
 
@@ -176,6 +170,8 @@ def test_state_is_shared_out() -> None:
         ({}, {"gpus": 5}, r"data.batch_size=64 cannot be cut into 5 GPUs x 1 micro-batches"),
         ({"train__accumulation": "3"}, {"gpus": 2}, r"into 2 GPUs x 3 micro-batches"),
         ({}, {"mfu": 0.0}, r"mfu=0.0 is not allowed; give a share above 0"),
+        ({"train__parallel": "hsdp", "train__shard_size": "3"}, {"gpus": 4}, "shard_size=3"),
+        ({"model__overrides.hiden_size": "8"}, {}, r"'hiden_size' of model.overrides.*hidden_size"),
         (
             {"retrofit__base": "runs/x", "model__overrides": "{}"}, {},
             r"the size of retrofit.base=runs/x is not known here",

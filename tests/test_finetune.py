@@ -210,17 +210,16 @@ def test_mistakes_of_bases(
     run: Any, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, message in (("nothing", "there is no folder nothing"), (".", "is not a pipeline")):
-        code, _, err = run("finetune", name)
-        assert (code, message in err) == (2, True), err
-    done = finetune_config(base, tmp_path / "min", 1)
+    done = finetune_config(base, tmp_path / "done", 1)
     done.latents.min = 4
     train(done, progress=False)
-    assert ElitPipeline.from_pretrained(tmp_path / "min").transformer.min_latents == 4
-    code, _, err = run("train", "digits", "--retrofit.head", "3")
-    assert (code, "no effect without retrofit.base" in err) == (2, True), err
-    train(finetune_config(base, tmp_path / "done", 1), progress=False)
-    code, _, err = run("finetune", "done", "--output_dir", "again")
-    assert (code, "is elastic already" in err) == (2, True), err
-    code, _, err = run("finetune", str(base), "--output_dir", "done", "--retrofit.rank", "4")
-    assert (code, "holds another run" in err) == (2, True), err
+    assert ElitPipeline.from_pretrained(tmp_path / "done").transformer.min_latents == 4
+    for line, message in (
+        ("finetune nothing", "there is no folder nothing"),
+        ("finetune .", "is not a pipeline"),
+        ("train digits --retrofit.head 3", "no effect without retrofit.base"),
+        ("finetune done --output_dir again", "is elastic already"),
+        (f"finetune {base} --output_dir done --retrofit.rank 4", "holds another run"),
+    ):
+        code, _, err = run(*line.split())
+        assert (code, message in err) == (2, True), err

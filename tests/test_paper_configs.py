@@ -135,7 +135,7 @@ def test_a_run_passes_its_check(
 def test_stage_two_starts_from_stage_one(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "qwen"
     make("qwen").save_pretrained(folder / "base")
-    write_data("qwen", folder / "data.safetensors")
+    write_data("qwen", folder)
     # The sizes of a tiny one; what is learned and from what is as in the configs.
     tiny = shlex.split(
         f"--retrofit.base {folder}/base --retrofit.head 2 --retrofit.tail 1 --retrofit.group [4,4] "

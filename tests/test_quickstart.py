@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+from runs import reads as reads  # a fixture
 from runs import tiny_config
 
 from elit.cli.main import main
@@ -40,13 +41,14 @@ def test_the_plain_model_has_the_same_blocks(family) -> None:
     }
 
 
-def test_what_it_leaves_and_prints(tmp_path, monkeypatch, capsys) -> None:
+def test_what_it_leaves_and_prints(tmp_path, monkeypatch, capsys, reads) -> None:
     monkeypatch.setattr(module, "IMAGES_PER_CLASS", 1)
     monkeypatch.setattr(module, "ROUNDS", 2)
     config = tiny_config(tmp_path, steps=2, sample_guidance_scale=1.5)
     monkeypatch.setattr("elit.cli.quickstart.load_config", lambda *_: config)
     assert main(["quickstart", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
+    assert reads == ["train", "validation"]
 
     report = json.loads((tmp_path / "summary.json").read_text())
     rows, plain = report["rows"], report["plain"]
@@ -58,11 +60,8 @@ def test_what_it_leaves_and_prints(tmp_path, monkeypatch, capsys) -> None:
     assert all(0 <= row["accuracy"] <= 1 and row["distance"] > 0 for row in rows)
     assert 0 < plain["mflops"] < rows[0]["mflops"]
     assert plain["ms_per_image"] > 0
-    assert (report["num_groups"], report["images_per_row"], report["images_per_batch"]) == (
-        4,
-        20,
-        10,
-    )
+    numbers = {name: report[name] for name in ("num_groups", "images_per_row", "images_per_batch")}
+    assert list(numbers.values()) == [4, 20, 10]
     assert (tmp_path / "samples.png").stat().st_size
     lines = printed.splitlines()
     assert "latents per picture" in lines[0]
@@ -75,9 +74,9 @@ def test_what_it_leaves_and_prints(tmp_path, monkeypatch, capsys) -> None:
 def test_another_preset_comes_without_the_overrides(tmp_path, monkeypatch, capsys) -> None:
     seen = []
 
-    def note(config):
+    def note(config, data):
         seen.append(config)
-        return module.QuickstartSummary([], None, 0, 0, 0, 1, 1, 1.0, False, 0.0, 0.0)  # stopped
+        return {"finished": False}  # stopped
 
     monkeypatch.setattr(module, "quickstart", note)
     own = load_config("digits", {}).model

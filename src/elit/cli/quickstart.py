@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from elit._files import output_folder
 from elit._tables import format_table
@@ -13,9 +13,6 @@ from elit.cli.common import as_flags, print_report, quiet_diffusers
 from elit.cli.flags import Parser
 from elit.training.config import ModelConfig, TrainConfig
 from elit.training.config_files import load_config
-
-if TYPE_CHECKING:
-    from elit.training.quickstart import QuickstartSummary
 
 CONFIG = "digits"
 POOR = 0.9  # accuracy at full budget below which something went wrong
@@ -47,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     output_folder(args.out, "--out")
     from elit.training.preflight import check_config
 
-    check_config(config)
+    data = check_config(config)
     if not config.model.preset.lower().startswith("elit-"):
         raise ValueError(
             f"--preset {args.preset} has no budgets to choose; give elit-{args.preset}"
@@ -59,9 +56,9 @@ def run(args: argparse.Namespace) -> int:
     from elit.training.quickstart import quickstart
 
     with quiet_diffusers():
-        summary = quickstart(config)
-    print_report(summary.to_dict(), args.json, lambda _: _show(summary, Path(args.out)))
-    return 0 if summary.finished else 130
+        summary = quickstart(config, data=data)
+    print_report(summary, args.json, lambda _: _show(summary, Path(args.out)))
+    return 0 if summary["finished"] else 130
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:
@@ -72,9 +69,9 @@ def _config(args: argparse.Namespace) -> TrainConfig:
     return replace(config, model=ModelConfig(args.preset))
 
 
-def _show(summary: "QuickstartSummary", folder: Path) -> None:
+def _show(summary: dict[str, Any], folder: Path) -> None:
     """The rows, and the plain model below them."""
-    if not summary.finished:
+    if not summary["finished"]:
         print(f"stopped and saved: {folder}\nthe same command again goes on")
         return
     from elit.interface.budget import format_budget
@@ -85,20 +82,20 @@ def _show(summary: "QuickstartSummary", folder: Path) -> None:
     )  # fmt: skip
     cells: list[tuple[Any, ...]] = [
         (
-            format_budget(row.budget), row.num_latents * summary.num_groups, f"{row.mflops:.1f}",
-            f"{row.share:.0%}", f"{row.ms_per_image:.1f}", f"{row.loss:.4f}",
-            f"{row.accuracy:.3f}", f"{row.distance:.2f}",
+            format_budget(row["budget"]), row["num_latents"] * summary["num_groups"],
+            f"{row['mflops']:.1f}", f"{row['share']:.0%}", f"{row['ms_per_image']:.1f}",
+            f"{row['loss']:.4f}", f"{row['accuracy']:.3f}", f"{row['distance']:.2f}",
         )
-        for row in summary.rows
+        for row in summary["rows"]
     ]  # fmt: skip
-    if (plain := summary.plain) is not None:
-        costs = f"{plain.mflops:.1f}", f"{plain.share:.0%}", f"{plain.ms_per_image:.1f}"
-        cells.append(("plain model, time only", "", *costs, "", "", ""))
+    plain = summary["plain"]
+    costs = f"{plain['mflops']:.1f}", f"{plain['share']:.0%}", f"{plain['ms_per_image']:.1f}"
+    cells.append(("plain model, time only", "", *costs, "", "", ""))
+    took = f"trained in {summary['train_seconds']:.0f} s, {summary['total_seconds']:.0f} s in all"
     print(
-        f"{format_table(header, cells)}\n"
-        f"trained in {summary.train_seconds:.0f} s, {summary.total_seconds:.0f} s in all\n"
+        f"{format_table(header, cells)}\n{took}\n"
         f"picture: {folder / 'samples.png'}\n"
         f"more:    elit sample {folder} --labels 3 7 --budget 1 0.25"
     )
-    if summary.rows[0].accuracy < POOR:
+    if summary["rows"][0]["accuracy"] < POOR:
         print("poor digits: trained too briefly? The default number of steps is enough")

@@ -69,7 +69,7 @@ def check_and_train(
     """Check a config, then print it, with --dry-run, or train and say how it ended."""
     from elit.training.preflight import check_config
 
-    check_config(config, thorough=args.dry_run)
+    data = check_config(config, thorough=args.dry_run)
     kept = config.model.overrides
     if "model.preset" in overrides and kept and not any("overrides" in key for key in overrides):
         changes = ", ".join(f"{key}={value}" for key, value in kept.items())
@@ -85,7 +85,7 @@ def check_and_train(
         return print_report(config.to_dict(), args.json, show)
     from elit.training.loop import train
 
-    result = train(config)
+    result = train(config, data=data)
     code = 0 if result.finished else 130
     if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process talks
         return code

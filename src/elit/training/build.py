@@ -8,13 +8,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 import torch
 
+from elit._choices import check_choice
+from elit._plain import from_plain
 from elit._random import generator
 from elit.cost.flops import cost_of
-from elit.data import ImageDataset
+from elit.data import ImageDataset, load_dataset
+from elit.flow.objective import SigmaDensity
 from elit.interface.budget import TailDropping, default_budgets
 from elit.models.elastic import ElasticMixin
 from elit.models.presets import DEFAULT_VOCAB_SIZE, nearest_resolution, preset_config, preset_model
@@ -44,30 +47,59 @@ MakeModel = Callable[[TrainConfig, ImageDataset, Mapping[str, Any]], Any]
 MASK, POOLED = "encoder_attention_mask", "pooled_projections"
 
 
+class DataSets(NamedTuple):
+    """What a run learns from, and what it is validated on."""
+
+    train: ImageDataset
+    validation: ImageDataset
+
+
+def read_data(config: TrainConfig) -> DataSets:
+    """The data of a config."""
+    name, options = config.data.name, config.data.options
+    return DataSets(*(load_dataset(name, split, **options) for split in DataSets._fields))
+
+
+def sigma_density(config: TrainConfig) -> SigmaDensity:
+    """Density of the noise levels of a config."""
+    objective = config.objective
+    return SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
+
+
 def build_parts(
     config: TrainConfig, dataset: ImageDataset, world: World, make_model: MakeModel | None = None
 ) -> tuple[Any, Conditioning, Distillation | None]:
     """A run's model on the CPU, what turns batches into conditions, what it is compared with."""
-    teacher = None
-    if config.retrofit.base is not None:
-        from elit.training.finetune import Distillation, build_retrofit
-
-        model, teacher = build_retrofit(config, dataset)
-        check_condition(config, dataset, model)
-        if isinstance(model, ElasticMixin):
-            cost_of(model)  # or an error: do the groups divide the grid?
-    else:
-        make_model = make_model or build_model
-        model = make_model(config, dataset, text_settings(config.text, dataset))
-    check_buckets(model, dataset)
+    model, teacher = build_checked(config, dataset, make_model)
     conditioning = make_conditioning(config, dataset, model, world.device)
     told = {"class_labels", "captions", *dataset.encodings}
     dataset.left_out = frozenset(told.difference(conditioning.reads))
     if teacher is None:
         return model, conditioning, None
+    from elit.training.finetune import Distillation
+
     if teacher is not model:
         place(teacher, config.train, world)
     return model, conditioning, Distillation(model, teacher, config.retrofit, conditioning)
+
+
+def build_checked(
+    config: TrainConfig, dataset: ImageDataset, make_model: MakeModel | None = None
+) -> tuple[Any, Any | None]:
+    """The model of a config, which suits the data, and of a retrofit its teacher."""
+    teacher = None
+    if config.retrofit.base is not None:
+        from elit.training.finetune import build_retrofit
+
+        model, teacher = build_retrofit(config, dataset)
+        check_condition(config, dataset, model)
+    else:
+        make_model = make_model or build_model
+        model = make_model(config, dataset, text_settings(config.text, dataset))
+    check_buckets(model, dataset)
+    if isinstance(model, ElasticMixin):
+        cost_of(model)  # or an error: do the groups divide the grid?
+    return model, teacher
 
 
 def make_conditioning(
@@ -134,6 +166,11 @@ def build_model(
     `of_texts` are the arguments of the model that follow from its text encoder.
     """
     name, overrides = config.model.preset, config.model.overrides
+    hints = get_type_hints(preset_model(name).__init__)
+    hints.pop("return", None)
+    for key, value in overrides.items():
+        check_choice(key, hints, "key", " of model.overrides")
+        from_plain(hints[key], value, f"model.overrides.{key}")
     channels, *size = dataset.image_shape
     resolution = nearest_resolution(name, size)
     preset = preset_config(name, resolution, overrides)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +141,16 @@ class StoredTextConditioning(TextConditioning):
         self.reads, self.null = dataset.encodings, dataset.null
 
     def __call__(self, batch: Mapping[str, Any], dropped: Tensor | None = None) -> Arguments:
-        return stored_texts(batch, self.reads, self.null, self.device, dropped)
+        """Encoded texts of a batch on the device, in float32."""
+        condition = {name: batch[name].to(self.device, non_blocking=True) for name in self.reads}
+        for name, value in condition.items():
+            if value.is_floating_point():
+                value = value.float()
+            if dropped is not None and name in self.null:
+                keep = (~dropped).view(-1, *(1,) * (value.ndim - 1))
+                value = torch.where(keep, value, self.null[name].to(self.device, value.dtype))
+            condition[name] = value
+        return condition
 
     def to_show(self, pipeline: ElasticPipeline, dataset: ImageDataset, count: int) -> Shown:
         """The first texts, as they are stored."""
@@ -152,25 +161,6 @@ class StoredTextConditioning(TextConditioning):
         null = {name: value.to(self.device) for name, value in self.null.items()}
         empty = {n: null.get(n, torch.zeros_like(x[:1])).to(x.dtype) for n, x in told.items()}
         return names, {"prompt_embeds": (told, {n: x.expand_as(told[n]) for n, x in empty.items()})}
-
-
-def stored_texts(
-    batch: Mapping[str, Any],
-    names: Sequence[str],
-    null: Mapping[str, Tensor],
-    device: torch.device,
-    dropped: Tensor | None,
-) -> dict[str, Tensor]:
-    """Encoded texts of a batch on a device, in float32; of dropped samples those of the null."""
-    condition = {name: batch[name].to(device, non_blocking=True) for name in names}
-    for name, value in condition.items():
-        if value.is_floating_point():
-            value = value.float()
-        if dropped is not None and name in null:
-            keep = (~dropped).view(-1, *(1,) * (value.ndim - 1))
-            value = torch.where(keep, value, null[name].to(device, value.dtype))
-        condition[name] = value
-    return condition
 
 
 def first_batch(dataset: ImageDataset, count: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -21,23 +21,22 @@ from elit.models.presets import preset_class
 WORDS = "words"  # the built-in reader of captions
 PREPARED = "prepared"  # texts that were encoded with the data; and the data set of that name
 
+
+def _from(least: float, most: float = MOST) -> Rule:
+    words = f"of at least {least}, at most {most}" if most == MOST else f"from {least} to {most}"
+    return Rule(lambda value: least <= value <= most, f"a number {words}")
+
+
 # Types of fields that hold some numbers only: `check_fields` reads which.
-_FROM_0 = Rule(lambda value: 0 <= value <= MOST, f"a number of at least 0, at most {MOST}")
-_ABOVE_0 = Rule(lambda value: 0 < value < math.inf, "a number above 0")
 _SHARES = Rule(lambda values: all(0 <= value < 1 for value in values), "numbers in [0, 1)")
-Count = Annotated[
-    int, Rule(lambda value: 1 <= value <= MOST, f"a number of at least 1, at most {MOST}")
-]
-CountOr0 = Annotated[int, _FROM_0]
-AtLeast0 = Annotated[float, _FROM_0]
-Positive = Annotated[float, _ABOVE_0]
+Count = Annotated[int, _from(1)]
+CountOr0 = Annotated[int, _from(0)]
+AtLeast0 = Annotated[float, _from(0)]
+Positive = Annotated[float, Rule(lambda value: 0 < value < math.inf, "a number above 0")]
 Share = Annotated[float, Rule(lambda value: 0 <= value < 1, "a number in [0, 1)")]
 Weight = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a number in [0, 1]")]
 Seed = Annotated[int, Rule(lambda value: 0 <= value < 2**63, "a number from 0 to 2^63 - 1")]
-Length = Annotated[int, Rule(lambda value: 1 <= value <= MOST, f"a number from 1 to {MOST}")]
-# Thousands are a segmentation fault in OpenMP.
-Threads = Annotated[int, Rule(lambda value: 1 <= value <= 1024, "a number from 1 to 1024")]
-Processes = Annotated[int, Rule(lambda value: value >= 1, "a number of at least 1")]
+Threads = Annotated[int, _from(1, 1024)]  # thousands are a segmentation fault in OpenMP
 Project = Annotated[str, Rule(str.strip, "a project's name")]
 
 
@@ -87,7 +86,7 @@ class TextConfig:
     """
 
     encoder: str = WORDS
-    max_length: Length | None = None
+    max_length: Count | None = None
 
 
 @dataclass
@@ -157,6 +156,11 @@ class RetrofitConfig:
     features: AtLeast0 = 1.0
     base_lr: Positive = 1.0
 
+    @property
+    def is_taught(self) -> bool:
+        """Whether the original teaches."""
+        return self.base is not None and (self.distill > 0 or self.features > 0)
+
 
 @dataclass
 class OptimizerConfig:
@@ -217,7 +221,7 @@ class LoopConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     tf32: bool = True
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
-    shard_size: Processes | None = None
+    shard_size: Count | None = None
     device: str = "auto"
     threads: Threads | None = None
     gradient_checkpointing: bool = False
@@ -275,9 +279,9 @@ class TrainConfig:
         check_fields(self)
         preset_class(self.model.preset)  # or an error
         check_choice(self.data.name, DATASETS, "data set")
-        for clashes, message in _CLASHES:
-            if clashes(self):
-                raise ValueError(message.format(self))
+        for is_so, message in self._clashes():
+            if is_so:
+                raise ValueError(message)
 
     def _map_paths(self, change: Callable[[str | os.PathLike], str]) -> None:
         """Change all paths of the config, and names that may be paths."""
@@ -302,71 +306,42 @@ class TrainConfig:
         """Plain types, for YAML and JSON."""
         return json.loads(json.dumps(asdict(self)))  # tuples become lists
 
-
-def _guides_untrained(config: TrainConfig) -> bool:
-    guides = config.sample.guidance_scale != 1 and config.train.sample_every > 0
-    return guides and not config.objective.label_dropout
-
-
-# Values that are allowed alone but not together, and what to say of them.
-_CLASHES: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
-    (
-        lambda config: not config.output_dir,
-        "output_dir is empty; give a folder, such as runs/train",
-    ),
-    (
-        lambda config: config.optimizer.final_lr > 0 and config.optimizer.schedule == "constant",
-        "optimizer.final_lr={0.optimizer.final_lr} has no effect on a constant schedule; set "
-        "optimizer.schedule=cosine, or leave it out",
-    ),
-    (
-        lambda config: config.train.shard_size is not None and config.train.parallel != "hsdp",
-        "train.shard_size={0.train.shard_size} has no effect on train.parallel="
-        "{0.train.parallel}; set train.parallel=hsdp, or leave it out",
-    ),
-    (
-        lambda config: config.retrofit.base is None and config.retrofit != RetrofitConfig(),
-        "retrofit.* have no effect without retrofit.base; give it, or leave them out",
-    ),
-    (
-        lambda config: config.retrofit.base is not None and config.model != ModelConfig(),
-        "model.* have no effect on a retrofit, whose model is retrofit.base; leave them out",
-    ),
-    (
-        lambda config: (config.retrofit.init, config.retrofit.train) == ("learned", "adapters"),
-        "retrofit.train=adapters leaves full budget as it is, which retrofit.init=learned doesn't "
-        "start from; use train=all, lora or interface",
-    ),
-    (
-        lambda config: (
-            config.retrofit.rank != RetrofitConfig.rank
-            and config.retrofit.train in ("interface", "all")
-        ),
-        "retrofit.rank has no effect on retrofit.train={0.retrofit.train}, which has neither "
-        "adapters nor LoRA; leave it out",
-    ),
-    (
-        lambda config: config.retrofit.base_lr != 1 and config.retrofit.train != "all",
-        "retrofit.base_lr has no effect on retrofit.train={0.retrofit.train}, which leaves the "
-        "original's parameters alone; leave it out",
-    ),
-    (
-        lambda config: config.latents.min is not None and "min_latents" in config.model.overrides,
-        "latents.min and model.overrides.min_latents are the same thing; give one of them",
-    ),
-    (
-        lambda config: config.text.encoder == PREPARED and config.text.max_length is not None,
-        f"text.max_length={{0.text.max_length}} has no effect on text.encoder={PREPARED}, whose "
-        "texts are encoded already; leave it out",
-    ),
-    (
-        lambda config: config.latents.draws > 1 and config.latents.order == "random",
-        "latents.draws above 1 has no effect on latents.order=random",
-    ),
-    (
-        _guides_untrained,
-        "sample.guidance_scale={0.sample.guidance_scale} guides by the null label, which "
-        "objective.label_dropout=0 never trains; set sample.guidance_scale=1, or label_dropout "
-        "above 0",
-    ),
-)
+    def _clashes(self) -> Iterable[tuple[bool, str]]:
+        """Whether values that are allowed alone are given together, and what to say of them."""
+        loop, optimizer, text, latents = self.train, self.optimizer, self.text, self.latents
+        retrofit, scale = self.retrofit, self.sample.guidance_scale
+        kind, is_retrofit = retrofit.train, retrofit.base is not None
+        return (
+            (not self.output_dir,
+             "output_dir is empty; give a folder, such as runs/train"),
+            (optimizer.final_lr > 0 and optimizer.schedule == "constant",
+             f"optimizer.final_lr={optimizer.final_lr} has no effect on a constant schedule; set "
+             f"optimizer.schedule=cosine, or leave it out"),
+            (loop.shard_size is not None and loop.parallel != "hsdp",
+             f"train.shard_size={loop.shard_size} has no effect on train.parallel={loop.parallel}; "
+             f"set train.parallel=hsdp, or leave it out"),
+            (not is_retrofit and retrofit != RetrofitConfig(),
+             "retrofit.* have no effect without retrofit.base; give it, or leave them out"),
+            (is_retrofit and self.model != ModelConfig(),
+             "model.* have no effect on a retrofit, whose model is retrofit.base; leave them out"),
+            (kind == "adapters" and retrofit.init == "learned",
+             "retrofit.train=adapters leaves full budget as it is, which retrofit.init=learned "
+             "doesn't start from; use train=all, lora or interface"),
+            (kind in ("interface", "all") and retrofit.rank != RetrofitConfig.rank,
+             f"retrofit.rank has no effect on retrofit.train={kind}, which has neither adapters "
+             f"nor LoRA; leave it out"),
+            (kind != "all" and retrofit.base_lr != 1,
+             f"retrofit.base_lr has no effect on retrofit.train={kind}, which leaves the "
+             f"original's parameters alone; leave it out"),
+            (latents.min is not None and "min_latents" in self.model.overrides,
+             "latents.min and model.overrides.min_latents are the same thing; give one of them"),
+            (text.encoder == PREPARED and text.max_length is not None,
+             f"text.max_length={text.max_length} has no effect on text.encoder={PREPARED}, whose "
+             f"texts are encoded already; leave it out"),
+            (latents.draws > 1 and latents.order == "random",
+             "latents.draws above 1 has no effect on latents.order=random"),
+            (scale != 1 and loop.sample_every > 0 and not self.objective.label_dropout,
+             f"sample.guidance_scale={scale} guides by the null label, which "
+             f"objective.label_dropout=0 never trains; set sample.guidance_scale=1, or "
+             f"label_dropout above 0"),
+        )  # fmt: skip

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from elit._plain import describe_type, fits_type, from_plain
 from elit.training.config import TrainConfig
 
 FROM_BASE = ("seed", "data", "text", "objective")  # what a fine-tuning takes from its base's run
+_ODD = re.compile(r"[-+]?0_*[0-7]|.*:")  # 010 is 8, and 1:30 is 90
 BASE = "base"  # key of a YAML file: another one, whose values hold where this one has none
 
 
@@ -46,19 +47,19 @@ def config_fields(config_class: type = TrainConfig, prefix: str = "") -> Iterato
             yield Field(key, hint, getattr(defaults, field.name), about[field.name])
 
 
-def find_config(name: str) -> Path:
-    """A YAML file by its path, or a built-in one by its name."""
-    path = Path(typed_path(name))
+def find_config(name: str, of: Path | None = None) -> Path:
+    """A YAML file by its path, or a built-in one by its name; the base of a file lies beside it."""
+    path = (of.parent if of is not None else Path()) / typed_path(name)
     built_in = built_in_configs()
     if path.is_file():
         return path
     if name in built_in:
         return built_in[name]
+    what = f"config {name}" if of is None else f"{of}: {BASE} {name}"
     if path.is_dir():
-        raise ValueError(f"config {name} is a folder; give the YAML file in it")
+        raise ValueError(f"{what} is a folder; give the YAML file in it")
     raise ValueError(
-        f"config {name} is neither a file nor one of the built-in {built_in_names()}"
-        f"{_near_built_in(name)}"
+        f"{what} is neither a file nor one of the built-in {built_in_names()}{_near_built_in(name)}"
     )
 
 
@@ -109,18 +110,71 @@ def load_config(
         overrides: dotted key: value as typed.
         under: sections and keys that the file may change.
     """
-    values = dict(under or {})
+    values: dict[str, Any] = {}
+    _put(values, under or {}, "retrofit.base")
     for path, own in read_chain(find_config(config)) if config is not None else []:
-        _check_tree(own, TrainConfig, str(path))
-        values = _merge(values, own)
+        _put(values, own, str(path))
     fields = {field.key: field for field in config_fields()}
     for key, text in overrides.items():
-        field = fields.get(key)
-        value = text if field is not None and _is_text(field.hint, text) else read_flag(key, text)
-        if field is not None:
-            value = from_plain(field.hint, value, f"--{key}")
-        _put(values, key.split("."), value)
-    return from_plain(TrainConfig, values)
+        section, _, name = key.rpartition(".")
+        if section in fields and fields[section].is_mapping:
+            values[section] = {**values.get(section, {}), name: read_flag(key, text)}
+            continue
+        if key not in fields:
+            raise ValueError(f"unknown key {key}: {_meant(key, fields)}")
+        hint = fields[key].hint
+        value = text if _is_text(hint, text) else read_flag(key, text)
+        values[key] = from_plain(hint, value, f"--{key}")
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    return from_plain(TrainConfig, tree)
+
+
+def _put(values: dict[str, Any], tree: Mapping[str, Any], where: str) -> None:
+    """Put what a file holds over what is known, by dotted keys, or raise what is wrong with it."""
+    fields = {field.key: field for field in config_fields()}
+    sections = {key.rpartition(".")[0]: key for key in reversed(fields) if "." in key}
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if name not in sections:
+            leaves[name] = value
+        elif isinstance(value, Mapping):
+            leaves |= {f"{name}.{inner}": one for inner, one in value.items()}
+        elif value is not None:  # a section with nothing under it
+            raise ValueError(
+                f"{where}: {name} is {value!r}, but it is a section; "
+                f"write keys under it, such as {sections[name]}"
+            )
+    for key, value in leaves.items():
+        if key not in fields:
+            raise ValueError(f"{where}: unknown key {key}: {_meant(str(key), fields)}")
+        field = fields[key]
+        if field.is_mapping:
+            given = from_plain(field.hint, {} if value is None else value, f"{where}: {key}")
+            values[key] = {**values.get(key, {}), **given}
+        elif value is None and not fits_type(None, field.hint):
+            raise ValueError(
+                f"{where}: {key} has no value; give {describe_type(field.hint)}, or leave it out"
+            )
+        else:
+            values[key] = from_plain(field.hint, value, f"{where}: {key}")
+
+
+def _meant(key: str, keys: Iterable[str]) -> str:
+    """The nearest of the keys beside it, else of all keys, else what there is."""
+    everywhere = {known.rpartition(".")[2]: known for known in keys}
+    section, dot, name = key.rpartition(".")
+    if key in everywhere:  # at the top, what belongs into a section
+        return f"did you mean {everywhere[key]}?"
+    inside = [known for known in keys if dot and known.startswith(f"{section}.")]
+    siblings = inside or [BASE, *(known.partition(".")[0] for known in keys)]
+    beside = {known.removeprefix(f"{section}."): known for known in siblings}
+    for names in (beside, everywhere):
+        if near := nearest(name, names):
+            return f"did you mean {names[near]}?"
+    return f"use one of {', '.join(beside.values())}"
 
 
 def settings_of_base(base: str) -> dict[str, Any]:
@@ -162,30 +216,6 @@ def read_flag(key: str, text: str) -> Any:
         raise ValueError(f"--{key} is {text!r:.80}, which is not YAML: {error}") from error
 
 
-def _put(values: dict[str, Any], way: Sequence[str], value: Any) -> None:
-    """Set what lies at the end of a way through mappings, none of which is changed in place."""
-    name, *rest = way
-    if rest:
-        inner = values.get(name) or {}
-        if not isinstance(inner, Mapping):
-            raise ValueError(
-                f"{name}={inner!r:.80} has no key {rest[0]}; give one of the two flags"
-            )
-        inner = dict(inner)
-        _put(inner, rest, value)
-        value = inner
-    values[name] = value
-
-
-def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """One tree over another one."""
-    both = dict(under)
-    for key, value in over.items():
-        is_section = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
-        both[key] = _merge(both[key], value) if is_section else value
-    return both
-
-
 def read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     """A file and those that it stands on by `base`, the lowest first, each with its own values."""
     chain: list[tuple[Path, dict[str, Any]]] = []
@@ -197,24 +227,12 @@ def read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
         chain.insert(0, (path, values))
         if BASE not in values:
             return chain
-        path = _find_base(path, values.pop(BASE))
-
-
-def _find_base(path: Path, base: Any) -> Path:
-    """The file that a config names as its base: relative to its own folder, or built in."""
-    if not isinstance(base, str) or not base:
-        raise ValueError(
-            f"{path}: {BASE} is {base!r}; give one file, relative to this one, or leave it out"
-        )
-    built_in = built_in_configs()
-    if (path.parent / typed_path(base)).is_file():
-        return path.parent / typed_path(base)
-    if base in built_in:
-        return built_in[base]
-    raise ValueError(
-        f"{path}: {BASE} {base} is neither a file in {path.parent} nor a built-in config"
-        f"{_near_built_in(base)}"
-    )
+        base = values.pop(BASE)
+        if not isinstance(base, str) or not base:
+            raise ValueError(
+                f"{path}: {BASE} is {base!r}; give one file, relative to this one, or leave it out"
+            )
+        path = find_config(base, of=path)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -238,15 +256,13 @@ def _load_yaml(text: str) -> Any:
     import yaml
 
     try:
-        _check_nodes(yaml.compose(text, _loader()))
-        return yaml.load(text, _loader())
+        loader = _loader()(text)
+        node = loader.get_single_node()
+        return None if node is None else loader.construct_object(node, deep=True)
     except RecursionError:
-        raise ValueError("it refers to itself (& and *) or is too deep; write it out") from None
+        raise ValueError("it is too deep; write it out") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date that is none, not UTF-8
         raise ValueError(" ".join(str(error).split())) from error
-
-
-_ODD = re.compile(r"[-+]?0_*[0-7]|.*:")  # octal, sexagesimal
 
 
 @cache
@@ -254,74 +270,25 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.1 alone takes 8e-3 for text."""
+        """Refuses what YAML 1.1 takes for something else: of a key given twice it has the last."""
 
-    exponent = re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$")
+        def construct_scalar(self, node: Any) -> Any:
+            if node.tag.endswith((":int", ":float")) and _ODD.match(node.value):
+                raise ValueError(
+                    f"{node.value} is no plain number; write it in decimals, or in quotes"
+                )
+            return super().construct_scalar(node)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"key {name} is given twice; remove one of them")
+            return super().construct_mapping(node, deep)
+
+    exponent = re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$")  # YAML 1.1 has 8e-3 for text
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, [*"-+0123456789"])
     return Loader
-
-
-def _check_nodes(node: Any) -> None:
-    """Raise a ValueError for what YAML takes for something else without a word.
-
-    Of a key given twice it has the last one; 010 is 8, and 1:30 is 90.
-    """
-    if getattr(node, "tag", "").endswith((":int", ":float")) and _ODD.match(node.value):
-        raise ValueError(f"{node.value} is no plain number; write it in decimals, or in quotes")
-    pairs = node.value if isinstance(getattr(node, "value", None), list) else []
-    names = [pair[0].value for pair in pairs if isinstance(pair, tuple)]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"key {name} is given twice; remove one of them")
-    for pair in pairs:
-        for child in pair if isinstance(pair, tuple) else (pair,):
-            _check_nodes(child)
-
-
-def _check_tree(values: dict[str, Any], config_class: type, path: str, prefix: str = "") -> None:
-    """Raise a ValueError for a key that the tree of dataclasses doesn't have, or a wrong type."""
-    hints = typing.get_type_hints(config_class)
-    for name, value in list(values.items()):
-        key = f"{prefix}{name}"
-        if name not in hints:
-            known = hints if prefix else {BASE: str, **hints}
-            raise ValueError(f"{path}: unknown key {key}: {_meant(key, known, prefix)}")
-        if dataclasses.is_dataclass(hints[name]):
-            if value is None:  # a section with nothing under it
-                del values[name]
-            elif isinstance(value, dict):
-                _check_tree(value, typing.cast(type, hints[name]), path, f"{key}.")
-            else:
-                some = next(iter(typing.get_type_hints(hints[name])))
-                raise ValueError(
-                    f"{path}: {key} is {value!r}, but it is a section; "
-                    f"write keys under it, such as {key}.{some}"
-                )
-        elif value is None and typing.get_origin(hints[name]) is dict:
-            del values[name]
-        elif isinstance(value, dict) and not all(isinstance(one, str) for one in value):
-            odd = next(one for one in value if not isinstance(one, str))
-            raise ValueError(f"{path}: {key} has a key {odd!r}, which is no name; give names")
-        elif value is None and not fits_type(None, hints[name]):
-            raise ValueError(
-                f"{path}: {key} has no value; give {describe_type(hints[name])}, or leave it out"
-            )
-        else:
-            from_plain(hints[name], value, f"{path}: {key}")
-
-
-def _meant(key: str, siblings: Mapping[str, Any], prefix: str) -> str:
-    """The nearest of the keys beside it, else of all keys, else what there is."""
-    everywhere = {field.key.rpartition(".")[2]: field.key for field in config_fields()}
-    if key in everywhere:  # at the top, what belongs into a section
-        return f"did you mean {everywhere[key]}?"
-    near = nearest(key.removeprefix(prefix), siblings)
-    if near:
-        return f"did you mean {prefix}{near}?"
-    near = nearest(key.rpartition(".")[2], everywhere)
-    if near:
-        return f"did you mean {everywhere[near]}?"
-    return f"use one of {', '.join(prefix + name for name in siblings)}"
 
 
 def _attribute_docs(config_class: type) -> dict[str, str]:

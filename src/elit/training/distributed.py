@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -63,12 +63,7 @@ class World:
 
     def gather(self, value: int) -> list[int]:
         """The value of every process, by rank."""
-        if self.size == 1:
-            return [value]
-        mine = torch.tensor([value], device=self.device)
-        values = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(values, mine)
-        return [int(v) for v in values]
+        return self.gather_rows(torch.tensor([value])).tolist()
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """The rows (n, ...) of all processes, (processes * n, ...) by rank; n is one for all."""
@@ -199,30 +194,25 @@ def place(model: Any, config: LoopConfig, world: World) -> Any:
     """A model on this process's device, or its shards there."""
     if world.size == 1 or config.parallel == "ddp":
         return model.to(world.device)
-    mesh = _device_mesh(config, world)
+    share = shard_size(config, world.size)
+    # The processes in one row (FSDP), or in rows that each hold a copy in shards (HSDP).
+    sizes, names = (world.size // share, share), ("replicate", "shard")
+    rows = 1 if config.parallel == "fsdp" else 0
+    mesh = init_device_mesh(world.device.type, sizes[rows:], mesh_dim_names=names[rows:])
     types = {}
     if config.precision != "fp32":  # gathered in 16 bits: half the traffic; autocast does the rest
         types = {"param_dtype": half_dtype(config.precision), "reduce_dtype": torch.float32}
-    precision = MixedPrecisionPolicy(**types, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(**types, cast_forward_inputs=False)
     blocks = set(getattr(model, "_repeated_blocks", None) or [])
     for module in list(model.modules()):
         if type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh, mp_policy=precision)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
     # The root too: what it kept whole after a forward would be stale once the weights change.
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return model
 
 
-def _device_mesh(config: LoopConfig, world: World) -> DeviceMesh:
-    """The processes in one row (FSDP), or in rows that each hold a copy in shards (HSDP)."""
-    share = shard_size(config, world.size)
-    if config.parallel == "fsdp":
-        return init_device_mesh(world.device.type, (share,))
-    rows = world.size // share, share
-    return init_device_mesh(world.device.type, rows, mesh_dim_names=("replicate", "shard"))
-
-
-def shard_size(config: LoopConfig, processes: int) -> int:
+def shard_size(config: LoopConfig, processes: int, of_machine: int | None = None) -> int:
     """How many processes share one copy, under HSDP by default those of one machine.
 
     Raises:
@@ -230,7 +220,8 @@ def shard_size(config: LoopConfig, processes: int) -> int:
     """
     if config.parallel != "hsdp":
         return processes if config.parallel == "fsdp" else 1
-    share = config.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    of_machine = of_machine or int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    share = config.shard_size or of_machine
     if processes % share:
         raise ValueError(
             f"train.shard_size={share} does not divide {processes} processes; "

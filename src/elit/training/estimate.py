@@ -1,6 +1,5 @@
 """What a run will take: FLOPs, hours and memory, from its config alone."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from elit.data import ImageDataset, load_dataset
 from elit.models.presets import preset_inputs
 from elit.training.build import build_model, tail_dropping
 from elit.training.config import ModelConfig, RetrofitConfig, TrainConfig
+from elit.training.distributed import shard_size
 
 # Models of ours that are as large as well-known ones, to count retrofits of those.
 STAND_INS = {"Qwen/Qwen-Image": "elit-mmdit-qwen/2"}
@@ -59,31 +59,23 @@ def estimate(
             f"data.batch_size={config.data.batch_size} cannot be cut into {gpus} GPUs x "
             f"{config.train.accumulation} micro-batches; choose a multiple of their product"
         )
-    plan, retrofit = _without_retrofit(config), config.retrofit
+    plan = _without_retrofit(config)
     with torch.device("meta"):
         model = build_model(plan, _data(plan)).requires_grad_(False)
     dropping = tail_dropping(plan, model)
     most = None if dropping is None else dropping.max_latents
     cost = cost_of(model)
     forward = mean_flops(cost, dropping, config.latents.draws)
-    teacher = cost.flops() if _teaches(retrofit) else 0
+    teacher = cost.flops() if config.retrofit.is_taught else 0
     step = config.data.batch_size * (3 * forward + teacher)
-    shared = _share(config, gpus)
-    state, gathered = state_bytes(model, shared, with_teacher=_teaches(retrofit))
+    shared = shard_size(config.train, gpus, min(gpus, _GPUS_OF_A_MACHINE))
+    state, gathered = state_bytes(model, shared, with_teacher=config.retrofit.is_taught)
     precision = config.train.precision
     half_weights = shared > 1 and precision != "fp32"
     saved = saved_bytes(
         type(model), model.config, samples, most, precision, half_weights=half_weights
     )
     seconds = step / (gpus * chip.tflops * 1e12 * mfu)
-    memory = {
-        "state_gb": state,
-        "gathered_gb": gathered,
-        "activations_gb": saved.whole,
-        "checkpointed_gb": saved.checkpointed,
-        "memory_gb": state + gathered + saved.whole,
-        "memory_checkpointed_gb": state + gathered + saved.checkpointed,
-    }
     return {
         "model": plan.model.preset,
         "parameters": cost.parameters,
@@ -97,7 +89,12 @@ def estimate(
         "mfu": mfu,
         "step_seconds": seconds,
         "hours": seconds * config.train.steps / 3600,
-        **{name: size / 1e9 for name, size in memory.items()},
+        "state_gb": state / 1e9,
+        "gathered_gb": gathered / 1e9,
+        "activations_gb": saved.whole / 1e9,
+        "checkpointed_gb": saved.checkpointed / 1e9,
+        "memory_gb": (state + gathered + saved.whole) / 1e9,
+        "memory_checkpointed_gb": (state + gathered + saved.checkpointed) / 1e9,
         "gpu_gb": chip.memory,
     }
 
@@ -139,24 +136,8 @@ def _without_retrofit(config: TrainConfig) -> TrainConfig:
             f"scratch, and retrofits of {', '.join(STAND_INS)}"
         )
     overrides = {"head": options.head, "tail": options.tail, "group": options.group}
-    changed: Mapping[str, Any] = vars(config) | {
-        "model": ModelConfig(STAND_INS[options.base], overrides),
-        "retrofit": RetrofitConfig(),
-    }
-    return TrainConfig(**changed)
-
-
-def _teaches(options: RetrofitConfig) -> bool:
-    return options.base is not None and (options.distill > 0 or options.features > 0)
-
-
-def _share(config: TrainConfig, gpus: int) -> int:
-    """GPUs that share one copy of weights, gradients, moments and averages."""
-    if config.train.parallel == "ddp":
-        return 1
-    if config.train.parallel == "fsdp":
-        return gpus
-    return min(gpus, config.train.shard_size or _GPUS_OF_A_MACHINE)
+    model = ModelConfig(STAND_INS[options.base], overrides)
+    return replace(config, model=model, retrofit=RetrofitConfig())
 
 
 def training_of_run(run: str, config: TrainConfig) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from elit.retrofit.elastic import PREFIX
 from elit.retrofit.elasticize import elasticize
 from elit.retrofit.files import load_elastic, save_interface
 from elit.retrofit.known import FLOW_TRANSFORMERS, is_foreign
-from elit.training.conditioning import STATES, Arguments, Conditioning, stored_texts
+from elit.training.conditioning import STATES, Arguments, StoredTextConditioning
 from elit.training.config import RetrofitConfig, TextConfig, TrainConfig
 
 GUIDANCE = 3.5  # that guidance-distilled models are told
@@ -46,8 +46,8 @@ def build_retrofit(config: TrainConfig, dataset: ImageDataset) -> tuple[Any, Any
     rank = options.rank if options.train == "adapters" else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, "weights").initial_seed())
-        teacher, is_taught = None, options.distill > 0 or options.features > 0
-        if is_taught and not (lossless and options.train in ("adapters", "interface")):
+        teacher = None
+        if options.is_taught and not (lossless and options.train in ("adapters", "interface")):
             teacher = elasticize(copy.deepcopy(model), *split).requires_grad_(False)
         elasticize(model, *split, init=options.init, rank=rank)
         if options.start is not None:
@@ -55,7 +55,7 @@ def build_retrofit(config: TrainConfig, dataset: ImageDataset) -> tuple[Any, Any
         choose_parameters(model, options)
     if config.latents.min is not None:
         model.set_min_latents(config.latents.min)
-    return model, (teacher or model) if is_taught else None
+    return model, (teacher or model) if options.is_taught else None
 
 
 def load_start(model: Any, options: RetrofitConfig) -> None:
@@ -270,7 +270,7 @@ def _squared_error(student: Tensor, original: Tensor) -> Tensor:
     return (student.float() - original.float()).square().flatten(1).mean(1)
 
 
-class TensorConditioning(Conditioning):
+class TensorConditioning(StoredTextConditioning):
     """Conditions that come with the data, and the calls of a diffusers transformer."""
 
     draws = False  # the stock pipeline does
@@ -278,15 +278,11 @@ class TensorConditioning(Conditioning):
     def __init__(
         self, model: Any, device: torch.device, dataset: ImageDataset, keeps_base: bool = True
     ):
-        super().__init__(model, device)
-        self.reads, self.null = dataset.encodings, dataset.null
+        super().__init__(model, device, dataset)
         self.keeps_base = keeps_base
         self._ids: dict[tuple[int, int], Tensor] = {}
         base = next(k.__name__ for k in type(model).__mro__ if k.__name__ in FLOW_TRANSFORMERS)
         self.time_scale, self.packing = FLOW_TRANSFORMERS[base]
-
-    def __call__(self, batch: Mapping[str, Any], dropped: Tensor | None = None) -> Arguments:
-        return stored_texts(batch, self.reads, self.null, self.device, dropped)
 
     def velocity(
         self, model: Any, x: Tensor, sigma: Tensor, condition: Arguments, latents: Mapping[str, Any]

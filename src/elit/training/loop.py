@@ -1,15 +1,18 @@
 """The training loop, from top to bottom."""
 
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from elit._random import generator
 from elit._signals import stop_on_signals
-from elit.flow.objective import flow_matching_loss
-from elit.training.build import MakeModel
+from elit.flow.objective import SigmaDensity, flow_matching_loss
+from elit.training.build import DataSets, MakeModel
 from elit.training.conditioning import Arguments
 from elit.training.config import TrainConfig
 from elit.training.distributed import (
@@ -18,12 +21,13 @@ from elit.training.distributed import (
     distributed_world,
     matrix_products,
 )
-from elit.training.randomness import draw_rows
 from elit.training.resume import locked_run
 from elit.training.run import Run, TrainingDivergedError
 from elit.training.watch import PartLatents
 
 __all__ = ["ProcessLostError", "TrainResult", "TrainingDivergedError", "train"]
+
+ROWS_AT_ONCE = 16  # that one generator serves; a GPU would take long over one for each row
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,10 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, progress: bool = True, make_model: MakeModel | None = None
+    config: TrainConfig,
+    progress: bool = True,
+    make_model: MakeModel | None = None,
+    data: DataSets | None = None,
 ) -> TrainResult:
     """Train a model, or go on with a run that was stopped, and leave a pipeline in its folder.
 
@@ -55,6 +62,7 @@ def train(
             weights bit for bit (on the CPU with the same number of threads and processes).
         progress: whether to show a progress bar.
         make_model: makes the model in place of `build_model`, the same each time.
+        data: what `check_config` has read, or the same of your own; by default it is read here.
     """
     loop = config.train
     with (
@@ -63,8 +71,8 @@ def train(
         matrix_products(world.device, loop.tf32),
         stop_on_signals() as stop_requested,
         locked_run(config, world),
+        closing(Run(config, world, make_model, data)) as run,
     ):
-        run = Run(config, world, make_model)
         steps = range(run.step, loop.steps)
         batches, stopped = run.monitor.watched(run.loader(steps)), False
         with run.progress_bar(progress) as bar:
@@ -166,3 +174,56 @@ def _part_loss(
     if run.distillation is None:
         return loss
     return run.distillation.loss(loss, run.model, *seen)
+
+
+class Draws(NamedTuple):
+    """Random numbers of B rows, a function of (seed, step, row) alone.
+
+    So a run may go on with another number of processes or micro-batches, and draws the same.
+
+    Attributes:
+        noise: (B, ...), standard normal.
+        sigma: (B,), noise levels in [0, 1].
+        dropout: (B,), uniform in [0, 1): below the share of dropped labels, the label is dropped.
+        posterior: (B, ...), standard normal, for the draw from an autoencoder's posterior; or None.
+    """
+
+    noise: Tensor
+    sigma: Tensor
+    dropout: Tensor
+    posterior: Tensor | None
+
+
+def draw_rows(
+    rows: range,
+    shape: Sequence[int],
+    density: SigmaDensity,
+    seed: int,
+    step: int,
+    device: torch.device,
+    with_posterior: bool = False,
+) -> Draws:
+    """Draw for rows that are next to each other in the whole batch of a step.
+
+    Args:
+        rows: one or more, counted over all processes and micro-batches.
+        shape: of one sample.
+        device: to draw on; others draw other numbers.
+        with_posterior: whether the data are moments of an autoencoder's posterior.
+    """
+    first, last = rows.start // ROWS_AT_ONCE, (rows.stop - 1) // ROWS_AT_ONCE
+    blocks: list[list[Tensor]] = []
+    for block in range(first, last + 1):
+        draw = generator(seed, "noise", step, block, device=device)
+        noise = torch.randn((ROWS_AT_ONCE, *shape), generator=draw, device=device)
+        sigma = density.sample(ROWS_AT_ONCE, draw)
+        drawn = [noise, sigma, torch.rand(ROWS_AT_ONCE, generator=draw, device=device)]
+        if with_posterior:
+            drawn.append(torch.randn((ROWS_AT_ONCE, *shape), generator=draw, device=device))
+        blocks.append(drawn)
+    start = rows.start - first * ROWS_AT_ONCE
+    own = slice(start, start + len(rows))
+    noise, sigma, dropout, *posterior = (
+        torch.cat(block)[own] for block in zip(*blocks, strict=True)
+    )
+    return Draws(noise, sigma, dropout, posterior[0] if posterior else None)

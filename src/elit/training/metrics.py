@@ -1,11 +1,13 @@
 """Metrics of a run: one JSON object a line; TensorBoard and Weights & Biases where asked for."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from elit._extras import missing
 from elit._files import write_json, write_text
@@ -16,99 +18,70 @@ from elit.viz.sheet import save_image
 FILE = "metrics.jsonl"
 
 
-class Sink(Protocol):
-    """Somewhere that metrics go. Slashes in names group charts."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add the values of a step."""
-
-    def close(self) -> None:
-        """Flush everything."""
-
-
 class MetricsLog:
     """Writes metrics to every sink of a run, from a step on; metrics.jsonl is always one of them.
 
-    One process of a run is active, the others write nothing.
+    One process of a run is active, the others write nothing. Slashes in names group charts.
     """
 
     def __init__(self, folder: Path, step: int, config: TrainConfig, active: bool = True):
         self.path = folder / FILE
-        self.sinks: list[Sink] = []
-        if not active:
-            return
-        self.sinks.append(JsonLines(self.path, step))
-        if config.train.tensorboard:
-            self.sinks.append(TensorBoard(folder, step))
-        if config.train.wandb is not None:
-            self.sinks.append(WeightsAndBiases(folder, config.train.wandb, config.to_dict()))
+        self._stack = ExitStack()  # what closes the sinks
+        self._sinks: list[Callable[[int, Mapping[str, float]], Any]] = []
+        if active:
+            self._begin_lines(step)
+        if active and config.train.tensorboard:
+            self._begin_tensorboard(folder / "tensorboard", step)
+        if active and config.train.wandb is not None:
+            self._begin_wandb(folder, config.train.wandb, config)
 
     def write(self, step: int, **values: float) -> None:
         """Add the values of a step."""
-        for sink in self.sinks:
-            sink.write(step, values)
+        for sink in self._sinks:
+            sink(step, values)
 
     def close(self) -> None:
         """Flush everything."""
-        for sink in self.sinks:
-            sink.close()
-        self.sinks = []
+        self._sinks.clear()
+        self._stack.close()
 
-
-class JsonLines:
-    """Appends a JSON object a line; what a killed run wrote beyond its checkpoint is dropped."""
-
-    def __init__(self, path: Path, step: int):
+    def _begin_lines(self, step: int) -> None:
+        """Append a JSON object a line; what a killed run wrote beyond its checkpoint is dropped."""
+        path = self.path
         lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-        write_text(path, "".join(line for line in lines if _step_of(line) <= step))
-        self._file = path.open("a")
+        write_text(path, "".join(line for line in lines if _numbers(line)[0] <= step))
+        file = self._stack.enter_context(path.open("a", buffering=1))
+        self._sinks.append(
+            lambda step, values: file.write(json.dumps({"step": step, **values}) + "\n")
+        )
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+    def _begin_tensorboard(self, folder: Path, step: int) -> None:
+        writer = summary_writer_class()(str(folder), purge_step=step + 1)
+        self._stack.callback(writer.close)
+        self._sinks.append(
+            lambda step, values: [writer.add_scalar(*item, step) for item in values.items()]
+        )
 
-    def close(self) -> None:
-        self._file.close()
+    def _begin_wandb(self, folder: Path, project: str, config: TrainConfig) -> None:
+        """Go on with the same run of Weights & Biases after every resume: its folder has the id.
 
-
-class TensorBoard:
-    """TensorBoard's files, in a folder of the run's."""
-
-    def __init__(self, folder: Path, step: int):
-        writer = summary_writer_class()
-        self._writer = writer(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WeightsAndBiases:
-    """A run at Weights & Biases: the same one after every resume, its id is kept in the folder.
-
-    The charts go over a `step` of their own: W&B's own step may not go back, as after a kill.
-    WANDB_MODE=offline writes into the run's folder alone; `wandb sync --append` sends it later.
-    """
-
-    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]):
-        wandb = wandb_module()
-        notes = folder / "wandb.json"
+        The charts go over a `step` of their own: W&B's own step may not go back, as after a kill.
+        WANDB_MODE=offline writes into the run's folder alone; `wandb sync --append` sends it later.
+        """
+        wandb, notes = wandb_module(), folder / "wandb.json"
         try:
             known = json.loads(notes.read_text())
         except (OSError, ValueError):
             known = {}
         same = isinstance(known, dict) and known.get("project") == project
         try:
-            self._run = wandb.init(
+            run = wandb.init(
                 project=project,
                 id=known.get("id") if same else None,  # None: W&B makes one
                 resume="allow",
                 name=folder.resolve().name,
                 dir=str(folder),
-                config=dict(config),
+                config=config.to_dict(),
                 settings=wandb.Settings(console="off"),  # the progress bar stays as it is
             )
         except wandb.errors.Error as error:
@@ -116,14 +89,10 @@ class WeightsAndBiases:
                 f"Weights & Biases cannot begin a run in the project {project!r}: {error}; run "
                 f"`wandb login`, set WANDB_MODE=offline, or leave train.wandb out"
             ) from error
-        self._run.define_metric("*", step_metric="step")
-        write_json(notes, {"project": project, "id": self._run.id})
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **values})
-
-    def close(self) -> None:
-        self._run.finish()
+        run.define_metric("*", step_metric="step")
+        write_json(notes, {"project": project, "id": run.id})
+        self._stack.callback(run.finish)
+        self._sinks.append(lambda step, values: run.log({"step": step, **values}))
 
 
 def summary_writer_class() -> type:
@@ -146,18 +115,22 @@ def wandb_module() -> ModuleType:
     return wandb
 
 
+def _numbers(line: str) -> tuple[float, dict[str, float]]:
+    """Step and values of a line; infinity and none for the torn last line of a killed run."""
+    try:
+        values = {name: float(value) for name, value in json.loads(line).items()}
+        return int(values.pop("step")), values
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return math.inf, {}
+
+
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Every metric of a metrics.jsonl, as its (step, value) pairs."""
     series: dict[str, list[tuple[int, float]]] = {}
     for line in path.read_text(errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-            step = int(values.pop("step"))
-            points = {name: (step, float(value)) for name, value in values.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-            continue  # the torn last line of a killed run
-        for name, point in points.items():
-            series.setdefault(name, []).append(point)
+        step, values = _numbers(line)
+        for name, value in values.items():
+            series.setdefault(name, []).append((int(step), value))
     return series
 
 
@@ -178,11 +151,3 @@ def draw_curves(folder: Path) -> None:
             own = {name: series[name]}
             charts.append(run_chart(title, name.replace("_", " "), own, COLOURS, smooth=True))
     save_image(picture(charts), folder / "curves.png")
-
-
-def _step_of(line: str) -> float:
-    """Step of a line; infinity for the torn last line of a killed run."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError):
-        return float("inf")

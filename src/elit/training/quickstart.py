@@ -3,29 +3,26 @@
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import trange
 
 from elit._devices import pick_device
 from elit._files import write_json
 from elit._random import seed_of
 from elit.cost.flops import cost_of
-from elit.data import ImageDataset, load_dataset
 from elit.evaluation.frechet import Moments, frechet_distance
 from elit.flow.guidance import CFG, CheapCFG
-from elit.flow.objective import SigmaDensity
 from elit.interface.budget import default_budgets, format_budget
 from elit.models.elastic import ElasticMixin
 from elit.models.presets import preset_config
 from elit.networks.classifier import ClassifierFeatures, fit_classifier, fit_network
 from elit.pipelines.budgets import draw_budgets
 from elit.pipelines.elit_pipeline import ElitPipeline
+from elit.training.build import DataSets, read_data, sigma_density
 from elit.training.conditioning import LabelConditioning
 from elit.training.config import TrainConfig
 from elit.training.distributed import World, cpu_threads
@@ -38,82 +35,9 @@ ROUNDS = 5  # of drawing everything: times are medians of them
 MOST_ROWS = 5
 
 
-@dataclass(frozen=True)
-class BudgetRow:
-    """One budget of the table.
-
-    Attributes:
-        budget: fraction of the latents kept.
-        num_latents: latents per group.
-        mflops: of one forward of one image (a multiply-add counts as 2).
-        share: of the full budget's `mflops`.
-        ms_per_image: measured, all steps and the guide included: the median of the rounds.
-        loss: of the held-out images.
-        accuracy: share of images in which a classifier of real images sees the wanted class.
-        distance: Frechet distance to the real images, in what a small classifier sees of them.
-    """
-
-    budget: float
-    num_latents: int
-    mflops: float
-    share: float
-    ms_per_image: float
-    loss: float
-    accuracy: float
-    distance: float
-
-
-@dataclass(frozen=True)
-class PlainRow:
-    """What the same blocks cost without an interface: an untrained plain model, timed alone.
-
-    Attributes:
-        mflops: of one forward of one image.
-        share: of the elastic model's at full budget.
-        ms_per_image: of the same grid, with plain guidance of the same scale.
-    """
-
-    mflops: float
-    share: float
-    ms_per_image: float
-
-
-@dataclass(frozen=True)
-class QuickstartSummary:
-    """What `summary.json` holds.
-
-    Attributes:
-        rows: one for each budget, all from the same noise.
-        plain: a plain model of the same blocks beside them; None if a signal stopped it.
-        num_groups: groups of a picture; times `num_latents`, its latents.
-        images_per_row: images that a row's accuracy and distance are of.
-        images_per_batch: drawn at once, in each of the rounds that are timed.
-        threads: of the CPU, in training and drawing.
-        steps: Euler steps of each image.
-        guidance_scale: of cheap classifier-free guidance; 1 is none.
-        finished: whether all was done; if a signal stopped it, the rows are missing.
-        train_seconds: of training, its validation and sheets included, in all calls that it took.
-        total_seconds: of everything.
-    """
-
-    rows: list[BudgetRow]
-    plain: PlainRow | None
-    num_groups: int
-    images_per_row: int
-    images_per_batch: int
-    threads: int
-    steps: int
-    guidance_scale: float
-    finished: bool
-    train_seconds: float
-    total_seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON."""
-        return asdict(self)
-
-
-def quickstart(config: TrainConfig, progress: bool = True) -> QuickstartSummary:
+def quickstart(
+    config: TrainConfig, progress: bool = True, data: DataSets | None = None
+) -> dict[str, Any]:
     """Train an elastic model, draw its classes at several budgets and judge the images.
 
     Leaves `samples.png` (rows: budgets, columns: classes) and `summary.json` in the run's folder,
@@ -122,41 +46,45 @@ def quickstart(config: TrainConfig, progress: bool = True) -> QuickstartSummary:
     Args:
         config: of the training run.
         progress: whether to show progress bars.
+        data: as for `train`.
+
+    Returns:
+        What `summary.json` holds. "rows", one for each budget, all from the same noise: "budget",
+        the fraction of the latents kept; "num_latents" per group; "mflops" of one forward of one
+        image, a multiply-add counts as 2; "share" of the full budget's; "ms_per_image", measured,
+        all steps and the guide included, the median of the rounds; "loss" of the held-out images;
+        "accuracy", the share of images in which a classifier of real images sees the wanted class;
+        "distance", the Frechet distance to the real images, in what a small classifier sees of
+        them. "plain", "mflops", "share" and "ms_per_image" of an untrained plain model of the same
+        blocks, with plain guidance. "num_groups" of a picture: times "num_latents", its latents.
+        "images_per_row", of accuracy and distance; "images_per_batch", drawn at once in a round;
+        "threads" of the CPU; "steps" and "guidance_scale" of drawing; "train_seconds" of all calls,
+        and "total_seconds". "finished": if a signal stopped it, there are no rows, and no file.
     """
     folder = Path(config.output_dir)
-    dataset = load_dataset(config.data.name, **config.data.options)
-    result = train(config, progress)
+    data = data or read_data(config)
+    result = train(config, progress, data=data)
     trained = time.perf_counter()
-    rows: list[BudgetRow] = []
-    plain, num_groups = None, 0
-    finished = result.finished and not result.stopped
-    with cpu_threads(config.train.threads):
-        threads = torch.get_num_threads()
-        if finished:
+    batch = IMAGES_PER_CLASS * data.train.num_classes
+    summary: dict[str, Any] = {
+        "rows": [],
+        "plain": None,
+        "num_groups": 0,
+        "images_per_row": ROUNDS * batch,
+        "images_per_batch": batch,
+        "threads": config.train.threads or torch.get_num_threads(),
+        "steps": config.sample.steps,
+        "guidance_scale": config.sample.guidance_scale,
+        "finished": result.finished and not result.stopped,
+        "train_seconds": result.seconds,
+    }
+    if summary["finished"]:
+        with cpu_threads(config.train.threads):
             pipeline = ElitPipeline.from_pretrained(folder).to(pick_device(config.train.device))
-            rows, plain, pictures = draw_and_judge(pipeline, config, progress)
-            model = pipeline.transformer
-            num_groups = model.token_grid(
-                torch.empty(1, model.in_channels, *model.sample_size, device="meta")
-            ).num_groups
-            captions = [format_budget(row.budget) for row in rows]
-            sheet = contact_sheet(pictures, captions, dataset.class_names)
-            save_image(sheet, folder / "samples.png")
-    summary = QuickstartSummary(
-        rows=rows,
-        plain=plain,
-        num_groups=num_groups,
-        images_per_row=ROUNDS * IMAGES_PER_CLASS * dataset.num_classes,
-        images_per_batch=IMAGES_PER_CLASS * dataset.num_classes,
-        threads=threads,
-        steps=config.sample.steps,
-        guidance_scale=config.sample.guidance_scale,
-        finished=finished,
-        train_seconds=result.seconds,
-        total_seconds=result.seconds + time.perf_counter() - trained,
-    )
-    if finished:
-        write_json(folder / "summary.json", summary.to_dict())
+            summary |= draw_and_judge(pipeline, config, data, progress)
+    summary["total_seconds"] = result.seconds + time.perf_counter() - trained
+    if summary["finished"]:
+        write_json(folder / "summary.json", summary)
     return summary
 
 
@@ -179,50 +107,63 @@ def plain_model(model: ElasticMixin, preset: str) -> Any:
 
 
 def draw_and_judge(
-    pipeline: ElitPipeline, config: TrainConfig, progress: bool
-) -> tuple[list[BudgetRow], PlainRow, list[list[Image.Image]]]:
-    """Draw all classes at all budgets from the same noise; the first of each class as pictures."""
+    pipeline: ElitPipeline, config: TrainConfig, data: DataSets, progress: bool
+) -> dict[str, Any]:
+    """Draw all classes at all budgets and judge them; the first of each class as a picture."""
     model, processor = pipeline.transformer, pipeline.image_processor
     plain = ElitPipeline(plain_model(model, config.model.preset), pipeline.scheduler)
     plain.to(pipeline.device)
     labels = list(range(model.config.num_classes)) * IMAGES_PER_CLASS
     budgets = budgets_to_draw(model)
-    turns = [(pipeline, budget) for budget in budgets] + [(plain, 1.0)]
-    drawn, seconds = draw_in_turns(turns, labels, config, progress)
+    drawn, seconds = draw_in_turns(pipeline, plain, budgets, labels, config, progress)
     times = [1000 * statistics.median(took) / len(labels) for took in seconds]
 
     flops, kept = cost_of(model).flops, [model.resolve_budget(budget) for budget in budgets]
-    full = flops()
-    losses = held_out_losses(model, config, kept)
-    judge = Judge(load_dataset(config.data.name, "train", **config.data.options))
+    losses = validation_losses(
+        model, data.validation, LabelConditioning(model, model.device), sigma_density(config),
+        kept, config.seed, World(0, 1, model.device),
+    )  # fmt: skip
+    classifier, network = fit_classifier(data.train), ClassifierFeatures(fit_network(data.train))
+    real = data.train.on_device(data.train.batch(range(len(data.train)))["images"])
+    real_moments = moments_of(network, real)
     rows, pictures = [], []
     for n, images, ms in zip(kept, drawn, times, strict=False):  # the last is the plain model's
-        accuracy, distance = judge(images * 2 - 1, torch.tensor(labels * ROUNDS))
-        rows.append(
-            BudgetRow(
-                budget=model.budget_of(n),
-                num_latents=n,
-                mflops=flops(n) / 1e6,
-                share=flops(n) / full,
-                ms_per_image=ms,
-                loss=losses[n],
-                accuracy=accuracy,
-                distance=distance,
-            )
-        )
+        moments = moments_of(network, images * 2 - 1)
+        rows.append({
+            "budget": model.budget_of(n),
+            "num_latents": n,
+            "mflops": flops(n) / 1e6,
+            "share": flops(n) / flops(),
+            "ms_per_image": ms,
+            "loss": losses[n].mean().item(),
+            "accuracy": classifier.accuracy(images * 2 - 1, torch.tensor(labels * ROUNDS)),
+            "distance": frechet_distance(
+                moments.mean, moments.covariance, real_moments.mean, real_moments.covariance
+            ),
+        })  # fmt: skip
         first = images[: model.config.num_classes]
         pictures.append(processor.numpy_to_pil(processor.pt_to_numpy(first)))
+    captions = [format_budget(budget) for budget in budgets]
+    sheet = contact_sheet(pictures, captions, data.train.class_names)
+    save_image(sheet, Path(config.output_dir) / "samples.png")
     cost = cost_of(plain.transformer).flops()
-    return rows, PlainRow(cost / 1e6, cost / full, ms_per_image=times[-1]), pictures
+    x = torch.empty(1, model.in_channels, *model.sample_size, device="meta")
+    return {
+        "rows": rows,
+        "plain": {"mflops": cost / 1e6, "share": cost / flops(), "ms_per_image": times[-1]},
+        "num_groups": model.token_grid(x).num_groups,
+    }
 
 
 def draw_in_turns(
-    turns: Sequence[tuple[ElitPipeline, float]],
+    pipeline: ElitPipeline,
+    plain: ElitPipeline,
+    budgets: Sequence[float],
     labels: list[int],
     config: TrainConfig,
     progress: bool,
 ) -> tuple[list[Tensor], list[list[float]]]:
-    """Draw these labels in several rounds, in each by every pipeline at its budget.
+    """Draw these labels in several rounds, in each at every budget and by the plain model.
 
     They take turns, so that what else the machine does slows all of them.
 
@@ -231,64 +172,33 @@ def draw_in_turns(
     """
     scale = config.sample.guidance_scale
 
-    def draw(
-        pipeline: ElitPipeline, budget: float, round_: int, steps: int
-    ) -> tuple[list[Tensor], float]:
-        kind = CheapCFG if pipeline.transformer.is_elastic else CFG
-        places = range(round_ * len(labels), (round_ + 1) * len(labels))
-        ((images, took),) = draw_budgets(
-            pipeline, labels, [budget], [seed_of(config.seed, "sheet", i) for i in places],
-            num_inference_steps=steps, guidance=kind(scale) if scale != 1 else None,
-            output_type="pt",
-        )  # fmt: skip
-        return images, took
+    def draw_round(number: int, steps: int) -> list[tuple[list[Tensor], float]]:
+        places = range(number * len(labels), (number + 1) * len(labels))
+        seeds = [seed_of(config.seed, "sheet", i) for i in places]
+        return [
+            turn
+            for each, of_each, guidance in ((pipeline, budgets, CheapCFG), (plain, [1.0], CFG))
+            for turn in draw_budgets(
+                each, labels, of_each, seeds, num_inference_steps=steps, output_type="pt",
+                guidance=guidance(scale) if scale != 1 else None,
+            )
+        ]  # fmt: skip
 
-    drawn: list[list[Tensor]] = [[] for _ in turns]
-    seconds: list[list[float]] = [[] for _ in turns]
-    for pipeline, budget in turns:
-        pipeline.set_progress_bar_config(disable=True)
-        draw(pipeline, budget, 0, steps=1)  # the first call is slow
-    with tqdm(total=ROUNDS * len(turns), desc="drawing", disable=not progress) as bar:
-        for round_ in range(ROUNDS):
-            for turn, (pipeline, budget) in enumerate(turns):
-                images, took = draw(pipeline, budget, round_, config.sample.steps)
-                drawn[turn] += images
-                seconds[turn].append(took)
-                bar.update()
-    return [torch.stack(images).cpu() for images in drawn], seconds
+    for each in (pipeline, plain):
+        each.set_progress_bar_config(disable=True)
+    draw_round(0, steps=1)  # the first calls are slow
+    rounds = [
+        draw_round(number, config.sample.steps)
+        for number in trange(ROUNDS, desc="drawing", disable=not progress)
+    ]
+    turns = list(zip(*rounds, strict=True))
+    drawn = [torch.stack([x for images, _ in turn for x in images]).cpu() for turn in turns]
+    return drawn, [[took for _, took in turn] for turn in turns]
 
 
-def held_out_losses(
-    model: ElasticMixin, config: TrainConfig, kept: Sequence[int]
-) -> dict[int | None, float]:
-    """Mean loss of the held-out images at each number of latents, as training measures it."""
-    held_out = load_dataset(config.data.name, "validation", **config.data.options)
-    objective = config.objective
-    density = SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
-    device = model.device
-    losses = validation_losses(
-        model, held_out, LabelConditioning(model, device), density, kept, config.seed,
-        World(0, 1, device),
-    )  # fmt: skip
-    return {n: loss.mean().item() for n, loss in losses.items()}
-
-
-class Judge:
-    """Tells how right images are, and how far from the real ones."""
-
-    def __init__(self, real: ImageDataset):
-        self.classifier = fit_classifier(real)
-        self.network = ClassifierFeatures(fit_network(real))
-        self.real = self._moments(real.on_device(real.batch(range(len(real)))["images"]))
-
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
-        """Accuracy and Frechet distance of images (B, C, H, W) in [-1, 1]."""
-        drawn, real = self._moments(images), self.real
-        distance = frechet_distance(drawn.mean, drawn.covariance, real.mean, real.covariance)
-        return self.classifier.accuracy(images, labels), distance
-
-    @torch.no_grad()
-    def _moments(self, images: Tensor) -> Moments:
-        moments = Moments()
-        moments.update(self.network(images)["pool"])
-        return moments
+@torch.no_grad()
+def moments_of(network: ClassifierFeatures, images: Tensor) -> Moments:
+    """Mean and covariance of what a network sees of images (B, C, H, W) in [-1, 1]."""
+    moments = Moments()
+    moments.update(network(images)["pool"])
+    return moments

@@ -19,10 +19,18 @@ from tqdm import tqdm
 from elit._files import remove_leftovers, replace_files, write_text
 from elit._random import generator
 from elit._signals import ignore_signals
-from elit.data import WholeBatches, load_dataset
+from elit.data import WholeBatches
 from elit.data.order import StepBatches
-from elit.flow.objective import SigmaDensity
-from elit.training.build import MakeModel, build_parts, check_draws, latents_to_show, tail_dropping
+from elit.training.build import (
+    DataSets,
+    MakeModel,
+    build_parts,
+    check_draws,
+    latents_to_show,
+    read_data,
+    sigma_density,
+    tail_dropping,
+)
 from elit.training.checkpoint import Checkpoints, checkpoint_steps, run_tensors, step_name
 from elit.training.config import TrainConfig
 from elit.training.distributed import Parallel, World, half_dtype, whole
@@ -50,15 +58,19 @@ class TrainingDivergedError(RuntimeError):
 class Run:
     """Model, moving average, optimiser, data and files of a run, fresh or resumed."""
 
-    def __init__(self, config: TrainConfig, world: World, make_model: MakeModel | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        make_model: MakeModel | None = None,
+        data: DataSets | None = None,
+    ):
         self._started, self._seconds_before = time.perf_counter(), 0.0
         self.config, self.world = config, world
         self.folder = Path(config.output_dir)
-        self.dataset = load_dataset(config.data.name, "train", **config.data.options)
-        self.held_out = load_dataset(config.data.name, "validation", **config.data.options)
-        check_same_data((self.dataset, self.held_out), world)
-        objective = config.objective
-        self.density = SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
+        self.dataset, self.held_out = data = data or read_data(config)
+        check_same_data(data, world)
+        self.density = sigma_density(config)
         parts = build_parts(config, self.dataset, world, make_model)
         self.model, self.conditioning, self.distillation = parts
         self.frozen = frozen_digest(self.model)
@@ -225,10 +237,9 @@ class Run:
         self._exported_step = self.step
 
     def finish(self) -> None:
-        """Save, wait until all is written, and close."""
+        """Save, and wait until all is written."""
         self.save()
         self.checkpoints.wait()
-        self.close()
 
     def _tensors(self) -> dict[str, Tensor]:
         return run_tensors(self.model, self.average.shadow_params, self.optimizer.adamw)
@@ -259,10 +270,9 @@ class Run:
         return step
 
     def diverged(self, what: str) -> TrainingDivergedError:
-        """Close the files; the error that tells a user whose run went wrong what to do."""
+        """The error that tells a user whose run went wrong what to do."""
         with contextlib.suppress(OSError):  # that is of the step before, and less bad
             self.checkpoints.wait()
-        self.close()
         saved = f"step {self.checkpoints.saved}" if self.checkpoints.saved else "none yet"
         return TrainingDivergedError(
             f"{what}: not finite. Nothing of it was saved (last checkpoint: {saved}). Look at "
@@ -271,14 +281,12 @@ class Run:
         )
 
     def unsaved(self) -> OSError:
-        """Close the files; the error of a checkpoint that some process could not write."""
-        error = OSError(errno.EIO, "another process could not write it, and says why", self.folder)
+        """The error of a checkpoint that some process could not write."""
         try:
             self.checkpoints.wait()
-        except OSError as own:
-            error = own
-        self.close()
-        return error
+        except OSError as error:
+            return error
+        return OSError(errno.EIO, "another process could not write it, and says why", self.folder)
 
     def close(self) -> None:
         """Close the files, and let go of what the process group must outlive."""

@@ -3,8 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -57,7 +56,11 @@ def validation_losses(
     if dataset.has_posterior:
         posterior = torch.randn(noise.shape, generator=generator(seed, "validation", 1))
     losses = {num_latents: torch.empty(count) for num_latents in shown_latents}
-    for members in _alike(dataset, chosen):
+    alike = [torch.arange(count)]  # places in `chosen` of the samples of each shape
+    if dataset.buckets:
+        spans = ((bucket.runs[0, 0], bucket.runs[-1].sum()) for bucket in dataset.buckets)
+        alike = [((chosen >= first) & (chosen < end)).nonzero().flatten() for first, end in spans]
+    for members in filter(len, alike):
         share = -(-len(members) // world.size)  # the last begin again: shards are called together
         mine = members[(torch.arange(share) + world.rank * share) % len(members)]
         measured: dict[int | None, list[Tensor]] = {
@@ -105,15 +108,6 @@ def worth_of_parts(
     return worth
 
 
-def _alike(dataset: ImageDataset, chosen: Tensor) -> list[Tensor]:
-    """Places in `chosen` of the samples of each shape."""
-    if not dataset.buckets:
-        return [torch.arange(len(chosen))]
-    spans = ((bucket.runs[0, 0], bucket.runs[-1].sum()) for bucket in dataset.buckets)
-    inside = [((chosen >= first) & (chosen < end)).nonzero().flatten() for first, end in spans]
-    return [members for members in inside if len(members)]
-
-
 def budgets_out_of_order(losses: dict[int | None, Tensor]) -> list[str]:
     """A message for each budget that is worse than the next smaller one.
 
@@ -149,7 +143,10 @@ def sample_sheet(
     pipeline.set_progress_bar_config(disable=True)
     model = pipeline.transformer
     guidance = CheapCFG(config.guidance_scale) if config.guidance_scale != 1 else None
-    with _on_device(conditioning.vae, next(model.parameters()).device):
+    vae = conditioning.vae
+    try:
+        if vae is not None:  # it is where the model is only while it draws
+            vae.to(next(model.parameters()).device)
         names, what = conditioning.to_show(pipeline, dataset, config.columns)
         budgets = [model.budget_of(num_latents) for num_latents in kept]
         seeds = [seed_of(seed, "sheet", i) for i in range(len(names))]
@@ -157,18 +154,9 @@ def sample_sheet(
             pipeline, what, budgets, seeds, num_inference_steps=config.steps, guidance=guidance
         )
         rows = [images for images, _ in drawn]
-    if pipeline.draws_clips:
-        rows = [[film_strip(clip) for clip in row] for row in rows]
-    return contact_sheet(rows, [*map(format_budget, budgets)], names, cell_size(pipeline))
-
-
-@contextmanager
-def _on_device(vae: Any, device: torch.device) -> Iterator[None]:
-    """The autoencoder is where the model is only while it draws."""
-    if vae is not None:
-        vae.to(device)
-    try:
-        yield
     finally:
         if vae is not None:
             vae.to("cpu")
+    if pipeline.draws_clips:
+        rows = [[film_strip(clip) for clip in row] for row in rows]
+    return contact_sheet(rows, [*map(format_budget, budgets)], names, cell_size(pipeline))

@@ -11,10 +11,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,29 +45,13 @@ SHOWN_ROWS = 8
 PartLatents = Sequence[int | None]  # latents per group of each part of a step's batches
 
 
-class Warnings:
-    """Logs warnings, each kind at most once in `REPEAT_AFTER` steps."""
-
-    def __init__(self) -> None:
-        self._last: dict[str, int] = {}
-
-    def warn(self, kind: str, step: int, message: str) -> bool:
-        """Log a warning unless one of its kind came just before; whether it was logged."""
-        if step - self._last.get(kind, -REPEAT_AFTER) < REPEAT_AFTER:
-            return False
-        self._last[kind] = step
-        logger.warning("step %d: %s", step, message)
-        return True
-
-
 # ---- single steps ----
 
 
-@dataclass(frozen=True)
-class Spike:
-    """A value far above what is usual; `index` is its place among those that were looked at."""
+class Spike(NamedTuple):
+    """A value far above what is usual; `at` is its place among those that were looked at."""
 
-    index: int
+    at: int
     value: float
     usual: float
 
@@ -133,9 +116,8 @@ def spike_message(what: str, spike: Spike, latents: PartLatents, advice: str) ->
     )
 
 
-def describe_rows(rows: Sequence[int], is_broken: Callable[[int], bool] | None = None) -> str:
+def describe_rows(rows: Sequence[int], broken: Sequence[int] = ()) -> str:
     """Name the rows of a step in a message: those that are broken, or the first of all."""
-    broken = [row for row in rows if is_broken(row)] if is_broken is not None else []
     named = broken or rows
     rest = len(named) - SHOWN_ROWS
     listed = _listed(named[:SHOWN_ROWS]) + (f" and {rest} more" if rest > 0 else "")
@@ -202,20 +184,14 @@ class InterfaceProbe:
     """Means over the calls of a model, for each number of latents; a plain model shows nothing."""
 
     def __init__(self) -> None:
-        self._sums: dict[int, dict[str, tuple[Tensor, int]]] = {}
-        self._num_latents: int | None = None
+        self.num_latents: int | None = None  # of the running call
         self.tells_spread = True
-
-    def begin(self, num_latents: int | None) -> None:
-        """Say at how many latents the next call runs."""
-        self._num_latents = num_latents
+        self._calls: dict[tuple[int, str], list[Tensor]] = {}
 
     def add(self, name: str, value: Tensor) -> None:
         """Take note of a number of the running call; it stays on its device."""
-        if self._num_latents is not None:
-            sums = self._sums.setdefault(self._num_latents, {})
-            total, count = sums.get(name, (torch.zeros_like(value), 0))
-            sums[name] = total + value, count + 1
+        if self.num_latents is not None:
+            self._calls.setdefault((self.num_latents, name), []).append(value)
 
     def add_weights(self, weights: Tensor) -> None:
         """Take note of Read's attention weights, (B * G, H, n, P)."""
@@ -241,18 +217,12 @@ class InterfaceProbe:
         `latent_spread_read` and `latent_spread` what of their variance is between the latents of
         a group: see `latent_spread`. What is undefined is left out.
         """
-        means = [total / count for sums in self._sums.values() for total, count in sums.values()]
-        if not means:
-            return {}
-        flat = world.mean(torch.cat([mean.flatten() for mean in means]))
-        parts = iter(flat.split([mean.numel() for mean in means]))
         values: dict[int, dict[str, float]] = {}
-        for num_latents, sums in self._sums.items():
-            numbers = {
-                name: latent_spread(mean) if name.startswith("latent_spread") else mean.item()
-                for name, mean in zip(sums, parts, strict=False)
-            }
-            values[num_latents] = {n: value for n, value in numbers.items() if value is not None}
+        for (num_latents, name), calls in self._calls.items():
+            mean = world.mean(torch.stack(calls).mean(0))
+            value = latent_spread(mean) if name.startswith("latent_spread") else mean.item()
+            if value is not None:
+                values.setdefault(num_latents, {})[name] = value
         return values
 
 
@@ -266,7 +236,7 @@ def watch_interface(model: nn.Module) -> Iterator[InterfaceProbe]:
     probe, interface = InterfaceProbe(), find_interface(model)
 
     def call_begins(_: nn.Module, __: Any, named: dict[str, Any]) -> None:
-        probe.begin(named.get("num_latents"))
+        probe.num_latents = named.get("num_latents")
 
     with ExitStack() as stack:
         if interface is not None:
@@ -318,31 +288,30 @@ class InterfaceWatch:
 
         `losses` are those of the validation, the highest budget first.
         """
-        suspicions = self._of_use(seen, losses, worth or {}) | self._of_read(seen)
+        suspicions = self._suspicions(seen, losses, worth or {})
         messages = {kind: text for kind, text in suspicions.items() if kind in self._before}
         self._before = set(suspicions)
         if "copies" in messages:
             messages.pop("alike", None)
-        return messages | self._of_narrow(seen) | self._of_norms(seen)
+        return messages | self._certainties(seen)
 
-    def _of_use(
+    def _suspicions(
         self, seen: _Seen, losses: Sequence[float], worth: Mapping[str, float]
     ) -> dict[str, str]:
-        """Whether the core does any work, and each latent its own."""
-        messages = {}
+        """Whether the core does any work, each latent its own, and Read tells tokens apart."""
+        found = {}
         differs = (max(losses) - min(losses)) / min(losses) if len(losses) > 1 else None
-        spreads = _values(seen, "latent_spread").values()
-        are_copies = bool(spreads) and max(spreads) < self.copies
-        if are_copies and (differs is None or differs < self.nearly_alike):
+        spread = max(_values(seen, "latent_spread").values(), default=math.inf)
+        if spread < self.copies and (differs is None or differs < self.nearly_alike):
             alike = "" if differs is None else (
                 f", and the validation loss differs by {differs:.2%} between the budgets"
             )  # fmt: skip
-            messages["copies"] = (
-                f"the latents of a group are copies of one another (spread {max(spreads):.1%}"
+            found["copies"] = (
+                f"the latents of a group are copies of one another (spread {spread:.1%}"
                 f"){alike}: a single one would do, and more budget buys nothing; {_BEGIN_AGAIN}"
             )
         if differs is not None and differs < self.alike:
-            messages["alike"] = (
+            found["alike"] = (
                 f"the validation loss is the same at all budgets ({losses[0]:.5g}): more latents "
                 f"tell the tokens no more than few; {_BEGIN_AGAIN}"
             )
@@ -350,50 +319,41 @@ class InterfaceWatch:
         has_settled = loss > (1 - self.settled) * self._loss_before
         self._loss_before = loss
         if rise < self.unused and has_settled:
-            messages["unused"] = (
+            found["unused"] = (
                 f"the core is hardly used: without Read, core and Write the validation loss is "
                 f"only {rise:.1%} higher, head and tail do all the work; {_BEGIN_AGAIN}"
             )
-        return messages
+        share = min(_values(seen, "read_entropy_share").values(), default=0)
+        if share > self.uniform:
+            found["uniform"] = (
+                f"Read takes the mean of its group's tokens (entropy {share:.1%} of the largest) "
+                f"at all budgets: its latents have learned nothing to look for; a higher "
+                f"optimizer.lr or more steps may help, latents that are all alike will not"
+            )
+        return found
 
-    def _of_read(self, seen: _Seen) -> dict[str, str]:
-        """Whether Read tells tokens apart."""
-        shares = _values(seen, "read_entropy_share").values()
-        if not shares or min(shares) <= self.uniform:
-            return {}
-        return {
-            "uniform": f"Read takes the mean of its group's tokens (entropy {min(shares):.1%} of "
-            f"the largest) at all budgets: its latents have learned nothing to look for; a higher "
-            f"optimizer.lr or more steps may help, latents that are all alike will not"
-        }
-
-    def _of_narrow(self, seen: _Seen) -> dict[str, str]:
-        """Whether Read looks at few tokens."""
+    def _certainties(self, seen: _Seen) -> dict[str, str]:
+        """Whether Read looks at few tokens, and whether the latents grow without end."""
+        found = {}
         shares = _values(seen, "read_coverage")
-        narrow = [n for n, share in shares.items() if share < self.narrow]
-        if not narrow:
-            return {}
-        return {
-            "narrow": f"Read looks at {shares[narrow[0]]:.0%} of a group's tokens at num_latents "
-            f"{_listed(narrow)}: its attention has collapsed, and the core doesn't "
-            f"see the rest; lower optimizer.lr, or lengthen optimizer.warmup_steps"
-        }
-
-    def _of_norms(self, seen: _Seen) -> dict[str, str]:
-        """Whether the latents grow without end."""
-        messages = {}
+        if narrow := [n for n, share in shares.items() if share < self.narrow]:
+            found["narrow"] = (
+                f"Read looks at {shares[narrow[0]]:.0%} of a group's tokens at num_latents "
+                f"{_listed(narrow)}: its attention has collapsed, and the core doesn't "
+                f"see the rest; lower optimizer.lr, or lengthen optimizer.warmup_steps"
+            )
         norms = _values(seen, "latent_norm")
         for n, norm in norms.items():
             before = self._norms.get(n, math.inf)
             if norm > self.largest or norm > max(10.0, self.growth * before):
                 was = f", {before:.3g} before" if before < math.inf else ""
-                messages["latents"] = (
+                found["latents"] = (
                     f"the latents have grown to a root mean square of {norm:.3g} at num_latents "
                     f"{n}{was}: half precision loses what is small beside it; lower optimizer.lr "
                     f"or give optimizer.weight_decay"
                 )
         self._norms = norms
-        return messages
+        return found
 
 
 def _values(seen: _Seen, name: str) -> dict[int, float]:
@@ -432,7 +392,7 @@ class Monitor:
         self.peak = None if config.train.peak_tflops is None else config.train.peak_tflops * 1e12
         if self.peak is None and world.device.type == "cuda":
             self.peak = peak_flops(torch.cuda.get_device_name(world.device))
-        self.warnings = Warnings()
+        self._warned: dict[str, int] = {}  # step of the last warning of a kind
         self.losses, self.gradients = SpikeWatch(least=1.5), SpikeWatch(least=3)
         self.speed, self.interface = SpeedWatch(), InterfaceWatch()
         self._shapes: list[torch.Size] = []
@@ -442,16 +402,12 @@ class Monitor:
 
     def watched(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The batches, with the time that each was waited for and its size noted."""
-        iterator = iter(batches)
-        while True:
-            started = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
+        iterator, started = iter(batches), time.perf_counter()
+        for batch in iterator:
             self._waited += time.perf_counter() - started
             self._shapes.append(batch["images"].shape)
             yield batch
+            started = time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -500,8 +456,11 @@ class Monitor:
              f"{clipped}lower optimizer.lr or optimizer.clip"),
         ):  # fmt: skip
             for spike in watch.update(latents, values):
-                message = spike_message(what, spike, latents[spike.index], advice)
-                self._warn(kind, first + spike.index, f"{message}{self._rows(first + spike.index)}")
+                at, message = (
+                    first + spike.at,
+                    spike_message(what, spike, latents[spike.at], advice),
+                )
+                self.warn(kind, at, f"{message}{describe_rows(self.rows_of(at - 1))}")
         if self.model.is_elastic:
             for of_step, loss in zip(latents, losses, strict=True):
                 if len(of_step) == 1 and of_step[0] is not None:
@@ -531,7 +490,7 @@ class Monitor:
             values[f"loss_at/{format_budget(budget)}"] = fmean(losses)
         self._by_budget.clear()
         for kind, message in self.speed.update(seconds, waited, images, flops).items():
-            self._warn(kind, step, message)
+            self.warn(kind, step, message)
         return values
 
     def after_validation(
@@ -552,7 +511,7 @@ class Monitor:
         means = {name("loss", n): of.mean().item() for n, of in losses.items()}
         for kind, message in self.interface.update(seen, list(means.values()), worth).items():
             if step > self.config.optimizer.warmup_steps:  # before, nothing has been learned yet
-                self._warn(kind, step, message)
+                self.warn(kind, step, message)
         for message in budgets_out_of_order(losses) if self.world.is_main else ():
             logger.warning("step %d: %s", step, message)
         inside = {name(key, n): value for n, of in seen.items() for key, value in of.items()}
@@ -560,19 +519,15 @@ class Monitor:
 
     def blamed_rows(self, step: int) -> str:
         """The rows of a step of this process that are not finite, or its first, for an error."""
+        rows = self.rows_of(step - 1)
+        images = ((row, self.dataset.batch([row])["images"]) for row in rows)
+        return describe_rows(rows, [row for row, image in images if not image.isfinite().all()])
 
-        def is_broken(row: int) -> bool:
-            return not self.dataset.batch([row])["images"].isfinite().all()
-
-        return describe_rows(self.rows_of(step - 1), is_broken)
-
-    def _warn(self, kind: str, step: int, message: str) -> None:
-        if self.world.is_main:
-            self.warnings.warn(kind, step, message)
-
-    def _rows(self, step: int) -> str:
-        """The rows of a step, for a message."""
-        return describe_rows(self.rows_of(step - 1)) if self.world.is_main else ""
+    def warn(self, kind: str, step: int, message: str) -> None:
+        """Log a warning, unless one of its kind came in the last `REPEAT_AFTER` steps."""
+        if self.world.is_main and step - self._warned.get(kind, -REPEAT_AFTER) >= REPEAT_AFTER:
+            self._warned[kind] = step
+            logger.warning("step %d: %s", step, message)
 
 
 def peak_memory(device: torch.device) -> int | None:
