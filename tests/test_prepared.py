@@ -22,9 +22,8 @@ from torch.utils.data import DataLoader
 from elit import load_elastic, load_pipeline
 from elit.cli.main import main
 from elit.data import Prepared, WholeBatches, load_dataset
-from elit.data.buckets import Bucket
 from elit.data.manifest import Autoencoder
-from elit.data.order import StepBatches
+from elit.data.order import Bucket, StepBatches
 from elit.preparation.autoencoder import weights_sha256
 from elit.training.config import RetrofitConfig, TextConfig, TrainConfig
 from elit.training.finetune import fetch_base, load_base

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     import torch
     from torch.utils.data import Dataset
 
-    from elit.data.buckets import Bucket
     from elit.data.captioned_shapes import CaptionedShapes
     from elit.data.digits import Digits
     from elit.data.fashion_mnist import FashionMNIST
     from elit.data.manifest import Autoencoder
     from elit.data.moving_shapes import MovingShapes
+    from elit.data.order import Bucket
     from elit.data.prepared import Prepared
     from elit.data.shapes import Shapes
     from elit.data.tensors import Tensors
