@@ -140,7 +140,8 @@ class BucketOrder:
 
     def _make_window(self, epoch: int, place: int) -> tuple[int, Array]:
         """The window that holds a place of an epoch: its own first place, and its samples."""
-        bucket, which, first, of_window = self.bucket, None, 0, self.place
+        bucket, which, first = self.bucket, None, 0
+        of_window: tuple[int, ...] = self.place
         if self.size > bucket.window:
             mine = 1 + sum(self.place)
             shuffle = generator(self.seed, "order", epoch, mine, 0, 1)

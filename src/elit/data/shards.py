@@ -82,7 +82,7 @@ class Shards:
         held = (phase + counts) // self.hold_out
         counts = (held if is_held else counts - held) * np.array(whole, dtype=np.int64)
         some = np.flatnonzero(counts)
-        self.files = [shards[n] for n in some]
+        self.files = [shards[n] for n in some.tolist()]
         self.counts, self.phase = counts[some], phase[some]
         self.ends = self.counts.cumsum()
         self._open: OrderedDict[int, Tensors] = OrderedDict()

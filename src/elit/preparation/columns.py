@@ -57,20 +57,9 @@ def _is_caption(feature: Any) -> bool:
     return "string" in str(getattr(inner, "dtype", ""))
 
 
-def find_labels(features: Any, name: str | None) -> str | None:
-    """The column of labels, or None."""
-    return _find(features, name, LABEL_NAMES, "label_column", _is_label)
-
-
-def find_captions(features: Any, name: str | None) -> str | None:
-    """The column of texts, or None."""
-    return _find(features, name, CAPTION_NAMES, "caption_column", _is_caption)
-
-
-def _find(
-    features: Any, name: str | None, names: Sequence[str], what: str, fits: Callable[[Any], bool]
-) -> str | None:
-    """The column that is named, or the first of the usual names, which then has to fit."""
+def find_column(features: Any, name: str | None, what: str) -> str | None:
+    """The column of labels or captions that is named, or the first of a usual name; or None."""
+    names, fits = _KINDS[what]
     if name == NONE:
         return None
     if name is None:
@@ -81,13 +70,19 @@ def _find(
     if name not in features:
         near = nearest(name, features)
         hint = f"; did you mean {near!r}?" if near else ""
-        raise ValueError(f"{what} {name!r} is none of {', '.join(features)}{hint}")
+        raise ValueError(f"{what}_column {name!r} is none of {', '.join(features)}{hint}")
     if not fits(features[name]):
         raise ValueError(
-            f"{what} {name!r} holds {features[name]}; give one of a fitting type, or {NONE} to "
-            f"leave it out"
+            f"{what}_column {name!r} holds {features[name]}; give one of a fitting type, or {NONE} "
+            f"to leave it out"
         )
     return name
+
+
+_KINDS: dict[str, tuple[Sequence[str], Callable[[Any], bool]]] = {
+    "label": (LABEL_NAMES, _is_label),
+    "caption": (CAPTION_NAMES, _is_caption),
+}
 
 
 def in_order(names: set[Any]) -> list[Any]:
@@ -134,18 +129,3 @@ def find_classes(tables: list[Any], label: str | None) -> tuple[tuple[str, ...],
             f"or leave labels out with --label-column {NONE}"
         )
     return tuple(map(str, names)), numbers
-
-
-def count_empty(table: Any, column: str) -> int:
-    """Count the texts of a column that say nothing."""
-    import pyarrow as pa
-    from pyarrow import compute
-
-    values = table.select_columns([column]).with_format("arrow")[:][column]
-    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-        return len(values) - (
-            compute.sum(compute.list_value_length(values).cast("bool")).as_py() or 0
-        )
-    if not pa.types.is_string(values.type) and not pa.types.is_large_string(values.type):
-        return values.null_count
-    return len(values) - (compute.sum(compute.not_equal(values, "")).as_py() or 0)
