@@ -106,11 +106,10 @@ class Layout:
             rows = self._by_metadata(metadata, pictures)
         else:
             rows = [(picture, {"image": str(picture)}) for picture in pictures]
-            columns: dict[str, Any] = {"label": self._labels(splits), "caption": self._captions(pictures, texts)}
-            for name, values in columns.items():
-                for picture, row in rows:
-                    if values.get(picture) is not None:
-                        row[name] = values[picture]
+            labels, captions = self._labels(splits), self._captions(pictures, texts)
+            for picture, row in rows:
+                row |= {"label": labels[picture]} if labels[picture] is not None else {}
+                row |= {"caption": captions[picture]} if captions else {}
         for split, of_split in splits.items():
             of_them = [row for picture, row in rows if picture in of_split]
             where = metadata[0] if metadata else self.root
