@@ -3,7 +3,6 @@
 import errno
 import io
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -256,26 +255,14 @@ def test_what_the_disk_says_is_no_broken_picture(workers, tmp_path) -> None:
 # ---- sources ----
 
 
-def test_captions_of_a_metadata_file_and_held_out_rows(tmp_path) -> None:
-    source = tmp_path / "images"
-    source.mkdir()
-    lines = ["file_name,text"]
-    for number in range(4):
-        (source / f"{number}.png").write_bytes(png(number))
-        lines.append(f"{number}.png,{['a cat', '', 'größer', 'two dogs'][number]}")
-    (source / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
-    splits = ["train[:75%]", "validation=train[-1:]"]
-    result = run(source, tmp_path / "out", splits=splits)
+def test_parts_of_a_split(tmp_path) -> None:
+    source, out = class_folder(tmp_path / "images", 4), tmp_path / "out"
+    result = run(source, out, splits=["train[:75%]", "validation=train[-1:]"])
     assert result.samples == {"train": 3, "validation": 1}
-    tensors = shard(tmp_path / "out")
-    text, ends = bytes(tensors["captions"].tolist()), [0, *tensors["caption_ends"].tolist()]
-    assert [text[a:b].decode() for a, b in pairwise(ends)] == [
-        "a cat", "", "größer"
-    ]  # fmt: skip
-    held = shard(tmp_path / "out", "validation-00000-16x16")
-    assert bytes(held["captions"].tolist()) == b"two dogs"
-    assert read_manifest(tmp_path / "out").captions
-    assert "class_labels" not in tensors
+    found = [shard(out, f"{split}-00000-16x16") for split in result.samples]
+    images = torch.cat([tensors["images"] for tensors in found]).movedim(1, -1)
+    assert np.array_equal(images, np.stack([fit(picture(s), (16, 16)) for s in (0, 2, 1, 3)]))
+    assert found[1]["class_labels"].tolist() == [1]
 
 
 def test_parquet_with_names_and_numbers_as_labels(tmp_path) -> None:

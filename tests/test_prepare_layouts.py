@@ -115,10 +115,6 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
     # class folders
     "classes": (classes("cat", "dog"), {"train": rows("cat", "cat", "dog", "dog")}, "2 classes"),
     "a class train": (classes("bus", "car", "train"), {"train": BUSES}, "bus, car, train"),
-    "a class val": (
-        classes("bus", "car", "val"), {"train": [*BUSES[:4], *rows("val", "val", start=4)]},
-        "3 classes",
-    ),
     "classes in one folder": (
         classes("set/cat", "set/dog"), {"train": rows("cat", "cat", "dog", "dog")}, "cat, dog"
     ),
@@ -142,10 +138,6 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
     "splits of classes": (
         classes("train/cat", "train/dog", "val/cat", "val/dog", count=1),
         {"train": rows("cat", "dog"), "validation": rows("cat", "dog", start=2)}, "2 rows in valid",
-    ),
-    "splits of pictures": (
-        classes("train", "validation"),
-        {"train": rows(None, None), "validation": rows(None, None, start=2)}, "no labels",
     ),
     "Training and dev": (
         classes("Training", "dev"),
