@@ -328,7 +328,7 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
          "00000.parquet": b"x", "00000_stats.json": "{}"},
         {"train": rows(None, captions=["a"])}, "left out: 2",
     ),
-    "no pictures": ({"0.md": "x", "1.svg": "x"}, "holds no pictures: 1 .md, 1 .svg; give", ""),
+    "no pictures": ({"0.md": "x", "1.svg": "x"}, "holds no pictures: 1 .md, 1 .svg; give a folder of pic", ""),
     "videos alone": ({"0.mp4": "x"}, "holds no pictures: 1 .mp4; give --frames", ""),
 }  # fmt: skip
 

@@ -104,13 +104,11 @@ class Manifest:
         check_choice(self.kind, KINDS, "kind")
         for name, shape in self.shapes.items():
             sides = name.split("x")
-            if not all(side.isdecimal() for side in sides) or len(sides) != len(shape) - 1:
+            numbers = (*(int(side) for side in sides if side.isdecimal()), *shape)
+            fits = len(sides) == len(shape) - 1 and len(numbers) == len(sides) + len(shape)
+            if not fits or not all(map(is_whole, numbers)):
                 raise ValueError(
                     f"a size {name!r} of shape {shape} is none; give 256x256: (C, h, w)"
-                )
-            if not all(is_whole(number) for number in (*map(int, sides), *shape)):
-                raise ValueError(
-                    f"{name} of shape {shape} has a side that is no whole number above 0"
                 )
         for name in self.resolutions:
             check_choice(name, self.shapes, "size", " in resolutions")
