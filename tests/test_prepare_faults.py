@@ -263,6 +263,10 @@ def test_other_settings_are_refused(source, tmp_path) -> None:
         refuses(f"was begun with {message}", run, source, out, **settings)
     class_folder(tmp_path / "more", COUNT + 1, broken=(3,))
     refuses(r"source\.splits\.train", run, tmp_path / "more", out, tmp_path / "vae", part_size=PART)
+    renamed = class_folder(tmp_path / "renamed", COUNT, broken=(3,))
+    (renamed / "cat" / "0002.png").rename(renamed / "cat" / "0003.png")
+    message = "begun with other pictures, labels or captions in train than"
+    refuses(message, run, renamed, out, tmp_path / "vae", part_size=PART)
     # The same files elsewhere are the same
     run(class_folder(tmp_path / "same", COUNT, broken=(3,)), out, tmp_path / "moved",
         part_size=PART)  # fmt: skip
