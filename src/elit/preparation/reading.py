@@ -90,12 +90,12 @@ class Chunk:
 
 
 class Reader(Dataset[Chunk]):
-    """Reads rows of some splits; an index is (split, row)."""
+    """Reads rows of some splits; an index is a list of (split, row)."""
 
     def __init__(self, splits: dict[str, Rows], sizes: Sizes):
         self.splits, self.sizes = splits, sizes
 
-    def __getitems__(self, indices: Sequence[tuple[str, int]]) -> Chunk:
+    def __getitem__(self, indices: Sequence[tuple[str, int]]) -> Chunk:
         chunk = Chunk()
         for split, number in indices:
             rows = self.splits[split]
@@ -105,14 +105,19 @@ class Reader(Dataset[Chunk]):
                 row = rows[number]
                 cut = self.sizes.cut(rows.content(number))
             except Exception as error:  # a file can be broken in any way
+                name, cut = rows.name(number), []
                 if isinstance(error, MemoryError):
-                    name = rows.name(number) or f"row {number} of {split}"
-                    error = OSError(errno.ENOMEM, "no memory left to read it", name)
+                    place = name or f"row {number} of {split}"
+                    error = OSError(errno.ENOMEM, "no memory left to read it", place)
                 if not is_of_file(error):
                     # Workers hand it over: what they raise loses its number
                     return Chunk(fault=error)
-                chunk.skipped[number] = reason_of(error, rows, number)
-                cut = []
+                # A file that is not there is named
+                reason = getattr(error, "strerror", None) or str(error)
+                reason = " ".join(reason.split()) or type(error).__name__
+                if name is not None:
+                    reason = f"{name}: {reason.replace(str(rows.folder / name), 'it')}"
+                chunk.skipped[number] = reason
             chunk.digests.append(digest)
             for by_size in cut:
                 for size, picture in by_size.items():
@@ -134,14 +139,6 @@ def is_of_file(error: Exception) -> bool:
     return not isinstance(error, (MissingPackageError, MemoryError))
 
 
-def reason_of(error: Exception, rows: Rows, number: int) -> str:
-    """The reason why a row was skipped, and its file where that is known."""
-    reason = getattr(error, "strerror", None) or str(error)  # a file that is not there is named
-    reason = " ".join(reason.split()) or type(error).__name__
-    name = rows.name(number)
-    return reason if name is None else f"{name}: {reason.replace(str(rows.folder / name), 'it')}"
-
-
 def default_workers(local_processes: int = 1) -> int:
     """One for each processor that this process may use but one, which feeds the device."""
     return max(1, min(_MOST_WORKERS, usable_cores() // local_processes - 1))
@@ -154,12 +151,12 @@ def read(
     at_once = max(1, min(64, _CHUNK_BYTES // sizes.pixels))
     loader: Any = DataLoader(
         Reader(splits, sizes),
-        batch_sampler=(
+        sampler=(
             [(split, row) for row in rows[start : start + at_once]]
             for split, rows in pieces
             for start in range(0, len(rows), at_once)
         ),
-        collate_fn=_as_it_is,
+        batch_size=None,
         num_workers=workers,
         prefetch_factor=3 if workers else None,
         worker_init_fn=ignore_signals,
@@ -168,7 +165,3 @@ def read(
         if chunk.fault is not None:
             raise chunk.fault
         yield chunk
-
-
-def _as_it_is(chunk: Any) -> Any:
-    return chunk
