@@ -64,7 +64,7 @@ def bare(settings: PrepareSettings, pictures: torch.Tensor) -> tuple[float, floa
     """Pictures a second of the autoencoder alone, and processor seconds a picture."""
     device = pick_device(settings.device)
     encoder = load_encoder(
-        settings.vae, Sizes.of(settings), device, settings.dtype, settings.store_dtype
+        settings.vae, Sizes(settings), device, settings.dtype, settings.store_dtype
     )
     encoder(pictures[: settings.batch_size])
     start, used = time.perf_counter(), processor_seconds()

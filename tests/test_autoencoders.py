@@ -154,10 +154,10 @@ def test_scales_that_cannot_be_undone_or_fit_no_channel() -> None:
 def test_prepared_and_drawn_alike(name: str, tmp_path) -> None:
     """What `elit prepare` stores is what a pipeline's decoder takes back."""
     vae = with_statistics(name)
-    vae.save_pretrained(tmp_path / "vae")
+    vae.save_pretrained(tmp_path / "pipeline" / "vae")
     class_folder(tmp_path / "images", 2)
     run(
-        tmp_path / "images", tmp_path / "out", tmp_path / "vae", resolution=[32],
+        tmp_path / "images", tmp_path / "out", tmp_path / "pipeline", resolution=[32],
         store_dtype="fp32",
     )  # fmt: skip
     manifest = read_manifest(tmp_path / "out")

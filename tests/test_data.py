@@ -45,39 +45,34 @@ class TestEveryDataset:
         item = dataset[3]
         captions = {"captions"} if dataset.has_captions else set()
         assert set(item) == {"images", "class_labels"} | captions
-        assert item["images"].dtype == torch.float32
-        assert tuple(item["images"].shape) == dataset.image_shape
-        assert item["class_labels"].dtype == torch.int64
-        assert item["class_labels"].shape == ()
+        for batch, shape in ((item, ()), (dataset.batch([]), (0,))):
+            assert batch["images"].dtype == torch.float32
+            assert tuple(batch["images"].shape) == (*shape, *dataset.image_shape)
+            assert batch["class_labels"].dtype == torch.int64
+            assert batch["class_labels"].shape == shape
+        assert dataset.__getitems__([]) == []
+        assert re.search(rf"{dataset.split}.*{len(dataset)} (images|clips)", repr(dataset))
 
-    def test_values_are_finite_and_within_minus_one_and_one(self, dataset):
-        images = whole(dataset)["images"]
+    def test_values_and_labels_use_all_of_their_range(self, dataset):
+        batch = whole(dataset)
+        images = batch["images"]
         assert images.isfinite().all()
         assert images.min() >= -1
         assert images.max() <= 1
-        assert images.max() - images.min() > 1.5  # and use that range
-
-    def test_labels_are_those_of_the_items_and_name_every_class(self, dataset):
+        assert images.max() - images.min() > 1.5
         assert dataset.labels.dtype == torch.int64
-        assert torch.equal(whole(dataset)["class_labels"], dataset.labels)
+        assert torch.equal(batch["class_labels"], dataset.labels)
         assert dataset.labels.unique().tolist() == list(range(dataset.num_classes))
         assert len(set(dataset.class_names)) == dataset.num_classes
 
-    def test_the_batched_path_equals_the_single_one(self, dataset):
+    def test_the_batched_path_equals_the_single_one_and_a_worker_s(self, dataset):
         indices = [5, 0, len(dataset) - 1, 5, -1]
-        batch = dataset.batch(indices)
-        items = dataset.__getitems__(indices)
-        for row, (index, item) in enumerate(zip(indices, items, strict=True)):
-            single = dataset[index]
-            for key in ("images", "class_labels"):
-                assert torch.equal(single[key], batch[key][row])
-                assert torch.equal(single[key], item[key])
-
-    def test_an_empty_batch_keeps_its_shape(self, dataset):
-        batch = dataset.batch([])
-        assert tuple(batch["images"].shape) == (0, *dataset.image_shape)
-        assert batch["class_labels"].shape == (0,)
-        assert dataset.__getitems__([]) == []
+        batch, items = dataset.batch(indices), dataset.__getitems__(indices)
+        sent = pickle.loads(pickle.dumps(dataset)).batch(indices)
+        for key in ("images", "class_labels"):
+            assert torch.equal(batch[key], sent[key])
+            assert torch.equal(batch[key], torch.stack([dataset[index][key] for index in indices]))
+            assert torch.equal(batch[key], torch.stack([item[key] for item in items]))
 
     def test_an_index_beyond_the_end_is_an_index_error(self, dataset):
         for index in (len(dataset), -len(dataset) - 1):
@@ -91,14 +86,9 @@ class TestEveryDataset:
         assert torch.equal(dataset[0]["images"], before)
 
     def test_torch_loads_batches_of_it(self, dataset):
-        loader = DataLoader(dataset, batch_size=16, shuffle=True)
-        assert sum(len(batch["class_labels"]) for batch in loader) == len(dataset)
-        batch = next(iter(loader))
-        assert tuple(batch["images"].shape) == (16, *dataset.image_shape)
-
-    def test_workers_can_receive_it(self, dataset):
-        copy = pickle.loads(pickle.dumps(dataset))
-        assert torch.equal(copy.batch([1, 7])["images"], dataset.batch([1, 7])["images"])
+        batches = list(DataLoader(dataset, batch_size=16, shuffle=True))
+        assert sum(len(batch["class_labels"]) for batch in batches) == len(dataset)
+        assert tuple(batches[0]["images"].shape) == (16, *dataset.image_shape)
 
     def test_no_image_is_in_both_splits(self, dataset, tmp_path):
         other = SPLITS[1 - SPLITS.index(dataset.split)]
@@ -107,10 +97,6 @@ class TestEveryDataset:
             options = {"path": tmp_path}
         theirs = whole(type(dataset)(other, **options))["images"]
         assert not bytes_of(whole(dataset)["images"]) & bytes_of(theirs)
-
-    def test_its_description_tells_size_and_split(self, dataset):
-        assert dataset.split in repr(dataset)
-        assert re.search(rf"{len(dataset)} (images|clips)", repr(dataset))
 
 
 class TestDigits:
@@ -156,13 +142,6 @@ class TestShapes:
         means = whole(Shapes(count=10))["images"].mean(dim=(2, 3))
         torch.testing.assert_close(means, torch.tensor(GOLDEN), atol=1e-3, rtol=0)
 
-    @pytest.mark.parametrize("size", [8, 17, 33, 64])
-    def test_any_size_is_a_shape(self, size):
-        images = whole(Shapes(count=20, size=size))["images"]
-        assert tuple(images.shape) == (20, 3, size, size)
-        assert images.min() >= -1
-        assert images.max() <= 1
-
     def test_another_size_is_the_same_picture(self):
         small = whole(Shapes(count=50, size=32))["images"]
         large = whole(Shapes(count=50, size=96))["images"]
@@ -188,13 +167,16 @@ class TestShapes:
             slope = (down**2 + across**2).sqrt()[distance.abs() < 0.02]
             assert abs(slope.median() - 1) < 0.02, name
 
-    @pytest.mark.parametrize("count", [0, -1, 2.0, "10", None, True, float("nan")])
-    def test_a_bad_count_is_named(self, count):
-        refuses(r"count=.*whole number of images, at least 1", Shapes, count=count)
-
-    @pytest.mark.parametrize("size", [0, 7, -32, 32.0, (32, 32), False])
-    def test_a_bad_size_is_named(self, size):
-        refuses(r"size=.*whole number of pixels a side, at least 8", Shapes, size=size)
+    @pytest.mark.parametrize(
+        ("option", "values", "message"),
+        [
+            ("count", [0, -1, 2.0, "10", None, True, float("nan")], "images, at least 1"),
+            ("size", [0, 7, -32, 32.0, (32, 32), False], "pixels a side, at least 8"),
+        ],
+    )
+    def test_a_bad_count_or_size_is_named(self, option, values, message):
+        for value in values:
+            refuses(f"{option}=.*whole number of {message}", Shapes, **{option: value})
 
 
 class TestFashionMNIST:
@@ -212,14 +194,6 @@ class TestFashionMNIST:
             assert dataset.pixels.dtype == torch.uint8
         assert dataset.class_names == CLASS_NAMES
         assert (dataset.class_names[0], dataset.class_names[9]) == ("t-shirt", "ankle boot")
-
-    def test_black_is_minus_one_and_white_is_one(self, tmp_path):
-        images = np.zeros((1, 28, 28), np.uint8)
-        images[0, 0, 27] = 255
-        write_idx(tmp_path, "train", images, np.array([9]))
-        image = FashionMNIST(path=tmp_path)[0]["images"]
-        assert image[0, 2, 29] == 1
-        assert (image == -1).sum() == 32 * 32 - 1
 
     def test_a_count_takes_the_first_ones_at_most(self, tmp_path):
         folder = idx_folder(tmp_path, 30)
@@ -312,7 +286,6 @@ class TestLoadDataset:
         ("arguments", "options", "message"),
         [
             (("digit",), {}, r"unknown data set 'digit'.*'digits', 'shapes'.*mean 'digits'\?"),
-            (("Shapes",), {}, r"unknown data set 'Shapes'.*mean 'shapes'\?"),
             (
                 ("imagenet",),
                 {},
@@ -320,17 +293,14 @@ class TestLoadDataset:
                 r"'moving-shapes', 'fashion-mnist', 'tensors', 'prepared'$",
             ),
             ((None,), {}, r"unknown data set None: use one of"),
-            ((["digits"],), {}, r"unknown data set \['digits'\]: use one of"),
             (("digits", "valid"), {}, r"unknown split 'valid'.*mean 'validation'\?"),
             (("shapes", "test"), {}, r"unknown split 'test': use one of 'train', 'validation'"),
-            (("shapes", ""), {}, r"unknown split ''"),
             (("shapes",), {"coutn": 3}, r"option 'coutn' of data set 'shapes'.*mean 'count'\?"),
             (
                 ("digits",),
                 {"size": 32},
                 r"option 'size' of data set 'digits': no option is allowed",
             ),
-            (("shapes", "train"), {"count": 0}, r"count=0: use a whole number"),
         ],
     )
     def test_a_mistake_is_named_with_what_is_allowed(self, arguments, options, message):

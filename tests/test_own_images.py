@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,10 +23,14 @@ def command(line: str, *words: str) -> None:
     assert main([*line.split(), *words]) == 0
 
 
-def test_prepare_train_resume_and_sample(tmp_path, monkeypatch) -> None:
+@pytest.fixture(autouse=True)
+def _example(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["own_images.py", "--count", "60", "--steps", "2"])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+
+def test_prepare_train_resume_and_sample() -> None:
     command("prepare images prepared --vae tiny-vae --resolution 32 --flips --workers 0")
     manifest = json.loads(Path("prepared/manifest.json").read_text())
     assert manifest["flips"]
@@ -45,13 +50,8 @@ def test_prepare_train_resume_and_sample(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_prepare_and_train(tmp_path, monkeypatch) -> None:
+def test_two_processes_prepare_and_train() -> None:
     """As on a cluster, by torchrun."""
-    import subprocess
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["own_images.py", "--count", "60", "--steps", "2"])
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for line in (
         "prepare images prepared --vae tiny-vae --resolution 32 --part-size 16 --workers 0",

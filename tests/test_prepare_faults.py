@@ -11,6 +11,7 @@ import signal
 import tarfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from helpers import refuses
 from prepare_sources import class_folder, contents, picture, run, shard, tiny_vae
 
 from elit._files import remove_leftovers, write_file, write_json
+from elit._process import this_process
 from elit.cli.main import main
 from elit.data import load_dataset
 from elit.preparation import verify
@@ -63,51 +65,50 @@ def test_processes_share_the_work_without_talking(source, tmp_path, monkeypatch)
                                              part_size=PART, flips=True).std)  # fmt: skip
 
 
-def test_processes_that_start_at_one_moment(source, tmp_path, whole) -> None:
-    """All write the settings, the first of the folder, and one of them the manifest."""
-    tries, processes = 2, 4
+def together(count: int, tries: int, work: Callable[[int, int], None]) -> None:
+    """Call `work(rank, number)` in so many processes, each try at one moment."""
     forked = multiprocessing.get_context("fork")  # with all that is imported
-    barrier = forked.Barrier(processes)
+    barrier = forked.Barrier(count)
 
     def start(rank: int) -> None:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
         for number in range(tries):
             barrier.wait(60)
-            run(source, tmp_path / f"out{number}", part_size=PART)
+            work(rank, number)
 
-    running = [forked.Process(target=start, args=(rank,)) for rank in range(processes)]
+    running = [forked.Process(target=start, args=(rank,)) for rank in range(count)]
     for process in running:
         process.start()
     for process in running:
         process.join(120)
-    assert [process.exitcode for process in running] == [0] * processes
-    for number in range(tries):
+    assert [process.exitcode for process in running] == [0] * count
+
+
+def test_processes_that_start_at_one_moment(source, tmp_path, whole) -> None:
+    """All write the settings, the first of the folder, and one of them the manifest."""
+
+    def work(rank: int, number: int) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "4"}
+        run(source, tmp_path / f"out{number}", part_size=PART)
+
+    together(4, 2, work)
+    for number in range(2):
         assert contents(tmp_path / f"out{number}") == whole
 
 
 def test_of_two_settings_that_start_at_one_moment_one_is_refused(source, tmp_path) -> None:
-    tries, forked = 4, multiprocessing.get_context("fork")
-    barrier = forked.Barrier(2)
+    def work(flips: int, number: int) -> None:
+        told = tmp_path / f"told-{number}-{flips}"
+        try:
+            run(source, tmp_path / f"out{number}", part_size=1, flips=bool(flips))
+            told.touch()
+        except ValueError as error:
+            told.write_text(str(error))
 
-    def start(flips: bool) -> None:
-        for number in range(tries):
-            barrier.wait(60)
-            told = tmp_path / f"told-{number}-{flips}"
-            try:
-                run(source, tmp_path / f"out{number}", part_size=1, flips=flips)
-                told.touch()
-            except ValueError as error:
-                told.write_text(str(error))
-
-    running = [forked.Process(target=start, args=(flips,)) for flips in (False, True)]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join(120)
+    together(2, 4, work)
     for flips in (False, True):
         run(source, tmp_path / f"whole-{flips}", part_size=1, flips=flips)
-    for number in range(tries):
-        told = [(tmp_path / f"told-{number}-{flips}").read_text() for flips in (False, True)]
+    for number in range(4):
+        told = [(tmp_path / f"told-{number}-{flips}").read_text() for flips in (0, 1)]
         assert told.count("") == 1, told
         assert f"was begun with flips={json.dumps(told[1] == '')}, not" in "".join(told)
         assert contents(tmp_path / f"out{number}") == contents(tmp_path / f"whole-{told[1] == ''}")
@@ -137,20 +138,12 @@ def test_what_a_killed_process_left_goes_with_the_next_file(tmp_path) -> None:
 
 
 def test_one_file_written_by_several_at_once(tmp_path) -> None:
-    forked = multiprocessing.get_context("fork")
-    barrier = forked.Barrier(4)
-
-    def start(rank: int) -> None:
-        barrier.wait(60)
+    def work(rank: int, number: int) -> None:
+        del number
         for _ in range(40):
             write_json(tmp_path / "file.json", [rank] * 1000)
 
-    running = [forked.Process(target=start, args=(rank,)) for rank in range(4)]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join(60)
-    assert [process.exitcode for process in running] == [0] * 4
+    together(4, 1, work)
     found = json.loads((tmp_path / "file.json").read_text())
     assert found in [[rank] * 1000 for rank in range(4)]
     assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
@@ -184,28 +177,32 @@ def test_leftovers_go_where_nobody_writes_them(tmp_path) -> None:
     assert not elsewhere.exists()
 
 
-def test_slurm_counts_only_within_a_step(monkeypatch) -> None:
-    from elit._process import this_process
+STEP = {"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8"}
+NODES = "SLURM_STEP_TASKS_PER_NODE"
 
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "5"}, (0, 1, 1)),  # a batch script runs once
+        (STEP, (5, 8, 8)),
+        (STEP | {NODES: "4(x2)", "SLURM_NODEID": "1"}, (5, 8, 4)),
+        (STEP | {NODES: "3,5", "SLURM_NODEID": "0"}, (5, 8, 3)),
+        (STEP | {NODES: "2(x2),4", "SLURM_NODEID": "2"}, (5, 8, 4)),
+        (STEP | {NODES: "four"}, "SLURM_STEP_TASKS_PER_NODE is 'four'"),
+        (STEP | {"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        (STEP | {"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 of WORLD_SIZE=2"),
+    ],
+)
+def test_the_processes_of_slurm_and_torchrun(variables, expected, monkeypatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setenv("SLURM_NTASKS", "8")
-    monkeypatch.setenv("SLURM_PROCID", "5")
-    assert this_process().world == 1  # a batch script runs once
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    assert (this_process().rank, this_process().world) == (5, 8)
-    assert this_process().local_world == 8
-    cases = [("4(x2)", "1", 4), ("3,5", "0", 3), ("2(x2),4", "2", 4), ("8", "0", 8)]
-    for counts, node, wanted in cases:
-        monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", counts)
-        monkeypatch.setenv("SLURM_NODEID", node)
-        assert this_process().local_world == wanted
-    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "four")
-    refuses("SLURM_STEP_TASKS_PER_NODE is 'four'", this_process)
-    monkeypatch.setenv("WORLD_SIZE", "two")
-    refuses("WORLD_SIZE is 'two'", this_process)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "2")
-    refuses("RANK=2 of WORLD_SIZE=2", this_process)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, str):
+        refuses(expected, this_process)
+    else:
+        process = this_process()
+        assert (process.rank, process.world, process.local_world) == expected
 
 
 def test_what_is_there_is_not_made_again(source, tmp_path, whole) -> None:
@@ -266,6 +263,10 @@ def test_other_settings_are_refused(source, tmp_path) -> None:
         refuses(f"was begun with {message}", run, source, out, **settings)
     class_folder(tmp_path / "more", COUNT + 1, broken=(3,))
     refuses(r"source\.splits\.train", run, tmp_path / "more", out, tmp_path / "vae", part_size=PART)
+    renamed = class_folder(tmp_path / "renamed", COUNT, broken=(3,))
+    (renamed / "cat" / "0002.png").rename(renamed / "cat" / "0003.png")
+    message = "begun with other pictures, labels or captions in train than"
+    refuses(message, run, renamed, out, tmp_path / "vae", part_size=PART)
     # The same files elsewhere are the same
     run(class_folder(tmp_path / "same", COUNT, broken=(3,)), out, tmp_path / "moved",
         part_size=PART)  # fmt: skip

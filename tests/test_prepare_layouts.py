@@ -115,10 +115,6 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
     # class folders
     "classes": (classes("cat", "dog"), {"train": rows("cat", "cat", "dog", "dog")}, "2 classes"),
     "a class train": (classes("bus", "car", "train"), {"train": BUSES}, "bus, car, train"),
-    "a class val": (
-        classes("bus", "car", "val"), {"train": [*BUSES[:4], *rows("val", "val", start=4)]},
-        "3 classes",
-    ),
     "classes in one folder": (
         classes("set/cat", "set/dog"), {"train": rows("cat", "cat", "dog", "dog")}, "cat, dog"
     ),
@@ -143,10 +139,6 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
         classes("train/cat", "train/dog", "val/cat", "val/dog", count=1),
         {"train": rows("cat", "dog"), "validation": rows("cat", "dog", start=2)}, "2 rows in valid",
     ),
-    "splits of pictures": (
-        classes("train", "validation"),
-        {"train": rows(None, None), "validation": rows(None, None, start=2)}, "no labels",
-    ),
     "Training and dev": (
         classes("Training", "dev"),
         {"train": rows(None, None), "validation": rows(None, None, start=2)}, "2 rows in train",
@@ -165,8 +157,9 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
         "has the splits train, val, and beside them extra", "",
     ),
     "one split with classes beside a folder": (
-        classes("train/cat", "train/dog", count=2) | pictures("test/0.png", "extra/0.png"),
-        "has the splits train, and beside them extra, test; move", "",
+        classes("train/cat", "train/dog", count=2)
+        | pictures("test/0.png", "extra/0.png", "0.png"),
+        "has the splits train, and beside them pictures, extra, test; move", "",
     ),
     "archives": (FOUR | {"rest.zip": "x"}, r"has 1 archive, such as rest.zip; unpack it", ""),
     "pictures of a kind unknown": (
@@ -336,7 +329,9 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
          "00000.parquet": b"x", "00000_stats.json": "{}"},
         {"train": rows(None, captions=["a"])}, "left out: 2",
     ),
-    "no pictures": ({"0.md": "x", "1.svg": "x"}, "holds no pictures: 1 .md, 1 .svg; give", ""),
+    "no pictures": (
+        {"0.md": "x", "1.svg": "x"}, "no pictures: 1 .md, 1 .svg; give a folder of pictures", ""
+    ),
     "videos alone": ({"0.mp4": "x"}, "holds no pictures: 1 .mp4; give --frames", ""),
 }  # fmt: skip
 

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import refuses
-from prepare_sources import class_folder, tiny_vae
-from prepare_sources import run as prepare
 from prepared_data import write_prepared
 from retrofit_models import make
 from runs import assert_same_run, tiny_config
@@ -22,9 +20,8 @@ from torch.utils.data import DataLoader
 from elit import load_elastic, load_pipeline
 from elit.cli.main import main
 from elit.data import Prepared, WholeBatches, load_dataset
-from elit.data.buckets import Bucket
 from elit.data.manifest import Autoencoder
-from elit.data.order import StepBatches
+from elit.data.order import Bucket, StepBatches
 from elit.preparation.autoencoder import weights_sha256
 from elit.training.config import RetrofitConfig, TextConfig, TrainConfig
 from elit.training.finetune import fetch_base, load_base
@@ -442,19 +439,3 @@ def test_a_base_on_the_hub_is_fetched(tmp_path: Path, monkeypatch: pytest.Monkey
     (cached / "refs" / "main").write_text("0123")
     assert type(load_base("some/sd3")) is type(make("sd3"))
     refuses("neither a folder nor can it be fetched", fetch_base, "nobody/has-this-model")
-
-
-def test_what_prepare_writes_is_trained_on(tmp_path: Path) -> None:
-    """From pictures on the disk to a pipeline that draws some, with the real writer."""
-    tiny_vae().save_pretrained(tmp_path / "vae")
-    prepare(class_folder(tmp_path / "source", 12), tmp_path / "data", tmp_path / "vae", flips=True)
-    dataset = load_dataset("prepared", path=tmp_path / "data")
-    assert (len(dataset), dataset.class_names, dataset.image_shape) == (
-        22,
-        ("cat", "dog"),
-        (2, 8, 8),
-    )
-    config = config_of(tmp_path / "out", tmp_path / "data", 2, train_sample_every=2)
-    train(config, progress=False)
-    assert (tmp_path / "out" / "samples" / "step-00000002.png").exists()
-    assert load_pipeline(tmp_path / "out").vae.config.shift_factor == 0.25

@@ -5,14 +5,19 @@ from typing import Any
 import torch
 
 _DOWN, _UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
+_BLOCKS = {
+    "down_block_types": (_DOWN,) * 2, "up_block_types": (_UP,) * 2, "norm_num_groups": 4
+}  # fmt: skip
+_PLAIN = _BLOCKS | {"block_out_channels": (8, 8), "latent_channels": 4}
+_VIDEO = {"latent_channels": 4, "block_out_channels": (8,) * 4, "layers_per_block": 1,
+          "norm_num_groups": 4}  # fmt: skip
+_WAN = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 _CHANNELS = {"latents_mean": [0.5, -1.0, 0.25, 2.0], "latents_std": [0.5, 2.0, 1.0, 3.0]}
 
 # Arguments of each class, and pictures (H, W) or clips (T, H, W) that it takes
 TINY: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "AsymmetricAutoencoderKL": (
-        {"down_block_types": (_DOWN,) * 2, "up_block_types": (_UP,) * 2,
-         "down_block_out_channels": (8, 8), "up_block_out_channels": (8, 8),
-         "norm_num_groups": 4}, (16, 24),
+        _BLOCKS | {"down_block_out_channels": (8, 8), "up_block_out_channels": (8, 8)}, (16, 24),
     ),
     "AutoencoderDC": (
         {"latent_channels": 4, "attention_head_dim": 8,
@@ -21,19 +26,9 @@ TINY: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
          "encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ()),
          "scaling_factor": 0.5}, (16, 24),
     ),
-    "AutoencoderKL": (
-        {"down_block_types": (_DOWN,) * 2, "up_block_types": (_UP,) * 2,
-         "block_out_channels": (8, 8), "norm_num_groups": 4, "scaling_factor": 0.5} | _CHANNELS,
-        (16, 24),
-    ),
-    "AutoencoderKLCogVideoX": (
-        {"block_out_channels": (8,) * 4, "latent_channels": 4, "layers_per_block": 1,
-         "norm_num_groups": 4}, (9, 16, 24),
-    ),
-    "AutoencoderKLFlux2": (
-        {"down_block_types": (_DOWN,) * 2, "up_block_types": (_UP,) * 2,
-         "block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4}, (16, 24),
-    ),
+    "AutoencoderKL": (_PLAIN | {"scaling_factor": 0.5} | _CHANNELS, (16, 24)),
+    "AutoencoderKLCogVideoX": (_VIDEO, (9, 16, 24)),
+    "AutoencoderKLFlux2": (_PLAIN, (16, 24)),
     "AutoencoderKLHunyuanImage": (
         {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 32,
          "block_out_channels": (32, 32), "layers_per_block": 1, "spatial_compression_ratio": 2,
@@ -43,10 +38,7 @@ TINY: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         {"latent_channels": 4, "block_out_channels": (32,) * 5, "layers_per_block": 1},
         (5, 32, 48),
     ),
-    "AutoencoderKLHunyuanVideo": (
-        {"latent_channels": 4, "block_out_channels": (8,) * 4, "layers_per_block": 1,
-         "norm_num_groups": 4}, (5, 16, 24),
-    ),
+    "AutoencoderKLHunyuanVideo": (_VIDEO, (5, 16, 24)),
     "AutoencoderKLHunyuanVideo15": (
         {"latent_channels": 4, "block_out_channels": (32,) * 5, "layers_per_block": 1},
         (5, 32, 48),
@@ -69,10 +61,7 @@ TINY: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
          "decoder_block_out_channels": (8,) * 4, "layers_per_block": (1,) * 5,
          "decoder_layers_per_block": (1,) * 5, "scaling_factor": 0.5}, (9, 64, 96),
     ),
-    "AutoencoderKLMagvit": (
-        {"latent_channels": 4, "block_out_channels": [8] * 4, "layers_per_block": 1,
-         "norm_num_groups": 4}, (5, 16, 24),
-    ),
+    "AutoencoderKLMagvit": (_VIDEO | {"block_out_channels": [8] * 4}, (5, 16, 24)),
     "AutoencoderKLMiniMaxH3": (
         {"latent_channels": 4, "block_out_channels": (8, 8, 8),
          "spatial_downsample_factors": (2, 2, 1), "temporal_downsample_factors": (2, 2, 1),
@@ -84,18 +73,12 @@ TINY: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         {"encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4,
          "latent_channels": 4, "layers_per_block": (1,) * 5} | _CHANNELS, (7, 16, 24),
     ),
-    "AutoencoderKLQwenImage": (
-        {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1} | _CHANNELS,
-        (16, 24),
-    ),
+    "AutoencoderKLQwenImage": (_WAN | _CHANNELS, (16, 24)),
     "AutoencoderKLQwenImage21": (
-        {"base_dim": 4, "decoder_base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1, 1],
-         "num_res_blocks": 1, "in_channels": 3, "out_channels": 3} | _CHANNELS, (16, 32),
+        _WAN | {"decoder_base_dim": 4, "dim_mult": [1] * 5, "in_channels": 3, "out_channels": 3}
+        | _CHANNELS, (16, 32),
     ),
-    "AutoencoderKLWan": (
-        {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1} | _CHANNELS,
-        (5, 16, 24),
-    ),
+    "AutoencoderKLWan": (_WAN | _CHANNELS, (5, 16, 24)),
     "AutoencoderKLCosmos": (
         {"encoder_block_out_channels": (8, 8, 8, 8), "decode_block_out_channels": (8, 8, 8, 8),
          "latent_channels": 4, "resolution": 32, "num_layers": 1, "attention_resolutions": (4,)}
@@ -129,13 +112,8 @@ TINY: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         {"latent_channels": 4, "encoder_block_out_channels": (16,) * 5,
          "decoder_block_out_channels": (16,) * 5, "layers_per_block": 1}, (5, 32, 48),
     ),
-    "VQModel": (
-        {"down_block_types": (_DOWN,) * 2, "up_block_types": (_UP,) * 2,
-         "block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4}, (16, 24),
-    ),
-    "AutoencoderKLAllegro": (
-        {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "layers_per_block": 1}, (5, 16, 24),
-    ),
+    "VQModel": (_PLAIN, (16, 24)),
+    "AutoencoderKLAllegro": (_VIDEO, (5, 16, 24)),
     "AutoencoderKLTemporalDecoder": (
         {"block_out_channels": (32, 32), "down_block_types": (_DOWN,) * 2}, (16, 24),
     ),

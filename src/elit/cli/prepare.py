@@ -125,14 +125,14 @@ def _tell(settings: PrepareSettings, as_json: bool) -> int:
     from elit.preparation.reading import Sizes
     from elit.preparation.source import open_source
 
-    source, sizes = open_source(settings), Sizes.of(settings)
+    source, sizes = open_source(settings), Sizes(settings)
     report = {
         "source": source.name,
         "rows": {name: len(rows) for name, rows in source.splits.items()},
         "columns": source.describe()["columns"],
         "classes": list(source.classes),
         "notes": list(source.notes),
-        "sizes": [f"{h}x{w}" for choice in sizes.choices for h, w in choice],
+        "sizes": [f"{h}x{w}" for h, w in sizes.all],
         "autoencoder": settings.vae,
         "text_encoder": settings.text_encoder,
     }
@@ -148,7 +148,7 @@ def _show_source(report: dict[str, Any]) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from elit.preparation.checks import verify
+    from elit.preparation.records import verify
 
     damaged = verify(args.source)
     print_report({"out": args.source, "damaged": damaged}, args.json, _show_damaged)

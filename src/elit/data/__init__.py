@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     import torch
     from torch.utils.data import Dataset
 
-    from elit.data.buckets import Bucket
     from elit.data.captioned_shapes import CaptionedShapes
     from elit.data.digits import Digits
     from elit.data.fashion_mnist import FashionMNIST
     from elit.data.manifest import Autoencoder
     from elit.data.moving_shapes import MovingShapes
+    from elit.data.order import Bucket
     from elit.data.prepared import Prepared
     from elit.data.shapes import Shapes
     from elit.data.tensors import Tensors
@@ -62,7 +62,7 @@ DATASETS = {
 class ImageDataset(_TorchDataset):
     """Labelled images or clips in [-1, 1], all of one shape, addressed by index.
 
-    A subclass sets the attributes and implements `batch` and `__len__`; an item is
+    A subclass sets the attributes and implements `batch`; an item is
     `dict(images=float32 (C, H, W), class_labels=int64 ())`, of clips (C, T, H, W).
     """
 
@@ -107,7 +107,7 @@ class ImageDataset(_TorchDataset):
         return tuple(images.shape[1:])
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
@@ -117,9 +117,6 @@ class ImageDataset(_TorchDataset):
         batch = self.batch(indices)
         items = zip(*batch.values(), strict=True)
         return [dict(zip(batch, item, strict=True)) for item in items]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[index] for index in range(len(self)))
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.image_shape))

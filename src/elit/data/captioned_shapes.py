@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from elit.data.buckets import Array
 from elit.data.shapes import (
     OUTLINES,
     TEXTURES,
+    Array,
     Procedural,
     evaluate,
     palette,

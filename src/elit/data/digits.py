@@ -35,9 +35,6 @@ class Digits(ImageDataset):
         self.images = images[chosen]  # (N, 1, 16, 16)
         self.labels = labels[chosen]  # (N,)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def batch(self, indices: Iterable[int]) -> dict[str, torch.Tensor]:
         positions = torch.tensor(self._positions(indices), dtype=torch.int64)
         return {"images": self.images[positions], "class_labels": self.labels[positions]}

@@ -72,9 +72,6 @@ class FashionMNIST(ImageDataset):
         self.pixels = torch.from_numpy(images[:count].copy()).unsqueeze(1)  # (N, 1, 28, 28) uint8
         self.labels = torch.from_numpy(labels[:count].astype("int64"))  # (N,)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def batch(self, indices: Iterable[int]) -> dict[str, torch.Tensor]:
         positions = torch.tensor(self._positions(indices), dtype=torch.int64)
         pixels = F.pad(self.pixels[positions], (_MARGIN,) * 4)  # (B, 1, 32, 32)

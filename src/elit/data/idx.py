@@ -8,10 +8,12 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from elit.data.buckets import Array
+Array = NDArray[Any]
 
 IMAGES, LABELS = "{}-images-idx3-ubyte", "{}-labels-idx1-ubyte"
 PREFIXES = {"train": "train", "validation": "t10k"}  # of a split's files

@@ -104,13 +104,11 @@ class Manifest:
         check_choice(self.kind, KINDS, "kind")
         for name, shape in self.shapes.items():
             sides = name.split("x")
-            if not all(side.isdecimal() for side in sides) or len(sides) != len(shape) - 1:
+            numbers = (*(int(side) for side in sides if side.isdecimal()), *shape)
+            fits = len(sides) == len(shape) - 1 and len(numbers) == len(sides) + len(shape)
+            if not fits or not all(map(is_whole, numbers)):
                 raise ValueError(
                     f"a size {name!r} of shape {shape} is none; give 256x256: (C, h, w)"
-                )
-            if not all(is_whole(number) for number in (*map(int, sides), *shape)):
-                raise ValueError(
-                    f"{name} of shape {shape} has a side that is no whole number above 0"
                 )
         for name in self.resolutions:
             check_choice(name, self.shapes, "size", " in resolutions")
@@ -144,27 +142,22 @@ class Manifest:
         """The first fault of a shard's tensors, by their types and shapes, or None."""
         channels, *space = self.shapes[size_name(shard.size)]
         image = (channels * (2 if self.kind == MOMENTS else 1), *space)
-        expected: dict[str, tuple[int, ...]] = {self.kind: image}
-        expected |= {f"{self.kind}{FLIPPED}": image} if self.flips else {}
-        expected |= {LABELS: ()} if self.classes else {}
-        expected |= {CAPTION_ENDS: ()} if self.captions else {}
-        for name in (*expected, *([CAPTIONS] if self.captions else [])):
-            if name not in tensors:
-                return f"it has no {name}, but {', '.join(sorted(tensors))}"
+        numbers = ("U8",) if self.kind == PIXELS else ("F32", "F16", "BF16")
+        expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {self.kind: (numbers, image)}
+        if self.flips:
+            expected[f"{self.kind}{FLIPPED}"] = numbers, image
+        if self.classes:
+            expected[LABELS] = ("I64",), ()
+        if self.captions:
+            expected |= {CAPTION_ENDS: (("I64",), ()), CAPTIONS: (("U8",), ())}
+        if lacks := [name for name in expected if name not in tensors]:
+            return f"it has no {lacks[0]}, but {', '.join(sorted(tensors))}"
         for name, (kind, shape) in tensors.items():
-            if name != CAPTIONS and shape[:1] != (shard.count,):
-                return f"{name} is {shape}, not of {shard.count} samples"
-            if name in expected and shape[1:] != expected[name]:
-                return f"{name} is {shape}, but {MANIFEST} has {(shard.count, *expected[name])}"
-            allowed: tuple[str, ...] = (kind,)
-            if name in (LABELS, ROWS, CAPTION_ENDS):
-                allowed = ("I64",)
-            elif name == CAPTIONS or name.removesuffix(FLIPPED) == PIXELS:
-                allowed = ("U8",)
-            elif name.removesuffix(FLIPPED) in (MOMENTS, LATENTS):
-                allowed = ("F32", "F16", "BF16")
-            if kind not in allowed:
-                return f"{name} is of {kind}, not of {' or '.join(allowed)}"
+            kinds, of_sample = expected.get(name, ((kind,), shape[1:]))
+            if name != CAPTIONS and shape != (shard.count, *of_sample):
+                return f"{name} is {shape}, but {MANIFEST} has {(shard.count, *of_sample)}"
+            if kind not in kinds:
+                return f"{name} is of {kind}, not of {' or '.join(kinds)}"
         return None
 
     def write(self, folder: Path) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from elit.data.buckets import Array
 from elit.data.shapes import (
     GROUNDS,
     OUTLINES,
     PAINTS,
+    Array,
     Procedural,
     evaluate,
     pick,

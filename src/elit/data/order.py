@@ -2,15 +2,43 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from elit._random import generator
-from elit.data.buckets import Array, Bucket
+
+Array = NDArray[Any]
 
 _STEPS = 4096  # whose buckets are drawn at once
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Samples of one shape, which can stand in one batch."""
+
+    shape: tuple[int, ...]  # of one of them, as the model sees it
+    runs: Array  # (R, 2) int64: first index and length of each run of samples that lie together
+    # to add to the indices of a run for each copy of it that there is, such as mirrored ones
+    offsets: tuple[int, ...] = (0,)
+    # samples, copies included, that are shuffled among each other: less mixing means that
+    # fewer places are read at a time. An epoch of at most so many is shuffled whole
+    window: int = 2**22
+    name: str = ""  # size of its pictures in pixels
+
+    def __len__(self) -> int:
+        return int(self.runs[:, 1].sum()) * len(self.offsets)
+
+    def indices(self, which: Array | None = None) -> Array:
+        """Indices (n,) of the samples of some runs, by default of all, run after run."""
+        starts, counts = (self.runs if which is None else self.runs[which]).T
+        ends = counts.cumsum()
+        steps = np.arange(ends[-1] if len(ends) else 0)
+        once = np.repeat(starts - (ends - counts), counts) + steps
+        return np.concatenate([once + offset for offset in self.offsets])
 
 
 @dataclass(eq=False)
@@ -101,37 +129,29 @@ class BucketOrder:
         parts: list[Array] = []
         while count:
             epoch, place = divmod(start, self.size)
-            first, order = self._window_at(epoch, place)
+            first, order = self._window
+            if epoch != self._epoch or not first <= place < first + len(order):
+                self._epoch, self._window = epoch, self._make_window(epoch, place)
+                first, order = self._window
             part = order[place - first : place - first + count]
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts)
 
-    def _window_at(self, epoch: int, place: int) -> tuple[int, Array]:
+    def _make_window(self, epoch: int, place: int) -> tuple[int, Array]:
         """The window that holds a place of an epoch: its own first place, and its samples."""
-        first, order = self._window
-        if epoch == self._epoch and first <= place < first + len(order):
-            return self._window
-        bucket, number = self.bucket, 0
-        if self.size <= bucket.window:
-            first, which = 0, None
-            shuffle = generator(self.seed, "order", epoch, *self.place)
-        else:
-            which, first, number = self._runs_at(epoch, place)
-            shuffle = generator(self.seed, "order", epoch, 1 + sum(self.place), 1 + number)
+        bucket, which, first = self.bucket, None, 0
+        of_window: tuple[int, ...] = self.place
+        if self.size > bucket.window:
+            mine = 1 + sum(self.place)
+            shuffle = generator(self.seed, "order", epoch, mine, 0, 1)
+            runs = torch.randperm(len(bucket.runs), generator=shuffle).numpy()
+            ends = bucket.runs[runs, 1].cumsum() * len(bucket.offsets)
+            starts = np.concatenate([[0], ends[:-1]])
+            numbers = starts // bucket.window
+            number = int(numbers[np.searchsorted(ends, place, side="right")])
+            which, first = runs[numbers == number], int(starts[numbers == number][0])
+            of_window = (mine, 1 + number)
         indices = bucket.indices(which)
-        shuffled = torch.randperm(len(indices), generator=shuffle).numpy()
-        self._epoch, self._window = epoch, (first, indices[shuffled])
-        return self._window
-
-    def _runs_at(self, epoch: int, place: int) -> tuple[Array, int, int]:
-        """Runs of the window at a place of an epoch, its first place, and its number."""
-        bucket = self.bucket
-        shuffle = generator(self.seed, "order", epoch, 1 + sum(self.place), 0, 1)
-        runs = torch.randperm(len(bucket.runs), generator=shuffle).numpy()
-        ends = bucket.runs[runs, 1].cumsum() * len(bucket.offsets)
-        starts = np.concatenate([[0], ends[:-1]])
-        numbers = starts // bucket.window
-        number = int(numbers[np.searchsorted(ends, place, side="right")])
-        inside = numbers == number
-        return runs[inside], int(starts[inside][0]), number
+        shuffle = generator(self.seed, "order", epoch, *of_window)
+        return first, indices[torch.randperm(len(indices), generator=shuffle).numpy()]

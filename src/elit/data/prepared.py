@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,7 +25,6 @@ from elit._files import sha256_of, typed_path
 from elit._listing import checksums
 from elit._numbers import is_whole
 from elit.data import SPLITS, ImageDataset
-from elit.data.buckets import Bucket
 from elit.data.manifest import (
     FLIPPED,
     LABELS,
@@ -31,15 +32,14 @@ from elit.data.manifest import (
     NULL,
     PIXELS,
     RESERVED,
-    Autoencoder,
     Headers,
     Manifest,
     Shard,
     read_manifest,
     size_name,
 )
-from elit.data.shards import MEND, ShardReader, damage_error, what_is_wrong
-from elit.data.table import Table, main_size, shards_of, sizes_of
+from elit.data.order import Bucket
+from elit.data.shards import MEND, Shards, damage_error, what_is_wrong
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ _MAKE_FINITE = (
     "`elit prepare FOLDER --verify` tells whether the file is as it was written; if so, prepare "
     "the data into a new folder with --dtype fp32 --store-dtype fp32"
 )
+_HOLD_OUT, _MOST_HELD_OUT = 20, 2048  # one sample in twenty, and about so many at most
 _WHOLE, _WINDOW = 2**22, 2**20  # samples that are shuffled at once: all, and of more than those
 
 
@@ -90,43 +91,66 @@ class Prepared(ImageDataset):
                 f"data.options.path={str(path)!r} is no folder; give the output of `elit prepare`"
             )
         self.split, self.folder, self.skips = split, Path(path), damaged == "skip"
+        self._checksum = _checksum if verify else None
         self.manifest = manifest = read_manifest(self.folder)
-        self.sizes = sizes_of(manifest, resolution, self.folder)
+        self.sizes = _sizes_of(manifest, resolution, self.folder)
         self.class_names, self.has_captions = manifest.classes, manifest.captions
-        self.autoencoder = _autoencoder(manifest, vae)
+        self.autoencoder = manifest.autoencoder
+        if vae is not None:
+            if self.autoencoder is None:
+                raise ValueError(f"data.options.vae={vae!r} has no effect on pixels; leave it out")
+            self.autoencoder = dataclasses.replace(self.autoencoder, name=typed_path(vae))
         self.has_posterior = manifest.kind == MOMENTS
+        self.text_encoder = manifest.text_encoder
         content = dataclasses.asdict(manifest)
         del content["source"]  # the samples are the same wherever they lie
         self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
         self._texts: dict[str, tuple[str, tuple[int, ...]]] | None = None  # of the first shard
-        shards, self.hold_out = shards_of(manifest, split, self.sizes, self.folder)
-        whole = [self._is_whole(shard, verify) for shard in shards]
-        self.table = Table(shards, whole, self.hold_out, split)
-        names = [shard.file for shard, is_whole in zip(shards, whole, strict=True) if is_whole]
+        files, hold_out = self._files()
+        whole = [self._is_whole(shard) for shard in files]
+        names = [shard.file for shard, is_whole in zip(files, whole, strict=True) if is_whole]
         self.in_use = hashlib.sha256("\n".join(names).encode()).hexdigest()
-        self.reader = ShardReader(self.folder, self.table.shards, len(manifest.classes))
-        self.image_shape = manifest.shapes[main_size(self.sizes, shards)]
-        self.copies = 2 if manifest.flips and split == "train" else 1
-        self._warned: set[int] = set()
-        if not len(self.table):
+        is_held = hold_out is not None and split == "validation"
+        self.shards = Shards(self.folder, files, whole, hold_out, is_held, self.num_classes)
+        if not len(self.shards):
             raise ValueError(
                 f"{self.folder} has no {split} sample of {', '.join(self.sizes)}; prepare more data"
             )
-        self.buckets = self._make_buckets(window)
-        self.encodings, self.null = self._encoded_texts(verify)
-        self.text_encoder = manifest.text_encoder
+        self.copies = 2 if manifest.flips and split == "train" else 1
+        self._warned: set[int] = set()
+        self._set_buckets(files, window)
+        self.encodings, self.null = self._encoded_texts()
 
-    def _is_whole(self, shard: Shard, verify: bool) -> bool:
+    def _files(self) -> tuple[list[Shard], int | None]:
+        """Shards that the split is taken from, size by size, and k where every k-th is held out."""
+        by_size = {
+            name: [
+                shard for size in self.sizes for shard in split.shards
+                if size_name(shard.size) == size
+            ]
+            for name, split in self.manifest.splits.items()
+        }  # fmt: skip
+        if by_size.get("validation"):
+            return by_size.get(self.split, []), None
+        shards = by_size.get("train", [])
+        count = sum(shard.count for shard in shards)
+        if count < 2:
+            raise ValueError(
+                f"{self.folder} has {count} training samples of {', '.join(self.sizes)}; training "
+                f"takes two or more, as one is held out"
+            )
+        return shards, min(count, max(_HOLD_OUT, math.ceil(count / _MOST_HELD_OUT)))
+
+    def _is_whole(self, shard: Shard) -> bool:
         """Tell whether a shard can be read: else refuse it, or skip it with a warning."""
-        reason = what_is_wrong(self.folder, shard, _checksum if verify else None, self._misfit)
+        path = self.folder / shard.file
+        reason = what_is_wrong(self.folder, shard, self._checksum, self._misfit)
         if reason is None:
             return True
         if not self.skips:
-            raise damage_error(self.folder / shard.file, reason)
-        logger.warning(
-            "%s is left out with its %d samples: %s", self.folder / shard.file, shard.count, reason
-        )
+            raise damage_error(path, reason)
+        logger.warning("%s is left out with its %d samples: %s", path, shard.count, reason)
         return False
 
     def check_unchanged(self) -> None:
@@ -134,10 +158,9 @@ class Prepared(ImageDataset):
 
         Shards that have not been touched since they were last compared are not read again.
         """
-        paths = [self.folder / shard.file for shard in self.table.shards]
-        for path, shard, checksum in zip(
-            paths, self.table.shards, checksums(self.folder, paths), strict=True
-        ):
+        paths = [self.folder / shard.file for shard in self.shards.files]
+        found = checksums(self.folder, paths)
+        for path, shard, checksum in zip(paths, self.shards.files, found, strict=True):
             if checksum != shard.sha256:
                 raise damage_error(path, "its checksum is wrong")
 
@@ -149,25 +172,30 @@ class Prepared(ImageDataset):
         self._texts = texts if self._texts is None else self._texts
         return None if texts == self._texts else f"its texts are {texts}, others' {self._texts}"
 
-    def _make_buckets(self, window: int | None) -> tuple[Bucket, ...]:
-        table, once = self.table, len(self.table)
-        total = once * self.copies
-        window = window or (_WHOLE if total <= _WHOLE else _WINDOW)
-        buckets = []
-        for size in dict.fromkeys(size_name(shard.size) for shard in table.shards):
-            which = [n for n, s in enumerate(table.shards) if size_name(s.size) == size]
-            runs = np.stack([table.ends[which] - table.counts[which], table.counts[which]], axis=1)
-            offsets = tuple(range(0, total, once))
-            buckets.append(Bucket(self.manifest.shapes[size], runs, offsets, window, size))
+    def _set_buckets(self, files: list[Shard], window: int | None) -> None:
+        """A bucket of each size, and the shape of the model: the square one, else the commonest."""
+        shards, shapes = self.shards, self.manifest.shapes
+        counts: Counter[str] = Counter()
+        for shard in files:
+            counts[size_name(shard.size)] += shard.count
+        is_square = {name: len(set(name.split("x")[-2:])) == 1 for name in self.sizes}
+        self.image_shape = shapes[max(self.sizes, key=lambda name: (is_square[name], counts[name]))]
+        window = window or (_WHOLE if len(self) <= _WHOLE else _WINDOW)
+        offsets = tuple(range(0, len(self), len(shards)))
+        sizes, buckets = [size_name(shard.size) for shard in shards.files], []
+        for size in dict.fromkeys(sizes):
+            which = [n for n, name in enumerate(sizes) if name == size]
+            runs = np.stack([shards.ends[which] - shards.counts[which], shards.counts[which]], 1)
+            buckets.append(Bucket(shapes[size], runs, offsets, window, size))
         # The model's own shape comes first: what is shown is taken from there.
-        return tuple(sorted(buckets, key=lambda bucket: bucket.shape != self.image_shape))
+        self.buckets = tuple(sorted(buckets, key=lambda b: b.shape != self.image_shape))
 
-    def _encoded_texts(self, verify: bool) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    def _encoded_texts(self) -> tuple[tuple[str, ...], dict[str, Tensor]]:
         """Names of the encoded texts, and what they are of the empty text."""
         shapes = {name: shape for name, (_, shape) in (self._texts or {}).items()}
         path = self.folder / NULL
         if about := self.manifest.null:
-            if reason := what_is_wrong(self.folder, about, _checksum if verify else None):
+            if reason := what_is_wrong(self.folder, about, self._checksum):
                 raise ValueError(f"{path} is damaged: {reason}; {MEND}")
         elif not shapes or not path.exists():
             return tuple(shapes), {}
@@ -184,18 +212,14 @@ class Prepared(ImageDataset):
         return tuple(shapes), {name: tensor.clone() for name, tensor in null.items()}
 
     def __len__(self) -> int:
-        return len(self.table) * self.copies
+        return len(self.shards) * self.copies
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: x for name, x in self.__dict__.items() if name != "labels"}  # can be large
 
     @cached_property
     def labels(self) -> Tensor:  # type: ignore[override]
-        parts = [
-            self.reader.labels(number)[torch.from_numpy(self.table.all_rows(number))]
-            for number in range(len(self.table.shards))
-        ]
-        return torch.cat(parts * self.copies)
+        return self.shards.labels().repeat(self.copies)
 
     def batch(self, indices: Iterable[int]) -> dict[str, Any]:
         """Samples as they are stored, all of one shape: images, class_labels, captions, texts.
@@ -203,8 +227,8 @@ class Prepared(ImageDataset):
         Names in `left_out` are not read.
         """
         index = np.array(self._positions(indices), dtype=np.int64)
-        mirrored, index = np.divmod(index, len(self.table))
-        numbers, rows = (x.tolist() for x in self.table.locate(index))
+        mirrored, index = np.divmod(index, len(self.shards))
+        numbers, rows = (x.tolist() for x in self.shards.locate(index))
         kind = self.manifest.kind
         sources = {"images": [kind + FLIPPED if flip else kind for flip in mirrored.tolist()]}
         names = [LABELS] if self.class_names else []
@@ -220,19 +244,19 @@ class Prepared(ImageDataset):
             batch = self._gather(numbers, rows, sources)
         if self.has_captions and "captions" not in self.left_out:
             pairs = zip(numbers, rows, strict=True)
-            batch["captions"] = [self.reader.caption(number, row) for number, row in pairs]
+            batch["captions"] = [self.shards.caption(number, row) for number, row in pairs]
         return batch
 
     def _gather(
         self, numbers: list[int], rows: list[int], sources: dict[str, list[str]]
     ) -> dict[str, Tensor]:
         """Tensors of rows of shards, each from the shard's tensor of its name."""
-        if len(sizes := {self.table.shards[number].size for number in numbers}) > 1:
+        if len(sizes := {self.shards.files[number].size for number in numbers}) > 1:
             raise ValueError(
                 f"samples of {', '.join(map(size_name, sorted(sizes)))} can't stand in one batch; "
                 f"draw each batch from one of the data set's buckets"
             )
-        shards = [self.reader[number] for number in numbers]
+        shards = [self.shards[number] for number in numbers]
         batch = {}
         for name, names in sources.items():  # views of the mapped files; stacking them reads
             parts = [t[at][row] for t, at, row in zip(shards, names, rows, strict=True)]
@@ -241,14 +265,14 @@ class Prepared(ImageDataset):
 
     def _next_good(self, number: int, row: int, names: list[str]) -> int:
         """The next row of a shard whose numbers are finite, in place of one whose are not."""
-        path = self.folder / self.table.shards[number].file
+        path = self.folder / self.shards.files[number].file
         if not self.skips:
             raise ValueError(
                 f"{path} has numbers that are not finite in row {row}; {_MAKE_FINITE}, or go on "
                 f"without such rows: data.options.damaged=skip"
             )
-        good = _all_finite({name: self.reader[number][name] for name in names}).numpy()
-        usable = self.table.all_rows(number)
+        good = _all_finite({name: self.shards[number][name] for name in names}).numpy()
+        usable = self.shards.rows_of(number)
         usable = usable[good[usable]]
         if not len(usable):
             raise ValueError(f"{path} has no row whose numbers are finite; {_MAKE_FINITE}")
@@ -297,12 +321,20 @@ def _checksum_of(path: Path, size: int, modified: int) -> str:
     return sha256_of(path)
 
 
-def _autoencoder(manifest: Manifest, vae: str | None) -> Autoencoder | None:
-    if vae is None:
-        return manifest.autoencoder
-    if manifest.autoencoder is None:
-        raise ValueError(f"data.options.vae={vae!r} has no effect on pixels; leave it out")
-    return dataclasses.replace(manifest.autoencoder, name=typed_path(vae))
+def _sizes_of(manifest: Manifest, resolution: int | None, folder: Path) -> list[str]:
+    """Names of the sizes of one resolution."""
+    belongs = dict(manifest.resolutions)
+    for name in manifest.shapes.keys() - belongs.keys():  # the side of a square of as many pixels
+        belongs[name] = round(math.sqrt(math.prod(map(int, name.split("x")[-2:]))))
+    there = sorted(set(belongs.values()))
+    if resolution is None and len(there) == 1:
+        resolution = there[0]
+    if resolution not in there:
+        raise ValueError(
+            f"data.options.resolution={resolution} is none that {folder} has alone; it has sizes "
+            f"{', '.join(manifest.shapes)}: give one of {', '.join(map(str, there))}"
+        )
+    return [name for name in manifest.shapes if belongs[name] == resolution]
 
 
 def _all_finite(tensors: dict[str, Tensor]) -> Tensor:

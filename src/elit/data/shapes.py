@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from elit._choices import check_choice
 from elit._numbers import is_whole
 from elit.data import SPLITS, ImageDataset
-from elit.data.buckets import Array
 
+Array = NDArray[Any]
 Field = Callable[[Array, Array], Array]
 
 MIN_SIZE = 8  # below, a star is a disc

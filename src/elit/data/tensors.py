@@ -84,9 +84,6 @@ class Tensors(ImageDataset):
                     f"texts to one length"
                 )
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def batch(self, indices: Iterable[int]) -> dict[str, torch.Tensor]:
         rows = self.rows[self._positions(indices)]
         conditions = {name: _as_float32(x[rows]) for name, x in self.conditions.items()}

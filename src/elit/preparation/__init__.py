@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elit.preparation.checks import verify
+    from elit.preparation.records import verify
     from elit.preparation.run import PrepareResult, prepare
     from elit.preparation.settings import PrepareSettings
 
@@ -16,7 +16,7 @@ _LAZY = {
     "PrepareResult": "elit.preparation.run",
     "PrepareSettings": "elit.preparation.settings",
     "prepare": "elit.preparation.run",
-    "verify": "elit.preparation.checks",
+    "verify": "elit.preparation.records",
 }
 
 

@@ -1,6 +1,7 @@
 """The autoencoder that encodes pictures: any of diffusers', by the class that its config names."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def load_encoder(
     vae = vae.to(device).eval().requires_grad_(False)
     if types[0] != torch.float32:
         vae = vae.to(types[0])
-    smallest = min((size for sizes in sizes.choices for size in sizes), key=lambda s: s[0] * s[1])
+    smallest = min(sizes.all, key=math.prod)
     black = torch.zeros(2, 3, *([sizes.frames] if sizes.frames else []), *smallest)
     has_posterior = check_round_trip(vae, name, black.to(device, types[0]) - 1)
     return Encoder(MOMENTS if has_posterior else LATENTS, about, vae, device, *types)
@@ -157,7 +158,7 @@ def _check_sizes(vae: Any, name: str, sizes: Sizes) -> None:
     if channels != 3:
         raise ValueError(f"{name} takes pictures of {channels} channels; give one of 3, of colours")
     scale = spatial_scale(vae)
-    for height, width in (size for choice in sizes.choices for size in choice):
+    for height, width in sizes.all:
         if height % scale or width % scale:
             raise ValueError(
                 f"pictures of {height}x{width} do not fit {name}, whose latents stand for {scale} "

@@ -1,9 +1,9 @@
 """Columns of pictures, labels and texts in a source, and its classes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from elit._choices import check_choice, nearest
+from elit._choices import check_choice
 from elit.preparation.settings import NONE
 
 IMAGE_NAMES = (
@@ -23,18 +23,18 @@ def find_image(features: Any, name: str | None) -> str:
     named = [n for n in features if n.lower() in IMAGE_NAMES]
     candidates = [name] if name is not None else typed or named
     if len(candidates) != 1:
-        what = f"several columns of pictures: {', '.join(candidates)}" if candidates else (
-            f"no column of pictures among {', '.join(features) or 'no columns'}"
-        )  # fmt: skip
+        what = f"several columns of pictures: {', '.join(candidates)}"
+        if not candidates:
+            what = f"no column of pictures among {', '.join(features) or 'no columns'}"
         raise ValueError(f"the source has {what}; name it with --image-column")
-    (name,) = candidates
-    feature = features[name]
-    is_stored = "bytes" in feature if isinstance(feature, dict) else (
-        str(getattr(feature, "dtype", "")) in _STORED
-    )  # fmt: skip
-    if not _is_shown(feature) and not is_stored:
-        raise ValueError(f"image_column {name!r} holds {feature}; give a column of pictures")
-    return name
+    feature = features[candidates[0]]
+    dtype = str(getattr(feature, "dtype", ""))
+    has_bytes = isinstance(feature, dict) and "bytes" in feature
+    if not (_is_shown(feature) or has_bytes or dtype in _STORED):
+        raise ValueError(
+            f"image_column {candidates[0]!r} holds {feature}; give a column of pictures"
+        )
+    return candidates[0]
 
 
 def _is_shown(feature: Any) -> bool:
@@ -44,47 +44,27 @@ def _is_shown(feature: Any) -> bool:
     )
 
 
-def _is_label(feature: Any) -> bool:
-    dtype = str(getattr(feature, "dtype", ""))
-    return any(kind in dtype for kind in ("int", "string", "bool", "float"))
-
-
-def _is_caption(feature: Any) -> bool:
-    if "int" in str(getattr(feature, "dtype", "")):
-        return True
-    inner = getattr(feature, "feature", None)  # several texts of one picture
-    inner = feature[0] if isinstance(feature, list) else inner or feature
-    return "string" in str(getattr(inner, "dtype", ""))
-
-
-def find_labels(features: Any, name: str | None) -> str | None:
-    """The column of labels, or None."""
-    return _find(features, name, LABEL_NAMES, "label_column", _is_label)
-
-
-def find_captions(features: Any, name: str | None) -> str | None:
-    """The column of texts, or None."""
-    return _find(features, name, CAPTION_NAMES, "caption_column", _is_caption)
-
-
-def _find(
-    features: Any, name: str | None, names: Sequence[str], what: str, fits: Callable[[Any], bool]
-) -> str | None:
-    """The column that is named, or the first of the usual names, which then has to fit."""
+def find_column(features: Any, name: str | None, what: str) -> str | None:
+    """The column of labels or captions that is named, or the first of a usual name; or None."""
     if name == NONE:
         return None
     if name is None:
         lower = {column.lower(): column for column in features}
-        name = next((lower[usual] for usual in names if usual in lower), None)
+        usual = LABEL_NAMES if what == "label" else CAPTION_NAMES
+        name = next((lower[usual_name] for usual_name in usual if usual_name in lower), None)
         if name is None:
             return None
-    if name not in features:
-        near = nearest(name, features)
-        hint = f"; did you mean {near!r}?" if near else ""
-        raise ValueError(f"{what} {name!r} is none of {', '.join(features)}{hint}")
-    if not fits(features[name]):
+    check_choice(name, features, f"{what}_column")
+    feature = features[name]
+    item = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    dtype, of_item = (str(getattr(kind, "dtype", "")) for kind in (feature, item))
+    if what == "label":
+        fits = any(kind in dtype for kind in ("int", "string", "bool", "float"))
+    else:  # perhaps several texts of one picture
+        fits = "int" in dtype or "string" in of_item
+    if not fits:
         raise ValueError(
-            f"{what} {name!r} holds {features[name]}; give one of a fitting type, or {NONE} to "
+            f"{what}_column {name!r} holds {feature}; give one of a fitting type, or {NONE} to "
             f"leave it out"
         )
     return name
@@ -134,18 +114,3 @@ def find_classes(tables: list[Any], label: str | None) -> tuple[tuple[str, ...],
             f"or leave labels out with --label-column {NONE}"
         )
     return tuple(map(str, names)), numbers
-
-
-def count_empty(table: Any, column: str) -> int:
-    """Count the texts of a column that say nothing."""
-    import pyarrow as pa
-    from pyarrow import compute
-
-    values = table.select_columns([column]).with_format("arrow")[:][column]
-    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-        return len(values) - (
-            compute.sum(compute.list_value_length(values).cast("bool")).as_py() or 0
-        )
-    if not pa.types.is_string(values.type) and not pa.types.is_large_string(values.type):
-        return values.null_count
-    return len(values) - (compute.sum(compute.not_equal(values, "")).as_py() or 0)

@@ -121,17 +121,16 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     is cut to that first.
     """
     height, width = size
-    scale = max(width / image.width, height / image.height)
-    spare = [
-        max(0, math.ceil(side - LONGEST * goal / scale)) // 2
-        for side, goal in ((image.width, width), (image.height, height))
-    ]
-    if any(spare):
-        image = ImageOps.crop(image, (*spare, *spare))
 
     def cover() -> float:
         return max(width / image.width, height / image.height)
 
+    spare = [
+        max(0, math.ceil(side - LONGEST * goal / cover())) // 2
+        for side, goal in ((image.width, width), (image.height, height))
+    ]
+    if any(spare):
+        image = ImageOps.crop(image, (*spare, *spare))
     while cover() <= 0.5:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = cover()
@@ -225,20 +224,13 @@ def _pick(video: _Video, frames: int, fps: float | None, count: int) -> list[lis
 
 
 def _by_pil(animation: Image.Image) -> _Video:
-    def shown() -> Iterator[tuple[Image.Image, float]]:
-        for picture in ImageSequence.Iterator(animation):
-            # PIL goes on with the same object
-            yield to_rgb(picture.copy()), _duration(picture)
-
     durations = []
     for picture in ImageSequence.Iterator(animation):
         picture.load()  # WebP tells its duration then
-        durations.append(_duration(picture))
-    return _Video(shown(), len(durations), sum(durations))
-
-
-def _duration(picture: Image.Image) -> float:
-    return (picture.info.get("duration") or _DURATION) / 1000
+        durations.append((picture.info.get("duration") or _DURATION) / 1000)
+    # PIL goes on with the same object
+    shown = (to_rgb(picture.copy()) for picture in ImageSequence.Iterator(animation))
+    return _Video(zip(shown, durations, strict=True), len(durations), sum(durations))
 
 
 def _by_ffmpeg(content: bytes | str, stack: ExitStack) -> _Video:
@@ -255,13 +247,15 @@ def _by_ffmpeg(content: bytes | str, stack: ExitStack) -> _Video:
     about = next(frames)
     width, height = about["size"]
 
-    def shown() -> Iterator[tuple[Image.Image, float]]:
-        for frame in frames:
-            pixels = np.frombuffer(frame, np.uint8).reshape(height, width, 3)
-            yield Image.fromarray(pixels), 1 / about["fps"]
-
+    shown = (
+        (
+            Image.fromarray(np.frombuffer(frame, np.uint8).reshape(height, width, 3)),
+            1 / about["fps"],
+        )
+        for frame in frames
+    )
     seconds = about["duration"] or count_frames_and_secs(path)[1]  # of a stream it isn't known
-    return _Video(shown(), round(seconds * about["fps"]), seconds)
+    return _Video(shown, round(seconds * about["fps"]), seconds)
 
 
 class MissingPackageError(ValueError):

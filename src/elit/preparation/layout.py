@@ -15,7 +15,6 @@ from elit.preparation.tables import (
     BUILDERS,
     TABLES,
     as_table,
-    columns_of,
     file_column,
     load_files,
     read_rows,
@@ -40,44 +39,39 @@ Parts = dict[Path, tuple[str, ...]]
 
 
 class Layout:
-    """The tables of a local source by split, and what there is to say of it."""
+    """The tables of a source by split, and what there is to say of it."""
 
-    def __init__(self, datasets: Any, settings: PrepareSettings, files: list[Path], root: Path):
-        self.datasets, self.settings, self.root = datasets, settings, root
+    def __init__(self, settings: PrepareSettings):
+        self.settings = settings
         self.tables: dict[str, Any] = {}  # of datasets, by split
         self.files: list[Path] = []  # with all rows; none where each picture is a file of its own
         self.notes: list[str] = []  # what was decided
         self._left: list[str] = []
-        pictures = [f for f in files if f.suffix.lower() in self._pictures]
-        self._refuse_unread(files)
-        if pictures:
-            self._read_pictures(files, pictures)
-        else:
-            self._read_tables(files)
+        videos = _VIDEOS if settings.frames else frozenset()
+        self._pictures = picture_suffixes() | videos
 
-    @classmethod
-    def of(cls, datasets: Any, settings: PrepareSettings) -> "Layout":
-        """Find the layout of a folder, a file, or a pattern of them."""
-        path = Path(settings.source).absolute()
-        files, left = [path], list[str]()
+    def read(self) -> None:
+        """Read a folder, a file, or a pattern of them, as the list of the files says."""
+        path = Path(self.settings.source).absolute()
+        files, hidden = [path], list[str]()
         if path.is_dir():
             _refuse_configs(path)
-            files, left = files_of(path)
+            files, hidden = files_of(path)
         elif not path.exists():
             parts = path.parts
             fixed = next(i for i, part in enumerate(parts) if "*" in part)
             path = Path(*parts[:fixed])
             files = sorted(f for f in path.glob("/".join(parts[fixed:])) if not f.is_dir())
             if not files:
-                raise ValueError(f"no file fits {settings.source}; give another pattern")
-        layout = cls(datasets, settings, files, path if path.is_dir() else path.parent)
-        if left := [*layout._left, *left]:
-            layout.notes.append(f"left out: {len(left)}, such as {_listed(left)}")
-        return layout
-
-    @property
-    def _pictures(self) -> frozenset[str]:
-        return picture_suffixes() | (_VIDEOS if self.settings.frames else frozenset())
+                raise ValueError(f"no file fits {self.settings.source}; give another pattern")
+        self.root = path if path.is_dir() else path.parent
+        self._refuse_unread(files)
+        if pictures := [f for f in files if f.suffix.lower() in self._pictures]:
+            self._read_pictures(files, pictures)
+        else:
+            self._read_tables(files)
+        if left := self._left + hidden:
+            self.notes.append(f"left out: {len(left)}, such as {_listed(left)}")
 
     def _refuse_unread(self, files: list[Path]) -> None:
         """Raise a ValueError for rows that would be left out: packed, or of an unknown kind."""
@@ -86,57 +80,46 @@ class Layout:
             (_UNREADABLE - self._pictures, "picture that Pillow cannot read", "convert it to PNG"),
         ):
             if unread := [f for f in files if f.suffix.lower() in kinds]:
-                raise ValueError(f"{self.root} has {_count(unread, what, self.root)}; {advice}")
+                raise ValueError(f"{self.root} has {self._count(unread, what)}; {advice}")
 
     # ---- pictures, each a file ----
 
     def _read_pictures(self, files: list[Path], pictures: list[Path]) -> None:
-        packed = [f for f in files if f.suffix.lower() in PACKED]
-        packed = [f for f in packed if f.name.lower() not in _METADATA]
-        if packed:
+        metadata = [f for f in files if f.name.lower() in _METADATA]
+        if packed := [f for f in files if f.suffix.lower() in PACKED and f not in metadata]:
             raise ValueError(
-                f"{self.root} holds {_count(pictures, 'picture', self.root)}, and "
-                f"{_count(packed, 'file of many rows', self.root)}; give one kind alone, such as "
+                f"{self.root} holds {self._count(pictures, 'picture')}, and "
+                f"{self._count(packed, 'file of many rows')}; give one kind alone, such as "
                 f"{str(self.root / ('*' + packed[0].suffix))!r}"
             )
         splits = self._by_split(pictures)
-        metadata = [f for f in files if f.name.lower() in _METADATA]
-        used = {*pictures, *metadata}
-        texts = {} if self.settings.caption_column == NONE else _texts_beside(files, pictures)
+        texts = {}
+        if self.settings.caption_column != NONE:
+            texts = _texts_beside(files, pictures)
+        if metadata and texts:
+            raise ValueError(
+                f"{self.root} has {self._count(list(texts.values()), 'text')}, beside pictures, "
+                f"and {metadata[0].name}; put the captions into one of them, or leave them out "
+                f"with --caption-column {NONE}"
+            )
         if metadata:
             rows = self._by_metadata(metadata, pictures)
-            if texts:
-                unread = list(texts.values())
-                raise ValueError(
-                    f"{self.root} has {_count(unread, 'text', self.root)}, beside pictures, and "
-                    f"{metadata[0].name}; put the captions into one of them, or leave them out "
-                    f"with --caption-column {NONE}"
-                )
-            tables = {
-                split: columns_of([row for picture, row in rows if picture in of_split])
-                for split, of_split in splits.items()
-            }
         else:
-            used.update(texts.values())
+            rows = [(picture, {"image": str(picture)}) for picture in pictures]
             labels, captions = self._labels(splits), self._captions(pictures, texts)
-            tables = {
-                split: {"image": [str(p) for p in of_split]}
-                | {
-                    name: [x[p] for p in of_split]
-                    for name, x in (("label", labels), ("caption", captions))
-                    if any(x.get(p) is not None for p in of_split)
-                }
-                for split, of_split in splits.items()
-            }
-        for split, columns in tables.items():
+            for picture, row in rows:
+                row |= {"label": labels[picture]} if labels[picture] is not None else {}
+                row |= {"caption": captions[picture]} if captions else {}
+        for split, of_split in splits.items():
+            of_them = [row for picture, row in rows if picture in of_split]
             where = metadata[0] if metadata else self.root
-            self.tables[split] = as_table(self.datasets, columns, where, self._left, "image")
-        left = [f for f in files if f not in used]
-        spare = [f for f in left if f.suffix.lower() in TABLES]
-        self._left += [str(f.relative_to(self.root)) for f in left if f not in spare]
+            self.tables[split] = as_table(of_them, where, self._left, "image")
+        left = set(files) - {*pictures, *metadata, *texts.values()}
+        spare = [f for f in files if f in left and f.suffix.lower() in TABLES]
+        self._left += [self._name(f) for f in files if f in left and f not in spare]
         if spare:
             self.notes.append(
-                f"{_count(spare, 'table', self.root)}, not read: beside pictures only "
+                f"{self._count(spare, 'table')}, not read: beside pictures only "
                 f"{', '.join(_METADATA)} are"
             )
 
@@ -175,7 +158,7 @@ class Layout:
             without = [p for p in of_split if labels[p] is None]
             if without and len(without) < len(of_split):
                 raise ValueError(
-                    f"{split} has {_count(without, 'picture', self.root)}, beside the folders of "
+                    f"{split} has {self._count(without, 'picture')}, beside the folders of "
                     f"its classes, {_listed(classes)}; move them into one, or leave classes out "
                     f"with --label-column {NONE}"
                 )
@@ -183,23 +166,24 @@ class Layout:
         return labels
 
     def _captions(self, pictures: list[Path], texts: dict[Path, Path]) -> dict[Path, str]:
-        """The text beside each picture; empty if there are none at all."""
-        read: dict[Path, str] = {}
+        """The text beside each picture; none at all if there are no texts."""
         if not texts:
-            return read
-        for place, file in texts.items():
-            try:
-                read[place] = file.read_text(encoding="utf-8-sig").strip()
-            except ValueError as error:
-                raise ValueError(f"{file} is no UTF-8 ({error}); save it as such") from error
-        lack = [p for p in pictures if p.with_suffix("") not in read]
+            return {}
+        lack = [p for p in pictures if p.with_suffix("") not in texts]
         kinds = " or ".join(sorted({file.suffix.lower() for file in texts.values()}))
         self.notes.append(f"captions, from the {kinds} file beside each picture")
         if lack:
             self.notes.append(
-                f"{_count(lack, 'picture', self.root)}, without {kinds}: the caption is empty"
+                f"{self._count(lack, 'picture')}, without {kinds}: the caption is empty"
             )
-        return {p: read.get(p.with_suffix(""), "") for p in pictures}
+        captions = dict.fromkeys(pictures, "")
+        for picture in pictures:
+            if file := texts.get(picture.with_suffix("")):
+                try:
+                    captions[picture] = file.read_text(encoding="utf-8-sig").strip()
+                except ValueError as error:
+                    raise ValueError(f"{file} is no UTF-8 ({error}); save it as such") from error
+        return captions
 
     def _by_metadata(
         self, metadata: list[Path], pictures: list[Path]
@@ -208,35 +192,28 @@ class Layout:
         twice = [folder for folder, n in Counter(f.parent for f in metadata).items() if n > 1]
         if twice:
             raise ValueError(f"{twice[0]} has several of {', '.join(_METADATA)}; leave one")
-        there = {os.path.normpath(p): p for p in pictures}
+        there, known = {os.path.normpath(p): p for p in pictures}, set(pictures)
         rows: list[tuple[Path, dict[str, Any]]] = []
-        missing: list[Path] = []
         named: dict[Path, Path] = {}
         for file in metadata:
             of_file = read_rows(file)
-            names = list(dict.fromkeys(name for row in of_file for name in row))
-            column = file_column(names, file)
+            column = file_column(of_file, file)
             for row in of_file:
                 name = os.path.normpath(file.parent / str(row.pop(column)))
-                picture = there.get(name)
-                if picture is None:
-                    missing.append(Path(name))
-                    continue
+                picture = there.get(name, Path(name))
                 if named.setdefault(picture, file) != file:
                     raise ValueError(f"{picture} is in {file} and {named[picture]}; leave one")
                 rows.append((picture, {**row, "image": str(picture)}))
+        missing = [p for p in named if p not in known]
         absent = [p for p in pictures if p not in named]
         if missing or absent:
             what = (
-                f"names {_count(missing, 'file', self.root)}, that is no picture there"
+                f"names {self._count(missing, 'file')}, that is no picture there"
                 if missing
-                else f"does not name {_count(absent, 'picture', self.root)}"
+                else f"does not name {self._count(absent, 'picture')}"
             )
             raise ValueError(f"{metadata[0]} {what}; make its file_name and the folder agree")
-        self.notes.append(
-            f"columns from {_listed(str(f.relative_to(self.root)) for f in metadata)}, none from "
-            f"folders"
-        )
+        self.notes.append(f"columns from {_listed(map(self._name, metadata))}, none from folders")
         if len(rows) > len(named):
             self.notes.append(f"{len(named)} pictures, of which some have several rows")
         return rows
@@ -262,28 +239,35 @@ class Layout:
             )  # fmt: skip
         (kind,) = there
         self.files = kinds[kind]
-        self._left += [str(f.relative_to(self.root)) for f in files if f not in set(self.files)]
-        splits: dict[str, list[Path]] = {}
+        self._left += [self._name(f) for f in files if f not in set(self.files)]
         named = {f: _split_of(f.relative_to(self.root)) for f in self.files}
         plain = [f for f, split in named.items() if split is None]
         if plain and len(plain) < len(named):
             self.notes.append(
-                f"{_count(plain, 'file', self.root)}, named like no split: so all rows are train"
+                f"{self._count(plain, 'file')}, named like no split: so all rows are train"
             )
+        splits: dict[str, list[Path]] = {}
         for file, split in named.items():
             splits.setdefault("train" if plain else split or "", []).append(file)
         for split, of_split in splits.items():
-            self.tables[split] = self._table(kind, of_split)
+            if kind == ".tar":
+                self.tables[split] = read_tars(of_split, self._pictures | _VIDEOS, self._left)
+            elif kind in TABLES:
+                rows = [row for file in of_split for row in read_rows(file)]
+                self.tables[split] = as_table(rows, of_split[0], self._left)
+            else:
+                self.tables[split] = load_files(kind, of_split)
 
-    def _table(self, kind: str, files: list[Path]) -> Any:
-        if kind == ".tar":
-            return read_tars(self.datasets, files, self._pictures | _VIDEOS, self._left)
-        if kind in TABLES:
-            return as_table(
-                self.datasets, columns_of([r for f in files for r in read_rows(f)]), files[0],
-                self._left,
-            )  # fmt: skip
-        return load_files(self.datasets, kind, files)
+    def _name(self, file: Path) -> str:
+        """A file's path below the source, or its full path."""
+        return str(file.relative_to(self.root) if file.is_relative_to(self.root) else file)
+
+    def _count(self, files: Sequence[Path], what: str) -> str:
+        """How many there are, in words, and the first of them."""
+        if len(files) > 1:
+            noun, space, rest = what.partition(" ")
+            what = f"{noun}s{space}{rest}"
+        return f"{len(files)} {what}, such as {self._name(files[0])}"
 
 
 def _split_of(path: Path) -> str | None:
@@ -326,15 +310,6 @@ def _refuse_configs(folder: Path) -> None:
             f"{card} tells of several data sets, {_listed(dict.fromkeys(names))}; give the folder "
             f"or a pattern of one"
         )
-
-
-def _count(files: Sequence[Path], what: str, root: Path) -> str:
-    first = files[0]
-    name = first.relative_to(root) if first.is_relative_to(root) else first
-    noun, _, rest = what.partition(" ")
-    return (
-        f"{len(files)} {noun}{'s' if len(files) > 1 else ''} {rest}".rstrip() + f", such as {name}"
-    )
 
 
 def _listed(names: Iterable[str]) -> str:

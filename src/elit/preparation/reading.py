@@ -22,47 +22,40 @@ from elit.preparation.images import (
     read_image,
 )
 from elit.preparation.settings import PrepareSettings
-from elit.preparation.source import Rows
+from elit.preparation.source import Row, Rows
 
 Size = tuple[int, ...]  # (H, W), of clips (T, H, W)
 _CHUNK_BYTES = 2**22  # of pictures that go from a worker to us at once
 _MOST_WORKERS = 16
 
 
-@dataclass(frozen=True)
 class Sizes:
-    """Sizes that a picture is cut to: one for each resolution."""
+    """Sizes that a picture is cut to: one for each resolution.
 
-    # for each resolution, the sizes (H, W) to choose from
-    choices: tuple[tuple[tuple[int, int], ...], ...]
-    frames: int | None = None  # of a clip, or None
-    fps: float | None = None  # that clips are resampled to, or None
-    clips: int = 1  # of a video, at most
+    They are squares, or buckets of aspect ratios. No two resolutions share a bucket: they lie
+    `multiple` or more apart.
+    """
 
-    @classmethod
-    def of(cls, settings: PrepareSettings) -> "Sizes":
-        """Squares, or buckets of aspect ratios.
-
-        No two resolutions share a bucket: they lie `multiple` or more apart.
-        """
-        choices = tuple(
-            tuple(buckets(n, settings.multiple)) if settings.aspect_ratios else ((n, n),)
+    def __init__(self, settings: PrepareSettings):
+        self.frames, self.fps, self.clips = (
+            settings.frames, settings.fps, settings.clips_per_video
+        )  # fmt: skip
+        # for each resolution, the sizes (H, W) to choose from
+        self.choices = {
+            n: buckets(n, settings.multiple) if settings.aspect_ratios else [(n, n)]
             for n in settings.resolution
-        )
-        return cls(choices, settings.frames, settings.fps, settings.clips_per_video)
+        }
+        self.all = [size for sizes in self.choices.values() for size in sizes]
 
     @property
     def pixels(self) -> int:
         """Numbers of one row's pictures, at most about."""
-        numbers = sum(3 * h * w for h, w in (c[0] for c in self.choices))
+        numbers = sum(3 * h * w for h, w in (sizes[0] for sizes in self.choices.values()))
         return numbers * (self.frames or 1) * self.clips
 
     def resolution_of(self, size: Size) -> int:
-        """The resolution that a size belongs to; each has its square."""
-        for sizes in self.choices:
-            if size[-2:] in sizes:
-                return next(height for height, width in sizes if height == width)
-        raise ValueError(f"{size} is none of {self.choices}")
+        """The resolution that a size belongs to."""
+        return next(n for n, sizes in self.choices.items() if size[-2:] in sizes)
 
     def cut(self, content: bytes | str) -> list[dict[Size, Tensor]]:
         """A picture (H, W, 3), or clips (T, H, W, 3), uint8, of a file, each by size."""
@@ -73,8 +66,8 @@ class Sizes:
 
     def _cut(self, shown: list[Image.Image]) -> dict[Size, Tensor]:
         by_size: dict[Size, Tensor] = {}
-        for sizes in self.choices:
-            size = nearest_bucket(shown[0].width, shown[0].height, list(sizes))
+        for sizes in self.choices.values():
+            size = nearest_bucket(shown[0].width, shown[0].height, sizes)
             cut = torch.from_numpy(np.stack([np.asarray(fit(image, size)) for image in shown]))
             if self.frames is None:
                 by_size[size] = cut[0]
@@ -87,56 +80,53 @@ class Sizes:
 class Chunk:
     """Rows of a part that were read."""
 
-    # numbers of those that could be read; of a video one for each clip
-    rows: list[int] = field(default_factory=list)
-    labels: list[int | None] = field(default_factory=list)  # of each, or None
-    captions: list[str | None] = field(default_factory=list)  # likewise
+    rows: list[Row] = field(default_factory=list)  # that could be read; of a video one a clip
     # by size, positions in `rows` and pictures (n, H, W, 3) uint8
     pictures: dict[Size, tuple[list[int], Any]] = field(default_factory=dict)
-    skipped: list[tuple[int, str]] = field(default_factory=list)  # number and reason of the others
+    skipped: dict[int, str] = field(default_factory=dict)  # reasons of the others, by number
     # checksum of every row's picture as it lies in the source
     digests: list[str] = field(default_factory=list)
-    count: int = 0  # rows that it is made of
     fault: Exception | None = None  # what stops the run
 
 
 class Reader(Dataset[Chunk]):
-    """Reads rows of some splits; an index is (split, row)."""
+    """Reads rows of some splits; an index is a list of (split, row)."""
 
     def __init__(self, splits: dict[str, Rows], sizes: Sizes):
         self.splits, self.sizes = splits, sizes
 
-    def __getitems__(self, indices: Sequence[tuple[str, int]]) -> Chunk:
-        chunk = Chunk(count=len(indices))
+    def __getitem__(self, indices: Sequence[tuple[str, int]]) -> Chunk:
+        chunk = Chunk()
         for split, number in indices:
             rows = self.splits[split]
-            chunk.digests.append("")
+            digest = ""
             try:
-                chunk.digests[-1] = rows.digest(number)
+                digest = rows.digest(number)
                 row = rows[number]
-                cut = self.sizes.cut(row.content)
+                cut = self.sizes.cut(rows.content(number))
             except Exception as error:  # a file can be broken in any way
+                name, cut = rows.name(number), []
                 if isinstance(error, MemoryError):
-                    name = _name_of(rows, number) or f"row {number} of {split}"
-                    error = OSError(errno.ENOMEM, "no memory left to read it", name)
+                    place = name or f"row {number} of {split}"
+                    error = OSError(errno.ENOMEM, "no memory left to read it", place)
                 if not is_of_file(error):
                     # Workers hand it over: what they raise loses its number
                     return Chunk(fault=error)
-                chunk.skipped.append((number, reason_of(error, rows, number)))
-                continue
+                # A file that is not there is named
+                reason = getattr(error, "strerror", None) or str(error)
+                reason = " ".join(reason.split()) or type(error).__name__
+                if name is not None:
+                    reason = f"{name}: {reason.replace(str(rows.folder / name), 'it')}"
+                chunk.skipped[number] = reason
+            chunk.digests.append(digest)
             for by_size in cut:
                 for size, picture in by_size.items():
                     positions, pictures = chunk.pictures.setdefault(size, ([], []))
                     positions.append(len(chunk.rows))
                     pictures.append(picture)
-                chunk.rows.append(number)
-                chunk.labels.append(row.label)
-                chunk.captions.append(row.caption)
+                chunk.rows.append(row)
         chunk.pictures = {size: (at, torch.stack(p)) for size, (at, p) in chunk.pictures.items()}
         return chunk
-
-    def __getitem__(self, index: tuple[str, int]) -> Chunk:
-        return self.__getitems__([index])
 
 
 def is_of_file(error: Exception) -> bool:
@@ -149,54 +139,29 @@ def is_of_file(error: Exception) -> bool:
     return not isinstance(error, (MissingPackageError, MemoryError))
 
 
-def reason_of(error: Exception, rows: Rows, number: int) -> str:
-    """The reason why a row was skipped, and its file where that is known."""
-    reason = getattr(error, "strerror", None) or str(error)  # a file that is not there is named
-    reason = " ".join(reason.split()) or type(error).__name__
-    name = _name_of(rows, number)
-    return reason if name is None else f"{name}: {reason.replace(str(rows.folder / name), 'it')}"
-
-
-def _name_of(rows: Rows, number: int) -> str | None:
-    """The file that a row is read from, where that is known."""
-    try:
-        return rows.name(number)
-    except Exception:  # the row itself cannot be read
-        return None
-
-
 def default_workers(local_processes: int = 1) -> int:
     """One for each processor that this process may use but one, which feeds the device."""
     return max(1, min(_MOST_WORKERS, usable_cores() // local_processes - 1))
 
 
 def read(
-    splits: dict[str, Rows], sizes: Sizes, parts: Sequence[tuple[str, range]], workers: int
-) -> Iterator[tuple[int, Chunk]]:
-    """Chunks of parts in their order, each with the number of its part in `parts`."""
+    splits: dict[str, Rows], sizes: Sizes, pieces: Sequence[tuple[str, range]], workers: int
+) -> Iterator[Chunk]:
+    """Chunks of ranges of rows in their order; none is of two."""
     at_once = max(1, min(64, _CHUNK_BYTES // sizes.pixels))
     loader: Any = DataLoader(
         Reader(splits, sizes),
-        batch_sampler=(rows for _, rows in _pieces(parts, at_once)),
-        collate_fn=_as_it_is,
+        sampler=(
+            [(split, row) for row in rows[start : start + at_once]]
+            for split, rows in pieces
+            for start in range(0, len(rows), at_once)
+        ),
+        batch_size=None,
         num_workers=workers,
         prefetch_factor=3 if workers else None,
         worker_init_fn=ignore_signals,
     )
-    for (number, _), chunk in zip(_pieces(parts, at_once), loader, strict=True):
+    for chunk in loader:
         if chunk.fault is not None:
             raise chunk.fault
-        yield number, chunk
-
-
-def _pieces(
-    parts: Sequence[tuple[str, range]], at_once: int
-) -> Iterator[tuple[int, list[tuple[str, int]]]]:
-    """Parts cut into pieces of at most so many rows, each with the number of its part."""
-    for number, (split, rows) in enumerate(parts):
-        for start in range(0, len(rows), at_once):
-            yield number, [(split, row) for row in rows[start : start + at_once]]
-
-
-def _as_it_is(chunk: Any) -> Any:
-    return chunk
+        yield chunk

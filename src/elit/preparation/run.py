@@ -5,7 +5,6 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,9 +29,17 @@ from elit.data.manifest import (
     size_name,
 )
 from elit.preparation.autoencoder import Encoder, load_encoder
-from elit.preparation.checks import check_content, check_same, forget_damaged, json_types
-from elit.preparation.parts import Part, Record, make_null, parts_of, read_null, read_record
+from elit.preparation.parts import Part, make_null
 from elit.preparation.reading import Sizes, default_workers, read
+from elit.preparation.records import (
+    Piece,
+    Record,
+    check_content,
+    check_same,
+    forget_damaged,
+    read_null,
+    read_record,
+)
 from elit.preparation.settings import PrepareSettings
 from elit.preparation.source import Source, open_source
 from elit.preparation.texts import TextEncoder, load_texts
@@ -48,7 +55,6 @@ class PrepareResult:
     """Result of a run of `prepare`."""
 
     folder: Path  # that was written
-    finished: bool  # whether all parts are done, and the manifest is written
     missing: int  # parts, the empty text counted as one, that other processes have not done yet
     samples: dict[str, int]  # in the folder, by split, mirrored ones not counted
     skipped: list[tuple[str, int, str]]  # split, row and reason of all that could not be read
@@ -60,6 +66,11 @@ class PrepareResult:
     # captions that the text encoder's tokenizers cut off, by where
     cut: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def finished(self) -> bool:
+        """Whether all parts are done, and the manifest is written."""
+        return not self.missing
+
 
 @dataclass(frozen=True)
 class _Task:
@@ -70,7 +81,7 @@ class _Task:
     sizes: Sizes
     encoder: Encoder
     texts: TextEncoder | None
-    parts: Sequence[tuple[str, int, range]]
+    pieces: list[Piece]
     settings: PrepareSettings
 
 
@@ -86,22 +97,22 @@ def prepare(settings: PrepareSettings) -> PrepareResult:
     process = this_process()
     with ends_on_sigterm():
         task = _open(settings, process)
-        mine = [p for i, p in enumerate(task.parts) if i % process.world == process.rank]
+        mine, folder = task.pieces[process.rank :: process.world], task.folder
+        makes_null = task.texts if process.rank == 0 else None
         if settings.verify:
-            forget_damaged(task.folder, mine)
-        for part in mine:
-            check_content(task.folder, part, task.source.splits[part[0]], settings.verify)
-        if task.texts is not None and process.rank == 0:  # which makes the first part too
-            make_null(task.folder, task.texts, task.encoder.dtype, settings.verify)
+            forget_damaged(folder, mine, makes_null is not None)
+        for piece in mine:
+            check_content(folder, piece, task.source.splits[piece.split], settings.verify)
+        if makes_null is not None and read_null(folder) is None:
+            make_null(folder, makes_null, task.encoder.dtype)
         start = time.perf_counter()
-        done = _make([p for p in mine if not read_record(task.folder, *p)], task, mine, process)
-        seconds = time.perf_counter() - start
-        return _finish(task, done, seconds)
+        done = _make(task, mine, process)
+        return _finish(task, done, time.perf_counter() - start)
 
 
 def _open(settings: PrepareSettings, process: Process) -> _Task:
     """The source and the models, and a folder whose settings are theirs."""
-    sizes, folder = Sizes.of(settings), Path(settings.out)
+    sizes, folder = Sizes(settings), Path(settings.out)
     source = open_source(settings)
     if process.rank == 0:
         logger.info("%s: %s", source.name, "; ".join(source.notes))
@@ -116,8 +127,15 @@ def _open(settings: PrepareSettings, process: Process) -> _Task:
             settings.store_dtype,
         )  # fmt: skip
     size = settings.part_size or _part_size(sizes, encoder, texts, settings.flips)
-    parts = [p for name, rows in source.splits.items() for p in parts_of(name, len(rows), size)]
-    made_of = {
+    pieces = [
+        Piece(name, number, range(len(rows))[start : start + size])
+        for name, rows in source.splits.items()
+        for number, start in enumerate(range(0, len(rows), size))
+    ]
+    has_models = encoder.about or texts
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
         "source": source.describe(),
         "classes": source.classes,
         "kind": encoder.kind,
@@ -132,16 +150,16 @@ def _open(settings: PrepareSettings, process: Process) -> _Task:
         "fps": settings.fps,
         "clips_per_video": settings.clips_per_video if settings.frames else None,
         "part_size": size,
-        "dtype": settings.dtype if encoder.about or texts else None,
-        "store_dtype": settings.store_dtype if encoder.about or texts else None,
+        "dtype": settings.dtype if has_models else None,
+        "store_dtype": settings.store_dtype if has_models else None,
     }
-    content = json_types({"format": FORMAT, "version": VERSION, **made_of})
+    content = json.loads(json.dumps(content))  # lists for tuples, as they are read back
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     if not check_same(folder, content):
         write_json(folder / SETTINGS, content, replace=False)
         check_same(folder, content)  # another run may have begun at the same moment
-    return _Task(folder, source, sizes, encoder, texts, parts, settings)
+    return _Task(folder, source, sizes, encoder, texts, pieces, settings)
 
 
 def _part_size(sizes: Sizes, encoder: Encoder, texts: TextEncoder | None, flips: bool) -> int:
@@ -149,11 +167,9 @@ def _part_size(sizes: Sizes, encoder: Encoder, texts: TextEncoder | None, flips:
     if encoder.vae is None:
         length = sizes.pixels
     else:
-        smallest = min(size for choice in sizes.choices for size in choice)
-        shape = (1, *((sizes.frames,) if sizes.frames else ()), *smallest, 3)
-        share = sizes.pixels / math.prod(shape)
+        shape = (1, *((sizes.frames,) if sizes.frames else ()), *min(sizes.all), 3)
         encoded = encoder(torch.zeros(shape, dtype=torch.uint8))
-        length = round(encoded.numel() * share * encoder.store.itemsize)
+        length = round(encoded.numel() * sizes.pixels / math.prod(shape) * encoder.store.itemsize)
     length *= 2 if flips else 1
     if texts is not None:
         of_text = texts.stored(texts([""])).values()
@@ -163,88 +179,80 @@ def _part_size(sizes: Sizes, encoder: Encoder, texts: TextEncoder | None, flips:
     return min(_MOST_ROWS, 2 ** max(0, rows.bit_length() - 1))
 
 
-def _make(
-    parts: Sequence[tuple[str, int, range]],
-    task: _Task,
-    mine: Sequence[tuple[str, int, range]],
-    process: Process,
-) -> int:
+def _make(task: _Task, mine: list[Piece], process: Process) -> int:
     """Make those of this process's parts that are not done; rows that were read."""
-    if not parts:
+    todo, settings = [p for p in mine if not read_record(task.folder, p)], task.settings
+    if not todo:
         return 0
-    todo, settings = sum(len(rows) for _, _, rows in parts), task.settings
+    count, total = (sum(len(piece.rows) for piece in pieces) for pieces in (todo, mine))
     workers = default_workers(process.local_world) if settings.workers is None else settings.workers
-    total = sum(len(rows) for _, _, rows in mine)
-    spans = [(split, rows) for split, _, rows in parts]
-    seen = [task.source.splits[split].seen(rows) for split, rows in spans]  # before they are read
+    splits = task.source.splits
+    parts = [  # the state of their files is looked up before they are read
+        Part(p, splits[p.split].seen(p.rows), task.encoder, task.texts, settings) for p in todo
+    ]
+    chunks = read(splits, task.sizes, [(piece.split, piece.rows) for piece in todo], workers)
     bar = tqdm(
-        total=total, initial=total - todo, unit="video" if settings.frames else "image",
+        total=total, initial=total - count, unit="video" if settings.frames else "image",
         desc=f"prepare {process.rank + 1}/{process.world}" if process.world > 1 else "prepare",
         smoothing=0.05, dynamic_ncols=True,
     )  # fmt: skip
     # One part is written while the next is encoded.
     with bar, ThreadPoolExecutor(1) as writer:
-        writing: Future[Record] | None = None
-        part: Part | None = None
-        for number, chunk in read(task.source.splits, task.sizes, spans, workers):
-            split, index, rows = parts[number]
-            if part is None:
-                part = Part(
-                    split, index, rows, task.encoder, task.texts, settings.batch_size,
-                    settings.flips, seen[number],
-                )  # fmt: skip
-            part.add(chunk)
-            if part.taken == len(rows):
+        writing: Future[None] | None = None
+        for chunk in chunks:
+            if parts[0].add(chunk):
+                part = parts.pop(0)
                 tensors = part.finish()
                 if writing is not None:
                     writing.result()
-                writing, part = writer.submit(part.write, task.folder, tensors), None
-            bar.update(chunk.count)
+                writing = writer.submit(part.write, task.folder, tensors)
+            bar.update(len(chunk.digests))
         if writing is not None:
             writing.result()
-    return todo
+    return count
 
 
 def _finish(task: _Task, done: int, seconds: float) -> PrepareResult:
     """Write the manifest if all parts are done, and tell what there is."""
-    of_parts = {part[:2]: read_record(task.folder, *part) for part in task.parts}
-    records = {key: record for key, record in of_parts.items() if record is not None}
-    missing = len(of_parts) - len(records)
+    of_pieces = [(piece, read_record(task.folder, piece)) for piece in task.pieces]
+    there = [(piece.split, record) for piece, record in of_pieces if record is not None]
+    records = [record for _, record in there]
+    missing = len(of_pieces) - len(there)
     if task.texts is not None and read_null(task.folder) is None:
         missing += 1
     splits = {}
     for name in task.source.splits:
-        of_split = [record for (split, _), record in records.items() if split == name]
+        of_split = [record for split, record in there if split == name]
         shards = tuple(shard for record in of_split for shard in record.shards)
         splits[name] = Split(shards, tuple(row for record in of_split for row in record.skipped))
     skipped = [(name, *what) for name, split in splits.items() for what in split.skipped]
+    samples = {name: split.count for name, split in splits.items()}
     if not missing:
-        if not any(split.count for split in splits.values()):
+        if not any(samples.values()):
             raise ValueError(
                 f"nothing of {task.source.name} could be read: row {skipped[0][1]}: {skipped[0][2]}"
             )
         _write_manifest(task, splits)
     cut: Counter[str] = Counter()
-    for record in records.values():
+    for record in records:
         cut.update(record.cut)
     for where, count in (+cut).items():
-        total = sum(split.count for split in splits.values())
-        logger.warning("%d of %d captions were cut off at %s", count, total, where)
-    mean, std = _statistics(list(records.values()))
+        logger.warning(
+            "%d of %d captions were cut off at %s", count, sum(samples.values()), where
+        )  # fmt: skip
+    mean, std = _statistics(records)
     if std is not None and not USUAL_STD[0] < std < USUAL_STD[1]:
         logger.warning(
             "the scaled latents have a standard deviation of %.3g, but training wants about 1; "
             "look at scaling_factor and shift_factor in the autoencoder's config.json", std
         )  # fmt: skip
-    samples = {name: split.count for name, split in splits.items()}
     length = sum(shard.bytes for split in splits.values() for shard in split.shards)
     return PrepareResult(
-        task.folder, not missing, missing, samples, skipped, length, done, seconds, mean, std,
-        dict(+cut),
-    )  # fmt: skip
+        task.folder, missing, samples, skipped, length, done, seconds, mean, std, dict(+cut)
+    )
 
 
-def _statistics(records: Sequence[Record]) -> tuple[float | None, float | None]:
+def _statistics(records: list[Record]) -> tuple[float | None, float | None]:
     """Mean and standard deviation of the latents of all records."""
     total, squares, count = (sum(record.sums[i] for record in records) for i in range(3))
     if not count:
@@ -255,17 +263,18 @@ def _statistics(records: Sequence[Record]) -> tuple[float | None, float | None]:
 
 def _write_manifest(task: _Task, splits: dict[str, Split]) -> None:
     """Write it: all processes would write the same."""
+    folder, texts, kind = task.folder, task.texts, task.encoder.kind
     of_size = {shard.size: shard for split in splits.values() for shard in split.shards}
-    sizes = {size_name(size): size for size in of_size}
-    made_of = json.loads((task.folder / SETTINGS).read_text(encoding="utf-8"))
-    about, texts = made_of["autoencoder"], made_of["text_encoder"]
-    kind = task.encoder.kind
-    shapes = {}
-    for name, size in sorted(sizes.items()):  # of a sample as the model sees it
-        with safe_open(task.folder / of_size[size].file, framework="pt") as file:
+    shapes, resolutions = {}, {}
+    for name, size in sorted((size_name(size), size) for size in of_size):
+        with safe_open(folder / of_size[size].file, framework="pt") as file:
             _, channels, *space = file.get_slice(kind).get_shape()
+        # of a sample as the model sees it
         shapes[name] = (channels // 2 if kind == MOMENTS else channels, *space)
-    manifest = Manifest(
+        resolutions[name] = task.sizes.resolution_of(size)
+    made_of = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))  # with its first names
+    about = made_of["autoencoder"]
+    Manifest(
         kind=kind,
         shapes=shapes,
         splits=splits,
@@ -273,11 +282,10 @@ def _write_manifest(task: _Task, splits: dict[str, Split]) -> None:
         captions=task.source.captions,
         flips=task.settings.flips,
         autoencoder=about and Autoencoder(**about),
-        text_encoder=texts and texts["name"],
-        max_text_length=made_of["max_text_length"],
+        text_encoder=made_of["text_encoder"]["name"] if texts else None,
+        max_text_length=texts.max_length if texts else None,
         source=made_of["source"],
-        resolutions={name: task.sizes.resolution_of(size) for name, size in sorted(sizes.items())},
-        null=read_null(task.folder) if texts else None,
-    )
-    manifest.write(task.folder)
-    read_manifest(task.folder)
+        resolutions=resolutions,
+        null=read_null(folder) if texts else None,
+    ).write(folder)
+    read_manifest(folder)

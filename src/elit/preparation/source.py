@@ -4,9 +4,9 @@ import hashlib
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from elit._choices import check_choice
 from elit._extras import missing
@@ -14,13 +14,7 @@ from elit._files import sha256_of
 from elit._listing import files_of, stamp
 from elit.data import SPLITS
 from elit.data.idx import is_idx_folder
-from elit.preparation.columns import (
-    count_empty,
-    find_captions,
-    find_classes,
-    find_image,
-    find_labels,
-)
+from elit.preparation.columns import find_classes, find_column, find_image
 from elit.preparation.layout import SUFFIXES, Layout
 from elit.preparation.settings import NONE, PrepareSettings
 from elit.preparation.tables import OFFSET, by_datasets, idx_tables
@@ -31,11 +25,10 @@ _HASHED_AT_A_TIME = 10_000  # rows
 _DIGITS = 32  # of a picture's checksum
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the source: its picture's bytes or path, its label and its text."""
+class Row(NamedTuple):
+    """What is known of a row of the source, beside its picture."""
 
-    content: bytes | str
+    number: int
     label: int | None
     caption: str | None
 
@@ -46,13 +39,13 @@ class Rows:
 
     table: Any  # a map-style data set of datasets, whose pictures are not decoded
     image: str  # name of its column of pictures
-    label: str | None = None  # of labels, or None
-    caption: str | None = None  # of texts, or None
+    label: str | None  # of labels, or None
+    caption: str | None  # of texts, or None
     # label of each class that the column names; empty where it has numbers
-    numbers: dict[Any, int] = field(default_factory=dict)
-    of: str = ""  # the split of the source that this is, as given
-    folder: Path = field(default_factory=Path)  # that paths are taken relative to
-    files: tuple[Path, ...] = ()  # that hold all rows; none where each picture is a file of its own
+    numbers: dict[Any, int]
+    of: str  # the split of the source that this is, as given
+    folder: Path  # that paths are taken relative to
+    files: Sequence[Path]  # that hold all rows; none where each picture is a file of its own
 
     def __len__(self) -> int:
         return len(self.table)
@@ -71,10 +64,11 @@ class Rows:
             if isinstance(caption, list):  # several texts of one picture
                 caption = caption[0] if caption else None
             caption = "" if caption is None else str(caption)
-        return Row(self._content(columns[self.image]), label, caption)
+        return Row(row, label, caption)
 
-    def _content(self, value: Any) -> bytes | str:
-        """Bytes, or a path, of what stands in the column."""
+    def content(self, row: int) -> bytes | str:
+        """Bytes, or the path, of a row's picture."""
+        value = self.table[row][self.image]
         if isinstance(value, dict) and OFFSET in value:
             with Path(value["tar"]).open("rb") as file:
                 file.seek(value[OFFSET])
@@ -83,13 +77,14 @@ class Rows:
             value = value.get("bytes") or value.get("path")
         if not value:
             raise ValueError(f"it has no {self.image}")
-        if isinstance(value, str) and not Path(value).is_absolute():
-            return str(self.folder / value)
-        return value
+        return str(self.folder / value) if isinstance(value, str) else value
 
     def name(self, row: int) -> str | None:
         """File that a row's picture came from, where the source says so."""
-        value = self.table[row][self.image]
+        try:
+            value = self.table[row][self.image]
+        except Exception:  # the row itself cannot be read
+            return None
         path = value.get("path") if isinstance(value, dict) else value
         if not isinstance(path, str):
             return None
@@ -99,7 +94,7 @@ class Rows:
     def digest(self, row: int) -> str:
         """Checksum of a row's picture as it lies in the source, empty if there is none."""
         try:
-            content = self._content(self.table[row][self.image])
+            content = self.content(row)
             if isinstance(content, str):
                 return sha256_of(Path(content))[:_DIGITS]
             return hashlib.sha256(content).hexdigest()[:_DIGITS]
@@ -193,67 +188,54 @@ def open_source(settings: PrepareSettings) -> Source:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     loaded = _load(datasets, settings)
-    given = loaded.tables
-    chosen = _choose_splits(given, settings.splits or _usual_splits(given, settings))
-    tables = {ours: _cut(given[theirs], part) for ours, (theirs, part, _) in chosen.items()}
-    first = next(iter(tables.values()))
-    image = find_image(first.features, settings.image_column)
-    label = find_labels(first.features, settings.label_column)
-    caption = find_captions(first.features, settings.caption_column)
-    for name, table in tables.items():
-        used = [column for column in (image, label, caption) if column is not None]
-        if lacks := [column for column in used if column not in table.column_names]:
+    chosen = _choose_splits(loaded.tables, settings)
+    first = next(iter(chosen.values())).table.features
+    image = find_image(first, settings.image_column)
+    label = find_column(first, settings.label_column, "label")
+    caption = find_column(first, settings.caption_column, "caption")
+    used = [column for column in (image, label, caption) if column is not None]
+    for name, split in chosen.items():
+        if lacks := [column for column in used if column not in split.table.column_names]:
             raise ValueError(
                 f"{name} has no column {lacks[0]!r}, which the other split has; choose columns of "
                 f"both, or {NONE}"
             )
-        kind = type(table.features[image])
+        split.table = split.table.select_columns(used)
+        kind = type(split.table.features[image])
         if kind in (datasets.Image, datasets.Video):
-            table = table.cast_column(image, kind(decode=False))
-        tables[name] = table.select_columns(used)
-    classes, numbers = find_classes(list(tables.values()), label)
+            split.table = split.table.cast_column(image, kind(decode=False))
+    classes, numbers = find_classes([split.table for split in chosen.values()], label)
     path = Path(settings.source)
     folder = (path if path.is_dir() else path.parent).absolute()
     splits = {
-        ours: Rows(
-            table, image, label, caption, numbers, chosen[ours][2], folder, tuple(loaded.files)
-        )
-        for ours, table in tables.items()
+        ours: Rows(split.table, image, label, caption, numbers, split.text, folder, loaded.files)
+        for ours, split in chosen.items()
     }
     if not any(map(len, splits.values())):
         raise ValueError(f"{settings.source} has no rows; give one with pictures in it")
-    name = str(path.absolute()) if path.exists() else settings.source
-    taken = {theirs for theirs, _, _ in chosen.values()}
     notes = [
         f"{len(rows)} rows in {ours}{'' if rows.of == ours else f', of {rows.of}'}"
         for ours, rows in splits.items()
     ]
-    notes += [f"{len(given[n])} rows of {n} are not used" for n in given if n not in taken]
+    taken = {split.name for split in chosen.values()}
+    unused = [name for name in loaded.tables if name not in taken]
+    notes += [f"{len(loaded.tables[name])} rows of {name} are not used" for name in unused]
     notes.append(f"{len(classes)} classes" if label else "no labels")
     notes.append(f"captions in {caption}" if caption else "no captions")
-    if caption and not hasattr(first.features[caption], "dtype"):
+    if caption and not hasattr(first[caption], "dtype"):
         notes.append(f"of several texts in {caption} the first is taken")
-    if caption and isinstance(loaded, Layout):
-        for ours, table in tables.items():
-            if empty := count_empty(table, caption):
-                notes.append(f"{empty} of {len(table)} captions in {ours} are empty")
-    if spare := [n for n in first.features if n not in (image, label, caption)]:
+    for ours, rows in splits.items() if caption else ():
+        if empty := sum(text in (None, "", []) for text in rows.table[caption]):
+            notes.append(f"{empty} of {len(rows)} captions in {ours} are empty")
+    if spare := [name for name in first if name not in used]:
         notes.append(f"columns that are not used: {', '.join(spare)}")
+    name = str(path.absolute()) if path.exists() else settings.source
     return Source(name, settings.source_config, splits, classes, (*notes, *loaded.notes))
 
 
-@dataclass
-class _Loaded:
-    """Tables of datasets by split, the files that hold them, and what was decided."""
-
-    tables: dict[str, Any]
-    files: Sequence[Path] = ()
-    notes: Sequence[str] = ()
-
-
-def _load(datasets: Any, settings: PrepareSettings) -> _Loaded | Layout:
+def _load(datasets: Any, settings: PrepareSettings) -> Layout:
     """Load all splits of the source, by name."""
-    name, path = settings.source, Path(settings.source)
+    name, path, loaded = settings.source, Path(settings.source), Layout(settings)
     pattern = "*" in name and not path.exists()
     if Path(settings.out).absolute() == path.absolute():
         raise ValueError(f"{name} is the source and the folder to write; give another one")
@@ -264,40 +246,37 @@ def _load(datasets: Any, settings: PrepareSettings) -> _Loaded | Layout:
         raise ValueError(f"there is no {name}; give a folder, a file, or a name on the hub")
     if (path.exists() or pattern) and settings.source_config is not None:
         raise ValueError(f"source_config is of data sets on the hub, and {name} is none")
-    if is_idx_folder(path):
-        return _Loaded(idx_tables(datasets, path), files_of(path)[0])
     is_saved = any((path / file).exists() for file in ("state.json", "dataset_dict.json"))
-    if (path.exists() and not is_saved) or pattern:
-        return Layout.of(datasets, settings)
-    with by_datasets(name):
-        if is_saved:
-            loaded, files = datasets.load_from_disk(name), files_of(path)[0]
-        else:
-            loaded, files = datasets.load_dataset(name, settings.source_config), []
-    return _Loaded(
-        {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded), files
-    )
+    if is_idx_folder(path):
+        loaded.tables = idx_tables(path)
+    elif (path.exists() or pattern) and not is_saved:
+        loaded.read()
+        return loaded
+    else:
+        with by_datasets(name):
+            tables = (
+                datasets.load_from_disk(name)
+                if is_saved
+                else datasets.load_dataset(name, settings.source_config)
+            )
+        loaded.tables = {"train": tables} if isinstance(tables, datasets.Dataset) else dict(tables)
+    loaded.files = files_of(path)[0] if path.exists() else []
+    return loaded
 
 
-Chosen = dict[str, tuple[str, tuple[str | None, str | None], str]]
+@dataclass
+class _Split:
+    """A split of the source, or a part of one, that is to be used."""
+
+    table: Any
+    name: str  # of the source's split
+    text: str  # as it was given
 
 
-def _usual_splits(given: dict[str, Any], settings: PrepareSettings) -> list[str]:
-    """Train and validation, or a test split like train; without train the first alone."""
-    usual = [name for name in SPLITS if name in given]
-    if usual == ["train"] and _TEST in given:
-        test = given[_TEST]
-        if test.features == given["train"].features:
-            label = find_labels(test.features, settings.label_column)
-            if label is None or not {-1, None}.issuperset(test.unique(label)):  # none are hidden
-                usual.append(f"validation={_TEST}")
-    return usual if "train" in given else [f"train={next(iter(given))}"]
-
-
-def _choose_splits(given: dict[str, Any], typed: Sequence[str]) -> Chosen:
-    """Our name: their name, from where to where, and how it was given."""
-    chosen: Chosen = {}
-    for text in typed:
+def _choose_splits(given: dict[str, Any], settings: PrepareSettings) -> dict[str, _Split]:
+    """What becomes train and validation."""
+    chosen: dict[str, _Split] = {}
+    for text in settings.splits or _usual_splits(given, settings):
         match = _SPLIT.fullmatch(text)
         if not match:
             raise ValueError(
@@ -311,19 +290,27 @@ def _choose_splits(given: dict[str, Any], typed: Sequence[str]) -> Chosen:
             raise ValueError(f"a split becomes train or validation; give train={text} or the like")
         if ours in chosen:
             raise ValueError(f"two splits become {ours}; give one")
-        chosen[ours] = (theirs, (start, end), text)
+        table = given[theirs]
+        rows = range(len(table))[_position(start, len(table)) : _position(end, len(table))]
+        if len(rows) < len(table):
+            table = table.select(rows if len(rows) else [])
+        chosen[ours] = _Split(table, theirs, text)
     return chosen
 
 
-def _cut(table: Any, part: tuple[str | None, str | None]) -> Any:
-    """Rows from and up to; 5% is of all."""
-    if part == (None, None):
-        return table
+def _position(text: str | None, count: int) -> int | None:
+    """Where a split's part begins or ends; 5% is of all."""
+    if text is None:
+        return None
+    return int(text[:-1]) * count // 100 if text.endswith("%") else int(text)
 
-    def position(text: str | None) -> int | None:
-        if text is None:
-            return None
-        return int(text[:-1]) * len(table) // 100 if text.endswith("%") else int(text)
 
-    rows = range(len(table))[position(part[0]) : position(part[1])]
-    return table.select(range(rows.start, rows.stop) if len(rows) else [])
+def _usual_splits(given: dict[str, Any], settings: PrepareSettings) -> list[str]:
+    """Train and validation, or a test split like train; without train the first alone."""
+    usual = [name for name in SPLITS if name in given]
+    if usual == ["train"] and _TEST in given and given[_TEST].features == given["train"].features:
+        test = given[_TEST]
+        label = find_column(test.features, settings.label_column, "label")
+        if label is None or not {-1, None}.issuperset(test.unique(label)):  # none are hidden
+            usual.append(f"validation={_TEST}")
+    return usual if "train" in given else [f"train={next(iter(given))}"]

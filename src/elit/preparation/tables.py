@@ -7,7 +7,7 @@ import csv
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -24,7 +24,6 @@ TABLES = (".csv", ".json", ".jsonl")
 _TEXTS = ("cls", "json", "txt", "text", "caption")  # endings in tar files
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}  # of datasets
 OFFSET = "offset"  # a column with it holds places in tar files
-Columns = dict[str, list[Any]]
 _WHOLE = re.compile(r"0|-?[1-9]\d{0,17}")  # as Python writes it, so that nothing is lost
 
 
@@ -78,26 +77,21 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def columns_of(rows: Sequence[dict[str, Any]]) -> Columns:
-    """The rows' values by column; None where one has none."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
 def as_table(
-    datasets: Any, columns: Columns, where: Path, left: list[str], image: str | None = None
+    rows: Sequence[dict[str, Any]], where: Path, left: list[str], image: str | None = None
 ) -> Any:
     """A table of datasets, with the column `image` of paths, if there is one.
 
     A column of several types is an error where its name is that of labels or captions; else it is
     added to what is `left` out.
     """
+    import datasets
     import pyarrow as pa
 
     arrays, kinds = {}, {}
-    for name, values in columns.items():
+    for name in dict.fromkeys(name for row in rows for name in row):
         try:
-            arrays[name] = pa.array(values)
+            arrays[name] = pa.array([row.get(name) for row in rows])
         except UnicodeEncodeError as error:
             raise ValueError(f"{error.object!r} is no UTF-8; give the file such a name") from error
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
@@ -114,11 +108,12 @@ def as_table(
     return datasets.Dataset.from_dict(arrays, features=datasets.Features(kinds))
 
 
-def file_column(names: Iterable[str], where: Path) -> str:
+def file_column(rows: Sequence[dict[str, Any]], where: Path) -> str:
     """The column of a metadata file that names the pictures."""
-    names = list(names)
-    columns = ["file_name"] if "file_name" in names else []
-    columns = columns or [name for name in names if name.endswith("_file_name")]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = [name for name in names if name == "file_name"] or [
+        name for name in names if name.endswith("_file_name")
+    ]
     if len(columns) != 1:
         raise ValueError(
             f"{where} must have one column file_name, with paths from its folder; it has "
@@ -127,11 +122,13 @@ def file_column(names: Iterable[str], where: Path) -> str:
     return columns[0]
 
 
-def idx_tables(datasets: Any, folder: Path) -> dict[str, Any]:
+def idx_tables(folder: Path) -> dict[str, Any]:
     """Splits "train" and "test" of a folder as `datasets` would read them from the hub.
 
     Each picture is a PGM file in memory: a header in front of its pixels, which costs no encoding.
     """
+    import datasets
+
     columns = datasets.Features(
         image=datasets.Image(decode=False), label=datasets.ClassLabel(names=list(CLASS_NAMES))
     )
@@ -145,7 +142,7 @@ def idx_tables(datasets: Any, folder: Path) -> dict[str, Any]:
     return tables
 
 
-def read_tars(datasets: Any, paths: list[Path], pictures: frozenset[str], left: list[str]) -> Any:
+def read_tars(paths: list[Path], pictures: frozenset[str], left: list[str]) -> Any:
     """A table of the rows of tar files, whose pictures stay where they are.
 
     Names that are alike up to their first dot are of one row.
@@ -157,12 +154,10 @@ def read_tars(datasets: Any, paths: list[Path], pictures: frozenset[str], left: 
                 rows += _rows_of(tar, path, pictures, left)
         except (tarfile.TarError, ValueError) as error:
             raise ValueError(f"{path} cannot be read ({error}); copy or pack it again") from error
-    columns = columns_of(rows)
-    shown = [n for n in columns if any(isinstance(v, dict) for v in columns[n])]
-    if len(shown) > 1 and all(sum(name in row for name in shown) < 2 for row in rows):
-        columns = {name: columns[name] for name in columns if name not in shown}
-        columns["image"] = [next((row[n] for n in shown if n in row), None) for row in rows]
-    return as_table(datasets, columns, paths[0], left)
+    shown = {n for row in rows for n, v in row.items() if isinstance(v, dict) and OFFSET in v}
+    if len(shown) > 1 and all(len(shown & row.keys()) < 2 for row in rows):
+        rows = [{"image" if n in shown else n: v for n, v in row.items()} for row in rows]
+    return as_table(rows, paths[0], left)
 
 
 def _rows_of(
@@ -204,52 +199,52 @@ def _rows_of(
     return list(rows.values())
 
 
-def load_files(datasets: Any, kind: str, files: Sequence[Path]) -> Any:
+def load_files(kind: str, files: Sequence[Path]) -> Any:
     """Rows of parquet or arrow files, by datasets, which keeps a copy for each state of theirs."""
-    about: list[Any] = []
-    if kind == ".parquet":
-        from pyarrow import ArrowInvalid, parquet
+    import datasets
 
-        for file in files:
-            try:
-                about.append(parquet.ParquetFile(file))
-            except ArrowInvalid as error:
-                raise ValueError(
-                    f"{file} is no whole parquet file ({error}); copy it again"
-                ) from error
-        if not (listed := sum(one.metadata.num_rows for one in about)):
-            raise ValueError(f"{files[0]} has no rows; give one with pictures in it")
-        _check_schemas(files, about)
+    counts = _count_rows(files) if kind == ".parquet" else dict.fromkeys(files, 1)
     state = stamp(files) or digest_of([sha256_of(file) for file in files])
-    filled = [file for file, one in zip(files, about, strict=False) if one.metadata.num_rows]
-    paths = {"train": [escape(str(file)) for file in filled or files]}
+    paths = {"train": [escape(str(file)) for file, count in counts.items() if count]}
     with by_datasets(str(files[0])):
         builder = BUILDERS[kind]
         table = datasets.load_dataset(builder, name=f"elit-{state}", data_files=paths)["train"]
-    if kind == ".parquet" and listed != len(table):
-        raise ValueError(f"{len(table)} of the {listed} rows of {files[0].parent} were read")
+    if kind == ".parquet" and (total := sum(counts.values())) != len(table):
+        raise ValueError(f"{len(table)} of the {total} rows of {files[0].parent} were read")
     return table
 
 
-def _check_schemas(files: Sequence[Path], about: Sequence[Any]) -> None:
-    """Raise a ValueError unless all parquet files have the same columns, types and classes."""
+def _count_rows(files: Sequence[Path]) -> dict[Path, int]:
+    """Rows of parquet files; a ValueError unless all have the same columns, types and classes."""
+    from pyarrow import ArrowInvalid, parquet
 
-    def columns(one: Any) -> dict[str, Any]:
-        schema = one.schema_arrow
+    counts: dict[Path, int] = {}
+    first, wanted = files[0], dict[str, Any]()
+    for file in files:
+        try:
+            about = parquet.ParquetFile(file)
+        except ArrowInvalid as error:
+            raise ValueError(f"{file} is no whole parquet file ({error}); copy it again") from error
+        counts[file] = about.metadata.num_rows
+        if not counts[file]:
+            continue
+        schema = about.schema_arrow
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = features.get("info", {}).get("features", {})
-        return {n: (schema.field(n).type, features.get(n, {}).get("names")) for n in schema.names}
-
-    filled = [(file, columns(one)) for file, one in zip(files, about, strict=True)
-              if one.metadata.num_rows]  # fmt: skip
-    first, wanted = filled[0]
-    for file, found in filled[1:]:
-        differ = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
-        if differ:
+        columns = {
+            name: (schema.field(name).type, features.get(name, {}).get("names"))
+            for name in schema.names
+        }
+        if not wanted:
+            first, wanted = file, columns
+        if differ := sorted(n for n in wanted | columns if wanted.get(n) != columns.get(n)):
             raise ValueError(
                 f"{file} and {first} differ in the column {differ[0]!r}; give files of the same "
                 f"columns, types and classes"
             )
+    if not any(counts.values()):
+        raise ValueError(f"{files[0]} has no rows; give one with pictures in it")
+    return counts
 
 
 @contextmanager
