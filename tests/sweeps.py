@@ -5,10 +5,8 @@ import math
 import random
 from typing import Any
 
-from elit.evaluation.score_names import SCORES
-from elit.viz.sweeps import ScoreInfo
+from elit.viz.sweeps import SCORES
 
-INFOS = {name: ScoreInfo(*entry) for name, entry in SCORES.items()}
 GUIDES: list[dict[str, Any]] = [
     {"guidance": "none", "scale": None, "guide_budget": None},
     {"guidance": "cfg", "scale": 1.5, "guide_budget": None},
@@ -53,7 +51,7 @@ def sweep_report(
             "device": "cpu", "device_name": "a processor",
             "versions": {"elit": "0.1.0", "torch": "2.13.0"},
         },
-        "ranked_by": scores[0], "lower_is_better": SCORES[scores[0]][1],
+        "ranked_by": scores[0], "lower_is_better": SCORES[scores[0]].lower_is_better,
         "rows": rows,
     }  # fmt: skip
 

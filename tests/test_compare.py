@@ -17,7 +17,7 @@ from elit.evaluation.comparison import (
     read_sweeps,
     shared_points,
 )
-from elit.evaluation.score_names import SCORES
+from elit.viz.sweeps import SCORES
 
 NETWORK = sweep_report()["settings"]["networks"][0]
 
@@ -329,6 +329,6 @@ def test_a_sweep_is_never_overwritten(tmp_path, capsys) -> None:
 
 def test_every_score_has_a_title_and_a_direction() -> None:
     higher = {"is", "precision", "recall", "density", "coverage", "clip", "accuracy"}
-    assert {name for name, (_, lower) in SCORES.items() if not lower} == higher
+    assert {name for name, info in SCORES.items() if not info.lower_is_better} == higher
     assert set(SCORES) - higher == {"fid", "sfid", "fdd", "fd", "kid", "fvd"}
-    assert len({title for title, _ in SCORES.values()}) == len(SCORES)
+    assert len({info.title for info in SCORES.values()}) == len(SCORES)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from elit import ElitPipeline
 from elit.cli.main import main
-from elit.evaluation.sweep_report import csv_of
+from elit.evaluation.sweep import csv_of
 
 pytestmark = pytest.mark.slow
 

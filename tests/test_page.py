@@ -16,14 +16,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image, ImageChops
-from sweeps import GUIDES, INFOS, sweep_report
+from sweeps import GUIDES, sweep_report
 
 from elit._pareto import best_within, pareto_front
 from elit.viz.charts import RAMPS, Chart, Line, ramp, svg
 from elit.viz.page import budgets_chart, compare_page, cost_chart, guidance_chart, sweep_page
-from elit.viz.sweeps import Rows, best_at_costs, guide_of
+from elit.viz.sweeps import SCORES, Rows, best_at_costs, guide_of
 
-FID = INFOS["fid"]
 VOID = {"meta", "link", "img", "br"}
 
 
@@ -116,23 +115,23 @@ def odd(report: dict) -> dict:
 FEW = {"budgets": (0.25, 1), "steps": (5, 20), "guides": GUIDES[::2], "scores": ("fid", "is")}
 PAGES = {
     "usual": lambda: sweep_page(
-        sweep_report(steps=(5, 20)), INFOS, [("noise <1>", Image.new("RGB", (9, 5)))]
+        sweep_report(steps=(5, 20)), [("noise <1>", Image.new("RGB", (9, 5)))]
     ),
     "one row": lambda: sweep_page(
-        sweep_report(budgets=(1,), steps=(40,), guides=GUIDES[:1]), INFOS
+        sweep_report(budgets=(1,), steps=(40,), guides=GUIDES[:1])
     ),
-    "no times": lambda: sweep_page(sweep_report(timed=False, **FEW), INFOS),
-    "one score": lambda: sweep_page(sweep_report(**FEW | {"scores": ("kid",)}), INFOS),
-    "no scores": lambda: sweep_page(sweep_report(scores=("fid",)) | {"rows": unscored()}, INFOS),
-    "plain": lambda: sweep_page(sweep_report(**FEW | {"budgets": (1,)}), INFOS),
-    "odd": lambda: sweep_page(odd(sweep_report(**FEW)), INFOS),
+    "no times": lambda: sweep_page(sweep_report(timed=False, **FEW)),
+    "one score": lambda: sweep_page(sweep_report(**FEW | {"scores": ("kid",)})),
+    "no scores": lambda: sweep_page(sweep_report(scores=("fid",)) | {"rows": unscored()}),
+    "plain": lambda: sweep_page(sweep_report(**FEW | {"budgets": (1,)})),
+    "odd": lambda: sweep_page(odd(sweep_report(**FEW))),
     "two": lambda: compare_page(
         {"elit <a>": sweep_report(**FEW), "dit": sweep_report(**FEW | {"budgets": (1,)}, seed=1)},
-        INFOS, (), ["<no>"],
+        notes=["<no>"],
     ),
     "three, odd": lambda: compare_page(
         {"a": odd(sweep_report(**FEW)), "b": sweep_report(timed=False, **FEW),
-         "c": sweep_report(seed=2, **FEW)}, INFOS
+         "c": sweep_report(seed=2, **FEW)}
     ),
 }  # fmt: skip
 
@@ -179,7 +178,7 @@ def test_the_numbers_can_be_read_back(pages) -> None:
     assert held == json.loads(json.dumps(report))
     report["rows"][3]["scores"]["fid"] = math.nan
     report["rows"][4]["ms_per_image"] = math.inf
-    page = Page(sweep_page(report, INFOS))
+    page = Page(sweep_page(report))
     held = json.loads(page.all("script", id="report")[0]["text"])
     assert held["rows"][3]["scores"]["fid"] is None
     assert held["rows"][4]["ms_per_image"] is None
@@ -191,7 +190,7 @@ def test_every_row_is_in_the_table() -> None:
     report = sweep_report(**FEW)
     report["rows"][1] |= {"interval": [0.1, 0.8], "front_flops": True, "front_ms": True}
     report["rows"][2]["scores"]["is"] = None
-    head, *lines = Page(sweep_page(report, INFOS)).table("rows")
+    head, *lines = Page(sweep_page(report)).table("rows")
     assert len(lines) == len(report["rows"])
     for line, row in zip(lines, report["rows"], strict=True):
         cells = dict(zip(head, line, strict=True))
@@ -227,14 +226,14 @@ def test_a_score_never_stands_without_its_settings(pages) -> None:
     assert len(facts) == len(report["model"]) + len(report["settings"])
     # What later versions add is shown too.
     report["settings"]["phase_of_the_moon"] = {"waxing": True, "share": 0.3}
-    facts = dict(Page(sweep_page(report, INFOS)).table("settings"))
+    facts = dict(Page(sweep_page(report)).table("settings"))
     assert facts["phase of the moon"] == "waxing yes, share 0.3"
 
 
 def test_models_side_by_side_show_where_their_settings_differ(pages) -> None:
     other = sweep_report(seed=1, **FEW)
     other["settings"]["dtype"] = "bfloat16"
-    page = Page(compare_page({"a": sweep_report(**FEW), "b": other}, INFOS))
+    page = Page(compare_page({"a": sweep_report(**FEW), "b": other}))
     differing = [e["text"] for e in page.all("tr", **{"class": "differs"})]
     assert any("float32bfloat16" in text for text in differing)
     assert len(differing) == 2  # and the weights
@@ -244,7 +243,7 @@ def test_models_side_by_side_show_where_their_settings_differ(pages) -> None:
 
 def test_the_first_choice_of_each_picker_is_shown(pages) -> None:
     report = sweep_report(**FEW) | {"ranked_by": "is"}  # comes first
-    assert Page(sweep_page(report, INFOS)).all("option")[0]["at"]["value"] == "is"
+    assert Page(sweep_page(report)).all("option")[0]["at"]["value"] == "is"
     for name in ("usual", "two", "plain"):
         page = Page(pages[name])
         first, allowed = {}, {}
@@ -267,7 +266,7 @@ def test_the_first_choice_of_each_picker_is_shown(pages) -> None:
 
 def test_sheets_are_in_the_page(pages) -> None:
     picture = Image.effect_noise((40, 30), 90).convert("RGB")
-    (image,) = Page(sweep_page(sweep_report(**FEW), INFOS, [("a & b", picture)])).all("img")
+    (image,) = Page(sweep_page(sweep_report(**FEW), [("a & b", picture)])).all("img")
     held = base64.b64decode(image["at"]["src"].removeprefix("data:image/png;base64,"))
     assert not ImageChops.difference(Image.open(io.BytesIO(held)), picture).getbbox()
     assert image["at"]["alt"] == "a & b"
@@ -277,25 +276,21 @@ def test_many_rows_stay_small() -> None:
     budgets = tuple((k + 1) / 32 for k in range(32))
     report = sweep_report(budgets=budgets, steps=(5, 10, 20, 40, 80, 160), scores=("fid",))
     report["rows"] = report["rows"][:1000]
-    text = sweep_page(report, INFOS)
+    text = sweep_page(report)
     assert text.count("<tr data-row") == 1000
     assert len(text.encode()) < 2e6
 
 
 def test_what_cannot_be_shown_is_said() -> None:
     with pytest.raises(ValueError, match="the sweep has no rows; run `elit sweep` first"):
-        sweep_page(sweep_report() | {"rows": []}, INFOS)
-    with pytest.raises(ValueError, match="score 'accuracy' has no title and no direction"):
-        sweep_page(sweep_report(), {"fid": FID, "is": INFOS["is"]})
-    with pytest.raises(ValueError, match="1 sweeps cannot be compared; give two or more"):
-        compare_page({"a": sweep_report()}, INFOS)
+        sweep_page(sweep_report() | {"rows": []})
 
 
 def test_what_was_not_measured_and_what_warns_is_said(pages) -> None:
     report = sweep_report(**FEW)
     for row in report["rows"][:3]:
         row["warnings"] = ["<few> samples"]
-    page = sweep_page(report, INFOS)
+    page = sweep_page(report)
     said = f'<p class="warning">3 of {len(report["rows"])} rows: &lt;few&gt; samples</p>'
     assert page.count(said) == 1
     assert page.index(said) < page.index("<h2")
@@ -312,7 +307,7 @@ def test_what_was_not_measured_and_what_warns_is_said(pages) -> None:
 
 def drawn(name: str, **more) -> tuple[Rows, Chart]:
     rows = Rows({"m": sweep_report(scores=(name,), **more)})
-    return rows, cost_chart(rows, name, INFOS[name], "gflops_per_image")
+    return rows, cost_chart(rows, name, "gflops_per_image")
 
 
 @pytest.mark.parametrize("name", ["fid", "kid", "is", "accuracy"])
@@ -364,7 +359,7 @@ def test_scores_that_differ_much_get_a_log_axis() -> None:
     for i, row in enumerate(report["rows"]):
         row["scores"] = {"fid": 2.0 * 10 ** (i % 3)}
     rows = Rows({"m": report})
-    chart = cost_chart(rows, "fid", FID, "gflops_per_image")
+    chart = cost_chart(rows, "fid", "gflops_per_image")
     assert (chart.log_y, chart.y) == (True, "FID, lower is better (log scale)")
     low, middle, high = [points_of(svg(chart))[i][1] for i in range(3)]
     assert low - middle == pytest.approx(middle - high, abs=0.2)
@@ -450,7 +445,7 @@ def test_the_line_of_a_chart_is_the_front(name) -> None:
     rows, chart = drawn(name)
     pairs = [(row["gflops_per_image"], row["scores"][name]) for row in rows.rows]
     (front,) = [line for line in chart.series if line.style]
-    wanted = front_by_force(pairs, INFOS[name].lower_is_better)
+    wanted = front_by_force(pairs, SCORES[name].lower_is_better)
     assert list(zip(front.x, front.y, strict=True)) == sorted(pairs[i] for i in wanted)
     assert len(wanted) > 3
 
@@ -459,7 +454,7 @@ def test_budget_versus_steps() -> None:
     rows = Rows({"m": sweep_report(budgets=(0.25, 0.5, 1), steps=(5, 10, 20))})
     guide = guide_of(rows.rows[0])
     own = [i for i, row in enumerate(rows.rows) if guide_of(row) == guide]
-    chart = budgets_chart(rows, "fid", FID, guide)
+    chart = budgets_chart(rows, "fid", guide)
     lines = lines_of(chart, style="-")
     assert sorted(itertools.chain(*lines)) == own
     for line in lines:
@@ -477,7 +472,7 @@ def test_budget_versus_steps() -> None:
 
 def test_guided_lines_start_from_no_guidance() -> None:
     rows = Rows({"m": sweep_report(budgets=(0.25, 1), steps=(10, 20))})
-    chart = guidance_chart(rows, "fid", FID, 20)
+    chart = guidance_chart(rows, "fid", 20)
     points = points_of(svg(chart))
     assert set(points) == {i for i, row in enumerate(rows.rows) if row["steps"] == 20}
     assert linear([rows.rows[i]["scale"] or 1.0 for i in points], [x for x, _ in points.values()])
@@ -500,10 +495,10 @@ def test_rows_without_a_score_or_a_cost_are_left_out() -> None:
     report["rows"][0]["scores"] = {}
     report["rows"][1]["scores"]["fid"] = math.inf
     report["rows"][2]["gflops_per_image"] = 0.0
-    chart = cost_chart(Rows({"m": report}), "fid", FID, "gflops_per_image")
+    chart = cost_chart(Rows({"m": report}), "fid", "gflops_per_image")
     shown = itertools.chain(*lines_of(chart))
     assert set(range(len(report["rows"]))) - set(shown) == {0, 1, 2}
-    assert cost_chart(Rows({"m": sweep_report(timed=False)}), "fid", FID, "ms_per_image") is None
+    assert cost_chart(Rows({"m": sweep_report(timed=False)}), "fid", "ms_per_image") is None
 
 
 # ---- two models ----
@@ -512,7 +507,7 @@ def test_rows_without_a_score_or_a_cost_are_left_out() -> None:
 def test_each_model_has_its_colour_and_its_front() -> None:
     reports = {"elit": sweep_report(), "dit": sweep_report(budgets=(1,), guides=GUIDES[:3], seed=5)}
     rows = Rows(reports)
-    chart = cost_chart(rows, "fid", FID, "gflops_per_image")
+    chart = cost_chart(rows, "fid", "gflops_per_image")
     for line in chart.series:
         assert {rows.models[i] for i in line.rows} <= {list(reports)[line.colour]}
     assert [line.colour for line in chart.series if line.style] == [0, 1]
@@ -526,8 +521,8 @@ def test_the_best_at_each_cost(name) -> None:
     two = {"scores": ("fid", "is")}
     plain = sweep_report(budgets=(1,), guides=GUIDES[:3], seed=5, **two)
     reports = {"elit": sweep_report(**two), "dit": plain}
-    rows, info = Rows(reports), INFOS[name]
-    table = best_at_costs(rows, name, info)
+    rows, info = Rows(reports), SCORES[name]
+    table = best_at_costs(rows, name)
     costs = [cost for cost, _ in table]
     assert costs == sorted(set(costs))
     assert 3 < len(costs) <= 12
@@ -539,7 +534,7 @@ def test_the_best_at_each_cost(name) -> None:
             assert (None if i is None else rows.score(i, name)) == wanted
             assert i is None or rows.models[i] == model
     if name == "fid":
-        shown = Page(compare_page(reports, INFOS)).table("best")
+        shown = Page(compare_page(reports)).table("best")
         assert len(shown) == len(table) + 1
         assert shown[1][3:] == ["-", "-"]  # the plain model starts at a higher cost
 

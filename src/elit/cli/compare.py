@@ -35,7 +35,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {args.out} is not a page; give a name that ends in .html")
     output_folder(page.parent, "--out")
     from elit.evaluation.comparison import compare, read_sweeps
-    from elit.evaluation.score_names import score_infos
 
     check_out(page)
     reports = read_sweeps(args.a, args.b)
@@ -44,10 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     for note in report["notes"]:
         logger.warning(note)
-    infos = score_infos()
-    score = report["ranked_by"]
-    infos = {score: infos.pop(score), **infos}
-    write_text(page, compare_page(reports, infos, notes=report["notes"]))
+    write_text(page, compare_page(reports, report["ranked_by"], report["notes"]))
     write_json(page.with_suffix(".json"), report)
     return print_report(report, args.json, lambda report: _show(report, reports, page))
 
@@ -69,14 +65,13 @@ def check_out(page: Path) -> None:
 
 
 def _show(report: dict[str, Any], reports: dict[str, dict[str, Any]], page: Path) -> None:
-    from elit.evaluation.score_names import score_infos
-    from elit.viz.sweeps import in_words, stamp, training_flops
+    from elit.viz.sweeps import SCORES, in_words, stamp, training_flops
 
     names, score = list(reports), report["ranked_by"]
     for name, one in reports.items():
         kind = "elastic" if one["model"].get("elastic") else "plain"
         print(f"{name}: {one['model'].get('class', 'model')}, {kind}, {training_flops(one)}")
-    print(f"\n{score_infos()[score].axis()}: {stamp(reports[names[0]])}\n")
+    print(f"\n{SCORES[score].axis()}: {stamp(reports[names[0]])}\n")
     alike = len({bool(one["model"].get("elastic")) for one in reports.values()}) == 1
     if alike and report["shared"]:
         header = ("both at", *(f"GFLOPs {name}" for name in names), *names)

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 def _show(report: dict[str, Any]) -> None:
     """Scores, and under them what they are of."""
     from elit.choosing.points import OperatingPoint
-    from elit.evaluation.score_names import SCORES
+    from elit.viz.sweeps import SCORES
 
     (row,) = report["rows"]
     table = []
@@ -82,8 +82,8 @@ def _show(report: dict[str, Any]) -> None:
         value = f"{row['scores'][name]:.4f}"
         if row["deviations"].get(name):
             value += f" ± {row['deviations'][name]:.4f}"
-        better = "lower is better" if SCORES[name][1] else "higher is better"
-        table.append((SCORES[name][0], value, row["scores_of"][name], better))
+        better = "lower is better" if SCORES[name].lower_is_better else "higher is better"
+        table.append((SCORES[name].title, value, row["scores_of"][name], better))
     print(format_table(("score", "value", "network", ""), table))
     for warning in row["warnings"]:
         print(f"! {warning}")

@@ -44,8 +44,7 @@ def run(args: argparse.Namespace) -> int:
     check_guidance(args)
     home = home_of(args, "swept")
     evaluation = open_evaluation(args, home, keep_images=False)
-    from elit.evaluation.sweep import Grid, sweep
-    from elit.evaluation.sweep_report import write_table_and_page
+    from elit.evaluation.sweep import Grid, sweep, write_table_and_page
     from elit.interface.budget import default_budgets
 
     model = evaluation.drawing.pipeline.transformer
@@ -91,7 +90,7 @@ def check_guidance(args: argparse.Namespace) -> None:
 def _show(report: dict[str, Any], page: Path) -> None:
     """What is best at its cost."""
     from elit.choosing.points import OperatingPoint
-    from elit.evaluation.score_names import SCORES
+    from elit.viz.sweeps import SCORES
 
     ranked_by = report["ranked_by"]
     front = [row for row in report["rows"] if row["front_flops"] or row["front_ms"]]
@@ -106,7 +105,8 @@ def _show(report: dict[str, Any], page: Path) -> None:
         )
         for row in front
     ]
-    header = ("best of their cost", "GFLOPs per image", "ms per image", SCORES[ranked_by][0], "by")
+    title = SCORES[ranked_by].title
+    header = ("best of their cost", "GFLOPs per image", "ms per image", title, "by")
     print(format_table(header, table))
     print(f"\n{len(front)} of {len(report['rows'])} points")
     print(f"\n{settings_text(report)}\n\n{page}")

@@ -6,8 +6,7 @@ from typing import Any
 
 from elit._pareto import is_number
 from elit.choosing.sweep_file import SWEEP_FILE, read_sweep
-from elit.evaluation.score_names import SCORES, score_infos
-from elit.viz.sweeps import Rows, best_at_costs
+from elit.viz.sweeps import SCORES, Rows, best_at_costs
 
 Report = dict[str, Any]
 
@@ -130,7 +129,7 @@ def compare(reports: Mapping[str, Report]) -> Report:
     """All that is said of two sweeps, in plain types; a ValueError if they may not be compared."""
     check_comparable(reports)
     score, differing = ranking_of(reports), differences(reports)
-    info, rows = score_infos()[score], Rows(reports)
+    rows = Rows(reports)
     settings = next(iter(reports.values()))["settings"]
     return {
         "format": 1,
@@ -138,7 +137,7 @@ def compare(reports: Mapping[str, Report]) -> Report:
         "settings": {key: value for key, value in settings.items() if key not in differing},
         "differences": differing,
         "ranked_by": score,
-        "lower_is_better": info.lower_is_better,
+        "lower_is_better": SCORES[score].lower_is_better,
         "notes": notes_on(reports),
         "shared": shared_points(reports),
         "best": [
@@ -146,7 +145,7 @@ def compare(reports: Mapping[str, Report]) -> Report:
                 "gflops_per_image": cost,
                 "best": {name: None if i is None else rows.rows[i] for name, i in places.items()},
             }
-            for cost, places in best_at_costs(rows, score, info)
+            for cost, places in best_at_costs(rows, score)
         ],
     }
 

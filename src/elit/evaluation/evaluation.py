@@ -25,10 +25,10 @@ from elit.evaluation.images import Images
 from elit.evaluation.measure import Scores, measure
 from elit.evaluation.parts import Parts, part_size
 from elit.evaluation.reference import Reference, check_shapes, make_reference
-from elit.evaluation.score_names import SCORES
 from elit.networks.weights import checksum_of
 from elit.pipelines.autoencoder import SamplesDivergedError
 from elit.pipelines.folder import weights_digest
+from elit.viz.sweeps import SCORES
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def report(
         "model": evaluation.model,
         "settings": evaluation.settings,
         "ranked_by": ranked_by,
-        "lower_is_better": SCORES[ranked_by][1],
+        "lower_is_better": SCORES[ranked_by].lower_is_better,
         "rows": list(rows),
     }
 

@@ -1,5 +1,7 @@
 """A sweep: every budget, step count and guide of a grid, scored, with what each costs."""
 
+import csv
+import io
 import itertools
 import json
 import logging
@@ -14,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elit._choices import check_choice
-from elit._files import write_json
+from elit._files import write_json, write_text
 from elit._pareto import pareto_front
 from elit.choosing.points import OperatingPoint
 from elit.choosing.sweep_file import read_sweep
@@ -22,7 +24,10 @@ from elit.evaluation.drawing import SHOWN
 from elit.evaluation.evaluation import Evaluation, draw_points, ranking_score, report
 from elit.evaluation.measure import possible_scores
 from elit.evaluation.parts import Parts
+from elit.interface.budget import format_budget
 from elit.models.elastic import ElasticMixin
+from elit.viz.page import sweep_page
+from elit.viz.sheet import contact_sheet
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +159,44 @@ def mark_fronts(content: dict[str, Any]) -> None:
         front = pareto_front([row[cost] for row in rows], scores, content["lower_is_better"])
         for i, row in enumerate(rows):
             row[mark] = i in front
+
+
+def write_table_and_page(report: dict[str, Any], evaluation: Evaluation, folder: Path) -> Path:
+    """Write sweep.csv and sweep.html; give the page's path."""
+    write_text(folder / "sweep.csv", csv_of(report))
+    page = folder / "sweep.html"
+    write_text(page, sweep_page(report, sheets(report, evaluation)))
+    return page
+
+
+def csv_of(report: dict[str, Any]) -> str:
+    """A line for each row; scores as columns."""
+    rows = report["rows"]
+    scores = list(dict.fromkeys(name for row in rows for name in row["scores"]))
+    kept = [k for k, v in rows[0].items() if not isinstance(v, dict | list) or k == "interval"]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([*kept, *scores])
+    for row in rows:
+        cells = [row.get(key) for key in kept] + [row["scores"].get(name) for name in scores]
+        writer.writerow(["" if cell is None else cell for cell in cells])
+    return file.getvalue()
+
+
+def sheets(report: dict[str, Any], evaluation: Evaluation) -> list[tuple[str, Image.Image]]:
+    """The same noise at all budgets: a sheet for each guide, at the most steps of the sweep."""
+    points = [OperatingPoint.from_dict(row) for row in report["rows"]]
+    most = max(point.steps for point in points)
+    found = []
+    for guide in dict.fromkeys(point.guide() for point in points):
+        mine = [p for p in points if p.guide() == guide and p.steps == most]
+        mine = [p for p in mine if not evaluation.parts(p).missing()]
+        if mine:
+            images = [shown_images(evaluation.parts(point)) for point in mine]
+            captions = [format_budget(point.budget) for point in mine]
+            title = f"guidance {guide}, {most} steps: a row for each budget, the same noise in each"
+            found.append((title, contact_sheet(images, captions)))
+    return found
 
 
 def shown_images(parts: Parts, most: int = SHOWN) -> list[Image.Image]:

@@ -17,13 +17,12 @@ from elit._pareto import is_number, pareto_front
 from elit.interface.budget import format_budget
 from elit.viz import sweeps
 from elit.viz.charts import INK, RAMPS, THEMES, Chart, Line, ramp, svg
-from elit.viz.sweeps import KINDS, Guide, Point, Rows, ScoreInfo, grouped, guide_name, guide_of
+from elit.viz.sweeps import KINDS, SCORES, Guide, Point, Rows, grouped, guide_name, guide_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 Report = Mapping[str, Any]
-Scores = Mapping[str, ScoreInfo]  # title and direction of each, in the order to show them
 Sheets = Sequence[tuple[str, Image.Image]]  # captions and pictures
 
 COSTS = {"gflops_per_image": "GFLOPs per image", "ms_per_image": "ms per image"}
@@ -35,28 +34,19 @@ _MOST_GUIDES = 12  # of the charts over steps and budgets
 _LOG_RATIO = 10  # of the largest to the smallest score, beyond which they get a log axis
 
 
-def sweep_page(report: Report, scores: Scores, sheets: Sheets = ()) -> str:
+def sweep_page(report: Report, sheets: Sheets = ()) -> str:
     """HTML page of one sweep's report, with sheets that have the same noise over the budgets."""
     name = str(report.get("model", {}).get("path", "model"))
     warnings = Counter(str(text) for row in report["rows"] for text in row.get("warnings") or ())
     notes = [f"{k} of {len(report['rows'])} rows: {text}" for text, k in warnings.most_common(5)]
-    return _page(report, {name: report}, scores, sheets, notes)
+    return _page(report, {name: report}, report.get("ranked_by"), notes, sheets)
 
 
 def compare_page(
-    reports: Mapping[str, Report], scores: Scores, sheets: Sheets = (), notes: Sequence[str] = ()
+    reports: Mapping[str, Report], ranked_by: str | None = None, notes: Sequence[str] = ()
 ) -> str:
-    """HTML page of two or more sweeps side by side, a colour for each model.
-
-    Args:
-        reports: by the models' names.
-        scores: that the rows have.
-        sheets: to show below the charts.
-        notes: what a reader must know of this comparison.
-    """
-    if len(reports) < 2:
-        raise ValueError(f"{len(reports)} sweeps cannot be compared; give two or more")
-    return _page({"reports": reports}, reports, scores, sheets, notes)
+    """HTML page of sweeps side by side, by the models' names, a colour for each."""
+    return _page({"reports": reports}, reports, ranked_by, notes)
 
 
 @cache
@@ -69,22 +59,25 @@ def templates() -> "Environment":
 
 
 def _page(
-    data: Any, reports: Mapping[str, Report], scores: Scores, sheets: Sheets, notes: Sequence[str]
+    data: Any,
+    reports: Mapping[str, Report],
+    ranked_by: Any,
+    notes: Sequence[str],
+    sheets: Sheets = (),
 ) -> str:
     rows, several = Rows(reports), len(reports) > 1
-    shown = _shown_scores(rows, scores, next(iter(reports.values())).get("ranked_by"))
+    shown = sorted(filter(rows.scored, SCORES), key=lambda name: name != ranked_by)
     guides = rows.guides()
     steps = sorted({row["steps"] for row in rows.rows if is_number(row.get("scale"))}, reverse=True)
     sampler = len({row.get("sampler") for row in rows.rows}) > 1
     names = [guide_name(guide) + f", {guide[-1]}" * sampler for guide in guides[:_MOST_GUIDES]]
     options = {
-        "score": {name: info.title for name, info in shown.items()},
+        "score": {name: SCORES[name].title for name in shown},
         "guide": {str(k): name for k, name in enumerate(names)},
         "steps": {str(count): str(count) for count in steps},
     }
     themes = THEMES if several else [ramp(len(rows.budgets), theme) for theme in RAMPS]
-    best = {info.column(): _cell(info.best(rows.score(i, name) for i in rows.scored(name)))
-            for name, info in shown.items()}  # fmt: skip
+    best = {SCORES[name].column(): _cell(rows.best(rows.scored(name), name)) for name in shown}
     facts = [sweeps.facts_of(report) for report in reports.values()]
     stamps = {name: sweeps.stamp(report) for name, report in reports.items()}
     alike = len(set(stamps.values())) == 1
@@ -95,7 +88,7 @@ def _page(
         kinds=[(_SIGNS[kind], KINDS[kind]) for kind in KINDS if kind in rows.kinds],
         scores=shown, options=options, guides=len(guides), about=sweeps,
         figures=_figures(rows, shown, options, themes[0]),
-        best={name: _best_table(rows, name, info) for name, info in shown.items() if several},
+        best={name: _best_table(rows, name) for name in shown if several},
         sheets=[(caption, picture.size, _data_uri(picture)) for caption, picture in sheets],
         columns=_columns(rows, shown), winners=best,
         facts={label: [one.get(label, "-") for one in facts] for own in facts for label in own},
@@ -104,7 +97,7 @@ def _page(
 
 
 def _figures(
-    rows: Rows, scores: Scores, options: Mapping[str, Any], colours: Sequence[str]
+    rows: Rows, scores: Sequence[str], options: Mapping[str, Any], colours: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
     """All charts by their sections, those that the pickers' first options don't choose hidden."""
     first = {what: next(iter(own), None) for what, own in options.items()}
@@ -117,35 +110,36 @@ def _figures(
             figure = {"svg": drawn, "caption": chart.title, "picks": picks, "hidden": hidden}
             figures[section].append(figure)
 
-    for name, info in scores.items():
+    for name in scores:
         for cost in COSTS:
-            add("cost", cost_chart(rows, name, info, cost), score=name)
+            add("cost", cost_chart(rows, name, cost), score=name)
         for k, guide in enumerate(rows.guides()[:_MOST_GUIDES]):
-            add("steps", budgets_chart(rows, name, info, guide), score=name, guide=str(k))
+            add("steps", budgets_chart(rows, name, guide), score=name, guide=str(k))
     for count in options["steps"]:
-        for name, info in scores.items():
-            add("guidance", guidance_chart(rows, name, info, int(count)), steps=count)
+        for name in scores:
+            add("guidance", guidance_chart(rows, name, int(count)), steps=count)
     return figures
 
 
 # ---- charts ----
 
 
-def cost_chart(rows: Rows, score: str, info: ScoreInfo, cost: str) -> Chart | None:
+def cost_chart(rows: Rows, score: str, cost: str) -> Chart | None:
     """A score against a cost, the Pareto front of each model joined; None without points."""
     points = rows.points(rows.scored(score), cost, score)
     kinds = grouped(points, lambda p: (rows.colours[p[2]], rows.kinds[p[2]]))
     series = [_line(rows, own, style="") for own in kinds.values()]
     several = len(rows.names) > 1
     for own in grouped(points, lambda p: rows.models[p[2]]).values():
-        front = pareto_front([p[0] for p in own], [p[1] for p in own], info.lower_is_better)
+        costs, values, _ = zip(*own, strict=True)
+        front = pareto_front(costs, values, SCORES[score].lower_is_better)
         line = _path(rows, [own[k] for k in front], style="--")
         series.append(line if several else replace(line, colour=INK))
     title = "Each point is a row of the table; the dashed line joins the Pareto front: what "
-    return _chart(f"{title}nothing cheaper matches.", COSTS[cost], info, series)
+    return _chart(f"{title}nothing cheaper matches.", COSTS[cost], score, series)
 
 
-def budgets_chart(rows: Rows, score: str, info: ScoreInfo, guide: Guide) -> Chart | None:
+def budgets_chart(rows: Rows, score: str, guide: Guide) -> Chart | None:
     """Budget versus steps, the paper's figure: fewer latents or fewer steps, at the same cost."""
     own = [i for i in rows.scored(score) if guide_of(rows.rows[i]) == guide]
     points = rows.points(own, "gflops_per_image", score)
@@ -156,10 +150,10 @@ def budgets_chart(rows: Rows, score: str, info: ScoreInfo, guide: Guide) -> Char
         series.append(_line(rows, equal, width=3 if budget == rows.budgets[-1] else 1.2))
     title = "Fewer latents or fewer steps at the same cost: a line for each budget, over the "
     title += "steps, the strong one at the highest; a dotted line joins equal steps."
-    return _chart(title, COSTS["gflops_per_image"], info, series)
+    return _chart(title, COSTS["gflops_per_image"], score, series)
 
 
-def guidance_chart(rows: Rows, score: str, info: ScoreInfo, steps: int) -> Chart | None:
+def guidance_chart(rows: Rows, score: str, steps: int) -> Chart | None:
     """A score over the scale of guidance at one number of steps, a line for a guide and a budget.
 
     At scale 1 every guide is no guidance: there each line starts, if that was measured.
@@ -184,8 +178,8 @@ def guidance_chart(rows: Rows, score: str, info: ScoreInfo, steps: int) -> Chart
         series.append(_path(rows, before + points, _budget_name(start[1]), style=dashes))
         series.append(_line(rows, points, style=""))
     series += [_line(rows, [start]) for start in sorted(used)]
-    title = f"{info.title} over the scale at {steps} steps, a line for each guide and budget."
-    return _chart(title, "guidance scale", info, series, log_x=False)
+    title = f"{SCORES[score].title} over the scale at {steps} steps, a line for each "
+    return _chart(f"{title}guide and budget.", "guidance scale", score, series, log_x=False)
 
 
 def _line(rows: Rows, points: Sequence[Point], label: str = "", /, **how: Any) -> Line:
@@ -203,14 +197,14 @@ def _path(rows: Rows, points: Sequence[Point], label: str = "", /, **how: Any) -
 
 
 def _chart(
-    title: str, x: str, info: ScoreInfo, series: Sequence[Line], log_x: bool = True
+    title: str, x: str, score: str, series: Sequence[Line], log_x: bool = True
 ) -> Chart | None:
     if not series:
         return None
     low, high = (which(y for line in series for y in line.y) for which in (min, max))
     log_y = low > 0 and high / low > _LOG_RATIO
     return Chart(
-        title, x + " (log scale)" * log_x, info.axis() + " (log scale)" * log_y, series,
+        title, x + " (log scale)" * log_x, SCORES[score].axis() + " (log scale)" * log_y, series,
         log_x=log_x, log_y=log_y, labels="start",
     )  # fmt: skip
 
@@ -222,7 +216,7 @@ def _budget_name(budget: float) -> str:
 # ---- tables ----
 
 
-def _columns(rows: Rows, scores: Scores) -> dict[str, list[str]]:
+def _columns(rows: Rows, scores: Sequence[str]) -> dict[str, list[str]]:
     """Columns of the table of all rows, those in which some row has something."""
 
     def of(key: str, write: Callable[[Any], Any] = lambda value: value) -> list[Any]:
@@ -243,22 +237,25 @@ def _columns(rows: Rows, scores: Scores) -> dict[str, list[str]]:
         "GFLOPs": of("gflops_per_image"),
         "ms": of("ms_per_image"),
     }
-    for name, info in scores.items():
-        columns[info.column()] = [rows.score(i, name) for i in range(len(rows.rows))]
+    for name in scores:
+        columns[SCORES[name].column()] = [rows.score(i, name) for i in range(len(rows.rows))]
     fronts = ({"FLOPs": row.get("front_flops"), "ms": row.get("front_ms")} for row in rows.rows)
     columns["front"] = [", ".join(n for n, on in front.items() if on) for front in fronts]
     written = {title: list(map(_cell, cells)) for title, cells in columns.items()}
     return {title: cells for title, cells in written.items() if set(cells) - {"-"}}
 
 
-def _best_table(rows: Rows, score: str, info: ScoreInfo) -> list[tuple[str, list[tuple]]]:
+def _best_table(rows: Rows, score: str) -> list[tuple[str, list[tuple]]]:
     """The best score of each model at or below each cost, if it wins, and how it is reached."""
     lines = []
-    for cost, best in sweeps.best_at_costs(rows, score, info):
-        values = [None if i is None else rows.score(i, score) for i in best.values()]
-        how = ["-" if i is None else sweeps.in_words(rows.rows[i]) for i in best.values()]
-        wins = [value == info.best(values) for value in values]
-        lines.append((_cell(cost), list(zip(map(_cell, values), wins, how, strict=True))))
+    for cost, best in sweeps.best_at_costs(rows, score):
+        winner = rows.best((i for i in best.values() if i is not None), score)
+        cells = []
+        for i in best.values():
+            value = None if i is None else rows.score(i, score)
+            how = "-" if i is None else sweeps.in_words(rows.rows[i])
+            cells.append((_cell(value), value == winner, how))
+        lines.append((_cell(cost), cells))
     return lines
 
 
@@ -267,17 +264,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if math.isfinite(value) else "-"
     return str(value) if value or value == 0 else "-"
-
-
-def _shown_scores(rows: Rows, scores: Scores, first: Any) -> dict[str, ScoreInfo]:
-    """Scores that some row has, the one that the sweep ranks by first."""
-    there = {name for row in rows.rows for name in row["scores"]}
-    if unknown := sorted(there - set(scores)):
-        raise ValueError(
-            f"score {unknown[0]!r} has no title and no direction; give a ScoreInfo of it"
-        )
-    shown = [name for name in scores if rows.scored(name)]
-    return {name: scores[name] for name in sorted(shown, key=lambda name: name != first)}
 
 
 def _data_uri(picture: Image.Image) -> str:

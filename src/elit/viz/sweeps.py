@@ -1,4 +1,4 @@
-"""What the report of a sweep says: its rows, the best at each cost, and its facts in words."""
+"""What the report of a sweep says: its rows, scores, the best at each cost, its facts in words."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
@@ -34,10 +34,23 @@ class ScoreInfo:
         """Title with an arrow for its direction."""
         return f"{self.title} {'↓' if self.lower_is_better else '↑'}"
 
-    def best(self, values: Iterable[float | None]) -> float | None:
-        """The best of those values that are there."""
-        there = (value for value in values if value is not None)
-        return (min if self.lower_is_better else max)(there, default=None)
+
+# In the order that tables show them.
+SCORES = {
+    "fid": ScoreInfo("FID", True),
+    "sfid": ScoreInfo("sFID", True),
+    "fdd": ScoreInfo("FDD (DINOv2)", True),
+    "fd": ScoreInfo("Frechet distance (own network)", True),  # neither Inception nor DINOv2
+    "kid": ScoreInfo("KID", True),
+    "fvd": ScoreInfo("FVD", True),
+    "is": ScoreInfo("Inception Score", False),
+    "precision": ScoreInfo("precision", False),
+    "recall": ScoreInfo("recall", False),
+    "density": ScoreInfo("density", False),
+    "coverage": ScoreInfo("coverage", False),
+    "clip": ScoreInfo("CLIP score", False),
+    "accuracy": ScoreInfo("classifier accuracy", False),
+}
 
 
 class Rows:
@@ -72,6 +85,11 @@ class Rows:
         """Rows that have the score."""
         return [i for i in range(len(self.rows)) if self.score(i, name) is not None]
 
+    def best(self, numbers: Iterable[int], name: str) -> float | None:
+        """The best score of some rows that have it; None of none."""
+        best = min if SCORES[name].lower_is_better else max
+        return best(filter(is_number, (self.score(i, name) for i in numbers)), default=None)
+
     def points(self, rows: Iterable[int], x: str, score: str) -> list[Point]:
         """Points by x, of the rows that have both and x above 0."""
         points = ((self.rows[i].get(x), self.score(i, score), i) for i in rows)
@@ -95,7 +113,7 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Hashable]) -> dict[Any,
 
 
 def best_at_costs(
-    rows: Rows, score: str, info: ScoreInfo, most: int = 12
+    rows: Rows, score: str, most: int = 12
 ) -> list[tuple[float, dict[str, int | None]]]:
     """GFLOPs per image, and the row of each model that is best at or below them.
 
@@ -106,11 +124,12 @@ def best_at_costs(
     own = {name: own.get(name, []) for name in rows.names}
     costs = {n: [rows.rows[i].get("gflops_per_image") for i in own[n]] for n in own}
     values = {n: [rows.score(i, score) for i in own[n]] for n in own}
-    fronts = {n: pareto_front(costs[n], values[n], info.lower_is_better) for n in own}
+    lower_is_better = SCORES[score].lower_is_better
+    fronts = {n: pareto_front(costs[n], values[n], lower_is_better) for n in own}
     caps = sorted({float(costs[n][k] or 0) for n in own for k in fronts[n]})
     if len(caps) > most:
         caps = [caps[round(k * (len(caps) - 1) / (most - 1))] for k in range(most)]
-    best = {n: best_within(costs[n], values[n], info.lower_is_better, caps) for n in own}
+    best = {n: best_within(costs[n], values[n], lower_is_better, caps) for n in own}
     places = {n: [None if k is None else own[n][k] for k in best[n]] for n in own}
     return [(cap, {n: places[n][i] for n in own}) for i, cap in enumerate(caps)]
 
