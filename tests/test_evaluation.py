@@ -363,8 +363,7 @@ def test_a_sweep_of_other_settings_is_not_mixed_in(run, real, tmp_path) -> None:
         sweep(make_evaluation(run, real, tmp_path), grid, tmp_path)
     (tmp_path / "sweep.json").write_bytes(before)
     (tmp_path / "sweep.json").write_text('{"rows": ')
-    with pytest.raises(ValueError, match=r"sweep\.json is not JSON"):
-        sweep(make_evaluation(run, real, tmp_path), grid, tmp_path)
+    refuses(r"sweep\.json is not JSON", sweep, make_evaluation(run, real, tmp_path), grid, tmp_path)
 
 
 def test_other_weights_draw_anew(run, real, tmp_path) -> None:
@@ -484,8 +483,7 @@ def test_what_a_killed_job_left_of_a_reference_goes(real, tmp_path) -> None:
 def test_parts_that_another_job_removes_are_told(tmp_path) -> None:
     parts = Parts(tmp_path, 4, 2)
     for look in (parts.names, parts.origins, lambda: parts.whole("x")):
-        with pytest.raises(ValueError, match=r"part-00000\.safetensors is damaged"):
-            look()
+        refuses(r"part-00000\.safetensors is damaged", look)
 
 
 def test_one_image_is_no_reference(tmp_path) -> None:

@@ -31,22 +31,6 @@ class Correlation:
     images: int  # that the mean is of
 
 
-def correlate(
-    one: Tensor, other: Tensor, *, rank: bool = False, within_groups: bool = False, seed: int = 0
-) -> Correlation:
-    """Correlate maps (N, G, P) of N images, image by image and, as a control, across images.
-
-    `rank` makes it Spearman's. `within_groups` values, or their ranks in their group, count from
-    their group's mean on, so that differences between groups don't count.
-    """
-    if one.shape != other.shape or one.ndim != 3 or not len(one):
-        raise ValueError(
-            f"maps of shapes {tuple(one.shape)} and {tuple(other.shape)}; give two of the same "
-            f"(images, groups, tokens), of one image or more"
-        )
-    return controlled(correlation_matrix(one, other, rank=rank, within_groups=within_groups), seed)
-
-
 def controlled(matrix: Tensor, seed: int = 0) -> Correlation:
     """The mean of the diagonal of correlations (N, N), with that of the rest as its control.
 
@@ -75,7 +59,9 @@ def correlation_matrix(
 ) -> Tensor:
     """Correlation of each of the maps `one` (N, G, P) with each of `other`: (N, N) float64.
 
-    Rows and columns of maps without variation are NaN.
+    `rank` makes it Spearman's. `within_groups` values, or their ranks in their group, count from
+    their group's mean on, so that differences between groups don't count. Rows and columns of maps
+    without variation are NaN.
     """
     return _unit(one, rank, within_groups) @ _unit(other, rank, within_groups).T
 

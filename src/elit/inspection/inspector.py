@@ -143,11 +143,9 @@ class Inspector:
                 ):
                     velocity = self._predict(batch, sigma, n)
                 target = velocity_target(batch.images, batch.noise)
-                self._add(maps.loss, batch, self._per_token(velocity - target))
+                self._add(maps, "loss", batch, self._per_token(velocity - target))
                 if full is not None and n < most:
-                    if maps.difference is None:
-                        maps.difference = torch.zeros(shape)
-                    self._add(maps.difference, batch, self._per_token(velocity - full))
+                    self._add(maps, "difference", batch, self._per_token(velocity - full))
                 if seen:
                     self._add_attention(maps, batch, seen[0], shown)
         return list(by_latents.values())
@@ -196,13 +194,13 @@ class Inspector:
         return self.model(x, level, **arguments, return_dict=False)[0].float()
 
     def _per_token(self, error: Tensor) -> Tensor:
-        """(B, C, *space) -> mean squares (B, G, P)."""
-        tokens = self.grid.patchify(error, self.model.patch_size).square().mean(-1)  # (B, N)
-        return tokens.unflatten(1, (self.grid.num_groups, -1)).cpu()  # (B, G, P)
+        return squares_of_tokens(error, self.grid, self.model).cpu()
 
-    def _add(self, total: Tensor, batch: Batch, values: Tensor) -> None:
+    def _add(self, maps: Maps, name: str, batch: Batch, values: Tensor) -> None:
         """Add a batch's maps (B, G, P) to the means of their images and halves."""
-        share = values / (self.subject.draws // 2)
+        if getattr(maps, name) is None:
+            setattr(maps, name, torch.zeros_like(maps.loss))
+        share, total = values / (self.subject.draws // 2), getattr(maps, name)
         total.index_put_((batch.halves, batch.rows), share, accumulate=True)
 
     def _add_attention(self, maps: Maps, batch: Batch, weights: Tensor, shown: int) -> None:
@@ -210,15 +208,11 @@ class Inspector:
         count, draws = len(self.subject.images), self.subject.draws
         groups = (-1, self.grid.num_groups)
         by_latent = weights.mean(1).unflatten(0, groups).transpose(1, 2).cpu()  # (B, n, G, P)
-        if maps.attention is None:
-            maps.attention = torch.zeros_like(maps.loss)
+        if maps.latents is None or maps.shown is None or maps.entropy is None:
             maps.latents = torch.zeros(by_latent.shape[1:])
             maps.shown = torch.zeros(min(shown, count), *by_latent.shape[1:])
             maps.entropy = torch.zeros(by_latent.shape[1])
-        assert maps.latents is not None
-        assert maps.shown is not None
-        assert maps.entropy is not None
-        self._add(maps.attention, batch, by_latent.sum(1))
+        self._add(maps, "attention", batch, by_latent.sum(1))
         maps.latents += by_latent.sum(0) / (count * draws)
         is_shown = batch.rows < len(maps.shown)
         maps.shown.index_add_(0, batch.rows[is_shown], by_latent[is_shown] / draws)
@@ -258,10 +252,10 @@ def draw_at_budgets(
     return samples
 
 
-def difference_map(one: Tensor, other: Tensor, grid: TokenGrid, model: Any) -> Tensor:
-    """Mean squared difference of samples (B, C, *space) in each token, (B, G, P)."""
-    tokens = grid.patchify(one - other, model.patch_size).square().mean(-1)
-    return tokens.unflatten(1, (grid.num_groups, -1))
+def squares_of_tokens(error: Tensor, grid: TokenGrid, model: Any) -> Tensor:
+    """Mean square of an error (B, C, *space) in each token, (B, G, P)."""
+    tokens = grid.patchify(error, model.patch_size).square().mean(-1)  # (B, N)
+    return tokens.unflatten(1, (grid.num_groups, -1))  # (B, G, P)
 
 
 def spread(first: int, last: int, most: int = MAX_COUNTS) -> list[int]:

@@ -6,7 +6,7 @@ common, and what is between them.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -49,39 +49,29 @@ def leave_out(model: Any, part: LeftOut) -> Iterator[None]:
     """
     if part not in PARTS:
         raise ValueError(f"part {part!r} is unknown; leave out 'core' or 'interface'")
-    if find_interface(model) is None:
+    if not model.is_elastic:
         raise ValueError(
             f"this {type(model).__name__} is a plain model: it has no core to leave out; give an "
             f"elastic one (elit-...)"
         )
-    if isinstance(model, ElasticTransformer):
-        with _retrofit_without(model, part):
-            yield
-        return
-    blocks, read, write = list(model.blocks), model.read, model.write
-    head, core, _ = model.split
-    for index in range(head, head + core):
-        model.blocks[index] = HandOn(2 if model.takes_text else 1)
-    if part == "interface":
-        model.read, model.write = HandOn(), HandOn()
-    try:
-        yield
-    finally:
-        model.read, model.write = read, write
-        for index in range(head, head + core):
-            model.blocks[index] = blocks[index]
+    with ExitStack() as undo:
 
+        def put(owner: Any, name: str, value: Any) -> None:
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
 
-@contextmanager
-def _retrofit_without(model: ElasticTransformer, part: LeftOut) -> Iterator[None]:
-    session, write = model._elit_session, model.elit.write
-    session.leaves_out_core = True
-    if part == "interface":
-        model.elit.write = HandOn()
-    try:
+        if isinstance(model, ElasticTransformer):
+            put(model._elit_session, "leaves_out_core", True)
+        else:
+            head, core, _ = model.split
+            for index in range(head, head + core):
+                put(model.blocks, str(index), HandOn(2 if model.takes_text else 1))
+        if part == "interface":
+            interface = getattr(model, "elit", model)
+            put(interface, "write", HandOn())
+            if interface is model:  # where a retrofit reads, its tokens go on all the same
+                put(model, "read", HandOn())
         yield
-    finally:
-        session.leaves_out_core, model.elit.write = False, write
 
 
 def find_interface(model: nn.Module) -> tuple[AnyRead, AnyWrite] | None:

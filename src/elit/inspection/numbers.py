@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elit.inspection.correlation import controlled, correlate, correlation_matrix, position_share
+from elit.inspection.correlation import controlled, correlation_matrix, position_share
 from elit.inspection.inspector import Maps, Worth
 from elit.inspection.left_out import PARTS, latent_spread
 
-# name: arguments of `correlate`
+# name: arguments of `correlation_matrix`
 KINDS: dict[str, dict[str, bool]] = {
     "pearson": {},
     "spearman": {"rank": True},
@@ -52,7 +52,7 @@ def correlations(one: Tensor | None, other: Tensor | None, seed: int) -> dict[st
         return None
     result = {}
     for name, options in KINDS.items():
-        same_noise = correlate(one.mean(0), other.mean(0), seed=seed, **options)
+        same_noise = controlled(correlation_matrix(one.mean(0), other.mean(0), **options), seed)
         crossed = [correlation_matrix(one[i], other[1 - i], **options) for i in (0, 1)]
         other_noise = controlled(torch.stack(crossed).mean(0), seed)
         result[name] = {**asdict(same_noise), "other_noise": asdict(other_noise)}

@@ -12,8 +12,8 @@ from elit.inspection.inspector import (
     Inspector,
     Maps,
     Worth,
-    difference_map,
     in_raster_order,
+    squares_of_tokens,
     token_grid,
 )
 from elit.inspection.left_out import PARTS
@@ -73,8 +73,10 @@ class Sheets:
         self.cell = 256 if pipeline.draws_clips else 112  # pixels; a strip of frames is wide
         self.captions = [name[:_LONGEST] for name in names[:shown]]
         images = inspector.subject.images
+        self.rows = [*self.captions, f"mean of {len(images)}"]
         chosen = self.pictures(images[:shown])
-        mean = np.mean([np.asarray(self.picture(images[i : i + 1])) for i in range(len(images))], 0)
+        one_by_one = (self.pictures(image[None])[0] for image in images)
+        mean = np.mean([np.asarray(picture) for picture in one_by_one], 0)
         self.images = [*chosen, Image.fromarray(mean.round().astype(np.uint8))]
 
     def pictures(self, samples: Tensor) -> list[Image.Image]:
@@ -83,10 +85,6 @@ class Sheets:
         if self.pipeline.draws_clips:
             drawn = [film_strip(frames, _FRAMES) for frames in drawn]
         return [image.convert("RGB") for image in drawn]
-
-    def picture(self, sample: Tensor) -> Image.Image:
-        """Of one sample (1, C, *space)."""
-        return self.pictures(sample)[0]
 
     def flat(self, maps: Tensor, grid: TokenGrid) -> np.ndarray:
         """Maps (..., G, P) as pictures (..., h, w); those of a clip's frames side by side."""
@@ -104,7 +102,6 @@ class Sheets:
 
     def of_maps(self, maps: Sequence[Maps]) -> Image.Image:
         """Image, loss, attention and difference, a block for each noise level."""
-        rows = [*self.captions, f"mean of {len(self.inspector.subject.images)}"]
         blocks = []
         for sigma in dict.fromkeys(one.sigma for one in maps):
             here = [one for one in maps if one.sigma == sigma]
@@ -127,7 +124,7 @@ class Sheets:
                 if (difference := one.mean("difference")) is not None:
                     title = f"velocity at {self.budget(one)} less that at 1, squared"
                     columns.append(Column(title, maps=self.with_mean(difference)))
-            blocks.append(map_sheet(columns, rows, self.cell, f"noise level {sigma:g}"))
+            blocks.append(map_sheet(columns, self.rows, self.cell, f"noise level {sigma:g}"))
         return stack(blocks)
 
     def of_latents(self, maps: Sequence[Maps]) -> Image.Image | None:
@@ -138,8 +135,7 @@ class Sheets:
         most = max(one.num_latents for one in looked)
         alike = [one for one in looked if one.num_latents == most]
         one = alike[len(alike) // 2]
-        assert one.latents is not None
-        assert one.shown is not None
+        assert one.latents is not None and one.shown is not None  # noqa: PT018
         half = _LATENTS // (4 if self.pipeline.draws_clips else 2)
         chosen = [i for i in range(most) if i < half or i >= most - half]
         values = [
@@ -151,9 +147,8 @@ class Sheets:
             Column(f"latent {i + 1}", maps=v, low=0.0, high=high)
             for i, v in zip(chosen, values, strict=True)
         ]
-        rows = [*self.captions, f"mean of {len(self.inspector.subject.images)}"]
         title = f"what each latent reads at {self.budget(one)}, noise level {one.sigma:g}"
-        return map_sheet(columns, rows, self.cell, title)
+        return map_sheet(columns, self.rows, self.cell, title)
 
     def of_samples(self, samples: dict[int, Tensor]) -> Image.Image:
         """Samples of the same noise, and where they depart from those at full budget."""
@@ -165,7 +160,7 @@ class Sheets:
         for n, drawn in samples.items():
             if n < self.model.max_latents:
                 grid = token_grid(self.model, drawn)
-                values = self.flat(difference_map(drawn, full, grid, self.model), grid)
+                values = self.flat(squares_of_tokens(drawn - full, grid, self.model), grid)
                 budget = format_budget(self.model.budget_of(n))
                 columns.append(Column(f"sample at {budget} less that at 1, squared", maps=values))
         return map_sheet(columns, self.captions, self.cell)
