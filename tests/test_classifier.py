@@ -84,31 +84,19 @@ class TestPredict:
         assert torch.equal(together, alone)
 
 
-class TestMistakes:
-    def test_another_shape_is_named(self, fitted):
-        classifier, images, labels, _ = fitted
-        refuses(r"images of shape .* was fitted on \(B, ", classifier.predict, images[..., 1:])
-        refuses("images of shape", classifier.accuracy, images[0], labels[:1])
-
-    def test_bytes_are_no_images(self, fitted):
-        classifier, images, _, _ = fitted
-        with pytest.raises(
-            ValueError, match=r"torch.uint8: use floating point values in \[-1, 1\]"
-        ):
-            classifier.predict((images * 127 + 128).to(torch.uint8))
-
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_a_diverged_image_is_named(self, fitted, value):
-        classifier, images, _, _ = fitted
-        broken = images[:2].clone()
-        broken[1, 0, 3, 3] = value
-        refuses("NaN or infinity", classifier.predict, broken)
-
-    def test_labels_must_match_images(self, fitted):
-        classifier, images, labels, _ = fitted
-        for wrong in (labels[:-1], labels[:, None]):
-            refuses("use one label per image", classifier.accuracy, images, wrong)
-        refuses("at least one image", classifier.accuracy, images[:0], labels[:0])
+def test_mistakes(fitted):
+    classifier, images, labels, _ = fitted
+    diverged = images[:2].clone()
+    diverged[1, 0, 3, 3] = float("nan")
+    refuses(r"images of shape .* was fitted on \(B, ", classifier.predict, images[..., 1:])
+    refuses("images of shape", classifier.accuracy, images[0], labels[:1])
+    bytes_ = (images * 127 + 128).to(torch.uint8)
+    refuses(r"torch.uint8: use floating point values in \[-1, 1\]", classifier.predict, bytes_)
+    refuses("NaN or infinity", classifier.predict, diverged)
+    refuses("NaN or infinity", classifier.predict, images[:2] + float("inf"))
+    for wrong in (labels[:-1], labels[:, None]):
+        refuses("use one label per image", classifier.accuracy, images, wrong)
+    refuses("at least one image", classifier.accuracy, images[:0], labels[:0])
 
 
 class TestFit:

@@ -11,7 +11,7 @@ from elit.viz.sweeps import SCORES, Rows, best_at_costs
 Report = dict[str, Any]
 
 # Scores that differ in one of these are not of the same thing.
-_SAME = ("samples", "seed", "drawn", "size", "eight_bit")
+_SAME = ("networks", "samples", "seed", "drawn", "size", "eight_bit")
 _SAME_TIMES = ("device", "device_name", "dtype", "batch_size")
 _POINT = ("budget", "steps", "sampler", "guidance", "scale", "guide_budget", "interval")
 _EQUAL_TRAINING = 0.05  # share by which training FLOPs may differ and still be called equal
@@ -22,13 +22,9 @@ def read_sweeps(first: str, second: str) -> dict[str, Report]:
     files = [_file_of(Path(path)) for path in (first, second)]
     if files[0].resolve() == files[1].resolve():
         raise ValueError(f"{first} and {second} are the same sweep; give two different ones")
-    for name_of in (
-        _name_of,
-        lambda file: str(file.parent),
-        str,
-    ):  # the first that tells them apart
+    for name_of in (_name_of, lambda file: str(file.parent), str):
         names = [name_of(file) for file in files]
-        if names[0] != names[1]:
+        if names[0] != names[1]:  # the first that tells them apart
             break
     reports = {name: read_sweep(file) for name, file in zip(names, files, strict=True)}
     for file, report in zip(files, reports.values(), strict=True):
@@ -40,37 +36,39 @@ def read_sweeps(first: str, second: str) -> dict[str, Report]:
 
 def check_comparable(reports: Mapping[str, Report]) -> None:
     """Raise a ValueError that names what differs, of all that scores of two sweeps must share."""
-    (one, a), (two, b) = reports.items()
+    mine, theirs = (
+        {
+            "reference": reference.get("digest") or reference.get("name"),
+            **{key: settings.get(key) for key in _SAME},
+        }
+        for settings in (report["settings"] for report in reports.values())
+        for reference in [settings.get("reference") or {}]
+    )
     differing = [
-        f"{what} ({_brief(value)} and {_brief(other)})"
-        for what, value, other in zip(
-            ("reference", "networks", *_SAME), _compared(a), _compared(b), strict=True
-        )
-        if value != other
+        f"{what} ({_brief(value)} and {_brief(theirs[what])})"
+        for what, value in mine.items()
+        if value != theirs[what]
     ]
     if differing:
         raise ValueError(
-            f"{one} and {two} cannot be compared, for they differ in {', '.join(differing)}; "
-            f"run `elit sweep` on both with the same settings"
+            f"{' and '.join(reports)} cannot be compared, for they differ in "
+            f"{', '.join(differing)}; run `elit sweep` on both with the same settings"
         )
 
 
 def notes_on(reports: Mapping[str, Report]) -> list[str]:
     """Warnings that a reader of an allowed comparison must know."""
-    (one, a), (two, b) = reports.items()
-    notes = []
-    trained = [(report["model"].get("training") or {}).get("eflops") for report in (a, b)]
-    for name, eflops in zip(reports, trained, strict=True):
-        if not is_number(eflops):
-            notes.append(f"the training FLOPs of {name} are not known")
-    known = [eflops for eflops in trained if is_number(eflops)]
-    low, high = min(known, default=0.0), max(known, default=0.0)
-    if len(known) == len(reports) and high - low > _EQUAL_TRAINING * high:
-        more = f"{100 * (high / low - 1):.0f} % more" if low > 0 else "against none"
-        notes.append(
-            f"not at equal training FLOPs: {one} {known[0]:.4g} EFLOPs, "
-            f"{two} {known[1]:.4g} EFLOPs ({more})"
-        )
+    trained = {n: (r["model"].get("training") or {}).get("eflops") for n, r in reports.items()}
+    notes = [
+        f"the training FLOPs of {n} are not known" for n in trained if not is_number(trained[n])
+    ]
+    if not notes:
+        low, high = sorted(trained.values())
+        if high - low > _EQUAL_TRAINING * high:
+            more = f"{100 * (high / low - 1):.0f} % more" if low > 0 else "against none"
+            each = ", ".join(f"{name} {eflops:.4g} EFLOPs" for name, eflops in trained.items())
+            notes.append(f"not at equal training FLOPs: {each} ({more})")
+    a, b = reports.values()
     others = [k for k in _SAME_TIMES if a["settings"].get(k) != b["settings"].get(k)]
     if others and any(is_number(row.get("ms_per_image")) for row in a["rows"] + b["rows"]):
         notes.append(f"times are not comparable: {', '.join(others).replace('_', ' ')} differ")
@@ -169,16 +167,6 @@ def _name_of(file: Path) -> str:
     if file.parts[-2:] == SWEEP_FILE.parts:
         return file.parts[-3]
     return file.parent.name if file.name == SWEEP_FILE.name else file.stem
-
-
-def _compared(report: Report) -> list[Any]:
-    settings = report["settings"]
-    reference = settings.get("reference") or {}
-    return [
-        reference.get("digest") or reference.get("name"),
-        settings.get("networks"),
-        *(settings.get(key) for key in _SAME),
-    ]
 
 
 def _brief(value: Any) -> str:

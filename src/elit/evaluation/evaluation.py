@@ -136,14 +136,14 @@ class Evaluation:
             self.images, self.drawing.networks, self.process, progress=self.progress
         )
 
-    def draw(self, point: OperatingPoint, bar: tqdm, offset: int = 0) -> Parts:
+    def draw(self, point: OperatingPoint, bar: tqdm, offset: int = 0) -> None:
         """Draw this process's share of a point's samples."""
         parts = self.parts(point)
         settings, failed = self.settings, parts.folder / FAILED
         used = (f"{name} {settings['versions'][name]}" for name in ("torch", "elit-diffusion"))
         origin = ", ".join((settings["device_name"], *used))
         if failed.exists():
-            return parts
+            return
         try:
             if parts.missing():
                 self.drawing.warm_up(point)
@@ -153,16 +153,12 @@ class Evaluation:
             )  # fmt: skip
         except SamplesDivergedError as error:
             write_json(failed, {"reason": str(error)})
-        return parts
 
-    def failure(self, parts: Parts) -> str | None:
-        """The reason why a point could not be drawn, if it was tried and could not."""
-        failed = parts.folder / FAILED
-        return json.loads(failed.read_text())["reason"] if failed.exists() else None
-
-    def row(self, point: OperatingPoint, parts: Parts, reference: Reference) -> dict[str, Any]:
+    def row(self, point: OperatingPoint, reference: Reference) -> dict[str, Any]:
         """Scores of a point whose parts are all there, with its settings and its FLOPs."""
-        failure = self.failure(parts)
+        parts = self.parts(point)
+        failed = parts.folder / FAILED
+        failure = json.loads(failed.read_text())["reason"] if failed.exists() else None
         scores = vars(Scores()) if failure else self._scores(parts, reference)
         calls = self.drawing.calls(point)
         pipeline = self.drawing.pipeline
@@ -233,10 +229,15 @@ def ranking_score(scores: dict[str, float]) -> str:
     raise ValueError("the networks give no score; add inception, dinov2 or classifier")
 
 
-def draw_points(
+def score_points(
     evaluation: Evaluation, points: Sequence[OperatingPoint], words: str
-) -> list[Parts] | None:
-    """Draw points until all processes are done; None in other processes than the first."""
+) -> list[dict[str, Any]] | None:
+    """Draw points until all processes are done, and score them; all processes call this.
+
+    Returns:
+        A row of each, in the first process.
+    """
+    reference = evaluation.make_reference()
     is_first = evaluation.process.rank == 0
     todo = sum(evaluation.parts(point).todo() for point in points)
     hidden = not (is_first and evaluation.progress)
@@ -244,32 +245,27 @@ def draw_points(
         for i, point in enumerate(points):
             bar.set_postfix_str(str(point), refresh=False)
             evaluation.draw(point, bar, offset=i)
-        if not is_first:
+        if reference is None:
             return None
-        all_parts = [evaluation.parts(point) for point in points]
-        for parts in all_parts:
+        for parts in map(evaluation.parts, points):
             parts.wait(bar, (parts.folder / FAILED).exists)
-    return all_parts
+    hidden = hidden or len(points) == 1
+    bar = tqdm(points, "scoring", unit="point", disable=hidden)
+    return [evaluation.row(point, reference) for point in bar]
 
 
 def evaluate(evaluation: Evaluation, point: OperatingPoint) -> dict[str, Any] | None:
-    """Draw, look and score at one operating point; all processes call this.
-
-    Returns:
-        The report, in the first process.
-    """
-    reference = evaluation.make_reference()
-    drawn = draw_points(evaluation, [point], "drawing")
-    if drawn is None or reference is None:
+    """The report of one operating point, in the first process; all processes call this."""
+    rows = score_points(evaluation, [point], "drawing")
+    if rows is None:
         return None
-    (parts,) = drawn
-    if failure := evaluation.failure(parts):
-        raise ValueError(f"{point}: {failure}")
-    row = evaluation.row(point, parts, reference)
-    evaluation.add_times([row])
-    seconds = statistics.median(parts.whole("seconds").tolist())  # a check of what was timed
-    row["drawn_ms_per_image"] = 1000 * seconds
-    return report(evaluation, [row], ranking_score(row["scores"]))
+    (row,) = rows
+    if not row["drawn_on"]:
+        raise ValueError(f"{point}: {row['warnings'][0]}")
+    evaluation.add_times(rows)
+    seconds = evaluation.parts(point).whole("seconds")
+    row["drawn_ms_per_image"] = 1000 * statistics.median(seconds.tolist())  # checks what was timed
+    return report(evaluation, rows, ranking_score(row["scores"]))
 
 
 def save_npz(parts: Parts, path: Path) -> None:

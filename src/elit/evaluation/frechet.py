@@ -139,21 +139,16 @@ def _factor(cov: Tensor, of: str) -> Tensor:
     return vectors[:, positive] * values[positive].sqrt()
 
 
-def needed_samples(width: int) -> int:
-    """The number of samples that a covariance of full rank needs."""
-    return width + 1
-
-
 def bias_warning(count: int, width: int, what: str = "samples") -> str | None:
     """A warning of a Frechet distance of too few samples; None if they are enough.
 
     `what` the samples are, such as "generated images".
     """
-    if count >= needed_samples(width):
+    if count > width:  # a covariance of full rank needs one sample more
         return None
     return (
         f"{count} {what} for features of {width} numbers: the covariance is singular and the "
-        f"Frechet distance comes out too high; use at least {needed_samples(width)} "
+        f"Frechet distance comes out too high; use at least {width + 1} "
         "(published scores use 50000)"
     )
 

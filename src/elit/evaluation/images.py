@@ -1,6 +1,5 @@
 """Real images to compare with: a folder, a data set, what `elit prepare` wrote, an ADM .npz."""
 
-import dataclasses
 import hashlib
 import itertools
 import math
@@ -179,7 +178,10 @@ _KEYS = {"inception.pool": ("mu", "sigma"), "inception.spatial": ("mu_s", "sigma
 
 
 def _of_npz(path: Path) -> Images:
-    """ADM's batches: images `arr_0` (N, H, W, 3) uint8, statistics of Inception, or both."""
+    """ADM's batches: images `arr_0` (N, H, W, 3) uint8, statistics of Inception, or both.
+
+    Images are read by hand, row by row: numpy maps no file within a zip, and they take gigabytes.
+    """
     if not path.exists():
         raise ValueError(f"there is no {path}; give an .npz file, a folder or a data set")
     statistics: dict[str, tuple[Tensor, Tensor]] = {}
@@ -192,16 +194,18 @@ def _of_npz(path: Path) -> Images:
                         raise TypeError(f"{keys[0]} and {keys[1]} are no floating-point numbers")
                     mean, covariance = (torch.from_numpy(file[k]).double() for k in keys)
                     statistics[output] = mean, covariance
-        with zipfile.ZipFile(path) as archive:  # the checksums that it holds
-            digest = digest_of([[i.filename, i.file_size, i.CRC] for i in archive.infolist()])
+        archive = zipfile.ZipFile(path)  # open as long as it is read
+        digest = digest_of([[i.filename, i.file_size, i.CRC] for i in archive.infolist()])
+        if "arr_0" in names:
+            member: Any = archive.open("arr_0.npy")
+            version = np.lib.format.read_magic(member)
+            reader = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            whole, fortran, dtype = reader(member)
     except _UNREADABLE as error:
-        raise _no_npz(path, error) from error
-    rows = _npz_rows(path, digest) if "arr_0" in names else None
-    if rows is None and not statistics:
-        raise ValueError(
-            f"{path} holds {', '.join(sorted(names)) or 'nothing'}: give a file with images "
-            f"(arr_0), or with Inception's statistics (mu, sigma)"
-        )
+        raise ValueError(f"{path} cannot be read as .npz ({error}); copy it again") from error
     for mean, covariance in statistics.values():
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(
@@ -210,35 +214,13 @@ def _of_npz(path: Path) -> Images:
             )
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError(f"{path} holds statistics that are not finite; make them again")
-
-    if rows is None:
-        return Images(str(path), digest, 0, (), _no_images, statistics=statistics)
-    return dataclasses.replace(rows, statistics=statistics or None)
-
-
-def _no_images(numbers: Sequence[int]) -> Tensor:
-    raise ValueError(f"images {numbers} of a file of statistics alone")
-
-
-def _no_npz(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} cannot be read as .npz ({error}); copy it again")
-
-
-def _npz_rows(path: Path, digest: str) -> Images:
-    """An .npz file's `arr_0`, read one row after the other without holding all.
-
-    By hand, as numpy maps no file within a zip: ADM's batches take gigabytes.
-    """
-    try:
-        member: Any = zipfile.ZipFile(path).open("arr_0.npy")  # noqa: SIM115 - as long as it is read
-        version = np.lib.format.read_magic(member)
-        reader = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        whole, fortran, dtype = reader(member)
-    except _UNREADABLE as error:
-        raise _no_npz(path, error) from error
+    if "arr_0" not in names:
+        if not statistics:
+            raise ValueError(
+                f"{path} holds {', '.join(sorted(names)) or 'nothing'}: give a file with images "
+                f"(arr_0), or with Inception's statistics (mu, sigma)"
+            )
+        return Images(str(path), digest, 0, (), lambda _: torch.empty(0), statistics=statistics)
     if len(whole) != 4 or whole[3] != 3 or dtype != np.uint8 or fortran or not min(whole):
         raise ValueError(
             f"{path} has arr_0 of {dtype} {whole}; give uint8 (N, H, W, 3), in the order of C"
@@ -260,4 +242,4 @@ def _npz_rows(path: Path, digest: str) -> Images:
         array = np.frombuffer(content, np.uint8).reshape(len(numbers), *row)
         return torch.from_numpy(array.copy()).movedim(-1, 1).contiguous()
 
-    return Images(str(path), digest, count, (3, *row[:2]), read)
+    return Images(str(path), digest, count, (3, *row[:2]), read, statistics=statistics or None)

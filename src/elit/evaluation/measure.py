@@ -39,7 +39,6 @@ class Scores:
     # standard deviations, where a score is a mean over parts of the samples
     deviations: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # what makes them less than they seem
-    count: int = 0  # samples
 
     def add(
         self, name: str, value: float, network: FeatureNetwork, deviation: float | None = None
@@ -89,7 +88,7 @@ def measure(
     A score that several networks could give, such as precision, is the first one's. `labelled` are
     samples of classes, which the built-in classifier can tell.
     """
-    scores = Scores(count=parts.count)
+    scores = Scores()
     pairs = [(network, output) for network in networks for output in network.outputs]
     hidden = not progress or parts.count < SLOW
     for network, output in tqdm(pairs, desc="scoring", unit="output", disable=hidden, leave=False):

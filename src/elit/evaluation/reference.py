@@ -4,7 +4,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -77,7 +76,15 @@ def make_reference(
     for network in networks:
         if network.takes == "texts":
             continue  # it compares samples with their texts
-        given = _given(images, network)
+        own = (images.statistics or {}).items()
+        given = {name: pair for name, pair in own if name.startswith(f"{network.name}.")}
+        for name, (mean, _) in given.items():
+            width = {"inception.pool": 2048, "inception.spatial": 2023}[name]
+            if len(mean) != width:
+                raise ValueError(
+                    f"{images.name} holds statistics of {len(mean)} features, but {name} has "
+                    f"{width}: they are of another network"
+                )
         if images.count:
             reference |= _of_network(images, network, process, batch_size, progress, home) or {}
         elif not given:
@@ -90,23 +97,6 @@ def make_reference(
             features = reference[output].features if output in reference else None
             reference[output] = Statistics(mean, covariance, features, None)
     return reference if process.rank == 0 else None
-
-
-def _given(images: Images, network: FeatureNetwork) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and covariance that the file of images brings of a network, checked against it."""
-    mine = {
-        output: pair
-        for output, pair in (images.statistics or {}).items()
-        if output.startswith(f"{network.name}.")
-    }
-    for output, (mean, _) in mine.items():
-        width = {"inception.pool": 2048, "inception.spatial": 2023}[output]
-        if len(mean) != width:
-            raise ValueError(
-                f"{images.name} holds statistics of {len(mean)} features, but {output} has "
-                f"{width}: they are of another network"
-            )
-    return mine
 
 
 def _of_network(
@@ -129,9 +119,13 @@ def _of_network(
     key = digest_of({name: value for name, value in about.items() if name != "images"})
     folder = (home or cache_folder() / "references") / key
     file = folder / "statistics.safetensors"
-    if file.exists() and process.rank == 0 and not _is_whole(file):
-        logger.warning("%s is damaged; it is made anew", file)
-        file.unlink(missing_ok=True)
+    if file.exists() and process.rank == 0:
+        try:
+            with safe_open(file, framework="pt"):
+                pass  # it compares the length with the header
+        except (SafetensorError, OSError):
+            logger.warning("%s is damaged; it is made anew", file)
+            file.unlink(missing_ok=True)
     parts = Parts(folder / "parts", images.count, part_size(images.count, batch_size))
     if not file.exists():
 
@@ -150,18 +144,24 @@ def _of_network(
             parts.wait(bar, done=file.exists)
         # Another job may have been quicker, and then its parts go while these are read.
         try:
-            tensors = None if file.exists() else _reduce(parts)
+            if not file.exists():
+                tensors = _reduce(parts)
+                write_json(folder / "about.json", about)
+                save_tensors(file, tensors)
         except ValueError:
             if not file.exists():
                 raise
-            tensors = None
-        if tensors is not None:
-            write_json(folder / "about.json", about)
-            save_tensors(file, tensors)
     if process.rank > 0:
         return None
     parts.remove()  # also of one that was killed here
-    return _read(file)
+    tensors = load_file(file)
+    return {
+        name: Statistics(
+            tensors[f"{name}/mean"], tensors[f"{name}/covariance"],
+            tensors.get(f"{name}/features"), int(tensors[f"{name}/count"]),
+        )
+        for name in sorted({name.partition("/")[0] for name in tensors})
+    }  # fmt: skip
 
 
 def _reduce(parts: Parts) -> dict[str, Tensor]:
@@ -181,26 +181,6 @@ def _reduce(parts: Parts) -> dict[str, Tensor]:
         if name.rpartition(".")[2] not in _UNRANKED:
             tensors[f"{name}/features"] = torch.cat(chosen_rows)
     return tensors
-
-
-def _is_whole(file: Path) -> bool:
-    try:
-        with safe_open(file, framework="pt"):  # compares the length with the header
-            return True
-    except (SafetensorError, OSError):
-        return False
-
-
-def _read(file: Path) -> dict[str, Statistics]:
-    tensors: dict[str, Any] = load_file(file)
-    names = sorted({name.partition("/")[0] for name in tensors})
-    return {
-        name: Statistics(
-            tensors[f"{name}/mean"], tensors[f"{name}/covariance"],
-            tensors.get(f"{name}/features"), int(tensors[f"{name}/count"]),
-        )
-        for name in names
-    }  # fmt: skip
 
 
 def check_shapes(images: Images, shape: Sequence[int], name: str) -> None:

@@ -231,25 +231,17 @@ def _squared_discrepancy(real: Tensor, generated: Tensor) -> float:
     """Unbiased estimate over all pairs, of which none is a sample with itself."""
     origin = torch.zeros(real.shape[1], dtype=torch.float64, device=wide_device(generated))
     m, n = len(real), len(generated)
-    between = 0.0
-    for _, these in _tiles(generated, origin):
-        for _, those in _tiles(real, origin):
-            between += _kernel(these, those).sum().item()
-    within_real, within_generated = (_sum_within(x, origin) for x in (real, generated))
+    between = _kernel_sum(generated, origin, real)
+    within_real, within_generated = (_kernel_sum(x, origin) for x in (real, generated))
     return within_real / (m * (m - 1)) + within_generated / (n * (n - 1)) - 2 * between / (m * n)
 
 
-def _sum_within(features: Tensor, origin: Tensor) -> float:
+def _kernel_sum(some: Tensor, origin: Tensor, others: Tensor | None = None) -> float:
+    """Sum of the kernel over all pairs of two sets, or of two samples of one set."""
     total = 0.0
-    for rows, these in _tiles(features, origin):
-        for columns, those in _tiles(features, origin, rows.start):  # each pair once
-            values = _kernel(these, those)
-            if rows == columns:
-                total += (values.sum() - values.trace()).item()
-            else:
-                total += 2 * values.sum().item()
+    for rows, these in _tiles(some, origin):
+        for columns, those in _tiles(some if others is None else others, origin):
+            values = (these @ those.T).div_(these.shape[1]).add_(1).pow_(3)
+            same = others is None and rows == columns
+            total += (values.sum() - values.trace() if same else values.sum()).item()
     return total
-
-
-def _kernel(these: Tensor, those: Tensor) -> Tensor:
-    return (these @ those.T).div_(these.shape[1]).add_(1).pow_(3)

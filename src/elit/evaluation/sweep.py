@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from elit._choices import check_choice
 from elit._files import write_json, write_text
@@ -21,7 +20,7 @@ from elit._pareto import pareto_front
 from elit.choosing.points import OperatingPoint
 from elit.choosing.sweep_file import read_sweep
 from elit.evaluation.drawing import SHOWN
-from elit.evaluation.evaluation import Evaluation, draw_points, ranking_score, report
+from elit.evaluation.evaluation import Evaluation, ranking_score, report, score_points
 from elit.evaluation.measure import possible_scores
 from elit.evaluation.parts import Parts
 from elit.interface.budget import format_budget
@@ -93,16 +92,10 @@ def sweep(
         )
     file = out / "sweep.json"
     earlier = _earlier(file, evaluation) if evaluation.process.rank == 0 else []
-    reference = evaluation.make_reference()
-    drawn = draw_points(evaluation, points, "sweep")
-    if drawn is None or reference is None:
+    drawn = score_points(evaluation, points, "sweep")
+    if drawn is None:
         return None
-    rows: list[dict[str, Any]] = []
-    pairs = zip(points, drawn, strict=True)
-    hidden = not evaluation.progress
-    for point, parts in tqdm(pairs, "scoring", len(points), unit="point", disable=hidden):
-        rows.append(evaluation.row(point, parts, reference))
-    rows = merged(earlier, rows)
+    rows = merged(earlier, drawn)
     evaluation.add_times(rows)  # all on one device
     scored = [row["scores"] for row in rows if row["scores"]]
     if not scored:

@@ -116,7 +116,7 @@ class Sheets:
                     continue
                 column = Column(f"attention at {self.budget(one)}", maps=self.with_mean(attention))
                 columns.append(column)
-                if one is here[0] and column.maps is not None:
+                if one is here[0] and column.maps is not None and column.scale:
                     pairs = zip(self.large_images(), column.maps, strict=True)
                     over = [overlay(image, values, column.scale) for image, values in pairs]
                     columns.append(Column("the same over the image", over))
@@ -144,7 +144,7 @@ class Sheets:
         high = max(float(v.max()) for v in values)
         columns = [Column("image", self.images)]
         columns += [
-            Column(f"latent {i + 1}", maps=v, low=0.0, high=high)
+            Column(f"latent {i + 1}", maps=v, scale=(0.0, high))
             for i, v in zip(chosen, values, strict=True)
         ]
         title = f"what each latent reads at {self.budget(one)}, noise level {one.sigma:g}"

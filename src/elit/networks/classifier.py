@@ -72,9 +72,16 @@ def fit_classifier(train_dataset: ImageDataset, seed: int = 0) -> Classifier:
     if len(train_dataset.image_shape) != 3:
         raise ValueError(f"a classifier takes images; {train_dataset!r} has clips")
     if train_dataset.aligned:
+        from sklearn.svm import SVC
+
         images, labels = _images_of(train_dataset)
         with _seeded(seed):
-            predict = _fit_kernel_machine(images, labels)
+            seen = torch.cat([images, _degrade(images)]).flatten(1)
+        machine = SVC(C=3.0).fit(seen.numpy(), labels.repeat(2).numpy())
+
+        def predict(part: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(machine.predict(part.flatten(1).numpy())).long()
+
     else:
         network = fit_network(train_dataset, seed)
         predict = torch.no_grad()(lambda part: network(_shrink(part)).argmax(dim=1))
@@ -145,14 +152,6 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _fit_kernel_machine(images: torch.Tensor, labels: torch.Tensor) -> Predict:
-    from sklearn.svm import SVC
-
-    seen = torch.cat([images, _degrade(images)]).flatten(1)
-    machine = SVC(C=3.0).fit(seen.numpy(), labels.repeat(2).numpy())
-    return lambda part: torch.from_numpy(machine.predict(part.flatten(1).numpy())).long()
-
-
 def _fit_network(
     network: nn.Sequential, images: torch.Tensor, labels: torch.Tensor
 ) -> nn.Sequential:
@@ -171,7 +170,9 @@ def _fit_network(
     return network.eval().requires_grad_(False)
 
 
-def _network(channels: int, num_classes: int, aligned: bool, width: int = 12) -> nn.Sequential:
+def _network(channels: int, num_classes: int, aligned: bool) -> nn.Sequential:
+    width = 12
+
     def stage(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
         convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
         return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]

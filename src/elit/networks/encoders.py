@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elit._transformers import load_frozen, loading
-from elit.networks.resize import centre_crop, resize_pil, shorter_side
+from elit.networks.resize import resize_pil
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +114,13 @@ def load_clip(name: str) -> tuple[ClipFeatures, Prepare, str]:
     side = model.config.vision_config.image_size
 
     def prepare(images: Tensor) -> Tensor:
-        images = resize_pil(images, shorter_side(images, side), eight_bit=True)
-        return _normalise(centre_crop(images, side), _CLIP_MEAN, _CLIP_STD)
+        height, width = images.shape[-2:]
+        shorter = min(height, width)
+        height, width = height * side // shorter, width * side // shorter  # rounded down
+        images = resize_pil(images, (height, width), eight_bit=True)
+        top, left = (height - side) // 2, (width - side) // 2
+        middle = images[..., top : top + side, left : left + side]
+        return _normalise(middle, _CLIP_MEAN, _CLIP_STD)
 
     words = f"Pillow bicubic to {side} at the shorter side, centre crop, CLIP's mean and deviation"
     return ClipFeatures(model, tokenizer), prepare, words

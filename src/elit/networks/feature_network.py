@@ -69,7 +69,21 @@ class FeatureNetwork:
             output = self.module(self.prepare(images.to(self.device).float()))
         if isinstance(output, Tensor):
             output = {self.outputs[0]: output} if len(self.outputs) == 1 else {}
-        return self._checked(output, len(images))
+        if not isinstance(output, dict) or set(output) != set(self.outputs):
+            given = sorted(map(str, output)) if isinstance(output, dict) else type(output).__name__
+            raise ValueError(
+                f"{self.name} returned {given or 'one tensor'}, not {', '.join(self.outputs)}; a "
+                f"module returns a tensor (B, d), or a dictionary of such tensors whose names are "
+                f"in its attribute `outputs`"
+            )
+        for name, tensor in output.items():
+            if not isinstance(tensor, Tensor) or tensor.ndim != 2 or len(tensor) != len(images):
+                shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(
+                    f"{self.name} returned {name} {shape} for {len(images)} samples: features are "
+                    f"(B, d); pool or flatten them in the module"
+                )
+        return {name: output[name].float() for name in self.outputs}
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Features of texts, of a network that reads them: (B, d) in float32 on its device."""
@@ -79,24 +93,6 @@ class FeatureNetwork:
             raise ValueError(f"texts {texts!r}: use a list of at least one text")
         with _full_precision(self.device):
             return self.module.texts(texts).float()
-
-    def _checked(self, output: Any, count: int) -> dict[str, Tensor]:
-        """The module's answer, if it is of the right names and shapes."""
-        if not isinstance(output, dict) or set(output) != set(self.outputs):
-            given = sorted(map(str, output)) if isinstance(output, dict) else type(output).__name__
-            raise ValueError(
-                f"{self.name} returned {given or 'one tensor'}, not {', '.join(self.outputs)}; a "
-                f"module returns a tensor (B, d), or a dictionary of such tensors whose names are "
-                f"in its attribute `outputs`"
-            )
-        for name, tensor in output.items():
-            if not isinstance(tensor, Tensor) or tensor.ndim != 2 or len(tensor) != count:
-                shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise ValueError(
-                    f"{self.name} returned {name} {shape} for {count} samples: features are "
-                    f"(B, d); pool or flatten them in the module"
-                )
-        return {name: output[name].float() for name in self.outputs}
 
 
 @contextmanager
@@ -148,7 +144,13 @@ def load_network(
         network.eval()
         return _own(name, network, checksum_of(network), device)
     if network not in NETWORKS and Path(network).suffix in _OF_FILES:
-        return _own_file(Path(typed_path(network)), device)
+        path = Path(typed_path(network))
+        if not path.is_file():
+            raise ValueError(
+                f"no file {path} with a feature network; give one, or a name of NETWORKS"
+            )
+        module = read_exported(path) if path.suffix == ".pt2" else read_scripted(path, device)
+        return _own(path.name, module, sha256_of(path), device)
     check_choice(network, NETWORKS, "feature network", ", which is no .pt, .ts or .pt2 file either")
     return _LOADERS[network](weights, device, dataset)
 
@@ -265,13 +267,6 @@ def _own(name: str, module: nn.Module, checksum: str, device: torch.device) -> F
         name, module.to(device), tuple(outputs), checksum, "RGB in [-1, 1], at its own size",
         "images", device, lambda images: _rgb(images) / 127.5 - 1,
     )  # fmt: skip
-
-
-def _own_file(path: Path, device: torch.device) -> FeatureNetwork:
-    if not path.is_file():
-        raise ValueError(f"no file {path} with a feature network; give one, or a name of NETWORKS")
-    module = read_exported(path) if path.suffix == ".pt2" else read_scripted(path, device)
-    return _own(path.name, module, sha256_of(path), device)
 
 
 def _rgb(images: Tensor) -> Tensor:

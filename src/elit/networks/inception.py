@@ -62,38 +62,33 @@ class _Mixed(nn.Module):
     def __init__(self, inputs: int, pool: Callable[[Tensor], Tensor], **chains: Chain):
         super().__init__()
         self.pool = pool
-        self.names: list[tuple[str, ...]] = []  # of each chain's convolutions
-        self.forked: list[tuple[str, str] | None] = []  # of its last step
+        self.own_pool = "branch_pool" not in chains  # beside the chains, not in front of one
+        self.chains: list[list[tuple[str, ...]]] = []  # names of each step's convolutions
         for chain_name, chain in chains.items():
-            width, names, fork = inputs, list[str](), None
+            width, steps = inputs, []
             for number, (channels, kernel, *stride) in enumerate(chain, 1):
                 name = f"{chain_name}_{number}" if len(chain) > 1 else chain_name
-                if kernel == _FORK:
-                    fork = (f"{name}a", f"{name}b")
-                    for end, shape in zip(fork, ((1, 3), (3, 1)), strict=True):
-                        self.add_module(end, _Conv(width, channels, shape, padding="same"))
-                    continue
-                step, padding = (stride[0], 0) if stride else (1, "same")
-                self.add_module(name, _Conv(width, channels, kernel, step, padding))
-                names.append(name)
+                forked = {f"{name}a": (1, 3), f"{name}b": (3, 1)}
+                shapes = forked if kernel == _FORK else {name: kernel}
+                for end, shape in shapes.items():
+                    step, padding = (stride[0], 0) if stride else (1, "same")
+                    self.add_module(end, _Conv(width, channels, shape, step, padding))
+                steps.append(tuple(shapes))
                 width = channels
-            self.names.append(tuple(names))
-            self.forked.append(fork)
+            self.chains.append(steps)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat(self.branches(x), dim=1)
 
     def branches(self, x: Tensor) -> list[Tensor]:
-        """Output of each chain, and of the pool where it is none's beginning."""
-        outputs, pools = [], True
-        for names, fork in zip(self.names, self.forked, strict=True):
-            y = x
-            if names[0] == "branch_pool":
-                y, pools = self.pool(x), False
-            for name in names:
-                y = self.get_submodule(name)(y)
-            outputs += [y] if fork is None else [self.get_submodule(end)(y) for end in fork]
-        return [*outputs, self.pool(x)] if pools else outputs
+        """Output of each chain, of both ends of a fork, and of the pool if it has no chain."""
+        outputs = []
+        for steps in self.chains:
+            ends = [self.pool(x) if steps[0] == ("branch_pool",) else x]
+            for names in steps:
+                ends = [self.get_submodule(name)(ends[0]) for name in names]
+            outputs += ends
+        return [*outputs, self.pool(x)] if self.own_pool else outputs
 
 
 def _mixed35(inputs: int, pooled: int) -> _Mixed:

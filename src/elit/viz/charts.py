@@ -111,8 +111,6 @@ def picture(
     columns: int = 1,
 ) -> Image.Image:
     """Charts as a picture, row by row; the size of each is in inches, of 125 pixels."""
-    if not charts:
-        raise ValueError("nothing to draw: give at least one chart")
     file = io.BytesIO()
     _save(file, charts, colours, size, min(columns, len(charts)), format="png", dpi=125)
     return Image.open(file).convert("RGB")

@@ -16,25 +16,21 @@ _BAR = 10  # pixels, height of a colour bar
 _INSET = 4  # pixels between a bar's end and its number: bars stand side by side
 
 
-@dataclass(frozen=True)
+@dataclass
 class Column:
     """A column of a sheet: what it is, and its pictures or its maps."""
 
     title: str
     images: Sequence[Image.Image] = ()  # one for each row; or
     maps: Array | None = None  # (rows, h, w) numbers, which get one scale for the whole column
-    low: float | None = None  # number of the darkest colour; None is the least of the maps
-    high: float | None = None  # number of the lightest one; None is their largest
+    # numbers of the darkest and the lightest colour; by default the least and the largest of the
+    # maps, none of pictures
+    scale: tuple[float, float] | None = None
 
-    @property
-    def scale(self) -> tuple[float, float] | None:
-        """Numbers of the darkest and the lightest colour; None of pictures."""
-        if self.maps is None:
-            return None
-        finite = self.maps[np.isfinite(self.maps)]
-        least, largest = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-        low = float(least) if self.low is None else self.low
-        return low, max(low, float(largest) if self.high is None else self.high)
+    def __post_init__(self) -> None:
+        if self.maps is not None and self.scale is None:
+            finite = self.maps[np.isfinite(self.maps)]
+            self.scale = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
 
 
 def colours(values: Array, low: float, high: float) -> Array:
@@ -50,45 +46,27 @@ def colours(values: Array, low: float, high: float) -> Array:
     return np.asarray(paint(np.ma.atleast_1d(share), bytes=True))[..., :3].reshape(*values.shape, 3)
 
 
-def heatmap(
-    values: Array, size: tuple[int, int], scale: tuple[float, float] | None = None
-) -> Image.Image:
-    """A map (h, w) as a picture of some (width, height) in pixels, each number a rectangle.
-
-    `scale` has the numbers of the darkest and the lightest colour; None are the map's own.
-    """
-    values = np.asarray(values, float)
-    if values.ndim != 2 or not values.size:
-        raise ValueError(f"a map of shape {values.shape} is no picture; give (rows, columns)")
-    low, high = scale or Column("", maps=values[None]).scale  # type: ignore[misc]
-    return Image.fromarray(colours(values, low, high)).resize(size, Image.Resampling.NEAREST)
+def heatmap(values: Array, size: tuple[int, int], scale: tuple[float, float]) -> Image.Image:
+    """A map (h, w) as a picture of some (width, height) in pixels, each number a rectangle."""
+    return Image.fromarray(colours(values, *scale)).resize(size, Image.Resampling.NEAREST)
 
 
-def overlay(
-    image: Image.Image,
-    values: Array,
-    scale: tuple[float, float] | None = None,
-    strength: float = 0.6,
-) -> Image.Image:
-    """A map (h, w) laid over an image, which shines through in grey; it has the image's size.
-
-    `strength` of the map's colours goes from 0 (the image alone) to 1 (the map alone).
-    """
+def overlay(image: Image.Image, values: Array, scale: tuple[float, float]) -> Image.Image:
+    """A map (h, w) laid over an image, which shines through in grey; it has the image's size."""
     grey = image.convert("L").convert("RGB")
-    return Image.blend(grey, heatmap(values, image.size, scale), strength)
+    return Image.blend(grey, heatmap(values, image.size, scale), 0.6)
 
 
-def colour_bar(scale: tuple[float, float], width: int, digits: int = 3) -> Image.Image:
+def colour_bar(scale: tuple[float, float], width: int) -> Image.Image:
     """The colours from left to right with the numbers at both ends below."""
     low, high = scale
     bar = Image.new("RGB", (width, _BAR + 16), "white")
     bar.paste(heatmap(np.linspace(low, high, width)[None], (width, _BAR), scale))
-    texts = [(0.0, "l", low), (1.0, "r", high)] if low < high else [(0.5, "m", low)]
     pen, font = ImageDraw.Draw(bar), ImageFont.load_default(size=11)
-    for share, anchor, number in texts:
-        text = f"{number:.{digits}g}" if low < high else f"all {number:.{digits}g}"
+    ends = [(0.0, "la", f"{low:.3g}"), (1.0, "ra", f"{high:.3g}")]
+    for share, anchor, text in ends if low < high else [(0.5, "ma", f"all {low:.3g}")]:
         x = _INSET + share * (width - 2 * _INSET)
-        pen.text((x, _BAR + 3), text, "black", font, anchor=f"{anchor}a")
+        pen.text((x, _BAR + 3), text, "black", font, anchor=anchor)
     return bar
 
 
@@ -118,7 +96,7 @@ def map_sheet(
     drawn = [
         [image.convert("RGB").resize(size, Image.Resampling.NEAREST) for image in column.images]
         if column.maps is None
-        else [heatmap(values, size, column.scale) for values in column.maps]
+        else [heatmap(values, size, column.scale or (0, 0)) for values in column.maps]
         for column in columns
     ]
     rows = [list(row) for row in zip(*drawn, strict=True)]

@@ -37,9 +37,8 @@ def contact_sheet(
     ):
         if captions and len(captions) != count:
             raise ValueError(f"{len(captions)} captions for {count} {what}; give one for each")
-    width, height = rows[0][0].size
     factor = enlargement(rows[0][0].size, cell)
-    width, height = width * factor, height * factor
+    width, height = (side * factor for side in rows[0][0].size)
     font = ImageFont.load_default(size=15)
     left = max((int(font.getlength(text)) for text in row_captions), default=-MARGIN)
     left += 2 * MARGIN
@@ -73,8 +72,6 @@ def enlargement(size: tuple[int, int], cell: int) -> int:
 
 def stack(sheets: Sequence[Image.Image], gap: int = 10) -> Image.Image:
     """Sheets one below the other."""
-    if not sheets:
-        raise ValueError("nothing to stack: give at least one sheet")
     height = sum(sheet.height for sheet in sheets) + gap * (len(sheets) - 1)
     whole = Image.new("RGB", (max(sheet.width for sheet in sheets), height), "white")
     top = 0
@@ -97,18 +94,15 @@ def film_strip(frames: Sequence[Image.Image], count: int = 4) -> Image.Image:
 
 
 def save_clip(frames: Sequence[Image.Image], path: Path, fps: int = 8) -> None:
-    """Write a clip as .gif or .mp4, enlarged like a sheet's images, aside and then renamed."""
+    """Write a clip as .gif, else as .mp4, enlarged as a sheet's images, aside and then renamed."""
     from diffusers.utils import export_to_gif, export_to_video
 
-    width, height = frames[0].size
     factor = enlargement(frames[0].size, 64)
-    size = (width * factor, height * factor)
+    size = (frames[0].width * factor, frames[0].height * factor)
     large = [frame.resize(size, Image.Resampling.NEAREST) for frame in frames]
     if path.suffix == ".gif":
         write_file(path, lambda aside: export_to_gif(large, str(aside), fps))
         return
-    if path.suffix != ".mp4":
-        raise ValueError(f"a clip cannot be written as {path.name}; use .gif or .mp4")
     check_mp4()
     pixels = [np.asarray(frame.convert("RGB"), np.float32) / 255 for frame in large]
     write_file(path, lambda aside: export_to_video(pixels, str(aside), fps))
