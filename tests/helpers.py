@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from elit import create_model
 from elit.models.dit import DiT
 
 TINY = {
@@ -57,6 +58,17 @@ def tiny_elastic(**changes) -> DiT:
     return randomise(DiT(**TINY_ELASTIC | changes))
 
 
+ELASTIC = {
+    "dit": lambda: tiny_elastic(depth=5),
+    "sit": lambda: randomise(create_model("elit-sit-tiny/2", hidden_size=32, num_heads=2)),
+    "hdit": lambda: randomise(create_model("elit-hdit-tiny/2", hidden_size=32, num_heads=4)),
+    "uvit": lambda: randomise(create_model("elit-uvit-tiny/2", hidden_size=32, num_heads=2)),
+    "mmdit": lambda: randomise(create_model("elit-mmdit-tiny/2", hidden_size=32, num_heads=2)),
+    "clips": lambda: tiny_elastic(sample_size=(2, 4, 8), group=(1, 2, 2), hidden_size=36),
+}
+"""Small elastic models, one of each backbone."""
+
+
 def make_inputs(model: nn.Module, batch: int = 2, size: tuple[int, ...] | None = None) -> tuple:
     """(samples, noise levels, labels) of a model; the labels run over all, the null one first.
 
@@ -93,6 +105,7 @@ class ReferenceDiT:
         self.group = model.group
         self.heads = model.config.num_heads
         self.dim = model.config.hidden_size
+        self.seen: dict[str, list[Tensor]] = {}  # weights of each attention, group by group
 
     # ---- parts ----
 
@@ -136,6 +149,7 @@ class ReferenceDiT:
             q, k = self.rotate(q, places), self.rotate(k, places)
         scores = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])
         weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        self.seen.setdefault(name, []).append(weights)
         out = torch.einsum("bhij,bhjd->bhid", weights, v)
         return self.linear(f"{name}.to_out", torch.cat(out.unbind(1), dim=-1))
 
@@ -209,7 +223,7 @@ class ReferenceDiT:
         return total * torch.sigmoid(total)
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor, num_latents: int = 0) -> Tensor:
-        x = x.double()
+        x, self.seen = x.double(), {}
         patches = self.patches(x)
         size = tuple(n // p for n, p in zip(x.shape[2:], self.patch, strict=True))
         places = torch.tensor(list(itertools.product(*map(range, size))), dtype=torch.float64)

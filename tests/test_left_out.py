@@ -5,11 +5,11 @@ import copy
 import pytest
 import retrofit_models
 import torch
-from helpers import make_inputs, randomise, tiny_dit, tiny_elastic
+from helpers import ELASTIC, make_inputs, randomise, tiny_dit, tiny_elastic
 from runs import CPU
 from torch import Tensor, nn
 
-from elit import create_model, elasticize
+from elit import elasticize
 from elit.data import load_dataset
 from elit.flow.objective import flow_matching_loss
 from elit.inspection.left_out import (
@@ -22,15 +22,6 @@ from elit.inspection.left_out import (
 from elit.interface.initial import open_gates
 from elit.models.dit import DiT
 from elit.training.watch import InterfaceWatch, watch_interface
-
-BACKBONES = {
-    "dit": lambda: tiny_elastic(depth=5),
-    "sit": lambda: randomise(create_model("elit-sit-tiny/2", hidden_size=32, num_heads=2)),
-    "hdit": lambda: randomise(create_model("elit-hdit-tiny/2", hidden_size=32, num_heads=4)),
-    "uvit": lambda: randomise(create_model("elit-uvit-tiny/2", hidden_size=32, num_heads=2)),
-    "mmdit": lambda: randomise(create_model("elit-mmdit-tiny/2", hidden_size=32, num_heads=2)),
-    "clips": lambda: tiny_elastic(sample_size=(2, 4, 8), group=(1, 2, 2), hidden_size=36),
-}
 
 
 def shut(module: nn.Module) -> None:
@@ -47,10 +38,10 @@ def shut(module: nn.Module) -> None:
 # ---- models without a core ----
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", ELASTIC)
 @torch.no_grad()
 def test_left_out_blocks_are_blocks_that_do_nothing(name: str) -> None:
-    model = BACKBONES[name]()
+    model = ELASTIC[name]()
     inputs, (head, core, _) = make_inputs(model), model.split
     few = max(1, model.max_latents // 4)
     before = [model(*inputs, num_latents=n).sample for n in (model.max_latents, few)]
@@ -162,10 +153,10 @@ def test_spread_adds_up_over_calls_and_is_undefined_where_nothing_varies() -> No
     assert spread(torch.zeros(8, 4, 16), 1) is None
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", ELASTIC)
 @torch.no_grad()
 def test_latents_are_seen_on_their_way_into_the_core_and_out_of_it(name: str) -> None:
-    model, seen = BACKBONES[name](), []
+    model, seen = ELASTIC[name](), []
     inputs = make_inputs(model)
     with watch_latents(model, lambda *found: seen.append(found)):
         model(*inputs)

@@ -164,18 +164,6 @@ def test_inception_has_the_public_names(inception) -> None:
     } <= names  # fmt: skip
 
 
-def test_spatial_features_lie_as_adms(inception) -> None:
-    seen = []
-    branch = inception.module.Mixed_6d.branch1x1
-    handle = branch.register_forward_hook(lambda module, given, out: seen.append(out.clone()))
-    spatial = inception.features(photographs()[:1])["spatial"]
-    handle.remove()
-    assert seen[0].shape == (1, 192, 17, 17)
-    places = spatial.view(17, 17, 7)
-    assert torch.equal(places[3, 5], seen[0][0, :7, 3, 5])
-    assert spatial.min() == 0  # after its ReLU
-
-
 def test_inception_takes_any_size_and_grey(inception) -> None:
     grey = F.pad(photographs()[:, :1], (0, 43, 0, 43))  # nothing to resize
     together = inception.features(grey)["pool"]

@@ -36,14 +36,12 @@ def read_sweeps(first: str, second: str) -> dict[str, Report]:
 
 def check_comparable(reports: Mapping[str, Report]) -> None:
     """Raise a ValueError that names what differs, of all that scores of two sweeps must share."""
-    mine, theirs = (
-        {
-            "reference": reference.get("digest") or reference.get("name"),
-            **{key: settings.get(key) for key in _SAME},
-        }
-        for settings in (report["settings"] for report in reports.values())
-        for reference in [settings.get("reference") or {}]
-    )
+    compared = []
+    for settings in (report["settings"] for report in reports.values()):
+        reference = settings.get("reference") or {}
+        of = {"reference": reference.get("digest") or reference.get("name")}
+        compared.append(of | {key: settings.get(key) for key in _SAME})
+    mine, theirs = compared
     differing = [
         f"{what} ({_brief(value)} and {_brief(theirs[what])})"
         for what, value in mine.items()
@@ -59,14 +57,13 @@ def check_comparable(reports: Mapping[str, Report]) -> None:
 def notes_on(reports: Mapping[str, Report]) -> list[str]:
     """Warnings that a reader of an allowed comparison must know."""
     trained = {n: (r["model"].get("training") or {}).get("eflops") for n, r in reports.items()}
-    notes = [
-        f"the training FLOPs of {n} are not known" for n in trained if not is_number(trained[n])
-    ]
+    known = {name: eflops for name, eflops in trained.items() if is_number(eflops)}
+    notes = [f"the training FLOPs of {name} are not known" for name in trained if name not in known]
     if not notes:
-        low, high = sorted(trained.values())
+        low, high = sorted(known.values())
         if high - low > _EQUAL_TRAINING * high:
             more = f"{100 * (high / low - 1):.0f} % more" if low > 0 else "against none"
-            each = ", ".join(f"{name} {eflops:.4g} EFLOPs" for name, eflops in trained.items())
+            each = ", ".join(f"{name} {eflops:.4g} EFLOPs" for name, eflops in known.items())
             notes.append(f"not at equal training FLOPs: {each} ({more})")
     a, b = reports.values()
     others = [k for k in _SAME_TIMES if a["settings"].get(k) != b["settings"].get(k)]

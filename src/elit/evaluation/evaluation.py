@@ -90,11 +90,11 @@ class Evaluation:
         drawing = self.drawing
         pipeline = drawing.pipeline
         model, vae = pipeline.transformer, pipeline.vae
-        shape = drawing.image_shape()
+        texts = f"{len(drawing.texts)} texts, {digest_of(list(drawing.texts))}"
         return {
             "samples": drawing.count,
             "seed": drawing.seed,
-            "drawn": _texts(drawing.texts) if drawing.texts else "classes, balanced",
+            "drawn": texts if drawing.texts else "classes, balanced",
             "text_encoder": self._text_encoder(),
             "text_tokens": drawing.text_tokens,
             "sampler": type(pipeline.scheduler).__name__,
@@ -102,7 +102,7 @@ class Evaluation:
             "dtype": str(model.dtype).removeprefix("torch.")
             + (f" of {self.variant}" if self.variant else ""),
             "batch_size": drawing.batch_size,
-            "size": list(shape[1:]),
+            "size": list(drawing.image_shape()[1:]),
             "eight_bit": True,
             "vae": None if vae is None else {
                 "class": type(vae).__name__, "weights": self._weights("vae"),
@@ -298,7 +298,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return numbers
-
-
-def _texts(texts: Sequence[str]) -> str:
-    return f"{len(texts)} texts, {digest_of(list(texts))}"

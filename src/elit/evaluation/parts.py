@@ -112,11 +112,6 @@ class Parts:
         """One tensor of all samples, (count, ...)."""
         return torch.cat(list(self.read(name)))
 
-    def names(self) -> list[str]:
-        """Names of the tensors of a part, in alphabetical order."""
-        with self._open(0) as file:
-            return sorted(file.keys())
-
     def origins(self) -> list[str]:
         """Origins of the parts, each once."""
         origins = set()

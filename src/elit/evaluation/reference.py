@@ -145,7 +145,7 @@ def _of_network(
         # Another job may have been quicker, and then its parts go while these are read.
         try:
             if not file.exists():
-                tensors = _reduce(parts)
+                tensors = _reduce(parts, network)
                 write_json(folder / "about.json", about)
                 save_tensors(file, tensors)
         except ValueError:
@@ -164,10 +164,10 @@ def _of_network(
     }  # fmt: skip
 
 
-def _reduce(parts: Parts) -> dict[str, Tensor]:
+def _reduce(parts: Parts, network: FeatureNetwork) -> dict[str, Tensor]:
     """Mean, covariance, count and chosen features of each output of a network."""
     tensors: dict[str, Tensor] = {}
-    for name in parts.names():
+    for name in (f"{network.name}.{output}" for output in network.outputs):
         moments, chosen_rows, first = Moments(), [], 0
         rows = sum(len(x) for x in parts.read(name))
         chosen = evenly(rows, MANIFOLD)

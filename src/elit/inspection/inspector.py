@@ -147,7 +147,8 @@ class Inspector:
                 if full is not None and n < most:
                     self._add(maps, "difference", batch, self._per_token(velocity - full))
                 if seen:
-                    self._add_attention(maps, batch, seen[0], shown)
+                    weights = seen[0][:, :, :n]  # of those kept: a SiT reads all of them
+                    self._add_attention(maps, batch, weights, shown)
         return list(by_latents.values())
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """Sheets of an inspection: where Read looks and the loss is, samples, what latents are worth."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +117,10 @@ class Sheets:
                 column = Column(f"attention at {self.budget(one)}", maps=self.with_mean(attention))
                 columns.append(column)
                 if one is here[0] and column.maps is not None and column.scale:
-                    pairs = zip(self.large_images(), column.maps, strict=True)
+                    factor = enlargement(self.images[0].size, self.cell)
+                    size = self.images[0].width * factor, self.images[0].height * factor
+                    large = [image.resize(size, Image.Resampling.NEAREST) for image in self.images]
+                    pairs = zip(large, column.maps, strict=True)
                     over = [overlay(image, values, column.scale) for image, values in pairs]
                     columns.append(Column("the same over the image", over))
             for one in here:
@@ -170,56 +173,35 @@ class Sheets:
         without the core.
         """
         loss = "squared error of the velocity"
+        error = "; lines: one standard error over images"
 
-        def line(values: Mapping[int, Tensor], label: str = "", x: Sequence[int] = ()) -> Line:
-            """Means over the images and their standard errors."""
-            means = [float(v.mean()) for v in values.values()]
-            errors = [
-                float(v.std() / len(v) ** 0.5) if len(v) > 1 else 0.0 for v in values.values()
-            ]
-            return Line(x or list(values), means, label, error=errors)
+        def line(x: Iterable[float], losses: Iterable[Tensor], label: str = "") -> Line:
+            own = list(losses)
+            means = [float(v.mean()) for v in own]
+            errors = [float(v.std() / len(v) ** 0.5) if len(v) > 1 else 0.0 for v in own]
+            return Line(list(x), means, label, error=errors)
 
-        curves = [line(w.first, f"noise level {w.sigma:g}") for w in worths]
-        bars = "; lines: one standard error over images"
-        charts = [
-            Chart(
-                "loss with the first latents of each group alone",
-                "first latents" + bars,
-                f"{loss} (log scale)",
-                curves,
-                log_y=True,
-                labels="right",
-            )
-        ]
+        def bars(title: str, x: str, y: str, losses: Mapping[str, Tensor]) -> Chart:
+            drawn = line(range(len(losses)), losses.values())
+            return Chart(title, x + error, y, [drawn], "bars", list(losses), zero=True)
+
+        curves = [line(w.first, w.first.values(), f"noise level {w.sigma:g}") for w in worths]
+        title, x = "loss with the first latents of each group alone", f"first latents{error}"
+        charts = [Chart(title, x, f"{loss} (log scale)", curves, log_y=True, labels="right")]
         mean = mean_over_levels(worths)
-        without, full = mean.without, mean.first[self.model.max_latents]
-        if without:
-            costs = line({i: losses - full for i, losses in without.items()}, x=range(len(without)))
-            charts.append(
-                Chart(
-                    "rise of the loss without one latent, mean over the noise levels",
-                    "latent that is left out" + bars,
-                    f"rise of the {loss}",
-                    [costs],
-                    kind="bars",
-                    names=[str(i + 1) for i in without],
-                    zero=True,
-                )
-            )
-        losses = dict(enumerate([full, *(mean.without_part[part] for part in PARTS)]))
-        charts.append(Chart(
-            "loss at full budget and without the core, mean over the noise levels",
-            "what is left out" + bars, loss, [line(losses)], kind="bars", zero=True,
-            names=["nothing", "the core", "Read, core and Write"]))  # fmt: skip
+        full = mean.first[self.model.max_latents]
+        if mean.without:
+            title = "rise of the loss without one latent, mean over the noise levels"
+            rises = {str(i + 1): losses - full for i, losses in mean.without.items()}
+            charts.append(bars(title, "latent that is left out", f"rise of the {loss}", rises))
+        title = "loss at full budget and without the core, mean over the noise levels"
+        names = "nothing", "the core", "Read, core and Write"
+        without = dict(
+            zip(names, [full, *(mean.without_part[part] for part in PARTS)], strict=True)
+        )
+        charts.append(bars(title, "what is left out", loss, without))
         return picture(charts)
 
     def budget(self, one: Maps) -> str:
         """Budget of maps in words."""
         return format_budget(self.model.budget_of(one.num_latents))
-
-    def large_images(self) -> list[Image.Image]:
-        """The images enlarged, for what is laid over them."""
-        height, width = self.images[0].height, self.images[0].width
-        factor = enlargement((width, height), self.cell)
-        size = (width * factor, height * factor)
-        return [image.resize(size, Image.Resampling.NEAREST) for image in self.images]

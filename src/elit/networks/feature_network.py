@@ -1,5 +1,6 @@
 """Networks by whose features images are compared: Inception, DINOv2, CLIP, I3D, or one's own."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +18,8 @@ from elit.networks.classifier import ClassifierFeatures, fit_network
 from elit.networks.encoders import CLIP, DINOV2, ClipFeatures, load_clip, load_dinov2
 from elit.networks.resize import resize_tf_bilinear
 from elit.networks.weights import (
-    I3D_FILE,
     checksum_of,
-    find_i3d,
+    find_file,
     find_inception,
     folder_checksum,
     read_exported,
@@ -27,6 +27,7 @@ from elit.networks.weights import (
 )
 
 _OF_FILES = (".pt", ".ts", ".pth", ".pt2")
+_I3D_FILE = "i3d_torchscript.pt"
 _I3D_SIDE = 224
 _I3D_FRAMES = 10  # fewer leave nothing after its strides in time
 
@@ -207,13 +208,19 @@ def _prepare_clips(clips: Tensor) -> Tensor:
 
 
 def _i3d(weights: str | Path | None, device: torch.device, _: Any) -> FeatureNetwork:
-    path = find_i3d(weights)
+    weights = weights or os.environ.get("ELIT_I3D_WEIGHTS")
+    if not weights:
+        raise ValueError(
+            f"i3d needs the file {_I3D_FILE}, which public code of FVD comes with: give its path "
+            f"as the weights, or in ELIT_I3D_WEIGHTS"
+        )
+    path = find_file(weights, "i3d")
     scripted = read_scripted(path, device)
     needed = {"rescale", "resize", "return_features"}
     if not needed <= {argument.name for argument in scripted.forward.schema.arguments}:
         raise ValueError(
             f"{path} is not the I3D of FVD: its forward doesn't take {', '.join(sorted(needed))}; "
-            f"use {I3D_FILE}, or give the file as a network of its own"
+            f"use {_I3D_FILE}, or give the file as a network of its own"
         )
     return FeatureNetwork(
         "i3d", _I3D(scripted), ("pool",), sha256_of(path),

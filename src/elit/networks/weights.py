@@ -25,8 +25,6 @@ INCEPTION_URL = (
     f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILES[0]}"
 )
 INCEPTION_VARIABLE = "ELIT_INCEPTION_WEIGHTS"
-I3D_FILE = "i3d_torchscript.pt"
-I3D_VARIABLE = "ELIT_I3D_WEIGHTS"
 
 
 def find_inception(weights: str | Path | None = None) -> Path:
@@ -52,17 +50,6 @@ def find_inception(weights: str | Path | None = None) -> Path:
             f"{INCEPTION_URL} and give its path as the weights or in {INCEPTION_VARIABLE}, {advice}"
         ) from error
     return folder / INCEPTION_URL.rpartition("/")[2]
-
-
-def find_i3d(weights: str | Path | None = None) -> Path:
-    """The TorchScript file of I3D, given or named by the environment."""
-    weights = weights or os.environ.get(I3D_VARIABLE)
-    if not weights:
-        raise ValueError(
-            f"i3d needs the file {I3D_FILE}, which public code of FVD comes with: give its path "
-            f"as the weights, or in {I3D_VARIABLE}"
-        )
-    return find_file(weights, "i3d")
 
 
 def find_file(weights: str | Path, network: str) -> Path:

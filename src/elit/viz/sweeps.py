@@ -120,8 +120,7 @@ def best_at_costs(
     The costs are those at which a front has a step: at most so many, evenly chosen, the lowest and
     the highest among them. Rows are None where a model has none.
     """
-    own = grouped(range(len(rows.rows)), lambda i: rows.models[i])
-    own = {name: own.get(name, []) for name in rows.names}
+    own = {n: [i for i, model in enumerate(rows.models) if model == n] for n in rows.names}
     costs = {n: [rows.rows[i].get("gflops_per_image") for i in own[n]] for n in own}
     values = {n: [rows.score(i, score) for i in own[n]] for n in own}
     lower_is_better = SCORES[score].lower_is_better
