@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_elastic
+from helpers import tiny_dit, tiny_elastic
+from PIL import Image
 from runs import held
 
 from elit import ElitPipeline, make_scheduler
@@ -151,14 +152,10 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, words, message) -> None:
 
 
 def test_a_plain_model_is_swept_over_its_steps(tmp_path, capsys) -> None:
-    from helpers import tiny_dit
-
     pipeline = ElitPipeline(tiny_dit(in_channels=1), make_scheduler("euler"))
     pipeline.save_pretrained(tmp_path / "plain")
     folder = tmp_path / "real"
     folder.mkdir()
-    from PIL import Image
-
     for i in range(12):
         noise = torch.randint(0, 256, (8, 8), generator=torch.Generator().manual_seed(i))
         Image.fromarray(noise.to(torch.uint8).numpy()).save(folder / f"{i}.png")

@@ -24,7 +24,8 @@ from elit.evaluation.drawing import Drawing
 from elit.evaluation.images import Images
 from elit.evaluation.measure import Scores, measure
 from elit.evaluation.parts import Parts, part_size
-from elit.evaluation.reference import Reference, check_shapes, make_reference
+from elit.evaluation.reference import Reference, make_reference
+from elit.interface.fit import format_size
 from elit.networks.weights import checksum_of
 from elit.pipelines.autoencoder import SamplesDivergedError
 from elit.pipelines.folder import weights_digest
@@ -52,7 +53,13 @@ class Evaluation:
     variant: str | None = None  # of the files that the weights were read from
 
     def __post_init__(self) -> None:
-        check_shapes(self.images, self.drawing.image_shape(), self.run)
+        real, drawn = self.images.shape[1:], self.drawing.image_shape()[1:]
+        if self.images.count and real != drawn:  # statistics alone say nothing of a size
+            raise ValueError(
+                f"{self.images.name} has {format_size(real)}, but {self.run} draws "
+                f"{format_size(drawn)}: scores of different sizes mean nothing; give images of "
+                f"that size, or a folder with --fit, which scales and cuts them"
+            )
 
     @cached_property
     def model(self) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from elit._process import Process
 from elit.evaluation.frechet import Moments
 from elit.evaluation.images import Images
 from elit.evaluation.parts import Parts, batches, part_size
-from elit.interface.fit import format_size
 from elit.networks.feature_network import FeatureNetwork
 
 logger = logging.getLogger(__name__)
@@ -181,16 +180,3 @@ def _reduce(parts: Parts, network: FeatureNetwork) -> dict[str, Tensor]:
         if name.rpartition(".")[2] not in _UNRANKED:
             tensors[f"{name}/features"] = torch.cat(chosen_rows)
     return tensors
-
-
-def check_shapes(images: Images, shape: Sequence[int], name: str) -> None:
-    """Raise a ValueError unless real images and those that `name` draws, of a shape, fit.
-
-    Statistics alone say nothing of their images' size.
-    """
-    if images.count and tuple(images.shape[1:]) != tuple(shape[1:]):
-        raise ValueError(
-            f"{images.name} has {format_size(images.shape[1:])}, but {name} draws "
-            f"{format_size(shape[1:])}: scores of different sizes mean nothing; give images of "
-            f"that size, or a folder with --fit, which scales and cuts them"
-        )

@@ -85,28 +85,16 @@ def draw_into(
             desc=f"budget {format_budget(budget)}", disable=not progress, leave=False
         )
         images, seconds = next(drawn)
-        home = folder / f"budget-{budget:g}"
-        files = [
-            save_picture(image, home / name, video)
-            for image, name in zip(images, names, strict=True)
-        ]
+        suffix = video if pipeline.draws_clips else "png"
+        files = [folder / f"budget-{budget:g}" / f"{name}.{suffix}" for name in names]
+        for image, file in zip(images, files, strict=True):
+            (save_clip if pipeline.draws_clips else save_image)(image, file)
         ms = 1000 * seconds / len(images)
         row = {"budget": budget, "num_latents": n, "gflops": cost, "ms_per_image": ms}
-        rows.append({**row, "files": files})
+        rows.append({**row, "files": [str(file) for file in files]})
         pictures.append([film_strip(i) for i in images] if pipeline.draws_clips else images)
     save_sheet(folder / SHEET, pictures, budgets, what, cell_size(pipeline))
     return rows
-
-
-def save_picture(picture: Any, path: Path, video: str | None) -> str:
-    """Write an image, or a clip, and give the name of the file."""
-    if isinstance(picture, list):
-        path = path.with_name(f"{path.name}.{video}")
-        save_clip(picture, path)
-    else:
-        path = path.with_name(f"{path.name}.png")
-        save_image(picture, path)
-    return str(path)
 
 
 def save_sheet(

@@ -102,7 +102,11 @@ def sweep(
         raise ValueError(f"no point could be drawn: {rows[0]['warnings'][0]}")
     ranked_by = ranked_by or ranking_score(scored[0])
     content = report(evaluation, rows, ranked_by)
-    mark_fronts(content)
+    scores = [row["scores"].get(ranked_by) for row in rows]
+    for mark, cost in (("front_flops", "gflops_per_image"), ("front_ms", "ms_per_image")):
+        front = pareto_front([row[cost] for row in rows], scores, content["lower_is_better"])
+        for i, row in enumerate(rows):
+            row[mark] = i in front
     write_json(file, content)
     return content
 
@@ -142,16 +146,6 @@ def merged(
         return -point.budget, point.steps, guide, *more
 
     return [by_point[point] for point in sorted(by_point, key=order)]
-
-
-def mark_fronts(content: dict[str, Any]) -> None:
-    """Set `front_flops` and `front_ms` in the rows of a report, by the score that it ranks by."""
-    rows = content["rows"]
-    scores = [row["scores"].get(content["ranked_by"]) for row in rows]
-    for mark, cost in (("front_flops", "gflops_per_image"), ("front_ms", "ms_per_image")):
-        front = pareto_front([row[cost] for row in rows], scores, content["lower_is_better"])
-        for i, row in enumerate(rows):
-            row[mark] = i in front
 
 
 def write_table_and_page(report: dict[str, Any], evaluation: Evaluation, folder: Path) -> Path:
