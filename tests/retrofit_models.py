@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 import elit
+from elit import elasticize
+
+HEAD, TAIL = 2, 1  # of what `elastic` makes
 
 
 @dataclass(frozen=True)
@@ -199,3 +202,38 @@ def double(values: Any) -> Any:
         return {key: double(value) for key, value in values.items()}
     is_float = isinstance(values, torch.Tensor) and values.is_floating_point()
     return values.double() if is_float else values
+
+
+def elastic(name: str, init: str = "identity", rank: int = 2, std: float | None = None) -> Any:
+    """An elastic transformer; with `std` the interface is as if it were trained: gates are open."""
+    model = elasticize(make(name), HEAD, TAIL, FOREIGN[name].group, init, rank)
+    if std is not None:
+        randomise(model.elit, std)
+    return model
+
+
+def randomise(module: nn.Module, std: float = 0.2) -> None:
+    """Give an interface weights as if it were trained: fresh gates hide everything."""
+    torch.manual_seed(5)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=std)
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((got - wanted).abs().max() / wanted.abs().max()).item()
+
+
+class Stack(nn.Module):
+    """A model of blocks, that takes its time from what the test says."""
+
+    def __init__(self, *blocks: nn.Module):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        del timestep
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states

@@ -18,8 +18,8 @@ import stock_pipelines
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig
 from diffusers.hooks import HookRegistry
-from helpers import TINY, TINY_ELASTIC, randomise, tiny_dit
-from retrofit_models import some
+from helpers import TINY, TINY_ELASTIC, randomise, refuses, tiny_dit
+from retrofit_models import Stack, some
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounter
@@ -336,23 +336,6 @@ LAX = {
     ),
     "tea": TeaCacheConfig(threshold=1e9),
 }  # fmt: skip
-STRICT = {
-    "first-block": FirstBlockCacheConfig(threshold=0.0),
-    "mag": MagCacheConfig(threshold=0.0, num_inference_steps=STEPS, mag_ratios=[0.99] * STEPS),
-    "tea": TeaCacheConfig(threshold=0.0),
-}
-
-
-@pytest.mark.parametrize("cache", STRICT)
-@pytest.mark.parametrize("name", some(("dit", "elastic-uvit", "elastic-mmdit", "flux"), QUICK))
-def test_at_threshold_0_a_cache_changes_nothing(name, cache) -> None:
-    case = CASES[name]
-    model = case.make()
-    calls = calls_of(case, model, steps=4)
-    uncached = run(model, calls)
-    model.enable_cache(STRICT[cache])
-    assert_all_equal(run(model, calls, "cond"), uncached)
-    assert model.cache_counts() == (4, 0)
 
 
 @pytest.mark.parametrize("cache", LAX)
@@ -645,33 +628,20 @@ def test_our_pipeline_draws_with_caches(pipe, guidance, sampler) -> None:
     assert torch.equal(draw(pipe, **options), drawn)
 
 
-def test_a_pipeline_that_broke_off_leaves_nothing(pipe) -> None:
-    pipe.transformer.enable_cache(TeaCacheConfig(1e9))
-    images = draw(pipe)
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        draw(pipe, callback_on_step_end=stop, budget=0.25)
-    assert torch.equal(draw(pipe), images)
+def stop(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    "config", [TeaCacheConfig(50.0), stock.FirstBlockCacheConfig(threshold=50.0)]
-)
-def test_a_branch_that_broke_off_is_not_gone_on_with(pipe, config) -> None:
-    # The next run begins unguided: at its second step it would take up the guided branch's state.
-    later = {"guidance": CFG(2.0, interval=(0.0, 0.9))}
+# Where it begins unguided, it would take up the guided branch's state at its second step.
+@pytest.mark.parametrize("later", [{}, {"guidance": CFG(2.0, interval=(0.0, 0.9))}])
+@pytest.mark.parametrize("config", [TeaCacheConfig(1e9), FirstBlockCacheConfig(threshold=50.0)])
+def test_a_pipeline_that_broke_off_leaves_nothing(pipe, config, later) -> None:
     pipe.transformer.enable_cache(config)
     images = draw(pipe, **later)
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        draw(pipe, callback_on_step_end=stop, guidance=CFG(2.0))
-    assert torch.equal(draw(pipe, **later), images)
+    for before in ({"guidance": CFG(2.0)}, {"budget": 0.25}):
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe, callback_on_step_end=stop, **before)
+        assert torch.equal(draw(pipe, **later), images)
 
 
 # ---- what is refused ----
@@ -700,35 +670,35 @@ def test_caches_that_cannot_work_are_refused(model, config, reason) -> None:
 
 
 def test_what_else_cannot_be(model, calls) -> None:
-    with pytest.raises(ValueError, match=r"use elit\.calibrate_cache"):
-        model.enable_cache(MagCacheConfig(calibrate=True))
-    with pytest.raises(ValueError, match=r"has no part 'attn'.*it has modulation, attention, mlp"):
-        model.enable_cache(TeaCacheConfig(probe="attn"))
+    for config, message in (
+        (MagCacheConfig(calibrate=True), r"use elit\.calibrate_cache"),
+        (TeaCacheConfig(probe="attn"), r"no part 'attn'.*it has modulation, attention, mlp"),
+    ):
+        refuses(message, model.enable_cache, config)
     model.enable_cache(TeaCacheConfig(probe="modulation"))  # of the noise level alone
     run(model, calls)
-    with pytest.raises(ValueError, match="a step cache is on already; call disable_cache"):
-        model.enable_cache(TeaCacheConfig())
-    with pytest.raises(ValueError, match="a step cache is on already"):
-        calibrate_cache(model, lambda: None)
-    with pytest.raises(ValueError, match="call disable_cache\\(\\) before you copy"):
-        copy.deepcopy(model)
+    refuses("is on already; call disable_cache", model.enable_cache, TeaCacheConfig())
+    refuses("a step cache is on already", calibrate_cache, model, lambda: None)
+    refuses("call disable_cache\\(\\) before you copy", copy.deepcopy, model)
     model.disable_cache()
     model.disable_cache()
     copied = copy.deepcopy(model)
     assert_all_equal(run(copied, calls), run(model, calls))
-
-    headless = randomise(elit.DiT(**TINY_ELASTIC | {"head": 0}))
-    with pytest.raises(ValueError, match="this DiT has no head; use a model with head >= 1"):
-        headless.enable_cache(TeaCacheConfig())
-    short = randomise(elit.DiT(**TINY | {"depth": 1}))
-    with pytest.raises(ValueError, match="this DiT has 1 block; a step cache needs two"):
-        short.enable_cache(TeaCacheConfig())
-    with pytest.raises(ValueError, match="Linear has none of the lists of blocks"):
-        elit.enable_step_cache(nn.Linear(2, 2), TeaCacheConfig())
     transformer = retrofit_models.make("qwen")
     elit.enable_step_cache(transformer, TeaCacheConfig())
-    with pytest.raises(ValueError, match="a step cache is on"):
-        elit.elasticize(transformer, 1, 1, (4, 4))
+    refuses("a step cache is on", elit.elasticize, transformer, 1, 1, (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (elit.DiT(**TINY_ELASTIC | {"head": 0}), "this DiT has no head; use a model with head >="),
+        (elit.DiT(**TINY | {"depth": 1}), "this DiT has 1 block; a step cache needs two"),
+        (nn.Linear(2, 2), "Linear has none of the lists of blocks"),
+    ],
+)
+def test_models_that_no_cache_fits(model, message) -> None:
+    refuses(message, elit.enable_step_cache, model, TeaCacheConfig())
 
 
 class Bare(nn.Module):
@@ -736,19 +706,6 @@ class Bare(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states + 1
-
-
-class Stack(nn.Module):
-    """A model of blocks, that takes its time from what the test says."""
-
-    def __init__(self, *blocks: nn.Module):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, hidden_states: Tensor, timestep: Tensor | None = None) -> Tensor:
-        for block in self.blocks:
-            hidden_states = block(hidden_states)
-        return hidden_states
 
 
 def test_a_block_without_modulated_input_is_an_error() -> None:

@@ -8,26 +8,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import randomise, tiny_dit, tiny_elastic
+from retrofit_models import Stack
 from torch import Tensor, nn
 
 import elit
 from elit import TeaCacheConfig, calibrate_cache
 from elit.caching.calibration import fit_polynomial
 from elit.cli.main import main
-
-
-class Stack(nn.Module):
-    """A model of blocks."""
-
-    def __init__(self, *blocks: nn.Module):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
-        del timestep
-        for block in self.blocks:
-            hidden_states = block(hidden_states)
-        return hidden_states
 
 
 class Follows(nn.Module):

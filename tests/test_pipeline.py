@@ -24,7 +24,7 @@ from elit.pipelines.base import check_sample_dtype
 from elit.pipelines.budgets import draw_budgets
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.pipelines.text_pipeline import ElitTextPipeline
-from elit.retrofit.elasticize import elasticize
+from elit.retrofit.elastic import elasticize
 
 
 def make_pipeline(transformer: nn.Module | None = None, sampler: str = "euler", vae=None):

@@ -13,40 +13,36 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from helpers import TINY, TINY_ELASTIC
-from retrofit_models import FOREIGN, double, inputs, make, some
+from helpers import TINY, TINY_ELASTIC, refuses
+from retrofit_models import (
+    FOREIGN,
+    HEAD,
+    TAIL,
+    double,
+    elastic,
+    inputs,
+    make,
+    randomise,
+    relative_error,
+    some,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import elit
-from elit import Layout, PerToken, elasticize, unelasticize
+from elit import Layout, PerToken, elasticize, load_elastic, unelasticize
 from elit.interface.grid import TokenGrid
 from elit.interface.raster import from_groups, to_groups
 from elit.retrofit.known import find_layout
 from elit.retrofit.places import latent_places
 
 NAMES = list(FOREIGN)
-HEAD, TAIL = 2, 1
-
-
-def elastic(name: str, init: str = "identity", rank: int = 2) -> Any:
-    return elasticize(make(name), HEAD, TAIL, FOREIGN[name].group, init, rank)
-
-
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    return ((got - wanted).abs().max() / wanted.abs().max()).item()
 
 
 def seeded(model: nn.Module, given: dict[str, Any]) -> Tensor:
     """Its output; diffusers' DiT drops labels at random in training."""
     torch.manual_seed(2)
     return model(**given).sample
-
-
-def randomise(module: nn.Module) -> None:
-    """Give an interface weights as if it were trained: fresh gates hide everything."""
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.2)
 
 
 # ---- lossless at full budget ----
@@ -106,22 +102,24 @@ def test_lower_budgets(name: str, init: str) -> None:
 
 @pytest.mark.parametrize("name", some(NAMES))
 def test_gradient_checkpointing(name: str) -> None:
-    """Same gradients, also when two calls at two budgets come before their backward passes."""
+    """Same gradients, also when three calls at three budgets come before their backward passes."""
     gradients = []
-    for checkpointing in (False, True):
-        model, given = elastic(name).double().train(), double(inputs(name))
-        torch.manual_seed(0)
-        randomise(model.elit)
+    ways = [(False, False), (True, False), *([(True, True)] if name == "ours" else [])]
+    for checkpointing, compiled in ways:
+        model, given = elastic(name, std=0.2).double().train(), double(inputs(name))
         if checkpointing:
             model.enable_gradient_checkpointing()
+        if compiled:
+            model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
         torch.manual_seed(2)
         outputs = [model(**given, num_latents=n).sample for n in (16, 5, 4)]
         sum(output.square().mean() for output in outputs).backward()
         gradients.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
     assert any(key.startswith("elit.read") for key in gradients[0])
-    for key, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-9, atol=1e-12)
+    for others in gradients[1:]:
+        assert gradients[0].keys() == others.keys()
+        for key, gradient in gradients[0].items():
+            torch.testing.assert_close(others[key], gradient, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", some(NAMES))
@@ -170,17 +168,19 @@ def test_unelasticize_gives_the_original(name: str) -> None:
 @pytest.mark.parametrize("name", some(NAMES))
 @pytest.mark.parametrize("init", ["identity", "learned"])
 def test_save_and_load(name: str, init: str, tmp_path: Path) -> None:
-    model, given = elastic(name, init), inputs(name)
-    randomise(model.elit)
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    model, given = elastic(name, init, std=0.2), inputs(name)
+    model.save_pretrained(tmp_path / "transformer")
+    config = json.loads((tmp_path / "transformer" / "config.json").read_text())
     assert config["elastic"]["head"] == HEAD
-    loaded = type(model).from_pretrained(tmp_path)
-    assert type(loaded) is type(model)
-    assert loaded.elastic_settings == model.elastic_settings
-    for num_latents in (16, 3):
-        wanted = model(**given, num_latents=num_latents).sample
-        assert torch.equal(loaded.eval()(**given, num_latents=num_latents).sample, wanted)
+    for loaded in (
+        load_elastic(tmp_path / "transformer"),
+        load_elastic(str(tmp_path), subfolder="transformer"),
+    ):
+        assert type(loaded) is type(model)
+        assert loaded.elastic_settings == model.elastic_settings
+        for num_latents in (16, 3):
+            wanted = model(**given, num_latents=num_latents).sample
+            assert torch.equal(loaded.eval()(**given, num_latents=num_latents).sample, wanted)
 
 
 def test_loading_weights_without_the_interface_is_an_error(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_loading_weights_without_the_interface_is_an_error(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="has no 'elastic' settings"):
         kind.from_pretrained(tmp_path / "plain")
     (tmp_path / "plain" / "config.json").write_text((tmp_path / "config.json").read_text())
-    with pytest.raises(ValueError, match="does not hold the interface of its config"):
+    with pytest.raises(ValueError, match=r"the weights of this ElasticSD3.*missing keys \(elit\."):
         kind.from_pretrained(tmp_path / "plain")
 
 
@@ -370,33 +370,37 @@ def test_a_wrong_split_changes_nothing(arguments: dict[str, Any], message: str) 
     assert "forward" not in vars(model)
 
 
-def test_models_that_cannot_be_patched() -> None:
-    with pytest.raises(ValueError, match="Say how it is laid out: layout=Layout"):
-        elasticize(nn.Linear(2, 2), 1, 1, 4)
-    with pytest.raises(ValueError, match="a torch module, not dict"):
-        elasticize({}, 1, 1, 4)
-    with pytest.raises(ValueError, match="is elastic already; unelasticize it first"):
-        elasticize(elastic("dit"), 1, 1, 4)
-    with pytest.raises(ValueError, match="is compiled; elasticize it first, then compile it"):
-        elasticize(torch.compile(nn.Linear(2, 2)), 1, 1, (2, 2))
-    with pytest.raises(ValueError, match="is not elastic"):
-        unelasticize(make("dit"))
-    shared = Own()
-    shared.layers[3] = shared.layers[1]
-    with pytest.raises(ValueError, match="comes twice"):
-        elasticize(shared, 1, 1, 3, layout=OWN)
-    assert type(shared) is Own
-    with pytest.raises(ValueError, match="doesn't say its hidden_size"):
-        elasticize(Own(), 1, 1, 3, layout=Layout(blocks="layers", hidden_states="tokens"))
-    # A U-ViT is a DiT by its class, but no layout of a DiT describes its forward.
-    for kind, settings in ((elit.UViT, TINY), (elit.HDiT, TINY | {"head": 1, "tail": 1})):
-        model = kind(**settings)
-        with pytest.raises(ValueError, match="cannot be elasticized: of elit's models a DiT or a"):
-            elasticize(model, 1, 1, 2)
-        assert type(model) is kind
-    for layout in (None, Layout(blocks="blocks")):
-        with pytest.raises(ValueError, match="this DiT is elastic already"):
-            elasticize(elit.DiT(**TINY_ELASTIC), 1, 1, 2, layout=layout)
+def shared() -> nn.Module:
+    model = Own()
+    model.layers[3] = model.layers[1]
+    return model
+
+
+UVIT = "this UViT cannot be elasticized: of elit's models a DiT or a"  # by its class it is a DiT
+
+
+@pytest.mark.parametrize(
+    ("make_model", "layout", "message"),
+    [
+        (lambda: nn.Linear(2, 2), None, "Say how it is laid out: layout=Layout"),
+        (dict, None, "a torch module, not dict"),
+        (lambda: elastic("dit"), None, "is elastic already; unelasticize it first"),
+        (lambda: torch.compile(nn.Linear(2, 2)), None, "is compiled; elasticize it first, then"),
+        (shared, OWN, "comes twice"),
+        (Own, Layout(blocks="layers", hidden_states="tokens"), "doesn't say its hidden_size"),
+        (lambda: elit.UViT(**TINY), None, UVIT),
+        (lambda: elit.HDiT(**TINY | {"head": 1, "tail": 1}), None, "HDiT cannot be elasticized"),
+        (lambda: elit.DiT(**TINY_ELASTIC), None, "this DiT is elastic already"),
+        (lambda: elit.DiT(**TINY_ELASTIC), Layout(blocks="blocks"), "this DiT is elastic already"),
+        (lambda: make("wan"), None, "one positive integer, or 3 of them"),
+    ],
+)
+def test_models_that_cannot_be_patched(make_model: Any, layout: Any, message: str) -> None:
+    model = make_model()
+    kind = type(model)
+    refuses(message, elasticize, model, 1, 1, (3, 3), layout=layout)
+    assert type(model) is kind
+    refuses("is not elastic", unelasticize, nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -456,37 +460,36 @@ def test_tokens_of_another_width_are_named() -> None:
         model(torch.randn(1, 36, 8))
 
 
-def test_sizes_that_groups_do_not_divide() -> None:
+CONTROL = {"block_controlnet_hidden_states": [torch.zeros(1)]}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("sd3", {"hidden_states": torch.randn(2, 4, 16, 12)},
+         r"8x6 tokens cannot be cut into groups of 4x4.*8x8 tokens"),
+        ("sd3", {"num_latents": 17}, "is outside 1"),
+        ("sd3", {"num_latents": 0}, "outside 1"),
+        ("sd3", CONTROL, "block_controlnet_hidden_states act on the tokens"),
+        ("sd3", {"skip_layers": [4]}, "would leave out Read or Write"),
+        ("sd3", {"skip_layers": [3]}, None),
+        ("qwen", {"img_shapes": [[(1, 8, 4), (1, 8, 4)]] * 2}, "not one image of one size"),
+        ("flux", {"img_ids": inputs("flux")["img_ids"].flip(0)}, "not one image row by row"),
+    ],
+)  # fmt: skip
+def test_inputs_that_an_interface_cannot_take(name: str, changes: dict, message: Any) -> None:
+    model, given = elastic(name), inputs(name) | changes
+    if message is None:
+        model(**given)
+    else:
+        refuses(message, model, **given)
+
+
+def test_what_else_is_refused() -> None:
     model = elastic("sd3")
-    wrong = inputs("sd3") | {"hidden_states": torch.randn(2, 4, 16, 12)}
-    with pytest.raises(
-        ValueError, match=r"8x6 tokens cannot be cut into groups of 4x4.*8x8 tokens"
-    ):
-        model(**wrong)
-    with pytest.raises(ValueError, match="is outside 1"):
-        model(**inputs("sd3"), num_latents=17)
-    with pytest.raises(ValueError, match="outside 1"):
-        model(**inputs("sd3"), num_latents=0)
-    with pytest.raises(ValueError, match="one positive integer, or 3 of them"):
-        elasticize(make("wan"), 1, 1, (4, 4))
-
-
-def test_inputs_that_an_interface_cannot_take() -> None:
-    model, given = elastic("sd3"), inputs("sd3")
-    with pytest.raises(ValueError, match="block_controlnet_hidden_states act on the tokens"):
-        model(**given, block_controlnet_hidden_states=[torch.zeros(1)])
-    with pytest.raises(ValueError, match="would leave out Read or Write"):
-        model(**given, skip_layers=[4])
-    model(**given, skip_layers=[3])
-    with pytest.raises(ValueError, match="not one image of one size"):
-        elastic("qwen")(**inputs("qwen") | {"img_shapes": [[(1, 8, 4), (1, 8, 4)]] * 2})
-    given = inputs("flux")
-    with pytest.raises(ValueError, match="not one image row by row"):
-        elastic("flux")(**given | {"img_ids": given["img_ids"].flip(0)})
     with pytest.raises(RuntimeError, match="called by itself"):
         model.transformer_blocks[2](torch.zeros(1, 32, 32), None, None)
-    with pytest.raises(ValueError, match="outside \\(0, 1\\]"):
-        model.set_budget(0)
+    refuses("outside \\(0, 1\\]", model.set_budget, 0)
 
 
 def test_a_class_for_every_model_of_diffusers() -> None:

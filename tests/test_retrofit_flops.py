@@ -3,14 +3,13 @@
 from typing import Any
 
 import pytest
-from retrofit_models import FOREIGN, inputs, make
+from retrofit_models import FOREIGN, HEAD, TAIL, inputs, make
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from elit import elasticize
 from elit.retrofit.known import find_layout
 
-HEAD, TAIL = 2, 1
 SCALED = ("qwen", "flux", "sd3", "dit", "pixart", "wan", "ours")
 
 

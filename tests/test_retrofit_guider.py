@@ -13,9 +13,10 @@ from diffusers.modular_pipelines.qwenimage.modular_blocks_qwenimage import QwenI
 from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import (
     StableDiffusion3T2ICoreDenoiseStep,
 )
-from retrofit_models import make
+from helpers import refuses
+from retrofit_models import make, relative_error
 from stock_pipelines import pooled, run, text
-from test_retrofit_pipelines import elastic_pipeline, relative_error, watch_core
+from test_retrofit_pipelines import elastic_pipeline, watch_core
 from torch import Tensor, nn
 
 from elit import CFG, CheapCFG, ElasticGuidance
@@ -142,8 +143,7 @@ def test_a_budget_on_a_model_that_is_not_elastic() -> None:
     ],
 )
 def test_wrong_settings(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ElasticGuidance(**arguments)
+    refuses(message, ElasticGuidance, **arguments)
 
 
 def test_save_and_load(tmp_path: Path) -> None:
@@ -190,24 +190,18 @@ def draw(pipe: Any, name: str) -> Tensor:
     )
 
 
-def test_modular_qwen_draws_what_the_classic_pipeline_draws() -> None:
-    for budget, guide in ((1.0, None), (0.5, 0.125)):
-        classic = elastic_pipeline("qwen")
-        classic.transformer.set_budget(budget, guide=guide)
-        pipe = modular("qwen", ElasticGuidance(3.0, budget=budget, guide_budget=guide))
-        seen = watch_core(pipe.transformer)
-        drawn = draw(pipe, "qwen")
-        assert seen == [(1, 2 * round(16 * b)) for b in (budget, guide or budget)] * 2
-        packed = diffusers.QwenImagePipeline._pack_latents(drawn, 1, 4, 16, 8)
-        assert relative_error(packed, run(classic, "qwen")) < 1e-5
-
-
-def test_modular_sd3_draws_what_the_classic_pipeline_draws() -> None:
-    for budget, guide in ((1.0, None), (0.5, 0.125)):
-        classic = elastic_pipeline("sd3")
-        classic.transformer.set_budget(budget, guide=guide)
-        pipe = modular("sd3", ElasticGuidance(3.0, budget=budget, guide_budget=guide))
-        assert relative_error(draw(pipe, "sd3"), run(classic, "sd3")) < 1e-5
+@pytest.mark.parametrize(("budget", "guide"), [(1.0, None), (0.5, 0.125)])
+@pytest.mark.parametrize("name", ["qwen", "sd3"])
+def test_modular_pipelines_draw_what_the_classic_ones_draw(name, budget, guide) -> None:
+    classic = elastic_pipeline(name)
+    classic.transformer.set_budget(budget, guide=guide)
+    pipe = modular(name, ElasticGuidance(3.0, budget=budget, guide_budget=guide))
+    seen = watch_core(pipe.transformer)
+    drawn = draw(pipe, name)
+    assert seen == [(1, 2 * round(16 * b)) for b in (budget, guide or budget)] * 2
+    if name == "qwen":
+        drawn = diffusers.QwenImagePipeline._pack_latents(drawn, 1, 4, 16, 8)
+    assert relative_error(drawn, run(classic, name)) < 1e-5
 
 
 def test_autoguidance_and_intervals_in_a_modular_pipeline() -> None:

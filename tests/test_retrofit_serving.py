@@ -8,21 +8,15 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from retrofit_models import FOREIGN, inputs, make
-from test_retrofit import HEAD, TAIL, relative_error
+from retrofit_models import HEAD, TAIL, elastic, inputs, make, relative_error
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from elit import elasticize, load_elastic, load_interface, save_interface, unelasticize
 
 
-def filled(name: str, **options: Any) -> Any:
-    """An elastic transformer whose interface is as if it were trained."""
-    model = elasticize(make(name), HEAD, TAIL, FOREIGN[name].group, **options)
-    torch.manual_seed(5)
-    for parameter in model.elit.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    return model.requires_grad_(False)
+def filled(name: str, rank: int = 0) -> Any:
+    return elastic(name, rank=rank, std=0.05).requires_grad_(False)
 
 
 # ---- compiled ----

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from elit.caching.calibration import calibrate_cache
     from elit.caching.configs import TeaCacheConfig
-    from elit.caching.mixin import disable_step_cache, enable_step_cache
+    from elit.caching.hooks import disable_step_cache, enable_step_cache
     from elit.choosing.choose import choose
     from elit.flow.guidance import CFG, AutoGuidance, CheapCFG, Guidance
     from elit.flow.schedulers import (
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from elit.pipelines.elit_pipeline import ElitPipeline
     from elit.pipelines.load import load_pipeline
     from elit.pipelines.text_pipeline import ElitTextPipeline
-    from elit.retrofit.elasticize import elasticize, unelasticize
+    from elit.retrofit.elastic import elasticize, unelasticize
     from elit.retrofit.files import load_elastic, load_interface, save_interface
     from elit.retrofit.guider import ElasticGuidance
     from elit.retrofit.layout import Layout, PerToken
@@ -43,7 +43,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 _NAMES = {
     "elit.caching.calibration": "calibrate_cache",
     "elit.caching.configs": "TeaCacheConfig",
-    "elit.caching.mixin": "disable_step_cache enable_step_cache",
+    "elit.caching.hooks": "disable_step_cache enable_step_cache",
     "elit.choosing.choose": "choose",
     "elit.flow.guidance": "AutoGuidance CFG CheapCFG Guidance",
     "elit.flow.schedulers": "FlowMatchEulerMaruyamaScheduler FlowMatchUniformEulerScheduler "
@@ -59,7 +59,7 @@ _NAMES = {
     "elit.pipelines.elit_pipeline": "ElitPipeline",
     "elit.pipelines.load": "load_pipeline",
     "elit.pipelines.text_pipeline": "ElitTextPipeline",
-    "elit.retrofit.elasticize": "elasticize unelasticize",
+    "elit.retrofit.elastic": "elasticize unelasticize",
     "elit.retrofit.files": "load_elastic load_interface save_interface",
     "elit.retrofit.guider": "ElasticGuidance",
     "elit.retrofit.layout": "Layout PerToken",

@@ -1,7 +1,6 @@
 """Fit a cache to a model: what a change of the input does to the output, step by step."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,8 +11,14 @@ from torch import Tensor, nn
 
 from elit._numbers import is_whole
 from elit.caching.configs import MAX_DEGREE, TeaCacheConfig
-from elit.caching.hooks import BlockHook, TeaLeader, put_hooks, relative_change, remove_hooks
-from elit.caching.mixin import blocks_of
+from elit.caching.hooks import (
+    BlockHook,
+    TeaLeader,
+    blocks_of,
+    put_hooks,
+    relative_change,
+    remove_hooks,
+)
 from elit.caching.state import BranchState, Steps
 
 
@@ -100,39 +105,6 @@ def calibrate_cache(
     """
     if not is_whole(degree, 1, MAX_DEGREE):
         raise ValueError(f"degree {degree!r} is not allowed; give 1 to {MAX_DEGREE}")
-    with recording(transformer, probe, blocks) as changes, torch.no_grad():
-        run()
-    coefficients, error = fit_polynomial(
-        [change.input for change in changes], [change.output for change in changes], degree
-    )
-    return Calibration(tuple(changes), coefficients, error)
-
-
-def fit_polynomial(
-    inputs: Sequence[float], outputs: Sequence[float], degree: int
-) -> tuple[tuple[float, ...], float]:
-    """Least squares: coefficients, highest power first, and the error as in `Calibration`."""
-    x, y = np.asarray(inputs), np.asarray(outputs)
-    distinct = len(np.unique(x))
-    if distinct <= degree or not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError(
-            f"{distinct} different changes from step to step are too few for a polynomial of "
-            f"degree {degree}, or not finite; draw more steps, at least {degree + 2} in a run, or "
-            f"lower the degree"
-        )
-    polynomial = np.polynomial.Polynomial.fit(x, y, degree)
-    error = float(np.sqrt(np.mean((polynomial(x) - y) ** 2)) / np.mean(y))
-    fitted = polynomial.convert().coef
-    padded = np.zeros(degree + 1)
-    padded[: len(fitted)] = fitted
-    return tuple(float(value) for value in padded[::-1]), error
-
-
-@contextmanager
-def recording(
-    transformer: nn.Module, probe: str | None = None, blocks: Sequence[nn.Module] | None = None
-) -> Iterator[list[StepChange]]:
-    """Collect the changes of all steps, none of which is skipped."""
     steps, changes = Steps(), list[StepChange]()
     config = TeaCacheConfig(0.0, probe=probe)
 
@@ -165,6 +137,31 @@ def recording(
     parts = blocks_of(transformer, blocks)
     put_hooks(transformer, parts, steps, lambda port: Watch(steps, port, config), Record)
     try:
-        yield changes
+        with torch.no_grad():
+            run()
     finally:
         remove_hooks(transformer)
+    coefficients, error = fit_polynomial(
+        [change.input for change in changes], [change.output for change in changes], degree
+    )
+    return Calibration(tuple(changes), coefficients, error)
+
+
+def fit_polynomial(
+    inputs: Sequence[float], outputs: Sequence[float], degree: int
+) -> tuple[tuple[float, ...], float]:
+    """Least squares: coefficients, highest power first, and the error as in `Calibration`."""
+    x, y = np.asarray(inputs), np.asarray(outputs)
+    distinct = len(np.unique(x))
+    if distinct <= degree or not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError(
+            f"{distinct} different changes from step to step are too few for a polynomial of "
+            f"degree {degree}, or not finite; draw more steps, at least {degree + 2} in a run, or "
+            f"lower the degree"
+        )
+    polynomial = np.polynomial.Polynomial.fit(x, y, degree)
+    error = float(np.sqrt(np.mean((polynomial(x) - y) ** 2)) / np.mean(y))
+    fitted = polynomial.convert().coef
+    padded = np.zeros(degree + 1)
+    padded[: len(fitted)] = fitted
+    return tuple(float(value) for value in padded[::-1]), error

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, MagCacheConfig, ModelHook
+from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
 from diffusers.hooks.mag_cache import nearest_interp
 from torch import Tensor, nn
 
@@ -102,12 +103,11 @@ class FirstBlockLeader(LeaderHook):
         result = run()
         state.anchor = after = self.port.streams_out(result)
         added = after[0] - tokens
-        if state.before is not None and not (
-            relative_change(added, state.before) > self.config.threshold
-        ):
-            state.skips = state.residual is not None
-        else:
+        before, threshold = state.before, self.config.threshold
+        if before is None or relative_change(added, before) > threshold:
             state.before = added
+        else:
+            state.skips = state.residual is not None
         return result
 
 
@@ -118,29 +118,22 @@ class MagLeader(LeaderHook):
 
     def decide(self, state: BranchState, tokens: Tensor, run: Callable[[], Any]) -> Any:
         del tokens
-        state.skips = self.skips(state)
-        return None if state.skips else run()
-
-    def skips(self, state: BranchState) -> bool:
-        """Whether the step is skipped."""
         config, step = self.config, self.steps.step
         num_steps = self.steps.num_steps or config.num_inference_steps
         ratios: Any = config.mag_ratios
         if len(ratios) != num_steps:  # a pipeline told of another number of steps
             ratios = nearest_interp(torch.as_tensor(ratios), num_steps)
         if step < int(config.retention_ratio * num_steps + 0.5):
-            return False
+            return run()
         state.ratio *= float(ratios[step]) if step < len(ratios) else 1.0
         state.skipped += 1
         state.total += abs(1.0 - state.ratio)
-        if (
-            state.residual is not None
-            and state.total <= config.threshold
-            and state.skipped <= config.max_skip_steps
-        ):
-            return True
+        is_near = state.total <= config.threshold and state.skipped <= config.max_skip_steps
+        state.skips = is_near and state.residual is not None
+        if state.skips:
+            return None
         state.ratio, state.skipped, state.total = 1.0, 0, 0.0
-        return False
+        return run()
 
 
 class TeaLeader(LeaderHook):
@@ -266,19 +259,59 @@ class BlockHook(ModelHook):
 
 # ---- on and off ----
 
-LEADERS: dict[type, type[LeaderHook]] = {
+LEADERS: dict[Any, type[LeaderHook]] = {
     FirstBlockCacheConfig: FirstBlockLeader,
     MagCacheConfig: MagLeader,
     TeaCacheConfig: TeaLeader,
 }
 
 
-def install_cache(model: nn.Module, blocks: Sequence[Block], config: Any) -> None:
-    """Put a cache around the blocks of a model, in the order in which tokens pass them."""
-    check_cache(model, config)
+def enable_step_cache(
+    transformer: nn.Module, config: Any, blocks: Sequence[nn.Module] | None = None
+) -> None:
+    """Switch a step cache on, for a transformer of diffusers', or a module of your own.
+
+    diffusers' pipelines name the branches of guidance and begin runs as with caches of its own.
+
+    Args:
+        transformer: any.
+        config: a FirstBlockCacheConfig, MagCacheConfig or TeaCacheConfig.
+        blocks: in order; by default those in diffusers' usual lists.
+    """
+    parts = blocks_of(transformer, blocks)
+    is_compiled = any(block._compiled_call_impl for block, _ in parts)
+    if is_compiled and getattr(transformer, "_is_full_graph", False):
+        raise ValueError(f"the blocks were compiled to full graphs; {FULL_GRAPH}")
+    check_cache(transformer, config)
     kind = next(leader for known, leader in LEADERS.items() if isinstance(config, known))
     steps = Steps(getattr(config, "num_inference_steps", None))
-    put_hooks(model, blocks, steps, lambda port: kind(steps, port, config))
+    put_hooks(transformer, parts, steps, lambda port: kind(steps, port, config))
+    transformer._cache_config = config  # what diffusers' models look at
+
+
+def disable_step_cache(transformer: nn.Module) -> None:
+    """Switch off what `enable_step_cache` switched on; without one, nothing happens."""
+    remove_hooks(transformer)
+    transformer._cache_config = None  # type: ignore[assignment]
+
+
+def blocks_of(transformer: nn.Module, blocks: Sequence[nn.Module] | None = None) -> list[Block]:
+    """The blocks of any transformer: those given, those it names, or those in diffusers' lists."""
+    if blocks is None and (named := getattr(transformer, "cache_blocks", None)):
+        return named()
+    if blocks is None:
+        blocks = [
+            block
+            for name, child in transformer.named_children()
+            if name in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS and isinstance(child, nn.ModuleList)
+            for block in child
+        ]
+        if not blocks:
+            raise ValueError(
+                f"{type(transformer).__name__} has none of the lists of blocks that a cache looks "
+                f"for: {', '.join(sorted(_ALL_TRANSFORMER_BLOCK_IDENTIFIERS))}; give blocks=[...]"
+            )
+    return [(block, BlockPort.of(block)) for block in blocks]
 
 
 def put_hooks(

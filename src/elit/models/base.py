@@ -1,6 +1,6 @@
 """What a model of ours has beside its forward: sizes, checks, loading, step caches."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -14,7 +14,38 @@ from elit.models.checks import check_indices, check_samples, labels_of, noise_le
 from elit.models.geometry import Geometry
 
 
-class ModelBase(Budgeted, StepCaching, ModelMixin):
+class StrictLoading:
+    """Loads as any diffusers model, but refuses weights that are not the model's.
+
+    diffusers only warns of them and leaves what is missing random.
+    """
+
+    strict_prefix = ""  # of the weights that it looks at
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load, or raise a ValueError."""
+        source = args[0] if args else "the checkpoint"
+        wants_info, parent = kwargs.pop("output_loading_info", False), cast(Any, super())
+        try:
+            model, info = parent.from_pretrained(*args, output_loading_info=True, **kwargs)
+        except TypeError as error:  # arguments of __init__ that another class's config lacks
+            raise ValueError(f"{source} does not hold a {cls.__name__}: {error}") from error
+        wrong = []
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            keys = [key if isinstance(key, str) else key[0] for key in info[kind]]
+            if keys := sorted(key for key in keys if key.startswith(cls.strict_prefix)):
+                names = f"{', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+                wrong.append(f"{len(keys)} {kind.replace('_', ' ')} ({names})")
+        if wrong:
+            raise ValueError(
+                f"{source} does not hold the weights of this {cls.__name__}: {', '.join(wrong)}; "
+                f"load it with the class and the config it was saved with, and save the bare model"
+            )
+        return (model, info) if wants_info else model
+
+
+class ModelBase(StrictLoading, Budgeted, StepCaching, ModelMixin):
     """A transformer that may have a latent interface.
 
     Attributes:
@@ -40,31 +71,6 @@ class ModelBase(Budgeted, StepCaching, ModelMixin):
         self.in_channels, self.patch_dim = geometry.in_channels, geometry.patch_dim
         self.group, self.split = geometry.group, geometry.split
         self.max_latents, self.min_latents = geometry.max_latents, geometry.min_latents
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as any diffusers model, but refuse weights that are not this model's.
-
-        diffusers only warns of them and leaves what is missing random.
-        """
-        source = args[0] if args else "the checkpoint"
-        wants_info = kwargs.pop("output_loading_info", False)
-        try:
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        except TypeError as error:  # arguments of __init__ that another class's config lacks
-            raise ValueError(f"{source} does not hold a {cls.__name__}: {error}") from error
-        wrong = [
-            f"{len(info[kind])} {kind.replace('_', ' ')} "
-            f"({', '.join(sorted(map(str, info[kind]))[:3])}, ...)"
-            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-            if info[kind]
-        ]
-        if wrong:
-            raise ValueError(
-                f"{source} does not hold the weights of this {cls.__name__}: {', '.join(wrong)}; "
-                f"load it with the class and the config it was saved with, and save the bare model"
-            )
-        return (model, info) if wants_info else model
 
     def token_grid(self, samples: Tensor) -> TokenGrid:
         """Token grid of samples (B, C, *space), checked against channels, patch and groups."""

@@ -2,5 +2,5 @@
 
 `layout.py` says where a foreign transformer keeps its tokens, `places.py` which of them the
 latents start from, `interface.py` has a Read and a Write that change nothing at full budget,
-`hooks.py` puts them around the core, `elasticize.py` is the door.
+`hooks.py` puts them around the core, `elastic.py` is the door.
 """

@@ -80,20 +80,16 @@ def install_adapters(
     blocks: list[nn.Module], adapters: Iterable[nn.Module], session: Any
 ) -> list[RemovableHandle]:
     """Add what the adapters give to what the layers give, while the session runs a call."""
+
+    def add(adapter: nn.Module, _: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        call = session.call
+        if call is None or call.leaves_out:
+            return output
+        return output + (call.places.reduced * adapter(args[0])).to(output.dtype)
+
     handles = []
     for block, by_name in zip(blocks, adapters, strict=True):
         layers = {_key(name): layer for name, layer in linear_layers(block).items()}
         for key, adapter in by_name.named_children():
-            hook = partial(_add_adapter, adapter, session)
-            handles.append(layers[key].register_forward_hook(hook))
+            handles.append(layers[key].register_forward_hook(partial(add, adapter)))
     return handles
-
-
-def _add_adapter(
-    adapter: nn.Module, session: Any, layer: nn.Module, args: tuple, output: Tensor
-) -> Tensor:
-    del layer
-    call = session.call
-    if call is None or call.leaves_out:
-        return output
-    return output + (call.places.reduced * adapter(args[0])).to(output.dtype)

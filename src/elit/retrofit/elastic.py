@@ -1,4 +1,4 @@
-"""Class of a retrofitted transformer: the original one, with an interface and budgets.
+"""Any transformer gets a compute knob in one line: `elasticize`, and the class that it gives.
 
 `ElasticQwenImageTransformer2DModel` and the like are made when they are asked for; this module
 gives them by name, so that diffusers finds them when it loads a pipeline.
@@ -6,38 +6,42 @@ gives them by name, so that diffusers finds them when it loads a pipeline.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
 from torch import Tensor, nn
 
-from elit.caching.mixin import StepCaching
+from elit.caching.hooks import registry_of
+from elit.caching.mixin import StepCaching, refuse_cache
 from elit.caching.ports import Block
 from elit.interface.budget import Budgeted, check_num_latents
 from elit.interface.initial import init_weights
+from elit.models.base import ModelBase, StrictLoading
 from elit.models.dit import DiT
 from elit.models.sit import SiT
 from elit.retrofit.adapters import linear_layers, make_adapters
-from elit.retrofit.hooks import core_hook, install_hooks, remove_hooks
+from elit.retrofit.hooks import BLOCK_HOOK, Session, install_hooks, remove_hooks
 from elit.retrofit.interface import LatentInterface
 from elit.retrofit.known import find_layout
 from elit.retrofit.layout import Layout
-from elit.retrofit.session import Session
 from elit.retrofit.settings import Settings
 
 PREFIX = "elit"  # of the new parameters
 CONFIG_KEY = "elastic"  # of the settings in the model's config
 MOST_BYTES = 2**30  # of an interface, or four times what the model has
 
+_Model = TypeVar("_Model", bound=nn.Module | DiffusionPipeline)
 
-class ElasticTransformer(Budgeted, StepCaching):
+
+class ElasticTransformer(StrictLoading, Budgeted, StepCaching):
     """Methods that `elasticize` adds to a transformer's class."""
 
     original_class: type
@@ -78,11 +82,7 @@ class ElasticTransformer(Budgeted, StepCaching):
     def set_min_latents(self, min_latents: int) -> None:
         """Say how many latents per group training keeps at least: the default guide's number."""
         check_num_latents(min_latents, self.max_latents, "min_latents")
-        model: Any = self
-        settings = replace(self.elastic_settings, min_latents=min_latents)
-        model._elit_session.settings, model.min_latents = settings, min_latents
-        if hasattr(model, "register_to_config"):
-            model.register_to_config(**{CONFIG_KEY: settings.to_config()})
+        _set_settings(self, replace(self.elastic_settings, min_latents=min_latents))
 
     @wraps(ModelMixin.save_pretrained)  # a pipeline looks at its arguments
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -121,28 +121,23 @@ class ElasticTransformer(Budgeted, StepCaching):
         for block in session.layout.find_blocks(self)[head : last + 1]:
             if block._compiled_call_impl is not None:
                 block._compiled_call_impl = None
-                core_hook(block).compile(*args, **kwargs)
+                forward = registry_of(block).hooks[BLOCK_HOOK].fn_ref.original_forward
+                session.compiled[block] = torch.compile(forward, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy with hooks of its own: diffusers' would go on calling this model's."""
-        model: Any = self
-        if model.is_cache_enabled:
-            raise ValueError("a step cache is on; call disable_cache() before you copy the model")
-        session = model._elit_session
-        compiled = [core_hook(block).compiled for block in session.core]
-        remove_hooks(model, session)
+        refuse_cache(self, "copy the model")
+        session = self._elit_session
+        copied: Any = object.__new__(type(self))
+        remove_hooks(self, session)
         try:
-            copied: Any = object.__new__(type(model))
-            memo[id(model)] = copied
-            for name, value in vars(model).items():
-                vars(copied)[name] = value if value is session else copy.deepcopy(value, memo)
+            memo |= {id(self): copied, id(session): session}
+            vars(copied).update(copy.deepcopy(vars(self), memo))
         finally:
-            _install(model, session)
-            for block, forward in zip(session.core, compiled, strict=True):
-                core_hook(block).compiled = forward
-        other = Session(copied.elit, session.layout, session.settings)
-        other.branches = copy.copy(session.branches)
-        _install(copied, other)
+            install_hooks(self, session)
+        copied._elit_session = Session(copied.elit, session.layout, session.settings)
+        copied._elit_session.branches = copy.copy(session.branches)
+        install_hooks(copied, copied._elit_session)
         return copied
 
     @classmethod
@@ -160,34 +155,15 @@ class ElasticTransformer(Budgeted, StepCaching):
         attach(model, settings, find_layout(model))
         return built
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as any diffusers model, but refuse weights without an interface that fits."""
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        keys = [*info["missing_keys"], *info["unexpected_keys"]]
-        keys += [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
-        wrong = sorted(key for key in keys if key.startswith(f"{PREFIX}."))
-        if wrong:
-            raise ValueError(
-                f"{args[0] if args else 'the checkpoint'} does not hold the interface of its "
-                f"config: {len(wrong)} parameters are missing, unknown or of other shapes "
-                f"({', '.join(wrong[:3])}, ...)"
-            )
-        return (model, info) if wants_info else model
-
-
-def elastic_class(base: type) -> Any:
-    """The elastic class of a transformer's class: the same one each time."""
-    return _elastic_class(base)
-
 
 @cache
-def _elastic_class(base: Any) -> Any:
+def elastic_class(base: Any) -> Any:
+    """The elastic class of a transformer's class: the same one each time."""
     own: dict[str, Any] = {
         "__doc__": f"An elastic {base.__name__}: see `elasticize`.",
         "__module__": __name__ if issubclass(base, ModelMixin) else base.__module__,
         "original_class": base,
+        "strict_prefix": "" if issubclass(base, ModelBase) else f"{PREFIX}.",
     }
     for name, added in (
         ("_no_split_modules", "LatentInterface"),
@@ -209,56 +185,49 @@ def __getattr__(name: str) -> type:
 
 def attach(model: Any, settings: Settings, layout: Layout) -> None:
     """Make a transformer elastic, with a fresh interface."""
-    blocks = layout.find_blocks(model)
+    blocks, max_latents = layout.find_blocks(model), math.prod(settings.group)
     if len(blocks) != settings.depth:
         raise ValueError(
             f"the settings are of {settings.depth} blocks, but this {type(model).__name__} has "
             f"{len(blocks)}"
         )
     weight = _weight_like(blocks[settings.head], model)
-    max_latents = math.prod(settings.group)
-
-    def make(device: torch.device | str) -> LatentInterface:
-        with torch.device(device):
-            adapters = make_adapters(blocks, settings.rank) if settings.rank else None
-            return LatentInterface(
-                layout.width(model), layout.heads(model), max_latents, settings.init, adapters
+    width, heads = layout.width(model), layout.heads(model)
+    with torch.inference_mode(False):  # parameters made in it could never be trained
+        try:
+            with torch.device("meta"):
+                adapters = make_adapters(blocks, settings.rank) if settings.rank else None
+                interface = LatentInterface(width, heads, max_latents, settings.init, adapters)
+            size = sum(p.nbytes for p in interface.parameters())
+        except RuntimeError:  # more bytes than there are numbers for them
+            size = MOST_BYTES << 30
+        if size > max(MOST_BYTES, 4 * sum(p.nbytes for p in model.parameters())):
+            raise ValueError(
+                f"the interface would take {size / 2**30:,.0f} GiB, out of proportion to this "
+                f"{type(model).__name__}: group={settings.group}, rank={settings.rank} or the "
+                f"layout's hidden_size is too large"
             )
-
-    _check_size(make, model, settings)
-    # Parameters made in inference mode could never be trained.
-    with torch.inference_mode(False):
-        interface = make(weight.device)
-        interface.apply(init_weights)
+        interface.to_empty(device=weight.device).apply(init_weights)
         interface.to(dtype=weight.dtype).train(model.training)
-    session = Session(interface, layout, settings)
     if not isinstance(model, ElasticTransformer):
-        model.__class__ = elastic_class(type(model))
+        kind: Any = type(model)
+        model.__class__ = elastic_class(kind)
     model.elit, model.max_latents = interface, max_latents
-    model.min_latents = settings.min_latents
+    model._elit_session = Session(interface, layout, settings)
+    _set_settings(model, settings)
     if not getattr(model, "_repeated_blocks", None):  # of SD3, DiT, ...: compiles them by region
         model._repeated_blocks = sorted({type(block).__name__ for block in blocks})
-    if hasattr(model, "register_to_config"):
-        model.register_to_config(**{CONFIG_KEY: settings.to_config()})
     try:
-        _install(model, session)
+        install_hooks(model, model._elit_session)
     except Exception:
         detach(model)  # nothing is left half patched
         raise
 
 
-def _check_size(make: Callable[[str], nn.Module], model: nn.Module, settings: Settings) -> None:
-    """Raise a ValueError if the interface would be out of all proportion to the model."""
-    try:
-        size = sum(p.nbytes for p in make("meta").parameters())
-    except RuntimeError:  # more bytes than there are numbers for them
-        size = MOST_BYTES << 30
-    if size > max(MOST_BYTES, 4 * sum(p.nbytes for p in model.parameters())):
-        raise ValueError(
-            f"the interface would take {size / 2**30:,.0f} GiB, out of proportion to this "
-            f"{type(model).__name__}: group={settings.group}, rank={settings.rank} or the layout's "
-            f"hidden_size is too large"
-        )
+def _set_settings(model: Any, settings: Settings) -> None:
+    model._elit_session.settings, model.min_latents = settings, settings.min_latents
+    if hasattr(model, "register_to_config"):
+        model.register_to_config(**{CONFIG_KEY: settings.to_config()})
 
 
 def _weight_like(block: nn.Module, model: nn.Module) -> Tensor:
@@ -285,6 +254,94 @@ def detach(model: Any) -> None:
         )
 
 
-def _install(model: Any, session: Session) -> None:
-    model._elit_session = session
-    install_hooks(model, session)
+def elasticize(
+    transformer: _Model,
+    head: int,
+    tail: int,
+    group: int | Sequence[int],
+    init: str = "identity",
+    rank: int = 0,
+    layout: Layout | None = None,
+) -> _Model:
+    """Give a transformer a latent interface, in place, and return it.
+
+    Its blocks stay where they are, and its parameters keep their names: the new ones are under
+    `transformer.elit`. Read comes before the block number `head`, Write after the last but
+    `tail`. The forward takes one argument more, `num_latents`; `transformer.set_budget` is for
+    pipelines, which don't know it.
+
+    Args:
+        transformer: a diffusers transformer, an elit DiT or SiT without groups, or your own module;
+            or a pipeline with one, which then knows to save it as an elastic one.
+        head: blocks before Read, at least 1.
+        tail: blocks after Write, at least 1.
+        group: tokens of a group along each axis; one number for all axes.
+        init: "identity" starts lossless: at full budget the model is the original, up to
+            rounding. "learned" starts as the paper's, from learned latents, and has to be trained.
+        rank: of low-rank adapters on the blocks' linear layers that act only below full budget;
+            16 is usual for fine-tuning, 0 is none.
+        layout: how the transformer is laid out, if it is not among those known by name.
+
+    Raises:
+        ValueError: if the transformer can't be patched, or the split or the group doesn't fit.
+    """
+    if isinstance(transformer, DiffusionPipeline):
+        return in_pipeline(transformer, elasticize, head, tail, group, init, rank, layout)
+    if hasattr(transformer, "_orig_mod"):
+        raise ValueError("this model is compiled; elasticize it first, then compile it")
+    if not isinstance(transformer, nn.Module):
+        raise ValueError(
+            f"elasticize takes a transformer, a torch module, not {type(transformer).__name__}"
+        )
+    if isinstance(transformer, Budgeted) and transformer.is_elastic:
+        raise ValueError(
+            f"this {type(transformer).__name__} is elastic already; unelasticize it first, or take "
+            f"a plain model"
+        )
+    refuse_cache(transformer, "elasticize the model: it has to see the tokens, not the latents")
+    if hasattr(transformer, PREFIX):
+        raise ValueError(
+            f"this {type(transformer).__name__} has an attribute {PREFIX!r}, which is where the "
+            f"interface goes"
+        )
+    layout = find_layout(transformer) if layout is None else layout
+    if not isinstance(layout, Layout):
+        raise ValueError(f"layout={layout!r:.60} is no Layout; give layout=Layout(blocks=...)")
+    blocks = layout.find_blocks(transformer)
+    settings = Settings.check(len(blocks), head, tail, group, init, rank, layout.num_axes)
+    for block in {type(block): block for block in blocks}.values():
+        layout.port(block)  # raises before anything is changed
+    attach(transformer, settings, layout)
+    return transformer
+
+
+def unelasticize(transformer: Any) -> Any:
+    """Take the interface out again, in place: the original transformer, with its weights.
+
+    Args:
+        transformer: an elastic one, or a pipeline with one.
+    """
+    if isinstance(transformer, DiffusionPipeline):
+        return in_pipeline(transformer, unelasticize)
+    if not isinstance(transformer, ElasticTransformer):
+        raise ValueError(
+            f"this {type(transformer).__name__} is not elastic; there is nothing to take out"
+        )
+    refuse_cache(transformer, "unelasticize the model")
+    detach(transformer)
+    return transformer
+
+
+def in_pipeline(pipeline: Any, change: Callable[..., Any], *args: Any) -> Any:
+    """Change a pipeline's transformer; its index says of which class that is now."""
+    transformer = getattr(pipeline, "transformer", None)
+    if transformer is None:
+        raise ValueError(f"a {type(pipeline).__name__} has no transformer")
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise ValueError(
+            f"this {type(pipeline).__name__} has two transformers; give pipe.transformer and "
+            f"pipe.transformer_2, then pipe.register_modules(transformer=pipe.transformer, "
+            f"transformer_2=pipe.transformer_2), so that it saves what they became"
+        )
+    pipeline.register_modules(transformer=change(transformer, *args))
+    return pipeline

@@ -19,8 +19,13 @@ from elit._hub import not_fetched
 from elit._wrappers import without_wrapping
 from elit.interface.budget import Budgeted
 from elit.retrofit import elastic
-from elit.retrofit.elastic import PREFIX, ElasticTransformer
-from elit.retrofit.elasticize import elasticize, transformer_of, unelasticize, with_its_class
+from elit.retrofit.elastic import (
+    PREFIX,
+    ElasticTransformer,
+    elasticize,
+    in_pipeline,
+    unelasticize,
+)
 from elit.retrofit.known import find_layout
 from elit.retrofit.layout import Layout
 from elit.retrofit.settings import Settings
@@ -84,8 +89,7 @@ def load_interface(
             the transformer is then as it was.
     """
     if isinstance(transformer, DiffusionPipeline):
-        load_interface(transformer_of(transformer), name, weight_name, layout, revision)
-        return with_its_class(transformer)
+        return in_pipeline(transformer, load_interface, name, weight_name, layout, revision)
     if isinstance(transformer, Budgeted) and transformer.is_elastic:
         raise ValueError(
             f"this {type(transformer).__name__} has an interface already; unelasticize it first, "
@@ -95,19 +99,27 @@ def load_interface(
     about, tensors = _read(path)
     settings = Settings.from_config(about["settings"])
     layout = layout or find_layout(transformer)
-    _check_base(path, about["base"], _fingerprint(transformer, layout))
+    base, facts = about["base"], _fingerprint(transformer, layout)
+    if wrong := [fact for fact in facts if base.get(fact) != facts[fact]]:
+        there, here = (
+            ", ".join(f"{fact} {of.get(fact)}" for fact in wrong) for of in (base, facts)
+        )
+        raise ValueError(
+            f"{path} is the interface of another model: {there} there, but {here} here; "
+            f"give the model that it was made for"
+        )
     options = (settings.head, settings.tail, settings.group, settings.init, settings.rank)
-    elasticize(transformer, *options, layout=layout)
-    model: Any = transformer
-    state = without_wrapping({key.removeprefix(f"{PREFIX}."): x for key, x in tensors.items()})
+    model: Any = elasticize(transformer, *options, layout=layout)
     try:
-        _check_state(path, model.elit.state_dict(), state)
-    except ValueError:
-        unelasticize(transformer)
-        raise
-    model.elit.load_state_dict(state)
+        model.elit.load_state_dict(tensors)
+    except RuntimeError as error:
+        unelasticize(model)
+        raise ValueError(
+            f"{path} does not hold the interface of its settings: {error}; give a file that "
+            f"save_interface wrote"
+        ) from None
     model.set_min_latents(settings.min_latents)
-    return transformer
+    return model
 
 
 def load_elastic(name: str | Path, **kwargs: Any) -> Any:
@@ -157,18 +169,25 @@ def _fetch(name: str | Path, weight_name: str, revision: str | None) -> Path:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and base model of a file's interface, and its tensors."""
+    """Settings and base model of a file's interface, and its tensors by their names in it."""
     advice = "give a file that save_interface wrote"
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(KEY, "null"))
-            about = about if isinstance(about, dict) else {}
-            parts = [about.get(part) for part in ("settings", "base")] if about else []
-            if not parts or not all(isinstance(part, dict) for part in parts):
-                raise ValueError(f"{path} is not an interface of an elastic transformer; {advice}")
-            return about, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            about = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} can't be read ({error}); {advice}") from None
+    parts = (
+        [about.get(part) for part in ("settings", "base")] if isinstance(about, dict) else [None]
+    )
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{path} is not an interface of an elastic transformer; {advice}")
+    for key, x in tensors.items():
+        if not x.is_floating_point() or not x.isfinite().all():
+            raise ValueError(f"{path} holds numbers that are not finite or not floats: {key}")
+    return about, without_wrapping(
+        {key.removeprefix(f"{PREFIX}."): x for key, x in tensors.items()}
+    )
 
 
 def _fingerprint(transformer: Any, layout: Layout) -> dict[str, Any]:
@@ -182,28 +201,3 @@ def _fingerprint(transformer: Any, layout: Layout) -> dict[str, Any]:
         "heads": config.get("num_attention_heads", heads) if isinstance(config, Mapping) else heads,
         "heads of Read and Write": heads,
     }
-
-
-def _check_base(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    wrong = [name for name in ours if theirs.get(name) != ours[name]]
-    if wrong:
-        there, here = (
-            ", ".join(f"{name} {facts.get(name)}" for name in wrong) for facts in (theirs, ours)
-        )
-        raise ValueError(
-            f"{path} is the interface of another model: {there} there, but {here} here; "
-            f"give the model that it was made for"
-        )
-
-
-def _check_state(path: Path, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    shapes = [{key: tuple(x.shape) for key, x in state.items()} for state in (ours, theirs)]
-    wrong = sorted({f"{PREFIX}.{key}" for key, _ in shapes[0].items() ^ shapes[1].items()})
-    if wrong:
-        raise ValueError(
-            f"{path} does not hold the interface of its settings: {len(wrong)} tensors are "
-            f"missing, unknown or of other shapes ({', '.join(wrong[:3])}, ...)"
-        )
-    for key, x in theirs.items():
-        if not x.is_floating_point() or not x.isfinite().all():
-            raise ValueError(f"{path} holds numbers that are not finite or not floats: {key}")

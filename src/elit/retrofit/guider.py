@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -136,15 +137,13 @@ class ElasticGuidance(BaseGuidance):
         self, data: Any, input_fields: Mapping[str, str | tuple[str, str]]
     ) -> list[Any]:
         """The same of names of the state's fields."""
-        return [
-            self._prepare_batch_from_block_state(input_fields, data, *branch)
-            for branch in self._branches()
-        ]
+        make = partial(self._prepare_batch_from_block_state, input_fields, data)
+        return [make(*branch) for branch in self._branches()]
 
     def _branches(self) -> list[tuple[int, str]]:
         """Index in a pair that each branch gets, and the name of its prediction."""
-        which = (0, 1 if self.drop_condition else 0)
-        return list(zip(which, self._input_predictions, strict=True))[: self.num_conditions]
+        guide = 1 if self.drop_condition else 0
+        return [(0, "pred_cond"), (guide, "pred_uncond")][: self.num_conditions]
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
         """The guided prediction of what the branches predicted, (B, ...) each."""

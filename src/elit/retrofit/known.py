@@ -35,9 +35,8 @@ def _patches_in_time(model: Any, arguments: Arguments) -> tuple[int, ...]:
     return frames, shape[3] // space, shape[4] // space
 
 
-def _qwen_grid(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
+def _qwen_grid(_: nn.Module, arguments: Arguments) -> tuple[int, ...]:
     """Grid of Qwen-Image from `img_shapes`, a (frames, height, width) for each sample."""
-    del model
     given = arguments.get("img_shapes") or []
     shapes = {tuple(map(tuple, s)) if isinstance(s[0], Sequence) else (tuple(s),) for s in given}
     images = [image for sample in shapes for image in sample]
@@ -52,9 +51,8 @@ def _qwen_grid(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
 _flux_grids: Any = WeakIdKeyDictionary()  # a pipeline gives the same ids at all steps
 
 
-def _flux_grid(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
+def _flux_grid(_: nn.Module, arguments: Arguments) -> tuple[int, ...]:
     """Grid of Flux from `img_ids`, (N, 3 or 4) of (frame, row, column, ...)."""
-    del model
     ids = arguments["img_ids"]
     if ids not in _flux_grids:
         places = (ids[0] if ids.ndim == 3 else ids).long()  # they may be in bfloat16
@@ -76,9 +74,8 @@ def _elit_grid(model: Any, arguments: Arguments) -> tuple[int, ...]:
     return model.token_grid(arguments["hidden_states"]).size
 
 
-def _ltx_grid(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
+def _ltx_grid(_: nn.Module, arguments: Arguments) -> tuple[int, ...]:
     """Grid of LTX, which gets its size beside the packed tokens."""
-    del model
     size = tuple(arguments.get(name) or 0 for name in ("num_frames", "height", "width"))
     if 0 in size:
         raise ValueError(

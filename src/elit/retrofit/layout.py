@@ -93,22 +93,18 @@ class Layout:
         names = (self.blocks,) if isinstance(self.blocks, str) else self.blocks
         if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"blocks={self.blocks!r} are no names of lists; give one or several")
+        object.__setattr__(self, "blocks", tuple(names))
         for name in ("hidden_size", "num_heads", "num_axes"):
-            value = getattr(self, name)
-            if value is not None or name == "num_axes":
-                check_whole(value, name)
+            if getattr(self, name) is not None or name == "num_axes":
+                check_whole(getattr(self, name), name)
         if not is_real(self.time_scale) or self.time_scale <= 0:
             raise ValueError(f"time_scale={self.time_scale!r} is not allowed; give 1 or 1000")
-
-    def block_names(self) -> tuple[str, ...]:
-        """Names of the lists of blocks."""
-        return (self.blocks,) if isinstance(self.blocks, str) else tuple(self.blocks)
 
     def find_blocks(self, model: nn.Module) -> list[nn.Module]:
         """All blocks in order, or a ValueError."""
         every: list[nn.Module] = []
         kind = type(model).__name__
-        for name in self.block_names():
+        for name in self.blocks:
             try:
                 blocks = model.get_submodule(name)
             except AttributeError:
@@ -125,7 +121,7 @@ class Layout:
             every += blocks
         if len({id(block) for block in every}) != len(every):
             raise ValueError(
-                f"a block of {kind} comes twice in {self.block_names()}: one that "
+                f"a block of {kind} comes twice in {self.blocks}: one that "
                 f"is shared can't be in the core and outside of it; copy it"
             )
         return every
@@ -152,8 +148,8 @@ class Layout:
         """D, of the model's tokens."""
         if self.hidden_size is not None:
             return self.hidden_size
-        config = _config_of(model)
-        heads, width = config.get("num_attention_heads"), config.get("attention_head_dim")
+        settings = _settings_of(model)
+        heads, width = settings.get("num_attention_heads"), settings.get("attention_head_dim")
         if is_whole(heads) and is_whole(width):
             return heads * width
         names = ("hidden_size", "inner_dim", "hidden_dim", "embed_dim", "dim")
@@ -187,16 +183,18 @@ def _suggest(name: str, allowed: Sequence[str]) -> str:
     return f"did you mean {near!r}? " if near else ""
 
 
-def _config_of(model: nn.Module) -> Arguments:
+def _settings_of(model: nn.Module) -> dict[str, Any]:
+    """What a model says of itself in its config, and else in its attributes."""
     config = getattr(model, "config", None)
-    return config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+    config = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+    return {**vars(model), **config}
 
 
 def _look_up(model: nn.Module, names: Sequence[str], setting: str) -> int:
-    for source in (_config_of(model), vars(model)):
-        for name in names:
-            if is_whole(source.get(name)):
-                return source[name]
+    settings = _settings_of(model)
+    for name in names:
+        if is_whole(settings.get(name)):
+            return settings[name]
     raise ValueError(
         f"{type(model).__name__} doesn't say its {setting} (looked for {', '.join(names)}); "
         f"give layout=Layout({setting}=...)"

@@ -7,8 +7,7 @@ evenly, from coarse to fine.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -30,46 +29,34 @@ class LatentPlaces:
     reduced: Tensor
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """A box of tokens, from `start` to before `stop`, and the one of them that gives its place."""
-
-    start: tuple[int, ...]
-    stop: tuple[int, ...]
-    place: tuple[int, ...]
-
-    @property
-    def size(self) -> list[int]:
-        return [stop - start for start, stop in zip(self.start, self.stop, strict=True)]
-
-    def halves(self) -> tuple["_Cell", "_Cell"]:
-        """The half with the place, and the other one with a place shifted by half the cell."""
-        size = self.size
-        axis = size.index(max(size))
-        start, stop, at, half = (
-            self.start[axis], self.stop[axis], self.place[axis], (size[axis] + 1) // 2
-        )  # fmt: skip
-        low = replace(self, stop=_put(self.stop, axis, start + half))
-        high = replace(self, start=_put(self.start, axis, start + half))
-        if at < start + half:
-            return low, replace(high, place=_put(self.place, axis, min(at + half, stop - 1)))
-        return high, replace(low, place=_put(self.place, axis, max(at - half, start)))
+Cell = tuple[tuple[int, int, int], ...]
+"""A box of tokens along each axis, from a start to before a stop, and the one that is its place."""
 
 
-def _put(values: Sequence[int], axis: int, value: int) -> tuple[int, ...]:
-    return (*values[:axis], value, *values[axis + 1 :])
+def _halve(cell: Cell) -> list[Cell]:
+    """The half with the place, and the other one with a place shifted by half the cell."""
+    sizes = [stop - start for start, stop, _ in cell]
+    axis = sizes.index(max(sizes))
+    start, stop, at = cell[axis]
+    half = (sizes[axis] + 1) // 2
+    low, high = (start, start + half), (start + half, stop)
+    if at < start + half:
+        cuts = (*low, at), (*high, min(at + half, stop - 1))
+    else:
+        cuts = (*high, at), (*low, max(at - half, start))
+    return [(*cell[:axis], cut, *cell[axis + 1 :]) for cut in cuts]
 
 
 @lru_cache(maxsize=1024)
-def _cells(group: tuple[int, ...], num_latents: int) -> tuple[_Cell, ...]:
+def _cells(group: tuple[int, ...], num_latents: int) -> list[Cell]:
     """The cells of a group, in the order of the latents."""
-    cells = [_Cell((0,) * len(group), group, tuple((n - 1) // 2 for n in group))]
+    cells: list[Cell] = [tuple((0, n, (n - 1) // 2) for n in group)]
     while len(cells) < num_latents:
-        sizes = [math.prod(cell.size) for cell in cells]
+        sizes = [math.prod(stop - start for start, stop, _ in cell) for cell in cells]
         largest = sizes.index(max(sizes))
-        cells[largest], new = cells[largest].halves()
+        cells[largest], new = _halve(cells[largest])
         cells.append(new)
-    return tuple(cells)
+    return cells
 
 
 def latent_places(
@@ -91,8 +78,8 @@ def _latent_places(grid: TokenGrid, num_latents: int, device: str, central: bool
     places = torch.empty(num_latents, dtype=torch.long)
     numbers = torch.arange(grid.tokens_per_group).view(grid.group)
     for latent, box in enumerate(_cells(grid.group, num_latents)):
-        cell[tuple(map(slice, box.start, box.stop))] = latent
-        places[latent] = numbers[box.place]
+        cell[tuple(slice(start, stop) for start, stop, _ in box)] = latent
+        places[latent] = numbers[tuple(at for _, _, at in box)]
     if central:
         places = places[:1].expand(num_latents)
     tokens = torch.arange(grid.num_tokens)[None, :, None]

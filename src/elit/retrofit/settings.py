@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from elit._choices import check_choice
 from elit._numbers import check_whole, is_whole
@@ -10,7 +10,6 @@ from elit._plain import from_plain
 from elit.models.geometry import check_core, per_axis
 
 Init = Literal["identity", "learned"]
-INITS = ("identity", "learned")
 LEAST_HEADS = 8  # of Read and Write: fewer gather too little from a group (docs/elasticize.md)
 
 
@@ -33,7 +32,7 @@ class Settings:
     ) -> "Settings":  # fmt: skip
         """Settings from what a user gave, or a ValueError."""
         check_whole(rank, "rank", 0, advice="a whole number, 0 for none")
-        check_choice(init, INITS, "init")
+        check_choice(init, get_args(Init), "init")
         if not (is_whole(head) and is_whole(tail)):
             raise ValueError(
                 f"head={head!r} and tail={tail!r} are not allowed: a retrofit needs at least one "

@@ -21,8 +21,7 @@ from elit._random import generator
 from elit.data import ImageDataset
 from elit.pipelines.folder import OURS, may_be_on_hub, read_config
 from elit.pipelines.load import load_pipeline
-from elit.retrofit.elastic import PREFIX
-from elit.retrofit.elasticize import elasticize
+from elit.retrofit.elastic import PREFIX, elasticize
 from elit.retrofit.files import load_elastic, save_interface
 from elit.retrofit.known import FLOW_TRANSFORMERS, is_foreign
 from elit.training.conditioning import STATES, Arguments, StoredTextConditioning
@@ -184,7 +183,7 @@ def add_lora(model: Any, rank: int) -> None:
         raise ValueError(
             missing("retrofit.train=lora needs peft", "lora", "use adapters")
         ) from error
-    lists = model._elit_session.layout.block_names()
+    lists = model._elit_session.layout.blocks
     targets = [
         name
         for name, module in model.named_modules()
