@@ -26,9 +26,11 @@ Budget = float | Literal["lowest"]
 Interval = tuple[float, float]
 """Noise levels [low, high], both ends included."""
 WHOLE = (0.0, 1.0)
-Velocity = Callable[[Tensor, float, Condition, int | None], Tensor]
+Latents = int | tuple[int, ...] | None
+"""Latents per group of a batch, or of each sample; None is all there is."""
+Velocity = Callable[[Tensor, float, Condition, Latents], Tensor]
 """(samples (B, ...), sigma, condition, num_latents) -> velocities (B, ...)"""
-Forwards = tuple[tuple[int | None, int], ...]
+Forwards = tuple[tuple[Latents, int], ...]
 """Forwards that make one velocity: latents per group, and how many batches in one, of each."""
 
 
@@ -77,9 +79,7 @@ class Guidance:
         # Levels come in float32: 0.1 there is 0.10000000149, and still an end of (0, 0.1).
         return self.scale != 1 and low - 1e-6 <= sigma <= high + 1e-6
 
-    def forwards(
-        self, sigma: float, num_latents: int | None, guide_latents: int | None
-    ) -> Forwards:
+    def forwards(self, sigma: float, num_latents: Latents, guide_latents: Latents) -> Forwards:
         """Forwards of the model that `velocity` makes at a noise level."""
         same_budget = guide_latents == num_latents
         if not self.is_active(sigma) or (same_budget and not self.drop_label):
@@ -95,8 +95,9 @@ class Guidance:
         sigma: float,
         condition: Condition,
         null_condition: Condition,
-        num_latents: int | None,
-        guide_latents: int | None,
+        num_latents: Latents,
+        guide_latents: Latents,
+        mixes: bool = False,
     ) -> Tensor:
         """Guided velocity (B, ...), in float32 or in what is wider.
 
@@ -108,21 +109,32 @@ class Guidance:
             null_condition: the same of "no class" or of empty texts, of the same shapes.
             num_latents: latents per group of the guided prediction.
             guide_latents: latents per group of the guide.
+            mixes: whether the model takes samples of different budgets in one batch: the guided
+                prediction and its guide then share head and tail.
         """
         forwards = self.forwards(sigma, num_latents, guide_latents)
         if forwards == ((num_latents, 1),):
             return at_least_float32(predict(sample, sigma, condition, num_latents))
         guide_condition = null_condition if self.drop_label else condition
-        if forwards == ((num_latents, 2),):
+        if len(forwards) == 1 or mixes:
             both_conditions = {
                 name: torch.cat((value, guide_condition[name])) for name, value in condition.items()
             }
-            both = predict(torch.cat((sample, sample)), sigma, both_conditions, num_latents)
+            kept = num_latents
+            if num_latents is not None and (len(forwards) == 2 or isinstance(num_latents, tuple)):
+                kept = per_sample(num_latents, sample) + per_sample(guide_latents, sample)
+            both = predict(torch.cat((sample, sample)), sigma, both_conditions, kept)
             predicted, guide = at_least_float32(both).chunk(2)
         else:
             predicted = at_least_float32(predict(sample, sigma, condition, num_latents))
             guide = at_least_float32(predict(sample, sigma, guide_condition, guide_latents))
         return torch.lerp(guide, predicted, self.scale)
+
+
+def per_sample(num_latents: Latents, sample: Tensor) -> tuple[int, ...]:
+    """Latents per group of each of the samples (B, ...)."""
+    assert num_latents is not None
+    return num_latents if isinstance(num_latents, tuple) else (num_latents,) * sample.shape[0]
 
 
 def at_least_float32(velocity: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elit.flow.guidance import UNGUIDED, Condition, Guidance, Velocity
+from elit.flow.guidance import UNGUIDED, Condition, Guidance, Latents, Velocity
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +32,12 @@ def sample(
     noise: Tensor,
     scheduler: Any,
     guidance: Guidance | None = None,
-    latents_of_steps: Sequence[tuple[int | None, int | None]] | None = None,
+    latents_of_steps: Sequence[tuple[Latents, Latents]] | None = None,
     condition: Condition | None = None,
     null_condition: Condition | None = None,
     generator: Generators = None,
     after_step: AfterStep | None = None,
+    mixes: bool = False,
 ) -> Tensor:
     """Samples (B, ...) of noise (B, ...), in its dtype.
 
@@ -51,6 +52,7 @@ def sample(
         null_condition: the same of nothing in particular, for guidance.
         generator: of a scheduler that adds noise: one for each sample, or one for all.
         after_step: called after each step.
+        mixes: whether the model takes samples of different budgets in one batch.
     """
     levels, guidance = levels_of(scheduler), guidance or UNGUIDED
     latents = [(None, None)] * len(levels) if latents_of_steps is None else latents_of_steps
@@ -73,7 +75,9 @@ def sample(
     x = noise
     steps = zip(levels, scheduler.timesteps, latents, strict=True)
     for i, (sigma, timestep, (kept, guide)) in enumerate(steps):
-        velocity = guidance.velocity(predict, x, sigma, condition, null_condition, kept, guide)
+        velocity = guidance.velocity(
+            predict, x, sigma, condition, null_condition, kept, guide, mixes
+        )
         velocity = velocity.to(x.dtype)  # a float64 model doesn't widen the samples
         x = scheduler.step(velocity, timestep, x, **extra, return_dict=False)[0]
         if after_step is not None:

@@ -1,5 +1,6 @@
 """What a model of ours has beside its forward: sizes, checks, loading, step caches."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -85,9 +86,9 @@ class ModelBase(StrictLoading, Budgeted, StepCaching, ModelMixin):
         return self.geometry.grid(shape[2:])
 
     def check_inputs(
-        self, samples: Tensor, timestep: Tensor | float, num_latents: int | None,
-        latent_indices: Tensor | None,
-    ) -> tuple[TokenGrid, Tensor, int]:  # fmt: skip
+        self, samples: Tensor, timestep: Tensor | float,
+        num_latents: int | Sequence[int] | None, latent_indices: Tensor | None,
+    ) -> tuple[TokenGrid, Tensor, int | tuple[int, ...]]:  # fmt: skip
         """Grid, noise levels (B,) and number of latents (0 in a plain model), or a ValueError."""
         check_samples(samples, self)
         grid, levels = self.token_grid(samples), noise_levels(timestep, samples)
@@ -99,6 +100,10 @@ class ModelBase(StrictLoading, Budgeted, StepCaching, ModelMixin):
                 )
             return grid, levels, 0
         num_latents = self.max_latents if num_latents is None else num_latents
+        if isinstance(num_latents, Sequence):
+            num_latents = self._check_mixed(num_latents, samples.shape[0], latent_indices)
+            if isinstance(num_latents, tuple):
+                return grid, levels, num_latents
         if latent_indices is not None:
             if self.read is None:
                 raise ValueError(
@@ -107,6 +112,30 @@ class ModelBase(StrictLoading, Budgeted, StepCaching, ModelMixin):
                 )
             check_indices(latent_indices, num_latents, self.max_latents)
         return grid, levels, check_num_latents(num_latents, self.max_latents)
+
+    def _check_mixed(
+        self, num_latents: Sequence[int], count: int, latent_indices: Tensor | None
+    ) -> int | tuple[int, ...]:
+        """Latents per group of each sample, or one number where they are the same."""
+        each = tuple(check_num_latents(n, self.max_latents) for n in num_latents)
+        if len(each) != count:
+            raise ValueError(
+                f"{len(each)} num_latents for {count} samples; give one number, or one for each"
+            )
+        if len(set(each)) == 1:
+            return each[0]
+        obstacles = {
+            "latent_indices are": latent_indices is not None,
+            "a step cache is": self.is_cache_enabled,
+            "the hooks of an elasticized model are": self.read is None,
+        }
+        for what, is_there in obstacles.items():
+            if is_there:
+                raise ValueError(
+                    f"num_latents differ between the samples, but {what} for samples of one "
+                    f"budget; call the model once for each number"
+                )
+        return each
 
     def check_labels(
         self, labels: Tensor | None, text: Tensor | None, samples: Tensor

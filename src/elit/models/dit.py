@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from elit.interface import Read, Write
 from elit.interface.initial import init_weights
+from elit.interface.mixed import by_budget
 from elit.layers.transformer import FinalLayer, LabelEmbedding, TimestepEmbedding, TransformerBlock
 from elit.models.elastic import ElasticMixin
 
@@ -86,7 +87,7 @@ class DiT(ElasticMixin, ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         encoder_hidden_states: None = None,
         *,
-        num_latents: int | None = None,
+        num_latents: int | Sequence[int] | None = None,
         latent_indices: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -98,6 +99,7 @@ class DiT(ElasticMixin, ModelMixin, ConfigMixin):
             class_labels: (B,) labels; None is the null label.
             encoder_hidden_states: of text-conditional models; a DiT takes none.
             num_latents: latents kept per group, `model.resolve_budget(budget)`; None keeps all.
+                One number, or one for each sample.
             latent_indices: (num_latents,) latents to keep instead of the first ones, the same in
                 all groups (the paper's ablation of tail dropping).
             return_dict: whether to wrap the velocity in a Transformer2DModelOutput.
@@ -113,10 +115,14 @@ class DiT(ElasticMixin, ModelMixin, ConfigMixin):
         rotary = self.rotary(grid.token_places(tokens.device))
         tokens = self.run(head, tokens, condition, rotary)  # (B, N, D)
         if self.read is not None:
-            core_rotary = self.rotary(grid.latent_places(num_latents, tokens.device))
-            latents = self.read(tokens, condition, grid, num_latents, latent_indices)
-            latents = self.run(core, latents, condition, core_rotary)  # (B, G*n, D)
-            tokens = self.write(tokens, latents, condition, grid)  # (B, N, D)
+
+            def through_core(n: int, tokens: Tensor, condition: Tensor) -> Tensor:
+                rotary = self.rotary(grid.latent_places(n, tokens.device))
+                latents = self.read(tokens, condition, grid, n, latent_indices)
+                latents = self.run(core, latents, condition, rotary)  # (B, G*n, D)
+                return self.write(tokens, latents, condition, grid)
+
+            tokens = by_budget(through_core, num_latents, tokens, condition)  # (B, N, D)
         tokens = self.run(tail, tokens, condition, rotary)  # (B, N, D)
         velocity = grid.unpatchify(self.project(tokens, condition), self.patch_size)
 

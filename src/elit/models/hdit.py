@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from elit._numbers import is_whole
 from elit.interface import Read, TokenGrid, Write
 from elit.interface.initial import init_weights
+from elit.interface.mixed import by_budget
 from elit.layers.neighborhood import NeighborhoodBlock, neighborhood
 from elit.layers.sizes import tile_size
 from elit.layers.transformer import FinalLayer, LabelEmbedding, TimestepEmbedding, TransformerBlock
@@ -110,7 +111,7 @@ class HDiT(ElasticMixin, ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         encoder_hidden_states: None = None,
         *,
-        num_latents: int | None = None,
+        num_latents: int | Sequence[int] | None = None,
         latent_indices: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -132,10 +133,14 @@ class HDiT(ElasticMixin, ModelMixin, ConfigMixin):
         tokens = self.merge_tokens(grid.patchify(patches, self.merge))  # (B, N, D)
         rotary = self.rotary(grid.token_places(tokens.device))
         if self.read is not None:
-            core_rotary = self.rotary(grid.latent_places(num_latents, tokens.device))
-            latents = self.read(tokens, condition, grid, num_latents, latent_indices)
-            latents = self.run(core, latents, condition, core_rotary)  # (B, G*n, D)
-            tokens = self.write(tokens, latents, condition, grid)  # (B, N, D)
+
+            def through_core(n: int, tokens: Tensor, condition: Tensor) -> Tensor:
+                rotary = self.rotary(grid.latent_places(n, tokens.device))
+                latents = self.read(tokens, condition, grid, n, latent_indices)
+                latents = self.run(core, latents, condition, rotary)  # (B, G*n, D)
+                return self.write(tokens, latents, condition, grid)
+
+            tokens = by_budget(through_core, num_latents, tokens, condition)  # (B, N, D)
         else:
             tokens = self.run(core, tokens, condition, rotary)  # (B, N, D)
         patches = grid.unpatchify(self.split_tokens(tokens), self.merge)  # (B, D/2, *outer.size)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from elit._numbers import MOST, check_whole
 from elit.interface import Read, TokenGrid, Write
 from elit.interface.initial import init_weights, zero_
+from elit.interface.mixed import by_budget
 from elit.layers.sizes import head_dim
 from elit.layers.text import WordEncoder
 from elit.layers.transformer import (
@@ -115,7 +116,7 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
         *,
         encoder_attention_mask: Tensor | None = None,
         pooled_projections: Tensor | None = None,
-        num_latents: int | None = None,
+        num_latents: int | Sequence[int] | None = None,
         latent_indices: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -142,13 +143,21 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
         text = self.embed_text(text, mask)  # (B, S, D)
         condition = self.embed_condition(levels, pooled_projections)  # (B, D)
         rotary = self.rotary(grid.token_places(tokens.device))
-        of_text = self.rotary(self.text_places(grid, text)), mask
+        text_rotary = self.rotary(self.text_places(grid, text))
+        of_text = text_rotary, mask
         tokens, text = self.run_joint(head, tokens, text, condition, rotary, *of_text)
         if self.read is not None:
-            core_rotary = self.rotary(grid.latent_places(num_latents, tokens.device))
-            latents = self.read(tokens, condition, grid, num_latents, latent_indices)
-            latents, text = self.run_joint(core, latents, text, condition, core_rotary, *of_text)
-            tokens = self.write(tokens, latents, condition, grid)  # (B, N, D)
+
+            def through_core(
+                n: int, tokens: Tensor, text: Tensor, condition: Tensor, mask: Tensor | None
+            ) -> tuple[Tensor, Tensor]:
+                rotaries = self.rotary(grid.latent_places(n, tokens.device)), text_rotary
+                latents = self.read(tokens, condition, grid, n, latent_indices)  # (B, G*n, D)
+                latents, text = self.run_joint(core, latents, text, condition, *rotaries, mask)
+                return self.write(tokens, latents, condition, grid), text
+
+            streams = tokens, text, condition, mask
+            tokens, text = by_budget(through_core, num_latents, *streams)
         tokens, _ = self.run_joint(tail, tokens, text, condition, rotary, *of_text)  # (B, N, D)
         velocity = grid.unpatchify(self.project(tokens, condition), self.patch_size)
 

@@ -14,6 +14,7 @@ from elit._devices import wide
 from elit._numbers import is_whole
 from elit.interface.grid import TokenGrid
 from elit.interface.initial import init_weights, zero_
+from elit.interface.mixed import by_budget
 from elit.interface.raster import from_groups, to_groups
 from elit.layers.transformer import (
     MLP,
@@ -114,7 +115,7 @@ class SiT(ElasticMixin, ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         encoder_hidden_states: None = None,
         *,
-        num_latents: int | None = None,
+        num_latents: int | Sequence[int] | None = None,
         latent_indices: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -131,11 +132,15 @@ class SiT(ElasticMixin, ModelMixin, ConfigMixin):
         tokens = self.run(head, tokens, condition, None)  # (B, N, D)
         if self.read is not None:
             tokens = self.places(tokens, grid)
-            latents = self.read(tokens, condition, grid)  # (B, N, D): all of them
-            first = keep_latents(latents, grid, num_latents, latent_indices)  # (B, G*n, D)
-            first = self.run(core, first, condition, None)
-            latents = restore_latents(latents, first, grid, latent_indices)  # (B, N, D)
-            tokens = self.write(tokens, latents, grid)  # (B, N, D)
+
+            def through_core(n: int, tokens: Tensor, condition: Tensor) -> Tensor:
+                latents = self.read(tokens, condition, grid)  # (B, N, D): all of them
+                first = keep_latents(latents, grid, n, latent_indices)  # (B, G*n, D)
+                first = self.run(core, first, condition, None)
+                latents = restore_latents(latents, first, grid, latent_indices)  # (B, N, D)
+                return self.write(tokens, latents, grid)
+
+            tokens = by_budget(through_core, num_latents, tokens, condition)  # (B, N, D)
         tokens = self.run(tail, tokens, condition, None)  # (B, N, D)
         velocity = grid.unpatchify(self.project(tokens, condition), self.patch_size)
 

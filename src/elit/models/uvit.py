@@ -1,11 +1,14 @@
 """U-ViT and ELIT-U-ViT: a DiT with long skips between its first blocks and its last."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
 from torch import Tensor, nn
 
+from elit.interface.mixed import by_budget
 from elit.layers.transformer import Rotary, TransformerBlock
 from elit.models.dit import DiT
 
@@ -57,7 +60,7 @@ class UViT(DiT):
         class_labels: Tensor | None = None,
         encoder_hidden_states: None = None,
         *,
-        num_latents: int | None = None,
+        num_latents: int | Sequence[int] | None = None,
         latent_indices: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -74,10 +77,14 @@ class UViT(DiT):
         rotary = self.rotary(grid.token_places(tokens.device))
         tokens = self.run_skipping(head, tokens, condition, rotary, skips)  # (B, N, D)
         if self.read is not None:
-            core_rotary = self.rotary(grid.latent_places(num_latents, tokens.device))
-            latents = self.read(tokens, condition, grid, num_latents, latent_indices)
-            latents = self.run_skipping(core, latents, condition, core_rotary, skips)
-            tokens = self.write(tokens, latents, condition, grid)  # (B, N, D)
+
+            def through_core(n: int, tokens: Tensor, condition: Tensor) -> Tensor:
+                rotary = self.rotary(grid.latent_places(n, tokens.device))
+                latents = self.read(tokens, condition, grid, n, latent_indices)
+                latents = self.run_skipping(core, latents, condition, rotary, skips)  # (B, G*n, D)
+                return self.write(tokens, latents, condition, grid)
+
+            tokens = by_budget(through_core, num_latents, tokens, condition)  # (B, N, D)
         tokens = self.run_skipping(tail, tokens, condition, rotary, skips)  # (B, N, D)
         velocity = grid.unpatchify(self.project(tokens, condition), self.patch_size)
 
