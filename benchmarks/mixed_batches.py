@@ -122,14 +122,12 @@ def main() -> None:
         for ways in (requests(model, args.budgets, count), guided(model, count)):
             times = measure(ways, args.rounds, device)
             first = next(iter(times.values()))
-            print(
-                f"\n{'batch of ' + str(count):30}{'ms':>10}{'images/s':>10}{'time':>8}{'GFLOPs':>10}"
-            )
+            titles = f"{'ms':>10}{'images/s':>10}{'time':>8}{'GFLOPs':>10}"
+            print(f"\n{'batch of ' + str(count):30}{titles}")
             for name, (_, gflops) in ways.items():
                 took = times[name]
-                print(
-                    f"{name:30}{1000 * took:10.1f}{count / took:10.1f}{took / first:8.2f}{gflops:10.2f}"
-                )
+                cells = f"{1000 * took:10.1f}{count / took:10.1f}{took / first:8.2f}{gflops:10.2f}"
+                print(f"{name:30}{cells}")
 
 
 if __name__ == "__main__":

@@ -15,16 +15,22 @@ from torch import Tensor
 
 from elit._choices import check_choice
 from elit._files import typed_path
-from elit._numbers import is_whole, latent_frames
+from elit._numbers import is_real, is_whole, latent_frames
 from elit.cost.flops import cost_of
 from elit.cost.formulas import ModelCost
-from elit.flow.guidance import UNGUIDED, Condition, Forwards, Guidance
+from elit.flow.guidance import UNGUIDED, Budget, Condition, Forwards, Guidance, Latents
 from elit.flow.sampling import Generators, sample
 from elit.flow.schedulers import start_sampling
 from elit.flow.words import DEFAULT_STEPS
 from elit.interface.budget import check_num_latents
 from elit.interface.fit import format_size
 from elit.models.elastic import ElasticMixin
+from elit.pipelines.arguments import (
+    one_at_a_time,
+    read_generators,
+    read_guidance,
+    repeat_each,
+)
 from elit.pipelines.autoencoder import (
     SamplesDivergedError,
     check_usable,
@@ -44,7 +50,7 @@ from elit.pipelines.folder import (
 logger = logging.getLogger(__name__)
 
 MOST_TIMES = 256  # the size that a model was made for: beyond, a run would not end
-TENSORS = ["samples"]  # that a step callback is given
+TENSORS = ["samples", "latents"]  # that a step callback is given: two words for one
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[Any, int, Tensor, dict], dict]
 
@@ -87,9 +93,9 @@ class _Run:
         self.calls = iter(("cond", "uncond"))
 
     def predict(
-        self, x: Tensor, sigma: float, condition: Condition, num_latents: int | None
+        self, x: Tensor, sigma: float, condition: Condition, num_latents: Latents
     ) -> Tensor:
-        """Velocities by the transformer, at one noise level and one budget for all samples."""
+        """Velocities by the transformer, at one noise level for all samples."""
         model = self.pipeline.transformer
         name = "cond_uncond" if len(x) > self.count else next(self.calls)
         level = torch.full((len(x),), sigma, device=x.device)
@@ -108,7 +114,7 @@ class _Run:
         if not isinstance(changed, Mapping | None):
             raise ValueError(f"the step callback gave {changed!r:.60}; give a dict of tensors")
         check_callback(None, changed or ())
-        new = (changed or {}).get("samples", samples)
+        new = next(iter((changed or {}).values()), samples)
         if not isinstance(new, Tensor) or (new.shape, new.dtype) != (samples.shape, samples.dtype):
             raise ValueError(
                 f"the step callback gave samples {new!r:.60}; give a tensor of shape "
@@ -191,6 +197,7 @@ class ElasticPipeline(DiffusionPipeline):
         self.register_modules(transformer=self.transformer)
         super().save_pretrained(typed_path(save_directory), **kwargs)
 
+    @one_at_a_time
     @torch.no_grad()
     def draw(
         self,
@@ -198,7 +205,7 @@ class ElasticPipeline(DiffusionPipeline):
         null_condition: Condition,
         budget: float | Sequence[float] = 1.0,
         num_inference_steps: int | None = None,
-        guidance: Guidance | None = None,
+        guidance: Guidance | str | None = None,
         generator: Generators = None,
         height: int | None = None,
         width: int | None = None,
@@ -211,15 +218,22 @@ class ElasticPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("samples",),
         dtype: torch.dtype = torch.float32,
         num_latents: int | Sequence[int] | None = None,
+        budgets_of_steps: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        guide_budget: Budget | None = None,
+        seed: int | Sequence[int] | None = None,
+        num_images_per_prompt: int | None = None,
+        latents: Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Draw an image for each row of the condition.
+        """Draw an image for each row of the condition; threads wait for each other.
 
         Args:
             condition: the model's arguments that say what to draw, (B, ...) each.
             null_condition: the same of nothing in particular, for guidance.
-            budget: fraction of the latents to keep, in (0, 1], or one for each call of the model.
+            budget: fraction of the latents to keep, in (0, 1], or one for each image.
             num_inference_steps: steps of the scheduler; None is 40.
-            guidance: `CFG(3.0)`, `AutoGuidance(2.0)`, `CheapCFG(3.0)`; None is no guidance.
+            guidance: `CFG(3.0)`, `AutoGuidance(2.0)`, `CheapCFG(3.0)`, or "cfg", "ag", "ccfg" with
+                `guidance_scale`; None is no guidance.
             generator: one for each image: an image then depends on its own generator alone,
                 not on the batch that it is drawn in. A single one draws for the whole batch.
             height: of the images, in pixels; by default what the model was made for.
@@ -236,17 +250,35 @@ class ElasticPipeline(DiffusionPipeline):
                 may return {"samples": tensor} to go on from.
             callback_on_step_end_tensor_inputs: names that the callback is given.
             dtype: of the samples between the steps, torch.float32 or torch.double.
-            num_latents: latents per group, or one for each call of the model, instead of a budget.
+            num_latents: latents per group, or one for each image, instead of a budget.
+            budgets_of_steps: one budget for each call of the model, instead of a budget.
+            guidance_scale: of a guidance that is given by name; alone it is CFG's.
+            guide_budget: of "ag" and "ccfg", likewise; by default the lowest trained.
+            seed: instead of a generator: image i draws from seed + i, or from its own of a list.
+            num_images_per_prompt: images of each row of the condition, one after the other.
+            latents: diffusers' word for `noise`.
         """
-        generator = list(generator) if isinstance(generator, Sequence) else generator
+        condition = repeat_each(condition, num_images_per_prompt)
+        null_condition = repeat_each(null_condition, num_images_per_prompt)
         count = len(next(iter(condition.values())))
-        self._check_options(guidance, generator, count, output_type)
+        guidance = read_guidance(guidance, guidance_scale, guide_budget)
+        generator = read_generators(generator, seed, count)
+        output_type = "np" if output_type == "numpy" else output_type
+        self._check_output(output_type)
+        if latents is not None:
+            if noise is not None:
+                raise ValueError(
+                    "latents are diffusers' word for the noise to start from; give one"
+                )
+            noise = latents
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         check_sample_dtype(dtype, self._execution_device.type, self.scheduler)
         size = self.input_size(num_frames, height, width)
         levels = self.start(num_inference_steps, self._execution_device, sigmas, size)
         x = self._noise(noise, generator, (count, self.transformer.in_channels, *size), dtype)
-        kept = self.latents_of_steps(budget, len(levels), guidance, num_latents)
+        kept = self.latents_of_steps(
+            budget, len(levels), guidance, num_latents, budgets_of_steps, count
+        )
         self.transformer._reset_stateful_cache()  # a run that broke off may have left something
         run = _Run(
             self, count, len(levels), callback_on_step_end, callback_on_step_end_tensor_inputs
@@ -254,7 +286,7 @@ class ElasticPipeline(DiffusionPipeline):
         with run.bar:
             x = sample(
                 run.predict, x, self.scheduler, guidance, kept, condition, null_condition,
-                generator, run.after_step,
+                generator, run.after_step, self.mixes_budgets,
             )  # fmt: skip
         if not x.isfinite().all():
             guided = f"a smaller guidance scale than {guidance.scale:g}, " if guidance else ""
@@ -266,16 +298,18 @@ class ElasticPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    @one_at_a_time
     def calls(
         self,
-        budget: float | Sequence[float] = 1.0,
+        budget: float = 1.0,
         num_inference_steps: int | None = None,
         guidance: Guidance | None = None,
         sigmas: Sequence[float] | None = None,
+        budgets_of_steps: Sequence[float] | None = None,
     ) -> list[Forwards]:
         """Forwards of the model in each call of a run: latents per group, and batches in one."""
         levels = self.start(num_inference_steps, "cpu", sigmas)
-        kept = self.latents_of_steps(budget, len(levels), guidance)
+        kept = self.latents_of_steps(budget, len(levels), guidance, None, budgets_of_steps)
         guidance = guidance or UNGUIDED
         return [guidance.forwards(level, *n) for level, n in zip(levels, kept, strict=True)]
 
@@ -305,28 +339,46 @@ class ElasticPipeline(DiffusionPipeline):
         num_calls: int,
         guidance: Guidance | None = None,
         num_latents: int | Sequence[int] | None = None,
-    ) -> list[tuple[int | None, int | None]]:
-        """Latents per group of the prediction and of its guide, for each call of the model."""
+        budgets_of_steps: Sequence[float] | None = None,
+        count: int = 1,
+    ) -> list[tuple[Latents, Latents]]:
+        """Latents per group of the prediction and of its guide, for each call of the model.
+
+        They are one number, or one for each of `count` images.
+        """
         model = self.transformer
-        if num_latents is not None and budget != 1:
-            raise ValueError(f"num_latents={num_latents} and budget={budget!s:.60}; give one")
-        given: Any = budget if num_latents is None else num_latents
-        is_list = isinstance(given, Sequence) and not isinstance(given, str)
-        each = list(given) if is_list else [given] * num_calls
-        if len(each) != num_calls:
+        choices = {
+            "budget": None if is_real(budget) and budget == 1 else budget,
+            "num_latents": num_latents,
+            "budgets_of_steps": budgets_of_steps,
+        }
+        given = {name: value for name, value in choices.items() if value is not None}
+        if len(given) > 1:
             raise ValueError(
-                f"{len(each)} budgets for {num_calls} calls of the model in this run; "
-                f"give one number, or one for each call"
+                " and ".join(f"{n}={v!s:.60}" for n, v in given.items()) + "; give one"
             )
         if num_latents is not None and not model.is_elastic:
             raise ValueError(
                 f"num_latents {num_latents} asked of a model that is not elastic; leave it out"
             )
-        if num_latents is None:
-            kept = [model.resolve_budget(one) for one in each]
+        kept: list[Latents]
+        if budgets_of_steps is not None:
+            if not isinstance(budgets_of_steps, list | tuple) or len(budgets_of_steps) != num_calls:
+                raise ValueError(
+                    f"budgets_of_steps {budgets_of_steps!s:.60} are not for the {num_calls} calls "
+                    f"of the model in this run; give a list of one for each"
+                )
+            kept = [model.resolve_budget(one) for one in budgets_of_steps]
+        elif num_latents is not None:
+            kept = [
+                self._of_images(
+                    num_latents, lambda n: check_num_latents(n, model.max_latents), count
+                )
+            ] * num_calls
         else:
-            kept = [check_num_latents(one, model.max_latents) for one in each]
-        lowest = min(kept) if model.is_elastic else None
+            kept = [self._of_images(budget, model.resolve_budget, count)] * num_calls
+        numbers = [n for one in kept for n in (one if isinstance(one, tuple) else (one,))]
+        lowest = min(numbers) if model.is_elastic else None
         guides, fewest = kept, {"budget": lowest}
         if guidance is not None and guidance.budget is not None:
             if guidance.budget == "lowest":
@@ -339,7 +391,7 @@ class ElasticPipeline(DiffusionPipeline):
                     "the guide keeps %d latents per group, more than the %d that it guides",
                     guide, lowest,
                 )  # fmt: skip
-            if not guidance.drop_label and guide in kept:
+            if not guidance.drop_label and guide in numbers:
                 logger.warning("autoguidance has no effect where its guide has the same budget")
         for what, number in fewest.items():
             if number is not None and number < model.min_latents:
@@ -349,30 +401,36 @@ class ElasticPipeline(DiffusionPipeline):
                 )  # fmt: skip
         return list(zip(kept, guides, strict=True))
 
+    @staticmethod
+    def _of_images(given: Any, resolve: Callable[[Any], int | None], count: int) -> Latents:
+        """Latents per group of all images, or of each where they differ."""
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            return resolve(given)
+        each = [resolve(one) for one in given]
+        if len(each) != count:
+            raise ValueError(
+                f"{len(each)} budgets for {count} images; give one number, or one for each image; "
+                f"one for each call of the model is budgets_of_steps="
+            )
+        return each[0] if len(set(each)) == 1 else tuple(each)  # type: ignore[arg-type]
+
+    @property
+    def mixes_budgets(self) -> bool:
+        """Whether a guide of another budget goes in one batch with what it guides.
+
+        Not where step caches know the two by their calls, nor where each pair of budgets would be
+        compiled anew.
+        """
+        model = self.transformer
+        compiled = any(m._compiled_call_impl is not None for m in model.modules())
+        return not (compiled or model.is_cache_enabled or getattr(model, "read", None) is None)
+
     @property
     def draws_clips(self) -> bool:
         """Whether the transformer makes clips, not images."""
         return len(self.transformer.sample_size) == 3
 
-    def _check_options(
-        self, guidance: Guidance | None, generator: Generators, count: int, output_type: str
-    ) -> None:
-        if not isinstance(guidance, Guidance | None):
-            raise ValueError(
-                f"guidance {guidance!r} is not a Guidance; "
-                f"give CFG(3.0), AutoGuidance(2.0), CheapCFG(3.0), or None"
-            )
-        generators: list[Any] = generator if isinstance(generator, list) else [generator] * count
-        if len(generators) != count:
-            raise ValueError(
-                f"{len(generators)} generators for {count} samples; give one for each, or one"
-            )
-        for one in generators if generator is not None else ():
-            if not isinstance(one, torch.Generator):
-                raise ValueError(
-                    f"generator {one!r} is not a torch.Generator; "
-                    f"give torch.Generator().manual_seed({one if isinstance(one, int) else 0})"
-                )
+    def _check_output(self, output_type: str) -> None:
         check_choice(output_type, OUTPUT_TYPES, "output_type")
         channels = self.transformer.in_channels
         if output_type != "latent" and self.vae is None and not draws_images(channels):

@@ -36,7 +36,7 @@ class ElitPipeline(ElasticPipeline):
         class_labels: int | Sequence[int] | Tensor,
         budget: float | Sequence[float] = 1.0,
         num_inference_steps: int | None = None,
-        guidance: Guidance | None = None,
+        guidance: Guidance | str | None = None,
         generator: Generators = None,
         **options: Any,
     ) -> ImagePipelineOutput | tuple:

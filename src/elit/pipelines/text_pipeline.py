@@ -66,7 +66,7 @@ class ElitTextPipeline(ElasticPipeline):
         prompt: str | Sequence[str] | None = None,
         budget: float | Sequence[float] = 1.0,
         num_inference_steps: int | None = None,
-        guidance: Guidance | None = None,
+        guidance: Guidance | str | None = None,
         generator: Generators = None,
         *,
         negative_prompt: str | Sequence[str] = "",

@@ -1,0 +1,101 @@
+"""Arguments of a call as plain JSON and as people of diffusers type them, turned into ours."""
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from functools import wraps
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elit._numbers import is_whole
+from elit.flow.guidance import Budget, Guidance, make_guidance
+from elit.flow.sampling import Generators
+from elit.flow.words import DEFAULT_SCALE
+
+logger = logging.getLogger(__name__)
+
+_LOCKS: "weakref.WeakKeyDictionary[Any, RLock]" = weakref.WeakKeyDictionary()
+
+
+def one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let threads that call a pipeline's method wait for each other.
+
+    A run changes the scheduler and the transformer's caches; pipelines of one transformer share it.
+    """
+
+    @wraps(method)
+    def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _LOCKS.setdefault(self.transformer, RLock()):
+            return method(self, *args, **kwargs)
+
+    return waiting
+
+
+def read_guidance(
+    guidance: Guidance | str | None, scale: float | None, guide_budget: Budget | None
+) -> Guidance | None:
+    """Guidance as an object, by its name and scale, or by a scale alone, which is CFG's."""
+    if isinstance(guidance, Guidance):
+        given = {"guidance_scale": scale, "guide_budget": guide_budget}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name}={value!r:.60} beside a Guidance, which has it; give one")
+        return guidance
+    if guidance is None and scale is not None and scale != 1:
+        guidance = "cfg"
+    if guide_budget is not None and guidance not in ("ag", "ccfg"):
+        raise ValueError(
+            f"guide_budget={guide_budget!r:.60} has no effect with guidance={guidance!r}; use 'ag' "
+            f"or 'ccfg'"
+        )
+    if guidance is None:
+        return None
+    if not isinstance(guidance, str):
+        raise ValueError(
+            f"guidance {guidance!r:.60} is not a Guidance; give CFG(3.0), AutoGuidance(2.0), "
+            f"CheapCFG(3.0), their names 'cfg', 'ag', 'ccfg' with guidance_scale=3.0, or None"
+        )
+    return make_guidance(guidance, DEFAULT_SCALE if scale is None else scale,
+                         "lowest" if guide_budget is None else guide_budget)  # fmt: skip
+
+
+def read_generators(
+    generator: Generators, seed: int | Sequence[int] | None, count: int
+) -> Generators:
+    """Generators of the images: those given, or of seeds: image i of one seed has seed + i."""
+    if seed is None:
+        generator = list(generator) if isinstance(generator, Sequence) else generator
+        each: list[Any] = generator if isinstance(generator, list) else [generator] * count
+        if len(each) != count:
+            raise ValueError(
+                f"{len(each)} generators for {count} samples; give one for each, or one"
+            )
+        for one in each if generator is not None else ():
+            if not isinstance(one, torch.Generator):
+                raise ValueError(
+                    f"generator {one!r} is not a torch.Generator; "
+                    f"give torch.Generator().manual_seed({one if isinstance(one, int) else 0})"
+                )
+        return generator
+    if generator is not None:
+        raise ValueError(f"seed={seed!r:.60} beside a generator; give one")
+    seeds = [seed + i for i in range(count)] if is_whole(seed, 0) else seed
+    if not isinstance(seeds, list | tuple) or not all(is_whole(one, 0, 2**63) for one in seeds):
+        raise ValueError(
+            f"seed={seed!r:.60} is not allowed; give a whole number, or a list of them"
+        )
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds for {count} samples; give one for each, or one")
+    return [torch.Generator().manual_seed(int(one)) for one in seeds]
+
+
+def repeat_each(condition: Any, times: int | None) -> dict[str, Tensor]:
+    """A condition whose rows, (B, ...) each, stand `num_images_per_prompt` times in a row."""
+    if times is None or times == 1:
+        return dict(condition)
+    if not is_whole(times):
+        raise ValueError(f"num_images_per_prompt={times!r:.60} is no positive whole number")
+    return {name: value.repeat_interleave(times, 0) for name, value in condition.items()}
