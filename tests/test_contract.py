@@ -500,6 +500,27 @@ def test_the_first_latents_by_index_are_the_first_latents(case: Case) -> None:
             torch.testing.assert_close(back, expected)
 
 
+@ELASTIC
+def test_samples_of_different_budgets_in_one_batch(case: Case) -> None:
+    """Each is what it is alone; neighbours of one budget, and those apart."""
+    model = case.build()
+    inputs = make_inputs(model, batch=5)
+    most = model.max_latents
+    kept = [most, 1, max(1, most // 2), 1, most]
+    mixed = run(model, inputs, num_latents=kept)
+    for row, n in enumerate(kept):
+        alone = tuple(x if x is None else x[row : row + 1] for x in inputs)
+        torch.testing.assert_close(mixed[row : row + 1], run(model, alone, num_latents=n))
+    assert torch.equal(run(model, inputs, num_latents=[1] * 5), run(model, inputs, num_latents=1))
+    for wrong, message in (
+        ({"num_latents": [1, 1]}, "2 num_latents for 5 samples"),
+        ({"num_latents": [1, 1, 1, 1, most + 1]}, "is outside 1"),
+        ({"num_latents": kept, "latent_indices": torch.arange(1)}, "of one budget"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(model, inputs, **wrong)
+
+
 def test_budgets_of_plain_and_elastic_models(dit: DiT) -> None:
     for n in range(1, 17):
         assert dit.resolve_budget(n / 16) == n

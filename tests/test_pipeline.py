@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -196,6 +197,8 @@ def test_step_caches_are_told_of_each_call(guidance, expected, monkeypatch) -> N
         return context(name, step_index=step_index, num_inference_steps=num_inference_steps)
 
     monkeypatch.setattr(pipeline.transformer, "cache_context", note)
+    # Without a cache a guide of another budget would go in one batch with what it guides.
+    monkeypatch.setattr(ElitPipeline, "mixes_budgets", False)
     draw(pipeline, num_inference_steps=2, guidance=guidance)
     assert told == expected
 
@@ -225,10 +228,10 @@ def test_a_run_leaves_nothing_to_the_next(monkeypatch) -> None:
         (None, [([1], 8)]),
         (CFG(3.0), [([1, 3], 8)]),
         (CFG(1.0), [([1], 8)]),
-        (AutoGuidance(3.0), [([1], 8), ([1], 2)]),
-        (AutoGuidance(3.0, budget=0.25), [([1], 8), ([1], 4)]),
-        (CheapCFG(3.0), [([1], 8), ([3], 2)]),
-        (CheapCFG(3.0, budget=0.25), [([1], 8), ([3], 4)]),
+        (AutoGuidance(3.0), [([1, 1], (8, 2))]),
+        (AutoGuidance(3.0, budget=0.25), [([1, 1], (8, 4))]),
+        (CheapCFG(3.0), [([1, 3], (8, 2))]),
+        (CheapCFG(3.0, budget=0.25), [([1, 3], (8, 4))]),
         (CheapCFG(3.0, budget=0.5), [([1, 3], 8)]),
     ],
 )
@@ -242,15 +245,14 @@ def test_which_labels_and_budgets_the_transformer_sees(guidance, expected: list)
 @pytest.mark.parametrize(
     ("sampler", "options", "latents", "levels"),
     [
-        ("euler", {"budget": [0.25, 0.5, 1]}, [4, 8, 16], [1, 0.6667, 0.3333]),
-        ("euler", {"num_latents": [4, 8, 16]}, [4, 8, 16], [1, 0.6667, 0.3333]),
-        ("euler", {"budget": (0.3,) * 3}, [5] * 3, [1, 0.6667, 0.3333]),
+        ("euler", {"budgets_of_steps": [0.25, 0.5, 1]}, [4, 8, 16], [1, 0.6667, 0.3333]),
+        ("euler", {"budget": (0.3,)}, [5] * 3, [1, 0.6667, 0.3333]),
         ("euler", {"num_latents": 5}, [5] * 3, [1, 0.6667, 0.3333]),
-        ("heun", {"budget": [0.25, 0.5, 0.5, 1, 1]}, [4, 8, 8, 16, 16], None),
+        ("heun", {"budgets_of_steps": [0.25, 0.5, 0.5, 1, 1]}, [4, 8, 8, 16, 16], None),
         ("heun", {"sigmas": [1.0, 0.7, 0.2], "num_inference_steps": 40}, [16] * 5,
          [1, 0.7, 0.7, 0.2, 0.2]),
-        ("euler", {"guidance": CheapCFG(3.0, interval=(0.3, 0.7))}, [16, 16, 2, 16, 2],
-         [1, 0.6667, 0.6667, 0.3333, 0.3333]),
+        ("euler", {"guidance": CheapCFG(3.0, interval=(0.3, 0.7))}, [16, (16, 2), (16, 2)],
+         [1, 0.6667, 0.3333]),
     ],
 )  # fmt: skip
 def test_budgets_and_levels_of_each_call(sampler: str, options, latents, levels) -> None:
@@ -259,6 +261,78 @@ def test_budgets_and_levels_of_each_call(sampler: str, options, latents, levels)
     draw(pipeline, [1], [1], **options)
     assert [n for _, n, _ in calls] == latents
     assert levels in (None, [level for *_, level in calls])
+
+
+@pytest.mark.parametrize("guidance", [None, CFG(2.0), CheapCFG(2.0), AutoGuidance(2.0)])
+def test_each_image_of_a_mixed_batch_is_that_drawn_alone(guidance) -> None:
+    pipeline, budgets, labels = make_pipeline(), [1, 0.25, 0.5, 0.25], [0, 1, 2, 2]
+    together = draw(pipeline, labels, (5, 6, 7, 8), budget=budgets, guidance=guidance)
+    alone = [
+        draw(pipeline, [label], (seed,), budget=budget, guidance=guidance)
+        for label, seed, budget in zip(labels, (5, 6, 7, 8), budgets, strict=True)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    assert (together - draw(pipeline, labels, (5, 6, 7, 8), guidance=guidance)).abs().max() > 0.01
+
+
+def test_a_guide_in_one_batch_is_the_same_guide(monkeypatch) -> None:
+    pipeline = make_pipeline()
+    together = draw(pipeline, guidance=CheapCFG(3.0))
+    monkeypatch.setattr(ElitPipeline, "mixes_budgets", False)
+    torch.testing.assert_close(draw(pipeline, guidance=CheapCFG(3.0)), together)
+
+
+def test_mixed_budgets_and_a_step_cache_are_refused() -> None:
+    pipeline = make_pipeline()
+    pipeline.transformer.enable_cache(diffusers.FirstBlockCacheConfig(0.1))
+    refuses("a step cache is for samples of one budget", draw, pipeline, budget=[1, 0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("words", "ours"),
+    [
+        ({"guidance": "cfg", "guidance_scale": 3.0}, {"guidance": CFG(3.0)}),
+        ({"guidance_scale": 3.0}, {"guidance": CFG(3.0)}),
+        ({"guidance_scale": 1.0}, {}),
+        ({"guidance": "none"}, {}),
+        ({"guidance": "ccfg", "guidance_scale": 2.5}, {"guidance": CheapCFG(2.5)}),
+        ({"guidance": "ag", "guide_budget": 0.25}, {"guidance": AutoGuidance(2.0, 0.25)}),
+        ({"generator": None, "seed": 5}, {"generator": make_generators(5, 6, 7)}),
+        ({"generator": None, "seed": [9, 9, 2]}, {"generator": make_generators(9, 9, 2)}),
+        ({"latents": torch.ones(3, 3, 8, 8)}, {"noise": torch.ones(3, 3, 8, 8)}),
+    ],
+)
+def test_plain_words_say_the_same(words, ours) -> None:
+    """What a server's JSON or a person of diffusers types."""
+    pipeline = make_pipeline()
+    given = {"num_inference_steps": 3, "output_type": "pt", "generator": make_generators(1, 2, 3)}
+    said = pipeline([0, 1, 2], **given | words).images
+    given["generator"] = make_generators(1, 2, 3)
+    assert torch.equal(said, pipeline([0, 1, 2], **given | ours).images)
+
+
+def test_images_of_each_label() -> None:
+    pipeline, options = make_pipeline(), {"num_inference_steps": 2, "output_type": "numpy"}
+    images = pipeline([0, 2], seed=3, num_images_per_prompt=2, **options).images
+    again = pipeline([0, 0, 2, 2], seed=3, **options).images
+    assert images.shape == (4, 8, 8, 3)
+    np.testing.assert_array_equal(images, again)
+
+
+def test_threads_wait_for_each_other() -> None:
+    """Each gets what it would get alone, of one pipeline and of two that share a transformer."""
+    pipeline = make_pipeline()
+    other = ElitPipeline(pipeline.transformer, pipeline.scheduler)
+    settings = [(2 + i % 3, 1 / (1 + i % 4)) for i in range(12)]
+
+    def one(i: int) -> torch.Tensor:
+        steps, budget = settings[i]
+        pipe = (pipeline, other)[i % 2]
+        return draw(pipe, [1], (i,), budget=budget, num_inference_steps=steps)
+
+    expected = [one(i) for i in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        assert all(map(torch.equal, pool.map(one, range(12)), expected))
 
 
 def test_a_plain_transformer() -> None:
@@ -467,10 +541,11 @@ def test_other_variants_and_formats_say_how_they_are_loaded(
         ({"budget": 0}, r"budget 0 is outside \(0, 1\]"),
         ({"budget": float("nan")}, r"budget nan is outside \(0, 1\]"),
         ({"budget": "0.5"}, r"budget '0\.5' is not a number"),
-        ({"budget": [0.25, 0.5]}, "2 budgets for 3 calls of the model in this run"),
+        ({"budget": [0.25, 0.5]}, "2 budgets for 1 images; .* is budgets_of_steps="),
+        ({"budgets_of_steps": [0.25, 0.5]}, "are not for the 3 calls of the model in this run"),
         ({"num_latents": 17}, r"num_latents 17 is outside 1\.\.16"),
         ({"num_latents": 0.5}, r"num_latents 0\.5 is not an integer"),
-        ({"num_latents": 4, "budget": 0.5}, r"num_latents=4 and budget=0\.5; give one"),
+        ({"num_latents": 4, "budget": 0.5}, r"budget=0\.5 and num_latents=4; give one"),
         ({"guidance": CFG(1e38)}, "no longer finite; a smaller guidance scale than 1e"),
         ({"height": 8.5}, "a side of 8.5 is no positive integer"),
         ({"budget": [1, 0.5, 0]}, r"budget 0 is outside \(0, 1\]"),
@@ -499,8 +574,21 @@ def test_other_variants_and_formats_say_how_they_are_loaded(
         ({"num_frames": 4}, "num_frames=4 asked of a model of images; leave it out"),
         ({"noise": torch.zeros(1, 3, 8, 9)}, r"noise \(1, 3, 8, 9\) does not.*\(1, 3, 8, 8\)"),
         ({"output_type": "jpg"}, "unknown output_type 'jpg': use one of 'pil', 'np'"),
-        ({"callback_on_step_end_tensor_inputs": ["latents"]}, "'latents'.*'samples'"),
-        ({"callback_on_step_end": lambda *_: {"latents": 1}}, "'latents'.*'samples'"),
+        ({"callback_on_step_end_tensor_inputs": ["latent"]}, "'latent'.*'latents'"),
+        ({"callback_on_step_end": lambda *_: {"x": 1}}, "'x'.*'samples'"),
+        ({"guidance": "cgf"}, "unknown guidance 'cgf': .* did you mean 'cfg'"),
+        ({"guidance": CFG(2.0), "guidance_scale": 3.0}, "guidance_scale=3.0 beside a Guidance"),
+        (
+            {"guidance": "cfg", "guide_budget": 0.5},
+            "guide_budget=0.5 has no effect with guidance='cfg'",
+        ),
+        ({"guidance_scale": -1}, "guidance scale -1 is not allowed"),
+        ({"seed": -1}, "seed=-1 is not allowed"),
+        ({"seed": [1, 2]}, "2 seeds for 1 samples"),
+        ({"seed": 1, "generator": make_generators(1)}, "seed=1 beside a generator"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt=0 is no positive whole number"),
+        ({"latents": torch.zeros(1, 3, 8, 8), "noise": torch.zeros(1, 3, 8, 8)}, "give one"),
+        ({"num_latents": 4, "budgets_of_steps": [1] * 3}, "give one"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
