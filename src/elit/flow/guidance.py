@@ -30,7 +30,7 @@ Latents = int | tuple[int, ...] | None
 """Latents per group of a batch, or of each sample; None is all there is."""
 Velocity = Callable[[Tensor, float, Condition, Latents], Tensor]
 """(samples (B, ...), sigma, condition, num_latents) -> velocities (B, ...)"""
-Forwards = tuple[tuple[Latents, int], ...]
+Forwards = tuple[tuple[int | None, int], ...]
 """Forwards that make one velocity: latents per group, and how many batches in one, of each."""
 
 
@@ -79,7 +79,9 @@ class Guidance:
         # Levels come in float32: 0.1 there is 0.10000000149, and still an end of (0, 0.1).
         return self.scale != 1 and low - 1e-6 <= sigma <= high + 1e-6
 
-    def forwards(self, sigma: float, num_latents: Latents, guide_latents: Latents) -> Forwards:
+    def forwards(
+        self, sigma: float, num_latents: Latents, guide_latents: Latents
+    ) -> tuple[tuple[Latents, int], ...]:
         """Forwards of the model that `velocity` makes at a noise level."""
         same_budget = guide_latents == num_latents
         if not self.is_active(sigma) or (same_budget and not self.drop_label):

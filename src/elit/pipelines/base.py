@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -311,7 +311,8 @@ class ElasticPipeline(DiffusionPipeline):
         levels = self.start(num_inference_steps, "cpu", sigmas)
         kept = self.latents_of_steps(budget, len(levels), guidance, None, budgets_of_steps)
         guidance = guidance or UNGUIDED
-        return [guidance.forwards(level, *n) for level, n in zip(levels, kept, strict=True)]
+        calls = [guidance.forwards(level, *n) for level, n in zip(levels, kept, strict=True)]
+        return cast(list[Forwards], calls)  # of one image
 
     def start(
         self,
@@ -378,7 +379,7 @@ class ElasticPipeline(DiffusionPipeline):
         else:
             kept = [self._of_images(budget, model.resolve_budget, count)] * num_calls
         numbers = [n for one in kept for n in (one if isinstance(one, tuple) else (one,))]
-        lowest = min(numbers) if model.is_elastic else None
+        lowest = min(n or 0 for n in numbers) if model.is_elastic else None
         guides, fewest = kept, {"budget": lowest}
         if guidance is not None and guidance.budget is not None:
             if guidance.budget == "lowest":
