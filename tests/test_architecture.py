@@ -32,6 +32,7 @@ TIERS = [
     {"choosing", "preparation", "viz"},
     {"evaluation", "inspection", "interop"},
     {"training"},  # above them all: it draws sample sheets and scores them as it goes
+    {"studio"},  # draws for a person, and shows where Read looks
     {"reproduce"},  # trains and measures many models, and draws what came of it
     {"cli"},
 ]

@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": "show where Read looks, where the loss is, and what each latent is worth",
     "convert": "bring a public checkpoint of others into a folder with a card of its licence",
     "reproduce": "the paper's claims at your scale: trained, measured and judged",
+    "studio": "a page with a slider for the budget: draws as it moves, and says what it costs",
     "flops": "count the operations of a preset or a checkpoint at each budget",
     "info": "show the presets, one preset or checkpoint, and what is installed",
 }
