@@ -80,7 +80,7 @@ def test_the_strip_has_each_budget_once(studio: Studio) -> None:
 
 
 def test_where_read_looks() -> None:
-    grid = DiT(**ELASTIC).geometry.grid((1, 3, 8, 8))
+    grid = DiT(**ELASTIC).geometry.grid((8, 8))
     weights = torch.full((4, 2, 3, 16), 1 / 16)  # (B * G, H, n, P)
     np.testing.assert_allclose(attention_map(weights, grid), np.ones((8, 8)))
     weights.zero_()[..., 0] = 1  # the first token of each group alone

@@ -4,9 +4,10 @@ import argparse
 import os
 
 from elit._extras import missing
-from elit.cli.flags import Parser, count, flag
-from elit.cli.points import check_run
+from elit.cli.common import check_run
+from elit.cli.flags import Parser, WholeNumber
 
+REPORTS = False
 USAGE = "elit studio RUN [flags]"
 EPILOG = """\
 Draws as the slider moves: the picture at the budget beside that of full budget, their difference,
@@ -17,10 +18,10 @@ and saved. Ctrl-C stops it."""
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit studio`."""
     parser.add("RUN")
-    parser.add("steps", help="steps that the page begins with (default: 40)")
-    parser.add("host", **flag("address to listen at; 0.0.0.0 is all", "HOST", default="127.0.0.1"))
-    parser.add("port", **count("port to listen at", 7860, least=1, most=65535))
-    parser.add("device", "dtype")
+    parser.add("steps", "steps that the page begins with (default: 40)")
+    parser.add("host", "address to listen at; 0.0.0.0 is all", default="127.0.0.1", metavar="HOST")
+    parser.add("port", "port to listen at", WholeNumber(1, 65535), default=7860)
+    parser.add("device dtype")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -152,7 +152,7 @@ class ElitDrawer(Drawer):
         return sum(cost.flops(n) * batches for call in calls for n, batches in call) / 1e9
 
     def grid(self) -> TokenGrid:
-        return self.model.geometry.grid((1, self.model.in_channels, *self.model.sample_size))
+        return self.model.geometry.grid(self.model.sample_size)
 
     def _guidance(self, ask: Ask) -> Guidance | None:
         return make_guidance(ask.guidance, ask.scale, ask.guide_budget or "lowest")

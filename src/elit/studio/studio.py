@@ -14,11 +14,11 @@ from PIL import Image
 from elit._choices import check_choice
 from elit._numbers import is_real, is_whole
 from elit.choosing.sweep_file import SWEEP_FILE, default_home, read_sweep
-from elit.evaluation.score_names import SCORES
 from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
 from elit.interface.budget import default_budgets, format_budget
 from elit.studio.drawing import Ask, Drawer, Drawn, Frames
 from elit.viz.heatmaps import heatmap, overlay
+from elit.viz.sweeps import SCORES
 
 logger = logging.getLogger(__name__)
 
@@ -180,5 +180,5 @@ def _front(name: str) -> tuple[list[dict[str, Any]], str | None]:
          "score": row["scores"][score]}
         for row in report["rows"] if row["scores"].get(score) is not None
     ]  # fmt: skip
-    title, lower_is_better = SCORES.get(score, (score, report["lower_is_better"]))
-    return rows, f"{title}, {'lower' if lower_is_better else 'higher'} is better"
+    title = SCORES[score].title if score in SCORES else score
+    return rows, f"{title}, {'lower' if report['lower_is_better'] else 'higher'} is better"
