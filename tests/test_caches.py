@@ -610,11 +610,12 @@ def test_our_pipeline_draws_with_caches(pipe, guidance, sampler) -> None:
     pipe.scheduler = elit.make_scheduler(sampler)
     calls = {"euler": 6, "heun": 11}[sampler]
     budgets = list(itertools.islice(itertools.cycle((1.0, 0.25, 0.5)), calls))
-    options = {"guidance": GUIDANCES[guidance], "budget": budgets}
+    options = {"guidance": GUIDANCES[guidance], "budgets_of_steps": budgets}
     images = draw(pipe, **options)
     model, branches = pipe.transformer, 2 if guidance == "ccfg" else 1
     model.enable_cache(TeaCacheConfig(0.0))
-    assert torch.equal(draw(pipe, **options), images)
+    # Without a cache a guide of another budget goes in one batch with what it guides.
+    torch.testing.assert_close(draw(pipe, **options), images)
     assert model.cache_counts() == (branches * calls, 0)
     model.disable_cache()
     model.enable_cache(TeaCacheConfig(1e9))

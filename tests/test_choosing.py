@@ -88,7 +88,8 @@ class Clock:
 
     def tick(self, _, args: tuple, kwargs: dict) -> None:
         self.forwards += 1
-        self.now += self.latent * len(args[0]) * kwargs["num_latents"]
+        kept, count = kwargs["num_latents"], len(args[0])
+        self.now += self.latent * (sum(kept) if isinstance(kept, tuple) else count * kept)
         if self.forwards in (1, 6, 24):  # the first call is slow; others disturb single runs
             self.now += 100
 

@@ -155,6 +155,7 @@ SURFACE = {
     "--guide-budget --degree --seed --device --out --json",
     "inspect": "run --variant --images --draws --sigma --budget --steps --data --split "
     "--batch-size --seed --device --out --json",
+    "studio": "run --steps --host --port --device --dtype",
     "convert": "format file out --weights --encoder-depth --decoder-depth --num-heads --vae --json",
     "reproduce": "--scale --data --out --claims --workers --seeds --json",
     "flops": "model --resolution --frames --budgets --text-tokens --json",

@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -255,9 +256,13 @@ def counted(costs) -> Callable[[int], int]:
 def test_the_cost_is_that_of_the_forwards_that_run(sampler, point, costs, counted) -> None:
     pipeline, seen = costs.pipeline, []
     pipeline.scheduler = make_scheduler(sampler)
-    hook = pipeline.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append((kwargs["num_latents"], len(args[0]))), with_kwargs=True
-    )
+
+    def see(_, args: tuple, kwargs: dict) -> None:
+        kept, count = kwargs["num_latents"], len(args[0])
+        mixed = Counter(kept) if isinstance(kept, tuple) else {kept: count}
+        seen.extend(mixed.items())
+
+    hook = pipeline.transformer.register_forward_pre_hook(see, with_kwargs=True)
     pipeline(
         [0, 1], budget=point.budget, num_inference_steps=point.steps,
         guidance=point.make_guidance(), output_type="latent",

@@ -385,7 +385,7 @@ def test_wrong_inputs(area: str, many: bool, tmp_path: Path, capsys: Any) -> Non
         ("model: {overrides: {patch_size: {a: 1}}}", "overrides.patch_size is {'a': 1}; give a wh"),
         ("model: {overrides: {mlp_ratio: 1.0e+308}}", r"mlp_ratio=1e\+308 is not allowed"),
         ("model: {overrides: {depth: 2147483648}}", "depth=2147483648 .* at most 1000"),
-        ("model: {overrides: {hidden_size: 2147483640}}", "'hidden_size': 2147483640} is too la"),
+        ("model: {overrides: {hidden_size: 2147483640}}", "with hidden_size=2147483640"),
         ("data: {name: shapes, options: {size: 2147483647}}", "size=2147483647: .* at most 16384"),
         ("data: {name: tensors, options: {path: 3}}", "data.options.path=.* is no file"),
     ],

@@ -47,6 +47,11 @@ class StepCaching(CacheMixin):
         super().compile_repeated_blocks(*args, **kwargs)
         self._is_full_graph = full
 
+    @property
+    def tells_calls_apart(self) -> bool:
+        """Whether a step cache, or its calibration, knows the calls of each branch by name."""
+        return _hooks().registry_of(self).get_hook(_hooks().CALL_HOOK) is not None
+
     def cache_counts(self) -> tuple[int, int]:
         """Calls in which the blocks were computed, and skipped, since the cache is on."""
         hook = _hooks().registry_of(self).get_hook(_hooks().CALL_HOOK)

@@ -126,7 +126,7 @@ class ModelBase(StrictLoading, Budgeted, StepCaching, ModelMixin):
             return each[0]
         obstacles = {
             "latent_indices are": latent_indices is not None,
-            "a step cache is": self.is_cache_enabled,
+            "a step cache is": self.tells_calls_apart,
             "the hooks of an elasticized model are": self.read is None,
         }
         for what, is_there in obstacles.items():

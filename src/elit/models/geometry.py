@@ -132,6 +132,8 @@ def _check_widths(config: Mapping[str, Any], num_axes: int) -> None:
         pairs_per_axis(width, num_axes)  # raises now what a forward would raise
     hidden = ratio * dim if is_real(ratio) else 0
     if not is_real(hidden) or not is_whole(round(hidden)):
-        raise ValueError(f"mlp_ratio={ratio!r} is not allowed; give a number above 0, as 4")
+        raise ValueError(
+            f"mlp_ratio={ratio!r} is not allowed with hidden_size={dim}; give one above 0, as 4"
+        )
     if "num_classes" in config:
         check_whole(config["num_classes"], "num_classes")

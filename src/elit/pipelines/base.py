@@ -424,7 +424,7 @@ class ElasticPipeline(DiffusionPipeline):
         """
         model = self.transformer
         compiled = any(m._compiled_call_impl is not None for m in model.modules())
-        return not (compiled or model.is_cache_enabled or getattr(model, "read", None) is None)
+        return not (compiled or model.tells_calls_apart or getattr(model, "read", None) is None)
 
     @property
     def draws_clips(self) -> bool:

@@ -111,6 +111,8 @@ def picture(
     columns: int = 1,
 ) -> Image.Image:
     """Charts as a picture, row by row; the size of each is in inches, of 125 pixels."""
+    if not charts:
+        raise ValueError("no charts; give at least one chart")
     file = io.BytesIO()
     _save(file, charts, colours, size, min(columns, len(charts)), format="png", dpi=125)
     return Image.open(file).convert("RGB")
