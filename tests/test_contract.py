@@ -510,7 +510,7 @@ def test_samples_of_different_budgets_in_one_batch(case: Case) -> None:
     mixed = run(model, inputs, num_latents=kept)
     for row, n in enumerate(kept):
         alone = tuple(x if x is None else x[row : row + 1] for x in inputs)
-        torch.testing.assert_close(mixed[row : row + 1], run(model, alone, num_latents=n))
+        assert distance(mixed[row : row + 1], run(model, alone, num_latents=n)) < 1e-5
     assert torch.equal(run(model, inputs, num_latents=[1] * 5), run(model, inputs, num_latents=1))
     for wrong, message in (
         ({"num_latents": [1, 1]}, "2 num_latents for 5 samples"),

@@ -12,8 +12,8 @@ from elit.cli.common import logging_to_stderr, one_line
 from elit.cli.flags import Parser
 
 # Each is a module of this package with `add_arguments(parser)`, `run(args) -> int`, and perhaps a
-# USAGE, an EPILOG, and REPORTS = False, where there is nothing for --json; it is imported when it is
-# called for, so that the help stays quick.
+# USAGE, an EPILOG, and REPORTS = False, where there is nothing for --json. It is imported when it
+# is called for: the help stays quick.
 COMMANDS = {
     "quickstart": "train on handwritten digits, draw them at five budgets, print what each cost",
     "prepare": "encode your own images, clips and captions, once, for training",

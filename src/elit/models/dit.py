@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from elit.interface import Read, Write
 from elit.interface.initial import init_weights
-from elit.interface.mixed import by_budget
 from elit.layers.transformer import FinalLayer, LabelEmbedding, TimestepEmbedding, TransformerBlock
-from elit.models.elastic import ElasticMixin
+from elit.models.elastic import ElasticMixin, by_budget
 
 
 class DiT(ElasticMixin, ModelMixin, ConfigMixin):

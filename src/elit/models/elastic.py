@@ -1,6 +1,6 @@
-"""What the forwards of our models share: rotations, the split of blocks, and running them."""
+"""What the forwards of our models share: rotations, the split of blocks, running them by budget."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,3 +37,39 @@ class ElasticMixin(ModelBase):
             else:
                 x = block(x, condition, rotary, *more)
         return x
+
+
+def by_budget(
+    through_core: Callable[..., Any], num_latents: int | tuple[int, ...], *batched: Tensor | None
+) -> Any:
+    """What `through_core(n, *batched)` gives: Read, core and Write at n latents per group.
+
+    Where n differs, the samples of each number pass as a batch of their own, so that each costs
+    what it costs alone; what is given and comes back is (B, ...) each, or None.
+    """
+    if not isinstance(num_latents, tuple):
+        return through_core(num_latents, *batched)
+    rows_of: dict[int, list[int]] = {}
+    for row, n in enumerate(num_latents):
+        rows_of.setdefault(n, []).append(row)
+    parts = [
+        through_core(n, *(x if x is None else x[_index(rows, x)] for x in batched))
+        for n, rows in rows_of.items()
+    ]
+    order = [row for rows in rows_of.values() for row in rows]
+    back = sorted(range(len(order)), key=order.__getitem__)
+
+    def join(pieces: Sequence[Tensor]) -> Tensor:
+        joined = torch.cat(list(pieces))
+        return joined[_index(back, joined)]
+
+    if isinstance(parts[0], Tensor):
+        return join(parts)
+    return tuple(map(join, zip(*parts, strict=True)))
+
+
+def _index(rows: list[int], x: Tensor) -> Any:
+    """Neighbours, as guidance has them, as a slice: it copies nothing."""
+    if rows == list(range(rows[0], rows[-1] + 1)):
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=x.device)

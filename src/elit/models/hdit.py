@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from elit._numbers import is_whole
 from elit.interface import Read, TokenGrid, Write
 from elit.interface.initial import init_weights
-from elit.interface.mixed import by_budget
 from elit.layers.neighborhood import NeighborhoodBlock, neighborhood
 from elit.layers.sizes import tile_size
 from elit.layers.transformer import FinalLayer, LabelEmbedding, TimestepEmbedding, TransformerBlock
-from elit.models.elastic import ElasticMixin
+from elit.models.elastic import ElasticMixin, by_budget
 
 
 class HDiT(ElasticMixin, ModelMixin, ConfigMixin):

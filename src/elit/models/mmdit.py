@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from elit._numbers import MOST, check_whole
 from elit.interface import Read, TokenGrid, Write
 from elit.interface.initial import init_weights, zero_
-from elit.interface.mixed import by_budget
 from elit.layers.sizes import head_dim
 from elit.layers.text import WordEncoder
 from elit.layers.transformer import (
@@ -26,7 +25,7 @@ from elit.layers.transformer import (
     rotate,
 )
 from elit.models.checks import check_text
-from elit.models.elastic import ElasticMixin
+from elit.models.elastic import ElasticMixin, by_budget
 
 _ANY = f"a whole number from 1 to {MOST}"
 

@@ -14,7 +14,6 @@ from elit._devices import wide
 from elit._numbers import is_whole
 from elit.interface.grid import TokenGrid
 from elit.interface.initial import init_weights, zero_
-from elit.interface.mixed import by_budget
 from elit.interface.raster import from_groups, to_groups
 from elit.layers.transformer import (
     MLP,
@@ -26,7 +25,7 @@ from elit.layers.transformer import (
     TransformerBlock,
     modulate,
 )
-from elit.models.elastic import ElasticMixin
+from elit.models.elastic import ElasticMixin, by_budget
 
 
 class SiT(ElasticMixin, ModelMixin, ConfigMixin):

@@ -8,9 +8,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
 from torch import Tensor, nn
 
-from elit.interface.mixed import by_budget
 from elit.layers.transformer import Rotary, TransformerBlock
 from elit.models.dit import DiT
+from elit.models.elastic import by_budget
 
 __all__ = ["ModelMixin", "UViT"]
 
