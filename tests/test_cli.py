@@ -146,6 +146,8 @@ SURFACE = {
     "sample": "run --variant --labels --prompts --negative-prompt --count --budget --sweep "
     "--max-gflops --max-ms --steps --guidance --scale --guide-budget --interval --sampler "
     "--teacache --seed --size --frames --video --batch-size --device --dtype --out --json",
+    "serve": "run --variant --host --port --p95-ms --min-budget --batch-size --queue --steps "
+    "--guidance --scale --guide-budget --sampler --device --dtype",
     "eval": f"{EVALUATION} --budget --steps --guidance --scale --guide-budget --save-npz --out "
     "--json",
     "sweep": f"{EVALUATION} --budgets --steps --guidance --scale --guide-budget --rank-by --out "

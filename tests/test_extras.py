@@ -40,8 +40,17 @@ def test_it_is_made_in_one_place_of_extras_that_exist() -> None:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "missing":
                 named.append(node.args[1].value)
-    assert len(named) == 8
-    assert set(named) == {"lora", "prepare", "studio", "tensorboard", "text", "video", "wandb"}
+    assert len(named) == 9
+    assert set(named) == {
+        "lora",
+        "prepare",
+        "serve",
+        "studio",
+        "tensorboard",
+        "text",
+        "video",
+        "wandb",
+    }
     assert set(named) <= set(extras)
 
 

@@ -18,6 +18,7 @@ NOTHING = [
     "flops elit-mmdit-qwen/2 --resolution 1024 --text-tokens 64", "flops video-dit-b/2 --frames 5",
     "flops dit-xl/2 --budgets 0", "flops nowhere", "flops dit-xl/2 --resolutio 512",
     "sample nowhere", "sample nowhere --sampler eulr", "sample nowhere --guidance cgf",
+    "serve nowhere", "serve nowhere --p95-ms 0", "serve nowhere --guidance ccfg",
     "eval nowhere", "eval nowhere --split tests", "sweep nowhere --guidance cgf",
     "compare nowhere elsewhere", "calibrate nowhere", "inspect nowhere", "finetune nowhere",
     "convert official nowhere.pt out", "sample nowhere --guidance ccfg", "prepare nowhere",

@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "count what a run will take: operations, hours, memory",
     "finetune": "make a pretrained model elastic, and train it at all budgets",
     "sample": "draw images of given classes at one or more budgets",
+    "serve": "answer requests for pictures over HTTP; hold a latency by lowering budgets",
     "eval": "score samples against real images: FID, FDD, IS, precision, recall, KID",
     "sweep": "quality against cost over budgets, steps and guides, as a table and a page",
     "compare": "put two sweeps side by side, such as a plain and an elastic model",

@@ -1,0 +1,90 @@
+"""`elit serve`: pictures over HTTP; a latency is held by lowering budgets."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from elit._extras import missing
+from elit.cli.flags import Parser, budget, count, flag, number
+from elit.cli.points import check_run, make_guidance
+from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS, GUIDANCES
+
+if TYPE_CHECKING:
+    from elit.serving.facts import Facts
+    from elit.serving.settings import Settings
+
+HOSTS = ("127.0.0.1", "0.0.0.0", "::")
+EPILOG = """\
+POST /v1/images/generations takes the fields of OpenAI's API, and budget, steps, guidance, seed,
+max_ms or max_gflops. With --p95-ms budgets are lowered while many wait, along the front of
+RUN/swept/sweep.json where there is one; what would be late at the lowest is refused with 429.
+SIGTERM or Ctrl-C finishes what was accepted."""
+
+
+def add_arguments(parser: Parser) -> None:
+    """Flags of `elit serve`."""
+    add = parser.add
+    add("RUN", "variant")
+    add("host", **flag(
+        "address to listen on: 127.0.0.1, this machine alone, or 0.0.0.0 or ::, all of the network",
+        "NAME", choices=HOSTS, default=HOSTS[0]))  # fmt: skip
+    add("port", **count("port to listen on", 8000, 1024, 65535))
+    add("p95-ms", **flag(
+        "milliseconds in which 95 of 100 requests are to be answered, held by lowering budgets "
+        "(default: no target, budgets stay)", "MS", number))  # fmt: skip
+    add("min-budget", **flag(
+        "lowest budget, of requests and under load (default: the lowest trained)", "B", budget,
+    ))  # fmt: skip
+    add("batch-size")
+    add("queue", **count("pictures that may wait; more are refused with 429", 1024))
+    best = "where a request doesn't say (default: the sweep's best, or"
+    add("steps", help=f"steps of the sampler {best} {DEFAULT_STEPS})")
+    add("guidance", default=None,
+        help=f"kind of guidance {best} none): {', '.join(GUIDANCES)}")  # fmt: skip
+    add("scale", help=f"scale of the guidance {best} {DEFAULT_SCALE:g})")
+    add("guide-budget", "sampler", "device", "dtype")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal comes."""
+    check_run(args.run)
+    if args.p95_ms is not None and args.p95_ms <= 0:
+        raise ValueError(f"--p95-ms {args.p95_ms:g} is not allowed; give a positive number")
+    own = {name: getattr(args, name) for name in ("scale", "guide_budget")}
+    make_guidance(argparse.Namespace(guidance=args.guidance or "none", interval=None, **own))
+    try:
+        from elit.serving.server import serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("elit"):
+            raise
+        raise ValueError(missing(f"elit serve needs {error.name}", "serve")) from error
+    from elit.serving.settings import Settings
+
+    settings = Settings(
+        args.run, args.host, args.port, args.p95_ms, args.min_budget, args.batch_size, args.queue,
+        args.steps, args.guidance, args.scale, args.guide_budget, args.sampler, args.device,
+        args.dtype, args.variant,
+    )  # fmt: skip
+    serve(settings, lambda facts: _announce(settings, facts))
+    return 0
+
+
+def _announce(settings: "Settings", facts: "Facts") -> None:
+    """Where it is, what it will do, and a line to try it."""
+    from elit.interface.budget import format_budget
+
+    host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
+    address = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    size = "x".join(map(str, facts.size))
+    draws = "texts" if facts.num_classes is None else f"classes 0 to {facts.num_classes - 1}"
+    print(f"{address} serves {facts.name}: {draws}, {size} pixels, on {facts.device}")
+    way = facts.way
+    guide = way.guidance if way.scale is None else f"{way.guidance} {way.scale:g}"
+    print(f"a request that doesn't say: budget {format_budget(facts.budget(facts.latents))}, "
+          f"{way.steps} steps, guidance {guide} ({facts.front})")  # fmt: skip
+    budgets = " ".join(format_budget(facts.budget(n)) for n in facts.ladder)
+    if settings.p95_ms is None:
+        print("no target: each request runs at its own budget; --p95-ms MS holds a latency")
+    else:
+        print(f"p95 of {settings.p95_ms:g} ms, by budgets {budgets}")
+    what = '"prompt": "a red disc"' if facts.num_classes is None else '"class_label": 1'
+    print(f"curl -s {address}/v1/images/generations -d '{{{what}, \"seed\": 0}}'", flush=True)

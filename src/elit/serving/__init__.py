@@ -1,0 +1,1 @@
+"""Pictures over HTTP on LitServe; a latency is held by lowering budgets."""
