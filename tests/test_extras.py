@@ -42,15 +42,8 @@ def test_it_is_made_in_one_place_of_extras_that_exist() -> None:
                 named.append(node.args[1].value)
     assert len(named) == 9
     assert set(named) == {
-        "lora",
-        "prepare",
-        "serve",
-        "studio",
-        "tensorboard",
-        "text",
-        "video",
-        "wandb",
-    }
+        "lora", "prepare", "serve", "studio", "tensorboard", "text", "video", "wandb"
+    }  # fmt: skip
     assert set(named) <= set(extras)
 
 

@@ -4,15 +4,16 @@ import argparse
 from typing import TYPE_CHECKING
 
 from elit._extras import missing
-from elit.cli.flags import Parser, budget, count, flag, number
-from elit.cli.points import check_run, make_guidance
-from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS, GUIDANCES
+from elit.cli.common import check_run, make_guidance
+from elit.cli.flags import OneOf, Parser, WholeNumber, budget, number
+from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
 
 if TYPE_CHECKING:
     from elit.serving.facts import Facts
     from elit.serving.settings import Settings
 
 HOSTS = ("127.0.0.1", "0.0.0.0", "::")
+REPORTS = False
 EPILOG = """\
 POST /v1/images/generations takes the fields of OpenAI's API, and budget, steps, guidance, seed,
 max_ms or max_gflops. With --p95-ms budgets are lowered while many wait, along the front of
@@ -23,25 +24,21 @@ SIGTERM or Ctrl-C finishes what was accepted."""
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit serve`."""
     add = parser.add
-    add("RUN", "variant")
-    add("host", **flag(
-        "address to listen on: 127.0.0.1, this machine alone, or 0.0.0.0 or ::, all of the network",
-        "NAME", choices=HOSTS, default=HOSTS[0]))  # fmt: skip
-    add("port", **count("port to listen on", 8000, 1024, 65535))
-    add("p95-ms", **flag(
-        "milliseconds in which 95 of 100 requests are to be answered, held by lowering budgets "
-        "(default: no target, budgets stay)", "MS", number))  # fmt: skip
-    add("min-budget", **flag(
-        "lowest budget, of requests and under load (default: the lowest trained)", "B", budget,
-    ))  # fmt: skip
+    add("RUN variant")
+    add("host", "address to listen at: 127.0.0.1, this machine alone, or 0.0.0.0 or ::, all of the "
+        "network", OneOf(HOSTS, "host"), default=HOSTS[0])  # fmt: skip
+    add("port", "port to listen at", WholeNumber(1024, 65535), default=8000)
+    add("p95-ms", "milliseconds in which 95 of 100 requests are to be answered, held by lowering "
+        "budgets (default: no target, budgets stay)", number, "MS")  # fmt: skip
+    add("min-budget", "lowest budget, of requests and under load (default: the lowest trained)",
+        budget, "B")  # fmt: skip
     add("batch-size")
-    add("queue", **count("pictures that may wait; more are refused with 429", 1024))
+    add("queue", "pictures that may wait; more are refused with 429", WholeNumber(), default=1024)
     best = "where a request doesn't say (default: the sweep's best, or"
-    add("steps", help=f"steps of the sampler {best} {DEFAULT_STEPS})")
-    add("guidance", default=None,
-        help=f"kind of guidance {best} none): {', '.join(GUIDANCES)}")  # fmt: skip
-    add("scale", help=f"scale of the guidance {best} {DEFAULT_SCALE:g})")
-    add("guide-budget", "sampler", "device", "dtype")
+    add("steps", f"steps of the sampler {best} {DEFAULT_STEPS})")
+    add("guidance", f"kind of guidance {best} none): {{}}", default=None)
+    add("scale", f"scale of the guidance {best} {DEFAULT_SCALE:g})")
+    add("guide-budget sampler device dtype")
 
 
 def run(args: argparse.Namespace) -> int:

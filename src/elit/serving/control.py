@@ -73,16 +73,16 @@ class Prices:
 
     def of_batch(self, way: Way, latents: Iterable[int]) -> float:
         """Seconds of a batch whose pictures keep so many latents."""
-        each: dict[int, int] = {}
-        for number in latents:
-            each[number] = each.get(number, 0) + 1
-        step = sum(
-            self._forward(kept, count * doubled)
-            for number, count in each.items()
+        pictures = list(latents)
+        count = len(pictures)
+        step = sum(  # in one call, where each pays for its own budget
+            self._forward(kept, count * doubled) / count
+            for number in pictures
             for kept, doubled in way.forwards(number)
         )
-        fixed = self._line(self.fixed, sum(each.values()))
-        return self.factor * (fixed + step * way.steps * self.calls_per_step)
+        return self.factor * (
+            self._line(self.fixed, count) + step * way.steps * self.calls_per_step
+        )
 
     def learn(self, predicted: float, took: float) -> None:
         """Correct the times by a batch."""

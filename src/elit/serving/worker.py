@@ -228,21 +228,17 @@ class Worker:
 def draw_mixed(
     pipeline: ElasticPipeline, pictures: Sequence[Picture], latents: Sequence[int]
 ) -> list[Any]:
-    """Pictures of one way at their own budgets, each from its own seed: a call for each budget."""
+    """Pictures of one way in one call, at their own budgets, each from its own seed."""
     point = _point(pipeline, pictures[0].way, latents[0])
-    run: dict[str, Any] = {
+    options: dict[str, Any] = {
         "num_inference_steps": point.steps,
         "guidance": point.make_guidance(),
+        "num_latents": [*latents] if pipeline.transformer.is_elastic else None,
     }
-    images: dict[Picture, Any] = {}
-    for kept in sorted(set(latents)):
-        mine = [p for p, n in zip(pictures, latents, strict=True) if n == kept]
-        options = run | {"num_latents": kept or None}
-        if any(p.negative for p in mine):
-            options["negative_prompt"] = [p.negative or "" for p in mine]
-        drawn = draw_batch(pipeline, [p.what for p in mine], [p.seed for p in mine], **options)
-        images |= dict(zip(mine, drawn, strict=True))
-    return [images[picture] for picture in pictures]
+    if any(picture.negative for picture in pictures):
+        options["negative_prompt"] = [picture.negative or "" for picture in pictures]
+    what, seeds = [p.what for p in pictures], [p.seed for p in pictures]
+    return list(draw_batch(pipeline, what, seeds, **options))
 
 
 def _point(pipeline: ElasticPipeline, way: Way, latents: int) -> OperatingPoint:
