@@ -153,4 +153,6 @@ class Server:
             socket.create_connection(("127.0.0.1", self.port)).close()
         except ConnectionRefusedError:
             return False
+        except ConnectionResetError:  # it closes right now
+            return True
         return True
