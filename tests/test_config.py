@@ -291,7 +291,7 @@ def test_a_config_that_is_not_there(name, message, tmp_path, monkeypatch) -> Non
             r"final_lr=0.1 has no effect on a constant schedule",
         ),
         (["--objective.label_dropout", "0"], r"set sample.guidance_scale=1, or label_dropout"),
-        (["--model.overrides.mlp_ratio", "-1"], r"mlp_ratio=-1 is not allowed; give a number"),
+        (["--model.overrides.mlp_ratio", "-1"], r"mlp_ratio=-1 is not allowed with hidden_size"),
         (["--model.overrides.rope_theta", "0"], r"rope_theta=0 is not allowed; give a number"),
         (["--train.device", "meta"], r"device 'meta' is not usable"),
         (["--model.overrides.hiden_size", "8"], r"'hiden_size' of model.overrides.*'hidden_size'"),

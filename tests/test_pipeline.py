@@ -198,7 +198,7 @@ def test_step_caches_are_told_of_each_call(guidance, expected, monkeypatch) -> N
 
     monkeypatch.setattr(pipeline.transformer, "cache_context", note)
     # Without a cache a guide of another budget would go in one batch with what it guides.
-    monkeypatch.setattr(ElitPipeline, "mixes_budgets", False)
+    monkeypatch.setattr(ElitPipeline, "mixes_budgets", lambda *_: False)
     draw(pipeline, num_inference_steps=2, guidance=guidance)
     assert told == expected
 
@@ -263,8 +263,10 @@ def test_budgets_and_levels_of_each_call(sampler: str, options, latents, levels)
     assert levels in (None, [level for *_, level in calls])
 
 
+@pytest.mark.parametrize("mixes", [True, False])
 @pytest.mark.parametrize("guidance", [None, CFG(2.0), CheapCFG(2.0), AutoGuidance(2.0)])
-def test_each_image_of_a_mixed_batch_is_that_drawn_alone(guidance) -> None:
+def test_each_image_of_a_mixed_batch_is_that_drawn_alone(guidance, mixes, monkeypatch) -> None:
+    monkeypatch.setattr(ElitPipeline, "mixes_budgets", lambda *_: mixes)
     pipeline, budgets, labels = make_pipeline(), [1, 0.25, 0.5, 0.25], [0, 1, 2, 2]
     together = draw(pipeline, labels, (5, 6, 7, 8), budget=budgets, guidance=guidance)
     alone = [
@@ -278,8 +280,20 @@ def test_each_image_of_a_mixed_batch_is_that_drawn_alone(guidance) -> None:
 def test_a_guide_in_one_batch_is_the_same_guide(monkeypatch) -> None:
     pipeline = make_pipeline()
     together = draw(pipeline, guidance=CheapCFG(3.0))
-    monkeypatch.setattr(ElitPipeline, "mixes_budgets", False)
+    monkeypatch.setattr(ElitPipeline, "mixes_budgets", lambda *_: False)
     torch.testing.assert_close(draw(pipeline, guidance=CheapCFG(3.0)), together)
+
+
+def test_what_goes_in_one_batch() -> None:
+    """Small batches on a CPU; not where a cache or a compiled graph is of one budget."""
+    pipeline = make_pipeline()
+    assert pipeline.mixes_budgets(32, (8, 8))  # of 64 tokens of width 32
+    assert not pipeline.mixes_budgets(33, (8, 8))
+    pipeline.transformer.blocks[0].compile()
+    assert not pipeline.mixes_budgets(1, (8, 8))
+    other = make_pipeline()
+    other.transformer.enable_cache(diffusers.FirstBlockCacheConfig(0.1))
+    assert not other.mixes_budgets(1, (8, 8))
 
 
 def test_mixed_budgets_and_a_step_cache_are_refused() -> None:

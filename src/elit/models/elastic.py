@@ -40,7 +40,9 @@ class ElasticMixin(ModelBase):
 
 
 def by_budget(
-    through_core: Callable[..., Any], num_latents: int | tuple[int, ...], *batched: Tensor | None
+    through_core: Callable[..., Any],
+    num_latents: int | tuple[int, ...] | None,
+    *batched: Tensor | None,
 ) -> Any:
     """What `through_core(n, *batched)` gives: Read, core and Write at n latents per group.
 

@@ -24,7 +24,7 @@ from elit.flow.schedulers import start_sampling
 from elit.flow.words import DEFAULT_STEPS
 from elit.interface.budget import check_num_latents
 from elit.interface.fit import format_size
-from elit.models.elastic import ElasticMixin
+from elit.models.elastic import ElasticMixin, by_budget
 from elit.pipelines.arguments import (
     one_at_a_time,
     read_generators,
@@ -50,6 +50,7 @@ from elit.pipelines.folder import (
 logger = logging.getLogger(__name__)
 
 MOST_TIMES = 256  # the size that a model was made for: beyond, a run would not end
+MOST_MIXED = 2**16  # numbers of a batch's tokens: more are slower in one batch, on a CPU
 TENSORS = ["samples", "latents"]  # that a step callback is given: two words for one
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[Any, int, Tensor, dict], dict]
@@ -79,10 +80,10 @@ class _Run:
     """
 
     def __init__(
-        self, pipeline: Any, count: int, steps: int, callback: StepCallback | None,
-        names: Iterable[str],
+        self, pipeline: Any, count: int, steps: int, mixes: bool,
+        callback: StepCallback | None, names: Iterable[str],
     ):  # fmt: skip
-        self.pipeline, self.count, self.steps = pipeline, count, steps
+        self.pipeline, self.count, self.steps, self.mixes = pipeline, count, steps, mixes
         self.callback, self.names = callback, names
         self.bar = pipeline.progress_bar(total=steps)
         self.begin(0)
@@ -96,12 +97,21 @@ class _Run:
         self, x: Tensor, sigma: float, condition: Condition, num_latents: Latents
     ) -> Tensor:
         """Velocities by the transformer, at one noise level for all samples."""
-        model = self.pipeline.transformer
+        model, names = self.pipeline.transformer, tuple(condition)
         name = "cond_uncond" if len(x) > self.count else next(self.calls)
-        level = torch.full((len(x),), sigma, device=x.device)
-        kept = {} if num_latents is None else {"num_latents": num_latents}
-        with model.cache_context(name, **self.place):
-            return model(x.to(model.dtype), level, **condition, **kept, return_dict=False)[0]
+
+        def call(num_latents: Latents, x: Tensor, *values: Tensor) -> Tensor:
+            level = torch.full((len(x),), sigma, device=x.device)
+            given: dict[str, Any] = dict(zip(names, values, strict=True))
+            if num_latents is not None:
+                given["num_latents"] = num_latents
+            with model.cache_context(name, **self.place):
+                return model(x.to(model.dtype), level, **given, return_dict=False)[0]
+
+        rows = x, *condition.values()
+        if self.mixes or model.tells_calls_apart:  # which refuses mixed budgets
+            return call(num_latents, *rows)
+        return by_budget(call, num_latents, *rows)
 
     def after_step(self, step: int, timestep: Tensor, samples: Tensor) -> Tensor:
         """Samples to go on from: the callback may give others."""
@@ -280,13 +290,15 @@ class ElasticPipeline(DiffusionPipeline):
             budget, len(levels), guidance, num_latents, budgets_of_steps, count
         )
         self.transformer._reset_stateful_cache()  # a run that broke off may have left something
+        mixes = self.mixes_budgets(2 * count if guidance else count, size)
         run = _Run(
-            self, count, len(levels), callback_on_step_end, callback_on_step_end_tensor_inputs
-        )
+            self, count, len(levels), mixes, callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
         with run.bar:
             x = sample(
                 run.predict, x, self.scheduler, guidance, kept, condition, null_condition,
-                generator, run.after_step, self.mixes_budgets,
+                generator, run.after_step, mixes,
             )  # fmt: skip
         if not x.isfinite().all():
             guided = f"a smaller guidance scale than {guidance.scale:g}, " if guidance else ""
@@ -415,16 +427,19 @@ class ElasticPipeline(DiffusionPipeline):
             )
         return each[0] if len(set(each)) == 1 else tuple(each)  # type: ignore[arg-type]
 
-    @property
-    def mixes_budgets(self) -> bool:
-        """Whether a guide of another budget goes in one batch with what it guides.
+    def mixes_budgets(self, rows: int, size: Sequence[int]) -> bool:
+        """Whether so many samples of different budgets go in one batch, or one for each budget.
 
-        Not where step caches know the two by their calls, nor where each pair of budgets would be
-        compiled anew.
+        Not where step caches know guide and guided by their calls, where each set of budgets would
+        be compiled anew, nor in a batch that a CPU takes longer for: docs/sampling.md has its size.
         """
         model = self.transformer
         compiled = any(m._compiled_call_impl is not None for m in model.modules())
-        return not (compiled or model.tells_calls_apart or getattr(model, "read", None) is None)
+        if compiled or model.tells_calls_apart or getattr(model, "read", None) is None:
+            return False
+        tokens = math.prod(n // p for n, p in zip(size, model.patch_size, strict=True))
+        numbers = rows * tokens * model.config.hidden_size
+        return model.device.type != "cpu" or numbers <= MOST_MIXED
 
     @property
     def draws_clips(self) -> bool:
