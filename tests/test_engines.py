@@ -6,18 +6,26 @@ vllm-omni and vllm that were unpacked, the tests of the plugin run in a process 
 
 import json
 import os
+import re
+import runpy
+import signal
+import socket
 import subprocess
 import sys
 import tomllib
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_elastic
+from helpers import randomise, tiny_elastic
+from runs import wait_for
 
-from elit import ElitPipeline, make_scheduler
+from elit import CheapCFG, ElitPipeline, ElitTextPipeline, create_model, make_scheduler
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PLUGIN = EXAMPLES / "vllm_omni"
@@ -37,7 +45,7 @@ def test_the_plugin_s_entry_point_is_what_the_engine_looks_for() -> None:
     assert groups == {"vllm_omni.general_plugins": {"elit": "elit_vllm_omni:register"}}
     assert project["tool"]["setuptools"]["py-modules"] == ["elit_vllm_omni"]
     source = (PLUGIN / "elit_vllm_omni.py").read_text()
-    assert len(source.splitlines()) <= 160
+    assert len(source.splitlines()) <= 150
     assert "\ndef register() -> None:" in source
     ours = tomllib.loads((PLUGIN.parents[1] / "pyproject.toml").read_text())
     assert project["project"]["dependencies"] == [ours["project"]["name"]]
@@ -208,3 +216,66 @@ def test_engine_warms_up(plugin, run, monkeypatch) -> None:
     engine_key(config, dummy)
     (output,) = registry.initialize_model(config).forward(DiffusionRequestBatch([dummy]))
     assert output.output.shape == (1, 3, 8, 8)
+
+
+def test_the_sglang_request_is_a_call_of_the_pipeline(monkeypatch, capsys) -> None:
+    """Its fields under the names that the server's diffusers backend calls with."""
+    monkeypatch.setattr(
+        "sys.argv", ["", "red circle", "--size", "16x16", "--dry-run", "--steps", "3"]
+    )
+    runpy.run_path(str(EXAMPLES / "sglang_request.py"), run_name="__main__")
+    body = json.loads(capsys.readouterr().out)
+    width, height = map(int, body["size"].split("x"))
+    model = randomise(create_model("elit-mmdit-tiny/2", 16, in_channels=3), std=0.05)
+    pipeline = ElitTextPipeline(model, make_scheduler("euler"))
+
+    def seeded() -> torch.Generator:
+        return torch.Generator().manual_seed(body["seed"])
+
+    drawn = pipeline(
+        prompt=body["prompt"], num_inference_steps=body["num_inference_steps"],
+        guidance_scale=body["guidance_scale"], height=height, width=width, generator=seeded(),
+        output_type="pt", **body["diffusers_kwargs"],
+    ).images  # fmt: skip
+    expected = pipeline(
+        "red circle", 0.25, 3, CheapCFG(2.0), generator=seeded(), output_type="pt"
+    ).images
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=0)
+
+
+@pytest.mark.slow  # a cluster of its own
+def test_ray_serve_mixes_budgets_and_draws_what_a_request_alone_gets(run, tmp_path) -> None:
+    pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def ask(body: object) -> tuple[int, bytes]:
+        data = json.dumps(body).encode()
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", data, timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+        except OSError:
+            return 0, b""
+
+    command = [sys.executable, str(EXAMPLES / "ray_serve.py"), str(run), "--steps", "2"]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
+    try:
+        wait_for(lambda: ask({})[0] == 200, seconds=120)
+        bodies = [{"class_label": i % 3, "budget": (1, 0.25)[i % 2], "seed": i} for i in range(8)]
+        with ThreadPoolExecutor(8) as threads:
+            together = list(threads.map(ask, bodies))
+        assert together == [ask(body) for body in bodies]
+        assert {status for status, _ in together} == {200}
+        assert len({png for _, png in together}) == 8
+        assert ask({"budget": 2}) == (400, b"budget 2 is not in (0, 1]; 0.25 keeps a quarter\n")
+        assert ask({"class_label": 3})[0] == ask({"steps": 3})[0] == ask([])[0] == 400
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+    text = (tmp_path / "log").read_text()
+    mixed = [set(re.findall(r"[\d.]+", one)) for one in re.findall(r"budgets \[(.*)\]", text)]
+    assert {"1", "0.25"} in mixed

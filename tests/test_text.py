@@ -227,6 +227,14 @@ def test_a_negative_prompt_guides_away_from_it() -> None:
     torch.testing.assert_close(each, torch.stack((plain[0], steered[1])), rtol=1e-4, atol=1e-4)
 
 
+def test_guidance_by_name_or_scale_is_the_object_s() -> None:
+    pipeline, prompts, negative = word_pipeline(), ["red", "blue"], {"negative_prompt": "green"}
+    for options in ({}, negative):
+        expected = draw(pipeline, prompts, guidance=CFG(3.0), **options)
+        for given in ({"guidance": "cfg", "guidance_scale": 3.0}, {"guidance_scale": 3.0}):
+            assert torch.equal(draw(pipeline, prompts, **given, **options), expected)
+
+
 def test_prompts_encoded_before_with_a_mask_or_none() -> None:
     pipeline, options = word_pipeline(), {"guidance": CFG(2.0)}
     embeds = pipeline.encode_prompt(["red", "blue"], ["any", "some"])

@@ -87,9 +87,8 @@ def check_requests(od_config: OmniDiffusionConfig) -> Callable:
     return check
 
 
-def images_of_tensors(od_config: OmniDiffusionConfig) -> Callable[[Tensor], list[Image]]:
+def images_of_tensors(_od_config: OmniDiffusionConfig) -> Callable[[Tensor], list[Image]]:
     """What the engine does with each request's part of what was drawn."""
-    del od_config
     return lambda x: VaeImageProcessor(do_normalize=False).postprocess(x.cpu().float())
 
 
@@ -101,9 +100,8 @@ class ElitOmniPipeline(nn.Module, SupportsComponentDiscovery):
     _encoder_modules: list[str] = []
     _vae_modules = ["vae"]
 
-    def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = ""):
+    def __init__(self, *, od_config: OmniDiffusionConfig):
         super().__init__()
-        del prefix
         self.device = get_local_device()
         self.pipeline = load_pipeline(od_config.model, dtype=od_config.dtype).to(self.device)
         if self.pipeline.draws_clips:
@@ -120,35 +118,26 @@ class ElitOmniPipeline(nn.Module, SupportsComponentDiscovery):
     def forward(self, batch: DiffusionRequestBatch) -> list[DiffusionOutput]:
         """Draw all requests in one call, each at its own budget."""
         requests, first = batch.requests, batch.requests[0].sampling_params
-        if batch.is_dummy_run():  # to warm up: of any size and text
-            images = self.draw(requests, num_inference_steps=1)
-        else:
-            images = self.draw(
-                requests,
-                budget=[
-                    r.sampling_params.extra_args.get("budget", 1.0)
-                    for r in requests
-                    for _ in range(first.num_outputs_per_prompt)
-                ],
-                generator=[g for request in requests for g in generators_of(request)],
-                num_images_per_prompt=first.num_outputs_per_prompt,
-                num_inference_steps=first.num_inference_steps,
-                guidance=guidance_of(requests[0]),
-                height=first.height,
-                width=first.width,
-            )
-        return [DiffusionOutput(output=part) for part in images.chunk(len(requests))]
-
-    def draw(self, requests: list[OmniDiffusionRequest], **call: Any) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] by the run's own pipeline."""
-        warm = requests[0].is_dummy_run()
+        warm, each = batch.is_dummy_run(), first.num_outputs_per_prompt
         if self.pipeline.draws == "classes":
-            what = {"class_labels": [0 if warm else label_of(r) for r in requests]}
+            call: dict = {"class_labels": [0 if warm else label_of(r) for r in requests]}
         else:
-            what = {"prompt": [text_of(r) for r in requests]}
+            call = {"prompt": [text_of(r) for r in requests]}
             negative = [text_of(r, "negative_prompt") for r in requests]
-            what |= {"negative_prompt": negative} if any(negative) else {}
-        return self.pipeline(**what, output_type="pt", **call).images
+            call |= {"negative_prompt": negative} if any(negative) else {}
+        if not warm:  # which asks for a text and a size of its own
+            budgets = [r.sampling_params.extra_args.get("budget", 1.0) for r in requests]
+            call |= {
+                "budget": [budget for budget in budgets for _ in range(each)],
+                "generator": [g for r in requests for g in generators_of(r)],
+                "guidance": guidance_of(requests[0]),
+                "height": first.height,
+                "width": first.width,
+                "num_images_per_prompt": each,
+            }
+        steps = first.num_inference_steps
+        images = self.pipeline(**call, num_inference_steps=steps, output_type="pt").images
+        return [DiffusionOutput(output=part) for part in images.chunk(len(requests))]
 
 
 def generators_of(request: OmniDiffusionRequest) -> list[torch.Generator]:

@@ -11,8 +11,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from elit.flow.guidance import Condition, Guidance
+from elit.flow.guidance import Budget, Condition, Guidance
 from elit.flow.sampling import Generators
+from elit.pipelines.arguments import read_guidance
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.text_encoder import check_text_encoder, encode, load_text_encoder, tokens_of
 
@@ -71,6 +72,8 @@ class ElitTextPipeline(ElasticPipeline):
         *,
         negative_prompt: str | Sequence[str] = "",
         prompt_embeds: tuple[Condition, Condition] | None = None,
+        guidance_scale: float | None = None,
+        guide_budget: Budget | None = None,
         **options: Any,
     ) -> ImagePipelineOutput | tuple:
         """Draw one image for each text; the arguments not named here are `draw`'s.
@@ -88,7 +91,8 @@ class ElitTextPipeline(ElasticPipeline):
                 "negative_prompt has no effect beside prompt_embeds, which hold it already; "
                 "give it to encode_prompt"
             )
-        reads_negative = isinstance(guidance, Guidance) and guidance.drop_label
+        guidance = read_guidance(guidance, guidance_scale, guide_budget)
+        reads_negative = guidance is not None and guidance.drop_label
         if negative_prompt != "" and not reads_negative:
             raise ValueError(
                 f"negative_prompt has no effect with guidance={guidance}, which has no guide that "
