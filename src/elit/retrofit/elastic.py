@@ -19,6 +19,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
 from torch import Tensor, nn
 
+from elit._locks import alone_with
 from elit.caching.hooks import registry_of
 from elit.caching.mixin import StepCaching, refuse_cache
 from elit.caching.ports import Block
@@ -65,12 +66,18 @@ class ElasticTransformer(StrictLoading, Budgeted, StepCaching):
         self.resolve_budget(budget)
         if guide is not None:
             self.resolve_budget(guide)
-        branches = self._elit_session.branches
-        branches.budget, branches.guide = budget, guide
+        with alone_with(self):
+            branches = self._elit_session.branches
+            branches.budget, branches.guide = budget, guide
 
     @contextmanager
     def at_budget(self, budget: float = 1.0, guide: float | None = None) -> Iterator[None]:
-        """`set_budget` for a while."""
+        """`set_budget` for a while, in which other threads that use the model wait."""
+        with alone_with(self), self._at_budget(budget, guide):
+            yield
+
+    @contextmanager
+    def _at_budget(self, budget: float, guide: float | None = None) -> Iterator[None]:
         branches = self._elit_session.branches
         before = branches.budget, branches.guide
         self.set_budget(budget, guide)
@@ -102,6 +109,11 @@ class ElasticTransformer(StrictLoading, Budgeted, StepCaching):
     @contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
         """Name the calls of a branch, for its budget and for step caches."""
+        with alone_with(self), self._named(name, **kwargs):
+            yield
+
+    @contextmanager
+    def _named(self, name: str, **kwargs: Any) -> Iterator[None]:
         with self._elit_session.branches.named(name), super().cache_context(name, **kwargs):
             yield
 
