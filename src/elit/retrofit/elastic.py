@@ -33,6 +33,7 @@ from elit.retrofit.hooks import BLOCK_HOOK, Session, install_hooks, remove_hooks
 from elit.retrofit.interface import LatentInterface
 from elit.retrofit.known import find_layout
 from elit.retrofit.layout import Layout
+from elit.retrofit.pipelines import elastic_pipeline_class
 from elit.retrofit.settings import Settings
 
 PREFIX = "elit"  # of the new parameters
@@ -186,12 +187,16 @@ def elastic_class(base: Any) -> Any:
 
 
 def __getattr__(name: str) -> type:
-    """`ElasticXY` of diffusers' or our transformer `XY`."""
+    """`ElasticXY` of diffusers' or our transformer `XY`, or of diffusers' pipeline `XY`."""
     base = name.removeprefix("Elastic")
     if base != name and not name.startswith("_"):
         original = {"DiT": DiT, "SiT": SiT}.get(base) or getattr(diffusers, base, None)
-        if isinstance(original, type) and issubclass(original, ModelMixin):
-            return elastic_class(original)
+        for kind, make in (
+            (ModelMixin, elastic_class),
+            (DiffusionPipeline, elastic_pipeline_class),
+        ):
+            if isinstance(original, type) and issubclass(original, kind):
+                return make(original)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -345,7 +350,7 @@ def unelasticize(transformer: Any) -> Any:
 
 
 def in_pipeline(pipeline: Any, change: Callable[..., Any], *args: Any) -> Any:
-    """Change a pipeline's transformer; its index says of which class that is now."""
+    """Change a pipeline's transformer; its class and its index say what that is now."""
     transformer = getattr(pipeline, "transformer", None)
     if transformer is None:
         raise ValueError(f"a {type(pipeline).__name__} has no transformer")
@@ -356,4 +361,8 @@ def in_pipeline(pipeline: Any, change: Callable[..., Any], *args: Any) -> Any:
             f"transformer_2=pipe.transformer_2), so that it saves what they became"
         )
     pipeline.register_modules(transformer=change(transformer, *args))
+    kind: Any = getattr(pipeline, "original_class", type(pipeline))
+    if getattr(diffusers, kind.__name__, None) is kind:  # else no other program has it
+        is_elastic = isinstance(pipeline.transformer, ElasticTransformer)
+        pipeline.__class__ = elastic_pipeline_class(kind) if is_elastic else kind
     return pipeline
