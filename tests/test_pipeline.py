@@ -455,7 +455,7 @@ def test_save_and_load_in_pixels(sampler: str, tmp_path) -> None:
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     found = [index[name] for name in ("_class_name", "transformer", "vae")]
-    assert found == ["ElitPipeline", ["elit.models.dit", "DiT"], [None, None]]
+    assert found == [["pipeline", "ElitPipeline"], ["elit.models.dit", "DiT"], [None, None]]
     assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").exists()
     loaded = ElitPipeline.from_pretrained(tmp_path)
     assert type(loaded.scheduler) is type(pipeline.scheduler)

@@ -17,10 +17,10 @@ import importlib
 try:
     for name in {modules!r}:
         importlib.import_module(name)
-except ImportError as error:
-    raise ImportError(f"this pipeline needs elit: pip install elit-diffusion ({{error}})") from error
-
-Pipeline = getattr(importlib.import_module({home!r}), {name!r})
+    Pipeline = getattr(importlib.import_module({home!r}), {name!r})
+except (ImportError, AttributeError) as error:
+    advice = f"this pipeline needs elit: pip install -U elit-diffusion ({{error}})"
+    raise ImportError(advice) from error
 
 
 def __getattr__(name):

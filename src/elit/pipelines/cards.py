@@ -25,7 +25,10 @@ def card_of(pipeline: Any) -> Card:
             "image costs."
         )
     if pipeline.vae is None and not draws_images(model.in_channels):
-        about += " The folder holds no autoencoder: give from_pretrained the one it was trained with, as vae=."
+        about += (
+            " The folder holds no autoencoder: give from_pretrained the one that it was trained "
+            "with, as vae=."
+        )
     full = report["rows"][0]["gflops"]
     rows = [
         [
