@@ -155,10 +155,12 @@ def _card(card: Card, load: str, license_name: str | None) -> str:
             "you pass the weights on."
         )
     return _CARD.format(
-        **{name: value for name, value in vars(card).items() if name not in ("table", "pipeline_tag")},
-        load=load, licence=licence, license=license_name or "other\nlicense_name: unknown",
-        table="\n".join(f"| {' | '.join(line)} |" for line in lines),
-        pipeline_tag=f"pipeline_tag: {card.pipeline_tag}\n" if card.pipeline_tag else "",
+        **vars(card) | {
+            "load": load, "licence": licence,
+            "license": license_name or "other\nlicense_name: unknown",
+            "table": "\n".join(f"| {' | '.join(line)} |" for line in lines),
+            "pipeline_tag": f"pipeline_tag: {card.pipeline_tag}\n" if card.pipeline_tag else "",
+        }
     )  # fmt: skip
 
 

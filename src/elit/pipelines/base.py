@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from safetensors import SafetensorError
@@ -146,11 +147,12 @@ def check_callback(callback: StepCallback | None, names: Iterable[str]) -> None:
         check_choice(name, TENSORS, "tensor", " of the step callback")
 
 
-class ElasticPipeline(PortablePipeline, DiffusionPipeline):
+class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
     """A pipeline whose transformer is one of ours.
 
     A subclass says what it draws, turns what a user wants drawn into conditions of the model, and
-    calls `draw`.
+    calls `draw`. LoRA comes from diffusers' mixin for pipelines that have it in the transformer
+    alone.
     """
 
     draws: str
@@ -232,6 +234,25 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline):
         """Save as diffusers does, also a transformer that became elastic in the pipeline."""
         self.register_modules(transformer=self.transformer)
         return super().save_pretrained(typed_path(save_directory), *args, **kwargs)
+
+    def load_lora_weights(
+        self, source: Any, adapter_name: str | None = None, **kwargs: Any
+    ) -> None:
+        """Load LoRA as diffusers does, or raise a ValueError where there is none for the model.
+
+        Args:
+            source: folder, file, name on the hub or state dict that `save_lora_weights` wrote.
+            adapter_name: for `set_adapters`.
+            **kwargs: as diffusers' pipelines take them.
+        """
+        model = self.transformer
+        before = len(getattr(model, "peft_config", {}))
+        super().load_lora_weights(source, adapter_name=adapter_name, **kwargs)
+        if len(getattr(model, "peft_config", {})) == before and not kwargs.get("hotswap"):
+            raise ValueError(
+                "there is no LoRA of a transformer: its tensors are named transformer.*; one that "
+                "model.save_lora_adapter wrote goes to model.load_lora_adapter(folder, prefix=None)"
+            )
 
     @one_at_a_time
     @torch.no_grad()

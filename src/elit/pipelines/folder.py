@@ -246,7 +246,13 @@ def _check_weights(folder: Path, given: Mapping[str, Any]) -> None:
             f"{f'of variant {variant}' if variant else 'without a variant'}; load it with "
             f"{', or with '.join(there)}"
         )
-    for weights in sorted(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    if all("-of-" in file.name for file in files) and not any(folder.glob("*.index.*")):
+        raise ValueError(
+            f"{folder} holds shards of weights without their index, *.safetensors.index.json; copy "
+            f"it too, or save the pipeline again"
+        )
+    for weights in files:
         try:
             with safe_open(weights, framework="pt"):
                 pass  # reads the header and compares the file's length with it

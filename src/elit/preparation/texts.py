@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from elit._choices import check_choice
-from elit.data.manifest import RESERVED
 from elit._portable import plain_index
+from elit.data.manifest import RESERVED
 from elit.pipelines.folder import INDEX, loading_error, read_index
 from elit.pipelines.text_encoder import encode, encoder_settings, load_text_encoder
 from elit.preparation.autoencoder import weights_sha256
