@@ -1,6 +1,5 @@
 """LoRA on our models and pipelines by diffusers' own methods, and the backends that they lack."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,8 @@ def trained(model: Any, layers: list[str], **inputs: Any) -> list[str]:
 
 
 @pytest.fixture(params=["dit", "mmdit", "uvit"])
-def model(request: pytest.FixtureRequest) -> Iterator[Any]:
-    yield ELASTIC[request.param]()
+def model(request: pytest.FixtureRequest) -> Any:
+    return ELASTIC[request.param]()
 
 
 def test_an_adapter_starts_at_nothing_and_learns(model: Any) -> None:

@@ -141,8 +141,9 @@ class PortablePipeline:
 def plain_index(index: dict[str, Any]) -> dict[str, Any]:
     """An index whose `_class_name` is the class alone, without the module that is beside it."""
     kind = index.get("_class_name")
-    is_pair = isinstance(kind, list) and len(kind) == 2
-    return index | {"_class_name": kind[1]} if is_pair else index
+    if isinstance(kind, list) and len(kind) == 2:
+        return index | {"_class_name": kind[1]}
+    return index
 
 
 def _card(card: Card, load: str, license_name: str | None) -> str:

@@ -58,12 +58,13 @@ class StrictLoading:
         return cast(Any, super()).save_pretrained(*args, **kwargs)
 
 
-LORA = frozenset(
-    "active_adapters add_adapter delete_adapters disable_adapters disable_lora enable_adapters "
-    "enable_lora enable_lora_hotswap fuse_lora load_lora_adapter save_lora_adapter set_adapter "
-    "set_adapters unfuse_lora unload_lora _fuse_lora_apply _hf_peft_config_loaded "
-    "_optionally_disable_offloading _prepare_lora_hotswap_kwargs _unfuse_lora_apply".split()
-)
+LORA = {
+    "active_adapters", "add_adapter", "delete_adapters", "disable_adapters", "disable_lora",
+    "enable_adapters", "enable_lora", "enable_lora_hotswap", "fuse_lora", "load_lora_adapter",
+    "save_lora_adapter", "set_adapter", "set_adapters", "unfuse_lora", "unload_lora",
+    "_fuse_lora_apply", "_hf_peft_config_loaded", "_optionally_disable_offloading",
+    "_prepare_lora_hotswap_kwargs", "_unfuse_lora_apply",
+}  # fmt: skip
 """Names of diffusers' `PeftAdapterMixin`."""
 
 
@@ -99,8 +100,8 @@ class ModelBase(StrictLoading, Budgeted, StepCaching, ModelMixin):
         """Raise a ValueError: the backends of diffusers are those of its own attention."""
         raise ValueError(
             f"set_attention_backend({backend!r}) has no effect on a {type(self).__name__}, whose "
-            f"attention is PyTorch's; choose its kernel by `with torch.nn.attention.sdpa_kernel(...)` "
-            f"around the call"
+            f"attention is PyTorch's; choose a kernel of that by `with "
+            f"torch.nn.attention.sdpa_kernel(...)` around the call"
         )
 
     def set_geometry(self) -> None:

@@ -247,7 +247,7 @@ def _check_weights(folder: Path, given: Mapping[str, Any]) -> None:
             f"{', or with '.join(there)}"
         )
     files = sorted(folder.glob("*.safetensors"))
-    if all("-of-" in file.name for file in files) and not any(folder.glob("*.index.*")):
+    if files and all("-of-" in file.name for file in files) and not any(folder.glob("*.index.*")):
         raise ValueError(
             f"{folder} holds shards of weights without their index, *.safetensors.index.json; copy "
             f"it too, or save the pipeline again"

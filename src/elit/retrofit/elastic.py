@@ -93,7 +93,7 @@ class ElasticTransformer(StrictLoading, Budgeted, StepCaching):
         _set_settings(self, replace(self.elastic_settings, min_latents=min_latents))
 
     @wraps(ModelMixin.save_pretrained)  # a pipeline looks at its arguments
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save as diffusers does, unless the model could not be loaded again."""
         try:
             known = find_layout(self)
@@ -105,7 +105,7 @@ class ElasticTransformer(StrictLoading, Budgeted, StepCaching):
                 f"config can hold; use save_interface(model, file), and later "
                 f"load_interface(original, file, layout=...)"
             )
-        super().save_pretrained(*args, **kwargs)
+        return super().save_pretrained(*args, **kwargs)
 
     @contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
