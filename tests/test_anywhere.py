@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import TINY_ELASTIC, randomise, refuses, tiny_dit, tiny_elastic
 from retrofit_models import make
+from runs import tiny_config
 from stock_pipelines import POOLED, build, prompt, run, text, tiny_vae
 
 import elit
@@ -20,6 +21,7 @@ from elit._files import json_text
 from elit.pipelines.shapes import load_shape
 from elit.studio.drawing import open_drawer
 from elit.training.finetune import load_base
+from elit.training.loop import train
 
 STOCK = ("sd3", "dit")
 FRESH = f"""
@@ -253,6 +255,16 @@ def test_a_card_that_is_there_stays(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "mine"
     class_pipeline().save_pretrained(tmp_path / "other", variant="fp16")
     assert 'code=True, variant="fp16")' in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_a_run_keeps_the_card_that_a_person_wrote(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path, 2), progress=False)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlicense: other\n")
+    (tmp_path / "README.md").write_text("mine")
+    train(tiny_config(tmp_path, 4), progress=False)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert "ElitPipeline" in (tmp_path / "pipeline.py").read_text()
 
 
 @pytest.mark.parametrize("has_card", [True, False])
