@@ -68,6 +68,19 @@ LORA = {
 """Names of diffusers' `PeftAdapterMixin`."""
 
 
+class _Lora:
+    """A name of that mixin as a class's attribute: it brings peft along when it is asked for."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        from diffusers.loaders.peft import PeftAdapterMixin
+
+        value = vars(PeftAdapterMixin)[self.name]
+        return value.__get__(instance, owner) if hasattr(value, "__get__") else value
+
+
 class ModelBase(StrictLoading, Budgeted, StepCaching, ModelMixin):
     """A transformer that may have a latent interface.
 
@@ -86,15 +99,6 @@ class ModelBase(StrictLoading, Budgeted, StepCaching, ModelMixin):
 
     read: Any  # a module, or None
     write: Any
-
-    def __getattr__(self, name: str) -> Any:
-        """LoRA as any diffusers model has it, which brings peft along when it is asked for."""
-        if name not in LORA:
-            return super().__getattr__(name)
-        from diffusers.loaders.peft import PeftAdapterMixin
-
-        value = vars(PeftAdapterMixin)[name]
-        return value.__get__(self, type(self)) if hasattr(value, "__get__") else value
 
     def set_attention_backend(self, backend: str) -> None:
         """Raise a ValueError: the backends of diffusers are those of its own attention."""
@@ -204,3 +208,7 @@ class ModelBase(StrictLoading, Budgeted, StepCaching, ModelMixin):
             blocks.insert(head + core, self.write)
             blocks.insert(head, self.read)
         return [(block, BlockPort.of(block)) for block in blocks]
+
+
+for _name in LORA:
+    setattr(ModelBase, _name, _Lora(_name))
