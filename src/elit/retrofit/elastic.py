@@ -92,8 +92,8 @@ class ElasticTransformer(StrictLoading, Budgeted, StepCaching):
         check_num_latents(min_latents, self.max_latents, "min_latents")
         _set_settings(self, replace(self.elastic_settings, min_latents=min_latents))
 
-    @wraps(ModelMixin.save_pretrained)  # type: ignore[override]  # a pipeline looks at arguments
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+    @wraps(ModelMixin.save_pretrained)  # a pipeline looks at its arguments
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Save as diffusers does, unless the model could not be loaded again."""
         try:
             known = find_layout(self)
