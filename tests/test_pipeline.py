@@ -455,7 +455,7 @@ def test_save_and_load_in_pixels(sampler: str, tmp_path) -> None:
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     found = [index[name] for name in ("_class_name", "transformer", "vae")]
-    assert found == ["ElitPipeline", ["elit.models.dit", "DiT"], [None, None]]
+    assert found == [["pipeline", "ElitPipeline"], ["elit.models.dit", "DiT"], [None, None]]
     assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").exists()
     loaded = ElitPipeline.from_pretrained(tmp_path)
     assert type(loaded.scheduler) is type(pipeline.scheduler)
@@ -660,3 +660,31 @@ def test_levels_shift_with_the_size_that_is_drawn() -> None:
         expected = [1, math.exp(mu) / (math.exp(mu) + 1), 0]
         assert scheduler.sigmas.tolist() == pytest.approx(expected, abs=1e-5)
     assert len(pipeline.calls(1.0, 2)) == 2
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_shards_of_a_variant_are_told_apart(tmp_path, legacy: bool) -> None:
+    """Also in the order of names that diffusers wrote once."""
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="100KB")
+    folder = tmp_path / "transformer"
+    shards = sorted(folder.glob("*.fp16-*-of-*.safetensors"))
+    assert len(shards) > 1
+    (index,) = folder.glob("*.index.fp16.json")
+    if legacy:
+        text = index.read_text()
+        for shard in shards:
+            name = shard.name.replace(".fp16-", "-").replace(".safe", ".fp16.safe")
+            text = text.replace(shard.name, name)
+            shard.rename(folder / name)
+        index.write_text(text)
+    there = r"load it with variant='fp16' \(--variant fp16 on the command line\)"
+    refuses(f"weights without a variant; {there}", ElitPipeline.from_pretrained, tmp_path)
+    refuses(f"of variant bf16; {there}", ElitPipeline.from_pretrained, tmp_path, variant="bf16")
+    loaded = ElitPipeline.from_pretrained(tmp_path, variant="fp16")
+    assert torch.equal(draw(loaded), draw(pipeline))
+    index.unlink()
+    message = "shards of weights without their index"
+    refuses(message, ElitPipeline.from_pretrained, tmp_path, variant="fp16")
+    pipeline.save_pretrained(tmp_path)
+    assert torch.equal(draw(ElitPipeline.from_pretrained(tmp_path)), draw(pipeline))

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,11 @@ def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
         raise
 
 
-def replace_files(folder: Path, write: Callable[[Path], Any]) -> None:
+def replace_files(folder: Path, write: Callable[[Path], Any], keep: Sequence[str] = ()) -> None:
     """Let `write` fill a folder aside, then move its files over those of `folder` one by one.
 
     For a folder that readers may have open: each file is at any moment the old or the new one.
+    Those named in `keep` stay as they are if they are there.
     """
     from safetensors import SafetensorError
 
@@ -107,7 +108,8 @@ def replace_files(folder: Path, write: Callable[[Path], Any]) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         write(aside)
-        files = [file for file in aside.rglob("*") if file.is_file()]
+        kept = {aside / name for name in keep if (folder / name).exists()}
+        files = [file for file in aside.rglob("*") if file.is_file() and file not in kept]
         # Weights first and the index last: what the index names is there.
         for file in sorted(files, key=lambda f: (f.suffix == ".json", -len(f.parts), f)):
             open_to_others(file)

@@ -1,6 +1,7 @@
 """What a model of ours has beside its forward: sizes, checks, loading, step caches."""
 
 from collections.abc import Sequence
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -45,6 +46,40 @@ class StrictLoading:
             )
         return (model, info) if wants_info else model
 
+    @wraps(ModelMixin.save_pretrained)  # a pipeline looks at its arguments
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save as diffusers does, unless the names of what wraps it would be its own."""
+        if getattr(self, "peft_config", None):
+            raise ValueError(
+                f"this {type(self).__name__} has LoRA around its layers, which no "
+                f"from_pretrained could load; save it beside the model by save_lora_adapter, then "
+                f"unload_lora; after fuse_lora the weights keep it"
+            )
+        return cast(Any, super()).save_pretrained(*args, **kwargs)
+
+
+LORA = {
+    "active_adapters", "add_adapter", "delete_adapters", "disable_adapters", "disable_lora",
+    "enable_adapters", "enable_lora", "enable_lora_hotswap", "fuse_lora", "load_lora_adapter",
+    "save_lora_adapter", "set_adapter", "set_adapters", "unfuse_lora", "unload_lora",
+    "_fuse_lora_apply", "_hf_peft_config_loaded", "_optionally_disable_offloading",
+    "_prepare_lora_hotswap_kwargs", "_unfuse_lora_apply",
+}  # fmt: skip
+"""Names of diffusers' `PeftAdapterMixin`."""
+
+
+class _Lora:
+    """A name of that mixin as a class's attribute: it brings peft along when it is asked for."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        from diffusers.loaders.peft import PeftAdapterMixin
+
+        value = vars(PeftAdapterMixin)[self.name]
+        return value.__get__(instance, owner) if hasattr(value, "__get__") else value
+
 
 class ModelBase(StrictLoading, Budgeted, StepCaching, ModelMixin):
     """A transformer that may have a latent interface.
@@ -64,6 +99,14 @@ class ModelBase(StrictLoading, Budgeted, StepCaching, ModelMixin):
 
     read: Any  # a module, or None
     write: Any
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Raise a ValueError: the backends of diffusers are those of its own attention."""
+        raise ValueError(
+            f"set_attention_backend({backend!r}) has no effect on a {type(self).__name__}, whose "
+            f"attention is PyTorch's; choose a kernel of that by `with "
+            f"torch.nn.attention.sdpa_kernel(...)` around the call"
+        )
 
     def set_geometry(self) -> None:
         """Take the sizes from the config, or raise a ValueError of those that do not fit."""
@@ -165,3 +208,7 @@ class ModelBase(StrictLoading, Budgeted, StepCaching, ModelMixin):
             blocks.insert(head + core, self.write)
             blocks.insert(head, self.read)
         return [(block, BlockPort.of(block)) for block in blocks]
+
+
+for _name in LORA:
+    setattr(ModelBase, _name, _Lora(_name))

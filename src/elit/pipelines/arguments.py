@@ -1,23 +1,20 @@
 """Arguments of a call as plain JSON and as people of diffusers type them, turned into ours."""
 
 import logging
-import weakref
 from collections.abc import Callable, Sequence
 from functools import wraps
-from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from elit._locks import alone_with
 from elit._numbers import is_whole
 from elit.flow.guidance import Budget, Guidance, make_guidance
 from elit.flow.sampling import Generators
 from elit.flow.words import DEFAULT_SCALE
 
 logger = logging.getLogger(__name__)
-
-_LOCKS: "weakref.WeakKeyDictionary[Any, RLock]" = weakref.WeakKeyDictionary()
 
 
 def one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,7 +25,7 @@ def one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _LOCKS.setdefault(self.transformer, RLock()):
+        with alone_with(self.transformer):
             return method(self, *args, **kwargs)
 
     return waiting

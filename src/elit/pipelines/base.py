@@ -1,5 +1,6 @@
 """What our pipelines share: loading, budgets, a run from noise to images."""
 
+import json
 import logging
 import math
 import os
@@ -8,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from safetensors import SafetensorError
@@ -16,6 +18,7 @@ from torch import Tensor
 from elit._choices import check_choice
 from elit._files import typed_path
 from elit._numbers import is_real, is_whole, latent_frames
+from elit._portable import CODE_NAME, Card, PortablePipeline, plain_index
 from elit.cost.flops import cost_of
 from elit.cost.formulas import ModelCost
 from elit.flow.guidance import UNGUIDED, Budget, Condition, Forwards, Guidance, Latents
@@ -39,6 +42,7 @@ from elit.pipelines.autoencoder import (
     spatial_scale,
     temporal_scale,
 )
+from elit.pipelines.cards import card_of
 from elit.pipelines.folder import (
     OURS,
     check_parts,
@@ -143,11 +147,12 @@ def check_callback(callback: StepCallback | None, names: Iterable[str]) -> None:
         check_choice(name, TENSORS, "tensor", " of the step callback")
 
 
-class ElasticPipeline(DiffusionPipeline):
+class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
     """A pipeline whose transformer is one of ours.
 
     A subclass says what it draws, turns what a user wants drawn into conditions of the model, and
-    calls `draw`.
+    calls `draw`. LoRA comes from diffusers' mixin for pipelines that have it in the transformer
+    alone.
     """
 
     draws: str
@@ -202,10 +207,52 @@ class ElasticPipeline(DiffusionPipeline):
             raise ValueError(f"{name}: sample_size of its transformer: {error}") from error
         return pipeline
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """An index as one without code: what diffusers would run of a folder is in this package."""
+        return plain_index(super()._dict_from_json_file(json_file))
+
+    def to_json_string(self) -> str:
+        """The index, which names the folder's `pipeline.py` beside the class."""
+        index = json.loads(super().to_json_string())
+        if self.portable_name is not None:
+            index["_class_name"] = [CODE_NAME, index["_class_name"]]
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    @property
+    def portable_name(self) -> tuple[str, str] | None:  # type: ignore[override]
+        """Module and name of its class, None of one that was derived elsewhere."""
+        kind = type(self)
+        is_elits = kind.__module__.startswith("elit.")
+        return (kind.__module__, kind.__name__) if is_elits else None
+
+    def model_card(self) -> Card:
+        """What the model card tells."""
+        return card_of(self)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Save as diffusers does, also a transformer that became elastic in the pipeline."""
         self.register_modules(transformer=self.transformer)
-        super().save_pretrained(typed_path(save_directory), **kwargs)
+        return super().save_pretrained(typed_path(save_directory), *args, **kwargs)
+
+    def load_lora_weights(
+        self, source: Any, adapter_name: str | None = None, **kwargs: Any
+    ) -> None:
+        """Load LoRA as diffusers does, or raise a ValueError where there is none for the model.
+
+        Args:
+            source: folder, file, name on the hub or state dict that `save_lora_weights` wrote.
+            adapter_name: for `set_adapters`.
+            **kwargs: as diffusers' pipelines take them.
+        """
+        model = self.transformer
+        before = len(getattr(model, "peft_config", {}))
+        super().load_lora_weights(source, adapter_name=adapter_name, **kwargs)
+        if len(getattr(model, "peft_config", {})) == before and not kwargs.get("hotswap"):
+            raise ValueError(
+                "there is no LoRA of a transformer: its tensors are named transformer.*; one that "
+                "model.save_lora_adapter wrote goes to model.load_lora_adapter(folder, prefix=None)"
+            )
 
     @one_at_a_time
     @torch.no_grad()

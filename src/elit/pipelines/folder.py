@@ -19,8 +19,10 @@ from elit._choices import check_choice
 from elit._hub import not_fetched
 from elit._numbers import MOST, is_real, is_whole
 from elit._plain import from_plain, read_json
+from elit._portable import plain_index
 
 _ADVICE = "give the output_dir of `elit train`, or a folder that save_pretrained wrote"
+INDEX = "model_index.json"
 OURS = ("ElitPipeline", "ElitTextPipeline")
 ELASTIC_MODULE = "elit.retrofit.elastic"  # makes classes of retrofits when asked by name
 _SHARD = r"(?:-\d+-of-\d+)?"
@@ -34,7 +36,7 @@ def check_pipeline_folder(name: str) -> Path | None:
     """The folder of that name with a pipeline in it; None for what may be a name on the hub."""
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / "model_index.json").exists():
+        if not (folder / INDEX).exists():
             what = "holds a single model, not" if (folder / "config.json").exists() else "is not"
             raise ValueError(f"{folder} {what} a pipeline: it has no model_index.json; {_ADVICE}")
         return folder
@@ -63,6 +65,11 @@ def loading_error(name: str, error: Exception) -> ValueError:
 def read_config(path: Path) -> dict[str, Any]:
     """The JSON object in a file, or a ValueError that says why there is none."""
     return read_json(path, _ADVICE)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a pipeline's folder, with the name of its class as `_class_name`."""
+    return plain_index(read_config(folder / INDEX))
 
 
 def weights_digest(
@@ -168,8 +175,7 @@ def check_parts(folder: Path, pipeline_class: type, given: Mapping[str, Any]) ->
         given: arguments of `from_pretrained`: components, which the folder need not hold then,
             `variant` and `use_safetensors`.
     """
-    index_file = folder / "model_index.json"
-    index = read_config(index_file)
+    index_file, index = folder / INDEX, read_index(folder)
     found, wanted = index.get("_class_name"), [c.__name__ for c in pipeline_class.__mro__]
     if found not in wanted:
         advice = _ADVICE
@@ -240,7 +246,13 @@ def _check_weights(folder: Path, given: Mapping[str, Any]) -> None:
             f"{f'of variant {variant}' if variant else 'without a variant'}; load it with "
             f"{', or with '.join(there)}"
         )
-    for weights in sorted(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    if files and all("-of-" in file.name for file in files) and not any(folder.glob("*.index.*")):
+        raise ValueError(
+            f"{folder} holds shards of weights without their index, *.safetensors.index.json; copy "
+            f"it too, or save the pipeline again"
+        )
+    for weights in files:
         try:
             with safe_open(weights, framework="pt"):
                 pass  # reads the header and compares the file's length with it

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from elit._devices import pick_device
 from elit._files import typed_path
@@ -16,7 +15,7 @@ from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.pipelines.folder import (
     check_pipeline_folder,
     loading_error,
-    read_config,
+    read_index,
     weights_digest,
 )
 from elit.pipelines.text_pipeline import ElitTextPipeline
@@ -32,10 +31,10 @@ def load_pipeline(name: str | os.PathLike, **kwargs: Any) -> ElasticPipeline:
     name = typed_path(name)
     folder = check_pipeline_folder(name)
     if folder is not None:
-        index = read_config(folder / "model_index.json")
+        index = read_index(folder)
     else:
         try:
-            index = DiffusionPipeline.load_config(name)
+            index = ElasticPipeline.load_config(name)
         except (OSError, ValueError) as error:
             raise loading_error(name, error) from error
     is_text = index.get("_class_name") == ElitTextPipeline.__name__

@@ -162,13 +162,13 @@ class ElitTextPipeline(ElasticPipeline):
         text_encoder.to(self._execution_device)
         self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Save as diffusers does; a text encoder that has a name stays out of the folder."""
         parts = self.tokenizer, self.text_encoder
         if self.config.text_encoder_name is not None:
             self.register_modules(tokenizer=None, text_encoder=None)
         try:
-            super().save_pretrained(save_directory, **kwargs)
+            return super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.register_modules(tokenizer=parts[0], text_encoder=parts[1])
 

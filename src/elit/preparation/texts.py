@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from elit._choices import check_choice
+from elit._portable import plain_index
 from elit.data.manifest import RESERVED
-from elit.pipelines.folder import loading_error, read_config
+from elit.pipelines.folder import INDEX, loading_error, read_index
 from elit.pipelines.text_encoder import encode, encoder_settings, load_text_encoder
 from elit.preparation.autoencoder import weights_sha256
 from elit.preparation.settings import DTYPES
 
 Encoding = dict[str, Tensor]
-INDEX = "model_index.json"
 _LONGEST = 256  # tokens, of an encoder that knows no limit
 _STATES, _MASK, _POOLED = "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"
 _QWEN, _QWEN_MASK = "QwenImagePipeline", "encoder_hidden_states_mask"
@@ -165,12 +165,12 @@ def _padded(encoding: Encoding, length: int, mask: str) -> Encoding:
 def _pipeline_kind(name: str) -> str | None:
     """Class of the pipeline of that name, None if it is none of a pipeline."""
     if Path(name).is_dir():
-        index = Path(name, INDEX)
-        return str(read_config(index).get("_class_name")) if index.exists() else None
+        is_pipeline = Path(name, INDEX).exists()
+        return str(read_index(Path(name)).get("_class_name")) if is_pipeline else None
     from diffusers import DiffusionPipeline
 
     try:
-        return str(DiffusionPipeline.load_config(name).get("_class_name"))
+        return str(plain_index(DiffusionPipeline.load_config(name)).get("_class_name"))
     except (OSError, ValueError):
         return None  # what loads the encoder says what is wrong with its name
 

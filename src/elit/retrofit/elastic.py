@@ -19,6 +19,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks it up here on loading
 from torch import Tensor, nn
 
+from elit._locks import alone_with
 from elit.caching.hooks import registry_of
 from elit.caching.mixin import StepCaching, refuse_cache
 from elit.caching.ports import Block
@@ -32,6 +33,7 @@ from elit.retrofit.hooks import BLOCK_HOOK, Session, install_hooks, remove_hooks
 from elit.retrofit.interface import LatentInterface
 from elit.retrofit.known import find_layout
 from elit.retrofit.layout import Layout
+from elit.retrofit.pipelines import elastic_pipeline_class
 from elit.retrofit.settings import Settings
 
 PREFIX = "elit"  # of the new parameters
@@ -65,12 +67,18 @@ class ElasticTransformer(StrictLoading, Budgeted, StepCaching):
         self.resolve_budget(budget)
         if guide is not None:
             self.resolve_budget(guide)
-        branches = self._elit_session.branches
-        branches.budget, branches.guide = budget, guide
+        with alone_with(self):
+            branches = self._elit_session.branches
+            branches.budget, branches.guide = budget, guide
 
     @contextmanager
     def at_budget(self, budget: float = 1.0, guide: float | None = None) -> Iterator[None]:
-        """`set_budget` for a while."""
+        """`set_budget` for a while, in which other threads that use the model wait."""
+        with alone_with(self), self._at_budget(budget, guide):
+            yield
+
+    @contextmanager
+    def _at_budget(self, budget: float, guide: float | None = None) -> Iterator[None]:
         branches = self._elit_session.branches
         before = branches.budget, branches.guide
         self.set_budget(budget, guide)
@@ -85,7 +93,7 @@ class ElasticTransformer(StrictLoading, Budgeted, StepCaching):
         _set_settings(self, replace(self.elastic_settings, min_latents=min_latents))
 
     @wraps(ModelMixin.save_pretrained)  # a pipeline looks at its arguments
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Save as diffusers does, unless the model could not be loaded again."""
         try:
             known = find_layout(self)
@@ -97,11 +105,16 @@ class ElasticTransformer(StrictLoading, Budgeted, StepCaching):
                 f"config can hold; use save_interface(model, file), and later "
                 f"load_interface(original, file, layout=...)"
             )
-        super().save_pretrained(*args, **kwargs)
+        return super().save_pretrained(*args, **kwargs)
 
     @contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
         """Name the calls of a branch, for its budget and for step caches."""
+        with alone_with(self), self._named(name, **kwargs):
+            yield
+
+    @contextmanager
+    def _named(self, name: str, **kwargs: Any) -> Iterator[None]:
         with self._elit_session.branches.named(name), super().cache_context(name, **kwargs):
             yield
 
@@ -174,12 +187,16 @@ def elastic_class(base: Any) -> Any:
 
 
 def __getattr__(name: str) -> type:
-    """`ElasticXY` of diffusers' or our transformer `XY`."""
+    """`ElasticXY` of diffusers' or our transformer `XY`, or of diffusers' pipeline `XY`."""
     base = name.removeprefix("Elastic")
     if base != name and not name.startswith("_"):
         original = {"DiT": DiT, "SiT": SiT}.get(base) or getattr(diffusers, base, None)
-        if isinstance(original, type) and issubclass(original, ModelMixin):
-            return elastic_class(original)
+        for kind, make in (
+            (ModelMixin, elastic_class),
+            (DiffusionPipeline, elastic_pipeline_class),
+        ):
+            if isinstance(original, type) and issubclass(original, kind):
+                return make(original)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -333,7 +350,7 @@ def unelasticize(transformer: Any) -> Any:
 
 
 def in_pipeline(pipeline: Any, change: Callable[..., Any], *args: Any) -> Any:
-    """Change a pipeline's transformer; its index says of which class that is now."""
+    """Change a pipeline's transformer; its class and its index say what that is now."""
     transformer = getattr(pipeline, "transformer", None)
     if transformer is None:
         raise ValueError(f"a {type(pipeline).__name__} has no transformer")
@@ -344,4 +361,8 @@ def in_pipeline(pipeline: Any, change: Callable[..., Any], *args: Any) -> Any:
             f"transformer_2=pipe.transformer_2), so that it saves what they became"
         )
     pipeline.register_modules(transformer=change(transformer, *args))
+    kind: Any = getattr(pipeline, "original_class", type(pipeline))
+    if getattr(diffusers, kind.__name__, None) is kind:  # else no other program has it
+        is_elastic = isinstance(pipeline.transformer, ElasticTransformer)
+        pipeline.__class__ = elastic_pipeline_class(kind) if is_elastic else kind
     return pipeline

@@ -118,11 +118,12 @@ class ElasticGuidance(BaseGuidance):
             budget = model.budget_of(model.min_latents)
         elif is_guide and self.guide_budget is not None:
             budget = self.guide_budget
+        # Without the lock: a call that fails would leave it to a thread that may be gone.
         if budget is not None:
-            self._branch.enter_context(_elastic(denoiser).at_budget(budget))
+            self._branch.enter_context(_elastic(denoiser)._at_budget(budget))
         if hasattr(denoiser, "cache_context"):
-            name = "uncond" if is_guide else "cond"
-            self._branch.enter_context(denoiser.cache_context(name))
+            named = getattr(denoiser, "_named", denoiser.cache_context)
+            self._branch.enter_context(named("uncond" if is_guide else "cond"))
 
     def cleanup_models(self, denoiser: Any) -> None:
         """Give the model its own budget back."""

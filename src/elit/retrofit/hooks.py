@@ -10,8 +10,8 @@ They are diffusers' hooks, registered before any cache's: a cache then sees spat
 and is right at any budget.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+from elit._locks import alone_with
 from elit.caching.hooks import registry_of
 from elit.caching.hooks import remove_hooks as remove_named_hooks
 from elit.caching.ports import argument_names
@@ -77,8 +78,19 @@ class Session(ModelHook):
     def new_forward(
         self, module: Any, *args: Any, num_latents: int | None = None, **kwargs: Any
     ) -> Any:
-        """Run the transformer's forward, which has one argument more now."""
-        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        """Run the transformer's forward, which has one argument more now; threads wait.
+
+        Not while it is traced, nor computed again by the backward pass, which on a GPU has threads
+        of its own: those that hold the lock wait for it.
+        """
+        is_free = torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1
+        with nullcontext() if is_free else alone_with(module):
+            return self._forward(module, args, kwargs, num_latents)
+
+    def _forward(
+        self, module: Any, args: Sequence[Any], kwargs: Mapping[str, Any], num_latents: int | None
+    ) -> Any:
+        arguments = dict(zip(self.names, args, strict=False)) | dict(kwargs)
         is_odd = len(arguments) != len(args) + len(kwargs) or self.names[0] not in arguments
         if is_odd:  # too many, twice, or none: the forward itself says so
             return self.fn_ref.original_forward(*args, **kwargs)

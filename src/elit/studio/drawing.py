@@ -27,7 +27,7 @@ from elit.interface.attention_maps import attention_weights
 from elit.interface.grid import TokenGrid
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.budgets import draw_batch
-from elit.pipelines.folder import OURS, check_pipeline_folder, loading_error, read_config
+from elit.pipelines.folder import OURS, check_pipeline_folder, loading_error, read_index
 from elit.pipelines.load import open_pipeline
 
 Frames = list[Image.Image]
@@ -215,9 +215,7 @@ def open_drawer(name: str, device: str = "auto", dtype: str = "fp32") -> Drawer:
         dtype: "fp32" or "bf16".
     """
     folder = check_pipeline_folder(name)
-    index = {} if folder is None else read_config(folder / "model_index.json")
-    kind = index.get("_class_name", OURS[0])
-    if (kind if isinstance(kind, str) else kind[-1]) in OURS:
+    if folder is None or read_index(folder).get("_class_name") in OURS:
         return ElitDrawer(open_pipeline(name, device, dtype), name)
     from diffusers import DiffusionPipeline
 

@@ -19,7 +19,7 @@ from elit._extras import missing
 from elit._hub import not_fetched
 from elit._random import generator
 from elit.data import ImageDataset
-from elit.pipelines.folder import OURS, may_be_on_hub, read_config
+from elit.pipelines.folder import INDEX, OURS, may_be_on_hub, read_config, read_index
 from elit.pipelines.load import load_pipeline
 from elit.retrofit.elastic import PREFIX, elasticize
 from elit.retrofit.files import load_elastic, save_interface
@@ -87,7 +87,7 @@ def fetch_base(base: str) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    patterns = ["model_index.json", "config.json", "transformer/*"]
+    patterns = [INDEX, "config.json", "transformer/*"]
     try:
         return snapshot_download(base, allow_patterns=patterns)
     except (OSError, ValueError, HfHubHTTPError) as error:
@@ -97,8 +97,8 @@ def fetch_base(base: str) -> str:
 def load_base(base: str) -> Any:
     """The transformer of a pipeline of ours or of diffusers', in a folder or on the hub."""
     folder = Path(fetch_base(base))
-    is_pipeline = (folder / "model_index.json").exists()
-    is_ours = is_pipeline and read_config(folder / "model_index.json").get("_class_name") in OURS
+    is_pipeline = (folder / INDEX).exists()
+    is_ours = is_pipeline and read_index(folder).get("_class_name") in OURS
     if is_ours or not (is_pipeline or (folder / "config.json").exists()):
         return load_pipeline(base).transformer  # or the error of what is no folder of either
     folder = folder / "transformer" if is_pipeline else folder

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from elit._files import remove_leftovers, replace_files, write_text
+from elit._portable import CARD_FILE
 from elit._random import generator
 from elit._signals import ignore_signals
 from elit.data import WholeBatches
@@ -232,7 +233,7 @@ class Run:
                 model = self.parallel.whole_model()
                 if self.world.is_main:
                     export = partial(self.conditioning.export, without_lora(model))
-                    replace_files(self.folder, export)
+                    replace_files(self.folder, export, keep=[CARD_FILE])  # a person's
             self.world.barrier(self._patient_group)
         self._exported_step = self.step
 
