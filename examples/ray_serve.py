@@ -44,7 +44,7 @@ class Budgets:
             raise ValueError(f"give a JSON object with some of {', '.join(FIELDS)}")
         request = FIELDS | given
         budget, label, seed = (request[name] for name in ("budget", "class_label", "seed"))
-        if not (isinstance(budget, int | float) and 0 < budget <= 1):
+        if not (type(budget) in (int, float) and 0 < budget <= 1):
             raise ValueError(f"budget {budget!r:.60} is not in (0, 1]; 0.25 keeps a quarter")
         if type(label) is not int or label not in range(self.pipeline.null_label):
             raise ValueError(

@@ -30,6 +30,7 @@ FACTS = Facts(
     num_classes=10,
     max_latents=16,
     min_latents=1,
+    lowest=2,
     size=(32, 16),
     way=WAY,
     latents=16,

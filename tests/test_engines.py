@@ -141,6 +141,8 @@ def test_engine_batches_requests_of_different_budgets(plugin, run) -> None:
         ({"prompt": "a cat"}, r"class label 'a cat' is none of 0\.\.2"),
         ({"prompt": "3"}, r"class label 3 is none of 0\.\.2"),
         ({"extra_args": {"class_label": -1}}, "class label -1 is none of"),
+        ({"extra_args": {"class_label": 1.0}}, "class label 1.0 is none of"),
+        ({"extra_args": {"class_label": True}}, "class label True is none of"),
         ({"extra_args": {"budget": 0}}, r"budget 0 is not in \(0, 1\]"),
         ({"extra_args": {"budget": float("nan")}}, "budget nan is not"),
         ({"extra_args": {"budget": "1"}}, "budget '1' is not"),

@@ -420,6 +420,21 @@ def test_a_batch_of_a_worker_that_died_is_drawn_by_the_next(began) -> None:
     asyncio.run(go())
 
 
+def test_a_worker_that_comes_later_takes_no_batch_of_another() -> None:
+    async def go() -> None:
+        workers = FakeWorkers()
+        workers.queue.hello(0, FACTS)
+        asked = asyncio.ensure_future(workers.queue.draw(pictures(1)))
+        await _settle()
+        for later in range(1, MOST_TRIES + 2):  # before worker 0 says that it began
+            workers.queue.hello(later, FACTS)
+        assert len(workers.sent) == 1
+        workers.answer()
+        assert "error" not in (await asked)[0]
+
+    asyncio.run(go())
+
+
 def test_a_batch_that_kills_every_worker_is_given_up() -> None:
     async def go() -> None:
         workers = FakeWorkers()
@@ -465,6 +480,9 @@ def test_facts_follow_the_sweep(run) -> None:
     ccfg = find_facts(pipeline, Settings(str(run), guidance="ccfg", min_budget=0.5))
     assert (ccfg.way, ccfg.ladder) == (Way(4, "ccfg", 3.0, 1), [16, 8])
     assert facts.front == "the best of its sweep"
+    assert (facts.lowest, ccfg.lowest) == (1, 8)
+    (low,) = parse(b'{"class_label": 1, "budget": 0.0625}', facts)  # of no row of the sweep
+    assert low.latents == low.latents_under(16, facts.ladder[-1]) == 1
     plain = find_facts(pipeline, Settings(str(run), steps=7, min_budget=0.2))
     assert (plain.way, plain.ladder, plain.latents) == (Way(7), [16, 8, 4, 3], 16)
     assert plain.front == "the defaults; its sweep has no such point"

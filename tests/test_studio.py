@@ -106,6 +106,8 @@ def test_where_read_looks() -> None:
         ({"what": 1, "scale": float("nan")}, "scale=nan"),
         ({"what": 1, "guidance": "cgf"}, "did you mean 'cfg'?"),
         ({"what": 1, "guidance": "ag", "guide_budget": 2}, "budget 2 is outside"),
+        ({"what": 1, "scale": 2}, "scale=2 has no effect with guidance 'none'"),
+        ({"what": 1, "guidance": "cfg", "guide_budget": 0.5}, "guide_budget=0.5 has no effect"),
     ],
 )
 def test_wrong_requests(studio: Studio, request_: Any, message: str) -> None:

@@ -72,9 +72,9 @@ def check_requests(od_config: OmniDiffusionConfig) -> Callable:
         if unknown:
             raise ValueError(f"{unknown} have no effect; extra arguments are {sorted(EXTRA_ARGS)}")
         budget = sampling.extra_args.get("budget", 1.0)
-        if not (isinstance(budget, int | float) and 0 < budget <= 1):
+        if not (type(budget) in (int, float) and 0 < budget <= 1):
             raise ValueError(f"budget {budget!r:.60} is not in (0, 1]; 0.25 keeps a quarter")
-        if num_classes is not None and label not in range(num_classes):
+        if num_classes is not None and not (type(label) is int and 0 <= label < num_classes):
             raise ValueError(
                 f"class label {label!r:.60} is none of 0..{num_classes - 1}; give it as the prompt "
                 f"or as the extra argument class_label"

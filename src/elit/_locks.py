@@ -21,7 +21,7 @@ def alone_with(module: Any) -> Iterator[None]:
     lock = _LOCKS.setdefault(module, RLock())
     if not lock.acquire(timeout=PATIENCE):
         logger.warning(
-            "this thread waits since %d s for another one that uses the %s; within at_budget, call "
+            "this thread has waited %d s for another one that uses the %s; within at_budget, call "
             "it in the thread that entered at_budget", PATIENCE, type(module).__name__,
         )  # fmt: skip
         lock.acquire()

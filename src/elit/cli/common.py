@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import re
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -130,6 +131,25 @@ def check_run(name: str) -> None:
 
     if check_pipeline_folder(name) is None:
         tell_of_hub(name)
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise a ValueError for an address that can't be listened at."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise ValueError(
+                f"cannot listen at {host}, port {port}: {reason}; choose another --port"
+            ) from error
+
+
+def url_of(host: str, port: int) -> str:
+    """Where this machine reaches what listens at an address."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def make_guidance(args: argparse.Namespace) -> "Guidance | None":

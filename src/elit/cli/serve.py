@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from elit._extras import missing
-from elit.cli.common import check_run, make_guidance
+from elit.cli.common import check_address, check_run, make_guidance, url_of
 from elit.cli.flags import OneOf, Parser, WholeNumber, budget, number
 from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
 
@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--p95-ms {args.p95_ms:g} is not allowed; give a positive number")
     own = {name: getattr(args, name) for name in ("scale", "guide_budget")}
     make_guidance(argparse.Namespace(guidance=args.guidance or "none", interval=None, **own))
+    check_address(args.host, args.port)
     try:
         from elit.serving.server import serve
     except ModuleNotFoundError as error:
@@ -69,8 +70,7 @@ def _announce(settings: "Settings", facts: "Facts") -> None:
     """Where it is, what it will do, and a line to try it."""
     from elit.interface.budget import format_budget
 
-    host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
-    address = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    address = url_of(settings.host, settings.port)
     size = "x".join(map(str, facts.size))
     draws = "texts" if facts.num_classes is None else f"classes 0 to {facts.num_classes - 1}"
     print(f"{address} serves {facts.name}: {draws}, {size} pixels, on {facts.device}")

@@ -1,10 +1,9 @@
 """`elit studio`: a page with a slider for the budget."""
 
 import argparse
-import os
 
 from elit._extras import missing
-from elit.cli.common import check_run
+from elit.cli.common import check_address, check_run, url_of
 from elit.cli.flags import Parser, WholeNumber
 
 REPORTS = False
@@ -29,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
     check_run(args.run)
     try:
         from elit.studio.app import serve
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ValueError(missing(f"elit studio needs {error.name}", "studio")) from error
-    check_port(args.host, args.port)
+    check_address(args.host, args.port)
     from elit.cli.common import quiet_diffusers
     from elit.studio.drawing import open_drawer
     from elit.studio.studio import Studio
@@ -40,21 +39,6 @@ def run(args: argparse.Namespace) -> int:
         drawer = open_drawer(args.run, args.device, args.dtype)
     studio = Studio(drawer, args.steps)
     studio.warm_up()
-    print(f"elit studio: {args.run} at http://{args.host}:{args.port} (Ctrl-C stops)", flush=True)
+    print(f"elit studio: {args.run} at {url_of(args.host, args.port)} (Ctrl-C stops)", flush=True)
     serve(studio, args.host, args.port)
     return 0
-
-
-def check_port(host: str, port: int) -> None:
-    """Raise a ValueError if nothing can listen there."""
-    import socket
-
-    try:
-        with socket.socket() as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind((host, port))
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-        raise ValueError(
-            f"cannot listen at {host}:{port} ({reason}); give another --port"
-        ) from error

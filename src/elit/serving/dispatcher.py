@@ -56,7 +56,7 @@ class Dispatcher:
 
     def __post_init__(self) -> None:
         self._waiting: dict[Picture, asyncio.Future[Drawn]] = {}
-        self._drawn: dict[Picture, asyncio.Future[Drawn]] = {}
+        self._drawing: dict[Picture, asyncio.Future[Drawn]] = {}
         self._running: dict[int, _Batch] = {}
         self._numbers = itertools.count()
 
@@ -117,10 +117,10 @@ class Dispatcher:
         if worker in self.workers:
             logger.warning("worker %d died and is back", worker)
             self.metrics.restarts.inc()
+            for number, batch in list(self._running.items()):
+                if batch.worker in (None, worker):
+                    self._again(number, batch)
         self.workers.add(worker)
-        for number, batch in list(self._running.items()):
-            if batch.worker in (None, worker):
-                self._again(number, batch)
         self._dispatch()
 
     def _again(self, number: int, batch: _Batch) -> None:
@@ -147,7 +147,7 @@ class Dispatcher:
             self._control.prices.learn(batch.predicted, now - batch.sent)
         self.metrics.batches.observe(len(batch.pictures))
         for picture, one in zip(batch.pictures, drawn, strict=True):
-            future = self._drawn.pop(picture)
+            future = self._drawing.pop(picture)
             if not future.done():
                 future.set_result(one | {"ms": 1000 * (now - picture.arrived)})
             if "error" not in one:
@@ -162,7 +162,7 @@ class Dispatcher:
             pictures = batches(waiting, self._control.prices.most)[0]
             latents = [one.latents_under(cap, self._control.lowest) for one in pictures]
             for picture in pictures:
-                self._drawn[picture] = self._waiting.pop(picture)
+                self._drawing[picture] = self._waiting.pop(picture)
             predicted = self._control.prices.of_batch(pictures[0].way, latents)
             number = next(self._numbers)
             self._running[number] = _Batch(pictures, latents, self.clock(), predicted)
@@ -171,7 +171,7 @@ class Dispatcher:
 
     def _count(self) -> None:
         self.metrics.waiting.set(len(self._waiting))
-        self.metrics.running.set(len(self._drawn))
+        self.metrics.running.set(len(self._drawing))
 
     def _free(self) -> list[float]:
         """When each worker is free, as far as is known."""

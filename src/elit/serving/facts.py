@@ -51,6 +51,7 @@ class Facts:
         num_classes: None of a model that draws texts.
         max_latents: latents per group at full budget; 0 of a plain model.
         min_latents: fewest that it was trained with.
+        lowest: fewest that a request may ask for.
         size: width and height of its pictures, in pixels.
         way: how it draws where a request doesn't say.
         latents: likewise, latents per group.
@@ -68,6 +69,7 @@ class Facts:
     num_classes: int | None
     max_latents: int
     min_latents: int
+    lowest: int
     size: tuple[int, int]
     way: Way
     latents: int

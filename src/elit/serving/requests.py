@@ -67,7 +67,7 @@ def _refuse(name: str, value: Any, advice: str) -> NoReturn:
 
 def _read(body: bytes) -> dict[str, Any]:
     try:
-        given = json.loads(body, parse_constant=lambda word: float(word))
+        given = json.loads(body)
     except (ValueError, RecursionError) as error:  # broken JSON or UTF-8, a number of 5000 digits
         reason = " ".join(str(error).split())[:120]
         raise RefusedError(f"the body is no JSON: {reason}", code="invalid_json") from None
@@ -141,7 +141,7 @@ def _latents(given: Mapping[str, Any], name: str, facts: Facts, least: int) -> i
 def _drawn_as(given: Mapping[str, Any], facts: Facts) -> tuple[Way, int]:
     """Way and latents per group of the fields, and where they don't say of the server."""
     own = facts.way
-    latents = _latents(given, "budget", facts, facts.ladder[-1])
+    latents = _latents(given, "budget", facts, facts.lowest)
     latents = facts.latents if latents is None else latents
     steps = _whole(given, "steps", 1, MAX_STEPS, own.steps)
     guidance = given.get("guidance", own.guidance)
@@ -166,7 +166,7 @@ def _drawn_as(given: Mapping[str, Any], facts: Facts) -> tuple[Way, int]:
         guide = own.guide_latents if same else facts.min_latents
     scale = scale or (own.scale if same else None) or DEFAULT_SCALE
     way = Way(steps, guidance, scale, guide, own.interval if same else None)
-    if latents < way.least(facts.ladder[-1]):
+    if latents < way.least(facts.lowest):
         _refuse(
             "budget" if "budget" in given else "guidance",
             given.get("budget", guidance),

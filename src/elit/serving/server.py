@@ -182,8 +182,7 @@ class _Spec(LitSpec):
             drawn = await self._pictures(request)
         except RefusedError as error:
             self.metrics.requests.labels(error.status).inc()
-            after = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-            return JSONResponse(error.to_dict(), error.status, after)
+            return _refusal(error)
         self.metrics.requests.labels(200).inc()
         self.metrics.seconds.observe(time.monotonic() - started)
         name = self.dispatcher.known().name
@@ -212,7 +211,7 @@ class _Spec(LitSpec):
         try:
             facts = self.dispatcher.known()
         except RefusedError as error:
-            return JSONResponse(error.to_dict(), error.status)
+            return _refusal(error)
         model = {"id": facts.name, "object": "model", "created": 0, "owned_by": "elit"}
         budgets = [facts.budget(n) for n in facts.ladder]
         return JSONResponse({"object": "list", "data": [model | {"budgets": budgets}]})
@@ -241,6 +240,11 @@ async def _body(request: Request) -> bytes:
     except ClientDisconnect:
         raise RefusedError("the client has left", None, 499, "client_left") from None
     return body
+
+
+def _refusal(error: RefusedError) -> Response:
+    after = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return JSONResponse(error.to_dict(), error.status, after)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -308,7 +312,6 @@ def serve(settings: Settings, announce: Callable[[Facts], None]) -> None:
         settings: of the server.
         announce: told of the model once it answers, in the process that does.
     """
-    _check_address(settings.host, settings.port)
     spec = _Spec(settings, announce)
     api = _Api(settings, spec)
     kind, devices = _devices(settings.device)
@@ -359,20 +362,6 @@ def _devices(name: str) -> tuple[Any, Any]:
     if kind not in ("cpu", "cuda", "mps") or not (number or "0").isdigit():
         raise ValueError(f"device {name!r} is unknown; use auto, cpu, cuda, cuda:1 or mps")
     return kind, [int(number)] if number else "auto"
-
-
-def _check_address(host: str, port: int) -> None:
-    """Raise a ValueError for an address that can't be listened on."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(
-                f"cannot listen on {host}, port {port}: {(error.strerror or '').lower()}; choose "
-                f"another --port"
-            ) from error
 
 
 def _stop_on_signals(server: litserve.LitServer) -> list[int]:

@@ -63,15 +63,16 @@ def find_facts(pipeline: ElasticPipeline, settings: Settings) -> Facts:
     halves = default_budgets(model.min_latents, model.max_latents) if model.is_elastic else [1.0]
     kept = {*ladder, *(model.resolve_budget(budget) or 0 for budget in halves)}
     calls, fixed = _times(pipeline, kept, settings)
-    one = CallTimes(pipeline, 1) if sweep.rows else None
     points = [OperatingPoint.from_dict(row) for row in sweep.rows]
-    all_ms = one.ms_of_runs([pipeline.calls(**p.arguments()) for p in points]) if one else []
+    runs = [pipeline.calls(**point.arguments()) for point in points]
+    all_ms = CallTimes(pipeline, 1).ms_of_runs(runs)
     height, width = pipeline.pixel_size()
     return Facts(
         name=settings.name,
         num_classes=None if model.takes_text else model.config.num_classes,
         max_latents=model.max_latents,
         min_latents=model.min_latents,
+        lowest=least,
         size=(width, height),
         way=_way(pipeline, start),
         latents=model.resolve_budget(start.budget) or 0,
@@ -244,5 +245,5 @@ def draw_mixed(
 def _point(pipeline: ElasticPipeline, way: Way, latents: int) -> OperatingPoint:
     budget_of = pipeline.transformer.budget_of
     guide = None if way.guide_latents is None else budget_of(way.guide_latents)
-    point = OperatingPoint(budget_of(latents or None), way.steps, way.guidance, way.scale, guide)
-    return OperatingPoint(**point.to_dict() | {"interval": way.interval})
+    budget = budget_of(latents or None)
+    return OperatingPoint(budget, way.steps, way.guidance, way.scale, guide, way.interval)

@@ -1,10 +1,12 @@
 """The studio's page and its two questions, on Starlette and uvicorn."""
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -52,14 +54,10 @@ def make_app(studio: Studio) -> Starlette:
 
 def serve(studio: Studio, host: str, port: int) -> None:
     """Serve until it is interrupted."""
-    import uvicorn
-
     uvicorn.run(make_app(studio), host=host, port=port, log_level="warning")
 
 
 def _parse(body: bytes) -> Any:
-    import json
-
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:

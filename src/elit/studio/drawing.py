@@ -27,8 +27,8 @@ from elit.interface.attention_maps import attention_weights
 from elit.interface.grid import TokenGrid
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.budgets import draw_batch
-from elit.pipelines.folder import OURS, check_pipeline_folder, loading_error, read_index
-from elit.pipelines.load import open_pipeline
+from elit.pipelines.folder import OURS, loading_error
+from elit.pipelines.load import class_name_of, open_pipeline
 
 Frames = list[Image.Image]
 Reading = tuple[tuple[Tensor, Tensor], TokenGrid]  # queries and context of Read, its tokens
@@ -214,8 +214,7 @@ def open_drawer(name: str, device: str = "auto", dtype: str = "fp32") -> Drawer:
         device: "auto", or a name of torch.
         dtype: "fp32" or "bf16".
     """
-    folder = check_pipeline_folder(name)
-    if folder is None or read_index(folder).get("_class_name") in OURS:
+    if class_name_of(name) in OURS:
         return ElitDrawer(open_pipeline(name, device, dtype), name)
     from diffusers import DiffusionPipeline
 

@@ -122,11 +122,16 @@ class Studio:
         if not (is_real(given["scale"]) and 0 <= given["scale"] <= 100):
             raise ValueError(f"scale={given['scale']!r:.60}; give 0 to 100, 1 is no guidance")
         check_choice(given["guidance"], self.drawer.guidances, "guidance")
+        used = {"none": (), "cfg": ("scale",)}.get(given["guidance"], ("scale", "guide_budget"))
+        for name in ("scale", "guide_budget"):
+            if name not in used and request.get(name) is not None:
+                raise ValueError(
+                    f"{name}={request[name]!r:.60} has no effect with guidance "
+                    f"{given['guidance']!r}; leave it out"
+                )
         if given["guide_budget"] is not None:
             self.model.resolve_budget(given["guide_budget"])
         num_latents = self.model.resolve_budget(given.pop("budget"))
-        if given["guidance"] not in ("ag", "ccfg"):
-            given["guide_budget"] = None
         return Ask(**given), num_latents
 
     def _drawn(self, ask: Ask, num_latents: int) -> Drawn:
