@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from elit import __version__
 from elit._choices import check_choice
 from elit._tables import with_error
 from elit.cli import common
+from elit.cli.common import url_of
 from elit.cli.main import COMMANDS, command_parser, main
 from elit.cost.flops import forward_flops
 
@@ -725,3 +727,17 @@ def test_flops_and_info_of_clips_say_how_long_they_are(run) -> None:
         code, _, err = run(*line.split())
         assert code == 2
         assert re.search(message, err), err
+
+
+@pytest.mark.parametrize("command", ["serve", "studio"])
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(run, command) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, err = run(command, "@tiny", "--port", port)
+    assert code == 2
+    assert f"cannot listen at 127.0.0.1, port {port}: address already in use; choose" in err
+
+
+def test_addresses_are_told_as_this_machine_reaches_them() -> None:
+    assert url_of("0.0.0.0", 80) == url_of("127.0.0.1", 80) == "http://127.0.0.1:80"
+    assert url_of("::", 80) == "http://[::1]:80"

@@ -143,11 +143,18 @@ def test_a_clip_moves(studio: Studio) -> None:
         assert getattr(Image.open(io.BytesIO(base64.b64decode(data))), "n_frames", 1) >= 1
 
 
-def test_an_elasticized_stock_pipeline(tmp_path: Path) -> None:
+def test_an_elasticized_stock_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("dit")
     elasticize(model, 1, 1, 2, init="learned")
-    build("dit", randomise(model)).save_pretrained(tmp_path)
-    drawer = open_drawer(str(tmp_path), "cpu")
+    cached = tmp_path / "models--some--dit"  # downloaded from the hub earlier
+    folder = cached / "snapshots" / "0123"
+    build("dit", randomise(model)).save_pretrained(folder)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert isinstance(open_drawer("some/dit", "cpu"), StockDrawer)
+    drawer = open_drawer(str(folder), "cpu")
     assert isinstance(drawer, StockDrawer)
     studio = Studio(drawer, steps=2)
     answer = studio.draw({"what": 3, "budget": 0.25, "guidance": "ccfg"})
