@@ -1,6 +1,6 @@
 """`schedule.png`: errors over the noise levels, and the budgets that are chosen for a few caps."""
 
-from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image
 
@@ -52,7 +52,7 @@ def schedule_picture(schedule: Schedule, plans: dict[str, Plan]) -> Image.Image:
 
 
 def _line(
-    schedule: Schedule, place: int, squares: Sequence[Sequence[float]], name: str, colour: str,
+    schedule: Schedule, place: int, squares: Any, name: str, colour: str,
     style: str = "-",
 ) -> Line:  # fmt: skip
     y = [max(row[place], FEW) for row in squares]
