@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import randomise
+from retrofit_models import FOREIGN
+from stock_pipelines import ALL
+from stock_pipelines import run as run_stock
+from test_retrofit_pipelines import elastic_pipeline, watch_core
 
 import elit
 from elit import (
@@ -27,7 +31,7 @@ from elit.flow.schedulers import make_scheduler, start_sampling
 from elit.inspection.inspector import Subject
 from elit.scheduling.allot import allot, exchange
 from elit.scheduling.measure import measure_errors, measure_pipeline, power_spectrum
-from elit.scheduling.plan import call_of
+from elit.scheduling.plan import Plan, call_of
 from elit.scheduling.schedule import Schedule, call_weights, ladder
 
 MOST, LATENTS = 4, [1, 2]
@@ -247,7 +251,8 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_plan_of_a_pipeline_is_what_it_runs(run) -> None:
+def test_a_plan_of_a_pipeline_is_what_it_runs(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("ELIT_CACHE", str(tmp_path))  # of times
     pipe, schedule = elit.load_pipeline(run), load_schedule(run)
     pipe.set_progress_bar_config(disable=True)
     cost = pipe.forward_cost()
@@ -385,6 +390,19 @@ def test_a_callback_sets_budgets_of_a_stock_pipeline() -> None:
     assert 0 in dropping.guides
     with pytest.raises(ValueError, match="plan with drops_guide=False"):
         dropping.callback(model)
+
+
+@pytest.mark.parametrize("name", ["qwen", "sd3"])
+def test_a_stock_pipeline_runs_a_plan(name: str) -> None:
+    pipe = elastic_pipeline(name)
+    guidance = CFG(3.0)
+    plan = Plan((1.0, 0.5), (16, 8), (4, 2), 16, guidance, 2, cost=0.0, error=None)
+    seen = watch_core(pipe.transformer)
+    run_stock(pipe, name, callback_on_step_end=plan.callback(pipe.transformer))
+    groups = torch.Size(FOREIGN[ALL[name].transformer].grid).numel() // 16
+    tokens = [ALL[name].text_in_core + groups * n for n in (4, 16, 2, 8)]
+    order = tokens if ALL[name].calls != ("cond", "uncond") else [tokens[i] for i in (1, 0, 3, 2)]
+    assert seen == [(1, n) for n in order]
 
 
 def test_ladder_and_calls() -> None:

@@ -166,7 +166,12 @@ class Schedule:
         weights = call_weights(pipeline.scheduler)
         steps = num_inference_steps or DEFAULT_STEPS
         if max_ms is not None:
-            times = CallTimes(pipeline, what, size)
+            hidden = getattr(pipeline, "_progress_bar_config", {}).get("disable", False)
+            times = CallTimes(pipeline, what, size, progress=not hidden)
+            numbers = [*self.latents, self.max_latents]
+            guides = [0] if guidance is None else [0, *numbers]
+            # All kinds of calls in one go, so that a disturbance hits them alike.
+            times.ms_of_runs([[call_of(n, m)] for n in numbers for m in guides])
             (start,) = times.ms_of_runs([[]])
 
             def cost_of(call: Forwards) -> float:
