@@ -31,6 +31,7 @@ TIERS = [
     {"pipelines"},
     {"choosing", "preparation", "viz"},
     {"evaluation", "inspection", "interop", "serving"},
+    {"scheduling"},
     {"training"},  # above them all: it draws sample sheets and scores them as it goes
     {"studio"},  # draws for a person, and shows where Read looks
     {"reproduce"},  # trains and measures many models, and draws what came of it

@@ -155,6 +155,8 @@ SURFACE = {
     "sweep": f"{EVALUATION} --budgets --steps --guidance --scale --guide-budget --rank-by --out "
     "--json",
     "compare": "a b --out --json",
+    "schedule": "run --variant --by --steps --scale --images --draws --data --split --sampler "
+    "--batch-size --seed --device --out --json",
     "calibrate": "run --variant --labels --prompts --budget --steps --guidance --scale "
     "--guide-budget --degree --seed --device --out --json",
     "inspect": "run --variant --images --draws --sigma --budget --steps --data --split "

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import randomise
 from idx_files import idx_folder
 from prepared_data import write_prepared
@@ -19,6 +20,8 @@ from transformers import CLIPTextConfig
 
 from elit import ElitPipeline, ElitTextPipeline, create_model, make_scheduler
 from elit.cli.main import COMMANDS, command_parser, main
+from elit.scheduling.measure import Errors
+from elit.scheduling.schedule import SCHEDULE_FILE, Schedule, ladder
 from elit.training.config_files import built_in_configs, config_fields, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +85,11 @@ def place(tmp_path_factory) -> Path:
     report["model"]["weights"] = None  # of whatever the run holds
     (folder / "runs" / "quickstart" / "swept").mkdir()
     (folder / "runs" / "quickstart" / "swept" / "sweep.json").write_text(json.dumps(report))
+    levels, latents = [1.0, 0.5], ladder(1, 16)
+    gram = torch.eye(2 * (2 * len(latents) + 1))
+    errors = Errors(gram, torch.zeros(2, 2 * len(latents) + 1))
+    schedule = Schedule(16, 1).with_errors(levels, latents, errors)
+    schedule.save(folder / "runs" / "quickstart" / SCHEDULE_FILE)
     (folder / "my.yaml").write_text("optimizer: {ema: 0.99}\n")
     write_prepared(folder / "prepared" / "imagenet", kind="images")  # no autoencoder to fetch
     idx_folder(folder / "fashion")

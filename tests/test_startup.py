@@ -21,6 +21,7 @@ NOTHING = [
     "serve nowhere", "serve nowhere --p95-ms 0", "serve nowhere --guidance ccfg",
     "eval nowhere", "eval nowhere --split tests", "sweep nowhere --guidance cgf",
     "compare nowhere elsewhere", "calibrate nowhere", "inspect nowhere", "finetune nowhere",
+    "schedule nowhere",
     "convert official nowhere.pt out", "sample nowhere --guidance ccfg", "prepare nowhere",
     "reproduce --scale huge", "quickstart --sed 1",
     "train nowhere.yaml", "train digits --model.preset dit-xxl/2", "train digits --data.name digit",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from elit.retrofit.files import load_elastic, load_interface, save_interface
     from elit.retrofit.guider import ElasticGuidance
     from elit.retrofit.layout import Layout, PerToken
+    from elit.scheduling.schedule import load_schedule
 
 try:
     __version__ = version("elit-diffusion")
@@ -63,6 +64,7 @@ _NAMES = {
     "elit.retrofit.files": "load_elastic load_interface save_interface",
     "elit.retrofit.guider": "ElasticGuidance",
     "elit.retrofit.layout": "Layout PerToken",
+    "elit.scheduling.schedule": "load_schedule",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 

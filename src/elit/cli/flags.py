@@ -12,7 +12,8 @@ from elit._choices import check_choice, nearest
 from elit._files import typed_path
 from elit.flow.words import DEFAULT_SCALE, GUIDANCES, SAMPLERS
 
-AUTO = "auto"  # as a budget: what `elit sweep` found best within a cap
+# As a budget: what `elit sweep` found best within a cap, what `elit schedule` plans within it.
+AUTO, SCHEDULE = "auto", "schedule"
 Kind = Callable[[str], Any]  # of a value: makes it of what was typed, or raises a ValueError
 
 

@@ -24,7 +24,6 @@ _OPTION = "data.options."
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit inspect`."""
-    parser.open_flags = (f"--{_OPTION}",)
     add = parser.add
     add("RUN variant")
     add("images", "images to look at, spread over the data", WholeNumber(2), default=32)
@@ -33,13 +32,19 @@ def add_arguments(parser: Parser) -> None:
         default=[0.25, 0.5, 0.75])  # fmt: skip
     add("budget", "fractions of the latents to look at", nargs="+", default=[1.0, 0.25])
     add("steps", "steps of the samples that are compared", default=20)
-    add("data", "data set (default: the one that RUN was trained on)", typed_path)
-    add("split", "split of the data set: {}", OneOf(SPLITS, "split"), default="validation")
+    add_data_flags(parser)
     add("batch-size", "samples of a forward")
     add("seed", "seed of the noise and the shuffles")
     add("device")
     add("out", "folder to write into (default: RUN/inspected)")
     parser.set_defaults(sampler=None, dtype="fp32")
+
+
+def add_data_flags(parser: Parser) -> None:
+    """Flags that `data_of` reads."""
+    parser.open_flags = (f"--{_OPTION}",)
+    parser.add("data", "data set (default: the one that RUN was trained on)", typed_path)
+    parser.add("split", "split of the data set: {}", OneOf(SPLITS, "split"), default="validation")
 
 
 def _noise_level(text: str) -> float:

@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "score samples against real images: FID, FDD, IS, precision, recall, KID",
     "sweep": "quality against cost over budgets, steps and guides, as a table and a page",
     "compare": "put two sweeps side by side, such as a plain and an elastic model",
+    "schedule": "measure what fewer latents cost at each noise level, and plan budgets over steps",
     "calibrate": "fit TeaCache, which skips steps at which little changes, to a pipeline",
     "inspect": "show where Read looks, where the loss is, and what each latent is worth",
     "convert": "bring a public checkpoint of others into a folder with a card of its licence",

@@ -11,7 +11,7 @@ from elit._files import typed_path, write_json
 from elit._tables import format_table
 from elit.choosing.sweep_file import default_home
 from elit.cli.common import check_run, flops_column, make_guidance, open_pipeline, print_report
-from elit.cli.flags import AUTO, OneOf, Parser, WholeNumber, budget, number
+from elit.cli.flags import AUTO, SCHEDULE, OneOf, Parser, WholeNumber, budget, number
 from elit.flow.words import DEFAULT_STEPS
 
 if TYPE_CHECKING:
@@ -41,13 +41,14 @@ def add_arguments(parser: Parser) -> None:
         metavar="TEXT")  # fmt: skip
     add("count", "images of each label or text", WholeNumber(), default=1)
     add("budget", "fractions of the latents to keep, such as 1 0.5 1/4, or auto: what `elit sweep` "
-        "found best within a cap", lambda text: AUTO if text == AUTO else budget(text),
+        "found best within a cap, or schedule: budgets over the steps, as `elit schedule` plans "
+        "them within a cap", lambda text: text if text in (AUTO, SCHEDULE) else budget(text),
         nargs="+", default=[1.0])  # fmt: skip
     add("sweep", "file that `--budget auto` chooses from (default: RUN/swept/sweep.json)",
         typed_path, "FILE")  # fmt: skip
-    add("max-gflops", "cap on an image's GFLOPs, for `--budget auto`", number, "G")
+    add("max-gflops", "cap on an image's GFLOPs, for `--budget auto` and schedule", number, "G")
     add("max-ms", "cap on an image's milliseconds on this device, drawn --batch-size at a time, "
-        "for `--budget auto`", number, "MS")  # fmt: skip
+        "for `--budget auto` and schedule", number, "MS")  # fmt: skip
     add("steps", f"steps of the sampler (default: {DEFAULT_STEPS})")
     add("guidance scale guide-budget interval sampler")
     add("teacache", "skip steps at which less changes than this, such as 0.1; needs "
@@ -77,6 +78,10 @@ def run(args: argparse.Namespace) -> int:
     if AUTO in args.budget:
         guidance = choose_point(args, pipeline, what * args.count)
     args.steps = args.steps or DEFAULT_STEPS
+    planned: dict[str, Any] = {}
+    if SCHEDULE in args.budget:
+        planned, mean_gflops = plan_budgets(args, pipeline, guidance, len(what) * args.count)
+        args.budget = [1.0]
     # Two budgets may round to one number of latents: it is drawn once.
     kept = list(dict.fromkeys(model.resolve_budget(b) for b in args.budget))
     settings = {
@@ -87,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         **({"negative_prompt": args.negative_prompt} if model.takes_text else {}),
         **{key: getattr(args, key) for key in _SETTINGS},
         "budget": [model.budget_of(n) for n in kept],
+        **{name: value for name, value in planned.items() if name.endswith("budgets_of_steps")},
     }
     cache = None if args.teacache is None else load_teacache(args.run, args.teacache)
     if cache is not None:
@@ -114,9 +120,10 @@ def run(args: argparse.Namespace) -> int:
     report: dict[str, Any] = {"out": str(folder), "settings": settings}
     write_json(folder / FILE, report)
     cost = pipeline.forward_cost(args.frames, height, width, text_tokens)
+    costs = {n: mean_gflops if planned else cost.flops(n) / 1e9 for n in kept}
     rows = draw_into(
-        folder, pipeline, what, {n: cost.flops(n) / 1e9 for n in kept}, args.seed, args.count,
-        args.batch_size, args.video, sys.stderr.isatty(), **options,
+        folder, pipeline, what, costs, args.seed, args.count, args.batch_size, args.video,
+        sys.stderr.isatty(), **(options | planned),
     )  # fmt: skip
     report |= {"sheet": str(folder / SHEET), "text_tokens": text_tokens, "rows": rows}
     write_json(folder / FILE, report)
@@ -126,23 +133,50 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_auto(args: argparse.Namespace) -> None:
-    """Caps are of --budget auto, which stands alone and chooses the guidance too."""
+    """Caps are of --budget auto and schedule; each stands alone, and auto chooses the guidance."""
     given = {"--max-gflops": args.max_gflops, "--max-ms": args.max_ms}
     caps = [flag for flag, value in given.items() if value is not None]
     for cap in caps:
         if not 0 < given[cap] <= 1e18:
             raise ValueError(f"{cap} {given[cap]:g} is not allowed; give a positive number")
-    if AUTO not in args.budget:
-        caps += ["--sweep"] if args.sweep is not None else []
+    word = next((one for one in args.budget if isinstance(one, str)), None)
+    if args.sweep is not None and word != AUTO:
+        raise ValueError("--sweep has no effect without --budget auto; add it")
+    if word is None:
         if caps:
-            raise ValueError(f"{caps[0]} has no effect without --budget auto; add it")
+            raise ValueError(f"{caps[0]} has no effect without --budget auto or schedule; add one")
         return
     if len(args.budget) > 1:
-        raise ValueError("--budget auto stands alone; leave the other budgets out")
+        raise ValueError(f"--budget {word} stands alone; leave the other budgets out")
     if not caps:
-        raise ValueError("--budget auto needs a cap; add --max-gflops or --max-ms")
-    if args.guidance != "none":
+        raise ValueError(f"--budget {word} needs a cap; add --max-gflops or --max-ms")
+    if word == AUTO and args.guidance != "none":
         raise ValueError("--budget auto chooses the guidance too; leave --guidance out")
+    if word == SCHEDULE and args.guidance not in ("none", "cfg"):
+        raise ValueError(
+            f"--budget schedule plans the guide's budgets too; use --guidance cfg instead of "
+            f"{args.guidance}"
+        )
+    if word == SCHEDULE and len(caps) > 1:
+        raise ValueError("--budget schedule takes one cap; leave --max-gflops or --max-ms out")
+
+
+def plan_budgets(
+    args: argparse.Namespace, pipeline: "ElasticPipeline", guidance: "Guidance | None", count: int
+) -> tuple[dict[str, Any], float]:
+    """Budgets over the steps as arguments of the pipeline, and GFLOPs of a forward on average."""
+    from elit.scheduling.schedule import load_schedule
+
+    flops = None if args.max_gflops is None else args.max_gflops * 1e9
+    size = (args.frames, *(args.size or (None, None)))
+    plan = load_schedule(args.run).plan(
+        pipeline, flops, args.max_ms, guidance, args.steps, what=min(count, args.batch_size),
+        size=size,
+    )  # fmt: skip
+    cost = pipeline.forward_cost(*size)
+    forwards = [(n, times) for call in plan.calls for n, times in call]
+    total = sum(cost.flops(n) * times for n, times in forwards)
+    return plan.arguments(), total / sum(times for _, times in forwards) / 1e9
 
 
 def choose_point(
@@ -201,10 +235,16 @@ def _show(report: dict[str, Any], counts: tuple[int, int] | None, together: int)
     from elit.interface.budget import format_budget
 
     rows, settings = report["rows"], report["settings"]
+    planned = "budgets_of_steps" in settings
     unit, flops = flops_column([row["gflops"] for row in rows])
     header = ("budget", "latents per group", f"{unit} per forward", "ms per image")
     table = [
-        (format_budget(row["budget"]), row["num_latents"], cost, f"{row['ms_per_image']:.1f}")
+        (
+            format_budget(row["budget"]),
+            "by step" if planned else row["num_latents"],
+            cost,
+            f"{row['ms_per_image']:.1f}",
+        )
         for row, cost in zip(rows, flops, strict=True)
     ]
     print(format_table(header, table))

@@ -67,30 +67,41 @@ def draw_into(
         batch_size: images drawn at a time.
         video: format of clips, "gif" or "mp4".
         progress: whether to show a bar.
-        **options: further arguments of the pipeline.
+        **options: further arguments of the pipeline; with `budgets_of_steps` the costs hold one
+            entry, of a forward on average.
 
     Returns:
-        Budget, latents, GFLOPs, milliseconds of an image and files of each number of latents.
+        Budget (of budgets of steps their mean), latents, GFLOPs, milliseconds of an image and files
+        of each number of latents.
     """
     model, all_of_it = pipeline.transformer, list(what) * count
     seeds, budgets = range(seed, seed + len(all_of_it)), [model.budget_of(n) for n in costs]
+    of_steps = options.get("budgets_of_steps")
     names = [
         f"prompt-{i % len(what)}-seed-{one}" if model.takes_text else f"label-{label}-seed-{one}"
         for i, (label, one) in enumerate(zip(all_of_it, seeds, strict=True))
     ]
     drawn = draw_budgets(pipeline, all_of_it, budgets, seeds, batch_size, **options)
+    if of_steps is not None:
+        budgets = [sum(of_steps) / len(of_steps)]
     rows, pictures = [], []
     for (n, cost), budget in zip(costs.items(), budgets, strict=True):
         pipeline.set_progress_bar_config(
             desc=f"budget {format_budget(budget)}", disable=not progress, leave=False
         )
         images, seconds = next(drawn)
+        place = "schedule" if of_steps else f"budget-{budget:g}"
         suffix = video if pipeline.draws_clips else "png"
-        files = [folder / f"budget-{budget:g}" / f"{name}.{suffix}" for name in names]
+        files = [folder / place / f"{name}.{suffix}" for name in names]
         for image, file in zip(images, files, strict=True):
             (save_clip if pipeline.draws_clips else save_image)(image, file)
         ms = 1000 * seconds / len(images)
-        row = {"budget": budget, "num_latents": n, "gflops": cost, "ms_per_image": ms}
+        row = {
+            "budget": budget,
+            "num_latents": None if of_steps else n,
+            "gflops": cost,
+            "ms_per_image": ms,
+        }
         rows.append({**row, "files": [str(file) for file in files]})
         pictures.append([film_strip(i) for i in images] if pipeline.draws_clips else images)
     save_sheet(folder / SHEET, pictures, budgets, what, cell_size(pipeline))

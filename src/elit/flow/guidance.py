@@ -27,7 +27,7 @@ Interval = tuple[float, float]
 """Noise levels [low, high], both ends included."""
 WHOLE = (0.0, 1.0)
 Latents = int | tuple[int, ...] | None
-"""Latents per group of a batch, or of each sample; None is all there is."""
+"""Latents per group of a batch, or of each sample; None is all there is. A guide of 0 is none."""
 Velocity = Callable[[Tensor, float, Condition, Latents], Tensor]
 """(samples (B, ...), sigma, condition, num_latents) -> velocities (B, ...)"""
 Forwards = tuple[tuple[int | None, int], ...]
@@ -84,7 +84,8 @@ class Guidance:
     ) -> tuple[tuple[Latents, int], ...]:
         """Forwards of the model that `velocity` makes at a noise level."""
         same_budget = guide_latents == num_latents
-        if not self.is_active(sigma) or (same_budget and not self.drop_label):
+        unguided = guide_latents == 0 or not self.is_active(sigma)
+        if unguided or (same_budget and not self.drop_label):
             return ((num_latents, 1),)
         if same_budget:  # one doubled batch keeps a device busier than two calls
             return ((num_latents, 2),)
@@ -110,7 +111,7 @@ class Guidance:
             condition: the samples' labels or texts.
             null_condition: the same of "no class" or of empty texts, of the same shapes.
             num_latents: latents per group of the guided prediction.
-            guide_latents: latents per group of the guide.
+            guide_latents: latents per group of the guide; 0 is no guide.
             mixes: whether the model takes samples of different budgets in one batch: the guided
                 prediction and its guide then share head and tail.
         """

@@ -147,6 +147,16 @@ def check_callback(callback: StepCallback | None, names: Iterable[str]) -> None:
         check_choice(name, TENSORS, "tensor", " of the step callback")
 
 
+def check_length(name: str, of_steps: Any, num_calls: int) -> None:
+    """Raise a ValueError for what is given by calls of the model, but isn't one for each."""
+    if of_steps is None or (isinstance(of_steps, list | tuple) and len(of_steps) == num_calls):
+        return
+    raise ValueError(
+        f"{name} {of_steps!s:.60} are not for the {num_calls} calls of the model in this run; give "
+        f"a list of one for each"
+    )
+
+
 class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
     """A pipeline whose transformer is one of ours.
 
@@ -281,6 +291,7 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         seed: int | Sequence[int] | None = None,
         num_images_per_prompt: int | None = None,
         latents: Tensor | None = None,
+        guide_budgets_of_steps: Sequence[float | None] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draw an image for each row of the condition; threads wait for each other.
 
@@ -314,6 +325,8 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
             seed: instead of a generator: image i draws from seed + i, or from its own of a list.
             num_images_per_prompt: images of each row of the condition, one after the other.
             latents: diffusers' word for `noise`.
+            guide_budgets_of_steps: the guide's budget in each call of the model, None where there
+                is to be no guide; for CFG, whose guide has no budget of its own.
         """
         condition = repeat_each(condition, num_images_per_prompt)
         null_condition = repeat_each(null_condition, num_images_per_prompt)
@@ -334,8 +347,9 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         levels = self.start(num_inference_steps, self._execution_device, sigmas, size)
         x = self._noise(noise, generator, (count, self.transformer.in_channels, *size), dtype)
         kept = self.latents_of_steps(
-            budget, len(levels), guidance, num_latents, budgets_of_steps, count
-        )
+            budget, len(levels), guidance, num_latents, budgets_of_steps, count,
+            guide_budgets_of_steps,
+        )  # fmt: skip
         self.transformer._reset_stateful_cache()  # a run that broke off may have left something
         mixes = self.mixes_budgets(2 * count if guidance else count, size)
         run = _Run(
@@ -365,10 +379,14 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         guidance: Guidance | None = None,
         sigmas: Sequence[float] | None = None,
         budgets_of_steps: Sequence[float] | None = None,
+        guide_budgets_of_steps: Sequence[float | None] | None = None,
     ) -> list[Forwards]:
         """Forwards of the model in each call of a run: latents per group, and batches in one."""
         levels = self.start(num_inference_steps, "cpu", sigmas)
-        kept = self.latents_of_steps(budget, len(levels), guidance, None, budgets_of_steps)
+        kept = self.latents_of_steps(
+            budget, len(levels), guidance, None, budgets_of_steps,
+            guide_budgets_of_steps=guide_budgets_of_steps,
+        )  # fmt: skip
         guidance = guidance or UNGUIDED
         calls = [guidance.forwards(level, *n) for level, n in zip(levels, kept, strict=True)]
         return cast(list[Forwards], calls)  # of one image
@@ -401,6 +419,7 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         num_latents: int | Sequence[int] | None = None,
         budgets_of_steps: Sequence[float] | None = None,
         count: int = 1,
+        guide_budgets_of_steps: Sequence[float | None] | None = None,
     ) -> list[tuple[Latents, Latents]]:
         """Latents per group of the prediction and of its guide, for each call of the model.
 
@@ -421,13 +440,9 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
             raise ValueError(
                 f"num_latents {num_latents} asked of a model that is not elastic; leave it out"
             )
+        check_length("budgets_of_steps", budgets_of_steps, num_calls)
         kept: list[Latents]
         if budgets_of_steps is not None:
-            if not isinstance(budgets_of_steps, list | tuple) or len(budgets_of_steps) != num_calls:
-                raise ValueError(
-                    f"budgets_of_steps {budgets_of_steps!s:.60} are not for the {num_calls} calls "
-                    f"of the model in this run; give a list of one for each"
-                )
             kept = [model.resolve_budget(one) for one in budgets_of_steps]
         elif num_latents is not None:
             kept = [
@@ -439,19 +454,16 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
             kept = [self._of_images(budget, model.resolve_budget, count)] * num_calls
         numbers = [n for one in kept for n in (one if isinstance(one, tuple) else (one,))]
         lowest = min(n or 0 for n in numbers) if model.is_elastic else None
-        guides, fewest = kept, {"budget": lowest}
-        if guidance is not None and guidance.budget is not None:
-            if guidance.budget == "lowest":
-                guide = model.min_latents or None
-            else:
-                guide = model.resolve_budget(guidance.budget)
-            guides, fewest["guide budget"] = [guide] * num_calls, guide
-            if guide is not None and guide > lowest:
+        guides = self._guides_of_steps(kept, guidance, guide_budgets_of_steps)
+        fewest = {"budget": lowest}
+        if guides is not kept:
+            fewest["guide budget"] = guide = min((n for n in guides if n), default=None)
+            if guide is not None and guide > lowest and guide_budgets_of_steps is None:
                 logger.warning(
                     "the guide keeps %d latents per group, more than the %d that it guides",
                     guide, lowest,
                 )  # fmt: skip
-            if not guidance.drop_label and guide in numbers:
+            if guidance and not guidance.drop_label and guide in numbers:
                 logger.warning("autoguidance has no effect where its guide has the same budget")
         for what, number in fewest.items():
             if number is not None and number < model.min_latents:
@@ -460,6 +472,28 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
                     what, model.budget_of(number), number, model.min_latents,
                 )  # fmt: skip
         return list(zip(kept, guides, strict=True))
+
+    def _guides_of_steps(
+        self,
+        kept: list[Latents],
+        guidance: Guidance | None,
+        budgets: Sequence[float | None] | None,
+    ) -> list[Any]:
+        """Latents per group of the guide, for each call of the model; 0 is no guide."""
+        model = self.transformer
+        if budgets is not None:
+            check_length("guide_budgets_of_steps", budgets, len(kept))
+            if guidance is None or guidance.budget is not None:
+                raise ValueError(
+                    f"guide_budgets_of_steps with guidance {guidance}; give CFG, whose guide has "
+                    f"no budget of its own"
+                )
+            return [0 if one is None else model.resolve_budget(one) for one in budgets]
+        if guidance is None or guidance.budget is None:
+            return kept
+        if guidance.budget == "lowest":
+            return [model.min_latents or None] * len(kept)
+        return [model.resolve_budget(guidance.budget)] * len(kept)
 
     @staticmethod
     def _of_images(given: Any, resolve: Callable[[Any], int | None], count: int) -> Latents:

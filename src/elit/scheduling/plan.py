@@ -1,0 +1,73 @@
+"""A list of budgets, one for each call of the model, and how to draw with it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from elit.flow.guidance import Forwards, Guidance
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Budgets of a run, call by call: `pipeline(labels, **plan.arguments())`."""
+
+    levels: tuple[float, ...]  # noise level of each call
+    latents: tuple[int, ...]  # of each call, per group
+    guides: tuple[int, ...]  # likewise of the guide; 0 is no guide
+    max_latents: int
+    guidance: Guidance | None
+    num_inference_steps: int
+    cost: float  # of an image, in what the cap was in
+    error: float | None  # predicted mean square of what the samples lose, per element
+
+    @property
+    def calls(self) -> list[Forwards]:
+        """Forwards of the model in each call, as `pipeline.calls` has them."""
+        return [call_of(n, m) for n, m in zip(self.latents, self.guides, strict=True)]
+
+    def budgets(self) -> list[float]:
+        """Budget of each call."""
+        return [n / self.max_latents for n in self.latents]
+
+    def guide_budgets(self) -> list[float | None]:
+        """Budget of the guide in each call, None where there is to be none."""
+        return [n / self.max_latents if n else None for n in self.guides]
+
+    def arguments(self) -> dict[str, Any]:
+        """What a pipeline of ours is called with."""
+        guides = {} if self.guidance is None else {"guide_budgets_of_steps": self.guide_budgets()}
+        return {
+            "budgets_of_steps": self.budgets(),
+            "num_inference_steps": self.num_inference_steps,
+            "guidance": self.guidance,
+            **guides,
+        }
+
+    def callback(self, transformer: Any) -> Callable[..., dict[str, Any]]:
+        """A `callback_on_step_end` for a stock pipeline whose transformer was elasticized.
+
+        It sets the budgets of the first step now and those of the next after each, so ask for one
+        before each run. Such a pipeline guides at all steps or none: plan with `drops_guide=False`.
+        """
+        if self.guidance is not None and not all(self.guides):
+            raise ValueError(
+                "a stock pipeline leaves its guide out at no step; plan with drops_guide=False"
+            )
+
+        def set_step(step: int) -> None:
+            place = min(step, len(self.latents) - 1)
+            transformer.set_budget(self.budgets()[place], guide=self.guide_budgets()[place])
+
+        def after_step(_pipeline: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
+            set_step(step + 1)
+            return {}
+
+        set_step(0)
+        return after_step
+
+
+def call_of(latents: int, guide: int) -> Forwards:
+    """Forwards of a call with a guide of so many latents; 0 is none."""
+    if guide == 0:
+        return ((latents, 1),)
+    return ((latents, 2),) if guide == latents else ((latents, 1), (guide, 1))
