@@ -5,8 +5,8 @@
 
 Where a model is small or a batch is one image, much of the time is no arithmetic: Python, checks,
 small kernels. Every round times each way for `--least` ms, in an order drawn anew; the table has
-the medians in ms. A step is one velocity of `Guidance.velocity`, a call is noise to samples, without
-a VAE. With one CPU thread the time is the thread's own: what else runs there counts little. Two
+the medians in ms. A step is one velocity of `Guidance.velocity`, a call is noise to samples, with
+no VAE. With one CPU thread the time is the thread's own: what else runs there counts little. Two
 commits are compared, round by round, by
 
     OMP_NUM_THREADS=1 python benchmarks/calls.py --against other/src
