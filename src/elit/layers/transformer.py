@@ -55,8 +55,8 @@ class AdaLNZero(nn.Module):
         self.linear = nn.Linear(condition_dim or dim, 3 * num_layers * dim)
 
     def forward(self, condition: Tensor) -> list[Modulation]:
-        chunks = self.linear(condition)[:, None].unflatten(-1, self.shape)
-        return [Modulation(*layer.unbind(2)) for layer in chunks.unbind(2)]  # (B, 1, D) each
+        chunks = self.linear(condition)[:, None].chunk(3 * self.shape[0], dim=-1)  # (B, 1, D) each
+        return [Modulation(*chunks[i : i + 3]) for i in range(0, len(chunks), 3)]
 
 
 def layer_norm(x: Tensor) -> Tensor:

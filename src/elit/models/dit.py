@@ -111,12 +111,12 @@ class DiT(ElasticMixin, ModelMixin, ConfigMixin):
 
         tokens = self.patch_embed(grid.patchify(hidden_states, self.patch_size))  # (B, N, D)
         condition = F.silu(self.time_embed(levels) + self.label_embed(labels))  # (B, D)
-        rotary = self.rotary(grid.token_places(tokens.device))
+        rotary = self.rotary(grid, tokens)
         tokens = self.run(head, tokens, condition, rotary)  # (B, N, D)
         if self.read is not None:
 
             def through_core(n: int, tokens: Tensor, condition: Tensor) -> Tensor:
-                rotary = self.rotary(grid.latent_places(n, tokens.device))
+                rotary = self.rotary(grid, tokens, n)
                 latents = self.read(tokens, condition, grid, n, latent_indices)
                 latents = self.run(core, latents, condition, rotary)  # (B, G*n, D)
                 return self.write(tokens, latents, condition, grid)

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elit.interface.grid import TokenGrid
 from elit.layers.neighborhood import Neighborhood
+from elit.layers.tables import kept
 from elit.layers.transformer import Rotary, rotary_embedding
 from elit.models.base import ModelBase
 
@@ -14,11 +16,15 @@ from elit.models.base import ModelBase
 class ElasticMixin(ModelBase):
     """A transformer that may have a latent interface; `base.py` has all beside its forward."""
 
-    def rotary(self, places: Tensor) -> Rotary:
-        """Rotations of tokens or latents at these places."""
+    def rotary(self, grid: TokenGrid, x: Tensor, num_latents: int | None = None) -> Rotary:
+        """Rotations of a grid's tokens, or of its latents, where x is."""
+        return _rotary(grid, num_latents, x.device, *self.rotary_options)
+
+    @property
+    def rotary_options(self) -> tuple[int, float]:
+        """Width of a head, and base of the wavelengths."""
         config = self.config
-        head_dim = config.hidden_size // config.num_heads
-        return rotary_embedding(places, head_dim, config.rope_theta)
+        return config.hidden_size // config.num_heads, config.rope_theta
 
     def split_blocks(self, blocks: Iterable[Any]) -> tuple[list[Any], ...]:
         """Head, core and tail of the blocks."""
@@ -37,6 +43,15 @@ class ElasticMixin(ModelBase):
             else:
                 x = block(x, condition, rotary, *more)
         return x
+
+
+@kept
+def _rotary(
+    grid: TokenGrid, num_latents: int | None, device: torch.device, head_dim: int, theta: float
+) -> Rotary:
+    if num_latents is None:
+        return rotary_embedding(grid.token_places(device), head_dim, theta)
+    return rotary_embedding(grid.latent_places(num_latents, device), head_dim, theta)
 
 
 def by_budget(

@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from elit._numbers import is_whole
 from elit.interface import Read, TokenGrid, Write
 from elit.interface.initial import init_weights
-from elit.layers.neighborhood import NeighborhoodBlock, neighborhood
+from elit.layers.neighborhood import Neighborhood, NeighborhoodBlock, neighborhood
 from elit.layers.sizes import tile_size
-from elit.layers.transformer import FinalLayer, LabelEmbedding, TimestepEmbedding, TransformerBlock
+from elit.layers.tables import kept
+from elit.layers.transformer import (
+    FinalLayer,
+    LabelEmbedding,
+    TimestepEmbedding,
+    TransformerBlock,
+    rotary_embedding,
+)
 from elit.models.elastic import ElasticMixin, by_budget
 
 
@@ -121,8 +128,8 @@ class HDiT(ElasticMixin, ModelMixin, ConfigMixin):
         labels = self.check_labels(class_labels, encoder_hidden_states, hidden_states)
         head, core, tail = self.split_blocks(self.blocks)
         outer = self.outer_grid(grid)
-        places = outer.token_places(hidden_states.device)
-        near = neighborhood(places, outer.size, self.config.kernel_size, self.rotary(places))
+        kernel = self.config.kernel_size
+        near = _neighborhood(outer, kernel, hidden_states.device, *self.rotary_options)
 
         tokens = self.patch_embed(outer.patchify(hidden_states, self.outer_patch))  # (B, M, D/2)
         condition = F.silu(self.time_embed(levels) + self.label_embed(labels))  # (B, D)
@@ -130,11 +137,11 @@ class HDiT(ElasticMixin, ModelMixin, ConfigMixin):
 
         patches = outer.unpatchify(tokens, (1,) * len(outer.size))  # (B, D/2, *outer.size)
         tokens = self.merge_tokens(grid.patchify(patches, self.merge))  # (B, N, D)
-        rotary = self.rotary(grid.token_places(tokens.device))
+        rotary = self.rotary(grid, tokens)
         if self.read is not None:
 
             def through_core(n: int, tokens: Tensor, condition: Tensor) -> Tensor:
-                rotary = self.rotary(grid.latent_places(n, tokens.device))
+                rotary = self.rotary(grid, tokens, n)
                 latents = self.read(tokens, condition, grid, n, latent_indices)
                 latents = self.run(core, latents, condition, rotary)  # (B, G*n, D)
                 return self.write(tokens, latents, condition, grid)
@@ -155,3 +162,12 @@ class HDiT(ElasticMixin, ModelMixin, ConfigMixin):
         """Grid of the outer level, in the tiles of its neighbourhoods, for one of the inner."""
         size = tuple(n * m for n, m in zip(grid.size, self.merge, strict=True))
         return TokenGrid(size, tile_size(size))
+
+
+@kept
+def _neighborhood(
+    grid: TokenGrid, kernel: int, device: torch.device, head_dim: int, theta: float
+) -> Neighborhood:
+    places = grid.token_places(device)
+    rotary = rotary_embedding(places, head_dim, theta)
+    return neighborhood(places, grid.size, kernel, rotary)

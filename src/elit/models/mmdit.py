@@ -22,6 +22,7 @@ from elit.layers.transformer import (
     TransformerBlock,
     attend,
     modulate,
+    rotary_embedding,
     rotate,
 )
 from elit.models.checks import check_text
@@ -141,8 +142,8 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
         tokens = self.patch_embed(grid.patchify(hidden_states, self.patch_size))  # (B, N, D)
         text = self.embed_text(text, mask)  # (B, S, D)
         condition = self.embed_condition(levels, pooled_projections)  # (B, D)
-        rotary = self.rotary(grid.token_places(tokens.device))
-        text_rotary = self.rotary(self.text_places(grid, text))
+        rotary = self.rotary(grid, tokens)
+        text_rotary = rotary_embedding(self.text_places(grid, text), *self.rotary_options)
         of_text = text_rotary, mask
         tokens, text = self.run_joint(head, tokens, text, condition, rotary, *of_text)
         if self.read is not None:
@@ -150,7 +151,7 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
             def through_core(
                 n: int, tokens: Tensor, text: Tensor, condition: Tensor, mask: Tensor | None
             ) -> tuple[Tensor, Tensor]:
-                rotaries = self.rotary(grid.latent_places(n, tokens.device)), text_rotary
+                rotaries = self.rotary(grid, tokens, n), text_rotary
                 latents = self.read(tokens, condition, grid, n, latent_indices)  # (B, G*n, D)
                 latents, text = self.run_joint(core, latents, text, condition, *rotaries, mask)
                 return self.write(tokens, latents, condition, grid), text

@@ -15,6 +15,7 @@ from elit._numbers import is_whole
 from elit.interface.grid import TokenGrid
 from elit.interface.initial import init_weights, zero_
 from elit.interface.raster import from_groups, to_groups
+from elit.layers.tables import kept
 from elit.layers.transformer import (
     MLP,
     AdaLNZero,
@@ -147,14 +148,21 @@ class SiT(ElasticMixin, ModelMixin, ConfigMixin):
 
     def positions(self, grid: TokenGrid, like: Tensor) -> Tensor:
         """Absolute positions (N, D) of the tokens, stretched to the model's own grid."""
-        dim, exact = like.shape[-1], wide(like.device)
-        rows, cols = (
-            axis_waves((torch.arange(n, **exact) + 0.5) * (own / n) - 0.5, dim // 2)
-            for own, n in zip(self.own_grid().size, grid.size, strict=True)
-        )  # (h, D/2), (w, D/2)
-        table = torch.cat(torch.broadcast_tensors(cols[None], rows[:, None]), dim=-1)  # (h, w, D)
-        table = to_groups(grid, table.view(1, -1, dim)).view(-1, dim)  # (N, D)
-        return table.to(like.device, like.dtype)
+        return _positions(grid, self.own_grid().size, like.shape[-1], like.device, like.dtype)
+
+
+@kept
+def _positions(
+    grid: TokenGrid, own_size: tuple[int, ...], dim: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    exact = wide(device)
+    rows, cols = (
+        axis_waves((torch.arange(n, **exact) + 0.5) * (own / n) - 0.5, dim // 2)
+        for own, n in zip(own_size, grid.size, strict=True)
+    )  # (h, D/2), (w, D/2)
+    table = torch.cat(torch.broadcast_tensors(cols[None], rows[:, None]), dim=-1)  # (h, w, D)
+    table = to_groups(grid, table.view(1, -1, dim)).view(-1, dim)  # (N, D)
+    return table.to(device, dtype)
 
 
 class SiTBlock(TransformerBlock):

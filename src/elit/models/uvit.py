@@ -74,12 +74,12 @@ class UViT(DiT):
 
         tokens = self.patch_embed(grid.patchify(hidden_states, self.patch_size))  # (B, N, D)
         condition = F.silu(self.time_embed(levels) + self.label_embed(labels))  # (B, D)
-        rotary = self.rotary(grid.token_places(tokens.device))
+        rotary = self.rotary(grid, tokens)
         tokens = self.run_skipping(head, tokens, condition, rotary, skips)  # (B, N, D)
         if self.read is not None:
 
             def through_core(n: int, tokens: Tensor, condition: Tensor) -> Tensor:
-                rotary = self.rotary(grid.latent_places(n, tokens.device))
+                rotary = self.rotary(grid, tokens, n)
                 latents = self.read(tokens, condition, grid, n, latent_indices)
                 latents = self.run_skipping(core, latents, condition, rotary, skips)  # (B, G*n, D)
                 return self.write(tokens, latents, condition, grid)

@@ -90,6 +90,7 @@ class _Run:
         self.pipeline, self.count, self.steps, self.mixes = pipeline, count, steps, mixes
         self.callback, self.names = callback, names
         self.bar = pipeline.progress_bar(total=steps)
+        self.dtype = pipeline.transformer.dtype  # diffusers walks through all modules for it
         self.begin(0)
 
     def begin(self, step: int) -> None:
@@ -110,7 +111,7 @@ class _Run:
             if num_latents is not None:
                 given["num_latents"] = num_latents
             with model.cache_context(name, **self.place):
-                return model(x.to(model.dtype), level, **given, return_dict=False)[0]
+                return model(x.to(self.dtype), level, **given, return_dict=False)[0]
 
         rows = x, *condition.values()
         if self.mixes or model.tells_calls_apart:  # which refuses mixed budgets
