@@ -27,7 +27,13 @@ from elit.interface.attention_maps import attention_weights
 from elit.interface.grid import TokenGrid
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.budgets import draw_batch
-from elit.pipelines.folder import OURS, check_pipeline_folder, loading_error, read_index
+from elit.pipelines.folder import (
+    OURS,
+    check_draws_images,
+    check_pipeline_folder,
+    loading_error,
+    read_index,
+)
 from elit.pipelines.load import open_pipeline
 
 Frames = list[Image.Image]
@@ -215,14 +221,23 @@ def open_drawer(name: str, device: str = "auto", dtype: str = "fp32") -> Drawer:
         dtype: "fp32" or "bf16".
     """
     folder = check_pipeline_folder(name)
-    if folder is None or read_index(folder).get("_class_name") in OURS:
-        return ElitDrawer(open_pipeline(name, device, dtype), name)
+    index = {} if folder is None else read_index(folder)
+    if folder is None or index.get("_class_name") in OURS:
+        ours = open_pipeline(name, device, dtype)
+        check_draws_images(ours, name)
+        return ElitDrawer(ours, name)
     from diffusers import DiffusionPipeline
 
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
     try:
         pipeline = DiffusionPipeline.from_pretrained(name, dtype=types[dtype])
     except (OSError, ValueError, AttributeError) as error:
+        absent = [part for part, kind in index.items() if kind == [None, None]]
+        if "were passed" in str(error) and absent:
+            raise ValueError(
+                f"{name} was saved without its {', '.join(absent)}; save the whole pipeline, which "
+                f"draws pictures of texts"
+            ) from error
         raise loading_error(name, error) from error
     if not hasattr(pipeline, "transformer"):
         raise ValueError(f"{name} holds a {type(pipeline).__name__}, which has no transformer")
