@@ -232,8 +232,9 @@ def open_drawer(name: str, device: str = "auto", dtype: str = "fp32") -> Drawer:
     try:
         pipeline = DiffusionPipeline.from_pretrained(name, dtype=types[dtype])
     except (OSError, ValueError, AttributeError) as error:
-        absent = [part for part, kind in index.items() if kind == [None, None]]
-        if "were passed" in str(error) and absent:
+        parts = [part for part, kind in index.items() if kind == [None, None]]
+        absent = [part for part in parts if f"'{part}'" in str(error)]  # others are optional
+        if absent:
             raise ValueError(
                 f"{name} was saved without its {', '.join(absent)}; save the whole pipeline, which "
                 f"draws pictures of texts"
