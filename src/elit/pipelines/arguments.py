@@ -31,10 +31,7 @@ def one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as taken:
-            for part in (
-                self.transformer,
-                self.scheduler,
-            ):  # all in this order: none waits in a ring
+            for part in (self.transformer, self.scheduler):  # in one order: no ring of waiting
                 taken.enter_context(alone_with(part))
                 if part in _RUNNING:
                     raise ValueError(
