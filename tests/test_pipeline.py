@@ -313,6 +313,14 @@ def test_mixed_budgets_and_a_step_cache_are_refused() -> None:
         ({"guidance": "ag", "guide_budget": 0.25}, {"guidance": AutoGuidance(2.0, 0.25)}),
         ({"generator": None, "seed": 5}, {"generator": make_generators(5, 6, 7)}),
         ({"generator": None, "seed": [9, 9, 2]}, {"generator": make_generators(9, 9, 2)}),
+        (
+            {"generator": None, "seed": 2**40},
+            {"generator": make_generators(2**40, 2**40 + 1, 2**40 + 2)},
+        ),
+        ({"budget": np.array([1, 0.5, 0.25])}, {"budget": [1, 0.5, 0.25]}),
+        ({"num_latents": torch.tensor([4, 1, 4])}, {"num_latents": [4, 1, 4]}),
+        ({"num_latents": np.int8(4)}, {"num_latents": 4}),
+        ({"guidance": "none", "guidance_scale": 1}, {}),
         ({"latents": torch.ones(3, 3, 8, 8)}, {"noise": torch.ones(3, 3, 8, 8)}),
     ],
 )
@@ -347,6 +355,36 @@ def test_threads_wait_for_each_other() -> None:
     expected = [one(i) for i in range(12)]
     with ThreadPoolExecutor(6) as pool:
         assert all(map(torch.equal, pool.map(one, range(12)), expected))
+
+
+def test_threads_wait_for_a_scheduler_that_pipelines_share() -> None:
+    pipeline = make_pipeline()
+    pipelines = pipeline, ElitPipeline(tiny_elastic(in_channels=3, depth=4), pipeline.scheduler)
+
+    def one(i: int) -> torch.Tensor:
+        return draw(pipelines[i % 2], [1], (i,), num_inference_steps=2 + i % 3)
+
+    expected = [one(i) for i in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        assert all(map(torch.equal, pool.map(one, range(12)), expected))
+
+
+def test_a_step_callback_begins_no_run_with_parts_of_its_own() -> None:
+    pipeline, other = make_pipeline(), make_pipeline()
+    before = draw(pipeline)
+    with pytest.raises(ValueError, match="is in a run, whose step callback can't begin another"):
+        draw(pipeline, callback_on_step_end=lambda *_: draw(pipeline) is None or {})
+    assert torch.equal(draw(pipeline, callback_on_step_end=lambda *_: draw(other) is None or {}),
+                       before)  # fmt: skip
+
+
+def test_a_step_callback_may_change_either_of_two_names() -> None:
+    pipeline = make_pipeline()
+    inputs = {"callback_on_step_end_tensor_inputs": ["samples", "latents"]}
+    for name in inputs["callback_on_step_end_tensor_inputs"]:
+        given = draw(pipeline, callback_on_step_end=lambda *x, n=name: x[3] | {n: x[3][n] * 0},
+                     **inputs)  # fmt: skip
+        assert (given == 0).all()
 
 
 def test_a_plain_transformer() -> None:
@@ -600,6 +638,16 @@ def test_other_variants_and_formats_say_how_they_are_loaded(
         ({"seed": -1}, "seed=-1 is not allowed"),
         ({"seed": [1, 2]}, "2 seeds for 1 samples"),
         ({"seed": 1, "generator": make_generators(1)}, "seed=1 beside a generator"),
+        ({"guidance": "none", "guidance_scale": 3.0}, "guidance_scale=3.0 has no effect with"),
+        ({"guidance_scale": True}, "guidance scale True is not allowed"),
+        ({"guidance_scale": torch.ones(2)}, "guidance scale tensor.* is not allowed"),
+        ({"guidance": "ag", "guide_budget": np.ones(2)}, "guide budget array.* is unknown"),
+        ({"guidance_scale": 10**30}, "the samples are no longer finite"),
+        ({"seed": [2**63]}, "seed=.* is not allowed"),
+        ({"budget": b"1"}, "budget b'1' is not a number"),
+        ({"budget": 10**400}, "^.{,200}$"),
+        ({"callback_on_step_end_tensor_inputs": iter(["samples"])}, "are no names for"),
+        ({"num_images_per_prompt": torch.ones(2)}, "num_images_per_prompt=.* is no positive"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0 is no positive whole number"),
         ({"latents": torch.zeros(1, 3, 8, 8), "noise": torch.zeros(1, 3, 8, 8)}, "give one"),
         ({"num_latents": 4, "budgets_of_steps": [1] * 3}, "give one"),

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from helpers import randomise, tiny_dit, tiny_elastic
 from PIL import Image
 from serving import FACTS, WAY, Server, small_run
@@ -358,6 +359,27 @@ def test_what_would_be_late_is_refused_and_says_when_to_come_again() -> None:
     asyncio.run(go())
 
 
+def test_a_server_without_work_refuses_nothing() -> None:
+    """Nor can times that were once learned too long keep it from drawing, and learning again."""
+
+    async def go() -> None:
+        workers = FakeWorkers(target=0.1, most_waiting=1)
+        workers.queue.hello(0, FACTS)
+        prices = workers.queue._control.prices
+        prices.factor = 100.0
+        for _ in range(40):
+            asked = asyncio.ensure_future(workers.queue.draw(pictures(2)))
+            while not workers.sent:
+                await asyncio.sleep(0.001)
+            assert not asked.done()
+            workers.now += 0.03
+            workers.answer()
+            assert len(await asked) == 2
+        assert prices.factor < 10
+
+    asyncio.run(go())
+
+
 def test_a_full_queue_refuses() -> None:
     async def go() -> None:
         workers = FakeWorkers(most_waiting=3)
@@ -617,6 +639,10 @@ def test_a_server_from_start_to_end(run) -> None:
     (["RUN", "--port", "80"], "at least 1024"),
     (["RUN", "--min-budget", "0"], "budget '0' is outside (0, 1]"),
     (["RUN", "--device", "tpu"], "device 'tpu' is unknown; use auto, cpu, cuda, cuda:1 or mps"),
+    pytest.param(
+        ["RUN", "--device", "mps"], "device 'mps' is not usable: there is none; use auto or cpu",
+        marks=pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is one"),
+    ),
 ])  # fmt: skip
 def test_wrong_lines_are_told_in_one(run, capsys, line, words) -> None:
     from elit.cli.main import main
@@ -715,6 +741,16 @@ def test_ten_thousand_random_requests(run) -> None:
         if key not in drawn:
             (drawn[key],) = draw_mixed(pipeline, [picture], [picture.latents])
         assert differ(image_of(one), drawn[key]) <= 1, key
+
+
+@pytest.mark.slow
+def test_a_stop_while_it_loads(run) -> None:
+    server = Server(run)
+    while not server.children() or not server.workers():
+        time.sleep(0.01)
+    assert server.stop() == 130
+    assert server.process.stdout.read() == ""
+    assert "".join(server.errors) == "elit: interrupted\n"
 
 
 @pytest.mark.slow

@@ -121,6 +121,8 @@ def test_the_server_answers_and_refuses(studio: Studio) -> None:
         assert client.get("/about").json()["max_latents"] == 16
         assert client.post("/draw", json={"what": 2}).json()["num_latents"] == 16
         assert len(client.post("/strip", json={"what": 2}).json()) == 5
+        assert "send a JSON object" in client.post("/strip", json=[]).json()["error"]
+        assert client.post("/draw", json={"what": 2, "seed": 2**53}).status_code == 200
         for body in (b"", b"{", b"[" * 60_000, b"\xff", b"x" * 70_000):
             answer = client.post("/draw", content=body)
             assert answer.status_code == 400
@@ -131,6 +133,20 @@ def test_plain_models_have_no_budget() -> None:
     model = randomise(DiT(**TINY))
     with pytest.raises(ValueError, match="without a latent interface"):
         ElitDrawer(ElitPipeline(model, make_scheduler("euler")), "plain")
+
+
+def test_what_draws_no_pictures(tmp_path: Path) -> None:
+    latents = ElitPipeline(randomise(DiT(**ELASTIC | {"in_channels": 4})), make_scheduler("euler"))
+    latents.save_pretrained(tmp_path / "latents")
+    with pytest.raises(ValueError, match="holds no autoencoder"):
+        open_drawer(str(tmp_path / "latents"), "cpu")
+    model = make("sd3")
+    elasticize(model, 1, 1, 2)
+    build("sd3", model).save_pretrained(tmp_path / "texts")
+    with pytest.raises(ValueError, match=r"was saved without its text_encoder, .*, vae; save"):
+        open_drawer(str(tmp_path / "texts"), "cpu")
+    with pytest.raises(ValueError, match="steps=1001 is not allowed; give 1 to 1000"):
+        Studio(ElitDrawer(elastic_pipeline(), "tiny"), steps=1001)
 
 
 def test_a_clip_moves(studio: Studio) -> None:
@@ -220,6 +236,11 @@ def test_the_slider_changes_picture_and_cost(address: str) -> None:
         page.fill("#class", "2")
         page.keyboard.press("Tab")
         page.wait_for_function("document.querySelector('#error').textContent === ''")
+        page.fill("#steps", "")  # an empty field is none, not zero
+        page.keyboard.press("Tab")
+        page.wait_for_function(
+            "document.querySelector('#error').textContent.includes('steps=None')"
+        )
         browser.close()
         # The mistake is the one line that Chromium itself writes of an answer 400.
         assert [e for e in errors if "400" not in e] == []

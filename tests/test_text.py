@@ -218,6 +218,16 @@ def test_an_image_depends_on_its_text_and_seed_alone(guidance) -> None:
     assert not torch.allclose(other[0], both[0], atol=1e-2)
 
 
+@pytest.mark.parametrize("words", [{"guidance": "cfg"}, {}])
+@pytest.mark.parametrize("negative", ["", "a green thing"])
+def test_guidance_by_name_guides_away_from_the_empty_text(words, negative) -> None:
+    pipeline, prompts = word_pipeline(), ["a red disc", "a blue ring"]
+    expected = draw(pipeline, prompts, guidance=CFG(3.0), negative_prompt=negative)
+    named = draw(pipeline, prompts, **words, guidance_scale=3.0, negative_prompt=negative)
+    assert torch.equal(named, expected)
+    assert not torch.equal(draw(pipeline, prompts), expected)
+
+
 def test_a_negative_prompt_guides_away_from_it() -> None:
     pipeline, prompts, options = word_pipeline(), ["red", "blue"], {"guidance": CFG(3.0)}
     plain = draw(pipeline, prompts, **options)

@@ -32,4 +32,4 @@ def check_choice(value: Any, allowed: Iterable[str], what: str, where: str = "")
     else:
         advice = f"use one of {listed}" if allowed else f"no {what} is allowed"
         advice += f"; did you mean {near!r}?" if near and len(allowed) > 1 else ""
-    raise ValueError(f"unknown {what} {value!r}{where}: {advice}")
+    raise ValueError(f"unknown {what} {value!r:.60}{where}: {advice}")

@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
 def _announce(settings: "Settings", facts: "Facts") -> None:
     """Where it is, what it will do, and a line to try it."""
     from elit.interface.budget import format_budget
+    from elit.serving.control import Prices
 
     address = url_of(settings.host, settings.port)
     size = "x".join(map(str, facts.size))
@@ -83,5 +84,10 @@ def _announce(settings: "Settings", facts: "Facts") -> None:
         print("no target: each request runs at its own budget; --p95-ms MS holds a latency")
     else:
         print(f"p95 of {settings.p95_ms:g} ms, by budgets {budgets}")
+        prices = Prices(facts.calls, facts.fixed, facts.batch_size, facts.calls_per_step)
+        ms = 1000 * prices.of_batch(way, [way.least(facts.ladder[-1])])
+        if ms > settings.p95_ms:
+            print(f"a picture alone, at the lowest budget, takes {ms:.0f} ms here: raise --p95-ms, "
+                  f"or lower --steps")  # fmt: skip
     what = '"prompt": "a red disc"' if facts.num_classes is None else '"class_label": 1'
     print(f"curl -s {address}/v1/images/generations -d '{{{what}, \"seed\": 0}}'", flush=True)

@@ -53,13 +53,16 @@ class Guidance:
     def __post_init__(self) -> None:
         if not (is_real(self.scale) and self.scale >= 0):
             raise ValueError(
-                f"guidance scale {self.scale!r} is not allowed; use 1 for none, 1.5 to 5 are usual"
+                f"guidance scale {self.scale!r:.60} is not allowed; use 1 for none, 1.5 to 5 are "
+                f"usual"
             )
         if not isinstance(self.drop_label, bool):
             raise ValueError(f"drop_label={self.drop_label!r} is not allowed; give True or False")
-        if not (self.budget is None or self.budget == "lowest" or is_real(self.budget)):
+        is_lowest = isinstance(self.budget, str) and self.budget == "lowest"
+        if not (self.budget is None or is_lowest or is_real(self.budget)):
             raise ValueError(
-                f"guide budget {self.budget!r} is unknown; give a fraction in (0, 1] or 'lowest'"
+                f"guide budget {self.budget!r:.60} is unknown; give a fraction in (0, 1] or "
+                f"'lowest'"
             )
         if self.budget is None and not self.drop_label:
             raise ValueError(
@@ -131,7 +134,7 @@ class Guidance:
         else:
             predicted = at_least_float32(predict(sample, sigma, condition, num_latents))
             guide = at_least_float32(predict(sample, sigma, guide_condition, guide_latents))
-        return torch.lerp(guide, predicted, self.scale)
+        return torch.lerp(guide, predicted, float(self.scale))
 
 
 def per_sample(num_latents: Latents, sample: Tensor) -> tuple[int, ...]:

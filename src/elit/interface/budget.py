@@ -18,11 +18,11 @@ def resolve_budget(budget: float, max_latents: int) -> int:
         max_latents: J, latents per group at full budget.
     """
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
-        raise ValueError(f"budget {budget!r} is not a number; give a fraction in (0, 1]")
+        raise ValueError(f"budget {budget!r:.60} is not a number; give a fraction in (0, 1]")
     if not 0 < budget <= 1:  # also refuses NaN
         raise ValueError(
-            f"budget {budget} is outside (0, 1]: it is the fraction of the {max_latents} latents "
-            f"per group to keep; the cheapest is {1 / max_latents:g}, 1 keeps all"
+            f"budget {budget!s:.60} is outside (0, 1]: it is the fraction of the {max_latents} "
+            f"latents per group to keep; the cheapest is {1 / max_latents:g}, 1 keeps all"
         )
     return max(1, round(float(budget) * max_latents))
 
@@ -37,15 +37,17 @@ def format_budget(budget: float) -> str:
 
 def check_num_latents(num_latents: int, max_latents: int, name: str = "num_latents") -> int:
     """`num_latents`, or the error that says what is allowed."""
+    if isinstance(num_latents, numbers.Integral) and not isinstance(num_latents, int):
+        num_latents = int(num_latents)  # NumPy's
     whole = isinstance(num_latents, int) or _is_symbolic(num_latents)
     if not whole or isinstance(num_latents, bool):
         raise ValueError(
-            f"{name} {num_latents!r} is not an integer; give one in 1..{max_latents}, "
+            f"{name} {num_latents!r:.60} is not an integer; give one in 1..{max_latents}, "
             f"or turn a budget into it with resolve_budget"
         )
     if not 1 <= num_latents <= max_latents:
         raise ValueError(
-            f"{name} {num_latents} is outside 1..{max_latents}, the latents per group; "
+            f"{name} {num_latents!s:.60} is outside 1..{max_latents}, the latents per group; "
             f"a fraction is turned into it by resolve_budget"
         )
     return num_latents
@@ -86,10 +88,10 @@ class Budgeted:
         """`num_latents` of a budget in (0, 1]; None, "all there is", for a plain model at 1."""
         if self.is_elastic:
             return resolve_budget(budget, self.max_latents)
-        if budget == 1:
+        if isinstance(budget, numbers.Real) and budget == 1:
             return None
         raise ValueError(
-            f"budget {budget} asked of a model that is not elastic; "
+            f"budget {budget!s:.60} asked of a model that is not elastic; "
             f"leave the budget at 1, or use a model with groups (elit-...)"
         )
 

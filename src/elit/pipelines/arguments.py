@@ -1,7 +1,9 @@
 """Arguments of a call as plain JSON and as people of diffusers type them, turned into ours."""
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any
 
@@ -9,23 +11,35 @@ import torch
 from torch import Tensor
 
 from elit._locks import alone_with
-from elit._numbers import is_whole
+from elit._numbers import is_real, is_whole
 from elit.flow.guidance import Budget, Guidance, make_guidance
 from elit.flow.sampling import Generators
 from elit.flow.words import DEFAULT_SCALE
 
 logger = logging.getLogger(__name__)
 
+_RUNNING: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
 
 def one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
     """Let threads that call a pipeline's method wait for each other.
 
-    A run changes the scheduler and the transformer's caches; pipelines of one transformer share it.
+    A run changes the scheduler and the transformer's caches, which pipelines may share; a step
+    callback of a run can't begin another with them.
     """
 
     @wraps(method)
     def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with alone_with(self.transformer):
+        with ExitStack() as taken:
+            for part in (self.transformer, self.scheduler):  # in one order: no ring of waiting
+                taken.enter_context(alone_with(part))
+                if part in _RUNNING:
+                    raise ValueError(
+                        f"this {type(part).__name__} is in a run, whose step callback can't begin "
+                        f"another with it; use a pipeline of other parts there, such as a deepcopy"
+                    )
+                _RUNNING.add(part)
+                taken.callback(_RUNNING.discard, part)
             return method(self, *args, **kwargs)
 
     return waiting
@@ -41,8 +55,13 @@ def read_guidance(
             if value is not None:
                 raise ValueError(f"{name}={value!r:.60} beside a Guidance, which has it; give one")
         return guidance
-    if guidance is None and scale is not None and scale != 1:
+    unguided = scale is None or (is_real(scale) and scale == 1)
+    if guidance is None and not unguided:
         guidance = "cfg"
+    if isinstance(guidance, str) and guidance == "none" and not unguided:
+        raise ValueError(
+            f"guidance_scale={scale!r:.60} has no effect with guidance='none'; give 'cfg' or 'ccfg'"
+        )
     if guide_budget is not None and guidance not in ("ag", "ccfg"):
         raise ValueError(
             f"guide_budget={guide_budget!r:.60} has no effect with guidance={guidance!r}; use 'ag' "
@@ -73,14 +92,14 @@ def read_generators(
         for one in each if generator is not None else ():
             if not isinstance(one, torch.Generator):
                 raise ValueError(
-                    f"generator {one!r} is not a torch.Generator; "
+                    f"generator {one!r:.60} is not a torch.Generator; "
                     f"give torch.Generator().manual_seed({one if isinstance(one, int) else 0})"
                 )
         return generator
     if generator is not None:
         raise ValueError(f"seed={seed!r:.60} beside a generator; give one")
-    seeds = [seed + i for i in range(count)] if is_whole(seed, 0) else seed
-    if not isinstance(seeds, list | tuple) or not all(is_whole(one, 0, 2**63) for one in seeds):
+    seeds = [seed + i for i in range(count)] if is_whole(seed, 0, 2**63 - count) else seed
+    if not isinstance(seeds, list | tuple) or not all(is_whole(one, 0, 2**63 - 1) for one in seeds):
         raise ValueError(
             f"seed={seed!r:.60} is not allowed; give a whole number, or a list of them"
         )
@@ -91,7 +110,7 @@ def read_generators(
 
 def repeat_each(condition: Any, times: int | None) -> dict[str, Tensor]:
     """A condition whose rows, (B, ...) each, stand `num_images_per_prompt` times in a row."""
-    if times is None or times == 1:
+    if times is None:
         return dict(condition)
     if not is_whole(times):
         raise ValueError(f"num_images_per_prompt={times!r:.60} is no positive whole number")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.loaders import SanaLoraLoaderMixin
@@ -129,7 +130,8 @@ class _Run:
         if not isinstance(changed, Mapping | None):
             raise ValueError(f"the step callback gave {changed!r:.60}; give a dict of tensors")
         check_callback(None, changed or ())
-        new = next(iter((changed or {}).values()), samples)
+        others = [value for value in (changed or {}).values() if value is not samples]
+        new = next(iter(others), samples)
         if not isinstance(new, Tensor) or (new.shape, new.dtype) != (samples.shape, samples.dtype):
             raise ValueError(
                 f"the step callback gave samples {new!r:.60}; give a tensor of shape "
@@ -142,8 +144,8 @@ def check_callback(callback: StepCallback | None, names: Iterable[str]) -> None:
     """Raise a ValueError unless a callback is one, of tensors that there are."""
     if not (callback is None or callable(callback)):
         raise ValueError(f"callback_on_step_end {callback!r:.60} is no function")
-    if not isinstance(names, Iterable) or isinstance(names, str):
-        raise ValueError(f"{names!r} are no names for the step callback; give a list of them")
+    if not isinstance(names, Sequence | Mapping) or isinstance(names, str):
+        raise ValueError(f"{names!r:.60} are no names for the step callback; give a list of them")
     for name in names:
         check_choice(name, TENSORS, "tensor", " of the step callback")
 
@@ -499,7 +501,8 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
     @staticmethod
     def _of_images(given: Any, resolve: Callable[[Any], int | None], count: int) -> Latents:
         """Latents per group of all images, or of each where they differ."""
-        if not isinstance(given, Sequence) or isinstance(given, str):
+        given = given.tolist() if isinstance(given, np.ndarray | Tensor) else given
+        if not isinstance(given, Sequence) or isinstance(given, str | bytes):
             return resolve(given)
         each = [resolve(one) for one in given]
         if len(each) != count:

@@ -29,18 +29,18 @@ def load_pipeline(name: str | os.PathLike, **kwargs: Any) -> ElasticPipeline:
         **kwargs: of `from_pretrained`.
     """
     name = typed_path(name)
-    is_text = class_name_of(name) == ElitTextPipeline.__name__
+    is_text = index_of(name).get("_class_name") == ElitTextPipeline.__name__
     # Of what is none of ours, `ElitPipeline` says so.
     return (ElitTextPipeline if is_text else ElitPipeline).from_pretrained(name, **kwargs)
 
 
-def class_name_of(name: str) -> Any:
-    """Name of the class that a folder, or a name on the hub, says it is of."""
+def index_of(name: str) -> dict[str, Any]:
+    """What the model_index.json of a folder, or of a name on the hub, says of its parts."""
     folder = check_pipeline_folder(name)
     if folder is not None:
-        return read_index(folder).get("_class_name")
+        return read_index(folder)
     try:
-        return ElasticPipeline.load_config(name).get("_class_name")
+        return ElasticPipeline.load_config(name)
     except (OSError, ValueError) as error:
         raise loading_error(name, error) from error
 

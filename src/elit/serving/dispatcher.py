@@ -89,6 +89,8 @@ class Dispatcher:
             self._count()
 
     def _check_room(self, new: Sequence[Picture]) -> None:
+        if not (self._waiting or self._running):  # never refused: coming again would not help, and
+            return  # times that were learned too long are corrected by drawing alone
         room, free = self.most_waiting - len(self._waiting), self._free()
         late = self._control.seconds_too_late([*self._waiting], new, free)
         if late <= 0 and len(new) <= room:

@@ -274,6 +274,8 @@ class _LitServer(litserve.LitServer):
     def verify_worker_status(self) -> None:
         """Wait for the first worker."""
         while WorkerSetupStatus.READY not in self.workers_setup_status.values():
+            if self._shutdown_event.is_set():
+                raise KeyboardInterrupt  # nothing was accepted yet
             for worker in self.inference_workers:
                 if not worker.is_alive():
                     raise _LostError(
@@ -281,6 +283,11 @@ class _LitServer(litserve.LitServer):
                         f"is there memory enough?"
                     )
             time.sleep(0.05)
+
+    def end(self) -> None:
+        """Stop in order, unless the process of the queues is gone."""
+        with suppress(EOFError, OSError):
+            self._shutdown_event.set()
 
     def _init_manager(self, count: int) -> Any:
         self.forks_queues = True
@@ -298,8 +305,7 @@ class _LitServer(litserve.LitServer):
 
         def watch() -> None:
             multiprocessing.connection.wait([process.sentinel for process in processes.values()])
-            with suppress(EOFError, OSError):
-                self._shutdown_event.set()
+            self.end()
 
         threading.Thread(target=watch, daemon=True).start()
         return processes
@@ -353,30 +359,36 @@ def serve(settings: Settings, announce: Callable[[Facts], None]) -> None:
 
 def _devices(name: str) -> tuple[Any, Any]:
     """LitServe's kind of device, and which of them."""
-    if name == "auto":
-        import torch  # takes seconds, and no other name needs it
+    there = []
+    if name != "cpu":
+        import torch  # takes seconds
 
         known = {"cuda": torch.cuda, "mps": torch.backends.mps}
-        name = next((n for n, module in known.items() if module.is_available()), "cpu")
+        there = [kind for kind, module in known.items() if module.is_available()]
+    name = next(iter(there), "cpu") if name == "auto" else name
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or not (number or "0").isdigit():
         raise ValueError(f"device {name!r} is unknown; use auto, cpu, cuda, cuda:1 or mps")
+    if kind not in ("cpu", *there):  # LitServe would start no worker, and wait for it
+        raise ValueError(f"device {name!r} is not usable: there is none; use auto or cpu")
     return kind, [int(number)] if number else "auto"
 
 
-def _stop_on_signals(server: litserve.LitServer) -> list[int]:
+def _stop_on_signals(server: _LitServer) -> list[int]:
     """The first SIGINT or SIGTERM stops in order, the second at once; gives those that came."""
     me, received = os.getpid(), list[int]()
 
     def stop(number: int, frame: Any) -> None:
         del frame
-        if os.getpid() != me:  # LitServe's queues, a fork: they go last
-            return
+        if os.getpid() != me:  # a fork
+            if server.forks_queues:  # LitServe's queues: they go last
+                return
+            raise SystemExit(0)  # what answers, before it does, or when it has
         received.append(number)
         if len(received) > 1 or getattr(server, "_shutdown_event", None) is None:
             raise KeyboardInterrupt
         # Not here: this thread waits for that very event, on the same connection.
-        threading.Thread(target=server._shutdown_event.set, daemon=True).start()
+        threading.Thread(target=server.end, daemon=True).start()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)

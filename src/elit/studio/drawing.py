@@ -27,8 +27,8 @@ from elit.interface.attention_maps import attention_weights
 from elit.interface.grid import TokenGrid
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.budgets import draw_batch
-from elit.pipelines.folder import OURS, loading_error
-from elit.pipelines.load import class_name_of, open_pipeline
+from elit.pipelines.folder import OURS, check_draws_images, loading_error
+from elit.pipelines.load import index_of, open_pipeline
 
 Frames = list[Image.Image]
 Reading = tuple[tuple[Tensor, Tensor], TokenGrid]  # queries and context of Read, its tokens
@@ -214,14 +214,24 @@ def open_drawer(name: str, device: str = "auto", dtype: str = "fp32") -> Drawer:
         device: "auto", or a name of torch.
         dtype: "fp32" or "bf16".
     """
-    if class_name_of(name) in OURS:
-        return ElitDrawer(open_pipeline(name, device, dtype), name)
+    index = index_of(name)
+    if index.get("_class_name") in OURS:
+        ours = open_pipeline(name, device, dtype)
+        check_draws_images(ours, name)
+        return ElitDrawer(ours, name)
     from diffusers import DiffusionPipeline
 
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
     try:
         pipeline = DiffusionPipeline.from_pretrained(name, dtype=types[dtype])
     except (OSError, ValueError, AttributeError) as error:
+        parts = [part for part, kind in index.items() if kind == [None, None]]
+        absent = [part for part in parts if f"'{part}'" in str(error)]  # others are optional
+        if absent:
+            raise ValueError(
+                f"{name} was saved without its {', '.join(absent)}; save the whole pipeline, which "
+                f"draws pictures of texts"
+            ) from error
         raise loading_error(name, error) from error
     if not hasattr(pipeline, "transformer"):
         raise ValueError(f"{name} holds a {type(pipeline).__name__}, which has no transformer")

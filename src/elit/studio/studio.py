@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from elit._choices import check_choice
-from elit._numbers import is_real, is_whole
+from elit._numbers import check_whole, is_real, is_whole
 from elit.choosing.sweep_file import SWEEP_FILE, default_home, read_sweep
 from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
 from elit.interface.budget import default_budgets, format_budget
@@ -33,7 +33,8 @@ class Studio:
 
     def __init__(self, drawer: Drawer, steps: int | None = None):
         self.drawer, self.model = drawer, drawer.model
-        self.steps = steps or DEFAULT_STEPS
+        self.steps = DEFAULT_STEPS if steps is None else steps
+        check_whole(self.steps, "steps", 1, MOST_STEPS, f"1 to {MOST_STEPS}")
         self.rows, self.ranked_by = _front(drawer.name)
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[Ask, int], Drawn] = OrderedDict()
@@ -89,7 +90,7 @@ class Studio:
 
     def strip(self, request: Any) -> list[dict[str, Any]]:
         """The same noise at each budget of the ladder."""
-        ask, _ = self.read({**request, "budget": 1.0})
+        ask, _ = self.read(request)
         cells = []
         for budget in default_budgets(self.model.min_latents, self.model.max_latents):
             n = self.model.resolve_budget(budget)
@@ -117,7 +118,7 @@ class Studio:
         if classes is None and not isinstance(what, str):
             raise ValueError(f"what={what!r:.60} is no text; give a prompt")
         for name, least, most in (("steps", 1, MOST_STEPS), ("seed", 0, 2**53)):
-            if not (is_whole(given[name], least) and given[name] <= most):
+            if not is_whole(given[name], least, most):
                 raise ValueError(f"{name}={given[name]!r:.60}; give {least} to {most}")
         if not (is_real(given["scale"]) and 0 <= given["scale"] <= 100):
             raise ValueError(f"scale={given['scale']!r:.60}; give 0 to 100, 1 is no guidance")
