@@ -240,7 +240,8 @@ def make_pipelines(folder: Path) -> list[Path]:
 def pipeline_case(draw: random.Random, folder: Path, bases: list[Path]) -> str | None:
     copy = folder / "pipeline"
     shutil.copytree(draw.choice(bases), copy)
-    file = draw.choice([path for path in sorted(copy.rglob("*")) if path.is_file()])
+    read = (".json", ".safetensors")  # not the card, nor what other programs run
+    file = draw.choice([path for path in sorted(copy.rglob("*")) if path.suffix in read])
     names = []
     if file.suffix == ".json":
         names = write_tree(draw, file, json.loads(file.read_text()))
