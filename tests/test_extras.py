@@ -64,7 +64,7 @@ def test_each_package_that_is_missing_is_told(monkeypatch, package, call, extra,
 
 
 def test_pipelines_and_their_training_need_no_extra() -> None:
-    """As after `pip install elit-diffusion` alone, where diffusers hides what needs transformers."""
+    """As after a plain install, where diffusers hides what needs transformers."""
     code = """
 import sys
 for name in ("transformers", "peft", "sentencepiece", "datasets", "litserve", "starlette"):

@@ -43,8 +43,8 @@ library_name: diffusers
 
 ## Use
 
-`"."` is this folder: from elsewhere give its path, or its name on the hub. All of it needs elit, whose
-distribution is called `elit-diffusion`: PyPI's `elit` is another project.
+`"."` is this folder: from elsewhere give its path, or its name on the hub. All of it needs elit,
+whose distribution is called `elit-diffusion`: PyPI's `elit` is another project.
 
 With elit:
 
