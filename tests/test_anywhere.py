@@ -63,7 +63,7 @@ sys.modules["elit.models.dit"] = None  # as where there is no elit, or another
 try:
     DiffusionPipeline.from_pretrained("classes", **TRUSTED)
 except ImportError as error:
-    assert str(error).startswith("this pipeline needs elit: pip install -U elit-diffusion (")
+    assert str(error).startswith("this pipeline needs elit, by its distribution elit-diffusion (")
 else:
     raise AssertionError
 """

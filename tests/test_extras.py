@@ -2,6 +2,7 @@
 
 import ast
 import runpy
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -62,6 +63,17 @@ def test_each_package_that_is_missing_is_told(monkeypatch, package, call, extra,
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf"^{who}.*-e '\.\[{extra}\]'"):
         call()
+
+
+def test_pipelines_and_their_training_need_no_extra() -> None:
+    """As after a plain install, where diffusers hides what needs transformers."""
+    code = """
+import sys
+for name in ("transformers", "peft", "sentencepiece", "datasets", "litserve", "starlette"):
+    sys.modules[name] = None
+import elit.studio.drawing, elit.training.quickstart
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_mp4_without_its_encoder(monkeypatch) -> None:

@@ -72,6 +72,15 @@ def test_the_cost_is_that_of_the_calls(studio: Studio) -> None:
     assert answer["ms"] > 0 < answer["full_ms"]
 
 
+def test_ms_are_the_least_of_the_same_work() -> None:
+    studio = Studio(ElitDrawer(elastic_pipeline(), "tiny"), steps=2)
+    ms = [studio.draw({"what": seed, "seed": seed, "budget": 0.5})["ms"] for seed in range(4)]
+    assert ms == sorted(ms, reverse=True)
+    again = studio.draw({"what": 0, "budget": 0.5})
+    assert again["ms"] == ms[-1]
+    assert studio.draw({"what": 0, "budget": 0.5, "steps": 50})["ms"] > ms[-1]
+
+
 def test_the_strip_has_each_budget_once(studio: Studio) -> None:
     cells = studio.strip({"what": 0})
     assert [cell["num_latents"] for cell in cells] == [16, 8, 4, 2, 1]
@@ -230,6 +239,15 @@ def test_the_slider_changes_picture_and_cost(address: str) -> None:
         assert low_image != image == page.get_attribute("#full", "src")
         assert float(low_cost or "nan") < float(cost or "nan")
         page.wait_for_selector("#strip figure:nth-child(5)")
+        for name, told in (("seed", "seed=None"), ("class", "what=None")):
+            page.fill(f"#{name}", "")  # an empty field is no 0
+            page.keyboard.press("Tab")
+            page.wait_for_function(
+                f"document.querySelector('#error').textContent.includes('{told}')"
+            )
+            page.fill(f"#{name}", "1")
+            page.keyboard.press("Tab")
+            page.wait_for_function("document.querySelector('#error').textContent === ''")
         page.fill("#class", "77")  # a mistake is told, and the page goes on
         page.keyboard.press("Tab")
         page.wait_for_function("document.querySelector('#error').textContent.includes('0..4')")

@@ -19,7 +19,7 @@ try:
         importlib.import_module(name)
     Pipeline = getattr(importlib.import_module({home!r}), {name!r})
 except (ImportError, AttributeError) as error:
-    advice = f"this pipeline needs elit: pip install -U elit-diffusion ({{error}})"
+    advice = f"this pipeline needs elit, by its distribution elit-diffusion ({{error}})"
     raise ImportError(advice) from error
 
 
@@ -43,8 +43,8 @@ library_name: diffusers
 
 ## Use
 
-`"."` is this folder: from elsewhere give its path, or its name on the hub. All of it needs elit:
-`pip install elit-diffusion`.
+`"."` is this folder: from elsewhere give its path, or its name on the hub. All of it needs elit,
+whose distribution is called `elit-diffusion`: PyPI's `elit` is another project.
 
 With elit:
 
@@ -52,7 +52,7 @@ With elit:
 {elit}
 ```
 
-With diffusers alone, which runs this folder's `pipeline.py`:
+By diffusers' name, which runs this folder's `pipeline.py`:
 
 ```python
 from diffusers import DiffusionPipeline

@@ -1,6 +1,7 @@
 """`elit studio`: a page with a slider for the budget."""
 
 import argparse
+import sys
 
 from elit._extras import missing
 from elit.cli.common import check_address, check_run, url_of
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from elit.studio.drawing import open_drawer
     from elit.studio.studio import Studio
 
+    print(f"loading {args.run}", file=sys.stderr, flush=True)
     with quiet_diffusers():
         drawer = open_drawer(args.run, args.device, args.dtype)
     studio = Studio(drawer, args.steps)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
-from diffusers.loaders import SanaLoraLoaderMixin
+from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin  # its package wants transformers
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from safetensors import SafetensorError

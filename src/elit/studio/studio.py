@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ class Studio:
         self.rows, self.ranked_by = _front(drawer.name)
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[Ask, int], Drawn] = OrderedDict()
+        self._least: dict[tuple[Ask, int, float], float] = {}  # ms, of pictures of the same work
 
     def about(self) -> dict[str, Any]:
         """What the page has to know once."""
@@ -136,14 +138,17 @@ class Studio:
         return Ask(**given), num_latents
 
     def _drawn(self, ask: Ask, num_latents: int) -> Drawn:
-        """A picture, kept since it was drawn last, or drawn now."""
+        """A picture, kept since it was drawn last, or drawn now; its ms are the least so far."""
         key = ask, num_latents
         if key not in self._kept:
             self._kept[key] = self.drawer.draw(ask, num_latents)
             if len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
-        return self._kept[key]
+        one = self._kept[key]
+        work = replace(ask, what="", seed=0), num_latents, one.gflops
+        self._least[work] = min(one.ms, self._least.get(work, one.ms))
+        return replace(one, ms=self._least[work])
 
 
 def encode(frames: Frames) -> str:
