@@ -37,9 +37,7 @@ def test_it_is_made_in_one_place_of_extras_that_exist() -> None:
     named = []
     for path in SOURCES:
         text = path.read_text()
-        # `_portable.py` has a file for programs that may have no elit at all.
-        told = path.name in ("_extras.py", "_portable.py")
-        assert told or "pip install" not in text, path
+        assert path.name == "_extras.py" or "pip install" not in text, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "missing":
                 named.append(node.args[1].value)
