@@ -30,7 +30,7 @@ TIERS = [
     {"cost"},
     {"pipelines"},
     {"choosing", "preparation", "viz"},
-    {"evaluation", "inspection", "interop"},
+    {"evaluation", "exporting", "inspection", "interop"},
     {"training"},  # above them all: it draws sample sheets and scores them as it goes
     {"studio"},  # draws for a person, and shows where Read looks
     {"reproduce"},  # trains and measures many models, and draws what came of it

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from elit._extras import missing
 
@@ -56,8 +56,9 @@ def write_program(
 
     with _quiet():
         if name == "onnx":
-            names = {"input_names": inputs, "output_names": ["velocity"]}
-            written = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+            written = torch.onnx.export(
+                program, verbose=False, input_names=inputs, output_names=["velocity"]
+            )
             assert written is not None
             written.save(path)  # weights of 2 GB and more go into a second file
         elif name == "aoti":
