@@ -24,10 +24,9 @@ def load(file, about):
     is_aoti, package = about["format"] == "aoti", torch._inductor
     run = package.aoti_load_package(file) if is_aoti else torch.export.load(file).module()
     types = [getattr(torch, entry["dtype"]) for entry in about["inputs"]]
-    torch.set_grad_enabled(False)
-    return lambda *arrays: run(*(
+    return torch.no_grad()(lambda *arrays: run(*(
         torch.tensor(a).to(about["device"], t) for a, t in zip(arrays, types, strict=True)
-    )).float().cpu().numpy()  # fmt: skip
+    )).float().cpu().numpy())  # fmt: skip
 
 
 def sample(velocity, about, x, what, null, budget=1, steps=None, scale=1, guide_budget=None):

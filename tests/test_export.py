@@ -74,7 +74,7 @@ runpy.run_path({str(RUNNER)!r}, run_name="__main__")
         [2, 0, 1], 0.3, 4, CheapCFG(3.0, 0.1), noise=torch.from_numpy(noise),
         output_type="latent", return_dict=False,
     )  # fmt: skip
-    np.testing.assert_allclose(np.load(tmp_path / "samples.npy"), wanted, atol=1e-5)
+    np.testing.assert_allclose(np.load(tmp_path / "samples.npy"), wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
@@ -94,7 +94,6 @@ def test_a_text_of_any_length_and_its_padding(tmp_path) -> None:
     assert what[0].shape[1] < pipe.transformer.config.max_text_length
     runner = runpy.run_path(str(RUNNER))
     velocity = runner["load"](tmp_path / manifest["file"], manifest)
-    torch.set_grad_enabled(True)
     noise = torch.randn(2, 1, 16, 16)
     got = runner["sample"](velocity, manifest, noise.numpy(), what, nothing, 0.5, 3, 2.0, 0.25)
     embeds, guidance = (condition, null), CheapCFG(2.0, 0.25)
@@ -139,17 +138,17 @@ def test_it_tells_the_autoencoders_numbers(tmp_path) -> None:
     manifest = export(pipe, "torch-export", tmp_path)
     decoding = manifest["decoding"]
     assert decoding["class"] == "AutoencoderKL"
-    assert (decoding["scale"], decoding["shift"]) == ((pipe.vae.config.scaling_factor,), (0.0,))
+    assert (decoding["scale"], decoding["shift"]) == ((0.5,), (0.25,))
     assert manifest["levels"] == pytest.approx([1 - i / 40 for i in range(41)])  # each once
 
 
 @pytest.mark.parametrize(("words", "text"), [
-    (["--format", "onxx"], "unknown format 'onxx'; did you mean 'onnx'?"),
+    (["--format", "onxx"], "unknown format 'onxx': use one of 'onnx', 'aoti', 'torch-export'; did"),
     ([], "--format"),
     (["--format", "onnx", "--dtype", "bf16"], "onnx on auto in bf16 is not made here; leave"),
     (["--format", "onnx", "--device", "cuda"], "onnx on cuda in fp32 is not made here; leave"),
     (["--format", "aoti", "--out", "run/model_index.json"], "is not a folder; choose another"),
-    (["--format", "torch-export", "--size", "7", "8"], "7"),
+    (["--format", "torch-export", "--size", "7", "8"], "7 is not a multiple of 4"),
 ])  # fmt: skip
 def test_mistakes(words, text, tmp_path, capsys, monkeypatch) -> None:
     pipeline_of(tiny_elastic(in_channels=1)).save_pretrained(tmp_path / "run")
@@ -162,7 +161,7 @@ def test_mistakes(words, text, tmp_path, capsys, monkeypatch) -> None:
 
 
 def test_aoti_needs_a_compiler(monkeypatch) -> None:
-    from torch._inductor import config, cpp_builder
+    from torch._inductor import config
 
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     with pytest.raises(ValueError, match=r"--format aoti needs a C\+\+ compiler; install g\+\+"):

@@ -43,6 +43,7 @@ class VelocityOf(nn.Module):
     def __init__(self, model: Any, size: Sequence[int]):
         super().__init__()
         self.model, self.size = model, tuple(size)
+        self.grid = model.geometry.grid(self.size)  # or a ValueError
         self.shapes: dict[str, tuple[int | str, ...]] = {
             "samples": ("batch", model.in_channels, *size), "sigma": ("batch",)
         }  # fmt: skip
@@ -79,11 +80,11 @@ class VelocityOf(nn.Module):
 
     def program(self) -> ExportedProgram:
         """The function, traced by torch.export for all lengths of its axes."""
-        most = {"latents": self.model.max_latents, "batch": None}
-        if self.model.takes_text:
-            most["words"] = self.model.config.max_text_length
-        # An axis that can have but one length is none that differs.
-        dims = {name: Dim(name, min=1, max=most[name]) for name in most if most[name] != 1}
+        words = self.model.config.max_text_length if self.model.takes_text else 0
+        dims = {"batch": Dim("batch", min=1)}
+        for name, most in {"latents": self.model.max_latents, "words": words}.items():
+            if most > 1:  # else it can have but one length, or is not there
+                dims[name] = Dim(name, min=1, max=most)
         axes = tuple(
             {i: dims[axis] for i, axis in enumerate(shape) if axis in dims}
             for shape in self.shapes.values()
@@ -188,8 +189,7 @@ def _manifest(pipeline: Any, velocity: VelocityOf, form: str, steps: int) -> dic
     """What a program must know to draw with the file, in plain types."""
     model, vae = pipeline.transformer, pipeline.vae
     config = model.config
-    tokens = model.geometry.grid(velocity.size).num_tokens
-    levels = start_sampling(pipeline.scheduler, steps, "cpu", num_tokens=tokens)
+    levels = start_sampling(pipeline.scheduler, steps, "cpu", num_tokens=velocity.grid.num_tokens)
     example = velocity.example(1, model.max_latents or None)
     inputs = [
         {"name": name, "shape": list(shape), "dtype": str(value.dtype).removeprefix("torch.")}
