@@ -30,7 +30,7 @@ TIERS = [
     {"cost"},
     {"pipelines"},
     {"choosing", "preparation", "viz"},
-    {"evaluation", "inspection", "interop", "serving"},
+    {"evaluation", "exporting", "inspection", "interop", "serving"},
     {"scheduling"},
     {"training"},  # above them all: it draws sample sheets and scores them as it goes
     {"studio"},  # draws for a person, and shows where Read looks

@@ -162,6 +162,7 @@ SURFACE = {
     "inspect": "run --variant --images --draws --sigma --budget --steps --data --split "
     "--batch-size --seed --device --out --json",
     "studio": "run --steps --host --port --device --dtype",
+    "export": "run --variant --format --steps --size --frames --device --dtype --out --json",
     "convert": "format file out --weights --encoder-depth --decoder-depth --num-heads --vae --json",
     "reproduce": "--scale --data --out --claims --workers --seeds --json",
     "flops": "model --resolution --frames --budgets --text-tokens --json",

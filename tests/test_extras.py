@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from elit._extras import missing
+from elit.exporting.formats import check_format
 from elit.networks.encoders import load_dinov2
 from elit.pipelines.text_encoder import encoder_settings
 from elit.preparation.images import _by_ffmpeg
@@ -41,15 +42,16 @@ def test_it_is_made_in_one_place_of_extras_that_exist() -> None:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "missing":
                 named.append(node.args[1].value)
-    assert len(named) == 9
+    assert len(named) == 10
     assert set(named) == {
-        "lora", "prepare", "serve", "studio", "tensorboard", "text", "video", "wandb"
+        "export", "lora", "prepare", "serve", "studio", "tensorboard", "text", "video", "wandb"
     }  # fmt: skip
     assert set(named) <= set(extras)
 
 
 @pytest.mark.parametrize(("package", "call", "extra", "who"), [
     ("datasets", datasets_module, "prepare", "preparing data needs Hugging Face datasets"),
+    ("onnxruntime", lambda: check_format("onnx", "auto", "fp32"), "export", "--format onnx needs"),
     ("imageio_ffmpeg", lambda: _by_ffmpeg(b"", None), "video", "videos need imageio-ffmpeg"),
     ("transformers", lambda: encoder_settings("a"), "text", "the text encoder 'a' needs"),
     ("transformers", lambda: load_dinov2("a"), "text", "the feature network .* needs"),

@@ -70,7 +70,8 @@ class TokenGrid:
     def latent_places(self, num_latents: int, device: torch.device | str | None = None) -> Tensor:
         """Place of every latent, (G * num_latents, axes): the centre of its group."""
         places = self.token_places(device).unflatten(0, (self.num_groups, -1))  # (G, P, axes)
-        return places.mean(1).repeat_interleave(num_latents, dim=0)
+        # What repeat_interleave would give, which ONNX cannot by a number that is not known yet.
+        return places.mean(1, keepdim=True).expand(-1, num_latents, -1).flatten(0, 1)
 
     def axes(self, patch_size: tuple[int, ...]) -> tuple[str, str, str, dict[str, int]]:
         """Names of axes for einops, of an input, its tokens and a patch, and their lengths.

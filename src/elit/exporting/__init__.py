@@ -1,0 +1,1 @@
+"""A trained model as one file that another program runs, at any budget, without elit."""
