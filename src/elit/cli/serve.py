@@ -1,7 +1,6 @@
 """`elit serve`: pictures over HTTP; a latency is held by lowering budgets."""
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from elit._extras import missing
@@ -63,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
         args.steps, args.guidance, args.scale, args.guide_budget, args.sampler, args.device,
         args.dtype, args.variant,
     )  # fmt: skip
-    print(f"loading {args.run}, and timing its budgets", file=sys.stderr, flush=True)
     serve(settings, lambda facts: _announce(settings, facts))
     return 0
 

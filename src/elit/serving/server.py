@@ -321,6 +321,7 @@ def serve(settings: Settings, announce: Callable[[Facts], None]) -> None:
     spec = _Spec(settings, announce)
     api = _Api(settings, spec)
     kind, devices = _devices(settings.device)
+    logger.info("loading %s, and timing its budgets", settings.run)
     server = _LitServer(
         api, kind, devices, timeout=False, restart_workers=True, disable_openapi_url=True
     )
