@@ -84,6 +84,7 @@ def test_every_model_in_every_format(name, form, tmp_path) -> None:
     assert max(row["difference"] for row in rows) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_text_of_any_length_and_its_padding(tmp_path) -> None:
     pipe = pipeline_of(randomise(create_model("elit-mmdit-tiny/2"), std=0.05))
     manifest = export(pipe, "torch-export", tmp_path)
@@ -104,6 +105,7 @@ def test_a_text_of_any_length_and_its_padding(tmp_path) -> None:
     np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_plain_model_and_one_of_a_single_latent(tmp_path) -> None:
     """There the number of latents is no input, or a constant."""
     manifest = export(pipeline_of(tiny_dit()), "torch-export", tmp_path)
@@ -113,12 +115,14 @@ def test_a_plain_model_and_one_of_a_single_latent(tmp_path) -> None:
     assert [row["num_latents"] for row in manifest["checks"]] == [1] * 3
 
 
+@pytest.mark.slow
 def test_another_size_of_input(tmp_path) -> None:
     manifest = export(pipeline_of(tiny_elastic()), "torch-export", tmp_path, (8, 16), steps=3)
     assert manifest["inputs"][0]["shape"] == ["batch", 2, 8, 16]
     assert manifest["levels"] == pytest.approx([1, 2 / 3, 1 / 3, 0])
 
 
+@pytest.mark.slow
 def test_bf16(tmp_path) -> None:
     manifest = export(pipeline_of(tiny_elastic().bfloat16()), "torch-export", tmp_path)
     types = {entry["name"]: entry["dtype"] for entry in manifest["inputs"]}
