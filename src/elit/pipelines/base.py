@@ -429,6 +429,11 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         They are one number, or one for each of `count` images.
         """
         model = self.transformer
+        if isinstance(budget, str) and budget in ("auto", "schedule"):
+            raise ValueError(
+                f"a pipeline chooses no budget, so budget={budget!r} is none; elit.choose and "
+                f"elit.load_schedule do, whose arguments() go into the call"
+            )
         choices = {
             "budget": None if is_real(budget) and budget == 1 else budget,
             "num_latents": num_latents,
