@@ -104,10 +104,18 @@ CASES = {
         DiT, CLIP_GROUPS, (2, 8, 4), MORE | {"sample_size": (2, 4, 4), "group": (1, 2, 2)}
     ),
     "uvit": Case(UViT, SKIPS, (4, 12), PLAIN),
+    "uvit-3d": Case(UViT, CLIP, (2, 8, 4), PLAIN | {"sample_size": (2, 4, 4), "depth": 3}),
     "elit-uvit": Case(
         UViT, FLAT | {"depth": 5}, (4, 12), MORE | {"patch_size": 2, "group": 2, "depth": 6}
     ),
+    "elit-uvit-wide": Case(UViT, WIDE, (6, 6), MORE | {"group": (1, 2), "tail": 1}),
+    "elit-uvit-3d": Case(
+        UViT, CLIP_GROUPS, (2, 8, 4), MORE | {"sample_size": (2, 4, 4), "group": (1, 2, 2)}
+    ),
     "hdit": Case(HDiT, HOURGLASS, (4, 12), PLAIN | HOURGLASS_CHANGES),
+    "hdit-3d": Case(
+        HDiT, HOURGLASS_3D, (2, 8, 4), PLAIN | HOURGLASS_CHANGES | CLIP_CHANGES
+    ),
     "elit-hdit": Case(
         HDiT, HOURGLASS | {"group": 2}, (4, 12), MORE | HOURGLASS_CHANGES | {"group": (1, 2)}
     ),
@@ -138,8 +146,8 @@ CASES = {
 }  # fmt: skip
 # Of these, another row shows nearly as much in less time: `pytest -m slow` runs them.
 SLOW = {
-    "dit-3d", "elit-dit-wide", "uvit", "elit-hdit-3d", "mmdit", "mmdit-words", "elit-mmdit-words",
-    "elit-mmdit-3d", "elit-sit-wide",
+    "dit-3d", "elit-dit-wide", "uvit", "uvit-3d", "elit-uvit-wide", "elit-uvit-3d", "hdit-3d",
+    "elit-hdit-3d", "mmdit", "mmdit-words", "elit-mmdit-words", "elit-mmdit-3d", "elit-sit-wide",
 }  # fmt: skip
 
 

@@ -317,6 +317,25 @@ def test_every_ode_sampler_turns_noise_into_gaussian_data(sampler: str, error: f
     torch.testing.assert_close(out, MEAN + STD * x, atol=error, rtol=0)
 
 
+@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_convergence(sampler: str, order: int) -> None:
+    x = torch.linspace(-3, 3, 13)[:, None]
+    exact = MEAN + STD * x
+    errors = [(sample(sampler, gaussian_velocity, x, n) - exact).norm() for n in (10, 20, 40, 80)]
+    orders = [math.log2(before / after) for before, after in pairwise(errors)]
+    assert orders[-1] == pytest.approx(order, abs=0.15)
+
+
+def test_own_heun_is_diffusers_heun_on_the_same_levels() -> None:
+    theirs = diffusers.FlowMatchHeunDiscreteScheduler()
+    x = torch.linspace(-3, 3, 13)[:, None]
+    levels = start_sampling(theirs, 10, "cpu")
+    expected = sample(theirs, gaussian_velocity, x, 10)
+    grid = [levels[0], *levels[1::2]]
+    ours = sample(FlowMatchUniformHeunScheduler(), gaussian_velocity, x, 10, sigmas=grid)
+    torch.testing.assert_close(ours, expected)
+
+
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 FLUX = {"shift": 3.0, "use_dynamic_shifting": True}
 LTX = {

@@ -135,6 +135,13 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, state, place, 
     assert mark.exists()
 
 
+@pytest.mark.parametrize("function", [eval, getattr, __import__], ids=lambda f: f.__name__)
+def test_no_function_of_python_is_called(tmp_path, function) -> None:
+    file = tmp_path / "evil.pt"
+    torch.save({"ema": {}, "args": Call(function, "1")}, file)
+    refuses(rf"wants {function.__name__} called to be read", from_official_checkpoint, file)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
 def test_a_truncated_file(tmp_path, file, share) -> None:
     cut = tmp_path / "cut.pt"
