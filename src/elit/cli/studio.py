@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from elit.studio.drawing import open_drawer
     from elit.studio.studio import Studio
 
-    print(f"loading {args.run}", file=sys.stderr, flush=True)
+    print(f"elit: loading {args.run}", file=sys.stderr, flush=True)
     with quiet_diffusers():
         drawer = open_drawer(args.run, args.device, args.dtype)
     studio = Studio(drawer, args.steps)
