@@ -183,5 +183,6 @@ def open_pipeline(args: argparse.Namespace, local_rank: int = 0) -> "ElasticPipe
 
     with quiet_diffusers():
         return load.open_pipeline(
-            args.run, args.device, args.dtype, args.variant, args.sampler, local_rank
-        )
+            args.run, args.device, args.dtype, args.variant, args.sampler, local_rank,
+            getattr(args, "shift", None),  # of commands that draw
+        )  # fmt: skip

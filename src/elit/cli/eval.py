@@ -117,7 +117,7 @@ def add_evaluation_flags(parser: Parser, samples: int) -> None:
         default=samples)  # fmt: skip
     add("prompts", "file of texts, one a line (default: the reference's)", typed_path, "FILE",
         nargs=None)  # fmt: skip
-    add("sampler interval seed size frames")
+    add("sampler shift interval seed size frames")
     add("batch-size", default=50)
     add("device dtype")
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from elit._choices import check_choice, nearest
 from elit._files import typed_path
+from elit.flow.shift import DIMENSION, Shift, check_shift
 from elit.flow.words import DEFAULT_SCALE, GUIDANCES, SAMPLERS
 
 # As a budget: what `elit sweep` found best within a cap, what `elit schedule` plans within it.
@@ -175,6 +176,13 @@ def budget(text: str) -> float:
     return value
 
 
+def shift(text: str) -> Shift:
+    """A number, or the word of what it follows from."""
+    value: Shift = DIMENSION if text == DIMENSION else as_number(text)
+    check_shift(value)
+    return value
+
+
 # ---- flags that several commands share ----
 
 
@@ -205,6 +213,10 @@ FLAGS: dict[str, dict[str, Any]] = {
         "noise levels between which guidance acts (default: 0 1)", number, ("LOW", "HIGH"), nargs=2
     ),
     "sampler": _flag("sampler: {} (default: the one saved in RUN)", OneOf(SAMPLERS, "sampler")),
+    "shift": _flag(
+        "shift of the sampler's noise levels, a number or dimension: sqrt(m / 4096) of m numbers "
+        "(default: the one saved in RUN)", shift, "S",
+    ),
     "seed": _flag("seed of the first image", WholeNumber(0, 2**63 - 1), default=0),
     "size": _flag(f"height and width in pixels {_MADE_FOR}", WholeNumber(), ("H", "W"), nargs=2),
     "frames": _flag(f"frames of a clip {_MADE_FOR}", WholeNumber()),

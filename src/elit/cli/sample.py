@@ -50,7 +50,7 @@ def add_arguments(parser: Parser) -> None:
     add("max-ms", "cap on an image's milliseconds on this device, drawn --batch-size at a time, "
         "for `--budget auto` and schedule", number, "MS")  # fmt: skip
     add("steps", f"steps of the sampler (default: {DEFAULT_STEPS})")
-    add("guidance scale guide-budget interval sampler")
+    add("guidance scale guide-budget interval sampler shift")
     add("teacache", "skip steps at which less changes than this, such as 0.1; needs "
         "`elit calibrate RUN`", number, "THRESHOLD")  # fmt: skip
     add("seed size frames")
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {
         "run": args.run,
         "weights": weights_digest(Path(args.run)),
-        **({} if args.variant is None else {"variant": args.variant}),
+        **{k: x for k in ("variant", "shift") if (x := getattr(args, k)) is not None},
         "prompts" if model.takes_text else "labels": what,
         **({"negative_prompt": args.negative_prompt} if model.takes_text else {}),
         **{key: getattr(args, key) for key in _SETTINGS},

@@ -1,6 +1,7 @@
 """A pipeline's transformer as a file, with a manifest that tells all else that drawing needs."""
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -189,7 +190,10 @@ def _manifest(pipeline: Any, velocity: VelocityOf, form: str, steps: int) -> dic
     """What a program must know to draw with the file, in plain types."""
     model, vae = pipeline.transformer, pipeline.vae
     config = model.config
-    levels = start_sampling(pipeline.scheduler, steps, "cpu", num_tokens=velocity.grid.num_tokens)
+    levels = start_sampling(
+        pipeline.scheduler, steps, "cpu", None, velocity.grid.num_tokens,
+        model.in_channels * math.prod(velocity.size),
+    )  # fmt: skip
     example = velocity.example(1, model.max_latents or None)
     inputs = [
         {"name": name, "shape": list(shape), "dtype": str(value.dtype).removeprefix("torch.")}

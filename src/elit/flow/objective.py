@@ -1,12 +1,14 @@
 """The training objective of rectified flow."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from elit.flow.shift import Shift, check_shift, shift_at, shifted
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,13 @@ class SigmaDensity:
         name: "logit_normal", sigmoid of a normal variable (paper), or "uniform".
         mean: mean of the logit; above 0 leans towards noise.
         std: standard deviation of the logit.
+        shift: of the levels drawn, 1 for none.
     """
 
     name: Literal["logit_normal", "uniform"] = "logit_normal"
     mean: float = 0.0
     std: float = 1.0
+    shift: Shift = 1.0
 
     def __post_init__(self) -> None:
         if self.name not in ("logit_normal", "uniform"):
@@ -37,13 +41,19 @@ class SigmaDensity:
                 f"the mean is finite and the std is positive, 0 and 1 are usual"
             )
 
+        check_shift(self.shift)
+
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw noise levels (count,) in [0, 1] on the generator's device."""
+        """Draw noise levels (count,) in [0, 1] on the generator's device, to be `shifted`."""
         from diffusers.training_utils import compute_density_for_timestep_sampling
 
         return compute_density_for_timestep_sampling(
             self.name, count, self.mean, self.std, device=generator.device, generator=generator
         )
+
+    def shifted(self, sigma: Tensor, shape: Sequence[int]) -> Tensor:
+        """Noise levels that were drawn, shifted for samples of a shape."""
+        return shifted(sigma, shift_at(self.shift, math.prod(shape)))
 
 
 def interpolate(data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

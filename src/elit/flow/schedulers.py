@@ -19,10 +19,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from elit._choices import check_choice
+from elit._config import leave_out_defaults
 from elit._devices import wide
 from elit._numbers import is_whole
 from elit.flow.sampling import Generators, levels_of
 from elit.flow.sampling import sample as run_sampler
+from elit.flow.shift import DIMENSION, Shift, check_shift, shift_at, shifted
 from elit.flow.words import SAMPLERS
 
 
@@ -42,7 +44,8 @@ def _grid(
 class FlowMatchUniformEulerScheduler(SchedulerMixin, ConfigMixin):
     """Euler's method on a uniform grid, as diffusers' but for rounding: see `any_dtype`.
 
-    Its steps are counted, not looked up by their timestep.
+    Its steps are counted, not looked up by their timestep. Like diffusers' it shifts its levels by
+    `shift`, or with `use_dynamic_shifting` by exp(mu).
     """
 
     order = 1
@@ -50,17 +53,32 @@ class FlowMatchUniformEulerScheduler(SchedulerMixin, ConfigMixin):
     last_sigma = 0.0
 
     @register_to_config
-    def __init__(self, num_train_timesteps: int = 1000):
-        self.set_timesteps(num_train_timesteps)
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+    ):
+        self._begin(num_train_timesteps, shift, use_dynamic_shifting)
+
+    def _begin(self, num_train_timesteps: int, shift: float, is_dynamic: bool) -> None:
+        self.shift, self.is_dynamic = shift, is_dynamic
+        leave_out_defaults(self, shift=1.0, use_dynamic_shifting=False)
+        self.set_timesteps(num_train_timesteps, mu=0.0)
 
     def set_timesteps(
         self,
         num_inference_steps: int,
         device: torch.device | str | None = None,
         sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
     ) -> None:
-        """Begin a run of `num_inference_steps` steps, or along the levels `sigmas`."""
-        self.levels = self._visited(_grid(num_inference_steps, sigmas, self.last_sigma))
+        """Begin a run of `num_inference_steps` steps, or along the levels `sigmas`, shifted."""
+        if self.is_dynamic and mu is None:
+            raise ValueError("this scheduler shifts its levels by exp(mu): give mu")
+        shift = math.exp(mu) if self.is_dynamic and mu is not None else self.shift
+        grid = _grid(num_inference_steps, sigmas, self.last_sigma)
+        self.levels = self._visited([shifted(level, shift) for level in grid])
         self.sigmas = torch.tensor(self.levels)
         self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
         self._index = 0
@@ -134,15 +152,21 @@ class FlowMatchEulerMaruyamaScheduler(FlowMatchUniformEulerScheduler):
         path: the path that the model learned: "linear", x = (1 - sigma) data + sigma noise, or
             "cosine", x = cos(a) data + sin(a) noise with a = pi sigma / 2. On that the score is
             -(2 / pi) cot(a) v - x.
+        shift, use_dynamic_shifting: of the levels, `last_sigma` included.
     """
 
     @register_to_config
     def __init__(
-        self, num_train_timesteps: int = 1000, last_sigma: float = 0.04, path: str = "linear"
+        self,
+        num_train_timesteps: int = 1000,
+        last_sigma: float = 0.04,
+        path: str = "linear",
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
     ):
         check_choice(path, PATHS, "path")
         self.last_sigma, self.path = last_sigma, path
-        self.set_timesteps(num_train_timesteps)
+        self._begin(num_train_timesteps, shift, use_dynamic_shifting)
 
     def _advanced(
         self, sample: Tensor, velocity: Tensor, at: float, to: float, generator: Generators
@@ -170,9 +194,15 @@ def _noise_like(sample: Tensor, generator: Generators) -> Tensor:
     return noise.to(sample.dtype).to(sample.device)
 
 
-def make_scheduler(sampler: str) -> SchedulerMixin:
-    """Scheduler of a sampler's name, one of SAMPLERS, on a flow without time shift."""
+def make_scheduler(sampler: str, shift: Shift = 1.0) -> SchedulerMixin:
+    """Scheduler of a sampler's name, one of SAMPLERS, that shifts its levels."""
     check_choice(sampler, SAMPLERS, "sampler")
+    check_shift(shift)
+    scheduler = _unshifted(sampler)
+    return scheduler if shift == 1 else with_shift(scheduler, shift)
+
+
+def _unshifted(sampler: str) -> SchedulerMixin:
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     match sampler:
         case "euler":
@@ -186,12 +216,39 @@ def make_scheduler(sampler: str) -> SchedulerMixin:
     return diffusers.DPMSolverMultistepScheduler(**flow)
 
 
+SHIFTED_BY = "_shifted_by"  # in a scheduler's config: what its mu follows from, if no line does
+
+
+def with_shift(scheduler: SchedulerMixin, shift: Shift) -> SchedulerMixin:
+    """A scheduler of the same settings but for its shift."""
+    check_shift(shift)
+    known = inspect.signature(type(scheduler)).parameters
+    number = "shift" if "shift" in known else "flow_shift"
+    if not {number, "use_dynamic_shifting"} <= known.keys():
+        raise ValueError(
+            f"a {type(scheduler).__name__} takes no shift; use make_scheduler with one of "
+            f"{', '.join(SAMPLERS)}"
+        )
+    other = number, "time_shift_type"
+    kept = {k: x for k, x in scheduler.config.items() if k[0] != "_" and k not in other}
+    kept["use_dynamic_shifting"] = shift == DIMENSION
+    kept[SHIFTED_BY if shift == DIMENSION else number] = shift
+    return type(scheduler).from_config(kept)
+
+
+def shift_of(scheduler: SchedulerMixin) -> Shift:
+    """The shift that a scheduler was made with; of a line through two points it is 1."""
+    config = scheduler.config
+    return config.get(SHIFTED_BY) or config.get("shift", config.get("flow_shift", 1.0))
+
+
 def start_sampling(
     scheduler: SchedulerMixin,
     num_inference_steps: int,
     device: torch.device | str,
     sigmas: Sequence[float] | None = None,
     num_tokens: int | None = None,
+    dimension: int | None = None,
 ) -> list[float]:
     """Set the steps of a run and give the noise level of each call of the model.
 
@@ -201,15 +258,17 @@ def start_sampling(
         device: of the samples.
         sigmas: noise levels, before any shift of the scheduler's.
         num_tokens: of one sample, for a scheduler that shifts its levels by them.
+        dimension: numbers of one sample, channels times places, likewise.
     """
     _check_steps(num_inference_steps)
     levels = None if sigmas is None else _check_sigmas(sigmas)
+    mu = _mu(scheduler.config, num_tokens, dimension)
     if isinstance(scheduler, FlowMatchUniformEulerScheduler):
         steps = num_inference_steps if levels is None else len(levels)
-        scheduler.set_timesteps(steps, device=device, sigmas=levels)
+        scheduler.set_timesteps(steps, device=device, sigmas=levels, mu=mu)
         return levels_of(scheduler)
-    _check_scheduler(scheduler, num_inference_steps, num_tokens)
-    return _set_levels(scheduler, num_inference_steps, device, levels, num_tokens)
+    _check_scheduler(scheduler, num_inference_steps, mu)
+    return _set_levels(scheduler, num_inference_steps, device, levels, mu)
 
 
 def _set_levels(
@@ -217,7 +276,7 @@ def _set_levels(
     steps: int,
     device: torch.device | str,
     sigmas: np.ndarray | None,
-    num_tokens: int | None,
+    mu: float | None,
 ) -> list[float]:
     """Set the steps of a scheduler of diffusers, as its pipelines do, and give their levels."""
     config = scheduler.config
@@ -232,8 +291,8 @@ def _set_levels(
     elif isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
         # Its own grid would end at sigma 0.001.
         settings = {"sigmas": np.asarray(_grid(steps, None)[:-1], dtype=np.float32)}
-    if config.get("use_dynamic_shifting"):
-        settings["mu"] = _mu(config, num_tokens)
+    if mu is not None:
+        settings["mu"] = mu
     terminal = config.get("shift_terminal")
     if terminal and steps == 1:  # there is nothing to stretch until the last level is there
         scheduler.register_to_config(shift_terminal=None)
@@ -245,8 +304,14 @@ def _set_levels(
     return levels_of(scheduler)
 
 
-def _mu(config: Mapping[str, Any], num_tokens: int | None) -> float:
-    """The shift of a number of tokens: on a line through two points, as Flux and LTX have it."""
+def _mu(config: Mapping[str, Any], num_tokens: int | None, dimension: int | None) -> float | None:
+    """Logarithm of a shift that depends on a sample's size, or None: by its numbers, or on a line
+    through two points by its tokens, as Flux and LTX have it.
+    """
+    if not config.get("use_dynamic_shifting"):
+        return None
+    if rule := config.get(SHIFTED_BY):
+        return math.log(shift_at(rule, dimension))
     if num_tokens is None:
         raise ValueError(
             "this scheduler shifts its levels by the number of tokens: give num_tokens"
@@ -259,10 +324,10 @@ def _mu(config: Mapping[str, Any], num_tokens: int | None) -> float:
 _SOUND: set[tuple[Any, ...]] = set()  # schedulers that were tried, by class, settings and steps
 
 
-def _check_scheduler(scheduler: SchedulerMixin, steps: int, num_tokens: int | None) -> None:
+def _check_scheduler(scheduler: SchedulerMixin, steps: int, mu: float | None) -> None:
     """Raise a ValueError unless a scheduler of diffusers turns noise into data along a flow."""
     name, config = type(scheduler).__name__, scheduler.config
-    tried = type(scheduler), repr(sorted(config.items())), steps, num_tokens
+    tried = type(scheduler), repr(sorted(config.items())), steps, mu
     if tried in _SOUND:  # a trial takes as long as some calls of a small model
         return
     advice = f"use make_scheduler with one of {', '.join(SAMPLERS)}"
@@ -271,7 +336,7 @@ def _check_scheduler(scheduler: SchedulerMixin, steps: int, num_tokens: int | No
     for count in {steps, 20}:
         try:
             with torch.device("cpu"):
-                error, allowed = _trial(scheduler, count, num_tokens)
+                error, allowed = _trial(scheduler, count, mu)
         except Exception as reason:
             raise ValueError(f"{name} fails at {count} steps ({reason}); {advice}") from reason
         if not error <= allowed:  # nor NaN
@@ -288,14 +353,14 @@ def _check_scheduler(scheduler: SchedulerMixin, steps: int, num_tokens: int | No
     _SOUND.add(tried)
 
 
-def _trial(scheduler: SchedulerMixin, steps: int, num_tokens: int | None) -> tuple[float, float]:
+def _trial(scheduler: SchedulerMixin, steps: int, mu: float | None) -> tuple[float, float]:
     """Error of a scheduler on Gaussian data of known velocity, and the most that it may be.
 
     Data in one point, which any method reaches, and data of mean 1.5 and deviation 0.5, whose
     moments may be off as much as after Euler's method on the same levels.
     """
     scheduler = type(scheduler).from_config(scheduler.config)
-    levels = _set_levels(scheduler, steps, "cpu", None, num_tokens)
+    levels = _set_levels(scheduler, steps, "cpu", None, mu)
     std = torch.tensor([0.0, 0.5]).view(2, 1, 1, 1)
     even = torch.special.ndtri((torch.arange(2048) + 0.5) / 2048)
     noise = even.view(1, 1, -1, 1).expand(2, -1, -1, -1)

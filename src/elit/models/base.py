@@ -2,18 +2,23 @@
 
 from collections.abc import Sequence
 from functools import wraps
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from elit._choices import check_choice
+from elit._config import leave_out_defaults
 from elit.caching.mixin import StepCaching
 from elit.caching.ports import Block, BlockPort
 from elit.interface.budget import Budgeted, check_num_latents
 from elit.interface.grid import TokenGrid
 from elit.models.checks import check_indices, check_samples, labels_of, noise_levels
 from elit.models.geometry import Geometry
+
+PredictionType = Literal["velocity", "sample"]
+LEAST_SIGMA = 0.05  # that a predicted sample's error is divided by
 
 
 class StrictLoading:
@@ -115,6 +120,22 @@ class ModelBase(StrictLoading, Budgeted, StepCaching, ModelMixin):
         self.in_channels, self.patch_dim = geometry.in_channels, geometry.patch_dim
         self.group, self.split = geometry.group, geometry.split
         self.max_latents, self.min_latents = geometry.max_latents, geometry.min_latents
+        self.prediction_type = self.config.get("prediction_type", "velocity")
+        check_choice(self.prediction_type, get_args(PredictionType), "prediction_type")
+        leave_out_defaults(self, prediction_type="velocity")
+
+    def velocity_of(self, output: Tensor, samples: Tensor, levels: Tensor) -> Tensor:
+        """Velocity (B, ...) of what the last layer gave for samples (B, ...) at noise levels (B,).
+
+        x = data + sigma v, so that v = (x - data) / sigma of a predicted sample (JiT, Li & He,
+        2025). Paper: the data's velocity is divided by the same floor; here: it is left as it is,
+        so that the model learns the velocity below the floor too.
+        """
+        if self.prediction_type == "velocity":
+            return output
+        sigma = levels.to(torch.promote_types(samples.dtype, torch.float32)).clamp(LEAST_SIGMA)
+        velocity = (samples - output) / sigma.view(-1, *(1,) * (samples.ndim - 1))
+        return velocity.to(samples.dtype)
 
     def token_grid(self, samples: Tensor) -> TokenGrid:
         """Token grid of samples (B, C, *space), checked against channels, patch and groups."""

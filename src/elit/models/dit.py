@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from elit.interface import Read, Write
 from elit.interface.initial import init_weights
 from elit.layers.transformer import FinalLayer, LabelEmbedding, TimestepEmbedding, TransformerBlock
+from elit.models.base import PredictionType
 from elit.models.elastic import ElasticMixin, by_budget
 
 
@@ -37,6 +38,7 @@ class DiT(ElasticMixin, ModelMixin, ConfigMixin):
         min_latents: fewest latents per group that training keeps, and the default guide's number.
         mlp_ratio: hidden width of the blocks' MLPs, over D.
         rope_theta: base of the rotary wavelengths.
+        prediction_type: what the last layer gives: the velocity, or the clean sample.
     """
 
     _no_split_modules = ["TransformerBlock", "Read", "Write"]
@@ -58,6 +60,7 @@ class DiT(ElasticMixin, ModelMixin, ConfigMixin):
         min_latents: int = 1,
         mlp_ratio: float = 4.0,
         rope_theta: float = 10_000.0,
+        prediction_type: PredictionType = "velocity",
     ):
         super().__init__()
         self.set_geometry()
@@ -123,6 +126,7 @@ class DiT(ElasticMixin, ModelMixin, ConfigMixin):
 
             tokens = by_budget(through_core, num_latents, tokens, condition)  # (B, N, D)
         tokens = self.run(tail, tokens, condition, rotary)  # (B, N, D)
-        velocity = grid.unpatchify(self.project(tokens, condition), self.patch_size)
+        output = grid.unpatchify(self.project(tokens, condition), self.patch_size)
+        velocity = self.velocity_of(output, hidden_states, levels)
 
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)

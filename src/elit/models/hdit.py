@@ -22,6 +22,7 @@ from elit.layers.transformer import (
     TransformerBlock,
     rotary_embedding,
 )
+from elit.models.base import PredictionType
 from elit.models.elastic import ElasticMixin, by_budget
 
 
@@ -37,7 +38,8 @@ class HDiT(ElasticMixin, ModelMixin, ConfigMixin):
     FLOPs that tail dropping saves there.
 
     Args:
-        sample_size, in_channels, num_classes, min_latents, rope_theta: as of a `DiT`.
+        sample_size, in_channels, num_classes, min_latents, rope_theta, prediction_type: as of a
+            `DiT`.
         patch_size: input elements per inner token along each axis. Outer tokens have half of each
             even number.
         hidden_size: D of the inner level; the outer level has D / 2.
@@ -71,6 +73,7 @@ class HDiT(ElasticMixin, ModelMixin, ConfigMixin):
         kernel_size: int = 7,
         mlp_ratio: float = 4.0,
         rope_theta: float = 10_000.0,
+        prediction_type: PredictionType = "velocity",
     ):
         super().__init__()
         self.set_geometry()
@@ -154,7 +157,8 @@ class HDiT(ElasticMixin, ModelMixin, ConfigMixin):
         tokens = outer.patchify(patches, (1,) * len(outer.size))  # (B, M, D/2)
         tokens = torch.lerp(skipped, tokens, self.skip_weight.to(tokens.dtype))
         tokens = self.run(tail, tokens, condition, near)  # (B, M, D/2)
-        velocity = outer.unpatchify(self.project(tokens, condition), self.outer_patch)
+        output = outer.unpatchify(self.project(tokens, condition), self.outer_patch)
+        velocity = self.velocity_of(output, hidden_states, levels)
 
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 

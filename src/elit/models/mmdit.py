@@ -25,6 +25,7 @@ from elit.layers.transformer import (
     rotary_embedding,
     rotate,
 )
+from elit.models.base import PredictionType
 from elit.models.checks import check_text
 from elit.models.elastic import ElasticMixin, by_budget
 
@@ -71,6 +72,7 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
         min_latents: int = 1,
         mlp_ratio: float = 4.0,
         rope_theta: float = 10_000.0,
+        prediction_type: PredictionType = "velocity",
     ):
         super().__init__()
         self.set_geometry()
@@ -159,7 +161,8 @@ class MMDiT(ElasticMixin, ModelMixin, ConfigMixin):
             streams = tokens, text, condition, mask
             tokens, text = by_budget(through_core, num_latents, *streams)
         tokens, _ = self.run_joint(tail, tokens, text, condition, rotary, *of_text)  # (B, N, D)
-        velocity = grid.unpatchify(self.project(tokens, condition), self.patch_size)
+        output = grid.unpatchify(self.project(tokens, condition), self.patch_size)
+        velocity = self.velocity_of(output, hidden_states, levels)
 
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 

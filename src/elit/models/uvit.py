@@ -86,7 +86,8 @@ class UViT(DiT):
 
             tokens = by_budget(through_core, num_latents, tokens, condition)  # (B, N, D)
         tokens = self.run_skipping(tail, tokens, condition, rotary, skips)  # (B, N, D)
-        velocity = grid.unpatchify(self.project(tokens, condition), self.patch_size)
+        output = grid.unpatchify(self.project(tokens, condition), self.patch_size)
+        velocity = self.velocity_of(output, hidden_states, levels)
 
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 

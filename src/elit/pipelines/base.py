@@ -412,7 +412,8 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
         size, patch = size or self.transformer.sample_size, self.transformer.patch_size
         tokens = math.prod(n // p for n, p in zip(size, patch, strict=True))
-        return start_sampling(self.scheduler, steps, device, sigmas, tokens)
+        numbers = self.transformer.in_channels * math.prod(size)
+        return start_sampling(self.scheduler, steps, device, sigmas, tokens, numbers)
 
     def latents_of_steps(
         self,

@@ -9,7 +9,8 @@ import torch
 from elit._devices import pick_device
 from elit._files import typed_path
 from elit.caching.configs import CALIBRATION_FILE, TeaCacheConfig
-from elit.flow.schedulers import make_scheduler
+from elit.flow.schedulers import make_scheduler, shift_of, with_shift
+from elit.flow.shift import Shift
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.pipelines.folder import (
@@ -52,6 +53,7 @@ def open_pipeline(
     variant: str | None = None,
     sampler: str | None = None,
     local_rank: int = 0,
+    shift: Shift | None = None,
 ) -> ElasticPipeline:
     """Load a pipeline onto its device, by the words of a command line.
 
@@ -60,14 +62,17 @@ def open_pipeline(
         device: "auto", or a name of torch.
         dtype: "fp32" or "bf16".
         variant: of the files of weights.
-        sampler: instead of the one that was saved.
+        sampler: instead of the one that was saved; it shifts its levels likewise.
         local_rank: number of this process among several on a machine, each on its own device.
+        shift: of the sampler's levels, instead of the one that was saved.
     """
     place = pick_device(device, local_rank, share=True)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     pipeline = load_pipeline(name, dtype=dtypes[dtype], variant=variant).to(place)
     if sampler is not None:
-        pipeline.scheduler = make_scheduler(sampler)
+        pipeline.scheduler = make_scheduler(sampler, shift_of(pipeline.scheduler))
+    if shift is not None:
+        pipeline.scheduler = with_shift(pipeline.scheduler, shift)
     return pipeline
 
 

@@ -63,7 +63,8 @@ def read_data(config: TrainConfig) -> DataSets:
 def sigma_density(config: TrainConfig) -> SigmaDensity:
     """Density of the noise levels of a config."""
     objective = config.objective
-    return SigmaDensity(objective.density, objective.logit_mean, objective.logit_std)
+    mean, std = objective.logit_mean, objective.logit_std
+    return SigmaDensity(objective.density, mean, std, objective.shift)
 
 
 def build_parts(
@@ -72,6 +73,7 @@ def build_parts(
     """A run's model on the CPU, what turns batches into conditions, what it is compared with."""
     model, teacher = build_checked(config, dataset, make_model)
     conditioning = make_conditioning(config, dataset, model, world.device)
+    conditioning.shift = config.objective.shift
     told = {"class_labels", "captions", *dataset.encodings}
     dataset.left_out = frozenset(told.difference(conditioning.reads))
     if teacher is None:
@@ -191,6 +193,14 @@ def build_model(
                 f"model.overrides.{key}={overrides[key]} does not fit the data set "
                 f"{config.data.name!r} or the text encoder, which has {value}; leave it out"
             )
+    if config.objective.prediction_type != "velocity":
+        if "prediction_type" not in hints:
+            raise ValueError(
+                f"objective.prediction_type={config.objective.prediction_type} asked of {name!r}, "
+                f"which is made as public checkpoints are: they predict velocities; use a dit, "
+                f"uvit, hdit or mmdit preset, or leave it out"
+            )
+        follows["prediction_type"] = config.objective.prediction_type
     if preset.get("group") is not None and config.latents.min is not None:
         follows["min_latents"] = config.latents.min
     with torch.random.fork_rng(devices=[]):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from elit.data import ImageDataset
 from elit.flow.schedulers import make_scheduler
+from elit.flow.shift import Shift
 from elit.models.elastic import ElasticMixin
 from elit.pipelines.text_encoder import encode
 
@@ -29,10 +30,12 @@ class Conditioning:
         reads: what it reads of a batch, beside the images.
         draws: whether a pipeline of ours draws with the model.
         vae: of that pipeline; None for pixels, or where it could not be loaded.
+        shift: of its scheduler, as training has it.
     """
 
     reads: tuple[str, ...]
     draws = True
+    shift: Shift = 1.0
 
     def __init__(self, model: Any, device: torch.device, vae: Any = None):
         self.model, self.device, self.vae = model, device, vae
@@ -76,7 +79,7 @@ class LabelConditioning(Conditioning):
     def pipeline(self) -> ElasticPipeline:
         from elit.pipelines.elit_pipeline import ElitPipeline
 
-        return ElitPipeline(self.model, make_scheduler("euler"), self.vae)
+        return ElitPipeline(self.model, make_scheduler("euler", self.shift), self.vae)
 
     def to_show(self, pipeline: ElasticPipeline, dataset: ImageDataset, count: int) -> Shown:
         """The first classes."""
@@ -118,7 +121,7 @@ class TextConditioning(Conditioning):
 
         return ElitTextPipeline(
             self.model,
-            make_scheduler("euler"),
+            make_scheduler("euler", self.shift),
             self.vae,
             text_encoder=self.encoder,
             tokenizer=self.tokenizer,

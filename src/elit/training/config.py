@@ -16,6 +16,7 @@ from elit._files import typed_path
 from elit._numbers import MOST
 from elit._plain import Rule, check_fields
 from elit.data import DATASETS
+from elit.flow.shift import DIMENSION, Shift, is_shift
 from elit.models.presets import preset_class
 
 WORDS = "words"  # the built-in reader of captions
@@ -32,6 +33,7 @@ _SHARES = Rule(lambda values: all(0 <= value < 1 for value in values), "numbers 
 Count = Annotated[int, _from(1)]
 CountOr0 = Annotated[int, _from(0)]
 AtLeast0 = Annotated[float, _from(0)]
+Shifts = Annotated[Shift, Rule(is_shift, f"a number from 0.001 to 1000, or {DIMENSION}")]
 Positive = Annotated[float, Rule(lambda value: 0 < value < math.inf, "a number above 0")]
 Share = Annotated[float, Rule(lambda value: 0 <= value < 1, "a number in [0, 1)")]
 Weight = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a number in [0, 1]")]
@@ -97,6 +99,10 @@ class ObjectiveConfig:
         density: density of the noise levels, "logit_normal" (paper) or "uniform".
         logit_mean: mean of the logit-normal density; above 0 leans towards noise.
         logit_std: its standard deviation.
+        shift: s of a shift of the noise levels, s sigma / (1 + (s - 1) sigma), in training and
+            in the sampler that is saved; "dimension" is sqrt(m / 4096) of samples of m numbers.
+        prediction_type: what the network gives, "velocity" or "sample" (x-prediction), from which
+            the model makes the velocity; the loss is the velocity's.
         label_dropout: share of labels replaced by the null label, and of captions by the empty one,
             for guidance.
     """
@@ -104,6 +110,8 @@ class ObjectiveConfig:
     density: Literal["logit_normal", "uniform"] = "logit_normal"
     logit_mean: float = 0.0
     logit_std: Positive = 1.0
+    shift: Shifts = 1.0
+    prediction_type: Literal["velocity", "sample"] = "velocity"
     label_dropout: Share = 0.1
 
 
@@ -335,6 +343,11 @@ class TrainConfig:
              f"original's parameters alone; leave it out"),
             (latents.min is not None and "min_latents" in self.model.overrides,
              "latents.min and model.overrides.min_latents are the same thing; give one of them"),
+            ("prediction_type" in self.model.overrides,
+             "model.overrides.prediction_type is objective.prediction_type; give it there"),
+            (is_retrofit and self.objective.prediction_type != "velocity",
+             "objective.prediction_type has no effect on a retrofit: retrofit.base says what it "
+             "predicts; leave it out"),
             (text.encoder == PREPARED and text.max_length is not None,
              f"text.max_length={text.max_length} has no effect on text.encoder={PREPARED}, whose "
              f"texts are encoded already; leave it out"),

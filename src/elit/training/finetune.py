@@ -19,6 +19,8 @@ from elit._extras import missing
 from elit._hub import not_fetched
 from elit._random import generator
 from elit.data import ImageDataset
+from elit.flow.schedulers import shift_of
+from elit.flow.shift import Shift
 from elit.pipelines.folder import INDEX, OURS, may_be_on_hub, read_config, read_index
 from elit.pipelines.load import load_pipeline
 from elit.retrofit.elastic import PREFIX, elasticize
@@ -38,7 +40,7 @@ def build_retrofit(config: TrainConfig, dataset: ImageDataset) -> tuple[Any, Any
     Where the original's parameters are not trained, both are one model.
     """
     options = config.retrofit
-    model = load_base(str(options.base))
+    model = load_base(str(options.base), config.objective.shift)
     check_data(model, dataset, config)
     split = options.head, options.tail, options.group
     lossless = options.init == "identity"
@@ -94,13 +96,19 @@ def fetch_base(base: str) -> str:
         raise ValueError(not_fetched(f"retrofit.base={base}", error)) from error
 
 
-def load_base(base: str) -> Any:
-    """The transformer of a pipeline of ours or of diffusers', in a folder or on the hub."""
+def load_base(base: str, shift: Shift = 1.0) -> Any:
+    """The transformer of a pipeline, in a folder or on the hub; of ours, if it has that shift."""
     folder = Path(fetch_base(base))
     is_pipeline = (folder / INDEX).exists()
     is_ours = is_pipeline and read_index(folder).get("_class_name") in OURS
     if is_ours or not (is_pipeline or (folder / "config.json").exists()):
-        return load_pipeline(base).transformer  # or the error of what is no folder of either
+        pipeline = load_pipeline(base)  # or the error of what is no folder of either
+        if (trained := shift_of(pipeline.scheduler)) != shift:
+            raise ValueError(
+                f"objective.shift={shift}, but {base} draws with shift {trained}; set "
+                f"objective.shift={trained}"
+            )
+        return pipeline.transformer
     folder = folder / "transformer" if is_pipeline else folder
     name = str(read_config(folder / "config.json").get("_class_name"))
     if name not in FLOW_TRANSFORMERS:

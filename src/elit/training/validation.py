@@ -74,7 +74,8 @@ def validation_losses(
                 for x in (noise, posterior)
             )
             images = dataset.on_device(batch["images"].to(world.device), own_posterior)
-            moved = images, own_noise, sigma[part].to(world.device)
+            levels = density.shifted(sigma[part], shape[1:])
+            moved = images, own_noise, levels.to(world.device)
             condition = conditioning(batch)
             for num_latents, parts in measured.items():
                 latents = {} if num_latents is None else {"num_latents": num_latents}
