@@ -251,6 +251,10 @@ class ReferenceDiT:
         for i, patch in enumerate(patches):
             inside = velocity[(..., *patch)]
             velocity[(..., *patch)] = out[:, i].reshape(inside.shape)
+        if self.config.get("prediction_type") == "sample":
+            velocity = (x - velocity) / sigma.double().clamp(min=0.05).view(
+                -1, *(1,) * self.axes, 1
+            )
         return velocity
 
 

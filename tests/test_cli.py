@@ -113,7 +113,8 @@ CONFIG_FLAGS = """
     --output_dir --seed --model.preset --model.overrides --data.name
     --data.options --data.batch_size --data.num_workers --text.encoder --text.max_length
     --objective.density --objective.logit_mean
-    --objective.logit_std --objective.label_dropout --latents.min --latents.max --latents.order
+    --objective.logit_std --objective.shift --objective.prediction_type
+    --objective.label_dropout --latents.min --latents.max --latents.order
     --latents.draws --retrofit.base --retrofit.start --retrofit.head --retrofit.tail
     --retrofit.group
     --retrofit.init --retrofit.train --retrofit.rank --retrofit.distill --retrofit.features
@@ -131,7 +132,7 @@ CONFIG_FLAGS = """
 # Frozen: whoever removes or renames a flag breaks somebody's script, and says so in CHANGELOG.md.
 EVALUATION = (
     "run --variant --reference --split --fit --network --weights --samples --prompts --sampler "
-    "--interval --seed --size --frames --batch-size --device --dtype"
+    "--shift --interval --seed --size --frames --batch-size --device --dtype"
 )
 SURFACE = {
     "quickstart": "--out --seed --preset --steps --lr --json",
@@ -147,7 +148,7 @@ SURFACE = {
     + "--json",
     "sample": "run --variant --labels --prompts --negative-prompt --count --budget --sweep "
     "--max-gflops --max-ms --steps --guidance --scale --guide-budget --interval --sampler "
-    "--teacache --seed --size --frames --video --batch-size --device --dtype --out --json",
+    "--shift --teacache --seed --size --frames --video --batch-size --device --dtype --out --json",
     "serve": "run --variant --host --port --p95-ms --min-budget --batch-size --queue --steps "
     "--guidance --scale --guide-budget --sampler --device --dtype",
     "eval": f"{EVALUATION} --budget --steps --guidance --scale --guide-budget --save-npz --out "

@@ -23,8 +23,11 @@ from elit.flow.schedulers import (
     FlowMatchUniformHeunScheduler,
     _trial,
     make_scheduler,
+    shift_of,
     start_sampling,
+    with_shift,
 )
+from elit.flow.shift import shift_at, shifted
 
 ODE_SAMPLERS = [sampler for sampler in SAMPLERS if sampler != "euler-maruyama"]
 MEAN, STD = 1.5, 0.5  # of the Gaussian data
@@ -116,6 +119,18 @@ def test_densities(density: SigmaDensity, quantile) -> None:
         (CFG, (2, (-0.1, 0.3)), "interval"),
         (CFG, (2, (0.1, 1.3)), "interval"),
         (CFG, (2, (0.1, math.nan)), "interval"),
+        (
+            SigmaDensity,
+            ("uniform", 0.0, 1.0, 0.0),
+            r"shift 0\.0 is not allowed; give a number from",
+        ),
+        (make_scheduler, ("euler", "dim"), r"shift 'dim' .*'dimension' for sqrt\(m / 4096\)"),
+        (shift_at, ("dimension", None), "needs the numbers of a sample: give dimension"),
+        (
+            with_shift,
+            (diffusers.DDIMScheduler(), 2.0),
+            "a DDIMScheduler takes no shift; use make_s",
+        ),
         (make_scheduler, ("ddim",), "unknown sampler 'ddim': use one of 'euler', 'heun', "),
     ],
 )
@@ -317,11 +332,15 @@ def test_every_ode_sampler_turns_noise_into_gaussian_data(sampler: str, error: f
     torch.testing.assert_close(out, MEAN + STD * x, atol=error, rtol=0)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.4])
 @pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2)])
-def test_order_of_convergence(sampler: str, order: int) -> None:
+def test_order_of_convergence(sampler: str, order: int, shift: float) -> None:
     x = torch.linspace(-3, 3, 13)[:, None]
     exact = MEAN + STD * x
-    errors = [(sample(sampler, gaussian_velocity, x, n) - exact).norm() for n in (10, 20, 40, 80)]
+    errors = [
+        (sample(make_scheduler(sampler, shift), gaussian_velocity, x, n) - exact).norm()
+        for n in (10, 20, 40, 80)
+    ]
     orders = [math.log2(before / after) for before, after in pairwise(errors)]
     assert orders[-1] == pytest.approx(order, abs=0.15)
 
@@ -435,6 +454,64 @@ def test_levels_shift_with_the_number_of_tokens_as_in_diffusers_pipelines() -> N
     assert ltx.config.shift_terminal == 0.1
     with pytest.raises(ValueError, match="by the number of tokens: give num_tokens"):
         start_sampling(flux, 4, "cpu")
+
+
+# ---- shift ----
+
+
+def test_the_shift_of_levels() -> None:
+    assert shifted(0.5, 3.0) == pytest.approx(0.75)
+    assert [shifted(end, 0.1) for end in (0.0, 1.0)] == [0, 1]
+    assert shifted(shifted(0.3, 4.0), 0.25) == pytest.approx(0.3)
+    assert shift_at("dimension", 196_608) == pytest.approx(48**0.5)  # RAE's, and SD3's rule: by
+    assert shift_at("dimension", 4 * 4096) == 2 * shift_at("dimension", 4096) == 2  # the side
+
+
+def test_a_shifted_logit_normal_density_is_one_of_another_mean() -> None:
+    plain, by_mean, by_size = (
+        SigmaDensity("logit_normal", *mean, shift=shift)
+        for mean, shift in (((), 3.0), ((math.log(3),), 1.0), ((), "dimension"))
+    )
+    levels = [
+        density.shifted(density.sample(1000, torch.Generator().manual_seed(0)), (4, 96, 96))
+        for density in (plain, by_mean, by_size)
+    ]
+    torch.testing.assert_close(levels[0], levels[1])
+    assert torch.equal(levels[0], levels[2])  # 9 times 4096
+    levels = torch.rand(3)
+    assert SigmaDensity().shifted(levels, (4, 96, 96)) is levels
+
+
+@pytest.mark.parametrize("shift", [3.0, 0.4, "dimension"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_shifts_its_levels_once(sampler: str, shift, tmp_path) -> None:
+    scheduler = make_scheduler(sampler, shift)
+    assert shift_of(scheduler) == shift
+    scheduler.save_pretrained(tmp_path)
+    loaded = type(scheduler).from_pretrained(tmp_path)
+    assert shift_of(loaded) == shift
+    again = make_scheduler("heun", shift_of(loaded))
+    for size in (4096, 36_864):
+        plain = start_sampling(make_scheduler(sampler), 6, "cpu")
+        s = {4096: 1.0, 36_864: 3.0}[size] if shift == "dimension" else shift
+        for one in (scheduler, loaded, type(scheduler).from_config(loaded.config)):
+            levels = start_sampling(one, 6, "cpu", dimension=size)
+            assert levels == pytest.approx([shifted(level, s) for level in plain], abs=2e-3)
+        levels = start_sampling(again, 2, "cpu", dimension=size)
+        assert levels == pytest.approx([1, shifted(0.5, s), shifted(0.5, s)])
+        levels = start_sampling(with_shift(scheduler, 1.0), 6, "cpu", dimension=size)
+        assert levels == pytest.approx(plain, abs=1e-6)
+    if sampler != "dpm-solver":
+        levels = start_sampling(scheduler, 2, "cpu", [1.0, 0.5], dimension=36_864)
+        assert levels[-1] == pytest.approx(shifted(0.5, s))
+
+
+def test_a_scheduler_without_shift_is_as_before_there_was_one() -> None:
+    assert not {"shift", "use_dynamic_shifting"} & make_scheduler("heun").config.keys()
+    with pytest.raises(ValueError, match="give dimension"):
+        start_sampling(make_scheduler("euler", "dimension"), 4, "cpu", num_tokens=16)
+    with pytest.raises(ValueError, match="give mu"):
+        make_scheduler("heun", "dimension").set_timesteps(4)
 
 
 def sde_moments(steps: int, last: float = 0.04) -> tuple[float, float]:
