@@ -119,8 +119,9 @@ CONFIG_FLAGS = """
     --retrofit.group
     --retrofit.init --retrofit.train --retrofit.rank --retrofit.distill --retrofit.features
     --retrofit.base_lr
-    --optimizer.lr --optimizer.betas --optimizer.weight_decay --optimizer.warmup_steps
-    --optimizer.schedule --optimizer.final_lr --optimizer.clip --optimizer.ema --train.steps
+    --optimizer.name --optimizer.lr --optimizer.betas --optimizer.weight_decay
+    --optimizer.warmup_steps --optimizer.schedule --optimizer.final_lr --optimizer.clip
+    --optimizer.ema --train.steps
     --train.accumulation --train.precision --train.tf32 --train.parallel --train.shard_size
     --train.device --train.threads
     --train.gradient_checkpointing

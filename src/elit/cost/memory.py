@@ -91,23 +91,27 @@ def _size(tensors: Iterable[Tensor]) -> int:
     return sum(x.untyped_storage().nbytes() for x in tensors)
 
 
-def state_bytes(model: Any, shared: int, with_teacher: bool = False) -> tuple[float, float]:
+def state_bytes(
+    model: Any, shared: int, with_teacher: bool = False, lighter: int = 0
+) -> tuple[float, float]:
     """Bytes of a GPU that are taken all the time, and those that FSDP gathers for a while.
 
     Args:
         model: best on the meta device.
         shared: GPUs that share one copy of weights, gradients, moments and averages.
         with_teacher: whether the original of a retrofit is there too.
+        lighter: parameters of which the optimiser keeps one moment, not two.
     """
     count = sum(p.numel() for p in model.parameters())
     copies = 6 if with_teacher else 5  # weights, gradients, two moments, averages
+    state = _FP32 * (copies * count - lighter)
     if shared == 1:
-        return copies * _FP32 * count, 0
+        return state, 0
     in_blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
     rest = count - sum(in_blocks)
     # This block's weights and the next one's in 16 bits, one's gradients in 32, and the rest.
     gathered = max(in_blocks) * (2 * _HALF + _FP32) + rest * (_HALF + _FP32)
-    return copies * _FP32 * count / shared, gathered
+    return state / shared, gathered
 
 
 def saved_bytes(

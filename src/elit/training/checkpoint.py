@@ -164,7 +164,7 @@ class Checkpoints:
 
 
 def run_tensors(
-    model: nn.Module, averaged: list[Tensor], optimizer: torch.optim.Optimizer
+    model: nn.Module, averaged: list[Tensor], optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
     """Everything of a run that is a tensor, by name; what is frozen stays where it came from.
 
@@ -175,7 +175,9 @@ def run_tensors(
     trained = {name: p for name, p in parameters.items() if name not in frozen}
     tensors = {f"model.{n}": t for n, t in model.state_dict().items() if n not in frozen}
     tensors |= {f"ema.{n}": t for n, t in zip(trained, averaged, strict=True)}
+    part_of = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for name, parameter in trained.items():
+        optimizer = part_of[parameter]
         if parameter not in optimizer.state:  # AdamW would make it in its first step
             place = parameter.device if optimizer.defaults["fused"] else "cpu"
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}

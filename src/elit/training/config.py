@@ -172,9 +172,11 @@ class RetrofitConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its schedule.
+    """Optimiser and its schedule.
 
     Attributes:
+        name: "adamw", or "muon" for the matrices in the blocks, Read and Write, whose steps are as
+            large as AdamW's of the same rate, and AdamW for the rest.
         lr: learning rate after warm-up.
         betas: decay rates of AdamW's moments.
         weight_decay: decoupled weight decay.
@@ -185,6 +187,7 @@ class OptimizerConfig:
         ema: decay of the weights' moving average, ramped up from 0.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: Positive = 1e-4
     betas: Annotated[tuple[float, float], _SHARES] = (0.9, 0.999)
     weight_decay: AtLeast0 = 0.0

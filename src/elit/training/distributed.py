@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from elit._devices import pick_device
@@ -73,6 +73,11 @@ class World:
         parts = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(parts, mine)
         return torch.cat(parts).to(rows.device)
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """Fill a tensor on all processes with what one of them has."""
+        if self.size > 1:
+            dist.broadcast(tensor, rank)
 
     def barrier(self, group: dist.ProcessGroup | None = None) -> None:
         """Wait for all processes, for as long as a group's patience lasts."""
@@ -238,6 +243,13 @@ def half_dtype(precision: str) -> torch.dtype:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may be sharded, in full; all processes must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a tensor that all have in full, shared out as `like` is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _on_meta(model: Any) -> Any:

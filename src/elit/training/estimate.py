@@ -14,6 +14,7 @@ from elit.models.presets import preset_inputs
 from elit.training.build import build_model, tail_dropping
 from elit.training.config import ModelConfig, RetrofitConfig, TrainConfig
 from elit.training.distributed import shard_size
+from elit.training.muon import hidden_matrices, step_flops
 
 # Models of ours that are as large as well-known ones, to count retrofits of those.
 STAND_INS = {"Qwen/Qwen-Image": "elit-mmdit-qwen/2"}
@@ -38,13 +39,13 @@ def estimate(
     Returns:
         "parameters" of "model", the preset, of a retrofit one as large as its base; "batch_size",
         and "samples" of it in one forward of one GPU; "step_tflops", three forwards of each
-        sample, mean over the budgets drawn, and "total_eflops" of all steps; "step_seconds", and
-        "hours" of all steps; in 10^9 bytes of each GPU: "state_gb", weights, gradients, AdamW's
-        moments, averages, of a retrofit the original too; "gathered_gb", of FSDP, the blocks that
-        are whole at a time; "activations_gb", what a forward keeps for its backward at the largest
-        budget; "checkpointed_gb", the same with `train.gradient_checkpointing`; "memory_gb" and
-        "memory_checkpointed_gb", all of it; and what was given: "gpus", "gpu", "mfu",
-        "peak_tflops", dense bf16, and "gpu_gb".
+        sample, mean over the budgets drawn, and what Muon adds, and "total_eflops" of all steps;
+        "step_seconds", and "hours" of all steps; in 10^9 bytes of each GPU: "state_gb", weights,
+        gradients, the optimiser's moments, averages, of a retrofit the original too; "gathered_gb",
+        of FSDP, the blocks that are whole at a time; "activations_gb", what a forward keeps for its
+        backward at the largest budget; "checkpointed_gb", the same with
+        `train.gradient_checkpointing`; "memory_gb" and "memory_checkpointed_gb", all of it; and
+        what was given: "gpus", "gpu", "mfu", "peak_tflops", dense bf16, and "gpu_gb".
 
     Raises:
         ValueError: if the GPU is unknown, the batch can't be shared, or the base of a retrofit
@@ -69,7 +70,11 @@ def estimate(
     teacher = cost.flops() if config.retrofit.is_taught else 0
     step = config.data.batch_size * (3 * forward + teacher)
     shared = shard_size(config.train, gpus, min(gpus, _GPUS_OF_A_MACHINE))
-    state, gathered = state_bytes(model, shared, with_teacher=config.retrofit.is_taught)
+    lighter = 0  # parameters with one moment, not two
+    if config.optimizer.name == "muon":
+        step += step_flops(model)
+        lighter = sum(matrix.numel() for matrix in hidden_matrices(model))
+    state, gathered = state_bytes(model, shared, config.retrofit.is_taught, lighter)
     precision = config.train.precision
     half_weights = shared > 1 and precision != "fp32"
     saved = saved_bytes(

@@ -1,7 +1,7 @@
-"""AdamW with what surrounds it: schedule, clipping, the scale of the loss in fp16, the average."""
+"""AdamW, alone or beside Muon, with what surrounds it: schedule, clipping, fp16, the average."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -11,8 +11,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from elit.training.config import OptimizerConfig, TrainConfig
-from elit.training.distributed import whole
+from elit.training.distributed import World, whole
 from elit.training.finetune import parameter_groups
+from elit.training.muon import Muon, hidden_matrices
 
 LEAST_SCALE = 1.0  # of the loss: if gradients overflow even there, the run has diverged
 
@@ -29,31 +30,39 @@ def learning_rate(options: OptimizerConfig, steps: int, step: int) -> float:
 
 
 class Optimizer:
-    """PyTorch's AdamW over the parameters that have gradients, where these stay."""
+    """AdamW over the parameters that have gradients, or Muon over the matrices among them.
 
-    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device):
-        self.config = config
+    Attributes:
+        parts: PyTorch's optimisers, each of parameters of its own.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, world: World):
+        self.config, options, device = config, config.optimizer, world.device
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.adamw = torch.optim.AdamW(
-            parameter_groups(model, config.retrofit),
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
-            fused=device.type in ("cpu", "cuda"),
-        )
+        matrices = hidden_matrices(model) if options.name == "muon" else {}
+        groups = parameter_groups(model, config.retrofit)
+        rate: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
+        others = _among(groups, lambda p: p not in matrices)
+        fused = device.type in ("cpu", "cuda")
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, betas=options.betas, fused=fused, **rate)
+        ]
+        if options.name == "muon":
+            self.parts.append(Muon(_among(groups, matrices.__contains__), matrices, world, **rate))
         is_scaled = config.train.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=is_scaled)
 
     @property
     def lr(self) -> float:
         """Learning rate of this step."""
-        return self.adamw.param_groups[0]["lr"]
+        return self.parts[0].param_groups[0]["lr"]
 
     def set_learning_rate(self, step: int) -> None:
         """Set the rate of a step."""
         rate = learning_rate(self.config.optimizer, self.config.train.steps, step)
-        for group in self.adamw.param_groups:
-            group["lr"] = rate * group["scale"]
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate * group["scale"]
 
     def backward(self, loss: Tensor) -> None:
         """Add a loss's gradients."""
@@ -62,7 +71,8 @@ class Optimizer:
     def clip(self) -> Tensor:
         """Scale gradients down to the largest norm that is allowed; their norm before, ()."""
         if self.scaler.is_enabled():
-            self.scaler.unscale_(self.adamw)
+            for part in self.parts:
+                self.scaler.unscale_(part)
         return whole(nn.utils.clip_grad_norm_(self.trained, self.config.optimizer.clip))
 
     def may_skip(self) -> bool:
@@ -71,9 +81,10 @@ class Optimizer:
 
     def step(self, skip: bool = False) -> None:
         """Change the weights, or leave them and lower the scale of the loss."""
-        if not skip:
-            self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        for part in self.parts:
+            if not skip:
+                part.step()
+            part.zero_grad(set_to_none=True)
         if not self.scaler.is_enabled():
             return
         if not skip:
@@ -92,6 +103,14 @@ class Optimizer:
         """Go on from `state`."""
         if self.scaler.is_enabled() and state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
+
+
+def _among(
+    groups: list[dict[str, Any]], belongs: Callable[[nn.Parameter], bool]
+) -> list[dict[str, Any]]:
+    """The groups with those parameters alone that belong."""
+    some = [{**group, "params": list(filter(belongs, group["params"]))} for group in groups]
+    return [group for group in some if group["params"]]
 
 
 class Average(EMAModel):

@@ -38,7 +38,8 @@ def fixed_settings(config: TrainConfig, fingerprint: str | None = None) -> dict[
         for option in _FREE_OPTIONS:
             settings["data"]["options"].pop(option, None)
         settings["data"]["fingerprint"] = fingerprint
-    return {key: settings[key] for key in ("seed", "model", "data", "text", "retrofit")}
+    fixed = {key: settings[key] for key in ("seed", "model", "data", "text", "retrofit")}
+    return {**fixed, "optimizer.name": config.optimizer.name}
 
 
 def read_state(path: Path) -> dict[str, Any]:

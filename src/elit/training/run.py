@@ -86,7 +86,7 @@ class Run:
             self.model.compile_repeated_blocks(fullgraph=True)
         # The last block of a foreign model may have parameters for a text that nobody reads.
         self.parallel = Parallel(self.model, config.train, world, some_unused=is_retrofit)
-        self.optimizer = Optimizer(self.model, config, world.device)
+        self.optimizer = Optimizer(self.model, config, world)
         self.trained = self.optimizer.trained
         self.average = Average(self.trained, config.optimizer.ema)
         # Micro-batches are numbered over all processes, so that P processes draw what one
@@ -243,7 +243,7 @@ class Run:
         self.checkpoints.wait()
 
     def _tensors(self) -> dict[str, Tensor]:
-        return run_tensors(self.model, self.average.shadow_params, self.optimizer.adamw)
+        return run_tensors(self.model, self.average.shadow_params, self.optimizer.parts)
 
     def _state(self) -> dict[str, Any]:
         return {
