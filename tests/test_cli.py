@@ -138,7 +138,7 @@ SURFACE = {
     "prepare": "source [out] --source-config --split --image-column --label-column "
     "--caption-column "
     "--resolution --aspect-ratios --multiple --flips --frames --fps --clips-per-video --vae "
-    "--pixels --text-encoder --max-text-length --dtype --store-dtype --batch-size --part-size "
+    "--pixels --text-encoder --max-text-length --features --dtype --store-dtype --batch-size --part-size "
     "--workers --device --verify --dry-run --json",
     "train": f"[config] --dry-run {CONFIG_FLAGS} --json",
     "plan": f"--gpus --gpu --mfu [config] {CONFIG_FLAGS} --json",

@@ -126,6 +126,28 @@ class LatentsConfig:
 
 
 @dataclass
+class AlignmentConfig:
+    """Hidden states drawn towards a vision model's features of the pictures (REPA), in training.
+
+    Attributes:
+        weight: weight of its loss beside that of the velocity; 0 is none, the paper's 0.5.
+        where: "tokens" before Read, in a plain model behind a block; or "latents" in the core.
+        kind: "repa", with an MLP that projects; or "irepa", with a convolution, and features
+            normalised over the picture.
+        encoder: vision model of transformers, by its name on the hub or its folder; "prepared",
+            features that `elit prepare` has stored; or "classifier", a small one that is fitted on
+            the labels of the data.
+        depth: blocks before the place; by default the head before Read, else 8 of 28.
+    """
+
+    weight: AtLeast0 = 0.0
+    where: Literal["tokens", "latents"] = "tokens"
+    kind: Literal["repa", "irepa"] = "repa"
+    encoder: str = "facebook/dinov2-base"
+    depth: Count | None = None
+
+
+@dataclass
 class RetrofitConfig:
     """What `elit finetune` makes elastic, and how. Without a base, a model is trained from scratch.
 
@@ -269,6 +291,7 @@ class TrainConfig:
     text: TextConfig = field(default_factory=TextConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     retrofit: RetrofitConfig = field(default_factory=RetrofitConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
@@ -288,6 +311,7 @@ class TrainConfig:
         options = self.data.options = dict(self.data.options)
         places = [
             (vars(self), "output_dir"), (vars(self.text), "encoder"),
+            (vars(self.alignment), "encoder"),
             *((vars(self.retrofit), key) for key in ("base", "start")),
             *((options, key) for key in ("path", "vae")),
         ]  # fmt: skip
@@ -320,6 +344,12 @@ class TrainConfig:
             (loop.shard_size is not None and loop.parallel != "hsdp",
              f"train.shard_size={loop.shard_size} has no effect on train.parallel={loop.parallel}; "
              f"set train.parallel=hsdp, or leave it out"),
+            (not self.alignment.weight and self.alignment != AlignmentConfig(),
+             "alignment.* have no effect without alignment.weight; give it, as 0.5, or leave them "
+             "out"),
+            (is_retrofit and self.alignment.weight > 0,
+             "alignment.weight has no effect on a retrofit, which its original teaches; leave it "
+             "out"),
             (not is_retrofit and retrofit != RetrofitConfig(),
              "retrofit.* have no effect without retrofit.base; give it, or leave them out"),
             (is_retrofit and self.model != ModelConfig(),

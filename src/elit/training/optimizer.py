@@ -31,11 +31,20 @@ def learning_rate(options: OptimizerConfig, steps: int, step: int) -> float:
 class Optimizer:
     """PyTorch's AdamW over the parameters that have gradients, where these stay."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        device: torch.device,
+        projector: nn.Module | None = None,
+    ):
         self.config = config
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        beside = [] if projector is None else [*projector.parameters()]
+        self.clipped = [*self.trained, *beside]
+        groups = parameter_groups(model, config.retrofit)
         self.adamw = torch.optim.AdamW(
-            parameter_groups(model, config.retrofit),
+            [*groups, {"params": beside, "scale": 1.0}] if beside else groups,
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
@@ -63,7 +72,7 @@ class Optimizer:
         """Scale gradients down to the largest norm that is allowed; their norm before, ()."""
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.adamw)
-        return whole(nn.utils.clip_grad_norm_(self.trained, self.config.optimizer.clip))
+        return whole(nn.utils.clip_grad_norm_(self.clipped, self.config.optimizer.clip))
 
     def may_skip(self) -> bool:
         """Whether gradients that overflow are to be expected, as a lower scale may mend them."""
