@@ -109,15 +109,13 @@ class Projector(nn.Module):
         super().__init__()
         self.is_spatial = is_spatial
         hidden = 2 * width
-        self.layers = (
-            nn.Conv2d(width, channels, 3, padding=1)
-            if is_spatial
-            else nn.Sequential(
+        self.layers: nn.Module = nn.Conv2d(width, channels, 3, padding=1)
+        if not is_spatial:
+            self.layers = nn.Sequential(
                 nn.Linear(width, hidden), nn.SiLU(),
                 nn.Linear(hidden, hidden), nn.SiLU(),
                 nn.Linear(hidden, channels),
             )  # fmt: skip
-        )
 
     def forward(self, hidden: Tensor, grid: TokenGrid) -> Tensor:
         """(B, cells, D) -> (B, cells, c)."""
@@ -130,9 +128,8 @@ def check_alignment(model: Any, dataset: ImageDataset, options: AlignmentConfig)
     """Raise a ValueError if a model's hidden states can't be compared with features of the data."""
     if not isinstance(model, ElasticMixin) or len(model.patch_size) != 2:
         raise ValueError(
-            f"alignment is of pictures' features, with models of ours, not with a "
-            f"{type(model).__name__} of {'clips' if isinstance(model, ElasticMixin) else 'others'}; "
-            f"set alignment.weight=0"
+            f"alignment.weight={options.weight} compares models of ours with features of pictures, "
+            f"not a {type(model).__name__} with {dataset}; set it to 0"
         )
     aligned_depth(model, options)
     grid = model.geometry.grid(model.sample_size)

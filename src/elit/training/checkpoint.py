@@ -180,8 +180,7 @@ def run_tensors(
     trained = {name: p for name, p in parameters.items() if name not in frozen}
     tensors = {f"model.{n}": t for n, t in model.state_dict().items() if n not in frozen}
     tensors |= {f"ema.{n}": t for n, t in zip(trained, averaged, strict=True)}
-    beside = {} if projector is None else projector.named_parameters(prefix="projector")
-    beside = dict(beside)
+    beside = dict(projector.named_parameters(prefix="projector")) if projector else {}
     tensors |= beside
     for name, parameter in (trained | beside).items():
         if parameter not in optimizer.state:  # AdamW would make it in its first step
