@@ -90,7 +90,9 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 def files_of(folder: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:
     """What a checkpoint holds that was not sharded; copies are written by one process each."""
-    kinds: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+    kinds: dict[str, dict[str, torch.Tensor]] = {
+        kind: {} for kind in ("model", "ema", "optimizer", "projector")
+    }
     for file in (folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"):
         for name, tensor in load_file(file).items():
             kind, _, rest = name.partition(".")

@@ -115,7 +115,8 @@ CONFIG_FLAGS = """
     --objective.density --objective.logit_mean
     --objective.logit_std --objective.shift --objective.prediction_type
     --objective.label_dropout --latents.min --latents.max --latents.order
-    --latents.draws --retrofit.base --retrofit.start --retrofit.head --retrofit.tail
+    --latents.draws --alignment.weight --alignment.where --alignment.kind --alignment.encoder
+    --alignment.depth --retrofit.base --retrofit.start --retrofit.head --retrofit.tail
     --retrofit.group
     --retrofit.init --retrofit.train --retrofit.rank --retrofit.distill --retrofit.features
     --retrofit.base_lr
@@ -140,8 +141,8 @@ SURFACE = {
     "prepare": "source [out] --source-config --split --image-column --label-column "
     "--caption-column "
     "--resolution --aspect-ratios --multiple --flips --frames --fps --clips-per-video --vae "
-    "--pixels --text-encoder --max-text-length --dtype --store-dtype --batch-size --part-size "
-    "--workers --device --verify --dry-run --json",
+    "--pixels --text-encoder --max-text-length --features --dtype --store-dtype --batch-size "
+    "--part-size --workers --device --verify --dry-run --json",
     "train": f"[config] --dry-run {CONFIG_FLAGS} --json",
     "plan": f"--gpus --gpu --mfu [config] {CONFIG_FLAGS} --json",
     "finetune": "base [config] --dry-run "

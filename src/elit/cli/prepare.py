@@ -50,6 +50,8 @@ def add_arguments(parser: Parser) -> None:
         "does; on the hub or a folder", typed_path)  # fmt: skip
     add("max-text-length", "tokens that texts are padded to (default: the encoder's)",
         WholeNumber())  # fmt: skip
+    add("features", "vision model of transformers whose features are stored for training with "
+        "alignment: hub or folder, such as facebook/dinov2-base", typed_path)  # fmt: skip
     add("dtype", kind=OneOf(DTYPES, "dtype"))
     add("store-dtype", "data type to store: {}", OneOf(DTYPES, "dtype"), default="fp16")
     add("batch-size", "pictures encoded at a time")
@@ -135,6 +137,7 @@ def _tell(settings: PrepareSettings, as_json: bool) -> int:
         "sizes": [f"{h}x{w}" for h, w in sizes.all],
         "autoencoder": settings.vae,
         "text_encoder": settings.text_encoder,
+        "features": settings.features,
     }
     return print_report(report, as_json, _show_source)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from elit.data.captioned_shapes import CaptionedShapes
     from elit.data.digits import Digits
     from elit.data.fashion_mnist import FashionMNIST
-    from elit.data.manifest import Autoencoder
+    from elit.data.manifest import Autoencoder, Features
     from elit.data.moving_shapes import MovingShapes
     from elit.data.order import Bucket
     from elit.data.prepared import Prepared
@@ -83,6 +83,8 @@ class ImageDataset(_TorchDataset):
     for_diffusers: bool = False  # made for diffusers' transformers alone
     left_out: frozenset[str] = frozenset()  # what batches need not hold
     copies: int = 1  # of each sample; the later ones are mirrored
+    features: Features | None = None  # of the vision model whose features batches may hold
+    with_features: bool = False  # whether they do, as `features` (B, c, h, w)
 
     @property
     def num_classes(self) -> int:

@@ -31,11 +31,15 @@ LATENTS = "latents"  # (n, C, h, w) of an autoencoder that has no posterior
 PIXELS = "images"  # (n, C, H, W) uint8, 0 black, 255 white
 KINDS = (MOMENTS, LATENTS, PIXELS)
 FLIPPED = "_flipped"
+FEATURES = "features"  # (n, c, h, w) of a vision model; of mirrored samples FEATURES_flipped
 LABELS = "class_labels"  # (n,) int64
 ROWS = "rows"  # (n,) int64, of the source
 CAPTIONS, CAPTION_ENDS = "captions", "caption_ends"  # UTF-8 of all texts, and (n,) where each ends
 # Every other tensor (n, ...) is a text's encoding, by the argument of the model that takes it.
-RESERVED = (*KINDS, *(f"{kind}{FLIPPED}" for kind in KINDS), LABELS, ROWS, CAPTIONS, CAPTION_ENDS)
+_MIRRORED = (*KINDS, FEATURES)
+RESERVED = (
+    *_MIRRORED, *(f"{name}{FLIPPED}" for name in _MIRRORED), LABELS, ROWS, CAPTIONS, CAPTION_ENDS
+)  # fmt: skip
 
 
 Headers = Mapping[str, tuple[str, tuple[int, ...]]]  # safetensors' type, and shape, by name
@@ -78,6 +82,16 @@ class Autoencoder:
 
 
 @dataclass(frozen=True)
+class Features:
+    """What made maps of features of the pictures."""
+
+    name: str  # on the hub, or its folder
+    class_name: str  # transformers' class
+    sha256: str  # of its weights
+    shape: tuple[int, ...]  # of one picture's, (c, h, w)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Content of a prepared folder."""
 
@@ -98,6 +112,7 @@ class Manifest:
     # named is one of its own
     resolutions: dict[str, int] = field(default_factory=dict)
     null: Shard | None = None  # file of the empty text, encoded, or None
+    features: Features | None = None  # of the vision model whose features are stored, or None
 
     def check(self) -> None:
         """Raise a ValueError for parts that don't belong together."""
@@ -130,6 +145,10 @@ class Manifest:
             raise ValueError(f"autoencoder is {self.autoencoder}, which {self.kind} can't have")
         if self.max_text_length is not None and not is_whole(self.max_text_length):
             raise ValueError(f"max_text_length is {self.max_text_length}; give 1 or more, or null")
+        if self.features and not (
+            len(self.features.shape) == 3 and all(map(is_whole, self.features.shape))
+        ):
+            raise ValueError(f"features.shape is {self.features.shape}; give (c, h, w)")
         for name in ("scale", "shift") if self.autoencoder else ():
             numbers = getattr(self.autoencoder, name)
             fits = all(len(numbers) in (1, shape[0]) for shape in self.shapes.values())
@@ -144,8 +163,10 @@ class Manifest:
         image = (channels * (2 if self.kind == MOMENTS else 1), *space)
         numbers = ("U8",) if self.kind == PIXELS else ("F32", "F16", "BF16")
         expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {self.kind: (numbers, image)}
+        if self.features:
+            expected[FEATURES] = ("F32", "F16", "BF16"), self.features.shape
         if self.flips:
-            expected[f"{self.kind}{FLIPPED}"] = numbers, image
+            expected |= {f"{name}{FLIPPED}": about for name, about in expected.items()}
         if self.classes:
             expected[LABELS] = ("I64",), ()
         if self.captions:

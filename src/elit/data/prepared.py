@@ -26,6 +26,7 @@ from elit._listing import checksums
 from elit._numbers import is_whole
 from elit.data import SPLITS, ImageDataset
 from elit.data.manifest import (
+    FEATURES,
     FLIPPED,
     LABELS,
     MOMENTS,
@@ -101,9 +102,11 @@ class Prepared(ImageDataset):
                 raise ValueError(f"data.options.vae={vae!r} has no effect on pixels; leave it out")
             self.autoencoder = dataclasses.replace(self.autoencoder, name=typed_path(vae))
         self.has_posterior = manifest.kind == MOMENTS
-        self.text_encoder = manifest.text_encoder
+        self.text_encoder, self.features = manifest.text_encoder, manifest.features
         content = dataclasses.asdict(manifest)
         del content["source"]  # the samples are the same wherever they lie
+        if manifest.features is None:  # as before there were any
+            del content["features"]
         self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
         self._texts: dict[str, tuple[str, tuple[int, ...]]] | None = None  # of the first shard
@@ -230,7 +233,11 @@ class Prepared(ImageDataset):
         mirrored, index = np.divmod(index, len(self.shards))
         numbers, rows = (x.tolist() for x in self.shards.locate(index))
         kind = self.manifest.kind
-        sources = {"images": [kind + FLIPPED if flip else kind for flip in mirrored.tolist()]}
+        seen = {"images": kind} | ({FEATURES: FEATURES} if self.with_features else {})
+        sources = {
+            name: [stored + FLIPPED if flip else stored for flip in mirrored.tolist()]
+            for name, stored in seen.items()
+        }
         names = [LABELS] if self.class_names else []
         for name in (*names, *self.encodings):
             if name not in self.left_out:

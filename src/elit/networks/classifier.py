@@ -6,6 +6,7 @@ The kernel machine is scikit-learn's; the network is ours, since only it also gi
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -128,6 +129,17 @@ class ClassifierFeatures(nn.Module):
         """Look at images (B, C, H, W) in [-1, 1]; pool (B, d), logits (B, classes)."""
         pool = self.body(_shrink(images))
         return {"pool": pool, "logits": self.head(pool)}
+
+
+def spatial_part(network: nn.Sequential) -> nn.Sequential:
+    """The stages of a network of `fit_network`: images (B, C, H, W) to maps (B, d, h, w)."""
+    stages = itertools.takewhile(lambda part: not isinstance(part, nn.AdaptiveAvgPool2d), network)
+    return nn.Sequential(_Shrink(), *stages)
+
+
+class _Shrink(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return _shrink(images)
 
 
 def _images_of(train_dataset: ImageDataset) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from elit._files import save_tensors, sha256_of, write_json
 from elit.data.manifest import (
     CAPTION_ENDS,
     CAPTIONS,
+    FEATURES,
     FLIPPED,
     LABELS,
     NULL,
@@ -20,6 +21,7 @@ from elit.data.manifest import (
     size_name,
 )
 from elit.preparation.autoencoder import Encoder
+from elit.preparation.features import FeatureEncoder
 from elit.preparation.reading import Chunk, Size
 from elit.preparation.records import Piece, Record
 from elit.preparation.settings import DTYPES, PrepareSettings
@@ -29,6 +31,7 @@ from elit.preparation.texts import TextEncoder
 logger = logging.getLogger(__name__)
 
 _COMPUTED, _STORED = 1, 2  # what made numbers not finite
+_WHOSE = ("autoencoder", "vision model")  # what looks at pictures
 _MANY, _SHARE = 8, 0.05  # rows of a part that are skipped: from here on it is told at once
 
 
@@ -37,9 +40,8 @@ class _Samples:
     """The samples of one size."""
 
     waiting: list[Tensor] = field(default_factory=list)  # pictures that are not encoded yet
-    encoded: list[Tensor] = field(default_factory=list)
-    flipped: list[Tensor] = field(default_factory=list)
-    faults: list[Tensor] = field(default_factory=list)
+    encoded: dict[str, list[Tensor]] = field(default_factory=dict)  # by the name of the tensor
+    faults: dict[str, list[Tensor]] = field(default_factory=dict)  # by whose they are
     at: list[int] = field(default_factory=list)  # positions in the part's rows
 
 
@@ -56,7 +58,9 @@ class Part:
         encoder: Encoder,
         texts: TextEncoder | None,
         settings: PrepareSettings,
+        features: FeatureEncoder | None = None,
     ):
+        self.features = features
         self.piece, self.seen, self.encoder, self.texts = piece, seen, encoder, texts
         self.batch_size, self.flips = settings.batch_size, settings.flips
         self.rows: list[Row] = []
@@ -85,16 +89,23 @@ class Part:
         waiting = torch.cat(samples.waiting)
         pictures, rest = waiting[: self.batch_size], waiting[self.batch_size :]
         samples.waiting = [rest] if len(rest) else []
-        fault = torch.zeros(len(pictures), dtype=torch.int64)
-        for out in (samples.encoded, samples.flipped)[: 2 if self.flips else 1]:
+        fault = {whose: torch.zeros(len(pictures), dtype=torch.int64) for whose in _WHOSE}
+
+        def keep(whose: str, name: str, encoded: Tensor, stored: Tensor) -> None:
+            fault[whose] = torch.where(fault[whose] == 0, faults(encoded, stored), fault[whose])
+            samples.encoded.setdefault(name, []).append(stored)
+
+        for end in ("", FLIPPED) if self.flips else ("",):
             encoded = self.encoder(pictures)
-            stored = self.encoder.stored(encoded)
-            fault = torch.where(fault == 0, faults(encoded, stored), fault)
-            total, squares, count = self.encoder.sums(encoded[fault == 0])
+            keep("autoencoder", self.encoder.kind + end, encoded, self.encoder.stored(encoded))
+            total, squares, count = self.encoder.sums(encoded[fault["autoencoder"] == 0])
             self._sums = self._sums[0] + total, self._sums[1] + squares, self._sums[2] + count
-            out.append(stored)
+            if self.features is not None:
+                maps = self.features(pictures)
+                keep("vision model", FEATURES + end, maps, maps.to(self.features.store))
             pictures = pictures.flip(-2)
-        samples.faults.append(fault)
+        for whose, of_batch in fault.items():
+            samples.faults.setdefault(whose, []).append(of_batch)
 
     def finish(self) -> dict[Size, dict[str, Tensor]]:
         """Encode what is left and the texts; what to write, by size."""
@@ -134,13 +145,15 @@ class Part:
         Raises:
             ValueError: if no row of many is.
         """
-        of_pictures = torch.zeros_like(of_texts)
+        found = {"text encoder": of_texts} | {w: torch.zeros_like(of_texts) for w in _WHOSE}
         for samples in self._sizes.values():
-            of_pictures[samples.at] = of_pictures[samples.at].maximum(torch.cat(samples.faults))
+            for whose, of_batches in samples.faults.items():
+                of_row = found[whose]
+                of_row[samples.at] = of_row[samples.at].maximum(torch.cat(of_batches))
         dtypes = self.encoder.dtype, self.encoder.store
         reasons = {
             at: reason_of_fault(whose, int(fault[at]), *dtypes)
-            for whose, fault in (("text encoder", of_texts), ("autoencoder", of_pictures))
+            for whose, fault in found.items()
             for at in fault.nonzero().flatten().tolist()
         }
         name, count = self.piece.name, len(self.piece.rows)
@@ -153,18 +166,16 @@ class Part:
                 "%s skips %d of its %d rows, such as row %d: %s",
                 name, len(self.skipped), count, *min(self.skipped.items()),
             )  # fmt: skip
-        return (of_texts == 0) & (of_pictures == 0)
+        return torch.stack(list(found.values())).amax(0) == 0
 
     def _tensors(
         self, samples: _Samples, encoding: dict[str, Tensor], good: Tensor
     ) -> dict[str, Tensor]:
         """Tensors of a shard."""
-        keep, kind = good[samples.at], self.encoder.kind
+        keep = good[samples.at]
         at = torch.tensor(samples.at)[keep]
         rows = [self.rows[i] for i in at.tolist()]
-        tensors = {kind: torch.cat(samples.encoded)[keep]}
-        if self.flips:
-            tensors[kind + FLIPPED] = torch.cat(samples.flipped)[keep]
+        tensors = {name: torch.cat(parts)[keep] for name, parts in samples.encoded.items()}
         tensors[ROWS] = torch.tensor([row.number for row in rows])
         if rows[0].label is not None:
             tensors[LABELS] = torch.tensor([row.label for row in rows])

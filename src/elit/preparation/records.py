@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 _Plain = TypeVar("_Plain")
 
 # Where things lie may differ from run to run; what they hold may not.
-_FREE = (("source", "name"), ("autoencoder", "name"), ("text_encoder", "name"))
+_FREE = tuple((what, "name") for what in ("source", "autoencoder", "text_encoder", "features"))
 
 
 @dataclass(frozen=True)

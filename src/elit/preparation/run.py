@@ -23,12 +23,14 @@ from elit.data.manifest import (
     SETTINGS,
     VERSION,
     Autoencoder,
+    Features,
     Manifest,
     Split,
     read_manifest,
     size_name,
 )
 from elit.preparation.autoencoder import Encoder, load_encoder
+from elit.preparation.features import FeatureEncoder, load_features
 from elit.preparation.parts import Part, make_null
 from elit.preparation.reading import Sizes, default_workers, read
 from elit.preparation.records import (
@@ -81,6 +83,7 @@ class _Task:
     sizes: Sizes
     encoder: Encoder
     texts: TextEncoder | None
+    features: FeatureEncoder | None
     pieces: list[Piece]
     settings: PrepareSettings
 
@@ -126,13 +129,18 @@ def _open(settings: PrepareSettings, process: Process) -> _Task:
             settings.text_encoder, settings.max_text_length, device, settings.dtype,
             settings.store_dtype,
         )  # fmt: skip
-    size = settings.part_size or _part_size(sizes, encoder, texts, settings.flips)
+    features = None
+    if settings.features is not None:
+        features = load_features(
+            settings.features, device, settings.dtype, settings.store_dtype
+        )  # fmt: skip
+    size = settings.part_size or _part_size(sizes, encoder, texts, features, settings.flips)
     pieces = [
         Piece(name, number, range(len(rows))[start : start + size])
         for name, rows in source.splits.items()
         for number, start in enumerate(range(0, len(rows), size))
     ]
-    has_models = encoder.about or texts
+    has_models = encoder.about or texts or features
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -142,6 +150,7 @@ def _open(settings: PrepareSettings, process: Process) -> _Task:
         "autoencoder": encoder.about and asdict(encoder.about),
         "text_encoder": texts and {"name": texts.name, "sha256": texts.sha256},
         "max_text_length": texts and texts.max_length,
+        "features": features and asdict(features.about),
         "resolution": settings.resolution,
         "aspect_ratios": settings.aspect_ratios,
         "multiple": settings.multiple if settings.aspect_ratios else None,
@@ -159,10 +168,16 @@ def _open(settings: PrepareSettings, process: Process) -> _Task:
     if not check_same(folder, content):
         write_json(folder / SETTINGS, content, replace=False)
         check_same(folder, content)  # another run may have begun at the same moment
-    return _Task(folder, source, sizes, encoder, texts, pieces, settings)
+    return _Task(folder, source, sizes, encoder, texts, features, pieces, settings)
 
 
-def _part_size(sizes: Sizes, encoder: Encoder, texts: TextEncoder | None, flips: bool) -> int:
+def _part_size(
+    sizes: Sizes,
+    encoder: Encoder,
+    texts: TextEncoder | None,
+    features: FeatureEncoder | None,
+    flips: bool,
+) -> int:
     """Rows of a part: a power of two, few enough to be held in memory."""
     if encoder.vae is None:
         length = sizes.pixels
@@ -170,6 +185,8 @@ def _part_size(sizes: Sizes, encoder: Encoder, texts: TextEncoder | None, flips:
         shape = (1, *((sizes.frames,) if sizes.frames else ()), *min(sizes.all), 3)
         encoded = encoder(torch.zeros(shape, dtype=torch.uint8))
         length = round(encoded.numel() * sizes.pixels / math.prod(shape) * encoder.store.itemsize)
+    if features is not None:
+        length += len(sizes.choices) * math.prod(features.about.shape) * features.store.itemsize
     length *= 2 if flips else 1
     if texts is not None:
         of_text = texts.stored(texts([""])).values()
@@ -188,7 +205,8 @@ def _make(task: _Task, mine: list[Piece], process: Process) -> int:
     workers = default_workers(process.local_world) if settings.workers is None else settings.workers
     splits = task.source.splits
     parts = [  # the state of their files is looked up before they are read
-        Part(p, splits[p.split].seen(p.rows), task.encoder, task.texts, settings) for p in todo
+        Part(p, splits[p.split].seen(p.rows), task.encoder, task.texts, settings, task.features)
+        for p in todo
     ]
     chunks = read(splits, task.sizes, [(piece.split, piece.rows) for piece in todo], workers)
     bar = tqdm(
@@ -273,7 +291,7 @@ def _write_manifest(task: _Task, splits: dict[str, Split]) -> None:
         shapes[name] = (channels // 2 if kind == MOMENTS else channels, *space)
         resolutions[name] = task.sizes.resolution_of(size)
     made_of = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))  # with its first names
-    about = made_of["autoencoder"]
+    about, of_features = made_of["autoencoder"], made_of.get("features")
     Manifest(
         kind=kind,
         shapes=shapes,
@@ -287,5 +305,6 @@ def _write_manifest(task: _Task, splits: dict[str, Split]) -> None:
         source=made_of["source"],
         resolutions=resolutions,
         null=read_null(folder) if texts else None,
+        features=Features(**of_features) if of_features else None,
     ).write(folder)
     read_manifest(folder)

@@ -44,6 +44,8 @@ class PrepareSettings:
     # tokens that encoded texts are padded to, and cut at; None: what the encoder takes, or
     # 256
     max_text_length: int | None = None
+    # vision model of transformers whose features are stored too: name or folder
+    features: str | None = None
     # rows of the source that are done or undone together; None: 4096, or fewer where those
     # would take more than 1 GiB
     part_size: int | None = None
@@ -56,7 +58,7 @@ class PrepareSettings:
     verify: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("source", "out", "vae", "text_encoder"):
+        for name in ("source", "out", "vae", "text_encoder", "features"):
             if isinstance(path := getattr(self, name), str | os.PathLike):
                 object.__setattr__(self, name, typed_path(path))
 
@@ -89,6 +91,8 @@ class PrepareSettings:
         for name, given in (("fps", self.fps), ("clips_per_video", self.clips_per_video > 1)):
             if given and self.frames is None:
                 raise ValueError(f"{name} is of clips; give frames too")
+        if self.features is not None and self.frames is not None:
+            raise ValueError("features are of pictures, not of clips; leave features or frames out")
         for name in ("dtype", "store_dtype"):
             check_choice(getattr(self, name), DTYPES, name)
         if self.text_encoder is not None and self.caption_column == NONE:

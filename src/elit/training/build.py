@@ -25,6 +25,7 @@ from elit.pipelines.autoencoder import scale_and_shift
 from elit.pipelines.text_encoder import encoder_settings, load_text_encoder
 from elit.preparation.autoencoder import load_vae, weights_sha256
 from elit.retrofit.known import is_foreign
+from elit.training.alignment import check_alignment
 from elit.training.conditioning import (
     STATES,
     Conditioning,
@@ -99,6 +100,8 @@ def build_checked(
         make_model = make_model or build_model
         model = make_model(config, dataset, text_settings(config.text, dataset))
     check_buckets(model, dataset)
+    if config.alignment.weight:
+        check_alignment(model, dataset, config.alignment)
     if isinstance(model, ElasticMixin):
         cost_of(model)  # or an error: do the groups divide the grid?
     return model, teacher

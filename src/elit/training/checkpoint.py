@@ -2,7 +2,8 @@
 
 checkpoints/step-00001000/
 shard-00001-model-00001-of-00001.safetensors   of each process that held something of its own:
-                                               model.NAME, ema.NAME, optimizer.NAME/MOMENT
+                                               model.NAME, ema.NAME, optimizer.NAME/MOMENT,
+                                               projector.NAME of representation alignment
 state.json                                     step, what else the loop must know, and checksums
 
 Each process writes what it holds, in the background, into a folder aside that the first one renames
@@ -164,19 +165,25 @@ class Checkpoints:
 
 
 def run_tensors(
-    model: nn.Module, averaged: list[Tensor], optimizers: Sequence[torch.optim.Optimizer]
+    model: nn.Module,
+    averaged: list[Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    projector: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """Everything of a run that is a tensor, by name; what is frozen stays where it came from.
 
     The averages are in the order of the trained parameters; AdamW need not have made its state.
+    A projector is trained along, and has no averages.
     """
     parameters = dict(model.named_parameters())
     frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
     trained = {name: p for name, p in parameters.items() if name not in frozen}
     tensors = {f"model.{n}": t for n, t in model.state_dict().items() if n not in frozen}
     tensors |= {f"ema.{n}": t for n, t in zip(trained, averaged, strict=True)}
+    beside = dict(projector.named_parameters(prefix="projector")) if projector else {}
+    tensors |= beside
     part_of = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
-    for name, parameter in trained.items():
+    for name, parameter in (trained | beside).items():
         optimizer = part_of[parameter]
         if parameter not in optimizer.state:  # AdamW would make it in its first step
             place = parameter.device if optimizer.defaults["fused"] else "cpu"

@@ -101,7 +101,7 @@ class ObjectiveConfig:
         logit_std: its standard deviation.
         shift: s of a shift of the noise levels, s sigma / (1 + (s - 1) sigma), in training and
             in the sampler that is saved; "dimension" is sqrt(m / 4096) of samples of m numbers.
-        prediction_type: what the network gives, "velocity" or "sample" (x-prediction), from which
+        prediction_type: output of the network, "velocity" or "sample" (x-prediction), from which
             the model makes the velocity; the loss is the velocity's.
         label_dropout: share of labels replaced by the null label, and of captions by the empty one,
             for guidance.
@@ -131,6 +131,28 @@ class LatentsConfig:
     max: int | None = None
     order: Literal["first", "random"] = "first"
     draws: Count = 1
+
+
+@dataclass
+class AlignmentConfig:
+    """Hidden states drawn towards a vision model's features of the pictures (REPA), in training.
+
+    Attributes:
+        weight: weight of its loss beside that of the velocity; 0 is none, the paper's 0.5.
+        where: "tokens" before Read, in a plain model behind a block; or "latents" in the core.
+        kind: "repa", with an MLP that projects; or "irepa", with a convolution, and features
+            normalised over the picture.
+        encoder: vision model of transformers, by its name on the hub or its folder; "prepared",
+            features that `elit prepare` has stored; or "classifier", a small one that is fitted on
+            the labels of the data.
+        depth: blocks before the place; by default the head before Read, else 8 of 28.
+    """
+
+    weight: AtLeast0 = 0.0
+    where: Literal["tokens", "latents"] = "tokens"
+    kind: Literal["repa", "irepa"] = "repa"
+    encoder: str = "facebook/dinov2-base"
+    depth: Count | None = None
 
 
 @dataclass
@@ -280,6 +302,7 @@ class TrainConfig:
     text: TextConfig = field(default_factory=TextConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     retrofit: RetrofitConfig = field(default_factory=RetrofitConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
@@ -299,6 +322,7 @@ class TrainConfig:
         options = self.data.options = dict(self.data.options)
         places = [
             (vars(self), "output_dir"), (vars(self.text), "encoder"),
+            (vars(self.alignment), "encoder"),
             *((vars(self.retrofit), key) for key in ("base", "start")),
             *((options, key) for key in ("path", "vae")),
         ]  # fmt: skip
@@ -331,6 +355,12 @@ class TrainConfig:
             (loop.shard_size is not None and loop.parallel != "hsdp",
              f"train.shard_size={loop.shard_size} has no effect on train.parallel={loop.parallel}; "
              f"set train.parallel=hsdp, or leave it out"),
+            (not self.alignment.weight and self.alignment != AlignmentConfig(),
+             "alignment.* have no effect without alignment.weight; give it, as 0.5, or leave them "
+             "out"),
+            (is_retrofit and self.alignment.weight > 0,
+             "alignment.weight has no effect on a retrofit, which its original teaches; leave it "
+             "out"),
             (not is_retrofit and retrofit != RetrofitConfig(),
              "retrofit.* have no effect without retrofit.base; give it, or leave them out"),
             (is_retrofit and self.model != ModelConfig(),

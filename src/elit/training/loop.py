@@ -82,7 +82,7 @@ def train(
                 loss = torch.zeros((), device=world.device)
                 for chunk in run.chunks:
                     batch = next(batches)
-                    with run.parallel.gradient_sync(last=chunk == run.chunks[-1]):
+                    with run.gradient_sync(last=chunk == run.chunks[-1]):
                         with run.autocast():
                             part = batch_loss(run, batch, step, chunk, part_latents, latent_indices)
                         run.optimizer.backward(part / len(run.chunks))
@@ -146,7 +146,8 @@ def batch_loss(
     data = run.dataset.on_device(stored, draws.posterior)
     condition = run.conditioning(batch, draws.dropout < run.config.objective.label_dropout)
     parts = torch.arange(len(data)).tensor_split(len(part_latents))
-    losses = []
+    features = None if run.alignment is None else run.alignment.features(data, batch)
+    losses, aligned = [], []
     for rows, num_latents in zip(parts, part_latents, strict=True):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
         latents: Arguments = {} if num_latents is None else {"num_latents": num_latents}
@@ -155,7 +156,10 @@ def batch_loss(
         told = {name: value[part] for name, value in condition.items()}
         noise, sigma = draws.noise[part], draws.sigma[part]
         losses.append(_part_loss(run, data[part], noise, sigma, told, latents))
-    return torch.cat(losses).mean()
+        if run.alignment is not None and features is not None:
+            aligned.append(run.alignment.loss(noise, features[part]))
+    loss = torch.cat(losses).mean()
+    return loss if run.alignment is None else loss + run.alignment.weighted(torch.cat(aligned))
 
 
 def _part_loss(

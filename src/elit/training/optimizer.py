@@ -36,13 +36,22 @@ class Optimizer:
         parts: PyTorch's optimisers, each of parameters of its own.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, world: World):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        world: World,
+        projector: nn.Module | None = None,
+    ):
         self.config, options, device = config, config.optimizer, world.device
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        beside = [] if projector is None else [*projector.parameters()]
+        self.clipped = [*self.trained, *beside]
         matrices = hidden_matrices(model) if options.name == "muon" else {}
         groups = parameter_groups(model, config.retrofit)
         rate: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
         others = _among(groups, lambda p: p not in matrices)
+        others += [{"params": beside, "scale": 1.0}] if beside else []
         fused = device.type in ("cpu", "cuda")
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(others, betas=options.betas, fused=fused, **rate)
@@ -73,7 +82,7 @@ class Optimizer:
         if self.scaler.is_enabled():
             for part in self.parts:
                 self.scaler.unscale_(part)
-        return whole(nn.utils.clip_grad_norm_(self.trained, self.config.optimizer.clip))
+        return whole(nn.utils.clip_grad_norm_(self.clipped, self.config.optimizer.clip))
 
     def may_skip(self) -> bool:
         """Whether gradients that overflow are to be expected, as a lower scale may mend them."""

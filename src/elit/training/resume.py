@@ -22,6 +22,7 @@ from elit.training.optimizer import learning_rate
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"  # of a checkpoint
+_FIXED = ("seed", "model", "data", "text", "alignment", "retrofit")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 # Of data sets with a fingerprint: what changes no sample. What it holds, a fingerprint tells.
 _FREE_OPTIONS = ("path", "damaged", "verify", "vae")
@@ -38,7 +39,7 @@ def fixed_settings(config: TrainConfig, fingerprint: str | None = None) -> dict[
         for option in _FREE_OPTIONS:
             settings["data"]["options"].pop(option, None)
         settings["data"]["fingerprint"] = fingerprint
-    fixed = {key: settings[key] for key in ("seed", "model", "data", "text", "retrofit")}
+    fixed = {key: settings[key] for key in _FIXED}
     return {**fixed, "optimizer.name": config.optimizer.name}
 
 

@@ -22,6 +22,7 @@ from elit._random import generator
 from elit._signals import ignore_signals
 from elit.data import WholeBatches
 from elit.data.order import StepBatches
+from elit.training.alignment import Alignment
 from elit.training.build import (
     DataSets,
     MakeModel,
@@ -33,7 +34,7 @@ from elit.training.build import (
     tail_dropping,
 )
 from elit.training.checkpoint import Checkpoints, checkpoint_steps, run_tensors, step_name
-from elit.training.config import TrainConfig
+from elit.training.config import PREPARED, TrainConfig
 from elit.training.distributed import Parallel, World, half_dtype, whole
 from elit.training.finetune import without_lora
 from elit.training.metrics import MetricsLog, draw_curves
@@ -86,7 +87,12 @@ class Run:
             self.model.compile_repeated_blocks(fullgraph=True)
         # The last block of a foreign model may have parameters for a text that nobody reads.
         self.parallel = Parallel(self.model, config.train, world, some_unused=is_retrofit)
-        self.optimizer = Optimizer(self.model, config, world)
+        self.alignment, projector = None, None
+        if config.alignment.weight:
+            self.alignment = Alignment(self.model, self.dataset, config, world)
+            projector = self.alignment.parallel.model
+            self.dataset.with_features = config.alignment.encoder == PREPARED
+        self.optimizer = Optimizer(self.model, config, world, projector)
         self.trained = self.optimizer.trained
         self.average = Average(self.trained, config.optimizer.ema)
         # Micro-batches are numbered over all processes, so that P processes draw what one
@@ -146,6 +152,15 @@ class Run:
         # full budget the interface may be one.
         return part_latents[::-1], self.dropping.choose(part_latents[0], draw)
 
+    @contextlib.contextmanager
+    def gradient_sync(self, last: bool) -> Iterator[None]:
+        """Gradients are averaged over the processes with the last micro-batch only."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.parallel.gradient_sync(last))
+            if self.alignment is not None:
+                stack.enter_context(self.alignment.parallel.gradient_sync(last))
+            yield
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Precision of the forward."""
         precision = self.config.train.precision
@@ -178,10 +193,15 @@ class Run:
         """Log, validate, draw and save when due; a run ends with a validation and a sheet."""
         loop, self.step = self.config.train, step
         is_last = step == loop.steps
+        if self.alignment is not None:
+            aligned = self.alignment.of_step()
+            loss = loss - self.config.alignment.weight * aligned  # the velocity's alone
         values = self.monitor.after_step(step, part_latents, loss, grad_norm)
         if values is not None:
             images = f"{values['images_per_second']:.0f}/s"
             bar.set_postfix(loss=f"{values['loss']:.4f}", images=images, refresh=False)
+            if self.alignment is not None:
+                values["alignment"] = self.world.mean(aligned).item()
             values["lr"] = self.optimizer.lr
             if self.optimizer.scaler.is_enabled():
                 values["loss_scale"] = self.optimizer.scaler.get_scale()
@@ -243,7 +263,9 @@ class Run:
         self.checkpoints.wait()
 
     def _tensors(self) -> dict[str, Tensor]:
-        return run_tensors(self.model, self.average.shadow_params, self.optimizer.parts)
+        averaged, aligned = self.average.shadow_params, self.alignment
+        projector = None if aligned is None else aligned.parallel.model
+        return run_tensors(self.model, averaged, self.optimizer.parts, projector)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -293,6 +315,8 @@ class Run:
         """Close the files, and let go of what the process group must outlive."""
         self.log.close()
         self.parallel.close()
+        if self.alignment is not None:
+            self.alignment.parallel.close()
 
 
 def _is_due(step: int, every: int, is_last: bool = False) -> bool:
