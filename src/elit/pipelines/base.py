@@ -37,6 +37,7 @@ from elit.pipelines.arguments import (
 )
 from elit.pipelines.autoencoder import (
     SamplesDivergedError,
+    check_picture_size,
     check_usable,
     decode,
     has_time,
@@ -208,7 +209,7 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         kwargs.setdefault("use_safetensors", True)
         try:
             pipeline = super().from_pretrained(name, **kwargs)
-        except (OSError, TypeError, ValueError, SafetensorError) as error:
+        except (AttributeError, OSError, TypeError, ValueError, SafetensorError) as error:
             raise loading_error(name, error) from error
         if not isinstance(pipeline.transformer, ElasticMixin):  # one from the hub
             kind = type(pipeline.transformer).__name__
@@ -347,6 +348,9 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         check_sample_dtype(dtype, self._execution_device.type, self.scheduler)
         size = self.input_size(num_frames, height, width)
+        if output_type != "latent" and self.vae is not None:
+            scale = spatial_scale(self.vae)
+            check_picture_size(self.vae, size[-2] * scale, size[-1] * scale)
         levels = self.start(num_inference_steps, self._execution_device, sigmas, size)
         x = self._noise(noise, generator, (count, self.transformer.in_channels, *size), dtype)
         kept = self.latents_of_steps(

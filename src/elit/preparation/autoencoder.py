@@ -83,7 +83,7 @@ def load_encoder(
     scale, shift = scale_and_shift(vae)
     if upcasts(vae, types[0]):
         logger.warning(
-            "%s overflows fp16, its config says (force_upcast): it computes in fp32", name
+            "%s is not sound in %s, as its config says: it computes in fp32", name, dtype
         )
         types[0] = torch.float32
     about = Autoencoder(name, type(vae).__name__, sha256, scale, shift)
@@ -118,8 +118,10 @@ def load_vae(name: str) -> tuple[Any, str]:
             str(path) if path.is_dir() else name, subfolder=subfolder,
             dtype=torch.float32, output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
+        if config.get("encoder_type") and isinstance(error, AttributeError):
+            reason += "; diffusers wants another version of transformers for its encoder"
         raise ValueError(f"the autoencoder {name} cannot be loaded: {reason}") from error
     absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])})
     if absent:  # diffusers leaves what is missing random
