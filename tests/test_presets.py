@@ -91,7 +91,7 @@ def test_presets_have_their_sizes_and_cost_what_is_counted(name: str, resolution
     check(model, cost, some_of(cost)[-2:-1] or [None])
 
     is_tiny, patch, is_video = "tiny" in name, int(name.split("/")[1]), "video" in name
-    side = resolution if is_tiny else resolution // 8
+    side = resolution if is_tiny else resolution // (16 if "rae" in name else 8)
     assert model.sample_size == (8, side, side)[not is_video :]
     assert model.patch_size == (2 if is_tiny else 1, patch, patch)[not is_video :]
     assert model.is_elastic == name.startswith("elit-")
