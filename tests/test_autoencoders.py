@@ -79,6 +79,8 @@ def test_there_and_back(name: str) -> None:
     one_frame = len(size) == 2 and has_time(vae)
     given = pictures[:, :, None] if one_frame else pictures
     given = given / 2 + 0.5 if name == "AutoencoderRAE" else given
+    if name == "AutoencoderKLQwenImage21":  # opaque
+        given = torch.cat((given, torch.ones_like(given[:, :1])), dim=1)
     encoded = vae.encode(given)
     raw = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded[0]
     if logvar is not None:  # training draws mean + exp(logvar / 2) noise
@@ -89,7 +91,7 @@ def test_there_and_back(name: str) -> None:
     torch.manual_seed(0)
     wanted = vae.decode(raw).sample
     wanted = wanted * 2 - 1 if name == "AutoencoderRAE" else wanted
-    wanted = wanted[:, :, 0] if one_frame else wanted
+    wanted = (wanted[:, :, 0] if one_frame else wanted)[:, :3]
     torch.testing.assert_close(back, wanted, rtol=1e-3, atol=1e-4)
 
 
@@ -202,6 +204,36 @@ def test_prepared_and_drawn_alike(name: str, tmp_path) -> None:
 def shard_pixels(folder) -> torch.Tensor:
     run(folder / "images", folder / "pixels", resolution=[32])
     return shard(folder / "pixels", "train-00000-32x32")["images"].movedim(1, -1).float()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "scale"),
+    [
+        ("AutoencoderKLWan", {"in_channels": 12, "out_channels": 12, "patch_size": 2,
+                              "scale_factor_spatial": 16, "is_residual": True}, 16),  # Wan 2.2's
+        ("AutoencoderKLQwenImage", {"input_channels": 4}, 8),  # Qwen-Image-Layered's
+        ("AutoencoderKLQwenImage21", {}, 16),
+    ],
+)  # fmt: skip
+def test_pictures_of_other_channels_than_three(
+    name: str, changes: dict, scale: int, tmp_path
+) -> None:
+    torch.manual_seed(0)
+    getattr(diffusers, name)(**TINY[name][0] | changes).save_pretrained(tmp_path / "vae")
+    class_folder(tmp_path / "images", 2)
+    run(tmp_path / "images", tmp_path / "out", tmp_path / "vae", resolution=[32])
+    side = 32 // scale
+    assert read_manifest(tmp_path / "out").shapes == {"32x32": (4, side, side)}
+    vae, _ = load_vae(str(tmp_path / "vae"))
+    with torch.no_grad():
+        assert decode(vae, torch.zeros(1, 4, side, side)).shape == (1, 3, 32, 32)
+
+
+def test_pictures_that_are_not_of_colours_are_refused(tmp_path) -> None:
+    tiny_vae(in_channels=4, out_channels=4).save_pretrained(tmp_path / "vae")
+    class_folder(tmp_path / "images", 2)
+    with pytest.raises(ValueError, match="vae takes pictures of 4 channels; give one of 3"):
+        run(tmp_path / "images", tmp_path / "out", tmp_path / "vae")
 
 
 def overflowing(**changes):

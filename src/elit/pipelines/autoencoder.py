@@ -82,6 +82,21 @@ def spatial_scale(vae: Any) -> int:
     return found * _packed(vae)
 
 
+def picture_channels(vae: Any) -> int:
+    """Channels of the pictures that an autoencoder makes."""
+    config = vae.config
+    names = ("out_channels", "out_ch", "input_channels")
+    found = next(filter(None, map(config.get, names)), 3)
+    if type(vae).__name__ in ("AutoencoderKLWan", "AutoencoderKLQwenImage21"):
+        found //= (config.patch_size or 1) ** 2  # of squares of pixels, as of Wan 2.2
+    return found
+
+
+def takes_opacity(vae: Any) -> bool:
+    """Whether pictures have opacity as a fourth channel, as Qwen-Image 2.1's and Layered's do."""
+    return "QwenImage" in type(vae).__name__ and picture_channels(vae) == 4
+
+
 def has_time(vae: Any) -> bool:
     """Whether an autoencoder takes clips: it has weights or scales of space and time."""
     if vae.config.get("temperal_downsample"):  # of Wan and Qwen-Image, as diffusers spells it
@@ -125,6 +140,8 @@ def decode(vae: Any, samples: Tensor, finite: bool = True) -> Tensor:
         found = vae.decode((latents[:, :, None] if alone else latents).to(dtype))
     decoded = getattr(found, "sample", found)
     decoded = decoded[:, :, 0] if alone else decoded
+    if takes_opacity(vae):
+        decoded = decoded[:, :3]
     if _is_rae(vae):  # its pictures are in [0, 1]
         decoded = decoded * 2 - 1
     _check_shape(name, "decodes latents", samples, decoded, wanted)
@@ -147,6 +164,8 @@ def encode(vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
     size, length = spatial_scale(vae), temporal_scale(vae)
     alone = _goes_in_alone(vae, pictures, height, width)
     given = pictures / 2 + 0.5 if _is_rae(vae) else pictures
+    if takes_opacity(vae):
+        given = torch.cat((given, torch.ones_like(given[:, :1])), dim=1)
     with _computing(vae) as dtype:
         encoded = vae.encode((given[:, :, None] if alone else given).to(dtype))
     posterior = getattr(encoded, "latent_dist", None)

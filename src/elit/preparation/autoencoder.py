@@ -18,8 +18,10 @@ from elit.pipelines.autoencoder import (
     check_round_trip,
     encode,
     has_time,
+    picture_channels,
     scale_and_shift,
     spatial_scale,
+    takes_opacity,
     temporal_scale,
     upcasts,
 )
@@ -156,8 +158,8 @@ def weights_sha256(model: Any) -> str:
 
 def _check_sizes(vae: Any, name: str, sizes: Sizes) -> None:
     """Raise a ValueError for pictures or clips that an autoencoder can't take."""
-    channels = vae.config.get("out_channels") or vae.config.get("out_ch") or 3  # of Mochi's 15 in
-    if channels != 3:
+    channels = picture_channels(vae)
+    if channels != 3 and not takes_opacity(vae):
         raise ValueError(f"{name} takes pictures of {channels} channels; give one of 3, of colours")
     scale = spatial_scale(vae)
     for height, width in sizes.all:
