@@ -31,6 +31,7 @@ from elit.pipelines.autoencoder import (
     upcasts,
 )
 from elit.preparation.autoencoder import load_vae
+from elit.training.build import warn_of_width
 from elit.training.config import TrainConfig
 from elit.training.loop import train
 
@@ -389,6 +390,16 @@ def test_training_on_rae_latents(tmp_path, caplog) -> None:
     assert "autoencoder has other weights than the one that encoded" in caplog.text
 
 
+def test_velocities_alone_ask_for_width(caplog) -> None:
+    small = {"num_heads": 2, "depth": 3, "head": 1, "tail": 1}
+    for wide in ({"hidden_size": 32, "prediction_type": "sample"}, {"hidden_size": 768}):
+        warn_of_width(create_model("elit-rae-dit-b/1", **small, **wide))
+    warn_of_width(create_model("elit-hdit-tiny/2"))
+    assert caplog.text == ""
+    warn_of_width(create_model("elit-rae-dit-b/1", **small, hidden_size=32))
+    assert "the model is 32 wide, but its tokens hold 768 numbers each" in caplog.text
+
+
 def test_a_reference_of_other_latents_is_refused(tmp_path) -> None:
     """Latents of Stable Diffusion and of SDXL have one shape."""
     tiny_vae(scaling_factor=0.18215).save_pretrained(tmp_path / "sd")
@@ -446,3 +457,15 @@ def table_of_autoencoders() -> list[str]:
 def test_the_docs_have_every_autoencoder() -> None:
     page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
     assert [line for line in table_of_autoencoders() if line not in page.splitlines()] == []
+
+
+def test_latents_far_from_zero_are_told(tmp_path, caplog) -> None:
+    class_folder(tmp_path / "images", 2)
+    for shift in (0.0, 9.0):
+        vae = tiny_vae(shift_factor=shift)
+        with torch.no_grad():  # to a deviation that is usual
+            vae.encoder.conv_out.weight[:2] *= 8
+        vae.save_pretrained(tmp_path / f"{shift}")
+        result = run(tmp_path / "images", tmp_path / f"out{shift}", tmp_path / f"{shift}")
+        assert 0.3 < result.std < 3
+        assert ("the scaled latents have mean -" in caplog.text) == (shift == 9)

@@ -241,13 +241,13 @@ def _finish(task: _Task, done: int, seconds: float) -> PrepareResult:
             "%d of %d captions were cut off at %s", count, sum(samples.values()), where
         )  # fmt: skip
     mean, std = _statistics(records)
-    if mean is not None and std is not None:
-        if abs(mean) > USUAL_MEAN or not USUAL_STD[0] < std < USUAL_STD[1]:
-            logger.warning(
-                "the scaled latents have mean %.3g and standard deviation %.3g, but training wants "
-                "about 0 and 1; look at scaling_factor, shift_factor, latents_mean and latents_std "
-                "in the autoencoder's config.json", mean, std
-            )  # fmt: skip
+    off = mean is not None and abs(mean) > USUAL_MEAN
+    if off or (std is not None and not USUAL_STD[0] < std < USUAL_STD[1]):
+        logger.warning(
+            "the scaled latents have mean %.3g and standard deviation %.3g, but training wants "
+            "about 0 and 1; look at scaling_factor, shift_factor, latents_mean and latents_std in "
+            "the autoencoder's config.json", mean, std
+        )  # fmt: skip
     length = sum(shard.bytes for split in splits.values() for shard in split.shards)
     return PrepareResult(
         task.folder, missing, samples, skipped, length, done, seconds, mean, std, dict(+cut)

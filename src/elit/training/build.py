@@ -105,12 +105,15 @@ def build_checked(
 
 
 def warn_of_width(model: Any) -> None:
-    """Tell of a model that is narrower than its tokens, as of RAE's latents (arXiv 2510.11690)."""
-    embed = getattr(model, "patch_embed", None)
-    if isinstance(embed, torch.nn.Linear) and embed.in_features > embed.out_features:
+    """Tell of a model that is too narrow for the velocities of its tokens (arXiv 2510.11690)."""
+    if getattr(model, "prediction_type", None) != "velocity":  # or it is not ours
+        return
+    embed = model.patch_embed
+    if embed.in_features > embed.out_features:
         logger.warning(
             "the model is %d wide, but its tokens hold %d numbers each: what is narrower than that "
-            "learns velocities badly; take a wider preset, or a smaller patch",
+            "learns velocities badly; take a wider preset, a smaller patch, or "
+            "objective.prediction_type=sample",
             embed.out_features, embed.in_features,
         )  # fmt: skip
 
