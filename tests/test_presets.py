@@ -74,7 +74,7 @@ def some_of(cost: ModelCost) -> list[int | None]:
     ("name", "resolution"),
     [
         case
-        if re.search("-(tiny|xl|sd3|qwen)/[24]$", case[0])
+        if re.search("-(tiny|xl|sd3|qwen)/[124]$", case[0])
         else pytest.param(*case, marks=pytest.mark.slow)
         for case in CASES
     ],
@@ -91,7 +91,7 @@ def test_presets_have_their_sizes_and_cost_what_is_counted(name: str, resolution
     check(model, cost, some_of(cost)[-2:-1] or [None])
 
     is_tiny, patch, is_video = "tiny" in name, int(name.split("/")[1]), "video" in name
-    side = resolution if is_tiny else resolution // 8
+    side = resolution if is_tiny else resolution // (16 if "rae" in name else 8)
     assert model.sample_size == (8, side, side)[not is_video :]
     assert model.patch_size == (2 if is_tiny else 1, patch, patch)[not is_video :]
     assert model.is_elastic == name.startswith("elit-")
@@ -251,6 +251,22 @@ def test_rows_of_a_report(overrides: dict, budgets: list | None, rows: list) -> 
     cost = ModelCost("DiT", preset_config("elit-dit-tiny/2", 16, overrides))
     report = flops_report(cost, "x", 16, budgets)
     assert [(row["budget"], row["num_latents"]) for row in report["rows"]] == rows
+
+
+def test_presets_of_rae_latents_are_as_wide_as_their_tokens() -> None:
+    names = [name for name in PRESETS if "rae-dit" in name]
+    assert names == [
+        f"{form}rae-dit-{size}/1" for form in ("", "elit-") for size in ("b", "l", "xl")
+    ]
+    for name in names:
+        for resolution, side in ((256, 16), (512, 32)):
+            config = preset_config(name, resolution)
+            assert (config["sample_size"], config["in_channels"]) == (side, 768)
+            assert config["hidden_size"] >= 768
+        # Beside 2x2 of 4 channels: only what goes in and out of a token differs
+        usual = name.replace("rae-", "").replace("/1", "/2")
+        more = 2 * 2 * 256 * (768 - 16) * preset_config(name)["hidden_size"]
+        assert gigaflops(name, 256) == pytest.approx(gigaflops(usual, 256) + more / 1e9)
 
 
 def test_names_in_capitals_and_overrides() -> None:

@@ -75,7 +75,7 @@ TINY: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     ),
     "AutoencoderKLQwenImage": (_WAN | _CHANNELS, (16, 24)),
     "AutoencoderKLQwenImage21": (
-        _WAN | {"decoder_base_dim": 4, "dim_mult": [1] * 5, "in_channels": 3, "out_channels": 3}
+        _WAN | {"decoder_base_dim": 4, "dim_mult": [1] * 5}
         | _CHANNELS, (16, 32),
     ),
     "AutoencoderKLWan": (_WAN | _CHANNELS, (5, 16, 24)),

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import logging
 import math
 import zipfile
 import zlib
@@ -23,8 +24,11 @@ from elit.data.manifest import MANIFEST
 from elit.evaluation.parts import batches
 from elit.interface.fit import format_size
 from elit.networks.weights import checksum_of
-from elit.pipelines.autoencoder import decode
+from elit.pipelines.autoencoder import check_same_latents, decode
+from elit.preparation.autoencoder import weights_sha256
 from elit.preparation.images import READING, fit, picture_suffixes, read_image
+
+logger = logging.getLogger(__name__)
 
 _UNREADABLE = (
     OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error,
@@ -103,7 +107,14 @@ def of_dataset(dataset: ImageDataset, name: str, vae: Any = None) -> Images:
         )
     if dataset.autoencoder is not None and vae is None:
         raise ValueError(f"{name} holds VAE latents, and the model has no VAE to decode them")
+    check_same_latents(vae, dataset.autoencoder, name)
     is_pixels = dataset.autoencoder is None
+    about = dataset.autoencoder
+    if about and vae.dtype == torch.float32 and weights_sha256(vae) != about.sha256:
+        logger.warning(
+            "the pipeline's autoencoder has other weights than the one that encoded %s: its "
+            "pictures are right only if both encode alike", name
+        )  # fmt: skip
     device = torch.device("cpu") if is_pixels else next(vae.parameters()).device
 
     @torch.no_grad()

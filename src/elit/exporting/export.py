@@ -19,7 +19,7 @@ from elit.exporting.formats import SUFFIXES, open_exported, write_program
 from elit.flow.schedulers import start_sampling
 from elit.flow.words import DEFAULT_STEPS
 from elit.interface.budget import default_budgets
-from elit.pipelines.autoencoder import scale_and_shift
+from elit.pipelines.autoencoder import decoding_in_words, scale_and_shift
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def _manifest(pipeline: Any, velocity: VelocityOf, form: str, steps: int) -> dic
     decoding: dict[str, Any] = {"pixels": "samples are pixels in [-1, 1]"}
     if vae is not None:
         scale, shift = scale_and_shift(vae)
-        how = "the autoencoder is not in the file; it decodes samples / scale + shift"
+        how = f"the autoencoder is not in the file; {decoding_in_words(vae)}"
         decoding = {"class": type(vae).__name__, "scale": scale, "shift": shift, "how": how}
     text = ("max_text_length", "vocab_size", "text_dim", "pooled_dim")
     budgets = default_budgets(model.min_latents, model.max_latents) if model.is_elastic else []

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from elit.data import ImageDataset
 from elit.inspection.inspector import Subject
-from elit.pipelines.autoencoder import decode
+from elit.pipelines.autoencoder import check_same_latents, decode
 from elit.pipelines.base import ElasticPipeline
 
 SHOWN = 4  # images on the sheets
@@ -33,6 +33,7 @@ def choose_subject(
         seed: of the noise.
         batch_size: samples of a forward.
     """
+    check_same_latents(pipeline.vae, dataset.autoencoder, name)
     indices = spread_indices(dataset, count)
     batch = dataset.batch(indices)
     images = batch["images"]

@@ -89,6 +89,12 @@ VIDEO_LATENT_INPUTS = {
 }
 
 
+# Tokens of a representation autoencoder with a ViT-B of patch 14 or 16: DINOv2, SigLIP 2 or MAE.
+RAE_INPUTS = {
+    256: Input(sample_size=16, in_channels=768, num_classes=1000, group=4, min_latents=1),
+    512: Input(sample_size=32, in_channels=768, num_classes=1000, group=8, min_latents=4),
+}
+
 # Words of the tiny models' own encoder; states of CLIP-L, of T5-XXL, of Qwen2.5-VL-7B.
 DEFAULT_VOCAB_SIZE = 4096
 _WORDS = {"num_classes": None, "max_text_length": 32, "vocab_size": DEFAULT_VOCAB_SIZE}
@@ -136,6 +142,8 @@ FAMILIES = {
     "dit": Family("DiT", _ALL_SIZES),
     # 256 px, 500k steps, no guidance: FID 8.3 plain, 7.5 elastic, 7.1 multi-budget.
     # 512 px: 11.6, 8.9, 7.7.
+    # arXiv 2510.11690: the width has to be no less than what a token holds, here 768.
+    "rae-dit": Family("DiT", {"b": (1,), "l": (1,), "xl": (1,)}, latents=RAE_INPUTS),
     "uvit": Family("UViT", _SOME_SIZES),
     # 256 px: 12.8, 9.4, 9.4. 512 px: 13.0, 10.1, 9.6.
     "hdit": Family("HDiT", _SOME_SIZES, always_split=True),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from elit._choices import nearest
+from elit._extras import missing
 from elit._numbers import latent_frames
 
 # Classes that encode, but not in a way that latents of images or clips are decoded from alone
@@ -56,6 +58,8 @@ def autoencoder_class(name: Any, config: Any) -> Any:
             f"of one, or of a pipeline"
         )
     check_usable(kind, config)
+    if kind == "AutoencoderRAE" and find_spec("transformers") is None:
+        raise ValueError(missing(f"the encoder of {name} needs transformers", "text"))
     return found
 
 
@@ -76,6 +80,21 @@ def spatial_scale(vae: Any) -> int:
             )
         found = 2 ** (len(levels) - 1)
     return found * _packed(vae)
+
+
+def picture_channels(vae: Any) -> int:
+    """Channels of the pictures that an autoencoder makes."""
+    config = vae.config
+    names = ("out_channels", "out_ch", "input_channels")
+    found = next(filter(None, map(config.get, names)), 3)
+    if type(vae).__name__ in ("AutoencoderKLWan", "AutoencoderKLQwenImage21"):
+        found //= (config.patch_size or 1) ** 2  # of squares of pixels, as of Wan 2.2
+    return found
+
+
+def takes_opacity(vae: Any) -> bool:
+    """Whether pictures have opacity as a fourth channel, as Qwen-Image 2.1's and Layered's do."""
+    return "QwenImage" in type(vae).__name__ and picture_channels(vae) == 4
 
 
 def has_time(vae: Any) -> bool:
@@ -121,6 +140,8 @@ def decode(vae: Any, samples: Tensor, finite: bool = True) -> Tensor:
         found = vae.decode((latents[:, :, None] if alone else latents).to(dtype))
     decoded = getattr(found, "sample", found)
     decoded = decoded[:, :, 0] if alone else decoded
+    if takes_opacity(vae):
+        decoded = decoded[:, :3]
     if _is_rae(vae):  # its pictures are in [0, 1]
         decoded = decoded * 2 - 1
     _check_shape(name, "decodes latents", samples, decoded, wanted)
@@ -143,6 +164,8 @@ def encode(vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
     size, length = spatial_scale(vae), temporal_scale(vae)
     alone = _goes_in_alone(vae, pictures, height, width)
     given = pictures / 2 + 0.5 if _is_rae(vae) else pictures
+    if takes_opacity(vae):
+        given = torch.cat((given, torch.ones_like(given[:, :1])), dim=1)
     with _computing(vae) as dtype:
         encoded = vae.encode((given[:, :, None] if alone else given).to(dtype))
     posterior = getattr(encoded, "latent_dist", None)
@@ -193,7 +216,8 @@ def scale_and_shift(vae: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     factor, shift = config.get("scaling_factor"), config.get("shift_factor")
     factor = 1.0 if factor is None else factor
     if type(vae).__name__ == "AutoencoderKLFlux2":
-        mean, std = vae.bn.running_mean, (vae.bn.running_var + config.batch_norm_eps).sqrt()
+        mean = vae.bn.running_mean
+        std = (vae.bn.running_var.float() + config.batch_norm_eps).sqrt()
     else:
         buffers = dict(vae.named_buffers(recurse=False))
         mean, std = (
@@ -211,8 +235,45 @@ def scale_and_shift(vae: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return scales, shifts
 
 
+def decoding_in_words(vae: Any) -> str:
+    """What a program must do to samples that are to be decoded as by `decode`."""
+    words = "it decodes samples / scale + shift"
+    if _packed(vae) > 1:
+        words += f", after torch's pixel_shuffle by {_packed(vae)}"
+    return words + (", to pictures in [0, 1]" if _is_rae(vae) else "")
+
+
+def check_same_latents(vae: Any, about: Any, name: str) -> None:
+    """Raise a ValueError unless an autoencoder scales its latents as when data were encoded.
+
+    Args:
+        vae: that is to decode them, or whose latents a model draws.
+        about: what the manifest says of the one that encoded them; None of pixels.
+        name: of the data.
+    """
+    if vae is None or about is None:
+        return
+    pairs = zip(scale_and_shift(vae), (about.scale, about.shift), strict=True)
+    if not all(  # within what the statistics lose in bfloat16
+        len(own) == len(given)
+        and all(math.isclose(*x, rel_tol=0.01) for x in zip(own, given, strict=True))
+        for own, given in pairs
+    ):
+        raise ValueError(
+            f"the {type(vae).__name__} does not scale latents as the {about.class_name} "
+            f"{about.name} did when {name} was encoded: use that one, prepare the data anew, or "
+            f"look at scaling_factor, shift_factor, latents_mean and latents_std in its config"
+        )
+
+
 def upcasts(vae: Any, dtype: torch.dtype) -> bool:
-    """Whether an autoencoder overflows a dtype by its config, so that it computes in float32."""
+    """Whether an autoencoder is known to fail in a dtype, so that it computes in float32.
+
+    By its config; and diffusers numbers the patches of an AutoencoderRAE's MAE in the dtype of the
+    pictures, which must hold each number.
+    """
+    if _is_rae(vae) and vae.config.encoder_type == "mae":
+        return vae.num_patches > 2 / torch.finfo(dtype).eps + 1
     return dtype == torch.float16 and bool(vae.config.get("force_upcast"))
 
 
@@ -236,17 +297,22 @@ def _is_rae(vae: Any) -> bool:
     return type(vae).__name__ == "AutoencoderRAE"
 
 
-def _goes_in_alone(vae: Any, given: Tensor, height: int, width: int) -> bool:
-    """Whether pictures go in as clips of one frame, or a ValueError if they can't at all.
+def check_picture_size(vae: Any, height: int, width: int) -> None:
+    """Raise a ValueError for pictures of a size that an autoencoder neither takes nor makes.
 
     An AutoencoderRAE scales whatever it is given to its own size, and gives that back.
     """
-    check_usable(type(vae).__name__, vae.config)
     if _is_rae(vae) and (height, width) != (vae.decoder_image_size,) * 2:
         side = vae.decoder_image_size
         raise ValueError(
             f"this AutoencoderRAE is of pictures of {side}x{side} alone, not of {height}x{width}"
         )
+
+
+def _goes_in_alone(vae: Any, given: Tensor, height: int, width: int) -> bool:
+    """Whether pictures go in as clips of one frame, or a ValueError if they can't at all."""
+    check_usable(type(vae).__name__, vae.config)
+    check_picture_size(vae, height, width)
     return given.ndim == 4 and has_time(vae)  # Qwen-Image's is of clips
 
 

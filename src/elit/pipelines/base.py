@@ -37,6 +37,7 @@ from elit.pipelines.arguments import (
 )
 from elit.pipelines.autoencoder import (
     SamplesDivergedError,
+    check_picture_size,
     check_usable,
     decode,
     has_time,
@@ -208,7 +209,7 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         kwargs.setdefault("use_safetensors", True)
         try:
             pipeline = super().from_pretrained(name, **kwargs)
-        except (OSError, TypeError, ValueError, SafetensorError) as error:
+        except (AttributeError, OSError, TypeError, ValueError, SafetensorError) as error:
             raise loading_error(name, error) from error
         if not isinstance(pipeline.transformer, ElasticMixin):  # one from the hub
             kind = type(pipeline.transformer).__name__
@@ -337,7 +338,6 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         guidance = read_guidance(guidance, guidance_scale, guide_budget)
         generator = read_generators(generator, seed, count)
         output_type = "np" if output_type == "numpy" else output_type
-        self._check_output(output_type)
         if latents is not None:
             if noise is not None:
                 raise ValueError(
@@ -347,6 +347,7 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         check_sample_dtype(dtype, self._execution_device.type, self.scheduler)
         size = self.input_size(num_frames, height, width)
+        self._check_output(output_type, size)
         levels = self.start(num_inference_steps, self._execution_device, sigmas, size)
         x = self._noise(noise, generator, (count, self.transformer.in_channels, *size), dtype)
         kept = self.latents_of_steps(
@@ -537,10 +538,14 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         """Whether the transformer makes clips, not images."""
         return len(self.transformer.sample_size) == 3
 
-    def _check_output(self, output_type: str) -> None:
+    def _check_output(self, output_type: str, size: Sequence[int]) -> None:
         check_choice(output_type, OUTPUT_TYPES, "output_type")
-        channels = self.transformer.in_channels
-        if output_type != "latent" and self.vae is None and not draws_images(channels):
+        channels, scale = self.transformer.in_channels, spatial_scale(self.vae)
+        if output_type == "latent":
+            return
+        if self.vae is not None:
+            check_picture_size(self.vae, size[-2] * scale, size[-1] * scale)
+        elif not draws_images(channels):
             raise ValueError(
                 f"{channels} channels are no image: these are VAE latents; "
                 f"make the pipeline with vae=..., or ask for output_type='latent'"

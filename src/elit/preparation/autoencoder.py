@@ -18,8 +18,10 @@ from elit.pipelines.autoencoder import (
     check_round_trip,
     encode,
     has_time,
+    picture_channels,
     scale_and_shift,
     spatial_scale,
+    takes_opacity,
     temporal_scale,
     upcasts,
 )
@@ -83,7 +85,7 @@ def load_encoder(
     scale, shift = scale_and_shift(vae)
     if upcasts(vae, types[0]):
         logger.warning(
-            "%s overflows fp16, its config says (force_upcast): it computes in fp32", name
+            "%s is not sound in %s, as its config says: it computes in fp32", name, dtype
         )
         types[0] = torch.float32
     about = Autoencoder(name, type(vae).__name__, sha256, scale, shift)
@@ -118,8 +120,10 @@ def load_vae(name: str) -> tuple[Any, str]:
             str(path) if path.is_dir() else name, subfolder=subfolder,
             dtype=torch.float32, output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
+        if config.get("encoder_type") and isinstance(error, AttributeError):
+            reason += "; diffusers wants another version of transformers for its encoder"
         raise ValueError(f"the autoencoder {name} cannot be loaded: {reason}") from error
     absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])})
     if absent:  # diffusers leaves what is missing random
@@ -154,8 +158,8 @@ def weights_sha256(model: Any) -> str:
 
 def _check_sizes(vae: Any, name: str, sizes: Sizes) -> None:
     """Raise a ValueError for pictures or clips that an autoencoder can't take."""
-    channels = vae.config.get("out_channels") or vae.config.get("out_ch") or 3  # of Mochi's 15 in
-    if channels != 3:
+    channels = picture_channels(vae)
+    if channels != 3 and not takes_opacity(vae):
         raise ValueError(f"{name} takes pictures of {channels} channels; give one of 3, of colours")
     scale = spatial_scale(vae)
     for height, width in sizes.all:

@@ -49,7 +49,7 @@ from elit.preparation.texts import TextEncoder, load_texts
 logger = logging.getLogger(__name__)
 
 _MOST_ROWS, _MOST_BYTES = 4096, 2**30  # of a part
-USUAL_STD = (0.3, 3.0)  # of latents that are scaled right
+USUAL_MEAN, USUAL_STD = 1.0, (0.3, 3.0)  # of latents that are scaled right
 
 
 @dataclass(frozen=True)
@@ -259,10 +259,12 @@ def _finish(task: _Task, done: int, seconds: float) -> PrepareResult:
             "%d of %d captions were cut off at %s", count, sum(samples.values()), where
         )  # fmt: skip
     mean, std = _statistics(records)
-    if std is not None and not USUAL_STD[0] < std < USUAL_STD[1]:
+    off = mean is not None and abs(mean) > USUAL_MEAN
+    if off or (std is not None and not USUAL_STD[0] < std < USUAL_STD[1]):
         logger.warning(
-            "the scaled latents have a standard deviation of %.3g, but training wants about 1; "
-            "look at scaling_factor and shift_factor in the autoencoder's config.json", std
+            "the scaled latents have mean %.3g and standard deviation %.3g, but training wants "
+            "about 0 and 1; look at scaling_factor, shift_factor, latents_mean and latents_std in "
+            "the autoencoder's config.json", mean, std
         )  # fmt: skip
     length = sum(shard.bytes for split in splits.values() for shard in split.shards)
     return PrepareResult(

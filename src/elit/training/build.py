@@ -21,7 +21,7 @@ from elit.flow.objective import SigmaDensity
 from elit.interface.budget import TailDropping, default_budgets
 from elit.models.elastic import ElasticMixin
 from elit.models.presets import DEFAULT_VOCAB_SIZE, nearest_resolution, preset_config, preset_model
-from elit.pipelines.autoencoder import scale_and_shift
+from elit.pipelines.autoencoder import check_same_latents
 from elit.pipelines.text_encoder import encoder_settings, load_text_encoder
 from elit.preparation.autoencoder import load_vae, weights_sha256
 from elit.retrofit.known import is_foreign
@@ -107,6 +107,20 @@ def build_checked(
     return model, teacher
 
 
+def warn_of_width(model: Any) -> None:
+    """Tell of a model that is too narrow for the velocities of its tokens (arXiv 2510.11690)."""
+    if getattr(model, "prediction_type", None) != "velocity":  # or it is not ours
+        return
+    embed = model.patch_embed
+    if embed.in_features > embed.out_features:
+        logger.warning(
+            "the model is %d wide, but its tokens hold %d numbers each: what is narrower than that "
+            "learns velocities badly; take a wider preset, a smaller patch, or "
+            "objective.prediction_type=sample",
+            embed.out_features, embed.in_features,
+        )  # fmt: skip
+
+
 def make_conditioning(
     config: TrainConfig, dataset: ImageDataset, model: Any, device: torch.device
 ) -> Conditioning:
@@ -154,12 +168,7 @@ def load_run_vae(config: TrainConfig, dataset: ImageDataset) -> Any | None:
             f"the autoencoder {about.name} has weights of SHA-256 {sha256}, the data was encoded "
             f"with those of {about.sha256}; give the folder of the right one as data.options.vae"
         )
-    if (about.scale, about.shift) != scale_and_shift(vae):
-        raise ValueError(
-            f"the autoencoder {about.name} does not scale latents as when the data was encoded: "
-            f"look at scaling_factor, shift_factor, latents_mean and latents_std in its config, or "
-            f"prepare the data anew"
-        )
+    check_same_latents(vae, about, "the data")
     return vae.eval().requires_grad_(False)
 
 

@@ -21,6 +21,7 @@ from elit.training.build import (
     read_data,
     sigma_density,
     tail_dropping,
+    warn_of_width,
 )
 from elit.training.config import TrainConfig
 from elit.training.distributed import shard_size
@@ -55,6 +56,7 @@ def check_config(config: TrainConfig, thorough: bool = False) -> DataSets:
         model, _ = build_checked(config, data.train, _build_on_meta)
         if thorough and not is_foreign(model):
             load_run_vae(config, data.train)
+            warn_of_width(model)  # a run does by itself
         tail_dropping(config, model)
         latents_to_show(model, config.sample.budgets)
     return data

@@ -32,6 +32,7 @@ from elit.training.build import (
     read_data,
     sigma_density,
     tail_dropping,
+    warn_of_width,
 )
 from elit.training.checkpoint import Checkpoints, checkpoint_steps, run_tensors, step_name
 from elit.training.config import PREPARED, TrainConfig
@@ -75,6 +76,8 @@ class Run:
         self.density = sigma_density(config)
         parts = build_parts(config, self.dataset, world, make_model)
         self.model, self.conditioning, self.distillation = parts
+        if world.is_main:
+            warn_of_width(self.model)
         self.frozen = frozen_digest(self.model)
         self.dropping = tail_dropping(config, self.model)
         # A retrofit is shown at full budget too, where it may be the untrained original.
