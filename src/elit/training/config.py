@@ -101,7 +101,7 @@ class ObjectiveConfig:
         logit_std: its standard deviation.
         shift: s of a shift of the noise levels, s sigma / (1 + (s - 1) sigma), in training and
             in the sampler that is saved; "dimension" is sqrt(m / 4096) of samples of m numbers.
-        prediction_type: output of the network, "velocity" or "sample" (x-prediction), from which
+        prediction_type: output of the last layer, "velocity" or "sample" (x-prediction), of which
             the model makes the velocity; the loss is the velocity's.
         label_dropout: share of labels replaced by the null label, and of captions by the empty one,
             for guidance.
