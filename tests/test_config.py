@@ -10,7 +10,13 @@ from idx_files import idx_folder
 
 from elit._plain import describe_type, fits_type
 from elit.cli.main import main
-from elit.training.config import DataConfig, LoopConfig, TrainConfig
+from elit.training.config import (
+    AlignmentConfig,
+    DataConfig,
+    LoopConfig,
+    TextConfig,
+    TrainConfig,
+)
 from elit.training.config_files import (
     Field,
     built_in_configs,
@@ -71,6 +77,16 @@ def test_a_run_s_config_finds_its_data_from_anywhere(tmp_path, monkeypatch) -> N
     assert config.from_anywhere().data.options == {"path": str(tmp_path / "set")}
     assert config.from_anywhere().output_dir == "runs/a"
     assert config.data.options == {"path": "set"}
+
+
+def test_words_of_encoders_are_no_folders(tmp_path, monkeypatch) -> None:
+    """As the docs have a folder `prepared`: the run's own config still means the word."""
+    monkeypatch.chdir(tmp_path)
+    for word in ("words", "prepared", "classifier"):
+        (tmp_path / word).mkdir()
+        config = TrainConfig(text=TextConfig(word), alignment=AlignmentConfig(0.5, encoder=word))
+        kept = config.from_anywhere()
+        assert (kept.text.encoder, kept.alignment.encoder) == (word, word)
 
 
 def test_types_are_kept(yaml_file) -> None:
@@ -350,20 +366,20 @@ NAN, INF = float("nan"), float("inf")
          (0, 2**31), "a number of at least 1, at most 2147483647"),
         ("data.num_workers optimizer.warmup_steps train.log_every train.validate_every "
          "train.sample_every train.checkpoint_every optimizer.weight_decay "
-         "optimizer.final_lr retrofit.features sample.guidance_scale",
+         "optimizer.final_lr retrofit.features alignment.weight sample.guidance_scale",
          (-1, 2**31, NAN), "a number of at least 0, at most 2147483647"),
         ("optimizer.lr optimizer.clip objective.logit_std retrofit.base_lr",
          (0.0, NAN, INF), "a number above 0"),
         ("objective.label_dropout optimizer.ema", (-0.1, 1.0), r"a number in \[0, 1\)"),
         ("optimizer.betas", ((0.9, 1.0), (-0.1, 0.9)), r"numbers in \[0, 1\)"),
         ("retrofit.distill", (-0.1, 1.1), r"a number in \[0, 1\]"),
-        ("text.max_length train.shard_size",
+        ("text.max_length train.shard_size alignment.depth",
          (0, 2**31), "a number of at least 1, at most 2147483647, or null"),
         ("train.threads", (0, 1025), "a number from 1 to 1024, or null"),
         ("train.peak_tflops", (0.0, INF), "a number above 0, or null"),
         ("train.wandb", ("", " "), "a project's name, or null"),
         ("objective.density latents.order retrofit.init retrofit.train optimizer.schedule "
-         "train.precision train.parallel", ("x",), None),
+         "train.precision train.parallel alignment.where alignment.kind", ("x",), None),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(keys, values, words) -> None:

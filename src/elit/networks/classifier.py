@@ -131,6 +131,13 @@ class ClassifierFeatures(nn.Module):
         return {"pool": pool, "logits": self.head(pool)}
 
 
+def untrained_network(train_dataset: ImageDataset, seed: int = 0) -> nn.Sequential:
+    """The network of `fit_network` before it is fitted: it knows no label."""
+    with _seeded(seed):
+        channels, classes = train_dataset.image_shape[0], train_dataset.num_classes
+        return _network(channels, classes, train_dataset.aligned)
+
+
 def spatial_part(network: nn.Sequential) -> nn.Sequential:
     """The stages of a network of `fit_network`: images (B, C, H, W) to maps (B, d, h, w)."""
     stages = itertools.takewhile(lambda part: not isinstance(part, nn.AdaptiveAvgPool2d), network)

@@ -20,7 +20,8 @@ from elit.flow.shift import DIMENSION, Shift, is_shift
 from elit.models.presets import preset_class
 
 WORDS = "words"  # the built-in reader of captions
-PREPARED = "prepared"  # texts that were encoded with the data; and the data set of that name
+PREPARED = "prepared"  # texts, or features, made with the data; and the data set of that name
+_NO_PATHS = (WORDS, PREPARED, "classifier")  # of encoders, whatever folder is called so
 
 
 def _from(least: float, most: float = MOST) -> Rule:
@@ -327,7 +328,8 @@ class TrainConfig:
             *((options, key) for key in ("path", "vae")),
         ]  # fmt: skip
         for holder, key in places:
-            if isinstance(path := holder.get(key), str | os.PathLike):
+            path = holder.get(key)
+            if isinstance(path, str | os.PathLike) and path not in _NO_PATHS:
                 holder[key] = change(path)
 
     def from_anywhere(self) -> "TrainConfig":

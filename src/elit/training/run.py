@@ -266,8 +266,8 @@ class Run:
         self.checkpoints.wait()
 
     def _tensors(self) -> dict[str, Tensor]:
-        averaged, aligned = self.average.shadow_params, self.alignment
-        projector = None if aligned is None else aligned.parallel.model
+        projector = None if self.alignment is None else self.alignment.parallel.model
+        averaged = self.average.shadow_params
         return run_tensors(self.model, averaged, self.optimizer.parts, projector)
 
     def _state(self) -> dict[str, Any]:
