@@ -39,11 +39,13 @@ from elit.interface.budget import format_budget
 from elit.layers.transformer import Rotary, TransformerBlock
 from elit.models.dit import DiT
 from elit.networks.classifier import ClassifierFeatures, fit_network
+from elit.networks.feature_maps import load_feature_maps
 from elit.networks.feature_network import FeatureNetwork
 from elit.pipelines.elit_pipeline import ElitPipeline
 from elit.reproduce.measure import Bench
 from elit.reproduce.runs import Training, Trainings
 from elit.reproduce.scales import SCALES
+from elit.training.alignment import Projector
 from elit.training.build import build_model, tail_dropping
 from elit.training.config import DataConfig, TrainConfig
 from elit.training.loop import train
@@ -183,14 +185,29 @@ class Recipe:
         return from_plain(TrainConfig, tree)
 
     def step_flops(self, case: Case) -> float:
-        """FLOPs of an optimiser step: forward, backward and what Muon does."""
+        """FLOPs of an optimiser step: forward, backward, the projector's, and what Muon does."""
         config = self.config(case)
         with torch.device("meta"):
             make = build_gated if case.is_gated else build_model
             model = make(config, self.trainings.dataset, {})
         samples = config.data.batch_size
-        flops = 3 * samples * mean_flops(cost_of(model), tail_dropping(config, model))
+        dropping = tail_dropping(config, model)
+        flops = 3 * samples * mean_flops(cost_of(model), dropping)
+        if config.alignment.weight:
+            cells = self.trainings.scale.tokens**2
+            if config.alignment.where == "latents" and dropping is not None:
+                share = (dropping.min_latents + dropping.max_latents) / 2 / dropping.max_latents
+                cells = round(share * cells)
+            is_spatial = config.alignment.kind == "irepa"
+            projector = Projector(self.size.hidden_size, self.channels, is_spatial)
+            flops += 3 * samples * 2 * cells * sum(p.numel() for p in projector.parameters())
         return flops + (muon_flops(model) if config.optimizer.name == "muon" else 0)
+
+    @cached_property
+    def channels(self) -> int:
+        """Of the features that hidden states are aligned with."""
+        dataset = self.trainings.dataset
+        return load_feature_maps("classifier", torch.device("cpu"), dataset).about.shape[0]
 
     def steps(self, case: Case) -> int:
         """Steps that cost what the plain base's cost."""
@@ -209,7 +226,7 @@ class Recipe:
         trained = time.process_time()
         model = case.model_class.from_pretrained(done.folder / "transformer", use_safetensors=True)
         kept = [model.resolve_budget(budget) for budget in MODELS[case.model]]
-        pipeline = ElitPipeline(model, make_scheduler("euler"))
+        pipeline = ElitPipeline(model, make_scheduler("euler", config.objective.shift))
         drawn = {
             format_budget(budget): self.draw(pipeline, budget) for budget in MODELS[case.model]
         }
