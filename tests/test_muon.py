@@ -1,15 +1,18 @@
 """Muon for the matrices of the blocks: which they are, its step, the same run however shared."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from retrofit_models import elastic
 from runs import CPU, assert_same_run, metrics, run_ranks, tiny_config
 from safetensors.torch import load_file
 from torch import nn
 
+from elit._plain import from_plain
 from elit.training.checkpoint import checkpoint_steps
-from elit.training.config import TrainConfig
+from elit.training.config import RetrofitConfig, TrainConfig
 from elit.training.estimate import estimate
 from elit.training.loop import train
 from elit.training.muon import Muon, hidden_matrices, newton_schulz, step_flops
@@ -165,3 +168,48 @@ def test_a_plan_counts_one_moment_and_the_work_of_muon(tmp_path) -> None:
     block, exchange = 4 * square + wide, 6 * square
     assert step_flops(run.model) == 3 * block + 2 * exchange
     run.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [
+        ("qwen", "transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.img_mod.1"),
+        ("flux", "single_transformer_blocks.0.proj_mlp", "transformer_blocks.0.norm1.linear"),
+        ("sd3", "transformer_blocks.0.ff.net.2", "norm_out.linear"),
+        ("wan", "elit.write.mlp.0", "condition_embedder.time_proj"),
+        ("ours", "elit.read.attention.to_kv", "elit.read.modulation.linear"),
+    ],
+)
+def test_of_a_retrofit_blocks_and_interface_are_muons_but_no_modulation_or_adapter(
+    name, inside, outside
+) -> None:
+    model = elastic(name)
+    matrices = hidden_matrices(model)
+    assert model.get_submodule(inside).weight in matrices
+    assert model.get_submodule(outside).weight not in matrices
+    assert not any(p in matrices for n, p in model.named_parameters() if ".adapters." in n)
+
+
+def test_the_rate_of_a_base_is_its_own_with_muon_too(tmp_path) -> None:
+    train(tiny_config(tmp_path / "base", 1, model_preset="dit-tiny/2"), progress=False)
+    retrofit = RetrofitConfig(
+        str(tmp_path / "base"), head=1, tail=1, train="all", base_lr=0.1, distill=0, features=0
+    )
+    values = muon_config(tmp_path / "run", 2).to_dict() | {
+        "model": {},
+        "retrofit": asdict(retrofit),
+    }
+    config = from_plain(TrainConfig, values)
+    run = Run(config, CPU)
+    run.optimizer.set_learning_rate(10)
+    rates = {
+        name: group["lr"]
+        for name, parameter in run.model.named_parameters()
+        for part in run.optimizer.parts
+        for group in part.param_groups
+        if any(parameter is p for p in group["params"])
+    }
+    run.close()
+    assert rates["elit.read.mlp.0.weight"] == rates["elit.read.mlp.0.bias"] == 1e-3
+    assert rates["blocks.0.mlp.0.weight"] == rates["blocks.0.mlp.0.bias"] == pytest.approx(1e-4)
+    assert train(config, progress=False).finished

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from elit.training.distributed import World, shard_like, whole
 
 _INSIDE = re.compile(r"blocks\.|(^|\.)(read|write)\.")
-_OUTSIDE = re.compile(r"modulation|norm|lora_")
+_OUTSIDE = re.compile(r"modulation|_mod\.|norm|lora_")
 _STACKED = {"to_qkv": 3, "to_kv": 2}
 
 
