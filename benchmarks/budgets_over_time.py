@@ -10,7 +10,7 @@ run. The trajectory error is the mean square by which samples differ from those 
 four times the steps, over the latter's own mean square. FLOPs are of a picture, guide included:
 with a cache those that PyTorch counted, else by formulas.
 
-Every result is kept in the folder `--out` and not drawn again; `table.md` and `chart.png` are there.
+Every result is kept in the folder `--out` and not drawn again, beside `table.md` and `chart.png`.
 """
 
 import argparse
@@ -45,6 +45,7 @@ FULL = "full budget"
 POOL = "classifier.pool"
 REFERENCE = 10_000  # held-out pictures at most
 BISECTIONS = 7
+FITTED = 25  # pictures on which a cache's threshold is fitted
 
 
 @dataclass(frozen=True)
@@ -274,12 +275,12 @@ def cache_of(kind: str, bench: Bench, way: Way) -> Callable[[float], Any]:
 
 
 def fitted(bench: Bench, way: Way, make: Callable[[float], Any], share: float) -> Way | None:
-    """The lowest threshold whose FLOPs of a batch are within the share."""
+    """The lowest threshold whose FLOPs of a few pictures are within the share."""
     low, high, best = -7.0, 3.0, None  # powers of e
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         tried = replace(way, cache=make(2.718281828**middle))
-        _, flops = bench.samples(tried, bench.args.batch_size)
+        _, flops = bench.samples(tried, FITTED)
         if flops <= share * bench.whole:
             high, best = middle, tried
         else:
