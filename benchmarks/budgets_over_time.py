@@ -196,10 +196,10 @@ class Bench:
         file = Path(self.args.out) / f"{Path(self.run).name}-{digest_of(about)[:12]}.json"
         if not file.exists():
             way = make()
-            found = None if way is None else self.measure(way)
-            write_json(file, {**about, "run": self.run, "found": found})
-        found = json.loads(file.read_text())["found"]
-        return found and {**about, "run": self.run, **found}
+            if way is None:
+                return None
+            write_json(file, {**about, **self.measure(way)})
+        return json.loads(file.read_text()) | {"run": self.run}
 
 
 # ---- ways to spend a share of full budget's FLOPs; None where there is none ----
@@ -288,16 +288,22 @@ def fitted(bench: Bench, way: Way, make: Callable[[float], Any], share: float) -
     return best
 
 
+def searched(bench: Bench, share: float) -> Way | None:
+    """What `elit sweep --search` found for the share; until it is there, nothing."""
+    del bench, share
+    return None
+
+
 def ways_at(share: float) -> dict[str, Callable[[Bench, float], Way | None]]:
     """Ways by their names."""
-    halves = {f"half the grid for {p:.0%} of the steps": from_half(p) for p in (0.25, 0.5, 0.75)}
     parts = [p for p in (1.5, 1, 0.75, 0.6, 0.45) if 1.15 * share < p <= max(1, 1.5 * share)]
     derived = {
         "derived" if p == 1 else f"derived, {p:.0%} of the steps": planned("errors", p)
         for p in parts
     }
     if share == 1:  # others are full budget there
-        return {FULL: fewer_steps, **derived, **halves}
+        return {FULL: fewer_steps, **derived}
+    halves = {f"half the grid for {p:.0%} of the steps": from_half(p) for p in (0.25, 0.5, 0.75)}
     caches = {
         kind + " with derived budgets" * both: cached(kind, both)
         for kind in ("FirstBlockCache", "TeaCache")
@@ -305,7 +311,7 @@ def ways_at(share: float) -> dict[str, Callable[[Bench, float], Way | None]]:
     }
     return {
         "constant budget": constant, "fewer steps": fewer_steps, "spectral": planned("spectrum"),
-        **derived, **halves, **caches,
+        **derived, **halves, **caches, "searched": searched,
     }  # fmt: skip
 
 
@@ -396,6 +402,7 @@ def main() -> None:
     add("--trajectories", type=int, default=200, help="samples whose trajectory error is taken")
     add("--batch-size", type=int, default=100)
     add("--shares", type=float, nargs="+", default=[1, 0.5, 0.3])
+    add("--only", nargs="+", default=[""], metavar="WAY", help="ways whose names begin so")
     add("--seed", type=int, default=5000)
     add("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -406,6 +413,8 @@ def main() -> None:
         bench = Bench(run, args)
         for share in args.shares:
             for name, make in ways_at(share).items():
+                if not name.startswith((FULL, *args.only)):
+                    continue
                 row = bench.result(name, share, lambda m=make, s=share, b=bench: m(b, s))
                 if row is not None:
                     rows.append(row)
