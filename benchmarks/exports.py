@@ -2,9 +2,14 @@
 
 python benchmarks/exports.py --models elit-dit-tiny/2 elit-dit-s/2
 python benchmarks/exports.py --models elit-uvit-tiny/2 sit-tiny/2 --formats torch-export onnx
+python benchmarks/exports.py --models elit-dit-s/2 --formats --compile blocks
+
+"compiled" is the whole model with free lengths, "blocks" the blocks alone, for each of the lengths
+that there are.
 """
 
 import argparse
+import copy
 import os
 import tempfile
 import time
@@ -32,11 +37,22 @@ def random_pipeline(name: str) -> ElitPipeline | ElitTextPipeline:
     return kind(model, make_scheduler("euler"))
 
 
+def compiled(velocity: VelocityOf, what: str) -> VelocityOf:
+    """A model that is compiled at its first calls."""
+    if what == "whole":
+        return torch.compile(velocity, dynamic=True)
+    torch._dynamo.config.recompile_limit = 64
+    model = copy.deepcopy(velocity.model)
+    model.compile_repeated_blocks(dynamic=False, fullgraph=True)
+    return VelocityOf(model, velocity.size)
+
+
 def main() -> None:
     """Print a row for each model and form."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["elit-dit-tiny/2"])
     parser.add_argument("--formats", nargs="*", default=[*SUFFIXES], choices=[*SUFFIXES])
+    parser.add_argument("--compile", nargs="*", default=["whole"], choices=["whole", "blocks"])
     args = parser.parse_args()
     print(
         f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch "
@@ -46,11 +62,13 @@ def main() -> None:
     for name in args.models:
         pipeline = random_pipeline(name)
         velocity = VelocityOf(pipeline.transformer, pipeline.transformer.sample_size)
-        start = time.perf_counter()
-        checks = compare(velocity, torch.compile(velocity, dynamic=True))
-        took = time.perf_counter() - start
-        rows.append(_row(name, "eager", "", "", checks, "eager_ms") | {"difference": ""})
-        rows.append(_row(name, "compiled", "", f"{took:.0f}", checks))
+        for what in args.compile:
+            start = time.perf_counter()
+            checks = compare(velocity, compiled(velocity, what))
+            took = time.perf_counter() - start
+            rows.append(_row(name, "eager", "", "", checks, "eager_ms") | {"difference": ""})
+            form = {"whole": "compiled", "blocks": "blocks"}[what]
+            rows.append(_row(name, form, "", f"{took:.0f}", checks))
         for form in args.formats:
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()

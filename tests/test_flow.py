@@ -10,6 +10,7 @@ from torch import Tensor
 
 from elit import flow
 from elit._devices import wide
+from elit.flow.coarse import coarse_noise, coarse_sigma, refine
 from elit.flow.guidance import CFG, AutoGuidance, CheapCFG, Guidance
 from elit.flow.objective import (
     SigmaDensity,
@@ -579,6 +580,58 @@ def test_wide_numbers_are_never_on_a_device_without_them() -> None:
     assert wide(torch.device("mps")) == {"device": torch.device("cpu"), "dtype": torch.float64}
     for name in ("cpu", "cuda:1", "meta"):
         assert wide(torch.device(name)) == {"device": torch.device(name), "dtype": torch.float64}
+
+
+# ---- a start on a coarser grid ----
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_a_refined_sample_has_the_fine_grids_noise_level(factor: int) -> None:
+    """Of data that are linear in place, which bilinear upsampling keeps but at the borders."""
+    places = torch.arange(32.0)
+    data = (0.1 * places - 0.2 * places[:, None] + 0.5).expand(256, 3, 32, 32)
+    coarse_data = torch.nn.functional.avg_pool2d(data, factor)
+    sigma = 0.6
+    seen, fresh = torch.randn(2, *data.shape)
+    samples = interpolate(
+        coarse_data, coarse_noise(seen, factor), torch.full((256,), coarse_sigma(sigma, factor))
+    )
+    fine = refine(samples, coarse_data, sigma, fresh)
+    noise = ((fine - (1 - sigma) * data) / sigma)[..., factor:-factor, factor:-factor]
+    for shift in range(factor + 1):  # within a cell and across
+        product = (noise[..., shift:] * noise[..., : noise.shape[-1] - shift]).mean()
+        assert product.item() == pytest.approx(float(shift == 0), abs=0.01)
+    # The same noise again: what the coarse one left out of it is all that is put in.
+    again = refine(samples, coarse_data, sigma, seen)[..., factor:-factor, factor:-factor]
+    expected = interpolate(data, seen, torch.full((256,), sigma))
+    torch.testing.assert_close(again, expected[..., factor:-factor, factor:-factor])
+
+
+@pytest.mark.parametrize("switch", [1, 60, 150])
+def test_a_coarse_start_ends_where_the_fine_grid_alone_does(switch: int) -> None:
+    """Pictures of one Gaussian colour: their flow takes the noise's mean to a known colour."""
+
+    def velocity(x: Tensor, sigma: float, *_: object) -> Tensor:
+        pixels = x[0, 0].numel()
+        keep = (1 - sigma) * STD**2 / ((1 - sigma) ** 2 * STD**2 + sigma**2 / pixels)
+        colour = MEAN + keep * (x.mean((1, 2, 3, 4), keepdim=True) - (1 - sigma) * MEAN)
+        return (x - colour) / sigma
+
+    noise = torch.randn(8, 1, 2, 8, 8)  # clips: their frames keep their number
+    levels = [1 - i / 200 for i in range(200)]
+    x, coarse = coarse_noise(noise), [coarse_sigma(level) for level in levels[: switch + 1]]
+    for sigma, after in pairwise(coarse):
+        x = x + (after - sigma) * velocity(x, sigma)
+    clean = x - coarse[-1] * velocity(x, coarse[-1])
+    x = refine(x, clean, levels[switch], noise)
+    end = sample("euler", velocity, x, 1, sigmas=levels[switch:])
+    colour = MEAN + STD * 128**0.5 * noise.mean((1, 2, 3, 4), keepdim=True)
+    torch.testing.assert_close(end, colour.expand_as(end), atol=0.02, rtol=0)
+
+
+def test_samples_are_refined_by_a_whole_factor() -> None:
+    with pytest.raises(ValueError, match=r"samples of .4, 6. cannot be refined to noise of .8, 8."):
+        refine(torch.zeros(1, 1, 4, 6), torch.zeros(1, 1, 4, 6), 0.5, torch.zeros(1, 1, 8, 8))
 
 
 # ---- levels ----
