@@ -1,6 +1,5 @@
 """An inspection from beginning to end: look, write the sheets and maps, and tell all numbers."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ def inspect_pipeline(
     shown = min(SHOWN, len(subject.images))
     maps, worths = [], []
     levels = list(dict.fromkeys(sigmas))
-    for sigma in tqdm(levels, desc="noise levels", disable=not sys.stderr.isatty(), leave=False):
+    for sigma in tqdm(levels, desc="noise levels", leave=False):
         maps += inspector.maps(sigma, kept, shown)
         worths.append(inspector.worth(sigma))
     drawn = list(dict.fromkeys([model.max_latents, *kept]))
