@@ -2,8 +2,8 @@
 
 python benchmarks/first_chart.py --out runs/first-chart --picture docs/images/first.png
 
-Each is trained on the quickstart's digits with the same FLOPs, as the quickstart trains; the loss is
-that of held-out digits. The same command again goes on where it was stopped.
+Each is trained with the same FLOPs on the quickstart's digits, as the quickstart trains; the loss
+is that of held-out digits. The same command again goes on where it was stopped.
 """
 
 import argparse
@@ -29,7 +29,7 @@ Points = dict[str, tuple[float, list[float]]]  # MFLOPs of a forward, and the lo
 
 
 def config_of(folder: Path, seed: int, flops: float, blocks: int | None) -> TrainConfig:
-    """The quickstart's run, as many steps of it as take these FLOPs; of a plain DiT of so many blocks."""
+    """The quickstart's run for these FLOPs; if `blocks` are given, of a plain DiT."""
     plain = {} if blocks is None else {
         "model.preset": "dit-tiny/4",
         "model.overrides": f"{{hidden_size: 48, depth: {blocks}}}",
@@ -90,7 +90,8 @@ def main() -> None:
             add_points(plain, config_of(Path(args.out), seed, flops, blocks), f"{blocks} blocks")
     header = ("model", "MFLOPs", "loss", "of each seed")
     rows = [
-        (f"{kind} {name}", f"{mflops:.1f}", f"{mean(losses):.4f}", " ".join(f"{x:.4f}" for x in losses))
+        (f"{kind} {name}", f"{mflops:.1f}", f"{mean(losses):.4f}",
+         " ".join(f"{loss:.4f}" for loss in losses))
         for kind, points in (("one elastic model, budget", elastic), ("a plain DiT,", plain))
         for name, (mflops, losses) in points.items()
     ]  # fmt: skip

@@ -435,6 +435,8 @@ def test_flops_json_has_this_form(run) -> None:
             ("model", "str"), ("resolution", "int"), ("parameters", "int"),
             ("train_tflops", "float"),
             ("train_tflops_multi_budget", "float" if name == "@tiny" else "NoneType"),
+            ("train_tflops_as_drawn", "float" if name == "@tiny" else "NoneType"),
+            ("latents_drawn", "list" if name == "@tiny" else "NoneType"),
             ("rows", "list"), ("text_tokens", "NoneType"), ("frames", "NoneType"),
         ]  # fmt: skip
         for row in report["rows"]:

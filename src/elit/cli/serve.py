@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from elit._extras import missing
+from elit._tables import counted
 from elit.cli.common import check_address, check_run, make_guidance, url_of
 from elit.cli.flags import OneOf, Parser, WholeNumber, budget, number
 from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
@@ -78,7 +79,7 @@ def _announce(settings: "Settings", facts: "Facts") -> None:
     way = facts.way
     guide = way.guidance if way.scale is None else f"{way.guidance} {way.scale:g}"
     print(f"a request that doesn't say: budget {format_budget(facts.budget(facts.latents))}, "
-          f"{way.steps} steps, guidance {guide} ({facts.front})")  # fmt: skip
+          f"{counted(way.steps, 'step')}, guidance {guide} ({facts.front})")  # fmt: skip
     budgets = " ".join(format_budget(facts.budget(n)) for n in facts.ladder)
     if settings.p95_ms is None:
         print("no target: each request runs at its own budget; --p95-ms MS holds a latency")

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 FIRST = "torch"  # said when its import begins: a thread would not run while it is loaded
@@ -57,21 +57,23 @@ class _Watch:
             self.last = time.monotonic()
             print(f"elit: {text}", file=sys.stderr, flush=True)
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> None:
+    def find_spec(self, name: str, *_: Any) -> None:
         if name == FIRST:
             self.say(f"importing {name}")
 
     def run(self) -> None:
+        imported = 0.0  # when something last was
         while not self.done.wait(0.2):
             package = _importing()
             # What is imported stays: looking for garbage in it took a quarter of the time.
             (gc.disable if package else gc.enable)()
             stages, now = list(_stages), time.monotonic()
+            imported = now if package else imported
             if now - self.last < PATIENCE or _bars():
                 continue
             if package:
                 self.say(f"importing {package}")
-            elif stages and now - stages[-1][1] >= PATIENCE:
+            elif stages and now - max(stages[-1][1], imported) >= PATIENCE:
                 self.say(stages[-1][0])
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from elit._pareto import is_number, pareto_front
+from elit._tables import counted
 from elit.interface.budget import format_budget
 from elit.viz import sweeps
 from elit.viz.charts import INK, RAMPS, THEMES, Chart, Line, ramp, svg
@@ -145,7 +146,7 @@ def budgets_chart(rows: Rows, score: str, guide: Guide) -> Chart | None:
     points = rows.points(own, "gflops_per_image", score)
     series = []
     for (_, steps), equal in grouped(points, lambda p: rows.of(p[2], "steps")).items():
-        series.append(_path(rows, equal, f"{steps} steps", style=":", colour=INK))
+        series.append(_path(rows, equal, counted(steps, "step"), style=":", colour=INK))
     for (_, budget), equal in grouped(points, lambda p: rows.of(p[2], "budget")).items():
         series.append(_line(rows, equal, width=3 if budget == rows.budgets[-1] else 1.2))
     title = "Fewer latents or fewer steps at the same cost: a line for each budget, over the "
@@ -178,7 +179,7 @@ def guidance_chart(rows: Rows, score: str, steps: int) -> Chart | None:
         series.append(_path(rows, before + points, _budget_name(start[1]), style=dashes))
         series.append(_line(rows, points, style=""))
     series += [_line(rows, [start]) for start in sorted(used)]
-    title = f"{SCORES[score].title} over the scale at {steps} steps, a line for each "
+    title = f"{SCORES[score].title} over the scale at {counted(steps, 'step')}, a line for each "
     return _chart(f"{title}guide and budget.", "guidance scale", score, series, log_x=False)
 
 

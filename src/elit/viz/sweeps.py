@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from elit._pareto import best_within, is_number, pareto_front
+from elit._tables import counted, in_units
 from elit.interface.budget import format_budget
 
 Row = dict[str, Any]
@@ -153,7 +154,7 @@ def guide_name(guide: Guide) -> str:
 def in_words(row: Row) -> str:
     """How a row was drawn: 'budget 1/4, 20 steps, cheap CFG 3, guide 1/16'."""
     guide = guide_name(guide_of(row))
-    return f"budget {format_budget(row['budget'])}, {row['steps']} steps, {guide}"
+    return f"budget {format_budget(row['budget'])}, {counted(row['steps'], 'step')}, {guide}"
 
 
 def facts_of(report: Mapping[str, Any]) -> dict[str, str]:
@@ -189,7 +190,8 @@ def training_flops(report: Mapping[str, Any]) -> str:
     eflops, steps = training.get("eflops"), training.get("steps")
     if not is_number(eflops):
         return "training FLOPs not known"
-    return f"trained with {eflops:.4g} EFLOPs" + (f" in {steps} steps" if steps else "")
+    spent = in_units(1e18 * eflops, "FLOPs")
+    return f"trained with {spent}" + (f" in {counted(steps, 'step')}" if steps else "")
 
 
 def _text(value: Any, key: str = "") -> str:
