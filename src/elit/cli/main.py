@@ -30,7 +30,7 @@ COMMANDS = {
     "compare": "put two sweeps side by side, such as a plain and an elastic model",
     "schedule": "measure what fewer latents cost at each noise level, and plan budgets over steps",
     "calibrate": "fit TeaCache, which skips steps at which little changes, to a pipeline",
-    "inspect": "show where Read looks, where the loss is, and what each latent is worth",
+    "inspect": "show where Read looks, where the loss is, and what each latent contributes",
     "export": "a model as one ONNX, AOTInductor or torch.export file for all budgets",
     "convert": "bring a public checkpoint of others into a folder with a card of its licence",
     "reproduce": "the paper's claims at your scale: trained, measured and judged",

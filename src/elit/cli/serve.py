@@ -17,7 +17,7 @@ HOSTS = ("127.0.0.1", "0.0.0.0", "::")
 REPORTS = False
 EPILOG = """\
 POST /v1/images/generations takes the fields of OpenAI's API, and budget, steps, guidance, seed,
-max_ms or max_gflops. With --p95-ms budgets are lowered while many wait, along the front of
+max_ms or max_gflops. With --p95-ms budgets are lowered while many wait, along the Pareto front of
 RUN/swept/sweep.json where there is one; what would be late at the lowest is refused with 429.
 SIGTERM or Ctrl-C finishes what was accepted."""
 

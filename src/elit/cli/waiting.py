@@ -40,7 +40,8 @@ def telling_what_takes_long() -> Iterator[None]:
     finally:
         watch.done.set()
         thread.join()
-        gc.enable()
+        if watch.collects:
+            gc.enable()
         with contextlib.suppress(ValueError):
             sys.meta_path.remove(watch)
 
@@ -50,6 +51,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self.done, self.said, self.last = threading.Event(), set[str](), time.monotonic()
+        self.collects = gc.isenabled()
 
     def say(self, text: str) -> None:
         if text not in self.said:
@@ -66,7 +68,8 @@ class _Watch:
         while not self.done.wait(0.2):
             package = _importing()
             # What is imported stays: looking for garbage in it took a quarter of the time.
-            (gc.disable if package else gc.enable)()
+            if self.collects:
+                (gc.disable if package else gc.enable)()
             stages, now = list(_stages), time.monotonic()
             imported = now if package else imported
             if now - self.last < PATIENCE or _bars():

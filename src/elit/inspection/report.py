@@ -107,7 +107,7 @@ def save_maps(path: Path, inspector: Inspector, maps: Sequence[Maps]) -> None:
 
 
 def report_text(report: Mapping[str, Any]) -> str:
-    """Two tables, the maps and the latents, and what the core as a whole is worth."""
+    """Two tables, the maps and the latents, and what the core as a whole contributes."""
     header = ["sigma", "budget", "loss", "attention~loss", "shuffled", "p", "other noise",
               "shuffled", "p", "in groups", "p", "by position"]  # fmt: skip
     rows = []
@@ -143,7 +143,7 @@ def report_text(report: Mapping[str, Any]) -> str:
 
 
 def words_on_core(core: dict[str, Any]) -> str:
-    """What the core as a whole is worth, in two lines; in one with a single latent a group."""
+    """What the core as a whole contributes, in two lines; in one with a single latent a group."""
     loss, alone, whole = (core[name] for name in ("loss", "without_core", "without_interface"))
     shares = [_cell(part["share"], ".1%") for part in (alone, whole)]
     spreads = [core[name] for name in ("latent_spread_read", "latent_spread")]

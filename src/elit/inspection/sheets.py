@@ -1,4 +1,4 @@
-"""Sheets of an inspection: where Read looks and the loss is, samples, what latents are worth."""
+"""Sheets of an inspection: where Read looks and the loss is, samples, what latents contribute."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
