@@ -108,7 +108,7 @@ def save_maps(path: Path, inspector: Inspector, maps: Sequence[Maps]) -> None:
 
 def report_text(report: Mapping[str, Any]) -> str:
     """Two tables, the maps and the latents, and what the core as a whole contributes."""
-    header = ["sigma", "budget", "loss", "attention~loss", "shuffled", "p", "other noise",
+    header = ["noise level", "budget", "loss", "attention~loss", "shuffled", "p", "other noise",
               "shuffled", "p", "in groups", "p", "by position"]  # fmt: skip
     rows = []
     for one in report["maps"]:

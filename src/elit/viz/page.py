@@ -78,7 +78,11 @@ def _page(
         "steps": {str(count): str(count) for count in steps},
     }
     themes = THEMES if several else [ramp(len(rows.budgets), theme) for theme in RAMPS]
-    best = {SCORES[name].column(): _cell(rows.best(rows.scored(name), name)) for name in shown}
+    best = {
+        SCORES[name].column(): _cell(rows.best(rows.scored(name), name))
+        for name in shown
+        if rows.told_apart(name)
+    }
     facts = [sweeps.facts_of(report) for report in reports.values()]
     stamps = {name: sweeps.stamp(report) for name, report in reports.items()}
     alike = len(set(stamps.values())) == 1
@@ -129,7 +133,12 @@ def cost_chart(rows: Rows, score: str, cost: str) -> Chart | None:
     """A score against a cost, the Pareto front of each model joined; None without points."""
     points = rows.points(rows.scored(score), cost, score)
     kinds = grouped(points, lambda p: (rows.colours[p[2]], rows.kinds[p[2]]))
-    series = [_line(rows, own, style="") for own in kinds.values()]
+    errors = {i: rows.error(i, score) for *_, i in points}
+    series = [
+        _line(rows, own, style="", alpha=0.8,
+              error=[errors[i] for *_, i in own] if any(errors.values()) else ())
+        for own in kinds.values()
+    ]  # fmt: skip
     several = len(rows.names) > 1
     for own in grouped(points, lambda p: rows.models[p[2]]).values():
         costs, values, _ = zip(*own, strict=True)
@@ -137,7 +146,10 @@ def cost_chart(rows: Rows, score: str, cost: str) -> Chart | None:
         line = _path(rows, [own[k] for k in front], style="--")
         series.append(line if several else replace(line, colour=INK))
     title = "Each point is a row of the table; the dashed line joins the Pareto front: what "
-    return _chart(f"{title}nothing cheaper matches.", COSTS[cost], score, series)
+    title += "nothing cheaper matches."
+    if any(errors.values()):
+        title += " Bars are one standard deviation over parts of the samples."
+    return _chart(title, COSTS[cost], score, series)
 
 
 def budgets_chart(rows: Rows, score: str, guide: Guide) -> Chart | None:

@@ -82,6 +82,20 @@ class Rows:
         value = self.rows[number]["scores"].get(name)
         return float(value) if is_number(value) else None
 
+    def error(self, number: int, name: str) -> float:
+        """Standard error of a row's score, where it is a mean over parts of the samples; else 0."""
+        value = (self.rows[number].get("deviations") or {}).get(name)
+        return float(value) if is_number(value) else 0.0
+
+    def told_apart(self, name: str) -> bool:
+        """Whether the best of all is better than the second by more than its error."""
+        lower = SCORES[name].lower_is_better
+        ordered = sorted(self.scored(name), key=lambda i: self.score(i, name), reverse=not lower)
+        if len(ordered) < 2:
+            return True
+        gap = abs((self.score(ordered[0], name) or 0) - (self.score(ordered[1], name) or 0))
+        return gap >= self.error(ordered[0], name)
+
     def scored(self, name: str) -> list[int]:
         """Rows that have the score."""
         return [i for i in range(len(self.rows)) if self.score(i, name) is not None]
