@@ -10,15 +10,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import gc
+import math
 import random
 
 import numpy as np
 import pytest
 from hypothesis import settings
 
+from elit.cli import waiting
+
 settings.register_profile("elit", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("elit")
 
+waiting.PATIENCE = math.inf  # on a loaded machine any command takes long
 gc.disable()  # what is imported and collected stays: looking through it takes a fifth of the time
 
 

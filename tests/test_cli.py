@@ -20,12 +20,13 @@ from PIL import Image
 from prepare_sources import tiny_vae
 
 from elit import __version__
-from elit._choices import check_choice
+from elit._choices import SYNONYMS, check_choice, meant
 from elit._tables import with_error
 from elit.cli import common
 from elit.cli.common import url_of
 from elit.cli.main import COMMANDS, command_parser, main
 from elit.cost.flops import forward_flops
+from elit.serving.requests import FIELDS
 
 # A run of moments: 16x16 images and a model of few parameters.
 TINY_RUN = """
@@ -257,6 +258,25 @@ def test_python_m_elit_is_the_same() -> None:
         ("sample @tiny --bugdet 1", r"unknown flag --bugdet: did you mean --budget\?"),
         ("sample --lable 3 @tiny", r"unknown flag --lable: did you mean --labels\?"),
         ("sample @tiny -n 4", r"unknown flag -n: `elit sample --help` lists all"),
+        ("sample @tiny --num-images 4", r"--num-images: did you mean --count\?"),
+        ("sample @tiny --num_images_per_prompt=4", r"did you mean --count\?"),
+        ("sample @tiny --guidance-scale 3", r"--guidance-scale: did you mean --scale\?"),
+        ("sample @tiny --guidance_scale 3", r"--guidance_scale: did you mean --scale\?"),
+        ("sample @tiny --num-inference-steps 3", r"did you mean --steps\?"),
+        ("sample @tiny --height 64", r"did you mean --size\?"),
+        ("sample --pretrained_model_name_or_path @tiny", r"is named without a flag"),
+        ("eval @tiny --num_samples 3", r"did you mean --samples\?"),
+        ("train digits --lr 1e-3", r"unknown flag --lr: did you mean --optimizer.lr\?"),
+        ("train digits --learning_rate 1e-3", r"did you mean --optimizer.lr\?"),
+        ("train digits --batch-size 8", r"did you mean --data.batch_size\?"),
+        ("train digits --train_batch_size 8", r"did you mean --data.batch_size\?"),
+        ("train digits --max_train_steps 8", r"did you mean --train.steps\?"),
+        ("train digits --output-dir x", r"did you mean --output_dir\?"),
+        ("train digits --mixed_precision bf16", r"did you mean --train.precision\?"),
+        ("train digits --gradient_accumulation_steps 2", r"did you mean --train.accumulation\?"),
+        ("train digits --checkpointing_steps 2", r"did you mean --train.checkpoint_every\?"),
+        ("train digits --resume_from_checkpoint x", r"the same command again goes on"),
+        ("flops elit-dit-xl", r"did you mean elit-dit-xl/2\?"),
         ("flops", r"required: NAME_OR_PATH; see `elit flops --help`"),
         ("flops dit-b/2 more", r"unexpected argument 'more'"),
         # values of flags
@@ -418,6 +438,8 @@ def test_flops_json_has_this_form(run) -> None:
             ("model", "str"), ("resolution", "int"), ("parameters", "int"),
             ("train_tflops", "float"),
             ("train_tflops_multi_budget", "float" if name == "@tiny" else "NoneType"),
+            ("train_tflops_as_drawn", "float" if name == "@tiny" else "NoneType"),
+            ("latents_drawn", "list" if name == "@tiny" else "NoneType"),
             ("rows", "list"), ("text_tokens", "NoneType"), ("frames", "NoneType"),
         ]  # fmt: skip
         for row in report["rows"]:
@@ -747,3 +769,13 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(run, command) ->
 def test_addresses_are_told_as_this_machine_reaches_them() -> None:
     assert url_of("0.0.0.0", 80) == url_of("127.0.0.1", 80) == "http://127.0.0.1:80"
     assert url_of("::", 80) == "http://[::1]:80"
+
+
+def test_each_synonym_means_a_flag_or_a_field() -> None:
+    """A flag that is renamed leaves no hint at its old name behind."""
+    known = {flag for name in COMMANDS for flag in command_parser(name).flags}
+    for word in SYNONYMS:
+        assert any(meant(word, command_parser(name).flags) in known for name in COMMANDS), word
+    names = {flag.lstrip("-").replace("-", "_") for flag in known} | set(FIELDS)
+    names |= {"data.options.path"} | {name.rpartition(".")[2] for name in names}
+    assert {one for several in SYNONYMS.values() for one in several} <= names

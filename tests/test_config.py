@@ -212,6 +212,7 @@ def test_fits_type(value, hint, fits) -> None:
         ("model: {presett: x}", r"unknown key model.presett: did you mean model.preset\?"),
         ("optimiser: {lr: 1}", r"unknown key optimiser: did you mean optimizer\?"),
         ("batch_size: 3", r"unknown key batch_size: did you mean data.batch_size\?"),
+        ("learning_rate: 3", r"unknown key learning_rate: did you mean optimizer.lr\?"),
         ("objective: {qqq: 3}", r"unknown key objective.qqq: use one of objective.density, "),
         ("train: {steps: many}", r"x.yaml: train.steps is 'many'; give a whole number"),
         ("train: {steps: 1.5}", r"train.steps is 1.5; give a whole number"),

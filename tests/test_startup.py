@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 from elit.cli.main import COMMANDS
 
@@ -61,3 +62,43 @@ def test_a_dry_run_imports_what_its_model_needs() -> None:
     (found,) = imported([DRY_RUN]).values()
     assert {"torch", "diffusers"} <= set(found)
     assert not {"peft", "sklearn", "scipy", "pandas", "datasets", "matplotlib"} & set(found)
+
+
+def said_on_stderr(code: str, folder: Path) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr.splitlines()
+
+
+def test_the_first_line_comes_before_torch_is_imported(tmp_path) -> None:
+    code = """
+import sys, time
+from elit.cli.main import main
+from elit.cli import waiting
+say = waiting._Watch.say
+def noting(self, text):
+    say(self, text + " not" * ("torch._C" not in sys.modules))
+waiting._Watch.say = noting
+main(["train", "digits", "--dry-run"])
+"""
+    assert said_on_stderr(code, tmp_path)[0] == "elit: importing torch not"
+
+
+def test_what_takes_long_is_said_once(tmp_path) -> None:
+    (tmp_path / "slow_package.py").write_text("import time; time.sleep(1.2)")
+    code = """
+import time
+from elit.cli import waiting
+waiting.PATIENCE = 0.3
+with waiting.telling_what_takes_long(), waiting.stage("at work"):
+    import slow_package
+    with waiting.stage("loading it"):
+        time.sleep(1.5)
+    with waiting.stage("a moment"):
+        time.sleep(0.05)
+    time.sleep(1)
+"""
+    lines = said_on_stderr(code, tmp_path)
+    assert lines == ["elit: importing slow_package", "elit: loading it", "elit: at work"]

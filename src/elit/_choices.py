@@ -6,10 +6,110 @@ from typing import Any
 
 MOST = 20  # words that a message lists in full
 
+# What flags, keys and fields are called elsewhere, in diffusers' scripts above all: what they may
+# be called here, with _ for -. A word that ends one of several names, as lr does, needs no line.
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "adam_weight_decay": ("weight_decay",),
+    "cfg": ("guidance",),
+    "cfg_scale": ("scale", "guidance_scale"),
+    "checkpointing_steps": ("checkpoint_every",),
+    "class_labels": ("labels", "class_label"),
+    "classes": ("labels", "class_label"),
+    "data_dir": ("data", "data.options.path"),
+    "dataloader_num_workers": ("num_workers", "workers"),
+    "dataset": ("data", "data.name"),
+    "dataset_name": ("data", "data.name"),
+    "dtype": ("precision",),
+    "ema_decay": ("ema",),
+    "eval_steps": ("validate_every",),
+    "gradient_accumulation_steps": ("accumulation",),
+    "guidance_scale": ("scale",),
+    "height": ("size", "resolution"),
+    "iterations": ("train.steps", "steps"),
+    "learning_rate": ("optimizer.lr", "lr"),
+    "logging_steps": ("log_every",),
+    "lr": ("optimizer.lr",),
+    "lr_scheduler": ("optimizer.schedule",),
+    "lr_warmup_steps": ("warmup_steps",),
+    "max_grad_norm": ("clip",),
+    "max_steps": ("train.steps", "steps"),
+    "max_train_steps": ("train.steps", "steps"),
+    "mixed_precision": ("precision", "dtype"),
+    "n": ("count", "samples"),
+    "num_frames": ("frames",),
+    "num_images": ("count", "samples", "images", "n"),
+    "num_images_per_prompt": ("count", "n"),
+    "num_inference_steps": ("steps", "sample.steps"),
+    "num_samples": ("samples", "count", "n"),
+    "num_steps": ("steps", "train.steps"),
+    "num_workers": ("workers",),
+    "out": ("output_dir",),
+    "output": ("output_dir", "out"),
+    "output_dir": ("out",),
+    "per_device_train_batch_size": ("batch_size",),
+    "precision": ("dtype",),
+    "prompt": ("prompts",),
+    "report_to": ("tensorboard",),
+    "resolution": ("size", "data.options"),
+    "sampling_steps": ("steps", "sample.steps"),
+    "save_steps": ("checkpoint_every",),
+    "scheduler": ("sampler",),
+    "size": ("resolution",),
+    "steps": ("train.steps",),
+    "torch_dtype": ("dtype", "precision"),
+    "train_batch_size": ("batch_size",),
+    "train_data_dir": ("data.options.path", "data"),
+    "use_ema": ("ema",),
+    "validation_steps": ("validate_every",),
+    "weight_dtype": ("dtype", "precision"),
+    "width": ("size", "resolution"),
+}
+# What needs no name here.
+ADVICE = {
+    "resume": "the same command again goes on where it was stopped",
+    "resume_from_checkpoint": "the same command again goes on where it was stopped",
+    "model": "the model is named without a flag, behind the command",
+    "model_id": "the model is named without a flag, behind the command",
+    "pretrained_model_name_or_path": "the model is named without a flag, behind the command",
+}
+
+
+def meant(name: str, allowed: Iterable[str]) -> str | None:
+    """The flag, key or field that a name means: written otherwise, known elsewhere, or nearest."""
+    names: dict[str, list[str]] = {}
+    plains = {_plain(known): known for known in allowed}
+    for plain, known in plains.items():
+        for ending in {plain, plain.rpartition(".")[2]}:
+            names.setdefault(ending, []).append(known)
+    word = _plain(name).rpartition(".")[2]
+    for one in (_plain(name), *SYNONYMS.get(word, ()), word):
+        if len(found := names.get(one, ())) == 1:
+            return found[0]
+    near = nearest(_plain(name), plains)
+    return plains[near] if near else None
+
+
+def hint_at(name: str, allowed: Iterable[str], otherwise: str) -> str:
+    """What to do instead of an unknown flag, key or field."""
+    if advice := ADVICE.get(_plain(name)):
+        return advice
+    near = meant(name, allowed)
+    return f"did you mean {near}?" if near else otherwise
+
+
+def _plain(name: str) -> str:
+    return name.lower().lstrip("-").replace("-", "_")
+
 
 def nearest(value: Any, allowed: Iterable[str]) -> str | None:
-    """The allowed word most like `value`, upper or lower case, if any is."""
+    """The allowed word most like `value`, upper or lower case, if any is.
+
+    Of those that go on where it ends, the first: of dit-xl, dit-xl/2.
+    """
     by_lower = {word.lower(): word for word in allowed}
+    for word in by_lower:
+        if word.startswith(f"{value}/".lower()):
+            return by_lower[word]
     near = difflib.get_close_matches(str(value).lower(), by_lower, n=1, cutoff=0.5)
     return by_lower[near[0]] if near else None
 

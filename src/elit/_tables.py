@@ -33,3 +33,26 @@ def with_error(value: float, error: float | None) -> tuple[str, str]:
         return f"{value:+.1e}", error_text
     digits = max(digits, 0)
     return f"{value:+.{digits}f}", f"{error:.{digits}f}"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 -> '1 step', 4 -> '4 steps'; of a noun that takes an s, or es behind one."""
+    return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def in_units(value: float, unit: str) -> str:
+    """2.08e12, 'FLOPs' -> '2.08 TFLOPs': four digits, prefixes up to E."""
+    steps = 0 if value <= 0 else min(max(math.floor(math.log10(value) / 3), 0), 6)
+    return f"{value / 1000**steps:.4g} {' kMGTPE'[steps].strip()}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """5e-7 -> '0.0005 ms', 90 -> '90 s', 3e5 -> '83.3 hours (3.5 days)': three digits."""
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.3g} minutes"
+    hours = seconds / 3600
+    return f"{hours:.3g} hours" + (f" ({hours / 24:.1f} days)" if hours > 48 else "")

@@ -15,6 +15,7 @@ from elit._devices import synchronize
 from elit._files import cache_folder, digest_of, write_json
 from elit._numbers import check_whole
 from elit._plain import from_plain, read_json
+from elit._tables import counted
 from elit.flow.guidance import CFG, CheapCFG, Forwards, Guidance
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.budgets import draw_batch
@@ -31,7 +32,7 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     here = platform.processor() or platform.machine()
     if device.type == "cpu":
-        return f"{here}, {torch.get_num_threads()} threads"
+        return f"{here}, {counted(torch.get_num_threads(), 'thread')}"
     return f"{device.type} of {here}"
 
 

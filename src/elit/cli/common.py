@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from elit._files import cache_advice
+from elit.cli.waiting import stage
 from elit.flow.words import DEFAULT_SCALE
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def open_pipeline(args: argparse.Namespace, local_rank: int = 0) -> "ElasticPipe
     """The pipeline of the flags on its device, of several processes each on its own."""
     from elit.pipelines import load
 
-    with quiet_diffusers():
+    with quiet_diffusers(), stage(f"loading {args.run}"):
         return load.open_pipeline(
             args.run, args.device, args.dtype, args.variant, args.sampler, local_rank,
             getattr(args, "shift", None),  # of commands that draw

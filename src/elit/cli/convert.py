@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from elit._files import output_folder, typed_path
+from elit._tables import counted
 from elit.cli.common import as_flags, format_count, print_report, quiet_diffusers, tell_of_hub
 from elit.cli.flags import OneOf, Parser, WholeNumber
 from elit.interop import FORMATS, WEIGHTS
@@ -71,7 +72,7 @@ def _show(report: dict[str, Any]) -> None:
 
     config, source = report["config"], report["source"]
     weights = report["weights"] or "the only weights"
-    steps = "" if report["steps"] is None else f", {report['steps']} steps"
+    steps = "" if report["steps"] is None else f", {counted(report['steps'], 'step')}"
     print(f"{report['kind']} of {format_count(report['parameters'])} parameters, {weights}{steps}")
     if report["kind"] == "DiT":
         heads, depth = config["num_attention_heads"], config["num_layers"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NoReturn
 
-from elit._choices import check_choice, nearest
+from elit._choices import check_choice, hint_at
 from elit._files import typed_path
 from elit.flow.shift import DIMENSION, Shift, check_shift
 from elit.flow.words import DEFAULT_SCALE, GUIDANCES, SAMPLERS
@@ -93,9 +93,8 @@ class Parser(argparse.ArgumentParser):
             if flag.startswith(self.open_flags) and flag not in self.open_flags:
                 self.add_argument(flag, dest=flag[2:], default=argparse.SUPPRESS)
                 continue
-            long_flags = [known for known in self.flags if known.startswith("--")]
-            near = nearest(flag, long_flags) if flag.startswith("--") else None
-            hint = f"did you mean {near}?" if near else f"`{self.prog} --help` lists all"
+            known = [one for one in self.flags if flag.startswith("--") and one.startswith("--")]
+            hint = hint_at(flag, known, f"`{self.prog} --help` lists all")
             raise ValueError(f"unknown flag {flag}: {hint}")
 
     def error(self, message: str) -> NoReturn:

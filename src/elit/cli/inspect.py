@@ -1,4 +1,4 @@
-"""`elit inspect`: where Read looks, where the loss is, and what each latent is worth."""
+"""`elit inspect`: where Read looks, where the loss is, and what each latent contributes."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,7 @@ from elit.training.config_files import config_of_run, read_flag
 
 USAGE = "elit inspect RUN [--sigma S ...] [--budget B ...] [flags]"
 EPILOG = """\
-Writes inspect.json (all numbers), maps.safetensors (all maps) and the sheets inspect.png,
+Writes inspect.json (all numbers), maps.safetensors (all maps) and the pictures inspect.png,
 latents.png, budgets.png and worth.png. Options of --data are given as --data.options.count 500.
 
 A correlation says little without its control: "shuffled" is that of the attention on one image

@@ -1,5 +1,7 @@
 """`elit`: finds the command, and turns a user's mistake into one line."""
 
+import atexit
+import gc
 import importlib
 import os
 import sys
@@ -10,6 +12,7 @@ from elit import __version__
 from elit._choices import nearest
 from elit.cli.common import logging_to_stderr, one_line
 from elit.cli.flags import Parser
+from elit.cli.waiting import stage, telling_what_takes_long
 
 # Each is a module of this package with `add_arguments(parser)`, `run(args) -> int`, and perhaps a
 # USAGE, an EPILOG, and REPORTS = False, where there is nothing for --json. It is imported when it
@@ -27,7 +30,7 @@ COMMANDS = {
     "compare": "put two sweeps side by side, such as a plain and an elastic model",
     "schedule": "measure what fewer latents cost at each noise level, and plan budgets over steps",
     "calibrate": "fit TeaCache, which skips steps at which little changes, to a pipeline",
-    "inspect": "show where Read looks, where the loss is, and what each latent is worth",
+    "inspect": "show where Read looks, where the loss is, and what each latent contributes",
     "export": "a model as one ONNX, AOTInductor or torch.export file for all budgets",
     "convert": "bring a public checkpoint of others into a folder with a card of its licence",
     "reproduce": "the paper's claims at your scale: trained, measured and judged",
@@ -53,13 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Before the hub's client is: without a line for each time that it tries again.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # Or the process looks for garbage in all that was imported, for seconds, before it ends.
+    atexit.register(gc.freeze)
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv or os.environ.get("ELIT_DEBUG", "0") not in ("", "0")
     argv = [word for word in argv if word != "--debug"]
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds: a log file is not a screen
     try:
-        with logging_to_stderr():
+        with logging_to_stderr(), telling_what_takes_long():
             return _run(argv)
     except SystemExit as done:  # argparse, after --help and --version
         return done.code if isinstance(done.code, int) else 0
@@ -105,7 +110,9 @@ def _run(argv: list[str]) -> int:
         near = nearest(name, COMMANDS)
         hint = f"did you mean {near}?" if near else f"the commands are {', '.join(COMMANDS)}"
         raise ValueError(f"unknown command {name}: {hint}")
-    return command(name).run(command_parser(name).parse_args(rest))
+    args = command_parser(name).parse_args(rest)
+    with stage(f"at work: {COMMANDS[name]}"):
+        return command(name).run(args)
 
 
 def command(name: str) -> Any:

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from elit._tables import format_table
+from elit._tables import counted, duration, format_table, in_units
 from elit.cli import train
 from elit.cli.common import format_count, print_report
 from elit.cli.flags import Parser, WholeNumber, number
@@ -36,14 +36,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(report: dict[str, Any], steps: int) -> None:
-    hours = report["hours"]
-    days = f" ({hours / 24:.1f} days)" if hours > 48 else ""
     print(
         f"{report['model']}: {format_count(report['parameters'])} parameters\n"
-        f"training step, batch {report['batch_size']}: {report['step_tflops']:.4g} TFLOPs\n"
-        f"{steps} steps: {report['total_eflops']:.4g} EFLOPs\n"
+        f"training step, batch {report['batch_size']}: "
+        f"{in_units(1e12 * report['step_tflops'], 'FLOPs')}\n"
+        f"{counted(steps, 'step')}: {in_units(1e18 * report['total_eflops'], 'FLOPs')}\n"
         f"{report['gpus']} x {report['gpu']}, {report['peak_tflops']:g} TFLOP/s each at MFU "
-        f"{report['mfu']:g}: {report['step_seconds']:.3g} s a step, {hours:.3g} hours{days}"
+        f"{report['mfu']:g}: {duration(report['step_seconds'])} a step, "
+        f"{duration(3600 * report['hours'])} in all"
     )
     digits = 1 if report["memory_gb"] >= 1 else 4
     rows = [
@@ -56,5 +56,6 @@ def _show(report: dict[str, Any], steps: int) -> None:
         )
         if report[plain]
     ]
-    header = (f"GB of {report['gpu_gb']:g}, {report['samples']} samples", "plain", "checkpointed")
+    of = f"GB of {report['gpu_gb']:g}, {counted(report['samples'], 'sample')}"
+    header = (of, "plain", "checkpointed")
     print(f"\n{format_table(header, rows)}")

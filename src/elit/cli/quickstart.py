@@ -11,6 +11,7 @@ from elit._files import output_folder
 from elit._tables import format_table
 from elit.cli.common import as_flags, print_report, quiet_diffusers
 from elit.cli.flags import Parser
+from elit.cli.train import drawing_flags
 from elit.training.config import ModelConfig, TrainConfig
 from elit.training.config_files import load_config
 
@@ -91,11 +92,12 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
     plain = summary["plain"]
     costs = f"{plain['mflops']:.1f}", f"{plain['share']:.0%}", f"{plain['ms_per_image']:.1f}"
     cells.append(("plain model, time only", "", *costs, "", "", ""))
+    drawn = drawing_flags(summary["steps"], summary["guidance_scale"], elastic=True)
     took = f"trained in {summary['train_seconds']:.0f} s, {summary['total_seconds']:.0f} s in all"
     print(
         f"{format_table(header, cells)}\n{took}\n"
         f"picture: {folder / 'samples.png'}\n"
-        f"more:    elit sample {folder} --labels 3 7 --budget 1 0.25"
+        f"more:    elit sample {folder} --labels 3 7 --budget 1 0.25{drawn}"
     )
     if summary["rows"][0]["accuracy"] < POOR:
         print("poor digits: trained too briefly? The default number of steps is enough")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elit._files import typed_path, write_json
-from elit._tables import format_table
+from elit._tables import counted, format_table
 from elit.choosing.sweep_file import default_home
 from elit.cli.common import check_run, flops_column, make_guidance, open_pipeline, print_report
 from elit.cli.flags import AUTO, SCHEDULE, OneOf, Parser, WholeNumber, budget, number
@@ -251,8 +251,8 @@ def _show(report: dict[str, Any], counts: tuple[int, int] | None, together: int)
     if counts is not None:
         computed, skipped = counts
         print(f"\nTeaCache skipped {skipped} of {computed + skipped} calls of the blocks")
-    how = f"{settings['steps']} steps, guidance {settings['guidance']}"
-    print(f"\n{how}; ms with {together} images at a time")
+    how = f"{counted(settings['steps'], 'step')}, guidance {settings['guidance']}"
+    print(f"\n{how}; ms with {counted(together, 'image')} at a time")
     if report["text_tokens"] is not None:
         print(f"\nwith texts of up to {report['text_tokens']} tokens")
     print(f"\n{report['sheet']}")

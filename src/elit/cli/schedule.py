@@ -1,7 +1,6 @@
 """`elit schedule`: what fewer latents cost at each noise level, and budgets over the steps."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.by == "errors":
         levels = sorted({*pipeline.start(args.steps, "cpu")}, reverse=True)
         latents = ladder(model.min_latents, model.max_latents)
-        errors = measure_pipeline(pipeline, subject, levels, latents, sys.stderr.isatty())
+        errors = measure_pipeline(pipeline, subject, levels, latents, progress=True)
         schedule = schedule.with_errors(levels, latents, errors)
     schedule.save(folder / SCHEDULE_FILE)
     calls = pipeline.calls(1.0, args.steps, guidance)

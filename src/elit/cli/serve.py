@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from elit._extras import missing
+from elit._tables import counted
 from elit.cli.common import check_address, check_run, make_guidance, url_of
 from elit.cli.flags import OneOf, Parser, WholeNumber, budget, number
 from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
@@ -16,7 +17,7 @@ HOSTS = ("127.0.0.1", "0.0.0.0", "::")
 REPORTS = False
 EPILOG = """\
 POST /v1/images/generations takes the fields of OpenAI's API, and budget, steps, guidance, seed,
-max_ms or max_gflops. With --p95-ms budgets are lowered while many wait, along the front of
+max_ms or max_gflops. With --p95-ms budgets are lowered while many wait, along the Pareto front of
 RUN/swept/sweep.json where there is one; what would be late at the lowest is refused with 429.
 SIGTERM or Ctrl-C finishes what was accepted."""
 
@@ -78,7 +79,7 @@ def _announce(settings: "Settings", facts: "Facts") -> None:
     way = facts.way
     guide = way.guidance if way.scale is None else f"{way.guidance} {way.scale:g}"
     print(f"a request that doesn't say: budget {format_budget(facts.budget(facts.latents))}, "
-          f"{way.steps} steps, guidance {guide} ({facts.front})")  # fmt: skip
+          f"{counted(way.steps, 'step')}, guidance {guide} ({facts.front})")  # fmt: skip
     budgets = " ".join(format_budget(facts.budget(n)) for n in facts.ladder)
     if settings.p95_ms is None:
         print("no target: each request runs at its own budget; --p95-ms MS holds a latency")

@@ -33,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
     add("scale", f"scales of the guidance (default: {DEFAULT_SCALE:g})", nargs="+")
     add("guide-budget", "budgets of the guide, for ag and ccfg (default: the lowest trained)",
         nargs="+")  # fmt: skip
-    add("rank-by", "score that the fronts and `--budget auto` go by (default: the Frechet "
+    add("rank-by", "score that the Pareto fronts and `--budget auto` go by (default: the Frechet "
         "distance of the first network)", metavar="SCORE")  # fmt: skip
     add("out", "folder of the results (default: RUN/swept)")
 

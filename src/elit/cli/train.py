@@ -113,4 +113,12 @@ def sample_command(config: TrainConfig) -> str:
     elastic = is_retrofit or (preset.lower().startswith("elit-") and config.latents.max is None)
     takes_text = not is_retrofit and preset_model(preset).takes_text
     prompts = ' --prompts "a red disc"' if takes_text else ""
-    return f"elit sample {shlex.quote(str(folder))}{prompts}{' --budget 1 0.25' * elastic}"
+    budgets = " --budget 1 0.25" if elastic else ""
+    drawn = drawing_flags(config.sample.steps, config.sample.guidance_scale, elastic)
+    return f"elit sample {shlex.quote(str(folder))}{prompts}{budgets}{drawn}"
+
+
+def drawing_flags(steps: int, scale: float, elastic: bool) -> str:
+    """Flags of `elit sample` that draw as a run's own pictures are drawn."""
+    guidance = f" --guidance {'ccfg' if elastic else 'cfg'} --scale {scale:g}"
+    return f" --steps {steps}{guidance if scale != 1 else ''}"

@@ -136,22 +136,29 @@ def flops_report(
         "parameters"; "rows" of "budget", "num_latents" (None of a plain model) and "gflops" of a
         forward; "train_tflops", one training step at full budget, batch 256;
         "train_tflops_multi_budget", one with tail dropping, batch 384, averaged over 1 to all
-        latents per group, as the paper counts it; "text_tokens", length of the text.
+        latents per group, as the paper counts it; "train_tflops_as_drawn", the same over
+        "latents_drawn", the fewest and the most that training keeps; "text_tokens", length of the
+        text.
     """
     most = cost.max_latents
     if budgets is None:
         budgets = default_budgets(cost.min_latents, most) if cost.is_elastic else [1]
     kept = dict.fromkeys(cost.resolve_budget(budget) for budget in budgets)
-    multi_budget = None
+    multi_budget = drawn = None
     if cost.is_elastic:
         mean = mean_flops(cost, TailDropping(1, most, most))
         multi_budget = 3 * TRAIN_BATCH_MULTI_BUDGET * mean / 1e12
+        if cost.min_latents > 1:
+            mean = mean_flops(cost, TailDropping(cost.min_latents, most, most))
+        drawn = 3 * TRAIN_BATCH_MULTI_BUDGET * mean / 1e12
     return {
         "model": name,
         "resolution": resolution,
         "parameters": cost.parameters,
         "train_tflops": 3 * TRAIN_BATCH * cost.flops() / 1e12,
         "train_tflops_multi_budget": multi_budget,
+        "train_tflops_as_drawn": drawn,
+        "latents_drawn": [cost.min_latents, most] if cost.is_elastic else None,
         "rows": [
             {"budget": cost.budget_of(n), "num_latents": n, "gflops": cost.flops(n) / 1e9}
             for n in kept

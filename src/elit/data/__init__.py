@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from elit._choices import check_choice
+from elit._tables import counted
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +126,7 @@ class ImageDataset(_TorchDataset):
         kind = "images" if len(self.image_shape) == 3 else "clips"
         return (
             f"{type(self).__name__}(split={self.split!r}): "
-            f"{len(self)} {kind} {shape}, {self.num_classes} classes"
+            f"{len(self)} {kind} {shape}, {counted(self.num_classes, 'class')}"
         )
 
     def _positions(self, indices: Iterable[int]) -> list[int]:

@@ -27,6 +27,7 @@ from elit.interface.budget import format_budget
 from elit.models.elastic import ElasticMixin
 from elit.viz.page import sweep_page
 from elit.viz.sheet import contact_sheet
+from elit.viz.sweeps import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -174,15 +175,28 @@ def sheets(report: dict[str, Any], evaluation: Evaluation) -> list[tuple[str, Im
     """The same noise at all budgets: a sheet for each guide, at the most steps of the sweep."""
     points = [OperatingPoint.from_dict(row) for row in report["rows"]]
     most = max(point.steps for point in points)
-    found = []
+    drawing, found = evaluation.drawing, list[tuple[str, Image.Image]]()
+
+    def add(title: str, drawn: Sequence[OperatingPoint], captions: Sequence[str]) -> None:
+        images = [shown_images(evaluation.parts(point)) for point in drawn]
+        wanted = [str(drawing.wanted(i)) for i in range(len(images[0]))]
+        found.append((title, contact_sheet(images, captions, wanted)))
+
+    front = [row for row in report["rows"] if row.get("front_flops")]
+    front.sort(key=lambda row: row["gflops_per_image"])
+    front = [r for r in front if not evaluation.parts(OperatingPoint.from_dict(r)).missing()]
+    if front:
+        add(
+            "The Pareto front by FLOPs, the cheapest above: the same noise in each row",
+            [OperatingPoint.from_dict(row) for row in front], [in_words(row) for row in front],
+        )  # fmt: skip
     for guide in dict.fromkeys(point.guide() for point in points):
         mine = [p for p in points if p.guide() == guide and p.steps == most]
         mine = [p for p in mine if not evaluation.parts(p).missing()]
         if mine:
-            images = [shown_images(evaluation.parts(point)) for point in mine]
-            captions = [format_budget(point.budget) for point in mine]
-            title = f"guidance {guide}, {most} steps: a row for each budget, the same noise in each"
-            found.append((title, contact_sheet(images, captions)))
+            captions = [f"budget {format_budget(point.budget)}" for point in mine]
+            title = f"Guidance {guide}, {most} steps: a row for each budget, the same noise in each"
+            add(title, mine, captions)
     return found
 
 

@@ -1,6 +1,5 @@
 """An inspection from beginning to end: look, write the sheets and maps, and tell all numbers."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ def inspect_pipeline(
     shown = min(SHOWN, len(subject.images))
     maps, worths = [], []
     levels = list(dict.fromkeys(sigmas))
-    for sigma in tqdm(levels, desc="noise levels", disable=not sys.stderr.isatty(), leave=False):
+    for sigma in tqdm(levels, desc="noise levels", leave=False):
         maps += inspector.maps(sigma, kept, shown)
         worths.append(inspector.worth(sigma))
     drawn = list(dict.fromkeys([model.max_latents, *kept]))
@@ -108,8 +107,8 @@ def save_maps(path: Path, inspector: Inspector, maps: Sequence[Maps]) -> None:
 
 
 def report_text(report: Mapping[str, Any]) -> str:
-    """Two tables, the maps and the latents, and what the core as a whole is worth."""
-    header = ["sigma", "budget", "loss", "attention~loss", "shuffled", "p", "other noise",
+    """Two tables, the maps and the latents, and what the core as a whole contributes."""
+    header = ["noise level", "budget", "loss", "attention~loss", "shuffled", "p", "other noise",
               "shuffled", "p", "in groups", "p", "by position"]  # fmt: skip
     rows = []
     for one in report["maps"]:
@@ -144,7 +143,7 @@ def report_text(report: Mapping[str, Any]) -> str:
 
 
 def words_on_core(core: dict[str, Any]) -> str:
-    """What the core as a whole is worth, in two lines; in one with a single latent a group."""
+    """What the core as a whole contributes, in two lines; in one with a single latent a group."""
     loss, alone, whole = (core[name] for name in ("loss", "without_core", "without_interface"))
     shares = [_cell(part["share"], ".1%") for part in (alone, whole)]
     spreads = [core[name] for name in ("latent_spread_read", "latent_spread")]

@@ -1,4 +1,4 @@
-"""Sheets of an inspection: where Read looks and the loss is, samples, what latents are worth."""
+"""Sheets of an inspection: where Read looks and the loss is, samples, what latents contribute."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from elit._tables import with_error
 from elit.inspection.inspector import (
     Inspector,
     Maps,
@@ -24,11 +25,12 @@ from elit.interface.grid import TokenGrid
 from elit.pipelines.base import ElasticPipeline
 from elit.viz.charts import Chart, Line, picture
 from elit.viz.heatmaps import Column, map_sheet, overlay
-from elit.viz.sheet import enlargement, film_strip, save_image, stack
+from elit.viz.sheet import enlargement, film_strip, save_image, stack, titled
 
 _FRAMES = 4  # of a clip
 _LATENTS = 8  # columns of the sheet of latents: the first half of them and the last half
 _LONGEST = 14  # letters of a row's caption
+NEARLY = 0.01  # of the loss, that tells nearly all from all
 
 
 def save_sheets(
@@ -101,9 +103,12 @@ class Sheets:
         return self.flat(torch.cat((maps[: self.shown], maps.mean(0, keepdim=True))), self.grid)
 
     def of_maps(self, maps: Sequence[Maps]) -> Image.Image:
-        """Image, loss, attention and difference, a block for each noise level."""
-        blocks = []
-        for sigma in dict.fromkeys(one.sigma for one in maps):
+        """Image, loss, attention and difference, a block for each noise level.
+
+        The middle level has the shown images and the mean, the others the mean alone.
+        """
+        blocks, levels = [], list(dict.fromkeys(one.sigma for one in maps))
+        for sigma in levels:
             here = [one for one in maps if one.sigma == sigma]
             loss = here[0].mean("loss")
             assert loss is not None
@@ -127,8 +132,19 @@ class Sheets:
                 if (difference := one.mean("difference")) is not None:
                     title = f"velocity at {self.budget(one)} less that at 1, squared"
                     columns.append(Column(title, maps=self.with_mean(difference)))
-            blocks.append(map_sheet(columns, self.rows, self.cell, f"noise level {sigma:g}"))
-        return stack(blocks)
+            rows = self.rows
+            if sigma != levels[len(levels) // 2]:
+                rows, columns = rows[-1:], [self.of_the_mean(column) for column in columns]
+            blocks.append(map_sheet(columns, rows, self.cell, f"noise level {sigma:g}"))
+        title = "Where the loss is and where Read looks, token by token: bright is high; the scale "
+        return titled(stack(blocks), f"{title}of a column is below it, < and > mark a few beyond.")
+
+    @staticmethod
+    def of_the_mean(column: Column) -> Column:
+        """The last row of a column."""
+        if column.maps is None:
+            return Column(column.title, column.images[-1:])
+        return Column(column.title, maps=column.maps[-1:])
 
     def of_latents(self, maps: Sequence[Maps]) -> Image.Image | None:
         """What the first and the last latents read at the middle noise level and most latents."""
@@ -150,7 +166,7 @@ class Sheets:
             Column(f"latent {i + 1}", maps=v, scale=(0.0, high))
             for i, v in zip(chosen, values, strict=True)
         ]
-        title = f"what each latent reads at {self.budget(one)}, noise level {one.sigma:g}"
+        title = f"What each latent reads at {self.budget(one)}, noise level {one.sigma:g}."
         return map_sheet(columns, self.rows, self.cell, title)
 
     def of_samples(self, samples: dict[int, Tensor]) -> Image.Image:
@@ -166,7 +182,8 @@ class Sheets:
                 values = self.flat(squares_of_tokens(drawn - full, grid, self.model), grid)
                 budget = format_budget(self.model.budget_of(n))
                 columns.append(Column(f"sample at {budget} less that at 1, squared", maps=values))
-        return map_sheet(columns, self.captions, self.cell)
+        title = "Samples of the same noise at each budget, and where they differ from those at 1."
+        return map_sheet(columns, self.captions, self.cell, title)
 
     def of_worths(self, worths: Sequence[Worth]) -> Image.Image:
         """Loss over the number of first latents, what leaving out each one costs, and the loss
@@ -200,8 +217,28 @@ class Sheets:
             zip(names, [full, *(mean.without_part[part] for part in PARTS)], strict=True)
         )
         charts.append(bars(title, "what is left out", loss, without))
-        return picture(charts)
+        return picture(charts, sentence=told_of_worth(mean))
 
     def budget(self, one: Maps) -> str:
         """Budget of maps in words."""
         return format_budget(self.model.budget_of(one.num_latents))
+
+
+def told_of_worth(mean: Worth) -> str:
+    """How many latents bring nearly all, the costliest one, and the core, in a sentence."""
+    losses = {n: float(own.mean()) for n, own in mean.first.items()}
+    most, full = max(losses), losses[max(losses)]
+    enough = min(n for n, loss in losses.items() if loss <= full * (1 + NEARLY))
+    texts = [f"The first {enough} of {most} latents bring the loss within {NEARLY:.0%} of all"]
+    if mean.without:
+        rises = {i: own - mean.first[most] for i, own in mean.without.items()}
+        number = max(rises, key=lambda i: float(rises[i].mean()))
+        rise = rises[number]
+        error = float(rise.std() / len(rise) ** 0.5) if len(rise) > 1 else None
+        cost, spread = with_error(float(rise.mean()), error)
+        texts.append(
+            f"leaving one out adds at most {cost.lstrip('+')} ± {spread}, latent {number + 1}"
+        )
+    core = float(mean.without_part[PARTS[0]].mean()) / full - 1
+    texts.append(f"leaving out the core adds {core:.0%}")
+    return "; ".join(texts) + "."

@@ -3,6 +3,7 @@
 from typing import Any
 
 from elit._portable import Card
+from elit._tables import counted
 from elit.cost.flops import flops_report
 from elit.interface.budget import format_budget
 from elit.interface.fit import format_size
@@ -14,7 +15,9 @@ def card_of(pipeline: Any) -> Card:
     model, kind = pipeline.transformer, type(pipeline).__name__
     size = format_size(pipeline.pixel_size())
     report = flops_report(pipeline.forward_cost(), kind, [])
-    what = f"texts (by `{kind}`)" if model.takes_text else f"{model.config.num_classes} classes"
+    what = (
+        f"texts (by `{kind}`)" if model.takes_text else counted(model.config.num_classes, "class")
+    )
     about = (
         f"A {type(model).__name__} of {report['parameters']:,} parameters that draws "
         f"{'clips' if pipeline.draws_clips else 'images'} of {what}, made for {size}."

@@ -12,6 +12,7 @@ from elit._choices import check_choice
 from elit._extras import missing
 from elit._files import sha256_of
 from elit._listing import files_of, stamp
+from elit._tables import counted
 from elit.data import SPLITS
 from elit.data.idx import is_idx_folder
 from elit.preparation.columns import find_classes, find_column, find_image
@@ -214,13 +215,15 @@ def open_source(settings: PrepareSettings) -> Source:
     if not any(map(len, splits.values())):
         raise ValueError(f"{settings.source} has no rows; give one with pictures in it")
     notes = [
-        f"{len(rows)} rows in {ours}{'' if rows.of == ours else f', of {rows.of}'}"
+        f"{counted(len(rows), 'row')} in {ours}{'' if rows.of == ours else f', of {rows.of}'}"
         for ours, rows in splits.items()
     ]
     taken = {split.name for split in chosen.values()}
     unused = [name for name in loaded.tables if name not in taken]
-    notes += [f"{len(loaded.tables[name])} rows of {name} are not used" for name in unused]
-    notes.append(f"{len(classes)} classes" if label else "no labels")
+    notes += [
+        f"{name}, of {counted(len(loaded.tables[name]), 'row')}, is not used" for name in unused
+    ]
+    notes.append(counted(len(classes), "class") if label else "no labels")
     notes.append(f"captions in {caption}" if caption else "no captions")
     if caption and not hasattr(first[caption], "dtype"):
         notes.append(f"of several texts in {caption} the first is taken")

@@ -20,9 +20,9 @@ def schedule_picture(schedule: Schedule, plans: dict[str, Plan]) -> Image.Image:
         colours = ramp(count + 1)
         for first, title in ((0, "Guided prediction"), (count, "Guide")):
             lines = [
-                _line(schedule, first + k, squares, format_budget(n / schedule.max_latents),
-                      colours[k])
-                for k, n in enumerate(schedule.latents)
+                _line(schedule, first + k, squares,
+                      f"budget {format_budget(n / schedule.max_latents)}", colours[k])
+                for k, n in reversed(list(enumerate(schedule.latents)))
             ]  # fmt: skip
             lines.append(_line(schedule, 2 * count, squares, "no guide", colours[-1], "--"))
             charts.append(
@@ -42,13 +42,33 @@ def schedule_picture(schedule: Schedule, plans: dict[str, Plan]) -> Image.Image:
         Line(plan.levels, [n / schedule.max_latents for n in numbers], label, colour=colour,
              style=style, marker="")
         for colour, (name, plan) in zip(colours, plans.items(), strict=True)
-        for numbers, style, label in ((plan.latents, "-", name), (plan.guides, ":", ""))
+        for numbers, style, label in (
+            (plan.latents, "-", f"{name} of the FLOPs"), (plan.guides, ":", ""),
+        )
     ]  # fmt: skip
     charts.append(
-        Chart("Plans (dotted: the guide)", level, "budget, 0 is no guide", lines, bottom=-0.02,
+        Chart("Plans (dotted: the guide)", level, "budget (0: no guide)", lines, bottom=-0.02,
               labels="right")
     )  # fmt: skip
-    return picture(charts)
+    return picture(charts, sentence=_told(schedule, plans))
+
+
+def _told(schedule: Schedule, plans: dict[str, Plan]) -> str:
+    """Where few latents err most, and where a plan spends its latents."""
+    texts = []
+    if schedule.gram:
+        few = [row[0] for row in schedule.squares()]
+        worst = schedule.levels[few.index(max(few))]
+        texts.append(f"The fewest latents err most at noise level {worst:g}")
+    if plans:
+        name, plan = list(plans.items())[len(plans) // 2]
+        most = max(plan.latents)
+        levels = [s for s, n in zip(plan.levels, plan.latents, strict=True) if n == most]
+        place = " to ".join(dict.fromkeys(f"{s:.2g}" for s in (max(levels), min(levels))))
+        budget = format_budget(most / schedule.max_latents)
+        share = f"with {name} of full budget's FLOPs"
+        texts.append(f"{share} the plan's highest budget, {budget}, is at noise level {place}")
+    return "; ".join(texts) + "." * bool(texts)
 
 
 def _line(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from elit._tables import counted
 from elit.serving.control import Control, Picture, Prices, batches
 from elit.serving.facts import Facts, RefusedError
 from elit.serving.metrics import Metrics
@@ -99,7 +100,7 @@ class Dispatcher:
         if late <= 0:
             first = self._control.ends([*self._waiting], self._control.lowest, free)
             late = min(first.values(), default=0.0) - self.clock()
-            message = f"{len(self._waiting)} pictures wait already"
+            message = f"{counted(len(self._waiting), 'picture')} waiting already"
         else:
             message = (
                 f"even at the lowest budget this would be done {late:.3g} s after the target of "

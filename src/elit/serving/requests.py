@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from elit._choices import check_choice, nearest
+from elit._choices import check_choice, hint_at
 from elit._numbers import is_real, is_whole
 from elit.flow.words import DEFAULT_SCALE, GUIDANCES
 from elit.interface.budget import format_budget, resolve_budget
@@ -28,8 +28,7 @@ def parse(body: bytes, facts: Facts) -> list[Picture]:
     given = _read(body)
     for name in given:
         if name not in FIELDS:
-            near = nearest(name, FIELDS)
-            advice = f"did you mean {near}?" if near else f"the fields are {', '.join(FIELDS)}"
+            advice = hint_at(name, FIELDS, f"the fields are {', '.join(FIELDS)}")
             raise RefusedError(f"unknown field {name!r:.60}: {advice}", None, code="unknown_field")
     given = {name: value for name, value in given.items() if value is not None}
     if (model := given.get("model", facts.name)) != facts.name:

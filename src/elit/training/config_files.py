@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import elit
-from elit._choices import nearest
+from elit._choices import ADVICE, SYNONYMS, hint_at, nearest
 from elit._files import typed_path
 from elit._plain import describe_type, fits_type, from_plain
 from elit.training.config import TrainConfig
@@ -168,6 +168,8 @@ def _meant(key: str, keys: Iterable[str]) -> str:
     section, dot, name = key.rpartition(".")
     if key in everywhere:  # at the top, what belongs into a section
         return f"did you mean {everywhere[key]}?"
+    if name in SYNONYMS or name in ADVICE:
+        return hint_at(name, keys, "")
     inside = [known for known in keys if dot and known.startswith(f"{section}.")]
     siblings = inside or [BASE, *(known.partition(".")[0] for known in keys)]
     beside = {known.removeprefix(f"{section}."): known for known in siblings}

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
@@ -139,9 +139,9 @@ def draw_curves(folder: Path) -> None:
     series = read_metrics(folder / FILE)
     prefix = "validation/loss_"
     budgets = [name.removeprefix(prefix) for name in series if name.startswith(prefix)]
-    budgets.sort(key=lambda budget: float(Fraction(budget)))
+    budgets.sort(key=lambda budget: float(Fraction(budget)), reverse=True)
     validation = {f"budget {budget}": series[prefix + budget] for budget in budgets}
-    colours = ramp(len(budgets))
+    colours = ramp(len(budgets))[::-1]
     charts = [
         run_chart("validation loss at each budget, averaged weights", "loss", validation, colours)
     ]
@@ -150,4 +150,17 @@ def draw_curves(folder: Path) -> None:
         if name in series:
             own = {name: series[name]}
             charts.append(run_chart(title, name.replace("_", " "), own, COLOURS, smooth=True))
-    save_image(picture(charts), folder / "curves.png")
+    save_image(picture(charts, sentence=_told(validation)), folder / "curves.png")
+
+
+def _told(validation: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    """The last validation in a sentence."""
+    if not validation:
+        return ""
+    (first, own), *others = validation.items()
+    step, full = own[-1]
+    text = f"At step {step} the validation loss is {full:.4f} at {first}"
+    if others:
+        last, low = others[-1][0], others[-1][1][-1][1]
+        text += f" and {low:.4f} at {last}, {low / full - 1:+.1%}"
+    return f"{text}."

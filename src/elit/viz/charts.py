@@ -7,6 +7,7 @@ settings, which a process shares, are set and reset under a lock.
 import io
 import math
 import re
+import textwrap
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,12 +110,17 @@ def picture(
     colours: Sequence[str] = COLOURS,
     size: tuple[float, float] = (6.4, 3.2),
     columns: int = 1,
+    sentence: str = "",
 ) -> Image.Image:
-    """Charts as a picture, row by row; the size of each is in inches, of 125 pixels."""
+    """Charts as a picture, row by row, below a sentence that says what they show.
+
+    The size of each is in inches, of 125 pixels.
+    """
     if not charts:
         raise ValueError("no charts; give at least one chart")
     file = io.BytesIO()
-    _save(file, charts, colours, size, min(columns, len(charts)), format="png", dpi=125)
+    columns = min(columns, len(charts))
+    _save(file, charts, colours, size, columns, sentence, format="png", dpi=125)
     return Image.open(file).convert("RGB")
 
 
@@ -164,6 +170,7 @@ def _save(
     colours: Sequence[str],
     size: tuple[float, float],
     columns: int = 1,
+    sentence: str = "",
     **how: Any,
 ) -> None:
     import matplotlib
@@ -174,9 +181,11 @@ def _save(
     with _LOCK, matplotlib.rc_context(style):
         rows = math.ceil(len(charts) / columns)
         alone = how["format"] == "svg"  # a page has many: a layout by hand takes half the time
-        figure = Figure(
-            (size[0] * columns, size[1] * rows), layout=None if alone else "constrained"
-        )
+        lines = textwrap.wrap(sentence, round(13 * size[0] * columns))
+        height = size[1] * rows + 0.2 * len(lines)
+        figure = Figure((size[0] * columns, height), layout=None if alone else "constrained")
+        if lines:
+            figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10)
         if alone:
             figure.subplots_adjust(0.125, 0.15, 0.985, 0.9 - 0.07 * bool(charts[0].title))
         axes = figure.subplots(rows, columns, squeeze=False).flat
@@ -250,6 +259,8 @@ def _scale(axis: Any, chart: Chart) -> None:
     for scale in (axis.xaxis, axis.yaxis):
         if scale.get_scale() == "log":
             _mark_log(scale)
+    if not (chart.log_x or chart.budgets) and _all_whole(chart.series):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     if chart.budgets:
         ticks = sorted({x for line in chart.series for x in line.x})
         axis.set_xscale("log", base=2)
@@ -260,6 +271,10 @@ def _scale(axis: Any, chart: Chart) -> None:
         every = math.ceil(len(chart.names) / 20)
         axis.set_xticks(range(0, len(chart.names), every), chart.names[::every])
         axis.grid(visible=False, axis="x")
+
+
+def _all_whole(lines: Sequence[Line]) -> bool:
+    return all(float(x).is_integer() for line in lines for x in line.x)
 
 
 def _mark_log(scale: Any) -> None:

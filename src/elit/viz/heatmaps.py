@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from elit.viz.sheet import MARGIN, contact_sheet, enlargement, stack
+from elit.viz.sheet import MARGIN, contact_sheet, enlargement, stack, titled
 
 Array = np.ndarray
 
 _BAR = 10  # pixels, height of a colour bar
+_MANY = 50  # numbers of a column, of which the outermost 2 % do not set its scale
 _INSET = 4  # pixels between a bar's end and its number: bars stand side by side
 
 
@@ -24,13 +25,23 @@ class Column:
     images: Sequence[Image.Image] = ()  # one for each row; or
     maps: Array | None = None  # (rows, h, w) numbers, which get one scale for the whole column
     # numbers of the darkest and the lightest colour; by default the least and the largest of the
-    # maps, none of pictures
+    # maps, of many maps without a few outliers; none of pictures
     scale: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.maps is not None and self.scale is None:
             finite = self.maps[np.isfinite(self.maps)]
-            self.scale = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+            ends = (0.02, 0.98) if finite.size >= _MANY else (0.0, 1.0)
+            low, high = np.quantile(finite, ends) if finite.size else (0.0, 0.0)
+            self.scale = float(low), float(high)
+
+    @property
+    def beyond(self) -> tuple[bool, bool]:
+        """Whether some number is below the scale, and above."""
+        if self.maps is None or self.scale is None:
+            return False, False
+        finite = self.maps[np.isfinite(self.maps)]
+        return bool((finite < self.scale[0]).any()), bool((finite > self.scale[1]).any())
 
 
 def colours(values: Array, low: float, high: float) -> Array:
@@ -57,13 +68,16 @@ def overlay(image: Image.Image, values: Array, scale: tuple[float, float]) -> Im
     return Image.blend(grey, heatmap(values, image.size, scale), 0.6)
 
 
-def colour_bar(scale: tuple[float, float], width: int) -> Image.Image:
+def colour_bar(
+    scale: tuple[float, float], width: int, beyond: tuple[bool, bool] = (False, False)
+) -> Image.Image:
     """The colours from left to right with the numbers at both ends below."""
     low, high = scale
     bar = Image.new("RGB", (width, _BAR + 16), "white")
     bar.paste(heatmap(np.linspace(low, high, width)[None], (width, _BAR), scale))
     pen, font = ImageDraw.Draw(bar), ImageFont.load_default(size=11)
-    ends = [(0.0, "la", f"{low:.3g}"), (1.0, "ra", f"{high:.3g}")]
+    below, above = "<" * beyond[0], ">" * beyond[1]
+    ends = [(0.0, "la", f"{below}{low:.3g}"), (1.0, "ra", f"{above}{high:.3g}")]
     for share, anchor, text in ends if low < high else [(0.5, "ma", f"all {low:.3g}")]:
         x = _INSET + share * (width - 2 * _INSET)
         pen.text((x, _BAR + 3), text, "black", font, anchor=anchor)
@@ -105,9 +119,8 @@ def map_sheet(
     bars = Image.new("RGB", (grid.width, _BAR + 20), "white")
     for i, column in enumerate(columns):
         if column.scale is not None:
-            bars.paste(colour_bar(column.scale, size[0]), (left + i * (size[0] + MARGIN), 0))
-    head = Image.new("RGB", (grid.width, 26), "white")
-    font = ImageFont.load_default(size=15)
-    ImageDraw.Draw(head).text((MARGIN, 13), title, "black", font, anchor="lm")
+            bars.paste(
+                colour_bar(column.scale, size[0], column.beyond), (left + i * (size[0] + MARGIN), 0)
+            )
     scaled = any(column.scale for column in columns)
-    return stack([*[head] * bool(title), grid, *[bars] * scaled], gap=0)
+    return titled(stack([grid, *[bars] * scaled], gap=0), title)

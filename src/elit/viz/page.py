@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from elit._pareto import is_number, pareto_front
+from elit._tables import counted
 from elit.interface.budget import format_budget
 from elit.viz import sweeps
 from elit.viz.charts import INK, RAMPS, THEMES, Chart, Line, ramp, svg
@@ -77,7 +78,11 @@ def _page(
         "steps": {str(count): str(count) for count in steps},
     }
     themes = THEMES if several else [ramp(len(rows.budgets), theme) for theme in RAMPS]
-    best = {SCORES[name].column(): _cell(rows.best(rows.scored(name), name)) for name in shown}
+    best = {
+        SCORES[name].column(): _cell(rows.best(rows.scored(name), name))
+        for name in shown
+        if rows.told_apart(name)
+    }
     facts = [sweeps.facts_of(report) for report in reports.values()]
     stamps = {name: sweeps.stamp(report) for name, report in reports.items()}
     alike = len(set(stamps.values())) == 1
@@ -128,7 +133,12 @@ def cost_chart(rows: Rows, score: str, cost: str) -> Chart | None:
     """A score against a cost, the Pareto front of each model joined; None without points."""
     points = rows.points(rows.scored(score), cost, score)
     kinds = grouped(points, lambda p: (rows.colours[p[2]], rows.kinds[p[2]]))
-    series = [_line(rows, own, style="") for own in kinds.values()]
+    errors = {i: rows.error(i, score) for *_, i in points}
+    series = [
+        _line(rows, own, style="", alpha=0.8,
+              error=[errors[i] for *_, i in own] if any(errors.values()) else ())
+        for own in kinds.values()
+    ]  # fmt: skip
     several = len(rows.names) > 1
     for own in grouped(points, lambda p: rows.models[p[2]]).values():
         costs, values, _ = zip(*own, strict=True)
@@ -136,7 +146,10 @@ def cost_chart(rows: Rows, score: str, cost: str) -> Chart | None:
         line = _path(rows, [own[k] for k in front], style="--")
         series.append(line if several else replace(line, colour=INK))
     title = "Each point is a row of the table; the dashed line joins the Pareto front: what "
-    return _chart(f"{title}nothing cheaper matches.", COSTS[cost], score, series)
+    title += "nothing cheaper matches."
+    if any(errors.values()):
+        title += " Bars are one standard deviation over parts of the samples."
+    return _chart(title, COSTS[cost], score, series)
 
 
 def budgets_chart(rows: Rows, score: str, guide: Guide) -> Chart | None:
@@ -145,7 +158,7 @@ def budgets_chart(rows: Rows, score: str, guide: Guide) -> Chart | None:
     points = rows.points(own, "gflops_per_image", score)
     series = []
     for (_, steps), equal in grouped(points, lambda p: rows.of(p[2], "steps")).items():
-        series.append(_path(rows, equal, f"{steps} steps", style=":", colour=INK))
+        series.append(_path(rows, equal, counted(steps, "step"), style=":", colour=INK))
     for (_, budget), equal in grouped(points, lambda p: rows.of(p[2], "budget")).items():
         series.append(_line(rows, equal, width=3 if budget == rows.budgets[-1] else 1.2))
     title = "Fewer latents or fewer steps at the same cost: a line for each budget, over the "
@@ -178,7 +191,7 @@ def guidance_chart(rows: Rows, score: str, steps: int) -> Chart | None:
         series.append(_path(rows, before + points, _budget_name(start[1]), style=dashes))
         series.append(_line(rows, points, style=""))
     series += [_line(rows, [start]) for start in sorted(used)]
-    title = f"{SCORES[score].title} over the scale at {steps} steps, a line for each "
+    title = f"{SCORES[score].title} over the scale at {counted(steps, 'step')}, a line for each "
     return _chart(f"{title}guide and budget.", "guidance scale", score, series, log_x=False)
 
 

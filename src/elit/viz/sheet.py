@@ -81,6 +81,17 @@ def stack(sheets: Sequence[Image.Image], gap: int = 10) -> Image.Image:
     return whole
 
 
+def titled(image: Image.Image, title: str) -> Image.Image:
+    """A picture below a title, in as many lines as it takes."""
+    if not title:
+        return image
+    text = fill(title, max(12, image.width // 8))
+    head = Image.new("RGB", (image.width, 8 + 18 * (text.count("\n") + 1)), "white")
+    font = ImageFont.load_default(size=15)
+    ImageDraw.Draw(head).text((MARGIN, 5), text, "black", font, spacing=3)
+    return stack([head, image], gap=0)
+
+
 def film_strip(frames: Sequence[Image.Image], count: int = 4) -> Image.Image:
     """Some frames of a clip side by side, the first and the last among them."""
     count = min(count, len(frames))

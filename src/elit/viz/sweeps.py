@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from elit._pareto import best_within, is_number, pareto_front
+from elit._tables import counted, in_units
 from elit.interface.budget import format_budget
 
 Row = dict[str, Any]
@@ -81,6 +82,20 @@ class Rows:
         value = self.rows[number]["scores"].get(name)
         return float(value) if is_number(value) else None
 
+    def error(self, number: int, name: str) -> float:
+        """Standard error of a row's score, where it is a mean over parts of the samples; else 0."""
+        value = (self.rows[number].get("deviations") or {}).get(name)
+        return float(value) if is_number(value) else 0.0
+
+    def told_apart(self, name: str) -> bool:
+        """Whether the best of all is better than the second by more than its error."""
+        lower = SCORES[name].lower_is_better
+        ordered = sorted(self.scored(name), key=lambda i: self.score(i, name), reverse=not lower)
+        if len(ordered) < 2:
+            return True
+        gap = abs((self.score(ordered[0], name) or 0) - (self.score(ordered[1], name) or 0))
+        return gap >= self.error(ordered[0], name)
+
     def scored(self, name: str) -> list[int]:
         """Rows that have the score."""
         return [i for i in range(len(self.rows)) if self.score(i, name) is not None]
@@ -153,7 +168,7 @@ def guide_name(guide: Guide) -> str:
 def in_words(row: Row) -> str:
     """How a row was drawn: 'budget 1/4, 20 steps, cheap CFG 3, guide 1/16'."""
     guide = guide_name(guide_of(row))
-    return f"budget {format_budget(row['budget'])}, {row['steps']} steps, {guide}"
+    return f"budget {format_budget(row['budget'])}, {counted(row['steps'], 'step')}, {guide}"
 
 
 def facts_of(report: Mapping[str, Any]) -> dict[str, str]:
@@ -189,7 +204,8 @@ def training_flops(report: Mapping[str, Any]) -> str:
     eflops, steps = training.get("eflops"), training.get("steps")
     if not is_number(eflops):
         return "training FLOPs not known"
-    return f"trained with {eflops:.4g} EFLOPs" + (f" in {steps} steps" if steps else "")
+    spent = in_units(1e18 * eflops, "FLOPs")
+    return f"trained with {spent}" + (f" in {counted(steps, 'step')}" if steps else "")
 
 
 def _text(value: Any, key: str = "") -> str:
