@@ -17,6 +17,7 @@ from elit._numbers import MOST
 from elit._plain import Rule, check_fields
 from elit.data import DATASETS
 from elit.flow.shift import DIMENSION, Shift, is_shift
+from elit.interface.budget import read_budget
 from elit.models.presets import preset_class
 
 WORDS = "words"  # the built-in reader of captions
@@ -274,16 +275,21 @@ class SampleConfig:
     """The sheets of samples: one row for each budget, from the same noise.
 
     Attributes:
-        budgets: budgets of the rows and of the validation losses; by default 1, 1/2, 1/4, ...
+        budgets: budgets of the rows and of the validation losses, such as 0.25, 1/4 or 25%; by
+            default 1, 1/2, 1/4, ...
         steps: Euler steps.
         guidance_scale: scale of cheap classifier-free guidance; 1 is none.
         columns: most classes or captions shown.
     """
 
-    budgets: list[float] | None = None
+    budgets: list[float | str] | None = None
     steps: Count = 40
     guidance_scale: AtLeast0 = 2.0
     columns: Count = 10
+
+    def __post_init__(self) -> None:
+        if self.budgets is not None:
+            self.budgets = [read_budget(budget) for budget in self.budgets]
 
 
 @dataclass
