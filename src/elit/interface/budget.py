@@ -6,7 +6,7 @@ import numbers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from elit._numbers import as_number, is_whole
+from elit._numbers import as_number
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +24,9 @@ def read_budget(budget: float | str, max_latents: int | None = None) -> float:
         raise ValueError(f"budget {budget!r:.60} is not a number; give a fraction in (0, 1]")
     if not 0 < value <= 1:  # also refuses NaN
         fewest = f"; the cheapest is {1 / max_latents:g}" if max_latents else ""
+        shown = repr(budget) if isinstance(budget, str) else str(budget)
         raise ValueError(
-            f"budget {budget!s:.60} is outside (0, 1]: it is the fraction of the "
+            f"budget {shown:.60} is outside (0, 1]: it is the fraction of the "
             f"{f'{max_latents} ' if max_latents else ''}latents per group to keep; give one such "
             f"as 0.25, 1/4 or 25%, or 1 for all{fewest}"
         )
@@ -141,7 +142,7 @@ class TailDropping:
         if self.order not in ("first", "random"):
             raise ValueError(f"order {self.order!r} is unknown; use 'first' or 'random'")
         for name in ("min_latents", "max_latents", "total"):
-            if not is_whole(value := getattr(self, name)):
+            if not isinstance(value := getattr(self, name), numbers.Integral):
                 raise ValueError(
                     f"{name} {value!r:.60} is no whole number of latents; resolve_budget turns a "
                     f"budget into one"

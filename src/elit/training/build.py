@@ -94,7 +94,7 @@ def build_checked(
     if config.retrofit.base is not None:
         from elit.training.finetune import build_retrofit
 
-        model, teacher = build_retrofit(config, dataset)
+        model, teacher = build_retrofit(config, dataset, make_model)
         check_condition(config, dataset, model)
     else:
         make_model = make_model or build_model

@@ -15,7 +15,7 @@ from elit._choices import check_choice
 from elit._files import typed_path
 from elit._numbers import MOST
 from elit._plain import Rule, check_fields
-from elit.data import DATASETS
+from elit.data import DATASETS, MEMORY
 from elit.flow.shift import DIMENSION, Shift, is_shift
 from elit.interface.budget import read_budget
 from elit.models.presets import preset_class
@@ -288,8 +288,10 @@ class SampleConfig:
     columns: Count = 10
 
     def __post_init__(self) -> None:
-        if self.budgets is not None:
-            self.budgets = [read_budget(budget) for budget in self.budgets]
+        try:
+            self.budgets = self.budgets and [read_budget(budget) for budget in self.budgets]
+        except ValueError as error:
+            raise ValueError(f"sample.budgets is {self.budgets}: {error}") from None
 
 
 @dataclass
@@ -318,7 +320,8 @@ class TrainConfig:
         self._map_paths(typed_path)
         check_fields(self)
         preset_class(self.model.preset)  # or an error
-        check_choice(self.data.name, DATASETS, "data set")
+        if self.data.name != MEMORY:
+            check_choice(self.data.name, DATASETS, "data set")
         for is_so, message in self._clashes():
             if is_so:
                 raise ValueError(message)
