@@ -58,9 +58,11 @@ def overrides_of(args: argparse.Namespace) -> dict[str, str]:
 def run(args: argparse.Namespace) -> int:
     """Train, or with --dry-run only check and print the config."""
     overrides = overrides_of(args)
-    if args.config is None and not overrides and not args.dry_run:
+    asked = args.dry_run or args.match_flops or "train.steps" in overrides
+    if args.config is None and not asked:  # nobody means the default's half a million steps
         raise ValueError(
-            f"no CONFIG is given; name a YAML file or one of the built-in {built_in_names()}"
+            f"no CONFIG is given; name a YAML file or one of the built-in {built_in_names()}; or "
+            f"give --train.steps"
         )
     config = matched(load_config(args.config, overrides), args, overrides)
     return check_and_train(config, args, overrides)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from elit.training.build import MakeModel
 
 GUIDANCE = 3.5  # that guidance-distilled models are told
+_SPLIT = ("head", "tail", "group")
 LORA = "retrofit"  # name of peft's adapter
 
 
@@ -50,15 +51,20 @@ def build_retrofit(
     else:
         model = make_base(config, dataset, {})
     check_data(model, dataset, config)
-    split = options.head, options.tail, options.group
+    split = {name: getattr(options, name) for name in _SPLIT}
     lossless = options.init == "identity"
     rank = options.rank if options.train == "adapters" else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, "weights").initial_seed())
         teacher = None
-        if options.is_taught and not (lossless and options.train in ("adapters", "interface")):
-            teacher = elasticize(copy.deepcopy(model), *split).requires_grad_(False)
-        elasticize(model, *split, init=options.init, rank=rank)
+        needs_copy = not (lossless and options.train in ("adapters", "interface"))
+        try:
+            if options.is_taught and needs_copy:
+                teacher = elasticize(copy.deepcopy(model), **split).requires_grad_(False)
+            elasticize(model, **split, init=options.init, rank=rank)
+        except ValueError as error:
+            names = ", ".join(f"retrofit.{name}={value}" for name, value in split.items())
+            raise ValueError(f"{names}: {error}") from error
         if options.start is not None:
             load_start(model, options)
         choose_parameters(model, options)
