@@ -5,10 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from elit._pareto import is_number
-from elit.choosing.points import OperatingPoint
 from elit.choosing.sweep_file import SWEEP_FILE, read_sweep
-from elit.choosing.timing import CallTimes, ms_together
-from elit.pipelines.load import open_pipeline
 from elit.viz.sweeps import SCORES, Rows, best_at_costs
 
 Report = dict[str, Any]
@@ -49,6 +46,10 @@ def time_together(
         device: "auto", or a name of torch.
         progress: whether to show a bar.
     """
+    from elit.choosing.points import OperatingPoint
+    from elit.choosing.timing import CallTimes, ms_together
+    from elit.pipelines.load import open_pipeline
+
     several, rows = [], []
     for run, report in zip(runs, reports.values(), strict=True):
         settings = report["settings"]

@@ -5,9 +5,9 @@ the scale of time and in how VAE latents are packed into tokens.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
@@ -29,16 +29,13 @@ from elit.retrofit.known import FLOW_TRANSFORMERS, is_foreign
 from elit.training.conditioning import STATES, Arguments, StoredTextConditioning
 from elit.training.config import RetrofitConfig, TextConfig, TrainConfig
 
-if TYPE_CHECKING:
-    from elit.training.build import MakeModel
-
 GUIDANCE = 3.5  # that guidance-distilled models are told
 _SPLIT = ("head", "tail", "group")
 LORA = "retrofit"  # name of peft's adapter
 
 
 def build_retrofit(
-    config: TrainConfig, dataset: ImageDataset, make_base: "MakeModel | None" = None
+    config: TrainConfig, dataset: ImageDataset, make_base: Callable[..., Any] | None = None
 ) -> tuple[Any, Any]:
     """The elastic model of a config, and its teacher: the original, in an interface of its own.
 
