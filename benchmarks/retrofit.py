@@ -16,21 +16,25 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from PIL import Image
 
-from elit import CheapCFG, ElitPipeline, elasticize
+from elit import CFG, CheapCFG, ElitPipeline, elasticize
 from elit._tables import format_table
 from elit.data import load_dataset
 from elit.interface.budget import format_budget
 from elit.networks.classifier import fit_classifier
+from elit.pipelines.budgets import draw_budgets
 from elit.training.build import build_parts, sigma_density
 from elit.training.config import TrainConfig
 from elit.training.config_files import load_config, read_yaml
 from elit.training.distributed import World
 from elit.training.loop import train
 from elit.training.validation import validation_losses
+from elit.viz.sheet import contact_sheet, save_image
 
 SHARES = (0.02, 0.05, 0.10)
 KEPT = (16, 8, 4, 2, 1)
+BUDGETS_SHOWN = (1, 1 / 4, 1 / 16)
 EACH = 20  # images of each class
 # Name: settings beside those of configs/finetune.yaml.
 RECIPES = {
@@ -99,12 +103,34 @@ def accuracies(folder: Path, config: TrainConfig, untrained: bool) -> list[float
     return shares
 
 
+def picture(base: Path, tuned: dict[str, Path]) -> Image.Image:
+    """The base right after `elasticize`, and what was fine-tuned, a row for each budget.
+
+    With plain classifier-free guidance: a cheap guide would change full budget too.
+    """
+    rows, names = [], []
+    for name, folder in {"before": base, **tuned}.items():
+        pipeline = ElitPipeline.from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        if folder is base:
+            torch.manual_seed(0)
+            elasticize(pipeline.transformer, 2, 2, 4)
+        drawn = draw_budgets(
+            pipeline, range(10), BUDGETS_SHOWN, range(10), num_inference_steps=40,
+            guidance=CFG(3.0),
+        )  # fmt: skip
+        rows += [images for images, _ in drawn]
+        names += [f"{name}, {format_budget(budget)}" for budget in BUDGETS_SHOWN]
+    return contact_sheet(rows, names, [*map(str, range(10))])
+
+
 def main() -> None:
     """Run what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bases", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/retrofit"))
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--picture", type=Path, help="file to draw the first base's digits into")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[list[Any]] = []
@@ -131,6 +157,14 @@ def main() -> None:
                 rows.append([base.name, recipe, f"{share:.0%}", *cells, drawn])
                 print("  ".join(rows[-1]), flush=True)
     print(format_table(["base", "start", "steps", *(f"n={n}" for n in KEPT), "accuracy"], rows))
+    if args.picture is not None:
+        base, share = args.bases[0], SHARES[-1]
+        steps = round(share * read_yaml(base / "config.yaml")["train"]["steps"])
+        tuned = {
+            f"{recipe}, {share:.0%}": Path(config_of(base, args.out, recipe, steps).output_dir)
+            for recipe in args.recipes
+        }
+        save_image(picture(base, tuned), args.picture)
 
 
 if __name__ == "__main__":

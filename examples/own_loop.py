@@ -8,9 +8,15 @@ import argparse
 import torch
 from torch.utils.data import DataLoader, RandomSampler
 
-from elit import DiT, ElitPipeline, TailDropping, make_scheduler
-from elit.data import load_dataset
-from elit.flow.objective import SigmaDensity, flow_matching_loss
+from elit import (
+    DiT,
+    ElitPipeline,
+    SigmaDensity,
+    TailDropping,
+    flow_matching_loss,
+    load_dataset,
+    make_scheduler,
+)
 
 
 def main() -> None:

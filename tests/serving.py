@@ -28,6 +28,7 @@ WAY = Way(10)
 FACTS = Facts(
     name="tiny",
     num_classes=10,
+    labels={},
     max_latents=16,
     min_latents=1,
     lowest=2,

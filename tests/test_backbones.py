@@ -210,7 +210,7 @@ def test_the_inner_level_is_a_dit(elastic: bool) -> None:
         ({"patch_size": 1}, "patch_size=1, .* cannot be halved for the outer level"),
         ({"num_heads": 1}, "num_heads=1 cannot be halved"),
         ({"kernel_size": 4}, "kernel_size=4 is not allowed; use an odd number"),
-        ({"head": 2, "tail": 1}, "head of 2 and a tail of 1 blocks leave no core of 3"),
+        ({"head": 2, "tail": 1}, "head=2 and tail=1 leave no core of 3 blocks"),
     ],
 )
 def test_settings_that_do_not_fit(change, message) -> None:

@@ -144,9 +144,9 @@ SURFACE = {
     "--resolution --aspect-ratios --multiple --flips --frames --fps --clips-per-video --vae "
     "--pixels --text-encoder --max-text-length --features --dtype --store-dtype --batch-size "
     "--part-size --workers --device --verify --dry-run --json",
-    "train": f"[config] --dry-run {CONFIG_FLAGS} --json",
-    "plan": f"--gpus --gpu --mfu [config] {CONFIG_FLAGS} --json",
-    "finetune": "base [config] --dry-run "
+    "train": f"[config] --match-flops --dry-run {CONFIG_FLAGS} --json",
+    "plan": f"--gpus --gpu --mfu [config] --match-flops {CONFIG_FLAGS} --json",
+    "finetune": "base [config] --match-flops --dry-run "
     + CONFIG_FLAGS.replace("--model.preset --model.overrides ", "").replace("--retrofit.base ", "")
     + "--json",
     "sample": "run --variant --labels --prompts --negative-prompt --count --budget --sweep "
@@ -158,7 +158,7 @@ SURFACE = {
     "--json",
     "sweep": f"{EVALUATION} --budgets --steps --guidance --scale --guide-budget --rank-by --out "
     "--json",
-    "compare": "a b --out --json",
+    "compare": "a b --times --device --out --json",
     "schedule": "run --variant --by --steps --scale --images --draws --data --split --sampler "
     "--batch-size --seed --device --out --json",
     "calibrate": "run --variant --labels --prompts --budget --steps --guidance --scale "

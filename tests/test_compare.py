@@ -1,6 +1,7 @@
 """`elit compare`: which sweeps may stand side by side, and what is said of them."""
 
 import copy
+import itertools
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 from sweeps import GUIDES, sweep_report
 
+from elit import ElitPipeline, create_model, make_scheduler
+from elit.choosing.timing import CallTimes, ms_together
 from elit.cli.main import main
 from elit.evaluation.comparison import (
     check_comparable,
@@ -19,6 +22,7 @@ from elit.evaluation.comparison import (
 )
 from elit.viz.sweeps import SCORES
 
+SAMPLER = "FlowMatchEulerDiscreteScheduler"
 NETWORK = sweep_report()["settings"]["networks"][0]
 
 
@@ -122,7 +126,6 @@ def test_training_and_times_that_differ_are_told(compare, tmp_path) -> None:
     assert code == 0
     for words in (
         "not at equal training FLOPs: elit 0.0012 EFLOPs, less 0.001 EFLOPs (20 % more)",
-        "times are not comparable: device name, dtype differ",
     ):
         assert f"elit: warning: {words}" in err
         assert words in (tmp_path / "compare.html").read_text()
@@ -211,11 +214,47 @@ def test_training_is_compared(first, second, note) -> None:
     assert note is None or re.search(note, notes[0])
 
 
-def test_times_that_were_not_measured_need_no_note() -> None:
-    other = plain(timed=False)
-    other["settings"]["device"] = "cuda"
-    assert notes_on({"a": elastic(timed=False), "b": other}) == []
-    assert notes_on({"a": elastic(), "b": other}) == ["times are not comparable: device differ"]
+def test_times_of_two_sweeps_are_left_out(compare, tmp_path) -> None:
+    """They were taken under whatever load there was."""
+    code, out, _ = compare("elit", "dit", "--json")
+    best = [row for line in json.loads(out)["best"] for row in line["best"].values() if row]
+    assert code == 0
+    assert {row["ms_per_image"] for row in best} == {None}
+    assert "ms per image" not in (tmp_path / "compare.html").read_text()
+
+
+def test_times_are_taken_in_turns() -> None:
+    """On one device, in one process: every round has a call of each model."""
+    names = ("elit-dit-tiny/2", "dit-tiny/2")
+    pipes = {n: ElitPipeline(create_model(n), make_scheduler("euler")) for n in names}
+    seen = []
+    several = [
+        (CallTimes(pipe, 2, anew=True), [pipe.calls(num_inference_steps=steps) for steps in (2, 4)])
+        for pipe in pipes.values()
+    ]
+    for name, pipe in pipes.items():
+        pipe.transformer.register_forward_pre_hook(lambda *_, name=name: seen.append(name))
+    ms = ms_together(several)
+    assert all(0 < few < many for few, many in ms)
+    turns = [name for name, _ in itertools.groupby(seen)]
+    assert turns == [*names] * (len(turns) // 2)
+    assert len(turns) >= 8
+    assert not any(times.file.exists() for times, _ in several)
+
+
+@pytest.mark.slow
+def test_times_on_the_command_line(compare, tmp_path) -> None:
+    reports = elastic(), plain()
+    for name, preset, report in zip(("a", "b"), ("elit-dit-tiny/2", "dit-tiny/2"), reports,
+                                    strict=True):  # fmt: skip
+        report["settings"] |= {"size": [16, 16], "batch_size": 2, "sampler": SAMPLER}
+        ElitPipeline(create_model(preset), make_scheduler("euler")).save_pretrained(tmp_path / name)
+        swept(tmp_path / name, report)
+    code, out, err = compare("a", "b", "--times", "--device", "cpu", "--json")
+    assert code == 0, err
+    best = [row for line in json.loads(out)["best"] for row in line["best"].values() if row]
+    assert all(row["ms_per_image"] > 0 for row in best)
+    assert "ms per image" in (tmp_path / "compare.html").read_text()
 
 
 def test_points_are_shared_where_everything_is_the_same() -> None:

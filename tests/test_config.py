@@ -219,7 +219,7 @@ def test_fits_type(value, hint, fits) -> None:
         ("train: {compile: perhaps}", r"train.compile is 'perhaps'; give true or false"),
         ("train: {precision: fp8}", r"'fp8' of .*train.precision: use one of 'fp32', 'bf16'"),
         ("optimizer: {betas: 0.9}", r"optimizer.betas is 0.9; give 2 numbers, such as \[0.9"),
-        ("sample: {budgets: [1, x]}", r"sample.budgets is \[1(.0)?, 'x'\]; give a list of numbers"),
+        ("sample: {budgets: [1, x]}", r"sample.budgets is \[1(.0)?, 'x'\]: budget 'x' is outside"),
         ("data: {options: 3}", r"data.options is 3; give keys with values"),
         ("train: 5", r"train is 5, but it is a section; write keys under it, such as train.steps"),
         ("- 1\n- 2", r"x.yaml holds \[1, 2\] where a config is expected"),

@@ -733,7 +733,7 @@ def test_looking_for_latents_named_twice_cuts_no_graph() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"head": 2, "tail": 1}, "head of 2 and a tail of 1 blocks leave no core of 3"),
+        ({"head": 2, "tail": 1}, "head=2 and tail=1 leave no core of 3 blocks"),
         ({"head": -1}, "head of -1"),
         ({"group": (2, 2, 2)}, r"group=\(2, 2, 2\) does not fit inputs of 2 axes"),
         ({"group": 0}, "group=0 does not fit"),

@@ -179,7 +179,10 @@ def test_command(run: Any, base: Path, tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--retrofit.head 3", "leave no core of 5"),
+        (
+            "--retrofit.head 3",
+            "retrofit.head=3, retrofit.tail=2, retrofit.group=[4, 4]: head=3 and",
+        ),
         ("--retrofit.group [3,3]", "8x8 tokens cannot be cut into groups of 3x3"),
         ("--retrofit.trian all", "did you mean --retrofit.train"),
         ("--retrofit.train adapter", "did you mean 'adapters'"),

@@ -347,7 +347,7 @@ def test_groups_of_raster_tokens(size: tuple[int, ...], group: tuple[int, ...]) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"head": 4, "tail": 2}, "leave no core of 6; choose head \\+ tail < 6"),
+        ({"head": 4, "tail": 2}, "leave no core of 6 blocks; choose head \\+ tail < 6"),
         ({"head": 0}, "at least one block on either side"),
         ({"tail": 1.0}, "tail=1.0 are not allowed"),
         ({"group": 0}, "group=0 does not fit .* give one positive integer, or 2 of them"),

@@ -12,13 +12,17 @@ if TYPE_CHECKING:
     from elit.caching.configs import TeaCacheConfig
     from elit.caching.hooks import disable_step_cache, enable_step_cache
     from elit.choosing.choose import choose
+    from elit.data import load_dataset
     from elit.flow.guidance import CFG, AutoGuidance, CheapCFG, Guidance
+    from elit.flow.objective import SigmaDensity, flow_matching_loss
     from elit.flow.schedulers import (
         FlowMatchEulerMaruyamaScheduler,
         FlowMatchUniformEulerScheduler,
         FlowMatchUniformHeunScheduler,
         make_scheduler,
     )
+    from elit.inspection.report import inspect_pipeline
+    from elit.inspection.subject import choose_subject
     from elit.interface.budget import TailDropping, resolve_budget
     from elit.interop.official import from_official_checkpoint
     from elit.models.dit import DiT
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
     from elit.retrofit.guider import ElasticGuidance
     from elit.retrofit.layout import Layout, PerToken
     from elit.scheduling.schedule import load_schedule
+    from elit.training.config import TrainConfig
+    from elit.training.python import finetune, train
 
 try:
     __version__ = version("elit-diffusion")
@@ -65,6 +71,12 @@ _NAMES = {
     "elit.retrofit.guider": "ElasticGuidance",
     "elit.retrofit.layout": "Layout PerToken",
     "elit.scheduling.schedule": "load_schedule",
+    "elit.data": "load_dataset",
+    "elit.inspection.subject": "choose_subject",
+    "elit.inspection.report": "inspect_pipeline",
+    "elit.training.python": "finetune train",
+    "elit.training.config": "TrainConfig",
+    "elit.flow.objective": "SigmaDensity flow_matching_loss",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 

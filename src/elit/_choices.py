@@ -1,7 +1,7 @@
 """Words that a user may have misspelt: the error that names what is allowed and what is nearest."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 MOST = 20  # words that a message lists in full
@@ -83,7 +83,7 @@ def meant(name: str, allowed: Iterable[str]) -> str | None:
             names.setdefault(ending, []).append(known)
     word = _plain(name).rpartition(".")[2]
     for one in (_plain(name), *SYNONYMS.get(word, ()), word):
-        if len(found := names.get(one, ())) == 1:
+        if len(found := names.get(one, [])) == 1:
             return found[0]
     near = nearest(_plain(name), plains)
     return plains[near] if near else None
@@ -133,3 +133,18 @@ def check_choice(value: Any, allowed: Iterable[str], what: str, where: str = "")
         advice = f"use one of {listed}" if allowed else f"no {what} is allowed"
         advice += f"; did you mean {near!r}?" if near and len(allowed) > 1 else ""
     raise ValueError(f"unknown {what} {value!r:.60}{where}: {advice}")
+
+
+def label_of(label: Any, names: Mapping[str, int]) -> Any:
+    """The number of a class that is given by its name, or by its number as text.
+
+    What is no text stands for itself; text of digits is always a number.
+    """
+    if not isinstance(label, str):
+        return label
+    if label.isascii() and label.isdigit() and len(label) < 10:
+        return int(label)
+    if not names:
+        raise ValueError(f"class {label!r:.60} is no number, and this model knows no names")
+    check_choice(label, names, "class")
+    return names[label]

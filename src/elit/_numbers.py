@@ -1,6 +1,7 @@
 """What a user may have given for a number."""
 
 import math
+from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any, TypeGuard
 
@@ -27,6 +28,16 @@ def is_real(value: Any) -> TypeGuard[float]:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer of hundreds of digits
         return False
+
+
+def as_number(text: str) -> float:
+    """A number as it is typed, a fraction or a percentage: 0.25, 1/4, 25%; nan where it is none."""
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return math.nan
 
 
 def latent_frames(frames: int, scale: int, name: str = "num_frames") -> int:

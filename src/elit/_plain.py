@@ -111,7 +111,11 @@ def describe_type(hint: Any) -> str:
     if origin is tuple and args[-1] is not Ellipsis:
         return f"{len(args)} numbers, such as [0.9, 0.99]"
     if origin in _LISTS:
-        examples = {int: "whole numbers, such as [4, 4]", float: "numbers, such as [1, 0.5]"}
+        examples: dict[Any, str] = {
+            int: "whole numbers, such as [4, 4]",
+            float: "numbers, such as [1, 0.5]",
+            float | str: "budgets, such as [1, 1/4]",
+        }
         return f"a list of {examples.get(args[0], 'its own kind')}"
     if origin is dict or dataclasses.is_dataclass(hint):
         return "keys with values, such as {count: 500}"

@@ -3,7 +3,8 @@
 import logging
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -54,6 +55,7 @@ class CallTimes:
         what: labels or texts of a batch, of which the longest counts, or their number.
         size: frames, height and width in pixels, None where the model was made for it.
         progress: whether to show a bar while measuring.
+        anew: whether to measure all, and to keep nothing.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class CallTimes:
         what: int | str | Sequence[Any],
         size: Sequence[int | None] = (None, None, None),
         progress: bool = False,
+        anew: bool = False,
     ):
         model = pipeline.transformer
         if isinstance(what, int):
@@ -86,7 +89,8 @@ class CallTimes:
         }
         self.file = cache_folder() / "times" / f"{digest_of(self.key)}.json"
         self._seconds: dict[str, float] = {}
-        if self.file.exists():
+        self.keeps = not anew
+        if self.keeps and self.file.exists():
             try:
                 kept = read_json(self.file, "remove it")
                 self._seconds = from_plain(dict[str, float], kept.get("seconds"))
@@ -95,7 +99,7 @@ class CallTimes:
 
     def ms_of_runs(self, runs: Sequence[Sequence[Forwards]]) -> list[float]:
         """Milliseconds for one image of a batch that each of these runs draws."""
-        self._measure(call for run in runs for call in run)
+        self.measure([(self, runs)])
         names = (["start", *map(_name, run)] for run in runs)
         return [1000 * sum(map(self._seconds.__getitem__, n)) / len(self.what) for n in names]
 
@@ -109,36 +113,56 @@ class CallTimes:
             self._keep({"decode": statistics.median(times[1:])})  # the first call is slow
         return 1000 * self._seconds["decode"] / len(self.what)
 
-    def _measure(self, calls: Iterable[Forwards]) -> None:
-        """Measure those of the calls that are not known yet."""
-        missing = {_name(call): call for call in calls if _name(call) not in self._seconds}
+    @staticmethod
+    def measure(several: Sequence[tuple["CallTimes", Sequence[Sequence[Forwards]]]]) -> None:
+        """Measure those calls of the runs that are not known yet, of all models in turns."""
+        missing = [
+            (times, name, call)
+            for times, runs in several
+            for name, call in {_name(call): call for run in runs for call in run}.items()
+            if name not in times._seconds
+        ]
         if not missing:
             return
+        first = several[0][0]
         logger.info(
             "timing %d kinds of calls, %d images at a time, on %s",
-            len(missing), len(self.what), self.key["device"],
+            len(missing), len(first.what), first.key["device"],
         )  # fmt: skip
+        starts: dict[CallTimes, list[float]] = {times: [] for times, _, _ in missing}
+        slopes: dict[tuple[CallTimes, str], list[float]] = {(t, name): [] for t, name, _ in missing}
+        with ExitStack() as quiet:
+            for times in starts:
+                quiet.enter_context(times._without_bar())
+            for times, _, call in missing:
+                times._run(call, _SHORT)  # the first call of a kind is slow
+            rounds = missing * _ROUNDS  # a disturbance then hits all kinds alike
+            for times, name, call in tqdm(rounds, desc="timing", disable=not first.progress):
+                (short, few), (long, many) = times._run(call, _SHORT), times._run(call, _LONG)
+                slopes[times, name].append((long - short) / (many - few))
+                starts[times].append(short - slopes[times, name][-1] * few)
+        for times, start in starts.items():
+            seconds = {
+                name: max(0.0, statistics.median(slope))
+                for (of, name), slope in slopes.items() if of is times
+            }  # fmt: skip
+            if "start" not in times._seconds:
+                seconds["start"] = max(0.0, statistics.median(start))
+            times._keep(seconds)
+
+    @contextmanager
+    def _without_bar(self) -> Iterator[None]:
         config = getattr(self.pipeline, "_progress_bar_config", {})
         self.pipeline.set_progress_bar_config(disable=True)
-        starts, slopes = [], {name: list[float]() for name in missing}
         try:
-            for call in missing.values():
-                self._run(call, _SHORT)  # the first call of a kind is slow
-            rounds = [*missing.items()] * _ROUNDS  # a disturbance then hits all kinds alike
-            for name, call in tqdm(rounds, desc="timing", disable=not self.progress):
-                (short, few), (long, many) = self._run(call, _SHORT), self._run(call, _LONG)
-                slopes[name].append((long - short) / (many - few))
-                starts.append(short - slopes[name][-1] * few)
+            yield
         finally:
             self.pipeline.set_progress_bar_config(**config)
-        seconds = {name: max(0.0, statistics.median(times)) for name, times in slopes.items()}
-        if "start" not in self._seconds:
-            seconds["start"] = max(0.0, statistics.median(starts))
-        self._keep(seconds)
 
     def _keep(self, seconds: dict[str, float]) -> None:
         self._seconds |= seconds
-        write_json(self.file, {"of": self.key, "seconds": self._seconds})
+        if self.keeps:
+            write_json(self.file, {"of": self.key, "seconds": self._seconds})
 
     def _run(self, call: Forwards, steps: int) -> tuple[float, int]:
         """Seconds and calls of a run whose calls are all of one kind."""
@@ -163,6 +187,14 @@ class CallTimes:
         run()
         synchronize(device)
         return perf_counter() - started
+
+
+def ms_together(
+    several: Sequence[tuple[CallTimes, Sequence[Sequence[Forwards]]]],
+) -> list[list[float]]:
+    """`ms_of_runs` of several models, measured in turns: what slows the device slows all alike."""
+    CallTimes.measure(several)
+    return [times.ms_of_runs(runs) for times, runs in several]
 
 
 def _name(call: Forwards) -> str:

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from elit.pipelines.folder import weights_digest
 
     model = pipeline.transformer
-    what = what_to_draw(args, model)
+    what = what_to_draw(args, pipeline)
     file = Path(args.out) if args.out else Path(args.run) / CALIBRATION_FILE
     output_folder(file.parent, "--out")
     kept = list(dict.fromkeys(model.resolve_budget(b) for b in args.budget))

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from elit.cli.flags import Parser
 logger = logging.getLogger(__name__)
 
 PAGE = "compare.html"
-USAGE = "elit compare A B [--out FILE] [--json]"
+USAGE = "elit compare A B [--times] [--out FILE] [--json]"
 EPILOG = """\
 A and B are runs that `elit sweep` has measured, or its sweep.json files. They must have been
 compared with the same reference by the same networks, on as many samples of the same seed and
@@ -25,6 +26,8 @@ def add_arguments(parser: Parser) -> None:
     """Flags of `elit compare`."""
     parser.add("A", "run that was swept, or a sweep.json", typed_path)
     parser.add("B", "run or sweep.json to compare with", typed_path)
+    parser.switch("times", "measure both models' times, in turns (default: none are compared)")
+    parser.add("device")
     parser.add("out", "page to write", metavar="FILE", default=PAGE)
 
 
@@ -34,10 +37,18 @@ def run(args: argparse.Namespace) -> int:
     if page.suffix != ".html":
         raise ValueError(f"--out {args.out} is not a page; give a name that ends in .html")
     output_folder(page.parent, "--out")
-    from elit.evaluation.comparison import compare, read_sweeps
+    from elit.evaluation.comparison import (
+        check_comparable,
+        compare,
+        read_sweeps,
+        time_together,
+    )
 
     check_out(page)
     reports = read_sweeps(args.a, args.b)
+    check_comparable(reports)
+    if args.times:
+        time_together(reports, [args.a, args.b], args.device, sys.stderr.isatty())
     report = compare(reports)
     from elit.viz.page import compare_page
 

@@ -26,5 +26,6 @@ def run(args: argparse.Namespace) -> int:
     """Fine-tune, or with --dry-run only check and print the config."""
     overrides = train.overrides_of(args)
     config = load_config(args.config, overrides, settings_of_base(args.base))
+    config = train.matched(config, args, overrides)
     with quiet_diffusers():
         return train.check_and_train(config, args, overrides)

@@ -5,13 +5,14 @@ import math
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, NoReturn
 
 from elit._choices import check_choice, hint_at
 from elit._files import typed_path
+from elit._numbers import as_number
 from elit.flow.shift import DIMENSION, Shift, check_shift
 from elit.flow.words import DEFAULT_SCALE, GUIDANCES, SAMPLERS
+from elit.interface.budget import read_budget
 
 # As a budget: what `elit sweep` found best within a cap, what `elit schedule` plans within it.
 AUTO, SCHEDULE = "auto", "schedule"
@@ -117,14 +118,6 @@ def _told(kind: Kind) -> Kind:
     return parse
 
 
-def as_number(text: str) -> float:
-    """A number or a fraction, such as 1/4; nan where it is none."""
-    try:
-        return float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ZeroDivisionError, OverflowError):
-        return math.nan
-
-
 @dataclass(frozen=True)
 class WholeNumber:
     """A whole number within limits."""
@@ -159,20 +152,15 @@ class OneOf:
 
 def number(text: str) -> float:
     """A finite number."""
-    value = math.nan if "/" in text else as_number(text)
+    value = math.nan if text[-1:] == "%" or "/" in text else as_number(text)
     if not math.isfinite(value):
         raise ValueError(f"{text!r} is not allowed; give a number, such as 1.5")
     return value
 
 
-def budget(text: str) -> float:
-    """A fraction in (0, 1], as a number or as the tables print it: 1/4."""
-    if not 0 < (value := as_number(text)) <= 1:
-        raise ValueError(
-            f"budget {text!r} is outside (0, 1]: it is the fraction of the latents to keep; "
-            f"give a number such as 0.25 or 1/4, or 1 for all"
-        )
-    return value
+def label(text: str) -> int | str:
+    """The number of a class, or its name."""
+    return text if math.isnan(as_number(text)) else WholeNumber(0)(text)
 
 
 def shift(text: str) -> Shift:
@@ -195,18 +183,20 @@ FLAGS: dict[str, dict[str, Any]] = {
     "RUN": _flag("folder of a pipeline, or its name on the hub", typed_path),
     "NAME_OR_PATH": _flag("preset, or folder of a pipeline or a model", typed_path, word="model"),
     "variant": _flag("variant of the files of weights, such as fp16 (default: none)"),
-    "labels": _flag("classes to draw (default: all, up to 10)", WholeNumber(0), "L", nargs="+"),
+    "labels": _flag(
+        "classes to draw, by number or name (default: all, up to 10)", label, "L", nargs="+"
+    ),
     "prompts": _flag("texts to draw, with a model that draws texts", metavar="TEXT", nargs="+"),
-    "budget": _flag("fraction of the latents to keep", budget, "B", default=1.0),
+    "budget": _flag("fraction of the latents to keep", read_budget, "B", default=1.0),
     "budgets": _flag(
         "fractions of the latents to keep, such as 1 3/4 0.5 (default: 1 and halves of it)",
-        budget, "B", nargs="+",
+        read_budget, "B", nargs="+",
     ),
     "steps": _flag("steps of the sampler", WholeNumber()),
     "guidance": _flag("kind of guidance: {}", OneOf(GUIDANCES, "guidance"), default="none"),
     "scale": _flag(f"scale of the guidance (default: {DEFAULT_SCALE:g})", number, "S"),
     "guide-budget": _flag(
-        "budget of the guide, for ag and ccfg (default: the lowest trained)", budget, "B"
+        "budget of the guide, for ag and ccfg (default: the lowest trained)", read_budget, "B"
     ),
     "interval": _flag(
         "noise levels between which guidance acts (default: 0 1)", number, ("LOW", "HIGH"), nargs=2

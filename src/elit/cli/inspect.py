@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from elit._files import output_folder, typed_path
+from elit._numbers import as_number
 from elit.choosing.sweep_file import default_home
 from elit.cli.common import check_run, open_pipeline, print_report
-from elit.cli.flags import OneOf, Parser, WholeNumber, as_number
+from elit.cli.flags import OneOf, Parser, WholeNumber
 from elit.data import SPLITS
 from elit.training.config_files import config_of_run, read_flag
 

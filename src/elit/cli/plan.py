@@ -10,7 +10,9 @@ from elit.cli.flags import Parser, WholeNumber, number
 from elit.cost.devices import known_accelerator
 from elit.training.config_files import load_config
 
-USAGE = "elit plan [CONFIG] [--gpus N] [--gpu NAME] [--mfu M] [--key.sub VALUE ...]"
+USAGE = (
+    "elit plan [CONFIG] [--match-flops RUN] [--gpus N] [--gpu NAME] [--mfu M] [--key.sub VALUE ...]"
+)
 EPILOG = """\
 Nothing is made, and nothing read but the config. Data that is not there yet counts as what the
 preset was made for, at --data.options.resolution. Memory is that of eager mode, without the
@@ -28,7 +30,8 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Count and print."""
     known_accelerator(args.gpu)  # before the imports, as all mistakes
-    config = load_config(args.config, train.overrides_of(args))
+    overrides = train.overrides_of(args)
+    config = train.matched(load_config(args.config, overrides), args, overrides)
     from elit.training.estimate import estimate
 
     report = estimate(config, args.gpus, args.gpu, args.mfu)

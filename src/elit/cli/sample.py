@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from elit._choices import label_of
 from elit._files import typed_path, write_json
 from elit._tables import counted, format_table
 from elit.choosing.sweep_file import default_home
 from elit.cli.common import check_run, flops_column, make_guidance, open_pipeline, print_report
-from elit.cli.flags import AUTO, SCHEDULE, OneOf, Parser, WholeNumber, budget, number
+from elit.cli.flags import AUTO, SCHEDULE, OneOf, Parser, WholeNumber, number
 from elit.flow.words import DEFAULT_STEPS
+from elit.interface.budget import read_budget
 
 if TYPE_CHECKING:
     from elit.flow.guidance import Guidance
@@ -42,7 +44,7 @@ def add_arguments(parser: Parser) -> None:
     add("count", "images of each label or text", WholeNumber(), default=1)
     add("budget", "fractions of the latents to keep, such as 1 0.5 1/4, or auto: what `elit sweep` "
         "found best within a cap, or schedule: budgets over the steps, as `elit schedule` plans "
-        "them within a cap", lambda text: text if text in (AUTO, SCHEDULE) else budget(text),
+        "them within a cap", lambda text: text if text in (AUTO, SCHEDULE) else read_budget(text),
         nargs="+", default=[1.0])  # fmt: skip
     add("sweep", "file that `--budget auto` chooses from (default: RUN/swept/sweep.json)",
         typed_path, "FILE")  # fmt: skip
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_draws_images(pipeline, args.run)
     model = pipeline.transformer
-    what = what_to_draw(args, model)
+    what = what_to_draw(args, pipeline)
     check_video(args, pipeline)
     if AUTO in args.budget:
         guidance = choose_point(args, pipeline, what * args.count)
@@ -196,8 +198,9 @@ def choose_point(
     return point.make_guidance()
 
 
-def what_to_draw(args: argparse.Namespace, model: Any) -> list[Any]:
+def what_to_draw(args: argparse.Namespace, pipeline: Any) -> list[Any]:
     """Labels, or texts."""
+    model = pipeline.transformer
     if model.takes_text:
         if args.labels is not None:
             raise ValueError(
@@ -215,7 +218,9 @@ def what_to_draw(args: argparse.Namespace, model: Any) -> list[Any]:
     for name, given in (("prompts", args.prompts), ("negative-prompt", args.negative_prompt)):
         if given is not None:
             raise ValueError(f"--{name} is for models that draw texts; this one draws --labels")
-    return args.labels or list(range(min(MAX_DEFAULT_LABELS, model.config.num_classes)))
+    if args.labels is not None:
+        return [label_of(label, pipeline.labels) for label in args.labels]
+    return list(range(min(MAX_DEFAULT_LABELS, model.config.num_classes)))
 
 
 def check_video(args: argparse.Namespace, pipeline: "ElasticPipeline") -> None:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 from elit._extras import missing
 from elit._tables import counted
 from elit.cli.common import check_address, check_run, make_guidance, url_of
-from elit.cli.flags import OneOf, Parser, WholeNumber, budget, number
+from elit.cli.flags import OneOf, Parser, WholeNumber, number
 from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
+from elit.interface.budget import read_budget
 
 if TYPE_CHECKING:
     from elit.serving.facts import Facts
@@ -32,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
     add("p95-ms", "milliseconds in which 95 of 100 requests are to be answered, held by lowering "
         "budgets (default: no target, budgets stay)", number, "MS")  # fmt: skip
     add("min-budget", "lowest budget, of requests and under load (default: the lowest trained)",
-        budget, "B")  # fmt: skip
+        read_budget, "B")  # fmt: skip
     add("batch-size")
     add("queue", "pictures that may wait; more are refused with 429", WholeNumber(), default=1024)
     best = "where a request doesn't say (default: the sweep's best, or"

@@ -9,13 +9,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from elit._files import typed_path
 from elit._plain import describe_type
 from elit.cli.common import print_report
 from elit.cli.flags import Parser
 from elit.training.config import TrainConfig
 from elit.training.config_files import built_in_names, config_fields, load_config
 
-USAGE = "elit train [CONFIG] [--dry-run] [--json] [--key.sub VALUE ...]"
+USAGE = "elit train [CONFIG] [--match-flops RUN] [--dry-run] [--json] [--key.sub VALUE ...]"
 EPILOG = """\
 Defaults < CONFIG < command line. Keys of data.options and model.overrides are given as
 --data.options.count 500, --model.overrides.hidden_size 96; lists as --sample.budgets "[1, 0.25]".
@@ -28,6 +29,8 @@ def add_arguments(
     """Flags of `elit train`: its own, and one for each key of the config but some."""
     about = f"YAML file, or one of the built-in {built_in_names()}"
     parser.add("CONFIG", about, nargs="?", default=default)
+    parser.add("match-flops", "run or config, whose training FLOPs set --train.steps", typed_path,
+               "RUN")  # fmt: skip
     if trains:
         parser.switch("dry-run", "check the config, print it in full, and stop")
     groups = {"": parser.add_argument_group("the run")}
@@ -55,12 +58,27 @@ def overrides_of(args: argparse.Namespace) -> dict[str, str]:
 def run(args: argparse.Namespace) -> int:
     """Train, or with --dry-run only check and print the config."""
     overrides = overrides_of(args)
-    if args.config is None and not overrides and not args.dry_run:
+    asked = args.dry_run or args.match_flops or "train.steps" in overrides
+    if args.config is None and not asked:  # nobody means the default's half a million steps
         raise ValueError(
-            f"no CONFIG is given; name a YAML file or one of the built-in {built_in_names()}"
+            f"no CONFIG is given; name a YAML file or one of the built-in {built_in_names()}; or "
+            f"give --train.steps"
         )
-    config = load_config(args.config, overrides)
+    config = matched(load_config(args.config, overrides), args, overrides)
     return check_and_train(config, args, overrides)
+
+
+def matched(
+    config: TrainConfig, args: argparse.Namespace, overrides: dict[str, str]
+) -> TrainConfig:
+    """The config with the steps that --match-flops asks for."""
+    if args.match_flops is None:
+        return config
+    if "train.steps" in overrides:
+        raise ValueError("--match-flops sets --train.steps; give one of them")
+    from elit.training.estimate import match_flops
+
+    return match_flops(config, args.match_flops)
 
 
 def check_and_train(

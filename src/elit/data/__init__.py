@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 SPLITS = ("train", "validation")
+MEMORY = "memory"  # the name of a data set that was given from Python
 
 # name: (module, class). A new data set is one line here and one file.
 DATASETS = {
@@ -169,6 +170,11 @@ def dataset_options(name: str) -> tuple[str, ...]:
 
 
 def _dataset_class(name: str) -> type[Any]:
+    if name == MEMORY:
+        raise ValueError(
+            "this was trained on a data set given from Python, which nothing else knows; name one "
+            "here, or call elit.train with it"
+        )
     check_choice(name, DATASETS, "data set")
     module, class_name = DATASETS[name]
     return getattr(importlib.import_module(module), class_name)

@@ -1,6 +1,6 @@
 """Comparison of two sweeps: whether it is allowed, and what both measured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ Report = dict[str, Any]
 
 # Scores that differ in one of these are not of the same thing.
 _SAME = ("networks", "samples", "seed", "drawn", "size", "eight_bit")
-_SAME_TIMES = ("device", "device_name", "dtype", "batch_size")
 _POINT = ("budget", "steps", "sampler", "guidance", "scale", "guide_budget", "interval")
 _EQUAL_TRAINING = 0.05  # share by which training FLOPs may differ and still be called equal
 
@@ -31,7 +30,47 @@ def read_sweeps(first: str, second: str) -> dict[str, Report]:
         unknown = sorted({name for row in report["rows"] for name in row["scores"]} - set(SCORES))
         if unknown:
             raise ValueError(f"{file} has a score {unknown[0]!r} that this version of elit lacks")
+        for row in report["rows"]:  # under whatever load there was then
+            row["ms_per_image"] = None
     return reports
+
+
+def time_together(
+    reports: Mapping[str, Report], runs: Sequence[str], device: str = "auto", progress: bool = False
+) -> None:
+    """Measure what an image of each row takes, the models in turns on one device, as was drawn.
+
+    Args:
+        reports: of the sweeps; their rows get `ms_per_image`.
+        runs: folders of the pipelines, in the same order.
+        device: "auto", or a name of torch.
+        progress: whether to show a bar.
+    """
+    from elit.choosing.points import OperatingPoint
+    from elit.choosing.timing import CallTimes, ms_together
+    from elit.pipelines.load import open_pipeline
+
+    several, rows = [], []
+    for run, report in zip(runs, reports.values(), strict=True):
+        settings = report["settings"]
+        folder = run if Path(run).is_dir() else report["model"]["path"]
+        dtype = "bf16" if settings["dtype"] == "bfloat16" else "fp32"
+        pipeline = open_pipeline(folder, device, dtype)
+        if type(pipeline.scheduler).__name__ != settings["sampler"]:
+            raise ValueError(
+                f"{folder} was swept with a {settings['sampler']}, but draws with a "
+                f"{type(pipeline.scheduler).__name__}; sweep it with the saved sampler, or compare "
+                f"without times"
+            )
+        frames = [None] * (3 - len(settings["size"]))
+        times = CallTimes(pipeline, min(settings["batch_size"], settings["samples"]),
+                          (*frames, *settings["size"]), progress, anew=True)  # fmt: skip
+        points = [OperatingPoint.from_dict(row) for row in report["rows"]]
+        several.append((times, [pipeline.calls(**point.arguments()) for point in points]))
+        rows.append(report["rows"])
+    for own, all_ms in zip(rows, ms_together(several), strict=True):
+        for row, ms in zip(own, all_ms, strict=True):
+            row["ms_per_image"] = ms
 
 
 def check_comparable(reports: Mapping[str, Report]) -> None:
@@ -65,10 +104,6 @@ def notes_on(reports: Mapping[str, Report]) -> list[str]:
             more = f"{100 * (high / low - 1):.0f} % more" if low > 0 else "against none"
             each = ", ".join(f"{name} {eflops:.4g} EFLOPs" for name, eflops in known.items())
             notes.append(f"not at equal training FLOPs: {each} ({more})")
-    a, b = reports.values()
-    others = [k for k in _SAME_TIMES if a["settings"].get(k) != b["settings"].get(k)]
-    if others and any(is_number(row.get("ms_per_image")) for row in a["rows"] + b["rows"]):
-        notes.append(f"times are not comparable: {', '.join(others).replace('_', ' ')} differ")
     return notes
 
 

@@ -10,19 +10,18 @@ label, its budget, or both:
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from elit._choices import check_choice
-from elit._numbers import is_real
+from elit._numbers import as_number, is_real
 from elit.flow.words import GUIDANCES
 
 Condition = Mapping[str, Tensor]
 """What tells a model what to draw: its arguments by name, (B, ...) each: labels, or a text."""
-Budget = float | Literal["lowest"]
-"""A fraction in (0, 1], or the lowest that the model was trained with."""
+Budget = float | str
+"""A fraction in (0, 1], 0.25, "1/4" or "25%"; or "lowest", that the model was trained with."""
 Interval = tuple[float, float]
 """Noise levels [low, high], both ends included."""
 WHOLE = (0.0, 1.0)
@@ -58,11 +57,12 @@ class Guidance:
             )
         if not isinstance(self.drop_label, bool):
             raise ValueError(f"drop_label={self.drop_label!r} is not allowed; give True or False")
-        is_lowest = isinstance(self.budget, str) and self.budget == "lowest"
-        if not (self.budget is None or is_lowest or is_real(self.budget)):
+        budget = self.budget
+        if isinstance(budget, str) and budget != "lowest":
+            object.__setattr__(self, "budget", as_number(budget))
+        if not (budget is None or budget == "lowest" or is_real(self.budget)):
             raise ValueError(
-                f"guide budget {self.budget!r:.60} is unknown; give a fraction in (0, 1] or "
-                f"'lowest'"
+                f"guide budget {budget!r:.60} is unknown; give a fraction in (0, 1] or 'lowest'"
             )
         if self.budget is None and not self.drop_label:
             raise ValueError(

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from elit.flow.shift import Shift, check_shift, shift_at, shifted
 
+_MOST = 100  # of a sample's values: beyond it they are bytes, or were never scaled
+
 
 @dataclass(frozen=True)
 class SigmaDensity:
@@ -80,6 +82,19 @@ def flow_matching_loss(
     Returns:
         (B,) float32, means over everything but the batch.
     """
+    _check_values(data)
     predicted = velocity(interpolate(data, noise, sigma), sigma)
     error = predicted.float() - velocity_target(data, noise).float()
     return error.square().flatten(1).mean(1)
+
+
+def _check_values(data: Tensor) -> None:
+    """Raise a ValueError for bytes as floats and the like, where looking makes no device wait."""
+    if data.device.type != "cpu" or torch.compiler.is_compiling() or not data.numel():
+        return
+    most = data.detach().abs().max().item()
+    if most > _MOST:
+        raise ValueError(
+            f"data of up to {most:g}; it is meant to be of about -1 to 1: x / 127.5 - 1 of images "
+            f"of 0..255, and VAE latents by the autoencoder's scaling_factor"
+        )

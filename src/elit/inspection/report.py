@@ -1,5 +1,6 @@
 """An inspection from beginning to end: look, write the sheets and maps, and tell all numbers."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from elit._files import write_file, write_json
+from elit._files import output_folder, write_file, write_json
 from elit._tables import format_table, with_error
 from elit.inspection.correlation import NUM_SHUFFLES
 from elit.inspection.inspector import (
@@ -33,7 +34,7 @@ def inspect_pipeline(
     pipeline: ElasticPipeline,
     subject: Subject,
     names: Sequence[str],
-    folder: Path,
+    folder: str | os.PathLike,
     sigmas: Sequence[float] = (0.25, 0.5, 0.75),
     budgets: Sequence[float] = (1.0, 0.25),
     steps: int = 20,
@@ -54,6 +55,7 @@ def inspect_pipeline(
     Returns:
         What inspect.json holds, in plain types.
     """
+    folder = output_folder(os.fspath(folder), "folder")
     inspector, model = Inspector(pipeline.transformer, subject), pipeline.transformer
     kept = sorted({model.resolve_budget(b) for b in budgets}, reverse=True)
     shown = min(SHOWN, len(subject.images))

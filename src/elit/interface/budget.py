@@ -6,25 +6,41 @@ import numbers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from elit._numbers import as_number
+
 if TYPE_CHECKING:
     import torch
 
 
-def resolve_budget(budget: float, max_latents: int) -> int:
-    """Latents per group that a budget in (0, 1] keeps: the only rounding there is.
+def read_budget(budget: float | str, max_latents: int | None = None) -> float:
+    """A budget in (0, 1] as a number, of one that may be typed: 0.25, "1/4" or "25%".
 
     Args:
         budget: fraction of the latents to keep.
+        max_latents: J, latents per group at full budget, for the message where it is known.
+    """
+    value = as_number(budget) if isinstance(budget, str) else budget
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"budget {budget!r:.60} is not a number; give a fraction in (0, 1]")
+    if not 0 < value <= 1:  # also refuses NaN
+        fewest = f"; the cheapest is {1 / max_latents:g}" if max_latents else ""
+        shown = repr(budget) if isinstance(budget, str) else str(budget)
+        raise ValueError(
+            f"budget {shown:.60} is outside (0, 1]: it is the fraction of the "
+            f"{f'{max_latents} ' if max_latents else ''}latents per group to keep; give one such "
+            f"as 0.25, 1/4 or 25%, or 1 for all{fewest}"
+        )
+    return float(value)
+
+
+def resolve_budget(budget: float | str, max_latents: int) -> int:
+    """Latents per group that a budget in (0, 1] keeps: the only rounding there is.
+
+    Args:
+        budget: fraction of the latents to keep: 0.25, "1/4" or "25%".
         max_latents: J, latents per group at full budget.
     """
-    if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
-        raise ValueError(f"budget {budget!r:.60} is not a number; give a fraction in (0, 1]")
-    if not 0 < budget <= 1:  # also refuses NaN
-        raise ValueError(
-            f"budget {budget!s:.60} is outside (0, 1]: it is the fraction of the {max_latents} "
-            f"latents per group to keep; the cheapest is {1 / max_latents:g}, 1 keeps all"
-        )
-    return max(1, round(float(budget) * max_latents))
+    return max(1, round(read_budget(budget, max_latents) * max_latents))
 
 
 def format_budget(budget: float) -> str:
@@ -84,11 +100,11 @@ class Budgeted:
         """Whether there is a latent interface, the model's own or one that it was given."""
         return self.max_latents > 0
 
-    def resolve_budget(self, budget: float) -> int | None:
+    def resolve_budget(self, budget: float | str) -> int | None:
         """`num_latents` of a budget in (0, 1]; None, "all there is", for a plain model at 1."""
         if self.is_elastic:
             return resolve_budget(budget, self.max_latents)
-        if isinstance(budget, numbers.Real) and budget == 1:
+        if read_budget(budget) == 1:
             return None
         raise ValueError(
             f"budget {budget!s:.60} asked of a model that is not elastic; "
@@ -125,6 +141,12 @@ class TailDropping:
     def __post_init__(self) -> None:
         if self.order not in ("first", "random"):
             raise ValueError(f"order {self.order!r} is unknown; use 'first' or 'random'")
+        for name in ("min_latents", "max_latents", "total"):
+            if not isinstance(value := getattr(self, name), numbers.Integral):
+                raise ValueError(
+                    f"{name} {value!r:.60} is no whole number of latents; resolve_budget turns a "
+                    f"budget into one"
+                )
         if not 1 <= self.min_latents <= self.max_latents <= self.total:
             raise ValueError(
                 f"cannot keep {self.min_latents}..{self.max_latents} latents per group: "

@@ -113,6 +113,15 @@ class ModelBase(StrictLoading, Budgeted, StepCaching, ModelMixin):
             f"torch.nn.attention.sdpa_kernel(...)` around the call"
         )
 
+    def set_budget(self, budget: float | str = 1.0, guide: float | str | None = None) -> None:
+        """Raise a ValueError: that is of elasticized models, in pipelines that know no budgets."""
+        more = "" if guide is None else f", guidance='ccfg', guide_budget={guide!r}"
+        raise ValueError(
+            f"set_budget has no effect on a {type(self).__name__}: an ElitPipeline takes "
+            f"budget={budget!r}{more} in its call, the model itself num_latents="
+            f"model.resolve_budget({budget!r})"
+        )
+
     def set_geometry(self) -> None:
         """Take the sizes from the config, or raise a ValueError of those that do not fit."""
         self.geometry = geometry = Geometry.of(self.config, self.always_split)

@@ -88,7 +88,7 @@ def check_core(depth: int, head: int, tail: int) -> None:
     """Raise a ValueError if no block is left between head and tail."""
     if head + tail >= depth:
         raise ValueError(
-            f"a head of {head} and a tail of {tail} blocks leave no core of {depth}; "
+            f"head={head} and tail={tail} leave no core of {depth} blocks; "
             f"choose head + tail < {depth}"
         )
 

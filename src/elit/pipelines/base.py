@@ -274,7 +274,7 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         self,
         condition: Condition,
         null_condition: Condition,
-        budget: float | Sequence[float] = 1.0,
+        budget: float | str | Sequence[float | str] = 1.0,
         num_inference_steps: int | None = None,
         guidance: Guidance | str | None = None,
         generator: Generators = None,
@@ -302,7 +302,8 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         Args:
             condition: the model's arguments that say what to draw, (B, ...) each.
             null_condition: the same of nothing in particular, for guidance.
-            budget: fraction of the latents to keep, in (0, 1], or one for each image.
+            budget: fraction of the latents to keep, in (0, 1], such as 0.25, "1/4" or "25%", or
+                one for each image.
             num_inference_steps: steps of the scheduler; None is 40.
             guidance: `CFG(3.0)`, `AutoGuidance(2.0)`, `CheapCFG(3.0)`, or "cfg", "ag", "ccfg" with
                 `guidance_scale`; None is no guidance.
@@ -378,7 +379,7 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
     @one_at_a_time
     def calls(
         self,
-        budget: float = 1.0,
+        budget: float | str = 1.0,
         num_inference_steps: int | None = None,
         guidance: Guidance | None = None,
         sigmas: Sequence[float] | None = None,
@@ -418,7 +419,7 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
 
     def latents_of_steps(
         self,
-        budget: float | Sequence[float],
+        budget: float | str | Sequence[float | str],
         num_calls: int,
         guidance: Guidance | None = None,
         num_latents: int | Sequence[int] | None = None,

@@ -1,6 +1,6 @@
 """Class labels to images or clips, at any compute budget."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from elit._choices import label_of
 from elit.flow.guidance import Guidance
 from elit.flow.sampling import Generators
 from elit.pipelines.base import ElasticPipeline
@@ -22,25 +23,45 @@ class ElitPipeline(ElasticPipeline):
         transformer: a class-conditional model of ours, such as `DiT`.
         scheduler: a flow-matching scheduler; `elit.make_scheduler` has them by name.
         vae: the autoencoder in whose VAE latents the model works; None for pixels.
+        id2label: names of the classes by their numbers, several of one parted by commas, as
+            diffusers' DiT has them. Text of digits is a number, never a name.
+
+    Attributes:
+        labels: numbers of the classes by their names.
     """
 
     draws = "classes"
 
     def __init__(
-        self, transformer: ModelMixin, scheduler: SchedulerMixin, vae: AutoencoderKL | None = None
+        self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        id2label: Mapping[int, str] | None = None,
     ):
         super().__init__(transformer, scheduler, vae)
+        self.labels: dict[str, int] = {}
+        if id2label is None:
+            return
+        for label, names in id2label.items():
+            if not (str(label).isdigit() and int(label) < self.null_label and names):
+                raise ValueError(
+                    f"id2label has {label!r:.60}: {names!r:.60}; give a name to numbers from 0 to "
+                    f"{self.null_label - 1}, the model's classes"
+                )
+            self.labels |= {name.strip(): int(label) for name in (names, *names.split(","))}
+        self.register_to_config(id2label={int(label): name for label, name in id2label.items()})
 
     def __call__(
         self,
-        class_labels: int | Sequence[int] | Tensor,
-        budget: float | Sequence[float] = 1.0,
+        class_labels: int | str | Sequence[int | str] | Tensor,
+        budget: float | str | Sequence[float | str] = 1.0,
         num_inference_steps: int | None = None,
         guidance: Guidance | str | None = None,
         generator: Generators = None,
         **options: Any,
     ) -> ImagePipelineOutput | tuple:
-        """Draw one image for each label, in [0, num_classes); all other arguments are `draw`'s."""
+        """Draw one image for each label, a number or a name; all other arguments are `draw`'s."""
         labels = self._check_labels(class_labels).to(self._execution_device)
         null = {"class_labels": torch.full_like(labels, self.null_label)}
         run = budget, num_inference_steps, guidance, generator
@@ -51,9 +72,16 @@ class ElitPipeline(ElasticPipeline):
         """The label that means "no class"."""
         return self.transformer.config.num_classes
 
-    def _check_labels(self, class_labels: int | Sequence[int] | Tensor) -> Tensor:
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        """Numbers of classes by their names."""
+        names = [label] if isinstance(label, str) else label
+        return [label_of(name, self.labels) for name in names]
+
+    def _check_labels(self, class_labels: int | str | Sequence[int | str] | Tensor) -> Tensor:
         """Labels (B,) int64 on the CPU."""
         allowed = f"0..{self.null_label - 1}"
+        if isinstance(class_labels, str | list | tuple):
+            class_labels = self.get_label_ids(class_labels)
         try:
             labels = torch.as_tensor(class_labels).cpu().reshape(-1)
         except (TypeError, ValueError, RuntimeError, OverflowError):

@@ -24,6 +24,7 @@ from elit.caching.hooks import registry_of
 from elit.caching.mixin import StepCaching, refuse_cache
 from elit.caching.ports import Block
 from elit.interface.budget import Budgeted, check_num_latents
+from elit.interface.fit import check_fit
 from elit.interface.initial import init_weights
 from elit.models.base import ModelBase, StrictLoading
 from elit.models.dit import DiT
@@ -326,6 +327,8 @@ def elasticize(
         raise ValueError(f"layout={layout!r:.60} is no Layout; give layout=Layout(blocks=...)")
     blocks = layout.find_blocks(transformer)
     settings = Settings.check(len(blocks), head, tail, group, init, rank, layout.num_axes)
+    if isinstance(transformer, ModelBase):  # others have no size that they were made for
+        check_fit(transformer.geometry.grid(transformer.sample_size).size, settings.group)
     for block in {type(block): block for block in blocks}.values():
         layout.port(block)  # raises before anything is changed
     attach(transformer, settings, layout)

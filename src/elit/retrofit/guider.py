@@ -11,8 +11,8 @@ from diffusers.guiders import BaseGuidance  # diffusers looks it up here on load
 from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 
-from elit._numbers import is_real
 from elit.flow.guidance import Guidance
+from elit.interface.budget import read_budget
 from elit.retrofit.elastic import ElasticTransformer
 
 TRAINING_STEPS = 1000  # a scheduler's timestep at pure noise
@@ -59,9 +59,8 @@ class ElasticGuidance(BaseGuidance):
         if len(interval) != 2:
             raise ValueError(f"interval {interval!r} is not allowed; give two noise levels")
         for name, value in (("budget", budget), ("guide_budget", guide_budget)):
-            by_word = value is None or (name == "guide_budget" and isinstance(value, str))
-            if not (by_word or (is_real(value) and 0 < value <= 1)):
-                raise ValueError(f"{name} {value!r} is not allowed; give a fraction in (0, 1]")
+            if value is not None and (name, value) != ("guide_budget", "lowest"):
+                read_budget(value)
         if not drop_condition and guide_budget == budget and budget is not None:
             raise ValueError(
                 f"a guide with the same condition and the same budget {budget} guides nothing; "

@@ -49,6 +49,7 @@ class Facts:
     Attributes:
         name: of the model in answers.
         num_classes: None of a model that draws texts.
+        labels: numbers of the classes by their names.
         max_latents: latents per group at full budget; 0 of a plain model.
         min_latents: fewest that it was trained with.
         lowest: fewest that a request may ask for.
@@ -67,6 +68,7 @@ class Facts:
 
     name: str
     num_classes: int | None
+    labels: Mapping[str, int]
     max_latents: int
     min_latents: int
     lowest: int

@@ -7,10 +7,10 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from elit._choices import check_choice, hint_at
+from elit._choices import check_choice, hint_at, label_of
 from elit._numbers import is_real, is_whole
 from elit.flow.words import DEFAULT_SCALE, GUIDANCES
-from elit.interface.budget import format_budget, resolve_budget
+from elit.interface.budget import format_budget, read_budget, resolve_budget
 from elit.serving.control import Picture, Way
 from elit.serving.facts import Facts, Point, RefusedError
 
@@ -94,16 +94,18 @@ def _what(given: Mapping[str, Any], facts: Facts) -> tuple[int | str, str | None
         _refuse("negative_prompt", given["negative_prompt"], "this model draws classes, not texts")
     if prompt is not None and label is not None:
         _refuse("prompt", prompt, "give either prompt or class_label")
-    if prompt is not None:  # OpenAI's clients always send one
-        if not (prompt.isascii() and prompt.isdigit() and len(prompt) < 10):
-            _refuse("prompt", prompt, f"this model draws no texts; give {classes}, such as '1'")
-        label = int(prompt)
+    field = "class_label" if prompt is None else "prompt"  # OpenAI's clients always send one
+    try:
+        label = label_of(label if prompt is None else prompt, facts.labels)
+    except ValueError as error:
+        advice = f"this model draws no texts; give {classes}, such as '1'"
+        _refuse(field, given[field], str(error) if facts.labels else advice)
     if label is None:
         raise RefusedError(
             f"a request needs a class_label, {classes}", "class_label", code="missing_field"
         )
     if not is_whole(label, 0, facts.num_classes - 1):
-        _refuse("class_label" if prompt is None else "prompt", label, f"give {classes}")
+        _refuse(field, label, f"give {classes}")
     return int(label), None
 
 
@@ -123,13 +125,16 @@ def _real(given: Mapping[str, Any], name: str, most: float) -> float | None:
 
 def _latents(given: Mapping[str, Any], name: str, facts: Facts, least: int) -> int | None:
     """Latents per group of a budget, if it is given."""
-    budget = _real(given, name, 1)
-    if budget is None:
+    if given.get(name) is None:
         return None
+    try:
+        budget = read_budget(given[name], facts.max_latents)
+    except ValueError as error:
+        raise RefusedError(str(error), name) from None
     if not facts.max_latents:
         if budget == 1:
             return 0
-        _refuse(name, budget, "this model is not elastic; leave it out")
+        _refuse(name, given[name], "this model is not elastic; leave it out")
     latents = resolve_budget(budget, facts.max_latents)
     if latents < least:
         lowest = format_budget(facts.budget(least))

@@ -70,6 +70,7 @@ def find_facts(pipeline: ElasticPipeline, settings: Settings) -> Facts:
     return Facts(
         name=settings.name,
         num_classes=None if model.takes_text else model.config.num_classes,
+        labels=getattr(pipeline, "labels", {}),
         max_latents=model.max_latents,
         min_latents=model.min_latents,
         lowest=least,

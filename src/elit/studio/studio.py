@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from elit._choices import check_choice
+from elit._choices import check_choice, label_of
 from elit._numbers import check_whole, is_real, is_whole
 from elit.choosing.sweep_file import SWEEP_FILE, default_home, read_sweep
 from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
@@ -114,7 +114,10 @@ class Studio:
             "what": None, "budget": 1.0, "steps": self.steps, "guidance": "none",
             "scale": DEFAULT_SCALE, "guide_budget": None, "seed": 0, **request,
         }  # fmt: skip
-        what, classes = given["what"], self.drawer.num_classes
+        classes = self.drawer.num_classes
+        if classes is not None:
+            given["what"] = label_of(given["what"], getattr(self.drawer.pipeline, "labels", {}))
+        what = given["what"]
         if classes is not None and not (is_whole(what, 0) and what < classes):
             raise ValueError(f"what={what!r:.60} is no class; give one of 0..{classes - 1}")
         if classes is None and not isinstance(what, str):

@@ -94,7 +94,7 @@ def build_checked(
     if config.retrofit.base is not None:
         from elit.training.finetune import build_retrofit
 
-        model, teacher = build_retrofit(config, dataset)
+        model, teacher = build_retrofit(config, dataset, make_model)
         check_condition(config, dataset, model)
     else:
         make_model = make_model or build_model
@@ -132,7 +132,7 @@ def make_conditioning(
         return TensorConditioning(model, device, dataset, keeps_base)
     vae, name = load_run_vae(config, dataset), config.text.encoder
     if not model.takes_text:
-        return LabelConditioning(model, device, vae)
+        return LabelConditioning(model, device, dataset.class_names, vae)
     if name == PREPARED:
         return StoredTextConditioning(model, device, dataset, vae)
     if name == WORDS:
@@ -373,7 +373,7 @@ def tail_dropping(config: TrainConfig, model: ElasticMixin) -> TailDropping | No
 
 
 def latents_to_show(
-    model: ElasticMixin, budgets: Sequence[float] | None, most: int | None = None
+    model: ElasticMixin, budgets: Sequence[float | str] | None, most: int | None = None
 ) -> list[int | None]:
     """Latents per group at each budget, most first; [None] for a plain model.
 

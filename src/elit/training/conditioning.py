@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,14 @@ class LabelConditioning(Conditioning):
 
     reads = ("class_labels",)
 
+    def __init__(
+        self, model: Any, device: torch.device, names: Sequence[str] = (), vae: Any = None
+    ):
+        super().__init__(model, device, vae)
+        # Digits are numbers wherever a label is read.
+        is_named = not all(name.isdigit() for name in names)
+        self.id2label = dict(enumerate(names)) if is_named else None
+
     def __call__(self, batch: Mapping[str, Any], dropped: Tensor | None = None) -> Arguments:
         labels = batch["class_labels"].to(self.device, non_blocking=True)
         if dropped is not None:
@@ -79,7 +87,8 @@ class LabelConditioning(Conditioning):
     def pipeline(self) -> ElasticPipeline:
         from elit.pipelines.elit_pipeline import ElitPipeline
 
-        return ElitPipeline(self.model, make_scheduler("euler", self.shift), self.vae)
+        scheduler = make_scheduler("euler", self.shift)
+        return ElitPipeline(self.model, scheduler, self.vae, self.id2label)
 
     def to_show(self, pipeline: ElasticPipeline, dataset: ImageDataset, count: int) -> Shown:
         """The first classes."""

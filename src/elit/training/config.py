@@ -15,8 +15,9 @@ from elit._choices import check_choice
 from elit._files import typed_path
 from elit._numbers import MOST
 from elit._plain import Rule, check_fields
-from elit.data import DATASETS
+from elit.data import DATASETS, MEMORY
 from elit.flow.shift import DIMENSION, Shift, is_shift
+from elit.interface.budget import read_budget
 from elit.models.presets import preset_class
 
 WORDS = "words"  # the built-in reader of captions
@@ -275,16 +276,23 @@ class SampleConfig:
     """The sheets of samples: one row for each budget, from the same noise.
 
     Attributes:
-        budgets: budgets of the rows and of the validation losses; by default 1, 1/2, 1/4, ...
+        budgets: budgets of the rows and of the validation losses, such as 0.25, 1/4 or 25%; by
+            default 1, 1/2, 1/4, ...
         steps: Euler steps.
         guidance_scale: scale of cheap classifier-free guidance; 1 is none.
         columns: most classes or captions shown.
     """
 
-    budgets: list[float] | None = None
+    budgets: list[float | str] | None = None
     steps: Count = 40
     guidance_scale: AtLeast0 = 2.0
     columns: Count = 10
+
+    def __post_init__(self) -> None:
+        try:
+            self.budgets = self.budgets and [read_budget(budget) for budget in self.budgets]
+        except ValueError as error:
+            raise ValueError(f"sample.budgets is {self.budgets}: {error}") from None
 
 
 @dataclass
@@ -313,7 +321,8 @@ class TrainConfig:
         self._map_paths(typed_path)
         check_fields(self)
         preset_class(self.model.preset)  # or an error
-        check_choice(self.data.name, DATASETS, "data set")
+        if self.data.name != MEMORY:
+            check_choice(self.data.name, DATASETS, "data set")
         for is_so, message in self._clashes():
             if is_so:
                 raise ValueError(message)

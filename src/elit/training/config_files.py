@@ -101,13 +101,13 @@ def _near_built_in(name: str) -> str:
 
 
 def load_config(
-    config: str | None, overrides: Mapping[str, str], under: Mapping[str, Any] | None = None
+    config: str | None, overrides: Mapping[str, Any], under: Mapping[str, Any] | None = None
 ) -> TrainConfig:
     """The config of a file or a built-in name over its base, and the command line over it.
 
     Args:
         config: as for `find_config`; None starts from the defaults.
-        overrides: dotted key: value as typed.
+        overrides: dotted key: value, as typed where it is text.
         under: sections and keys that the file may change.
     """
     values: dict[str, Any] = {}
@@ -118,12 +118,14 @@ def load_config(
     for key, text in overrides.items():
         section, _, name = key.rpartition(".")
         if section in fields and fields[section].is_mapping:
-            values[section] = {**values.get(section, {}), name: read_flag(key, text)}
+            value = read_flag(key, text) if isinstance(text, str) else text
+            values[section] = {**values.get(section, {}), name: value}
             continue
         if key not in fields:
             raise ValueError(f"unknown key {key}: {_meant(key, fields)}")
         hint = fields[key].hint
-        value = text if _is_text(hint, text) else read_flag(key, text)
+        typed = isinstance(text, str) and not _is_text(hint, text)
+        value = read_flag(key, text) if typed else text
         values[key] = from_plain(hint, value, f"--{key}")
     tree: dict[str, Any] = {}
     for key, value in values.items():

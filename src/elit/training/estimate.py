@@ -1,20 +1,24 @@
 """What a run will take: FLOPs, hours and memory, from its config alone."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from elit.cost.devices import known_accelerator
 from elit.cost.flops import cost_of, mean_flops
 from elit.cost.memory import saved_bytes, state_bytes
-from elit.data import ImageDataset, load_dataset
+from elit.data import MEMORY, ImageDataset, load_dataset
 from elit.models.presets import preset_inputs
 from elit.training.build import build_model, tail_dropping
 from elit.training.config import ModelConfig, RetrofitConfig, TrainConfig
+from elit.training.config_files import config_of_run, load_config
 from elit.training.distributed import shard_size
 from elit.training.muon import hidden_matrices, step_flops
+
+logger = logging.getLogger(__name__)
 
 # Models of ours that are as large as well-known ones, to count retrofits of those.
 STAND_INS = {"Qwen/Qwen-Image": "elit-mmdit-qwen/2"}
@@ -60,15 +64,8 @@ def estimate(
             f"data.batch_size={config.data.batch_size} cannot be cut into {gpus} GPUs x "
             f"{config.train.accumulation} micro-batches; choose a multiple of their product"
         )
-    plan = _without_retrofit(config)
-    with torch.device("meta"):
-        model = build_model(plan, _data(plan)).requires_grad_(False)
-    dropping = tail_dropping(plan, model)
-    most = None if dropping is None else dropping.max_latents
-    cost = cost_of(model)
-    forward = mean_flops(cost, dropping, config.latents.draws)
-    teacher = cost.flops() if config.retrofit.is_taught else 0
-    step = config.data.batch_size * (3 * forward + teacher)
+    plan, model, most, step = _planned(config)
+    parameters = cost_of(model).parameters
     shared = shard_size(config.train, gpus, min(gpus, _GPUS_OF_A_MACHINE))
     lighter = 0  # parameters with one moment, not two
     if config.optimizer.name == "muon":
@@ -83,7 +80,7 @@ def estimate(
     seconds = step / (gpus * chip.tflops * 1e12 * mfu)
     return {
         "model": plan.model.preset,
-        "parameters": cost.parameters,
+        "parameters": parameters,
         "batch_size": config.data.batch_size,
         "samples": samples,
         "step_tflops": step / 1e12,
@@ -102,6 +99,54 @@ def estimate(
         "memory_checkpointed_gb": (state + gathered + saved.checkpointed) / 1e9,
         "gpu_gb": chip.memory,
     }
+
+
+class _Planned(NamedTuple):
+    """A run as far as its costs go: of a retrofit, that of a model as large as what it makes."""
+
+    config: TrainConfig
+    model: Any  # on meta
+    most: int | None  # latents per group that it draws
+    step_flops: float
+
+
+def _planned(config: TrainConfig, dataset: ImageDataset | None = None) -> _Planned:
+    plan = _without_retrofit(config)
+    with torch.device("meta"):
+        model = build_model(plan, dataset or _data(plan)).requires_grad_(False)
+    dropping, cost = tail_dropping(plan, model), cost_of(model)
+    forward = mean_flops(cost, dropping, config.latents.draws)
+    teacher = cost.flops() if config.retrofit.is_taught else 0
+    step = config.data.batch_size * (3 * forward + teacher)
+    return _Planned(plan, model, None if dropping is None else dropping.max_latents, step)
+
+
+def match_flops(
+    config: TrainConfig, other: str | TrainConfig, dataset: ImageDataset | None = None
+) -> TrainConfig:
+    """The config with as many steps as take the training FLOPs of another.
+
+    Args:
+        config: whose `train.steps` are set.
+        other: a run's folder, a config's file or name, or a config.
+        dataset: of the run, where it is not the config's.
+    """
+    name = other if isinstance(other, str) else other.output_dir
+    theirs = other if isinstance(other, TrainConfig) else config_of_run(other)
+    if theirs is None:
+        if Path(name).is_dir():
+            raise ValueError(f"{name} has no config.yaml, which would say what its training took")
+        theirs = load_config(name, {})
+    total, step = (
+        _planned(theirs).step_flops * theirs.train.steps,
+        _planned(config, dataset).step_flops,
+    )
+    steps = max(1, round(total / step))
+    logger.info(
+        "%d steps of %.4g TFLOPs are %.4g EFLOPs, as the %d steps of %s, %.4g EFLOPs",
+        steps, step / 1e12, steps * step / 1e18, theirs.train.steps, name, total / 1e18,
+    )  # fmt: skip
+    return replace(config, train=replace(config.train, steps=steps))
 
 
 class ExpectedData(ImageDataset):
@@ -124,7 +169,13 @@ class ExpectedData(ImageDataset):
 
 def _data(config: TrainConfig) -> ImageDataset:
     """The data of a run, or what it will be like."""
-    path = config.data.options.get("path")
+    options = config.data.options
+    if config.data.name == MEMORY:
+        expected = ExpectedData(config.model.preset, None)
+        expected.image_shape = tuple(options["shape"])
+        expected.class_names = tuple(map(str, range(options.get("classes", 0))))
+        return expected
+    path = options.get("path")
     if path is None or Path(str(path)).exists():
         return load_dataset(config.data.name, "train", **config.data.options)
     return ExpectedData(config.model.preset, config.data.options.get("resolution"))

@@ -5,7 +5,7 @@ the scale of time and in how VAE latents are packed into tokens.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +30,38 @@ from elit.training.conditioning import STATES, Arguments, StoredTextConditioning
 from elit.training.config import RetrofitConfig, TextConfig, TrainConfig
 
 GUIDANCE = 3.5  # that guidance-distilled models are told
+_SPLIT = ("head", "tail", "group")
 LORA = "retrofit"  # name of peft's adapter
 
 
-def build_retrofit(config: TrainConfig, dataset: ImageDataset) -> tuple[Any, Any]:
+def build_retrofit(
+    config: TrainConfig, dataset: ImageDataset, make_base: Callable[..., Any] | None = None
+) -> tuple[Any, Any]:
     """The elastic model of a config, and its teacher: the original, in an interface of its own.
 
     At full budget a lossless interface changes nothing, and it shows the tokens after the core.
     Where the original's parameters are not trained, both are one model.
     """
     options = config.retrofit
-    model = load_base(str(options.base), config.objective.shift)
+    if make_base is None:
+        model = load_base(str(options.base), config.objective.shift)
+    else:
+        model = make_base(config, dataset, {})
     check_data(model, dataset, config)
-    split = options.head, options.tail, options.group
+    split = {name: getattr(options, name) for name in _SPLIT}
     lossless = options.init == "identity"
     rank = options.rank if options.train == "adapters" else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, "weights").initial_seed())
         teacher = None
-        if options.is_taught and not (lossless and options.train in ("adapters", "interface")):
-            teacher = elasticize(copy.deepcopy(model), *split).requires_grad_(False)
-        elasticize(model, *split, init=options.init, rank=rank)
+        needs_copy = not (lossless and options.train in ("adapters", "interface"))
+        try:
+            if options.is_taught and needs_copy:
+                teacher = elasticize(copy.deepcopy(model), **split).requires_grad_(False)
+            elasticize(model, **split, init=options.init, rank=rank)
+        except ValueError as error:
+            names = ", ".join(f"retrofit.{name}={value}" for name, value in split.items())
+            raise ValueError(f"{names}: {error}") from error
         if options.start is not None:
             load_start(model, options)
         choose_parameters(model, options)
@@ -111,15 +122,20 @@ def load_base(base: str, shift: Shift = 1.0) -> Any:
         return pipeline.transformer
     folder = folder / "transformer" if is_pipeline else folder
     name = str(read_config(folder / "config.json").get("_class_name"))
+    check_kind(name, str(folder))
+    return getattr(diffusers, name).from_pretrained(folder)
+
+
+def check_kind(name: str, where: str) -> None:
+    """Raise a ValueError unless a transformer of diffusers' predicts a velocity as ours do."""
     if name not in FLOW_TRANSFORMERS:
         near = None if hasattr(diffusers, name) else nearest(name, FLOW_TRANSFORMERS)
         raise ValueError(
-            f"{folder} holds a {name}, which elit finetune can't train"
+            f"{where} holds a {name}, which elit finetune can't train"
             + (f" (did you mean {near}?)" if near else "")
             + f"; it trains plain DiTs and SiTs of elit's and {', '.join(FLOW_TRANSFORMERS)}; for "
             f"others write the loop as examples/elasticize_sd3.py does"
         )
-    return getattr(diffusers, name).from_pretrained(folder)
 
 
 def check_data(model: Any, dataset: ImageDataset, config: TrainConfig) -> None:
@@ -164,8 +180,9 @@ def check_tensors(config: TrainConfig, dataset: ImageDataset, model: Any) -> Non
                 conditioning.velocity(model, x, sigma, conditioning(batch), {"num_latents": 1})
         except (RuntimeError, TypeError, KeyError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
+            data = config.data.options.get("path", "the data set")
             raise ValueError(
-                f"{config.data.options.get('path')} doesn't fit {config.retrofit.base}: {reason}; "
+                f"{data} doesn't fit {config.retrofit.base}: {reason}; "
                 f"it has {', '.join(['latents', *sorted(dataset.encodings)])}, which are to be "
                 f"arguments of the transformer's forward"
             ) from error

@@ -28,12 +28,15 @@ from elit.training.distributed import shard_size
 from elit.training.metrics import summary_writer_class, wandb_module
 
 
-def check_config(config: TrainConfig, thorough: bool = False) -> DataSets:
+def check_config(
+    config: TrainConfig, thorough: bool = False, data: DataSets | None = None
+) -> DataSets:
     """Raise a ValueError for what would stop the run, before anything is made or written.
 
     Args:
         config: of the run.
         thorough: whether to load pretrained models too, which the run does by itself.
+        data: of the run, where it is not the config's.
 
     Returns:
         The data that was read, for `train`.
@@ -45,7 +48,7 @@ def check_config(config: TrainConfig, thorough: bool = False) -> DataSets:
     if config.train.wandb is not None:
         wandb_module()
     sigma_density(config)
-    data = read_data(config)
+    data = data or read_data(config)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     chunks = processes * config.train.accumulation
     check_draws(config, chunks)
@@ -53,7 +56,8 @@ def check_config(config: TrainConfig, thorough: bool = False) -> DataSets:
     size, batch_size = len(data.train), config.data.batch_size
     StepBatches(size, batch_size, range(chunks), chunks, range(1), config.seed)
     if config.retrofit.base is None or thorough:
-        model, _ = build_checked(config, data.train, _build_on_meta)
+        scratch = config.retrofit.base is None
+        model, _ = build_checked(config, data.train, _build_on_meta if scratch else None)
         if thorough and not is_foreign(model):
             load_run_vae(config, data.train)
             warn_of_width(model)  # a run does by itself

@@ -90,11 +90,11 @@ class Rows:
     def told_apart(self, name: str) -> bool:
         """Whether the best of all is better than the second by more than its error."""
         lower = SCORES[name].lower_is_better
-        ordered = sorted(self.scored(name), key=lambda i: self.score(i, name), reverse=not lower)
-        if len(ordered) < 2:
+        values = [(self.score(i, name) or 0.0, i) for i in self.scored(name)]
+        if len(values) < 2:
             return True
-        gap = abs((self.score(ordered[0], name) or 0) - (self.score(ordered[1], name) or 0))
-        return gap >= self.error(ordered[0], name)
+        (best, first), (second, _) = sorted(values, reverse=not lower)[:2]
+        return abs(best - second) >= self.error(first, name)
 
     def scored(self, name: str) -> list[int]:
         """Rows that have the score."""

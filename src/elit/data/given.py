@@ -1,0 +1,205 @@
+"""Any map-style data set of torch as one to train on: nothing of it is copied or written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from elit._numbers import is_whole
+from elit.data import ImageDataset
+
+logger = logging.getLogger(__name__)
+
+_IMAGES = ("images", "image", "pixel_values")
+_LABELS = ("class_labels", "labels", "label")
+_CAPTIONS = ("captions", "caption", "text")
+LATENTS = "latents"
+HOLD_OUT = 20  # one item in twenty is held out
+_LOOKED_AT = 16  # images, for a guess at their range
+_ALLOWED = "an image with a label or a caption, or a dict with latents"
+
+
+class Given(ImageDataset):
+    """Items of a data set: pairs (image, label or caption), or dicts.
+
+    A dict has `image` with `label` or `caption`; or, for diffusers' transformers, `latents`, scaled
+    as they take them, and every other argument of their forward by its name. An image is of PIL, a
+    NumPy array (H, W, C), or a tensor (C, H, W), uint8 or floats in [-1, 1].
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        split: str,
+        rows: Sequence[int],
+        class_names: Sequence[str] | None = None,
+        null: Mapping[str, Tensor] | None = None,
+    ):
+        self.dataset, self.split, self.rows = dataset, split, rows
+        first = self._item(0)
+        told = [name for name in first if name != "images"]
+        self.image_shape, self.class_names = tuple(first["images"].shape), ()
+        self.has_captions = "captions" in told
+        if self.for_diffusers:
+            self.encodings, self.null = tuple(told), dict(null or {})
+            self._check_null(first)
+        elif null is not None:
+            raise ValueError(f"null is of items with {LATENTS}; leave it out")
+        elif not self.has_captions:
+            names = class_names or getattr(dataset, "classes", None) or self._count_classes()
+            self.class_names = tuple(map(str, names))
+        self._shapes = {name: getattr(value, "shape", ()) for name, value in first.items()}
+
+    def about(self) -> dict[str, Any]:
+        """What a run that goes on must find again."""
+        about: dict[str, Any] = {"count": len(self), "shape": list(self.image_shape)}
+        if self.for_diffusers:
+            return about | {"arguments": {n: list(self._shapes[n]) for n in self.encodings}}
+        return about | {"captions" if self.has_captions else "classes": self.num_classes or True}
+
+    def batch(self, indices: Iterable[int]) -> dict[str, Any]:
+        positions = self._positions(indices)
+        items = [self._item(position) for position in positions]
+        for position, item in zip(positions, items, strict=True):
+            shapes = {name: getattr(value, "shape", ()) for name, value in item.items()}
+            if shapes != self._shapes:
+                raise ValueError(
+                    f"item {self.rows[position]} has {_in_words(shapes)}, but the first has "
+                    f"{_in_words(self._shapes)}; make all alike: crop images, pad texts"
+                )
+            label = item.get("class_labels", 0)
+            if self.num_classes and not 0 <= int(label) < self.num_classes:
+                raise ValueError(
+                    f"item {self.rows[position]} has label {int(label)}, but the classes are 0 to "
+                    f"{self.num_classes - 1}"
+                )
+        return {
+            name: [item[name] for item in items]
+            if name == "captions"
+            else torch.stack([item[name] for item in items])
+            for name in self._shapes
+        }
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _item(self, position: int) -> dict[str, Any]:
+        row = self.rows[position]
+        item = self.dataset[row]
+        if isinstance(item, Mapping) and LATENTS in item:
+            self.for_diffusers = True
+            return {
+                "images" if name == LATENTS else name: _as_tensor(value, name, row)
+                for name, value in item.items()
+            }
+        if isinstance(item, Mapping):
+            image, *told = (
+                next((item[name] for name in names if name in item), None)
+                for names in (_IMAGES, _LABELS, _CAPTIONS)
+            )
+            told = [one for one in told if one is not None][-1:]
+        else:
+            image, *told = item if isinstance(item, list | tuple) else (None,)
+        if image is None or len(told) != 1:
+            has = sorted(item) if isinstance(item, Mapping) else type(item).__name__
+            raise ValueError(f"item {row} is {has!s:.60}; give {_ALLOWED}")
+        (of_it,) = told
+        if isinstance(of_it, str):
+            return {"images": _as_image(image, row), "captions": of_it}
+        label = of_it.item() if isinstance(of_it, Tensor) and of_it.numel() == 1 else of_it
+        if not is_whole(label, 0):
+            raise ValueError(
+                f"item {row} has label {label!r:.60}; give a whole number from 0, or a caption"
+            )
+        return {"images": _as_image(image, row), "class_labels": torch.tensor(int(label))}
+
+    def _count_classes(self) -> Sequence[str]:
+        """Numbers up to the largest label, of which every item is asked."""
+        labels = (self._item(position)["class_labels"] for position in range(len(self)))
+        return [str(label) for label in range(1 + int(max(labels)))]
+
+    def _check_null(self, first: Mapping[str, Tensor]) -> None:
+        for name, value in self.null.items():
+            if name not in self.encodings or value.shape != (1, *first[name].shape):
+                shape = (1, *first[name].shape) if name in self.encodings else "no such argument"
+                raise ValueError(
+                    f"null has {name} of shape {tuple(value.shape)}, the items {shape}; give what "
+                    f"the empty text has, with a batch of 1"
+                )
+
+
+def split_given(
+    dataset: Any,
+    validation: Any = None,
+    class_names: Sequence[str] | None = None,
+    null: Mapping[str, Tensor] | None = None,
+) -> tuple[Given, Given]:
+    """What is trained on, and what is held out: another data set, or one item in twenty."""
+    rows = list(range(_length(dataset)))
+    kept, held = rows, list(range(_length(validation))) if validation is not None else []
+    if validation is None:
+        kept, held = [row for row in rows if row % HOLD_OUT], rows[::HOLD_OUT]
+    if not (kept and held):
+        raise ValueError(f"a data set of {len(rows)} items is too small; two or more are needed")
+    train = Given(dataset, "train", kept, class_names, null)
+    some = train.batch(range(min(_LOOKED_AT, len(train))))["images"]
+    if train.image_shape[0] in (1, 3) and some.min() >= 0:
+        logger.warning(
+            "no value below 0 in %d images: are they of 0..1? Those of -1..1 are meant, x * 2 - 1",
+            len(some),
+        )
+    others = dataset if validation is None else validation
+    return train, Given(others, "validation", held, train.class_names, null)
+
+
+def _length(dataset: Any) -> int:
+    try:
+        return len(dataset)
+    except TypeError:
+        raise ValueError(
+            f"a {type(dataset).__name__} has no length; give a map-style data set, with __len__ "
+            f"and __getitem__: training draws its items in an order of its own"
+        ) from None
+
+
+def _as_image(image: Any, row: int) -> Tensor:
+    """A picture (C, H, W) or a clip (C, T, H, W) in [-1, 1]."""
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+    if isinstance(image, np.ndarray):  # as PIL has them
+        image = torch.from_numpy(np.atleast_3d(image).copy()).permute(2, 0, 1)
+    if not isinstance(image, Tensor) or image.ndim not in (3, 4):
+        what = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"item {row} has an image {what}; give PIL, (H, W, C) or (C, H, W)")
+    if image.dtype == torch.uint8:
+        return image.float() / 127.5 - 1
+    image = _as_tensor(image, "image", row)
+    low, high = image.min().item(), image.max().item()
+    if len(image) in (1, 3) and not (image.is_floating_point() and -1.001 <= low <= high <= 1.001):
+        raise ValueError(
+            f"item {row} has an image of {image.dtype} from {low:g} to {high:g}; give uint8, or "
+            f"floats in [-1, 1]: x / 127.5 - 1 makes them of 0..255, x * 2 - 1 of 0..1"
+        )
+    return image
+
+
+def _as_tensor(value: Any, name: str, row: int) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"item {row} has {name} {value!r:.60}, which is no tensor") from None
+    if tensor.is_floating_point():
+        tensor = tensor.float()
+        if not tensor.isfinite().all():
+            raise ValueError(f"item {row} has numbers that are not finite: {name}")
+    return tensor
+
+
+def _in_words(shapes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {tuple(shape) or ''}".strip() for name, shape in shapes.items())
