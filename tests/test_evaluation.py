@@ -473,6 +473,7 @@ def tiny_vae(seed: int) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
+        scaling_factor=0.5, shift_factor=0.25,  # as `write_prepared` has them
     )  # fmt: skip
 
 
