@@ -47,7 +47,7 @@ _ROW: dict[str, Any] = {
         list[float | None] | None, lambda x: x and all(b is None or 0 < b <= 1 for b in x)
     ),
     "cache": StepCache | None,
-    "searched_within": dict[str, float] | None,
+    "search": (dict[str, Any] | None, lambda x: fits_type(x.get("way"), str)),
     "gflops_per_image": (float, lambda x: x > 0),
     "ms_per_image": (float | None, lambda x: x >= 0),
     "scores": dict[str, float | None],

@@ -184,9 +184,7 @@ class CallTimes:
         guidance: Guidance | None = CFG(2.0) if doubled == 2 else None
         if guide:
             guidance = CheapCFG(2.0, pipeline.transformer.budget_of(guide[0][0]))
-        run = partial(
-            self._draw, num_latents=latents, num_inference_steps=steps, guidance=guidance
-        )
+        run = partial(self._draw, num_latents=latents, num_inference_steps=steps, guidance=guidance)
         return self._timed(run), len(pipeline.scheduler.timesteps)
 
     def _draw(self, **options: Any) -> Any:

@@ -130,7 +130,7 @@ def check_search(args: argparse.Namespace) -> None:
         raise ValueError("--search chooses the budgets; leave --budgets out")
     if args.guidance not in (None, ["none"], ["cfg"]) or len(args.scale or ()) > 1:
         raise ValueError(
-            "--search plans the guide's budgets, of one guidance: give --guidance none, or cfg with "
+            "--search plans the guide's budgets, of one guidance: give --guidance none, or cfg and "
             "one --scale"
         )
     if args.guide_budget is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache as cached
 from typing import TYPE_CHECKING, Any
@@ -104,19 +105,16 @@ def skipped_flops(
     if "encoder_hidden_states" in condition:
         condition["encoder_hidden_states"] = condition["encoder_hidden_states"][:, :text_tokens]
     given = {name: value.to(model.device) for name, value in condition.items()}
-    given |= {} if num_latents is None else {"num_latents": num_latents}
+    kept: dict[str, Any] = {} if num_latents is None else {"num_latents": num_latents}
     size = tuple(sample_size or model.sample_size)
     sample = torch.ones(1, model.in_channels, *size, device=model.device, dtype=model.dtype)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), model.cached(always.config()), sdpa_kernel(SDPBackend.MATH):
         for step in range(2):  # the first is computed
             level = torch.full((1,), 1 - step / 4, device=model.device)
-            with model.cache_context("cond", step_index=step, num_inference_steps=4):
-                if step == 0:
-                    model(sample, level, **given)
-                    continue
-                with counter:
-                    model(sample, level, **given)
+            place = model.cache_context("cond", step_index=step, num_inference_steps=4)
+            with place, counter if step else nullcontext():
+                model(sample, level, **given, **kept)
         assert model.cache_counts() == (1, 1)
     return int(counter.get_total_flops())
 

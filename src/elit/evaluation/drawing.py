@@ -169,7 +169,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward of the model: latents per group, samples, whether a step cache skipped its blocks."""
+    """A forward of the model: latents per group, samples, whether a step cache skipped it."""
 
     latents: int | None
     rows: int

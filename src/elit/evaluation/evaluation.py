@@ -187,8 +187,11 @@ class Evaluation:
     def ran(self, point: OperatingPoint) -> dict[str, Any]:
         """FLOPs of an image; with a step cache, those that were done, and the share of skips."""
         parts = self.parts(point)
-        if point.cache is None or parts.missing():
-            return {"gflops_per_image": self.drawing.flops(point) / 1e9}
+        whole = {"gflops_per_image": self.drawing.flops(point) / 1e9}
+        if point.cache is None:
+            return whole
+        if parts.missing():  # it can't be drawn
+            return whole | {"skipped": 0.0}
         flops, skipped = (float(parts.whole(name).mean()) for name in ("flops", "skipped"))
         return {"gflops_per_image": flops / 1e9, "skipped": skipped}
 

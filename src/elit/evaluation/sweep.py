@@ -152,17 +152,13 @@ def merged(
     by_point: dict[OperatingPoint, dict[str, Any]] = {}
     for row in (*earlier, *rows):
         point = OperatingPoint.from_dict(row)
-        of_search = ("way", "searched_within")  # a grid that has the point too keeps them
-        kept = {k: x for k, x in by_point.get(point, {}).items() if k in of_search}
-        by_point[point] = kept | row
+        searched = by_point.get(point, {}).get("search")  # stays if a grid has the point too
+        by_point[point] = ({"search": searched} if searched else {}) | row
 
     def order(point: OperatingPoint) -> tuple[Any, ...]:
         guide = ("none", "cfg", "ag", "ccfg").index(point.guidance)
-        late = point.to_dict()
-        more = [
-            point.scale or 0, point.guide_budget or 0, point.interval or (),
-            *(str(late.get(k, "")) for k in ("budgets_of_steps", "guide_budgets_of_steps", "cache")),
-        ]  # fmt: skip
+        late = point.budgets_of_steps, point.guide_budgets_of_steps, point.cache
+        more = point.scale or 0, point.guide_budget or 0, point.interval or (), str(late)
         return -point.budget, point.steps, guide, *more
 
     return [by_point[point] for point in sorted(by_point, key=order)]
@@ -180,7 +176,7 @@ def csv_of(report: dict[str, Any]) -> str:
     """A line for each row; scores as columns."""
     rows = report["rows"]
     scores = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-    listed = ("interval", "budgets_of_steps", "guide_budgets_of_steps", "cache", "searched_within")
+    listed = ("interval", "budgets_of_steps", "guide_budgets_of_steps", "cache", "search")
     kept = list(dict.fromkeys(
         k for row in rows for k, v in row.items() if k in listed or not isinstance(v, dict | list)
     ))  # fmt: skip

@@ -1,6 +1,7 @@
-"""What `budget="schedule"` draws by: the plan that a search found for the cap, else a derived one."""
+"""What `--budget schedule` draws by: what a search found for the cap, else a derived plan."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ def scheduled_point(
     what: int | str | Sequence[Any] = 1,
     size: Sequence[int | None] = (None, None, None),
 ) -> OperatingPoint:
-    """The best that `elit sweep --search` found for a cap, else the plan that `elit schedule` gives.
+    """The best that `elit sweep --search` found for a cap, else the plan of `elit schedule`.
 
     A search has one for caps from its own on, up to a ninth above it. It chose the number of steps
     too: where another one is asked for, budgets are derived.
@@ -65,11 +66,10 @@ def scheduled_point(
 
 
 def _is_for(row: Mapping[str, Any], within: Mapping[str, float]) -> bool:
-    searched = row.get("searched_within") or {}
-    return all(
-        name in searched and _NEAR * cap <= searched[name] <= cap * (1 + 1e-9)
-        for name, cap in within.items()
-    )
+    searched = row.get("search") or {}
+    ((name, cap),) = within.items()
+    own = searched.get(name, math.inf)
+    return bool(searched.get("best")) and _NEAR * cap <= own <= cap * (1 + 1e-9)
 
 
 def _guides_alike(point: OperatingPoint, guidance: Guidance | None) -> bool:

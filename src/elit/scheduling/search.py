@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -27,7 +27,7 @@ from elit.viz.sweeps import SCORES
 
 logger = logging.getLogger(__name__)
 
-FIRST_BLOCK, TEACACHE = (0.05, 0.1, 0.2), (0.1, 0.2)  # thresholds to begin with
+FIRST_BLOCK, TEACACHE = (0.1, 0.2, 0.4), (0.2, 0.4)  # thresholds to begin with
 _MORE_STEPS = (1.25, 1.5, 2.0, 3.0)  # than full budget has within the cap
 _MOST_STEPS = 1000
 _TRIES, _AIM = 4, 0.985  # to spend a cap with a cache, whose skips are known when it has drawn
@@ -74,7 +74,7 @@ class Found:
         point: the best within the cap; `pipeline(labels, **point.arguments())` draws by it.
         score: its.
         rows: as a sweep has them, of all samples: the best of each way, and what was searched.
-            `way` says which, `searched_within` is the best one's cap.
+            `search` says which, within which cap, and whether it is the best of all.
     """
 
     point: OperatingPoint
@@ -128,7 +128,8 @@ def search(
     tried = dict(zip(kept, values, strict=True))
     if plans:
         value, i = min(plans)
-        tried |= descend(kept[i], value, task.neighbours, task.values, moves)
+        near = partial(neighbours, guided=guidance is not None)
+        tried |= descend(kept[i], value, near, task.values, moves)
     best = min(tried, key=tried.__getitem__, default=None)
     if best is None or tried[best] == math.inf:
         raise ValueError(
@@ -152,7 +153,7 @@ def the_best(
 def descend(
     start: Item,
     value: float,
-    neighbours: Callable[[Item, float], Sequence[Sequence[Item]]],
+    near: Callable[[Item, float], Sequence[Sequence[Item]]],
     evaluate: Callable[[Sequence[Item]], Sequence[float]],
     most: int,
 ) -> dict[Item, float]:
@@ -161,21 +162,34 @@ def descend(
     Args:
         start: where it begins.
         value: of the start.
-        neighbours: of one and a size of steps, a group for each coordinate.
+        near: neighbours of one at a size of steps, a group for each coordinate.
         evaluate: values of some.
         most: evaluations.
     """
     best, tried, size = start, {start: value}, 1.0
     while size >= 0.25 and len(tried) <= most:
         before = best
-        for axis in range(len(neighbours(best, size))):
-            near = [one for one in dict.fromkeys(neighbours(best, size)[axis]) if one not in tried]
-            near = near[: most + 1 - len(tried)]
-            tried |= dict(zip(near, evaluate(near), strict=True))
-            best = min((best, *near), key=tried.__getitem__)
+        for axis in range(len(near(best, size))):
+            new = [one for one in near(best, size)[axis] if one not in tried]
+            new = new[: most + 1 - len(tried)]
+            tried |= dict(zip(new, evaluate(new), strict=True))
+            best = min((best, *new), key=tried.__getitem__)
         if best == before:
             size /= 2
     return tried
+
+
+def neighbours(one: Candidate, size: float, guided: bool) -> list[list[Candidate]]:
+    """Candidates that differ in one number, both ways: a pair for each."""
+    counts = {round(one.steps * 1.25 ** (way * size)) for way in (-1, 1)} - {0, one.steps}
+    found = [[replace(one, steps=count) for count in sorted(counts)]]
+    for name in ("tilt", *(("guide", "guide_tilt") if guided else ())):
+        both = (getattr(one, name) + way * size for way in (-1, 1))
+        found.append([replace(one, **{name: value}) for value in both])
+    if one.cache is not None:
+        both = (one.cache.threshold * 1.5 ** (way * size) for way in (-1, 1))
+        found.append([replace(one, cache=replace(one.cache, threshold=t)) for t in both])
+    return found
 
 
 class _Task:
@@ -221,25 +235,12 @@ class _Task:
         numbers = sorted({*steps} or {max(1, round((own or 1) * more)) for more in _MORE_STEPS})
         if own:
             yield Candidate(own, "full")
-            yield from (Candidate(own, "full", cache=one) for one in caches)
+            yield from (Candidate(2 * own, "full", cache=one) for one in caches)
         for count in numbers:
             yield Candidate(count, "constant")
             yield Candidate(count)
+        for count in numbers[len(numbers) // 2 :]:  # between many steps little changes
             yield from (Candidate(count, cache=one) for one in caches)
-
-    def neighbours(self, one: Candidate, size: float) -> list[list[Candidate]]:
-        """Candidates that differ in one number, both ways."""
-        found = []
-        counts = {round(one.steps * 1.25 ** (way * size)) for way in (-1, 1)}
-        found.append([replace(one, steps=n) for n in sorted(counts - {0, one.steps})])
-        for name in ("tilt", *(("guide", "guide_tilt") if self.guidance else ())):
-            found.append(
-                [replace(one, **{name: getattr(one, name) + way * size}) for way in (-1, 1)]
-            )
-        if one.cache is not None:
-            thresholds = [one.cache.threshold * 1.5 ** (way * size) for way in (-1, 1)]
-            found.append([replace(one, cache=replace(one.cache, threshold=t)) for t in thresholds])
-        return found
 
     # ---- candidates as points ----
 
@@ -261,17 +262,26 @@ class _Task:
         return low
 
     def cost(self, point: OperatingPoint) -> float:
-        """Of an image, in what the cap is in; with a cache, of the first round's samples."""
+        """Of an image, in what the cap is in.
+
+        With a cache, of the first round's samples; infinite of one that skipped nothing.
+        """
+        if point.cache is not None and not self._drawn(point)["skipped"]:
+            return math.inf
         if "max_ms" in self.within:
             return self.times.ms_of_points([point])[0]
         if point.cache is None:
             return float(self.drawing.flops(point))
+        return self._drawn(point)["gflops_per_image"] * 1e9
+
+    def _drawn(self, point: OperatingPoint) -> dict[str, Any]:
+        """What a point with a cache did for the first round's samples."""
         few = self.at(self.few)
         todo = few.parts(point).todo()
         with tqdm(total=todo, desc="steps skipped", unit="image",
                   disable=not (few.progress and todo)) as bar:  # fmt: skip
             few.draw(point, bar)
-        return few.ran(point)["gflops_per_image"] * 1e9
+        return few.ran(point)
 
     def plan(self, share: float, one: Candidate) -> OperatingPoint | None:
         """Of the schedule, within a share of the cap; None if its cheapest costs more."""
@@ -300,7 +310,7 @@ class _Task:
             cost = self.cost(point)
             if spent < cost <= self.cap * _ROUNDING:
                 best, spent = point, cost
-            if point.cache is None or 2 * _AIM - 1 <= cost / self.cap <= 1:
+            if point.cache is None or cost == math.inf or 2 * _AIM - 1 <= cost / self.cap <= 1:
                 break
             share *= _AIM * self.cap / cost
         return best
@@ -347,11 +357,12 @@ class _Task:
         for one, row in zip(kept, self.scored(kept, self.drawing.count), strict=True):
             value = math.inf if row is None else self.value(row)
             if row is not None and value < ways.get(one.way, (math.inf, row))[0]:
-                ways[one.way] = value, row | {"way": one.way}
+                ways[one.way] = value, row | {"search": {"way": one.way, **self.within}}
         (winner,) = self.scored([best], self.drawing.count)
-        assert winner is not None and self.ranked_by is not None
+        assert winner is not None
+        assert self.ranked_by is not None
         rows = {OperatingPoint.from_dict(row): row for _, row in ways.values()}
         point = OperatingPoint.from_dict(winner)
-        way = {"way": best.way if best in kept else "searched", "searched_within": self.within}
-        rows[point] = rows.get(point, winner | way) | {"searched_within": self.within}
+        told = rows.get(point, {}).get("search", {"way": "searched", **self.within})
+        rows[point] = winner | {"search": told | {"best": True}}
         return Found(point, winner["scores"][self.ranked_by], list(rows.values()))
