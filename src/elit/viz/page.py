@@ -39,10 +39,10 @@ Sheets = Sequence[tuple[str, Image.Image]]  # captions and pictures
 COSTS = {"gflops_per_image": "GFLOPs per image", "ms_per_image": "ms per image"}
 # Outlines of a point for each kind, of kinds unknown here the first.
 _MARKERS = {
-    "none": "o", "cfg": "s", "ag": "^", "ccfg": "D", "planned": "P", "cached": "X", "both": "*",
+    "none": "o", "cfg": "s", "ag": "^", "ccfg": "D", "planned": "P", "cached": "X", "both": "h",
 }  # fmt: skip
 _SIGNS = {  # the same, of a legend
-    "none": "●", "cfg": "■", "ag": "▲", "ccfg": "◆", "planned": "✚", "cached": "✖", "both": "★",
+    "none": "●", "cfg": "■", "ag": "▲", "ccfg": "◆", "planned": "✚", "cached": "✖", "both": "⬢",
 }  # fmt: skip
 _DASHES = {"ag": "--", "ccfg": ":"}
 _MOST_GUIDES = 12  # of the charts over steps and budgets
@@ -101,6 +101,7 @@ def _page(
         data=json.loads(json.dumps(data), parse_constant=lambda _: None),  # of NaN and infinity
         themes=themes, names=rows.names if several else list(map(_budget_name, rows.budgets)),
         kinds=[(_SIGNS[kind], KINDS[kind]) for kind in KINDS if kind in rows.kinds],
+        guide_kinds=[(_SIGNS[kind], KINDS[kind]) for kind in GUIDES if kind in rows.kinds],
         scores=shown, options=options, guides=len(guides), about=sweeps,
         figures=_figures(rows, shown, options, themes[0]),
         best={name: _best_table(rows, name) for name in shown if several},
