@@ -42,8 +42,9 @@ def add_arguments(parser: Parser) -> None:
         metavar="TEXT")  # fmt: skip
     add("count", "images of each label or text", WholeNumber(), default=1)
     add("budget", "fractions of the latents to keep, such as 1 0.5 1/4, or auto: what `elit sweep` "
-        "found best within a cap, or schedule: budgets over the steps, as `elit schedule` plans "
-        "them within a cap", lambda text: text if text in (AUTO, SCHEDULE) else budget(text),
+        "found best within a cap, or schedule: budgets over the steps within a cap, as "
+        "`elit sweep --search` found them, or else `elit schedule` plans them",
+        lambda text: text if text in (AUTO, SCHEDULE) else budget(text),
         nargs="+", default=[1.0])  # fmt: skip
     add("sweep", "file that `--budget auto` chooses from (default: RUN/swept/sweep.json)",
         typed_path, "FILE")  # fmt: skip
