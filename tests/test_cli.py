@@ -156,8 +156,8 @@ SURFACE = {
     "--guidance --scale --guide-budget --sampler --device --dtype",
     "eval": f"{EVALUATION} --budget --steps --guidance --scale --guide-budget --save-npz --out "
     "--json",
-    "sweep": f"{EVALUATION} --budgets --steps --guidance --scale --guide-budget --rank-by --out "
-    "--json",
+    "sweep": f"{EVALUATION} --budgets --steps --guidance --scale --guide-budget --rank-by --search "
+    "--max-gflops --max-ms --moves --out --json",
     "compare": "a b --times --device --out --json",
     "schedule": "run --variant --by --steps --scale --images --draws --data --split --sampler "
     "--batch-size --seed --device --out --json",

@@ -4,6 +4,8 @@ diffusers' hooks bring peft along, so they are imported when a cache is switched
 """
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from diffusers.models.cache_utils import CacheMixin
@@ -38,6 +40,18 @@ class StepCaching(CacheMixin):
     def disable_cache(self) -> None:
         """Switch it off; without one, nothing happens."""
         _hooks().disable_step_cache(self)
+
+    @contextmanager
+    def cached(self, config: Any | None) -> Iterator[None]:
+        """Have a cache on for a while; None is none."""
+        if config is None:
+            yield
+            return
+        self.enable_cache(config)
+        try:
+            yield
+        finally:
+            self.disable_cache()
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Compile the blocks as diffusers does; with a cache on, not to full graphs."""

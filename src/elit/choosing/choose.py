@@ -61,7 +61,7 @@ def choose(
             f"`elit sweep {name or 'RUN'}`, or name its file with sweep= (of a command, --sweep)"
         )
     report, size = read_sweep(file), (num_frames, height, width)
-    _check_is_of(report, file, pipeline, name, size)
+    check_is_of(report, file, pipeline, name, size)
     tokens = report["settings"].get("text_tokens")
     if max_flops is not None and tokens is not None and not isinstance(what, int):
         longest = pipeline.check_prompt(what)
@@ -78,8 +78,7 @@ def choose(
     if max_ms is not None:
         hidden = getattr(pipeline, "_progress_bar_config", {}).get("disable", False)
         times = CallTimes(pipeline, what, size, progress=not hidden)
-        runs = [pipeline.calls(**point.arguments()) for point in points]
-        costs["max_ms"] = times.ms_of_runs(runs)
+        costs["max_ms"] = times.ms_of_points(points)
     each = list(zip(*costs.values(), strict=True))
     sign = 1 if report["lower_is_better"] else -1
     within = [
@@ -118,7 +117,7 @@ def _rows(report: dict[str, Any], file: Any, steps: int | None) -> list[dict[str
     return [row for row in rows if steps in (None, row["steps"])]
 
 
-def _check_is_of(
+def check_is_of(
     report: dict[str, Any],
     file: Any,
     pipeline: ElasticPipeline,

@@ -1,9 +1,10 @@
-"""Operating points: budget, steps and guide of a run."""
+"""Operating points: budgets, steps, guide and step cache of a run."""
 
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from elit._plain import from_plain
+from elit.caching.step_cache import StepCache
 from elit.flow.guidance import Guidance, make_guidance
 from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
 from elit.interface.budget import format_budget
@@ -15,12 +16,15 @@ class OperatingPoint:
     """One way to draw.
 
     Attributes:
-        budget: fraction of the latents kept.
+        budget: fraction of the latents kept; of budgets over the steps their mean.
         steps: of the sampler.
         guidance: "none", "cfg", "ag" or "ccfg".
         scale: of guidance; None without.
         guide_budget: the guide's, of "ag" and "ccfg"; None is the lowest trained.
         interval: noise levels in which guidance acts; None is everywhere.
+        budgets_of_steps: of each call of the model; None is the same in all.
+        guide_budgets_of_steps: likewise of the guide of "cfg", None where there is none.
+        cache: that leaves steps out; None is none.
     """
 
     budget: float = 1.0
@@ -29,14 +33,29 @@ class OperatingPoint:
     scale: float | None = None
     guide_budget: float | None = None
     interval: tuple[float, float] | None = None
+    budgets_of_steps: tuple[float, ...] | None = None
+    guide_budgets_of_steps: tuple[float | None, ...] | None = None
+    cache: StepCache | None = None
 
     def arguments(self) -> dict[str, Any]:
         """What a pipeline is called with: `pipeline(labels, **point.arguments())`."""
+        cache = {} if self.cache is None else {"step_cache": self.cache.config()}
         return {
-            "budget": self.budget,
+            **({"budget": self.budget} if self.budgets_of_steps is None else self.of_steps()),
             "num_inference_steps": self.steps,
             "guidance": self.make_guidance(),
+            **cache,
         }
+
+    def of_steps(self) -> dict[str, Any]:
+        """Its budgets over the steps, as arguments of a pipeline."""
+        names = "budgets_of_steps", "guide_budgets_of_steps"
+        return {name: list(x) for name in names if (x := getattr(self, name)) is not None}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has one budget for all steps, and no cache."""
+        return self.budgets_of_steps is None and self.cache is None
 
     def make_guidance(self) -> Guidance | None:
         """Its guidance."""
@@ -72,11 +91,14 @@ class OperatingPoint:
         return words
 
     def __str__(self) -> str:
-        return f"budget {format_budget(self.budget)}, {self.steps} steps, guidance {self.guide()}"
+        mean = "" if self.budgets_of_steps is None else " on average"
+        words = f"budget {format_budget(self.budget)}{mean}, {self.steps} steps, guidance "
+        return words + self.guide() + (f", {self.cache}" if self.cache else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON."""
-        return asdict(self)
+        """Plain types for JSON; what a plain point lacks is left out."""
+        late = "budgets_of_steps", "guide_budgets_of_steps", "cache"
+        return {k: x for k, x in asdict(self).items() if not (k in late and x is None)}
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> "OperatingPoint":

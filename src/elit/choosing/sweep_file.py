@@ -8,6 +8,7 @@ from typing import Any
 from elit._files import typed_path
 from elit._numbers import is_whole
 from elit._plain import fits_type, read_json
+from elit.caching.step_cache import StepCache
 from elit.flow.words import GUIDANCES
 
 SWEEP_FILE = Path("swept") / "sweep.json"  # within a pipeline's folder
@@ -41,11 +42,17 @@ _ROW: dict[str, Any] = {
     "scale": float | None,
     "guide_budget": (float | None, lambda x: 0 < x <= 1),
     "interval": (tuple[float, float] | None, lambda x: 0 <= x[0] <= x[1] <= 1),
+    "budgets_of_steps": (list[float] | None, lambda x: x and all(0 < b <= 1 for b in x)),
+    "guide_budgets_of_steps": (
+        list[float | None] | None, lambda x: x and all(b is None or 0 < b <= 1 for b in x)
+    ),
+    "cache": StepCache | None,
+    "search": (dict[str, Any] | None, lambda x: fits_type(x.get("way"), str)),
     "gflops_per_image": (float, lambda x: x > 0),
     "ms_per_image": (float | None, lambda x: x >= 0),
     "scores": dict[str, float | None],
     "warnings": list[str] | None,
-}
+}  # fmt: skip
 
 
 def default_home(name: str) -> Path:
@@ -80,6 +87,12 @@ def read_sweep(file: str | os.PathLike) -> dict[str, Any]:
     if not report["rows"]:
         raise ValueError(f"{file} has no rows; run `elit sweep` to its end")
     return report
+
+
+def plain_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of one budget for all steps, without a step cache."""
+    late = "budgets_of_steps", "cache"
+    return [row for row in report["rows"] if all(row.get(name) is None for name in late)]
 
 
 def _check(found: Mapping[str, Any], checks: Mapping[str, Any], file: Path, where: str) -> None:

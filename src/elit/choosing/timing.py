@@ -17,7 +17,9 @@ from elit._files import cache_folder, digest_of, write_json
 from elit._numbers import check_whole
 from elit._plain import from_plain, read_json
 from elit._tables import counted
+from elit.choosing.points import OperatingPoint
 from elit.flow.guidance import CFG, CheapCFG, Forwards, Guidance
+from elit.networks.weights import checksum_of
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.budgets import draw_batch
 
@@ -103,6 +105,33 @@ class CallTimes:
         names = (["start", *map(_name, run)] for run in runs)
         return [1000 * sum(map(self._seconds.__getitem__, n)) / len(self.what) for n in names]
 
+    def ms_of_points(self, points: Sequence[OperatingPoint]) -> list[float]:
+        """Milliseconds for one image of a batch by each point; with a step cache, of whole runs.
+
+        Which calls a cache skips depends on what is drawn: then it is this batch.
+        """
+        simple = [point for point in points if point.cache is None]
+        runs = [self.pipeline.calls(**point.arguments()) for point in simple]
+        ms = dict(zip(simple, self.ms_of_runs(runs), strict=True))
+        with_cache = [point for point in points if point.cache is not None]
+        of = [checksum_of(self.pipeline.transformer), list(map(str, self.what))] * bool(with_cache)
+        cached = {f"run {digest_of([p.to_dict(), *of])}": p for p in with_cache}
+        runs_of = {
+            name: partial(self._draw, **point.arguments())
+            for name, point in cached.items() if name not in self._seconds
+        }  # fmt: skip
+        seconds: dict[str, list[float]] = {name: [] for name in runs_of}
+        with self._without_bar():
+            for run in runs_of.values():
+                run()  # the first of a kind is slow
+            rounds = [*runs_of.items()] * _ROUNDS
+            for name, run in tqdm(rounds, desc="timing", disable=not (self.progress and rounds)):
+                seconds[name].append(self._timed(run))
+        self._keep({name: statistics.median(times) for name, times in seconds.items()})
+        for name, point in cached.items():
+            ms[point] = 1000 * self._seconds[name] / len(self.what)
+        return [ms[point] for point in points]
+
     def decode_ms_per_image(self) -> float:
         """Milliseconds in which one image of a batch is decoded: the autoencoder's, if any."""
         if "decode" not in self._seconds:
@@ -152,6 +181,7 @@ class CallTimes:
 
     @contextmanager
     def _without_bar(self) -> Iterator[None]:
+        """Keep the pipeline from showing its own bar."""
         config = getattr(self.pipeline, "_progress_bar_config", {})
         self.pipeline.set_progress_bar_config(disable=True)
         try:
@@ -160,6 +190,8 @@ class CallTimes:
             self.pipeline.set_progress_bar_config(**config)
 
     def _keep(self, seconds: dict[str, float]) -> None:
+        if not seconds:
+            return
         self._seconds |= seconds
         if self.keeps:
             write_json(self.file, {"of": self.key, "seconds": self._seconds})
@@ -171,13 +203,15 @@ class CallTimes:
         guidance: Guidance | None = CFG(2.0) if doubled == 2 else None
         if guide:
             guidance = CheapCFG(2.0, pipeline.transformer.budget_of(guide[0][0]))
-        frames, height, width = self.size
-        run = partial(
-            draw_batch, pipeline, self.what, range(len(self.what)), num_latents=latents,
-            num_inference_steps=steps, guidance=guidance, height=height, width=width,
-            num_frames=frames, output_type="latent",
-        )  # fmt: skip
+        run = partial(self._draw, num_latents=latents, num_inference_steps=steps, guidance=guidance)
         return self._timed(run), len(pipeline.scheduler.timesteps)
+
+    def _draw(self, **options: Any) -> Any:
+        frames, height, width = self.size
+        return draw_batch(
+            self.pipeline, self.what, range(len(self.what)), height=height, width=width,
+            num_frames=frames, output_type="latent", **options,
+        )  # fmt: skip
 
     def _timed(self, run: Callable[[], Any]) -> float:
         """Seconds that something takes on the pipeline's device."""

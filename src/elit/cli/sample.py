@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from elit.flow.words import DEFAULT_STEPS
 from elit.interface.budget import read_budget
 
 if TYPE_CHECKING:
+    from elit.choosing.points import OperatingPoint
     from elit.flow.guidance import Guidance
     from elit.pipelines.base import ElasticPipeline
 
@@ -43,8 +44,9 @@ def add_arguments(parser: Parser) -> None:
         metavar="TEXT")  # fmt: skip
     add("count", "images of each label or text", WholeNumber(), default=1)
     add("budget", "fractions of the latents to keep, such as 1 0.5 1/4, or auto: what `elit sweep` "
-        "found best within a cap, or schedule: budgets over the steps, as `elit schedule` plans "
-        "them within a cap", lambda text: text if text in (AUTO, SCHEDULE) else read_budget(text),
+        "found best within a cap, or schedule: budgets over the steps within a cap, as "
+        "`elit sweep --search` found them, or else `elit schedule` plans them",
+        lambda text: text if text in (AUTO, SCHEDULE) else read_budget(text),
         nargs="+", default=[1.0])  # fmt: skip
     add("sweep", "file that `--budget auto` chooses from (default: RUN/swept/sweep.json)",
         typed_path, "FILE")  # fmt: skip
@@ -77,13 +79,10 @@ def run(args: argparse.Namespace) -> int:
     model = pipeline.transformer
     what = what_to_draw(args, pipeline)
     check_video(args, pipeline)
-    if AUTO in args.budget:
-        guidance = choose_point(args, pipeline, what * args.count)
+    point = choose_point(args, pipeline, guidance, what * args.count)
+    planned = {} if point is None else point.of_steps()
+    guidance = guidance if point is None else point.make_guidance()
     args.steps = args.steps or DEFAULT_STEPS
-    planned: dict[str, Any] = {}
-    if SCHEDULE in args.budget:
-        planned, mean_gflops = plan_budgets(args, pipeline, guidance, len(what) * args.count)
-        args.budget = [1.0]
     # Two budgets may round to one number of latents: it is drawn once.
     kept = list(dict.fromkeys(model.resolve_budget(b) for b in args.budget))
     settings = {
@@ -94,11 +93,13 @@ def run(args: argparse.Namespace) -> int:
         **({"negative_prompt": args.negative_prompt} if model.takes_text else {}),
         **{key: getattr(args, key) for key in _SETTINGS},
         "budget": [model.budget_of(n) for n in kept],
-        **{name: value for name, value in planned.items() if name.endswith("budgets_of_steps")},
+        **planned,
     }
     cache = None if args.teacache is None else load_teacache(args.run, args.teacache)
     if cache is not None:
         settings["teacache"] = cache.to_dict()
+    elif point is not None and point.cache is not None:
+        settings["step_cache"], cache = asdict(point.cache), point.cache.config()
     folder = choose_folder(args.out, default_home(args.run) / "sampled", settings)
     height, width = args.size or (None, None)
     options: dict[str, Any] = {
@@ -122,7 +123,11 @@ def run(args: argparse.Namespace) -> int:
     report: dict[str, Any] = {"out": str(folder), "settings": settings}
     write_json(folder / FILE, report)
     cost = pipeline.forward_cost(args.frames, height, width, text_tokens)
-    costs = {n: mean_gflops if planned else cost.flops(n) / 1e9 for n in kept}
+    costs = {n: cost.flops(n) / 1e9 for n in kept}
+    if point is not None and planned:
+        calls = pipeline.calls(**replace(point, cache=None).arguments())
+        forwards = [cost.flops(n) for call in calls for n, times in call for _ in range(times)]
+        costs = {n: sum(forwards) / len(forwards) / 1e9 for n in kept}
     rows = draw_into(
         folder, pipeline, what, costs, args.seed, args.count, args.batch_size, args.video,
         sys.stderr.isatty(), **(options | planned),
@@ -163,39 +168,33 @@ def check_auto(args: argparse.Namespace) -> None:
         raise ValueError("--budget schedule takes one cap; leave --max-gflops or --max-ms out")
 
 
-def plan_budgets(
-    args: argparse.Namespace, pipeline: "ElasticPipeline", guidance: "Guidance | None", count: int
-) -> tuple[dict[str, Any], float]:
-    """Budgets over the steps as arguments of the pipeline, and GFLOPs of a forward on average."""
-    from elit.scheduling.schedule import load_schedule
-
-    flops = None if args.max_gflops is None else args.max_gflops * 1e9
-    size = (args.frames, *(args.size or (None, None)))
-    plan = load_schedule(args.run).plan(
-        pipeline, flops, args.max_ms, guidance, args.steps, what=min(count, args.batch_size),
-        size=size,
-    )  # fmt: skip
-    cost = pipeline.forward_cost(*size)
-    forwards = [(n, times) for call in plan.calls for n, times in call]
-    total = sum(cost.flops(n) * times for n, times in forwards)
-    return plan.arguments(), total / sum(times for _, times in forwards) / 1e9
-
-
 def choose_point(
-    args: argparse.Namespace, pipeline: "ElasticPipeline", what: Sequence[Any]
-) -> "Guidance | None":
-    """Set budget, steps and guidance of the flags to what a sweep found best within the caps."""
+    args: argparse.Namespace, pipeline: "ElasticPipeline", guidance: "Guidance | None",
+    what: Sequence[Any],
+) -> "OperatingPoint | None":  # fmt: skip
+    """What --budget auto or schedule stands for, which the other flags are then set to."""
+    if not {AUTO, SCHEDULE} & set(args.budget):
+        return None
     from elit.choosing.choose import choose
+    from elit.scheduling.scheduled import scheduled_point
 
     height, width = args.size or (None, None)
     flops = None if args.max_gflops is None else args.max_gflops * 1e9
-    point = choose(
-        pipeline, flops, args.max_ms, args.steps, what[: args.batch_size], height, width,
-        args.frames, args.sweep,
-    )  # fmt: skip
+    caps, batch = (flops, args.max_ms), what[: args.batch_size]
+    if AUTO in args.budget:
+        size = height, width, args.frames
+        point = choose(pipeline, *caps, args.steps, batch, *size, args.sweep)
+    else:
+        place = args.frames, height, width
+        point = scheduled_point(args.run, pipeline, *caps, guidance, args.steps, batch, place)
+    if point.cache is not None and args.teacache is not None:
+        raise ValueError(f"what was chosen has a {point.cache} of its own; leave --teacache out")
     interval = None if point.interval is None else list(point.interval)
-    vars(args).update(point.to_dict(), budget=[point.budget], interval=interval)
-    return point.make_guidance()
+    budget = 1.0 if point.budgets_of_steps else point.budget
+    names = "steps", "guidance", "scale", "guide_budget"
+    vars(args).update({name: getattr(point, name) for name in names})
+    args.budget, args.interval = [budget], interval
+    return point
 
 
 def what_to_draw(args: argparse.Namespace, pipeline: Any) -> list[Any]:
@@ -255,7 +254,8 @@ def _show(report: dict[str, Any], counts: tuple[int, int] | None, together: int)
     print(format_table(header, table))
     if counts is not None:
         computed, skipped = counts
-        print(f"\nTeaCache skipped {skipped} of {computed + skipped} calls of the blocks")
+        kind = settings.get("step_cache", {}).get("kind", "TeaCache")
+        print(f"\n{kind} skipped {skipped} of {computed + skipped} calls of the blocks")
     how = f"{counted(settings['steps'], 'step')}, guidance {settings['guidance']}"
     print(f"\n{how}; ms with {counted(together, 'image')} at a time")
     if report["text_tokens"] is not None:

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elit._files import locked
 from elit._tables import format_table
@@ -16,9 +16,14 @@ from elit.cli.eval import (
     open_evaluation,
     settings_text,
 )
-from elit.cli.flags import Parser
+from elit.cli.flags import Parser, WholeNumber, number
 from elit.flow.words import DEFAULT_SCALE, GUIDANCES
 
+if TYPE_CHECKING:
+    from elit.evaluation.evaluation import Evaluation
+    from elit.evaluation.sweep import Grid
+
+STEP_COUNTS = (5, 10, 20, 40)  # of a grid
 USAGE = "elit sweep RUN [--budgets B ...] [--steps N ...] [--guidance NAME ...] [flags]"
 
 
@@ -27,7 +32,8 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add
     add_evaluation_flags(parser, samples=1000)
     add("budgets")
-    add("steps", "numbers of steps", STEPS, nargs="+", default=(5, 10, 20, 40))
+    add("steps", "numbers of steps (default: 5 10 20 40; of --search 1.25 to 3 times those that "
+        "full budget has)", STEPS, nargs="+", default=None)  # fmt: skip
     add("guidance", f"kinds of guidance: {', '.join(GUIDANCES)} (default: all that the model can)",
         nargs="+", default=None)  # fmt: skip
     add("scale", f"scales of the guidance (default: {DEFAULT_SCALE:g})", nargs="+")
@@ -35,6 +41,13 @@ def add_arguments(parser: Parser) -> None:
         nargs="+")  # fmt: skip
     add("rank-by", "score that the Pareto fronts and `--budget auto` go by (default: the Frechet "
         "distance of the first network)", metavar="SCORE")  # fmt: skip
+    parser.switch("search", "instead of a grid, search steps, budgets over the steps and a step "
+                  "cache within each cap, starting from `elit schedule RUN`")  # fmt: skip
+    add("max-gflops", "caps of --search on an image's GFLOPs", number, "G", nargs="+", default=[])
+    add("max-ms", "caps of --search on an image's milliseconds on this device, drawn --batch-size "
+        "at a time", number, "MS", nargs="+", default=[])  # fmt: skip
+    add("moves", "candidates of all samples that --search tries after those it starts from, for "
+        "each cap", WholeNumber(0), default=16)  # fmt: skip
     add("out", "folder of the results (default: RUN/swept)")
 
 
@@ -42,12 +55,31 @@ def run(args: argparse.Namespace) -> int:
     """Draw and score all points, write the files, tell what is on the front."""
     check_run(args.run)
     check_guidance(args)
+    check_search(args)
     home = home_of(args, "swept")
     evaluation = open_evaluation(args, home, keep_images=False)
-    from elit.evaluation.sweep import Grid, sweep, write_table_and_page
+    from elit.evaluation.sweep import sweep, write_table_and_page
+
+    grid = None if args.search else grid_of(args, evaluation.drawing.pipeline.transformer)
+    alone: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if evaluation.process.rank == 0:  # which merges the rows of this call with those that are there
+        alone = locked(home, f"another process sweeps into {home}; wait for its end, or give --out")
+    with alone:
+        if grid is None:
+            report = search_caps(args, evaluation, home)
+        else:
+            report = sweep(evaluation, grid, home, args.rank_by)
+        if report is None:  # the first process tells
+            return 0
+        page = write_table_and_page(report, evaluation, home)
+    return print_report(report, args.json, lambda report: _show(report, page))
+
+
+def grid_of(args: argparse.Namespace, model: Any) -> "Grid":
+    """All points that the flags name."""
+    from elit.evaluation.sweep import Grid
     from elit.interface.budget import default_budgets
 
-    model = evaluation.drawing.pipeline.transformer
     if model.is_elastic:
         budgets = args.budgets or default_budgets(model.min_latents, model.max_latents)
         guides = args.guidance or list(GUIDANCES)
@@ -55,19 +87,54 @@ def run(args: argparse.Namespace) -> int:
         budgets, guides = args.budgets or [1.0], args.guidance or ["none", "cfg"]
         if {"ag", "ccfg"} & set(guides):
             raise ValueError("--guidance ag and ccfg need a lower budget; this model has none")
-    grid = Grid(
-        budgets, args.steps, guides, args.scale or [DEFAULT_SCALE], args.guide_budget or [],
-        interval_of(args),
+    return Grid(
+        budgets, args.steps or STEP_COUNTS, guides, args.scale or [DEFAULT_SCALE],
+        args.guide_budget or [], interval_of(args),
     )  # fmt: skip
-    alone: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if evaluation.process.rank == 0:  # which merges the rows of this call with those that are there
-        alone = locked(home, f"another process sweeps into {home}; wait for its end, or give --out")
-    with alone:
-        report = sweep(evaluation, grid, home, args.rank_by)
-        if report is None:  # the first process tells
-            return 0
-        page = write_table_and_page(report, evaluation, home)
-    return print_report(report, args.json, lambda report: _show(report, page))
+
+
+def search_caps(args: argparse.Namespace, evaluation: "Evaluation", home: Path) -> dict[str, Any]:
+    """Search within each cap; what was found joins the sweep."""
+    from elit.evaluation.sweep import earlier_rows, join_sweep
+    from elit.flow.guidance import CFG
+    from elit.scheduling.schedule import load_schedule
+    from elit.scheduling.search import search
+
+    schedule = load_schedule(args.run)
+    earlier_rows(home, evaluation)  # other settings are told before anything is drawn
+    guidance = None
+    if args.guidance != ["none"]:
+        guidance = CFG((args.scale or [DEFAULT_SCALE])[0], interval_of(args) or (0.0, 1.0))
+    caps = [{"max_flops": g * 1e9} for g in args.max_gflops] + [{"max_ms": m} for m in args.max_ms]
+    rows: list[dict[str, Any]] = []
+    for cap in caps:
+        rows += search(
+            evaluation, schedule, **cap, guidance=guidance, steps=args.steps or (),
+            moves=args.moves, ranked_by=args.rank_by,
+        ).rows  # fmt: skip
+    return join_sweep(evaluation, rows, home, args.rank_by)
+
+
+def check_search(args: argparse.Namespace) -> None:
+    """Raise a ValueError for flags that --search, or a grid, has no use for."""
+    caps = [*args.max_gflops, *args.max_ms]
+    if not args.search:
+        if caps:
+            raise ValueError("--max-gflops and --max-ms are caps of --search; add it")
+        return
+    if not caps:
+        raise ValueError("--search needs a cap; add --max-gflops or --max-ms")
+    if min(caps) <= 0:
+        raise ValueError(f"a cap of {min(caps):g} is not allowed; give positive numbers")
+    if args.budgets is not None:
+        raise ValueError("--search chooses the budgets; leave --budgets out")
+    if args.guidance not in (None, ["none"], ["cfg"]) or len(args.scale or ()) > 1:
+        raise ValueError(
+            "--search plans the guide's budgets, of one guidance: give --guidance none, or cfg and "
+            "one --scale"
+        )
+    if args.guide_budget is not None:
+        raise ValueError("--search chooses the guide's budgets; leave --guide-budget out")
 
 
 def check_guidance(args: argparse.Namespace) -> None:

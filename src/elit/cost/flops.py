@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache as cached
 from typing import TYPE_CHECKING, Any
 
+from elit.caching.step_cache import StepCache
 from elit.cost.formulas import Cost, ModelCost
 from elit.interface.budget import TailDropping, default_budgets
 from elit.models.presets import MODELS
@@ -60,7 +63,7 @@ class CountedCost(ModelCost):
         super().__init__(model_class.__name__, config, sample_size, text_tokens)
         own = {} if text_tokens is None else {"max_text_length": text_tokens}
         self.made = model_class, dict(config) | own
-        self.cost = cache(self._count)  # type: ignore[method-assign]
+        self.cost = cached(self._count)  # type: ignore[method-assign]
 
     def _count(self, num_latents: int | None = None) -> Cost:
         import torch
@@ -75,6 +78,45 @@ class CountedCost(ModelCost):
             sample = torch.zeros(1, model.in_channels, *self.sample_size)
             model(sample, torch.zeros(1), **model.example_condition(1), **kwargs)
         return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops())
+
+
+def skipped_flops(
+    model: ElasticMixin,
+    cache: StepCache,
+    num_latents: int | None = None,
+    sample_size: Sequence[int] | None = None,
+    text_tokens: int | None = None,
+) -> int:
+    """FLOPs of a forward of one sample whose blocks a step cache leaves out, counted by PyTorch.
+
+    Args:
+        model: on its device, without a cache.
+        cache: that is to skip.
+        num_latents: latents per group; None keeps all.
+        sample_size: size of the input, (t,) h, w; by default what the model was made for.
+        text_tokens: length of its text; by default the longest.
+    """
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    always = replace(cache, threshold=math.inf if cache.kind == "FirstBlockCache" else 1e30)
+    condition = model.example_condition(1)
+    if "encoder_hidden_states" in condition:
+        condition["encoder_hidden_states"] = condition["encoder_hidden_states"][:, :text_tokens]
+    given = {name: value.to(model.device) for name, value in condition.items()}
+    kept: dict[str, Any] = {} if num_latents is None else {"num_latents": num_latents}
+    size = tuple(sample_size or model.sample_size)
+    sample = torch.ones(1, model.in_channels, *size, device=model.device, dtype=model.dtype)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), model.cached(always.config()), sdpa_kernel(SDPBackend.MATH):
+        for step in range(2):  # the first is computed
+            level = torch.full((1,), 1 - step / 4, device=model.device)
+            place = model.cache_context("cond", step_index=step, num_inference_steps=4)
+            with place, counter if step else nullcontext():
+                model(sample, level, **given, **kept)
+        assert model.cache_counts() == (1, 1)
+    return int(counter.get_total_flops())
 
 
 def on_meta(model_class: Any, config: dict[str, Any]) -> Any:

@@ -1,16 +1,19 @@
 """Draw the samples of an evaluation: sample i is the same on any number of devices."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from elit._devices import synchronize
+from elit.caching.step_cache import StepCache
 from elit.choosing.points import OperatingPoint
+from elit.cost.flops import skipped_flops
 from elit.cost.formulas import ModelCost
 from elit.evaluation.images import to_bytes
 from elit.evaluation.parts import batches
@@ -77,19 +80,30 @@ class Drawing:
         return self.pipeline.forward_cost(self.frames, height, width, self.text_tokens)
 
     def calls(self, point: OperatingPoint) -> list[Forwards]:
-        """Forwards of each call of a run."""
-        return self.pipeline.calls(**point.arguments())
+        """Forwards of each call of a run, as without a cache."""
+        return self.pipeline.calls(**replace(point, cache=None).arguments())
 
     def flops(self, point: OperatingPoint) -> int:
-        """Of one image, guides included, the VAE's apart; a multiply-add counts as 2."""
+        """Of one image, guides included, the VAE's apart; a multiply-add counts as 2.
+
+        As without a cache: what one left out is known when samples are drawn.
+        """
         return sum(self.cost.flops(n) * times for call in self.calls(point) for n, times in call)
+
+    @cached_property
+    def skipped_flops(self) -> Callable[[StepCache, int | None], int]:
+        """Of a forward that a step cache skips, by the latents per group."""
+        model, (height, width) = self.pipeline.transformer, self.size or (None, None)
+        size = self.pipeline.input_size(self.frames, height, width)
+        return cache(lambda of, n: skipped_flops(model, of, n, size, self.text_tokens))
 
     def draw(self, point: OperatingPoint, samples: Sequence[int]) -> dict[str, Tensor]:
         """Features of some samples, their labels, pictures and the seconds that each took.
 
         Returns:
             "network.output": (n, d), "labels": (n,), "seconds" and "decode_seconds": (n,),
-            "images": (n or fewer, C, H, W) uint8.
+            "images": (n or fewer, C, H, W) uint8; with a step cache "flops", that were really
+            done, and "skipped", the share of forwards that it skipped: (n,).
         """
         found: dict[str, list[Tensor]] = {}
         for batch in batches(samples, self.batch_size):
@@ -109,7 +123,9 @@ class Drawing:
 
     def warm_up(self, point: OperatingPoint) -> None:
         """Draw a batch in one step, guide and all: the first call of a process is slow."""
-        first = replace(point, steps=1, interval=None)
+        budget = max(point.budgets_of_steps or (point.budget,))
+        alike = {"budgets_of_steps": None, "guide_budgets_of_steps": None}
+        first = replace(point, steps=1, interval=None, budget=budget, **alike)
         self._batch(first, range(min(self.count, self.batch_size)))
 
     def _batch(self, point: OperatingPoint, numbers: Sequence[int]) -> dict[str, Tensor]:
@@ -118,10 +134,12 @@ class Drawing:
         wanted = [self.wanted(number) for number in numbers]
         seeds = [self.seed + number for number in numbers]
         started = time.perf_counter()
-        latents = draw_batch(
-            pipeline, wanted, seeds, **point.arguments(), height=height, width=width,
-            num_frames=self.frames, output_type="latent",
-        )  # fmt: skip
+        told = nullcontext([]) if point.cache is None else forwards_of(pipeline.transformer)
+        with told as made:
+            latents = draw_batch(
+                pipeline, wanted, seeds, **point.arguments(), height=height, width=width,
+                num_frames=self.frames, output_type="latent",
+            )  # fmt: skip
         synchronize(latents.device)
         drawn = time.perf_counter()
         pictures = pipeline.decode(latents, "pt")
@@ -130,10 +148,46 @@ class Drawing:
         if pictures.ndim == 5:  # (n, T, C, H, W)
             pictures = pictures.transpose(1, 2)
         share = torch.ones(len(numbers), dtype=torch.float64) / len(numbers)
+        ran = {}
+        if point.cache is not None:
+            flops = sum(
+                one.rows * (self.skipped_flops(point.cache, one.latents) if one.skipped
+                            else self.cost.flops(one.latents))
+                for one in made
+            )  # fmt: skip
+            skipped = sum(one.skipped for one in made) / len(made)
+            ran = {"flops": share * flops, "skipped": torch.full_like(share, skipped)}
         labels = torch.tensor(wanted) if not self.texts else torch.full((len(numbers),), -1)
         return {
             "images": to_bytes(pictures).cpu(),
             "labels": labels,
             "seconds": share * (drawn - started),
             "decode_seconds": share * (decoded - drawn),
+            **ran,
         }
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward of the model: latents per group, samples, whether a step cache skipped it."""
+
+    latents: int | None
+    rows: int
+    skipped: bool
+
+
+@contextmanager
+def forwards_of(model: Any) -> Iterator[list[Forward]]:
+    """The forwards that a model makes meanwhile, whose step cache, if any, is put on meanwhile."""
+    made: list[Forward] = []
+
+    def note(module: Any, args: tuple, kwargs: dict[str, Any], _output: Any) -> None:
+        before = sum(one.skipped for one in made)
+        skipped = module.cache_counts()[1] > before
+        made.append(Forward(kwargs.get("num_latents"), len(args[0]), skipped))
+
+    handle = model.register_forward_hook(note, with_kwargs=True)
+    try:
+        yield made
+    finally:
+        handle.remove()

@@ -176,7 +176,7 @@ class Evaluation:
             "sampler": type(pipeline.scheduler).__name__,
             "calls": len(calls),
             "grid": [round(level, 6) for level in levels],
-            "gflops_per_image": self.drawing.flops(point) / 1e9,
+            **self.ran(point),
             "scores": scores["values"],
             "scores_of": scores["of"],
             "deviations": scores["deviations"],
@@ -184,13 +184,28 @@ class Evaluation:
             "drawn_on": [] if failure else parts.origins(),
         }
 
-    def add_times(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Measure what an image of each row takes, now that nothing else runs here."""
+    def ran(self, point: OperatingPoint) -> dict[str, Any]:
+        """FLOPs of an image; with a step cache, those that were done, and the share of skips."""
+        parts = self.parts(point)
+        whole = {"gflops_per_image": self.drawing.flops(point) / 1e9}
+        if point.cache is None:
+            return whole
+        if parts.missing():  # it can't be drawn
+            return whole | {"skipped": 0.0}
+        flops, skipped = (float(parts.whole(name).mean()) for name in ("flops", "skipped"))
+        return {"gflops_per_image": flops / 1e9, "skipped": skipped}
+
+    def times(self) -> CallTimes:
+        """Of a batch as it is drawn here."""
         drawing = self.drawing
         size = drawing.frames, *(drawing.size or (None, None))
         batch = [drawing.wanted(i) for i in range(min(drawing.batch_size, drawing.count))]
-        times = CallTimes(drawing.pipeline, batch, size, progress=self.progress)
-        all_ms = times.ms_of_runs([drawing.calls(OperatingPoint.from_dict(row)) for row in rows])
+        return CallTimes(drawing.pipeline, batch, size, progress=self.progress)
+
+    def add_times(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Measure what an image of each row takes, now that nothing else runs here."""
+        times = self.times()
+        all_ms = times.ms_of_points([OperatingPoint.from_dict(row) for row in rows])
         for row, ms in zip(rows, all_ms, strict=True):
             row["ms_per_image"] = ms
             row["decode_ms_per_image"] = times.decode_ms_per_image()

@@ -18,7 +18,7 @@ from elit._choices import check_choice
 from elit._files import write_json, write_text
 from elit._pareto import pareto_front
 from elit.choosing.points import OperatingPoint
-from elit.choosing.sweep_file import read_sweep
+from elit.choosing.sweep_file import plain_rows, read_sweep
 from elit.evaluation.drawing import SHOWN
 from elit.evaluation.evaluation import Evaluation, ranking_score, report, score_points
 from elit.evaluation.measure import possible_scores
@@ -87,16 +87,26 @@ def sweep(
     points = grid.points(evaluation.drawing.pipeline.transformer)
     if not points:
         raise ValueError("no point is left: guides need a lower budget than what they guide")
+    check_score(evaluation, ranked_by)
+    if evaluation.process.rank == 0:
+        earlier_rows(out, evaluation)  # other settings are told before anything is drawn
+    drawn = score_points(evaluation, points, "sweep")
+    return None if drawn is None else join_sweep(evaluation, drawn, out, ranked_by)
+
+
+def check_score(evaluation: Evaluation, ranked_by: str | None) -> None:
+    """Raise a ValueError for a score that the networks don't give."""
     if ranked_by is not None:
         check_choice(
             ranked_by, possible_scores(evaluation.drawing.networks), "score", " of these networks"
         )
-    file = out / "sweep.json"
-    earlier = _earlier(file, evaluation) if evaluation.process.rank == 0 else []
-    drawn = score_points(evaluation, points, "sweep")
-    if drawn is None:
-        return None
-    rows = merged(earlier, drawn)
+
+
+def join_sweep(
+    evaluation: Evaluation, drawn: Sequence[dict[str, Any]], out: Path, ranked_by: str | None = None
+) -> dict[str, Any]:
+    """Put rows among those of `out` / sweep.json, which the first process writes and returns."""
+    rows = merged(earlier_rows(out, evaluation), drawn)
     evaluation.add_times(rows)  # all on one device
     scored = [row["scores"] for row in rows if row["scores"]]
     if not scored:
@@ -108,12 +118,13 @@ def sweep(
         front = pareto_front([row[cost] for row in rows], scores, content["lower_is_better"])
         for i, row in enumerate(rows):
             row[mark] = i in front
-    write_json(file, content)
+    write_json(out / "sweep.json", content)
     return content
 
 
-def _earlier(file: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
+def earlier_rows(out: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
     """Rows of an earlier sweep with the same settings, or an error if they differ."""
+    file = out / "sweep.json"
     if not file.exists():
         return []
     content = read_sweep(file)
@@ -139,11 +150,16 @@ def merged(
     earlier: Iterable[dict[str, Any]], rows: Iterable[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Rows of both, the later ones instead of earlier ones of the same point, in one order."""
-    by_point = {OperatingPoint.from_dict(row): row for row in (*earlier, *rows)}
+    by_point: dict[OperatingPoint, dict[str, Any]] = {}
+    for row in (*earlier, *rows):
+        point = OperatingPoint.from_dict(row)
+        searched = by_point.get(point, {}).get("search")  # stays if a grid has the point too
+        by_point[point] = ({"search": searched} if searched else {}) | row
 
     def order(point: OperatingPoint) -> tuple[Any, ...]:
         guide = ("none", "cfg", "ag", "ccfg").index(point.guidance)
-        more = (point.scale or 0, point.guide_budget or 0, point.interval or ())
+        late = point.budgets_of_steps, point.guide_budgets_of_steps, point.cache
+        more = point.scale or 0, point.guide_budget or 0, point.interval or (), str(late)
         return -point.budget, point.steps, guide, *more
 
     return [by_point[point] for point in sorted(by_point, key=order)]
@@ -161,7 +177,10 @@ def csv_of(report: dict[str, Any]) -> str:
     """A line for each row; scores as columns."""
     rows = report["rows"]
     scores = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-    kept = [k for k, v in rows[0].items() if not isinstance(v, dict | list) or k == "interval"]
+    listed = ("interval", "budgets_of_steps", "guide_budgets_of_steps", "cache", "search")
+    kept = list(dict.fromkeys(
+        k for row in rows for k, v in row.items() if k in listed or not isinstance(v, dict | list)
+    ))  # fmt: skip
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*kept, *scores])
@@ -173,8 +192,8 @@ def csv_of(report: dict[str, Any]) -> str:
 
 def sheets(report: dict[str, Any], evaluation: Evaluation) -> list[tuple[str, Image.Image]]:
     """The same noise at all budgets: a sheet for each guide, at the most steps of the sweep."""
-    points = [OperatingPoint.from_dict(row) for row in report["rows"]]
-    most = max(point.steps for point in points)
+    points = [OperatingPoint.from_dict(row) for row in plain_rows(report)]
+    most = max((point.steps for point in points), default=0)
     drawing, found = evaluation.drawing, list[tuple[str, Image.Image]]()
 
     def add(title: str, drawn: Sequence[OperatingPoint], captions: Sequence[str]) -> None:

@@ -296,6 +296,7 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         num_images_per_prompt: int | None = None,
         latents: Tensor | None = None,
         guide_budgets_of_steps: Sequence[float | None] | None = None,
+        step_cache: Any | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draw an image for each row of the condition; threads wait for each other.
 
@@ -332,6 +333,8 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
             latents: diffusers' word for `noise`.
             guide_budgets_of_steps: the guide's budget in each call of the model, None where there
                 is to be no guide; for CFG, whose guide has no budget of its own.
+            step_cache: a FirstBlockCacheConfig, MagCacheConfig or TeaCacheConfig that is on in this
+                run alone.
         """
         condition = repeat_each(condition, num_images_per_prompt)
         null_condition = repeat_each(null_condition, num_images_per_prompt)
@@ -355,17 +358,18 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
             budget, len(levels), guidance, num_latents, budgets_of_steps, count,
             guide_budgets_of_steps,
         )  # fmt: skip
-        self.transformer._reset_stateful_cache()  # a run that broke off may have left something
-        mixes = self.mixes_budgets(2 * count if guidance else count, size)
-        run = _Run(
-            self, count, len(levels), mixes, callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )  # fmt: skip
-        with run.bar:
-            x = sample(
-                run.predict, x, self.scheduler, guidance, kept, condition, null_condition,
-                generator, run.after_step, mixes,
+        with self.transformer.cached(step_cache):
+            self.transformer._reset_stateful_cache()  # a run that broke off may have left something
+            mixes = self.mixes_budgets(2 * count if guidance else count, size)
+            run = _Run(
+                self, count, len(levels), mixes, callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
             )  # fmt: skip
+            with run.bar:
+                x = sample(
+                    run.predict, x, self.scheduler, guidance, kept, condition, null_condition,
+                    generator, run.after_step, mixes,
+                )  # fmt: skip
         if not x.isfinite().all():
             guided = f"a smaller guidance scale than {guidance.scale:g}, " if guidance else ""
             raise SamplesDivergedError(

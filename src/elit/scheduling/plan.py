@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from elit.flow.guidance import Forwards, Guidance
+from elit.caching.step_cache import StepCache
+from elit.choosing.points import OperatingPoint
+from elit.flow.guidance import WHOLE, Forwards, Guidance
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,20 @@ class Plan:
             "guidance": self.guidance,
             **guides,
         }
+
+    def point(self, cache: StepCache | None = None) -> OperatingPoint:
+        """The same as an operating point, of one budget where that is all there is to it."""
+        scale, interval, guides = None, None, None
+        if self.guidance is not None:
+            scale, guides = self.guidance.scale, tuple(self.guide_budgets())
+            interval = None if self.guidance.interval == WHOLE else self.guidance.interval
+        budgets = tuple(self.budgets())
+        plain = len({*budgets, *(guides or ())}) == 1
+        return OperatingPoint(
+            budgets[0] if plain else sum(budgets) / len(budgets), self.num_inference_steps,
+            "none" if scale is None else "cfg", scale, None, interval,
+            None if plain else budgets, None if plain else guides, cache,
+        )  # fmt: skip
 
     def callback(self, transformer: Any) -> Callable[..., dict[str, Any]]:
         """A `callback_on_step_end` for a stock pipeline whose transformer was elasticized.

@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,6 +87,19 @@ class Schedule:
     def squares(self) -> np.ndarray:
         """Mean square of each error, (N, E)."""
         return self.products().diagonal().reshape(len(self.levels), -1)
+
+    def counting(self, prediction: Sequence[float], guide: Sequence[float]) -> "Schedule":
+        """The same with errors that count so many times as much, at each level.
+
+        Args:
+            prediction: of what is guided.
+            guide: of the guide, and of its absence.
+        """
+        count = len(self.latents)
+        factors = [[p] * count + [g] * (count + 1) for p, g in zip(prediction, guide, strict=True)]
+        each = np.concatenate(factors)
+        rows = (each[:, None] * self.products() * each).tolist()
+        return replace(self, gram=[row[: i + 1] for i, row in enumerate(rows)])
 
     def effect(self, sigma: float, latents: int, guide: int, scale: float) -> np.ndarray:
         """What a call's velocity loses against full budget with its guide, in the errors (N * E,).

@@ -12,7 +12,7 @@ from typing import Any
 from elit._pareto import pareto_front
 from elit.choosing.choose import choose
 from elit.choosing.points import OperatingPoint
-from elit.choosing.sweep_file import SWEEP_FILE, default_home, read_sweep
+from elit.choosing.sweep_file import SWEEP_FILE, default_home, plain_rows, read_sweep
 from elit.choosing.timing import CallTimes
 from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
 from elit.interface.budget import default_budgets
@@ -113,7 +113,7 @@ def _swept(pipeline: ElasticPipeline, settings: Settings) -> _Sweep:
     except ValueError as error:
         return _Sweep(reason=" ".join(str(error).split()))
     ranked_by = report["ranked_by"]
-    scored = [row | {"score": row["scores"].get(ranked_by)} for row in report["rows"]]
+    scored = [row | {"score": row["scores"].get(ranked_by)} for row in plain_rows(report)]
     return _Sweep([r for r in scored if r["score"] is not None], report["lower_is_better"], "")
 
 

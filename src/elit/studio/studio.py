@@ -14,7 +14,7 @@ from PIL import Image
 
 from elit._choices import check_choice, label_of
 from elit._numbers import check_whole, is_real, is_whole
-from elit.choosing.sweep_file import SWEEP_FILE, default_home, read_sweep
+from elit.choosing.sweep_file import SWEEP_FILE, default_home, plain_rows, read_sweep
 from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
 from elit.interface.budget import default_budgets, format_budget
 from elit.studio.drawing import Ask, Drawer, Drawn, Frames
@@ -192,7 +192,7 @@ def _front(name: str) -> tuple[list[dict[str, Any]], str | None]:
     rows = [
         {**{name: row.get(name) for name in names}, "gflops": row["gflops_per_image"],
          "score": row["scores"][score]}
-        for row in report["rows"] if row["scores"].get(score) is not None
+        for row in plain_rows(report) if row["scores"].get(score) is not None
     ]  # fmt: skip
     title = SCORES[score].title if score in SCORES else score
     return rows, f"{title}, {'lower' if report['lower_is_better'] else 'higher'} is better"

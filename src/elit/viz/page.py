@@ -18,7 +18,18 @@ from elit._tables import counted
 from elit.interface.budget import format_budget
 from elit.viz import sweeps
 from elit.viz.charts import INK, RAMPS, THEMES, Chart, Line, ramp, svg
-from elit.viz.sweeps import KINDS, SCORES, Guide, Point, Rows, grouped, guide_name, guide_of
+from elit.viz.sweeps import (
+    GUIDES,
+    KINDS,
+    SCORES,
+    Guide,
+    Point,
+    Rows,
+    cache_name,
+    grouped,
+    guide_name,
+    guide_of,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -27,9 +38,13 @@ Report = Mapping[str, Any]
 Sheets = Sequence[tuple[str, Image.Image]]  # captions and pictures
 
 COSTS = {"gflops_per_image": "GFLOPs per image", "ms_per_image": "ms per image"}
-# Outlines of a point for each kind of guidance, of kinds unknown here the first.
-_MARKERS = {"none": "o", "cfg": "s", "ag": "^", "ccfg": "D"}
-_SIGNS = {"none": "●", "cfg": "■", "ag": "▲", "ccfg": "◆"}  # the same, of a legend
+# Outlines of a point for each kind, of kinds unknown here the first.
+_MARKERS = {
+    "none": "o", "cfg": "s", "ag": "^", "ccfg": "D", "planned": "P", "cached": "X", "both": "h",
+}  # fmt: skip
+_SIGNS = {  # the same, of a legend
+    "none": "●", "cfg": "■", "ag": "▲", "ccfg": "◆", "planned": "✚", "cached": "✖", "both": "⬢",
+}  # fmt: skip
 _DASHES = {"ag": "--", "ccfg": ":"}
 _MOST_GUIDES = 12  # of the charts over steps and budgets
 _LOG_RATIO = 10  # of the largest to the smallest score, beyond which they get a log axis
@@ -91,9 +106,11 @@ def _page(
         data=json.loads(json.dumps(data), parse_constant=lambda _: None),  # of NaN and infinity
         themes=themes, names=rows.names if several else list(map(_budget_name, rows.budgets)),
         kinds=[(_SIGNS[kind], KINDS[kind]) for kind in KINDS if kind in rows.kinds],
+        guide_kinds=[(_SIGNS[kind], KINDS[kind]) for kind in GUIDES if kind in rows.kinds],
         scores=shown, options=options, guides=len(guides), about=sweeps,
         figures=_figures(rows, shown, options, themes[0]),
         best={name: _best_table(rows, name) for name in shown if several},
+        caps={cap: _cap_table(rows, own, shown) for cap, own in sweeps.within_caps(rows).items()},
         sheets=[(caption, picture.size, _data_uri(picture)) for caption, picture in sheets],
         columns=_columns(rows, shown), winners=best,
         facts={label: [one.get(label, "-") for one in facts] for own in facts for label in own},
@@ -154,7 +171,7 @@ def cost_chart(rows: Rows, score: str, cost: str) -> Chart | None:
 
 def budgets_chart(rows: Rows, score: str, guide: Guide) -> Chart | None:
     """Budget versus steps, the paper's figure: fewer latents or fewer steps, at the same cost."""
-    own = [i for i in rows.scored(score) if guide_of(rows.rows[i]) == guide]
+    own = [i for i in rows.scored(score) if guide_of(rows.rows[i]) == guide and i in rows.plain]
     points = rows.points(own, "gflops_per_image", score)
     series = []
     for (_, steps), equal in grouped(points, lambda p: rows.of(p[2], "steps")).items():
@@ -176,7 +193,7 @@ def guidance_chart(rows: Rows, score: str, steps: int) -> Chart | None:
         """What a guided row shares with the unguided one that it starts from."""
         return (*rows.of(i, "budget"), rows.rows[i].get("sampler"))
 
-    own = [i for i in rows.scored(score) if rows.rows[i]["steps"] == steps]
+    own = [i for i in rows.scored(score) if rows.rows[i]["steps"] == steps and i in rows.plain]
     starts = {start_of(i): (1.0, rows.score(i, score) or 0.0, i)
               for i in own if rows.kinds[i] == "none"}  # fmt: skip
     lines = grouped(
@@ -242,16 +259,19 @@ def _columns(rows: Rows, scores: Sequence[str]) -> dict[str, list[str]]:
         "latents": of("num_latents"),
         "steps": of("steps"),
         "sampler": samplers if len(set(samplers)) > 1 else [],  # else the settings name it
-        "guidance": of("guidance", lambda kind: KINDS.get(kind, kind)),
+        "guidance": of("guidance", lambda kind: GUIDES.get(kind, kind)),
         "scale": of("scale"),
         "guide budget": of("guide_budget", format_budget),
         "noise levels": of("interval", lambda i: "{:g} to {:g}".format(*i) * (tuple(i) != (0, 1))),
+        "step cache": list(map(cache_name, rows.rows)),
+        "skipped": of("skipped"),
         "calls": of("calls"),
         "GFLOPs": of("gflops_per_image"),
         "ms": of("ms_per_image"),
     }
     for name in scores:
         columns[SCORES[name].column()] = [rows.score(i, name) for i in range(len(rows.rows))]
+    columns["way"] = of("search", lambda search: search["way"])
     fronts = ({"FLOPs": row.get("front_flops"), "ms": row.get("front_ms")} for row in rows.rows)
     columns["front"] = [", ".join(n for n, on in front.items() if on) for front in fronts]
     written = {title: list(map(_cell, cells)) for title, cells in columns.items()}
@@ -270,6 +290,19 @@ def _best_table(rows: Rows, score: str) -> list[tuple[str, list[tuple]]]:
             cells.append((_cell(value), value == winner, how))
         lines.append((_cell(cost), cells))
     return lines
+
+
+def _cap_table(rows: Rows, own: Sequence[int], scores: Sequence[str]) -> list[tuple[str, ...]]:
+    """What a search found within a cap: way, costs, score, and how; the best first."""
+    name = scores[0]
+    sign = 1 if SCORES[name].lower_is_better else -1
+    own = [i for i in own if rows.score(i, name) is not None]
+    own.sort(key=lambda i: sign * (rows.score(i, name) or 0.0))
+    return [
+        (rows.rows[i]["search"]["way"], *(_cell(rows.rows[i].get(cost)) for cost in COSTS),
+         _cell(rows.score(i, name)), sweeps.in_words(rows.rows[i]))
+        for i in own
+    ]  # fmt: skip
 
 
 def _cell(value: Any) -> str:

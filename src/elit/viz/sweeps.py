@@ -13,7 +13,11 @@ Guide = tuple[Any, ...]
 Point = tuple[float, float, int]  # x, score, row
 Item = TypeVar("Item")
 
-KINDS = {"none": "no guidance", "cfg": "CFG", "ag": "autoguidance", "ccfg": "cheap CFG"}
+GUIDES = {"none": "no guidance", "cfg": "CFG", "ag": "autoguidance", "ccfg": "cheap CFG"}
+KINDS = GUIDES | {
+    "planned": "budgets over the steps", "cached": "step cache",
+    "both": "budgets over the steps and step cache",
+}  # fmt: skip
 _LABELS = {
     "path": "model", "max_latents": "latents per group", "eight_bit": "images rounded to 8 bit",
     "vae": "VAE", "dtype": "precision", "device_name": "device's name",
@@ -67,10 +71,15 @@ class Rows:
             raise ValueError("nothing to show: the sweep has no rows; run `elit sweep` first")
         self.rows: list[Row] = [row for _, row in pairs]
         self.names, self.models = list(reports), [name for name, _ in pairs]  # of the reports, rows
-        self.kinds = [row["guidance"] for row in self.rows]
-        self.budgets = sorted({row["budget"] for row in self.rows})
+        self.kinds = list(map(kind_of, self.rows))
+        # those of one budget for all steps, without a step cache
+        self.plain = [i for i, row in enumerate(self.rows) if self.kinds[i] == row["guidance"]]
+        of = self.plain or range(len(self.rows))
+        self.budgets = sorted({self.rows[i]["budget"] for i in of})
         by_model = [self.names.index(name) for name in self.models]
-        by_budget = [self.budgets.index(row["budget"]) for row in self.rows]
+        # of budgets over the steps, the nearest to their mean
+        near = [[abs(row["budget"] - budget) for budget in self.budgets] for row in self.rows]
+        by_budget = [distances.index(min(distances)) for distances in near]
         self.colours = by_model if len(self.names) > 1 else by_budget
 
     def of(self, number: int, key: str) -> tuple[str, Any]:
@@ -113,10 +122,23 @@ class Rows:
         )
 
     def guides(self) -> list[Guide]:
-        """Guides of at least two rows, those of the most rows first."""
-        groups = grouped(range(len(self.rows)), lambda i: guide_of(self.rows[i]))
+        """Guides of at least two plain rows, those of the most rows first."""
+        groups = grouped(self.plain, lambda i: guide_of(self.rows[i]))
         often = [guide for guide, own in groups.items() if len(own) > 1]
         return sorted(often, key=lambda guide: -len(groups[guide]))
+
+
+def kind_of(row: Row) -> str:
+    """What of a row its mark shows: a key of KINDS, or an unknown guidance."""
+    planned, cached = (row.get(name) is not None for name in ("budgets_of_steps", "cache"))
+    if planned or cached:
+        return "both" if planned and cached else "planned" if planned else "cached"
+    return str(row["guidance"])
+
+
+def cache_name(row: Row) -> str | None:
+    """The step cache of a row in words, None where it has none."""
+    return row.get("cache") and f"{row['cache']['kind']} {row['cache']['threshold']:.3g}"
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Hashable]) -> dict[Any, list[Item]]:
@@ -157,7 +179,7 @@ def guide_of(row: Row) -> Guide:
 def guide_name(guide: Guide) -> str:
     """A guide in words: 'cheap CFG 3, guide 1/16'."""
     kind, scale, budget, interval, _ = guide
-    words = KINDS.get(kind, str(kind))
+    words = GUIDES.get(kind, str(kind))
     words += f" {scale:g}" if is_number(scale) else ""
     words += f", guide {format_budget(budget)}" if is_number(budget) else ""
     if interval is not None and tuple(interval) != (0, 1):
@@ -168,7 +190,20 @@ def guide_name(guide: Guide) -> str:
 def in_words(row: Row) -> str:
     """How a row was drawn: 'budget 1/4, 20 steps, cheap CFG 3, guide 1/16'."""
     guide = guide_name(guide_of(row))
-    return f"budget {format_budget(row['budget'])}, {counted(row['steps'], 'step')}, {guide}"
+    mean = " on average" if row.get("budgets_of_steps") else ""
+    cache = f", {cache_name(row)}" if row.get("cache") else ""
+    steps = counted(row["steps"], "step")
+    return f"budget {format_budget(row['budget'])}{mean}, {steps}, {guide}{cache}"
+
+
+def within_caps(rows: Rows) -> dict[str, list[int]]:
+    """Rows that searches found within each cap, a row for each way, by the caps in words."""
+    found: dict[str, list[int]] = {}
+    for i, row in enumerate(rows.rows):
+        for name, (size, unit) in {"max_flops": (1e9, "GFLOPs"), "max_ms": (1, "ms")}.items():
+            if is_number(cap := (row.get("search") or {}).get(name)):
+                found.setdefault(f"{cap / size:.4g} {unit}", []).append(i)
+    return found
 
 
 def facts_of(report: Mapping[str, Any]) -> dict[str, str]:
