@@ -70,7 +70,7 @@ def line_of(points: Points, name: str, texts: list[str], **look: str) -> Line:
     several = all(len(losses) > 1 for _, losses in points.values())
     return Line(
         [mflops for mflops, _ in points.values()], [mean(losses) for _, losses in points.values()],
-        name, error=[stdev(losses) if several else 0 for _, losses in points.values()],
+        name, error=[stdev(losses) for _, losses in points.values()] if several else (),
         texts=texts, **look,
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from prepare_sources import tiny_vae
 
 from elit import __version__
 from elit._choices import SYNONYMS, check_choice, meant
-from elit._tables import with_error
+from elit._tables import counted, duration, in_units, with_error
 from elit.cli import common
 from elit.cli.common import url_of
 from elit.cli.main import COMMANDS, command_parser, main
@@ -779,3 +779,21 @@ def test_each_synonym_means_a_flag_or_a_field() -> None:
     names = {flag.lstrip("-").replace("-", "_") for flag in known} | set(FIELDS)
     names |= {"data.options.path"} | {name.rpartition(".")[2] for name in names}
     assert {one for several in SYNONYMS.values() for one in several} <= names
+
+
+def test_numbers_are_in_units_that_people_read() -> None:
+    counts = [counted(n, noun) for n, noun in ((1, "class"), (2, "class"), (1, "step"))]
+    assert counts == ["1 class", "2 classes", "1 step"]
+    flops = [in_units(value, "FLOPs") for value in (0, 2.08e12, 4.062e20, 1.5e22)]
+    assert flops == ["0 FLOPs", "2.08 TFLOPs", "406.2 EFLOPs", "1.5e+04 EFLOPs"]
+    times = [duration(seconds) for seconds in (5.26e-4, 12, 600, 28.5 * 3600, 3e5)]
+    assert times == ["0.526 ms", "12 s", "10 minutes", "28.5 hours", "83.3 hours (3.5 days)"]
+
+
+def test_flops_and_plan_count_a_multi_budget_step_alike(run) -> None:
+    """At 512 px training keeps 4 or more latents; the paper's count has 1 or more: 804."""
+    report = run_json(run, "flops", "elit-dit-xl/2", "--resolution", 512, "--budgets", 1)
+    assert report["latents_drawn"] == [4, 64]
+    plan = run_json(run, "plan", "imagenet-512/elit-dit-mb")
+    assert report["train_tflops_as_drawn"] == pytest.approx(plan["step_tflops"], rel=1e-9)
+    assert report["train_tflops_multi_budget"] == pytest.approx(792.5, abs=0.1)

@@ -21,6 +21,7 @@ from elit.inspection.correlation import controlled, correlation_matrix, derangem
 from elit.inspection.inspector import (
     Inspector,
     Subject,
+    Worth,
     draw_at_budgets,
     in_raster_order,
     spread,
@@ -35,6 +36,7 @@ from elit.inspection.numbers import (
     numbers_of_maps,
     numbers_of_worth,
 )
+from elit.inspection.sheets import told_of_worth
 from elit.viz.charts import Chart, Line, picture
 from elit.viz.heatmaps import Column, colour_bar, colours, heatmap, map_sheet, overlay
 from elit.viz.sheet import stack
@@ -655,3 +657,30 @@ def test_inspect_writes_nowhere_else(runs, tmp_path, capsys) -> None:
     run = shutil.copytree(runs / "digits", tmp_path / "run")
     assert main(["inspect", str(run), *map(str, QUICK), "--sigma", "0.5"]) == 0
     assert (run / "inspected" / "inspect.json").exists()
+
+
+def test_the_sentence_above_the_charts_says_what_they_show() -> None:
+    ones = torch.ones(4)
+    mean = Worth(
+        0.5,
+        first={1: 2 * ones, 2: 1.005 * ones, 4: ones},
+        without={0: ones + torch.tensor([0.1, 0.2, 0.1, 0.2]), 1: ones},
+        without_part={"core": 1.5 * ones, "interface": 3 * ones},
+        moments={},
+    )
+    assert told_of_worth(mean) == (
+        "The first 2 of 4 latents bring the loss within 1% of all; leaving one out adds at most "
+        "0.150 ± 0.029, latent 1; leaving out the core adds 50%."
+    )
+    chart = Chart("a", "x", "y", [Line([0, 1], [1, 2])])
+    plain, told = picture([chart]), picture([chart], sentence="A sentence. " * 20)
+    assert (plain.width, plain.height + 50) <= (told.width, told.height)
+
+
+def test_a_few_outliers_do_not_set_a_column_s_scale() -> None:
+    maps = np.linspace(0, 1, 100).reshape(4, 5, 5)
+    maps[0, 0, 0], maps[-1, -1, -1] = -50, 1000
+    column = Column("loss", maps=maps)
+    assert column.beyond == (True, True)
+    low, high = column.scale
+    assert 0 <= low < 0.05 < 0.95 < high <= 1
