@@ -202,6 +202,8 @@ def test_finetune_one_of_ours(tmp_path: Path) -> None:
     base = elit.DiT(16, 1, 2, hidden_size=32, num_heads=2, depth=4, num_classes=3)
     pipe = elit.ElitPipeline(base, elit.make_scheduler("euler"))
     over = FINETUNE | {"output_dir": str(tmp_path / "out"), "train.sample_every": 0}
+    with pytest.raises(ValueError, match=r"objective\.shift=2\.0, but the pipeline draws with"):
+        elit.finetune(pipe, Pairs(), overrides=over | {"objective.shift": 2.0})
     result = elit.finetune(pipe, Pairs(), overrides=over | {"retrofit.head": 1}, progress=False)
     assert elit.load_pipeline(str(result.folder)).transformer.is_elastic
     assert not base.is_elastic
