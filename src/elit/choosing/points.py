@@ -6,7 +6,7 @@ from typing import Any
 from elit._plain import from_plain
 from elit.flow.guidance import Guidance, make_guidance
 from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
-from elit.interface.budget import format_budget
+from elit.interface.budget import format_budget, read_budget
 from elit.models.elastic import ElasticMixin
 
 
@@ -29,6 +29,11 @@ class OperatingPoint:
     scale: float | None = None
     guide_budget: float | None = None
     interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "guide_budget"):
+            if isinstance(typed := getattr(self, name), str):
+                object.__setattr__(self, name, read_budget(typed))
 
     def arguments(self) -> dict[str, Any]:
         """What a pipeline is called with: `pipeline(labels, **point.arguments())`."""
