@@ -93,6 +93,8 @@ def test_captions_and_latents():
         (Pairs(lambda _: "a.png"), "item 1 has an image str"),
         ([IMAGES[0]] * 4, "item 1 is Tensor; give an image with a label or a caption"),
         ([{"picture": 1}] * 4, r"item 1 is \['picture'\]; give an image"),
+        ([()] * 4, "item 1 is tuple; give an image"),
+        ([{"latents": IMAGES[0], "timestep": 1}] * 4, "item 1 has timestep, which training makes"),
         ([(IMAGES[0], 1.5)] * 4, "label 1.5; give a whole number from 0, or a caption"),
         ([(IMAGES[0], 0)], "1 items is too small"),
         (iter([(IMAGES[0], 0)]), "has no length; give a map-style data set"),
@@ -101,6 +103,16 @@ def test_captions_and_latents():
 def test_what_is_no_data_set_is_refused(dataset, message):
     with pytest.raises(ValueError, match=message):
         split_given(dataset)
+
+
+def test_names_of_classes_are_found_below_a_subset():
+    train, held_out = split_given(Subset(Pairs(classes=["a", "b", "c"]), range(40)))
+    assert train.class_names == held_out.class_names == ("a", "b", "c")
+
+
+def test_what_is_held_out_is_like_the_rest():
+    with pytest.raises(ValueError, match=r"held-out items have images \(1, 8, 16\)"):
+        split_given(Pairs(), [(IMAGES[0, :, :8], 0)])
 
 
 def test_images_of_0_to_1_are_told(caplog):
@@ -202,6 +214,8 @@ def test_finetune_one_of_ours(tmp_path: Path) -> None:
     base = elit.DiT(16, 1, 2, hidden_size=32, num_heads=2, depth=4, num_classes=3)
     pipe = elit.ElitPipeline(base, elit.make_scheduler("euler"))
     over = FINETUNE | {"output_dir": str(tmp_path / "out"), "train.sample_every": 0}
+    with pytest.raises(ValueError, match=r"objective\.shift=2\.0, but the pipeline draws with"):
+        elit.finetune(pipe, Pairs(), overrides=over | {"objective.shift": 2.0})
     result = elit.finetune(pipe, Pairs(), overrides=over | {"retrofit.head": 1}, progress=False)
     assert elit.load_pipeline(str(result.folder)).transformer.is_elastic
     assert not base.is_elastic

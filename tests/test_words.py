@@ -8,6 +8,7 @@ import torch
 from serving import FACTS
 
 from elit import DiT, ElitPipeline, TailDropping, make_scheduler, resolve_budget
+from elit.choosing.points import OperatingPoint
 from elit.cli.flags import FLAGS
 from elit.cli.main import main
 from elit.flow.guidance import CheapCFG
@@ -48,6 +49,7 @@ def test_a_budget_is_read_alike_everywhere(pipe, word):
     assert pipe.transformer.resolve_budget(word) == 1
     assert SampleConfig(budgets=[1, word]).budgets == [1.0, 0.25]
     assert load_config(None, {"sample.budgets": f"[1, {word}]"}).sample.budgets == [1.0, 0.25]
+    assert OperatingPoint(word, guide_budget=word) == OperatingPoint(0.25, guide_budget=0.25)
     assert CheapCFG(2.0, word) == CheapCFG(2.0, 0.25)
     assert (
         ElasticGuidance(2.0, guide_budget=word).guidance

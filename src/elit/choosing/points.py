@@ -7,7 +7,7 @@ from elit._plain import from_plain
 from elit.caching.step_cache import StepCache
 from elit.flow.guidance import Guidance, make_guidance
 from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
-from elit.interface.budget import format_budget
+from elit.interface.budget import format_budget, read_budget
 from elit.models.elastic import ElasticMixin
 
 
@@ -36,6 +36,11 @@ class OperatingPoint:
     budgets_of_steps: tuple[float, ...] | None = None
     guide_budgets_of_steps: tuple[float | None, ...] | None = None
     cache: StepCache | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "guide_budget"):
+            if isinstance(typed := getattr(self, name), str):
+                object.__setattr__(self, name, read_budget(typed))
 
     def arguments(self) -> dict[str, Any]:
         """What a pipeline is called with: `pipeline(labels, **point.arguments())`."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elit._numbers import is_whole
 from elit.data import ImageDataset
+from elit.data.tensors import check_names
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +53,15 @@ class Given(ImageDataset):
         elif null is not None:
             raise ValueError(f"null is of items with {LATENTS}; leave it out")
         elif not self.has_captions:
-            names = class_names or getattr(dataset, "classes", None) or self._count_classes()
+            names = class_names or _classes_of(dataset) or self._count_classes()
             self.class_names = tuple(map(str, names))
-        self._shapes = {name: getattr(value, "shape", ()) for name, value in first.items()}
+        self.shapes = {name: getattr(value, "shape", ()) for name, value in first.items()}
 
     def about(self) -> dict[str, Any]:
         """What a run that goes on must find again."""
         about: dict[str, Any] = {"count": len(self), "shape": list(self.image_shape)}
         if self.for_diffusers:
-            return about | {"arguments": {n: list(self._shapes[n]) for n in self.encodings}}
+            return about | {"arguments": {n: list(self.shapes[n]) for n in self.encodings}}
         return about | {"captions" if self.has_captions else "classes": self.num_classes or True}
 
     def batch(self, indices: Iterable[int]) -> dict[str, Any]:
@@ -68,10 +69,10 @@ class Given(ImageDataset):
         items = [self._item(position) for position in positions]
         for position, item in zip(positions, items, strict=True):
             shapes = {name: getattr(value, "shape", ()) for name, value in item.items()}
-            if shapes != self._shapes:
+            if shapes != self.shapes:
                 raise ValueError(
                     f"item {self.rows[position]} has {_in_words(shapes)}, but the first has "
-                    f"{_in_words(self._shapes)}; make all alike: crop images, pad texts"
+                    f"{_in_words(self.shapes)}; make all alike: crop images, pad texts"
                 )
             label = item.get("class_labels", 0)
             if self.num_classes and not 0 <= int(label) < self.num_classes:
@@ -83,7 +84,7 @@ class Given(ImageDataset):
             name: [item[name] for item in items]
             if name == "captions"
             else torch.stack([item[name] for item in items])
-            for name in self._shapes
+            for name in self.shapes
         }
 
     def __len__(self) -> int:
@@ -94,6 +95,7 @@ class Given(ImageDataset):
         item = self.dataset[row]
         if isinstance(item, Mapping) and LATENTS in item:
             self.for_diffusers = True
+            check_names(item, f"item {row}")
             return {
                 "images" if name == LATENTS else name: _as_tensor(value, name, row)
                 for name, value in item.items()
@@ -105,7 +107,7 @@ class Given(ImageDataset):
             )
             told = [one for one in told if one is not None][-1:]
         else:
-            image, *told = item if isinstance(item, list | tuple) else (None,)
+            image, *told = item if isinstance(item, list | tuple) and len(item) else (None,)
         if image is None or len(told) != 1:
             has = sorted(item) if isinstance(item, Mapping) else type(item).__name__
             raise ValueError(f"item {row} is {has!s:.60}; give {_ALLOWED}")
@@ -134,6 +136,13 @@ class Given(ImageDataset):
                 )
 
 
+def _classes_of(dataset: Any) -> Sequence[str] | None:
+    """Names as torchvision's data sets have them, also below a Subset."""
+    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return getattr(dataset, "classes", None)
+
+
 def split_given(
     dataset: Any,
     validation: Any = None,
@@ -155,7 +164,13 @@ def split_given(
             len(some),
         )
     others = dataset if validation is None else validation
-    return train, Given(others, "validation", held, train.class_names, null)
+    held_out = Given(others, "validation", held, train.class_names, null)
+    if held_out.shapes != train.shapes:
+        raise ValueError(
+            f"the held-out items have {_in_words(held_out.shapes)}, those of training "
+            f"{_in_words(train.shapes)}; make all alike"
+        )
+    return train, held_out
 
 
 def _length(dataset: Any) -> int:

@@ -65,9 +65,8 @@ class Tensors(ImageDataset):
                 f"{self.path} has {LATENTS} of {latents.dtype} and shape {tuple(latents.shape)}; "
                 f"it needs two or more of floats, (K, C, h, w), or (K, C, t, h, w) of clips"
             )
+        check_names(self.conditions, self.path)
         for name, tensor in self.conditions.items():
-            if name in _RESERVED:
-                raise ValueError(f"{self.path} has {name}, which training makes itself; remove it")
             if not tensor.ndim or len(tensor) != count:
                 raise ValueError(
                     f"{self.path} has {name} of shape {tuple(tensor.shape)}, but {count} "
@@ -96,6 +95,13 @@ class Tensors(ImageDataset):
                     f"{self.path} has numbers that are not finite in row {row}: {name}"
                 )
         return batch
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """Raise a ValueError for arguments of the transformer that training gives it."""
+    for name in names:
+        if name in _RESERVED:
+            raise ValueError(f"{where} has {name}, which training makes itself; remove it")
 
 
 def _as_float32(tensor: torch.Tensor) -> torch.Tensor:

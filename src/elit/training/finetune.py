@@ -114,16 +114,21 @@ def load_base(base: str, shift: Shift = 1.0) -> Any:
     is_ours = is_pipeline and read_index(folder).get("_class_name") in OURS
     if is_ours or not (is_pipeline or (folder / "config.json").exists()):
         pipeline = load_pipeline(base)  # or the error of what is no folder of either
-        if (trained := shift_of(pipeline.scheduler)) != shift:
-            raise ValueError(
-                f"objective.shift={shift}, but {base} draws with shift {trained}; set "
-                f"objective.shift={trained}"
-            )
+        check_same_shift(pipeline.scheduler, shift, base)
         return pipeline.transformer
     folder = folder / "transformer" if is_pipeline else folder
     name = str(read_config(folder / "config.json").get("_class_name"))
     check_kind(name, str(folder))
     return getattr(diffusers, name).from_pretrained(folder)
+
+
+def check_same_shift(scheduler: Any, shift: Shift, where: str) -> None:
+    """Raise a ValueError unless a pipeline of ours draws with the shift that is trained with."""
+    if (trained := shift_of(scheduler)) != shift:
+        raise ValueError(
+            f"objective.shift={shift}, but {where} draws with shift {trained}; set "
+            f"objective.shift={trained}"
+        )
 
 
 def check_kind(name: str, where: str) -> None:

@@ -11,13 +11,14 @@ from torch import Tensor
 from elit.data import MEMORY
 from elit.data.given import Given, split_given
 from elit.models.base import ModelBase
+from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.folder import draws_images
 from elit.training import loop
 from elit.training.build import DataSets, MakeModel
 from elit.training.config import DataConfig, TrainConfig
 from elit.training.config_files import load_config, settings_of_base
 from elit.training.estimate import match_flops as steps_of
-from elit.training.finetune import check_kind
+from elit.training.finetune import check_kind, check_same_shift
 from elit.training.loop import TrainResult
 from elit.training.preflight import check_config
 
@@ -92,6 +93,8 @@ def finetune(
             return copy.deepcopy(base).float().requires_grad_(True)
 
     config = _config(config, overrides, under)
+    if make_base is not None and isinstance(model, ElasticPipeline):
+        check_same_shift(model.scheduler, config.objective.shift, "the pipeline")
     data = None if dataset is None else split_given(dataset, validation, null=null)
     return _run(config, data, validation, overrides, match_flops, progress, make_base)
 
@@ -100,9 +103,8 @@ def _config(
     config: Config, overrides: Overrides | None, under: Mapping[str, Any] | None = None
 ) -> TrainConfig:
     if isinstance(config, TrainConfig):
-        tree = {**config.to_dict(), **(under or {})}
-        if under:
-            tree["retrofit"] = config.to_dict()["retrofit"] | under["retrofit"]
+        tree = config.to_dict()
+        tree["retrofit"] |= (under or {}).get("retrofit", {})
         return load_config(None, overrides or {}, tree)
     return load_config(os.fspath(config), overrides or {}, under)
 
