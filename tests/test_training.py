@@ -284,7 +284,7 @@ def test_a_damaged_checkpoint_is_named(saved, tmp_path, edit, reason) -> None:
         (
             4,
             {"objective_prediction_type": "sample"},
-            r"\(objective.prediction_type: velocity there",
+            r"\(objective.prediction_type: velocity",
         ),
     ],
 )
