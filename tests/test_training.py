@@ -281,6 +281,11 @@ def test_a_damaged_checkpoint_is_named(saved, tmp_path, edit, reason) -> None:
     [
         (1, {}, r"at step 2 already, beyond train\.steps=1; raise"),
         (4, {"data_batch_size": 8}, r"holds another run \(data: .*another output_dir"),
+        (
+            4,
+            {"objective_prediction_type": "sample"},
+            r"\(objective.prediction_type: velocity",
+        ),
     ],
 )
 def test_another_run_in_the_same_folder_is_refused(saved, steps, changes, message) -> None:

@@ -40,7 +40,11 @@ def fixed_settings(config: TrainConfig, fingerprint: str | None = None) -> dict[
             settings["data"]["options"].pop(option, None)
         settings["data"]["fingerprint"] = fingerprint
     fixed = {key: settings[key] for key in _FIXED}
-    return {**fixed, "optimizer.name": config.optimizer.name}
+    return {
+        **fixed,
+        "optimizer.name": config.optimizer.name,
+        "objective.prediction_type": config.objective.prediction_type,
+    }
 
 
 def read_state(path: Path) -> dict[str, Any]:
