@@ -544,7 +544,8 @@ def no_constant(word: str) -> None:
 def test_inspect_writes_numbers_maps_and_sheets(inspect, tmp_path) -> None:
     words = (*QUICK, "--sigma", 0.3, 0.7, "--budget", 1, "1/4", 0.25)
     code, out, err = inspect("digits", *words)
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert "noise levels" in err  # the bar: it takes minutes
     folder = tmp_path / "out"
     report = json.loads((folder / "inspect.json").read_text(), parse_constant=no_constant)
     assert [(m["sigma"], m["num_latents"]) for m in report["maps"]] == [
