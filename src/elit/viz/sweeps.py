@@ -97,8 +97,13 @@ class Rows:
         return float(value) if is_number(value) else 0.0
 
     def told_apart(self, name: str) -> bool:
-        """Whether the best of all is better than the second by more than its error."""
+        """Whether the best of all is better than the second by more than its error.
+
+        A distance that is estimated as 0 or less is not told from 0.
+        """
         lower = SCORES[name].lower_is_better
+        if lower and (self.best(self.scored(name), name) or 0) <= 0:
+            return False
         values = [(self.score(i, name) or 0.0, i) for i in self.scored(name)]
         if len(values) < 2:
             return True
