@@ -286,7 +286,10 @@ def test_python_m_elit_is_the_same() -> None:
         ),
         ("flops elit-dit-s/2 --budgets 1 1.01", r"--budgets: budget '1.01' is outside \(0, 1\]"),
         ("sample @tiny --budget", r"--budget: expected at least one argument"),
-        ("sample @tiny --labels three", r"--labels: 'three' is not allowed; give a whole number"),
+        (
+            "sample @tiny --labels three",
+            r"class 'three' is no number, and this model knows no names",
+        ),
         ("sample @tiny --labels -1", r"--labels: '-1' is not allowed; .*at least 0"),
         (f"train moving-shapes --data.options.count {10**19}", r"count=1000.*at most 922337"),
         ("quickstart --lr fast", r"--lr.*fast"),
