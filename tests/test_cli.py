@@ -601,7 +601,7 @@ def test_sample_prints_a_table_and_the_sheet(run) -> None:
         "budget", "latents per group", "MFLOPs per forward", "ms per image",
     ]  # fmt: skip
     assert [line.split()[:2] for line in lines[2:-4]] == [["1", "16"], ["1/4", "4"]]
-    assert lines[-3] == "1 steps, guidance none; ms with 3 images at a time"
+    assert lines[-3] == "1 step, guidance none; ms with 3 images at a time"
     assert lines[-1] == str(Path("x/samples.png"))
     assert len(list(Path("x/budget-1").iterdir())) == 3  # all classes
 
@@ -675,7 +675,7 @@ def test_train_leaves_what_sample_and_flops_take(run, tmp_path) -> None:
     assert code == 0
     assert re.match(r"trained to step 3 of 3 in \d+ s: my run\n", out)
     (line,) = re.findall(r"^sample:  elit (.*)$", out, re.MULTILINE)
-    assert line == "sample 'my run' --budget 1 0.25"
+    assert line == "sample 'my run' --budget 1 0.25 --steps 40 --guidance ccfg --scale 2"
     assert run("sample", "my run", "--budget", 1, 0.25, "--steps", 1)[0] == 0
     assert run_json(run, "flops", "my run")["resolution"] == 16
     # Resume = the same command again, also from the config that the run keeps.

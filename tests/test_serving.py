@@ -386,7 +386,9 @@ def test_a_full_queue_refuses() -> None:
         workers.queue.hello(0, FACTS)
         first = asyncio.ensure_future(workers.queue.draw(pictures(3)))
         await asyncio.sleep(0)
-        with pytest.raises(RefusedError, match=r"^3 pictures wait already; ask again in") as full:
+        with pytest.raises(
+            RefusedError, match=r"^3 pictures in the queue already; ask again in"
+        ) as full:
             await workers.queue.draw(pictures(1))
         assert full.value.status == 429
         await _settle()

@@ -100,7 +100,7 @@ class Dispatcher:
         if late <= 0:
             first = self._control.ends([*self._waiting], self._control.lowest, free)
             late = min(first.values(), default=0.0) - self.clock()
-            message = f"{counted(len(self._waiting), 'picture')} waiting already"
+            message = f"{counted(len(self._waiting), 'picture')} in the queue already"
         else:
             message = (
                 f"even at the lowest budget this would be done {late:.3g} s after the target of "
