@@ -65,10 +65,11 @@ def run(args: argparse.Namespace) -> int:
     if evaluation.process.rank == 0:  # which merges the rows of this call with those that are there
         alone = locked(home, f"another process sweeps into {home}; wait for its end, or give --out")
     with alone:
-        if grid is None:
-            report = search_caps(args, evaluation, home)
-        else:
-            report = sweep(evaluation, grid, home, args.rank_by)
+        report = (
+            search_caps(args, evaluation, home)
+            if grid is None
+            else sweep(evaluation, grid, home, args.rank_by)
+        )
         if report is None:  # the first process tells
             return 0
         page = write_table_and_page(report, evaluation, home)

@@ -286,10 +286,9 @@ class _Task:
     def plan(self, share: float, one: Candidate) -> OperatingPoint | None:
         """Of the schedule, within a share of the cap; None if its cheapest costs more."""
         rising = np.asarray(self.schedule.levels) - 0.5
-        schedule = self.schedule.counting(
-            np.exp(one.tilt * rising), 2.0**one.guide * np.exp(one.guide_tilt * rising)
-        )
-        within = {name: share * cap for name, cap in self.within.items()}
+        guide = 2.0**one.guide * np.exp(one.guide_tilt * rising)
+        schedule = self.schedule.counting(np.exp(one.tilt * rising).tolist(), guide.tolist())
+        within: dict[str, Any] = {name: share * cap for name, cap in self.within.items()}
         try:
             plan = schedule.plan(
                 self.pipeline, **within, guidance=self.guidance, num_inference_steps=one.steps,
