@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FirstBlockCacheConfig
 from torch import Tensor
@@ -100,6 +101,9 @@ class Bench:
         """Samples whose first steps are at half the grid, by Euler's method."""
         levels = self.pipe.start(way.steps, "cpu")
         coarse = [coarse_sigma(level) for level in levels[: way.coarse + 1]]
+        seen = self.pipe.start(1, "cpu", coarse)
+        if len(seen) != len(coarse) or not np.allclose(seen, coarse):
+            raise ValueError("half the grid is drawn by Euler's method, on levels without a shift")
         states = [coarse_noise(noise)]
 
         def keep(_pipe: Any, _step: int, _timestep: Any, given: dict) -> dict:
@@ -210,6 +214,17 @@ def fewer_steps(bench: Bench, share: float) -> Way | None:
     return Way(max(1, int(share * bench.args.steps + 1e-9)))
 
 
+def guided_early(bench: Bench, share: float) -> Way | None:
+    """Full budget in as many steps, with a guide above sigma 1/2 alone: what plans may do too."""
+    each = []
+    for steps in range(1, 2 * bench.args.steps):
+        levels = bench.pipe.start(steps, "cpu")
+        guides = [bench.most if level > 0.5 else 0 for level in levels]
+        each.append(Way(steps, (bench.most,) * len(levels), tuple(guides)))
+    within = [way for way in each if bench.flops(way) <= share * bench.whole * (1 + 1e-9)]
+    return within[-1] if within and bench.guidance else None
+
+
 def constant(bench: Bench, share: float) -> Way | None:
     """The largest budget, of all steps."""
     steps = bench.args.steps
@@ -301,8 +316,9 @@ def ways_at(share: float) -> dict[str, Callable[[Bench, float], Way | None]]:
         "derived" if p == 1 else f"derived, {p:.0%} of the steps": planned("errors", p)
         for p in parts
     }
+    early = {"steps guided above sigma 0.5": guided_early}
     if share == 1:  # others are full budget there
-        return {FULL: fewer_steps, **derived}
+        return {FULL: fewer_steps, **early, **derived}
     halves = {f"half the grid for {p:.0%} of the steps": from_half(p) for p in (0.25, 0.5, 0.75)}
     caches = {
         kind + " with derived budgets" * both: cached(kind, both)
@@ -310,8 +326,8 @@ def ways_at(share: float) -> dict[str, Callable[[Bench, float], Way | None]]:
         for both in (False, True)
     }
     return {
-        "constant budget": constant, "fewer steps": fewer_steps, "spectral": planned("spectrum"),
-        **derived, **halves, **caches, "searched": searched,
+        "constant budget": constant, "fewer steps": fewer_steps, **early,
+        "spectral": planned("spectrum"), **derived, **halves, **caches, "searched": searched,
     }  # fmt: skip
 
 
