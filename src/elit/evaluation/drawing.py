@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -124,7 +124,7 @@ class Drawing:
     def warm_up(self, point: OperatingPoint) -> None:
         """Draw a batch in one step, guide and all: the first call of a process is slow."""
         budget = max(point.budgets_of_steps or (point.budget,))
-        alike = {"budgets_of_steps": None, "guide_budgets_of_steps": None}
+        alike: dict[str, Any] = {"budgets_of_steps": None, "guide_budgets_of_steps": None}
         first = replace(point, steps=1, interval=None, budget=budget, **alike)
         self._batch(first, range(min(self.count, self.batch_size)))
 
@@ -134,8 +134,10 @@ class Drawing:
         wanted = [self.wanted(number) for number in numbers]
         seeds = [self.seed + number for number in numbers]
         started = time.perf_counter()
-        told = nullcontext([]) if point.cache is None else forwards_of(pipeline.transformer)
-        with told as made:
+        with ExitStack() as stack:
+            made: list[Forward] = []
+            if point.cache is not None:
+                made = stack.enter_context(forwards_of(pipeline.transformer))
             latents = draw_batch(
                 pipeline, wanted, seeds, **point.arguments(), height=height, width=width,
                 num_frames=self.frames, output_type="latent",

@@ -80,7 +80,7 @@ def _guides_alike(point: OperatingPoint, guidance: Guidance | None) -> bool:
 
 
 def _is_of(
-    report: Mapping[str, Any], pipeline: ElasticPipeline, run: str,
+    report: dict[str, Any], pipeline: ElasticPipeline, run: str,
     size: Sequence[int | None], within: Mapping[str, float],
 ) -> bool:  # fmt: skip
     """Whether a sweep is of these weights, sampler and size, and times of this device."""

@@ -211,7 +211,7 @@ class _Task:
         at_once, count = self.drawing.batch_size, self.drawing.count
         self.few = min(count, at_once * max(1, count // (_FEWER * at_once)))
         self.at = cache(lambda n: replace(evaluation, drawing=replace(self.drawing, count=n)))
-        self.fit = cache(self._fit)  # type: ignore[method-assign]
+        self.fit = cache(self._fit)
         schedule.plan(self.pipeline, 1e30, None, guidance, 1)  # says what doesn't fit
 
     def default_caches(self) -> list[StepCache]:
