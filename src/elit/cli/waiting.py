@@ -64,12 +64,13 @@ class _Watch:
             self.say(f"importing {name}")
 
     def run(self) -> None:
-        imported = 0.0  # when something last was
+        imported, was = 0.0, None  # when something last was imported, and what was a moment ago
         while not self.done.wait(0.2):
             package = _importing()
             # What is imported stays: looking for garbage in it took a quarter of the time.
-            if self.collects:
+            if self.collects and bool(package) != bool(was):
                 (gc.disable if package else gc.enable)()
+            was = package
             stages, now = list(_stages), time.monotonic()
             imported = now if package else imported
             if now - self.last < PATIENCE or _bars():
