@@ -324,16 +324,25 @@ def test_features_in_the_shards(dinov2: Path, tmp_path: Path, store: str) -> Non
     assert 0 < metrics(tmp_path / "run")[-1]["alignment"] < 2
     prepare(source, out, **settings)  # nothing is left to do, and nothing differs
     other = shutil.copytree(dinov2, tmp_path / "other")
-    tensors = load_file(other / "model.safetensors")
-    tensors["layernorm.bias"] += 1
-    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    change_weights(other)
     with pytest.raises(ValueError, match=r"was begun with features.sha256="):
         prepare(source, out, **settings | {"features": str(other)})
 
 
 def test_an_encoder_looks_at_pixels_as_they_come(dinov2: Path, tmp_path: Path) -> None:
-    train(aligned_config(tmp_path / "run", 2, alignment_encoder=str(dinov2)), progress=False)
+    """A run doesn't go on with another one of that name."""
+    encoder = shutil.copytree(dinov2, tmp_path / "encoder")
+    train(aligned_config(tmp_path / "run", 2, alignment_encoder=str(encoder)), progress=False)
     assert "alignment" in metrics(tmp_path / "run")[-1]
+    change_weights(encoder)
+    with pytest.raises(ValueError, match=r"features of another model: .*have changed since"):
+        train(aligned_config(tmp_path / "run", 4, alignment_encoder=str(encoder)), progress=False)
+
+
+def change_weights(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["layernorm.bias"] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def test_data_without_features_have_the_fingerprint_that_they_had(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ model's forward nor what is saved of it changes.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class Alignment:
         self._hidden: Tensor | None = None
         self._losses: list[Tensor] = []
         block = model.blocks[aligned_depth(model, self.options) - 1]
-        block.register_forward_hook(self._see)
+        self._hook = block.register_forward_hook(self._see)
 
     def _see(self, _: nn.Module, __: Any, hidden: Any) -> None:
         if torch.is_grad_enabled():
@@ -96,6 +97,30 @@ class Alignment:
         self._losses.clear()
         self._hidden = None  # a checkpointed block was called again in the backward pass
         return mean
+
+    @property
+    def checksum(self) -> str | None:
+        """Of a vision model that may change behind its name; other features follow from the data.
+
+        The classifier's weights do too, but for rounding.
+        """
+        if self.maps is None or self.options.encoder == CLASSIFIER:
+            return None
+        return self.maps.about.sha256
+
+    def check_same(self, checksum: str | None, path: Path) -> None:
+        """Raise a ValueError if a checkpoint was trained on the features of another model."""
+        if checksum is not None and self.checksum not in (None, checksum):
+            raise ValueError(
+                f"checkpoint {path} was trained on the features of another model: the weights of "
+                f"alignment.encoder={self.options.encoder} have changed since; put those back, or "
+                f"choose another output_dir"
+            )
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self._hook.remove()
+        self.parallel.close()
 
 
 class Projector(nn.Module):

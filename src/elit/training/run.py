@@ -46,6 +46,7 @@ from elit.training.resume import (
     fixed_settings,
     frozen_digest,
     last_step,
+    read_state,
 )
 from elit.training.validation import sample_sheet, validation_losses, worth_of_parts
 from elit.training.watch import Monitor, PartLatents, watch_interface
@@ -276,6 +277,7 @@ class Run:
             "seconds": self.seconds,
             "base": self.frozen,
             "in_use": self.dataset.in_use,
+            "features": self.alignment and self.alignment.checksum,
             "config": fixed_settings(self.config, self.dataset.fingerprint),
             **self.optimizer.state(),
         }
@@ -287,6 +289,9 @@ class Run:
         step = last_step(self.folder, steps, self.config.train.steps)
         if step:
             check_same_run(folder / step_name(step), self.config, self.frozen, self.dataset)
+            if self.alignment is not None:
+                path = folder / step_name(step)
+                self.alignment.check_same(read_state(path).get("features"), path)
             state = self.checkpoints.load(step, self._tensors(), ("ema_steps", "seconds", "scaler"))
             self.average.optimization_step = state["ema_steps"]
             self._seconds_before = state["seconds"]
@@ -319,7 +324,7 @@ class Run:
         self.log.close()
         self.parallel.close()
         if self.alignment is not None:
-            self.alignment.parallel.close()
+            self.alignment.close()
 
 
 def _is_due(step: int, every: int, is_last: bool = False) -> bool:
