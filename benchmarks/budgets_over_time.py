@@ -1,6 +1,9 @@
 """What each way to spend a share of full budget's FLOPs loses: distance, and error at the end.
 
-    for run in runs/a runs/b runs/c; do elit schedule $run; done
+    for run in runs/a runs/b runs/c; do
+        elit schedule $run
+        elit sweep $run --search --scale 2 --max-gflops 1.02 0.61  # shares of the full budget's
+    done
     python benchmarks/budgets_over_time.py runs/a runs/b runs/c --out results
 
 Runs of one config differ by their seeds: a row has the mean over them and its standard error. Every
@@ -32,6 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from elit import CFG, load_pipeline, load_schedule
 from elit._files import digest_of, write_json
 from elit.caching.calibration import calibrate_cache
+from elit.choosing.points import OperatingPoint
+from elit.choosing.sweep_file import SWEEP_FILE, default_home, read_sweep
 from elit.data import load_dataset
 from elit.evaluation.frechet import Moments, frechet_distance
 from elit.evaluation.images import to_bytes
@@ -304,8 +309,17 @@ def fitted(bench: Bench, way: Way, make: Callable[[float], Any], share: float) -
 
 
 def searched(bench: Bench, share: float) -> Way | None:
-    """What `elit sweep --search` found for the share; until it is there, nothing."""
-    del bench, share
+    """What `elit sweep RUN --search --scale S --max-gflops G` found for these FLOPs, if it ran."""
+    file = default_home(bench.run) / SWEEP_FILE
+    model, scale = bench.pipe.transformer, bench.guidance and bench.guidance.scale
+    for row in read_sweep(file)["rows"] if file.exists() else []:
+        search, point = row.get("search") or {}, OperatingPoint.from_dict(row)
+        is_near = abs(search.get("max_flops", 0) / (share * bench.whole) - 1) < 0.01
+        if search.get("best") and is_near and point.scale == scale:
+            own = point.budgets_of_steps or (point.budget,) * point.steps
+            guides = point.guide_budgets_of_steps or own
+            numbers = [[(b and model.resolve_budget(b)) or 0 for b in one] for one in (own, guides)]
+            return Way(point.steps, *map(tuple, numbers), point.cache and point.cache.config())
     return None
 
 
