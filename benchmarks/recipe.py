@@ -59,8 +59,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shift 0.5": {"objective.shift": 0.5},
     "x-prediction": {"objective.prediction_type": "sample"},
     "repa tokens": {"alignment.weight": 0.5, "alignment.encoder": "classifier"},
+    "irepa tokens": {
+        "alignment.weight": 0.5, "alignment.encoder": "classifier", "alignment.kind": "irepa",
+    },
     "repa latents": {
         "alignment.weight": 0.5, "alignment.encoder": "classifier", "alignment.where": "latents",
+    },
+    "muon, irepa tokens": {
+        "optimizer.name": "muon", "alignment.weight": 0.5, "alignment.encoder": "classifier",
+        "alignment.kind": "irepa",
     },
 }  # fmt: skip
 MODELS = {"dit": [1.0], "elit-mb": [1.0, 1 / 8]}  # and the budgets that are measured
@@ -147,7 +154,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.model}-{self.variant.replace(' ', '-')}-seed{self.seed}"
+        return f"{self.model}-{self.variant.replace(',', '').replace(' ', '-')}-seed{self.seed}"
 
     @property
     def is_gated(self) -> bool:
