@@ -784,6 +784,19 @@ def test_each_synonym_means_a_flag_or_a_field() -> None:
     assert {one for several in SYNONYMS.values() for one in several} <= names
 
 
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("train digits --model x", "did you mean --model.preset?"),
+        ("train digits --train.resume x", "--train.resume: the same command again goes on"),
+        ("sample run --model x", "--model: the model is named without a flag"),
+    ],
+)
+def test_advice_is_for_what_no_flag_does(run, line, hint) -> None:
+    code, _, err = run(*line.split())
+    assert (code, hint in err) == (2, True), err
+
+
 def test_numbers_are_in_units_that_people_read() -> None:
     counts = [counted(n, noun) for n, noun in ((1, "class"), (2, "class"), (1, "step"))]
     assert counts == ["1 class", "2 classes", "1 step"]

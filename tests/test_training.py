@@ -30,6 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from elit import ElitPipeline
+from elit._files import digest_of
 from elit._random import generator
 from elit.cli.main import main
 from elit.data import load_dataset
@@ -291,6 +292,25 @@ def test_a_damaged_checkpoint_is_named(saved, tmp_path, edit, reason) -> None:
 def test_another_run_in_the_same_folder_is_refused(saved, steps, changes, message) -> None:
     with pytest.raises(ValueError, match=message):
         train(tiny_config(saved, steps=steps, **changes), progress=False)
+
+
+def test_what_an_older_checkpoint_does_not_name_was_as_by_default(saved, tmp_path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json"
+    state = json.loads(file.read_text())
+    for late in ("alignment", "optimizer.name", "objective.prediction_type"):
+        del state["config"][late]
+    del state["digest"]
+    file.write_text(json.dumps({**state, "digest": digest_of(state)}))
+    for changes in (
+        {"objective_prediction_type": "sample"},
+        {"optimizer_name": "muon"},
+        {"alignment_weight": 0.5, "alignment_encoder": "classifier"},
+    ):
+        with pytest.raises(ValueError, match="holds another run"):
+            train(tiny_config(tmp_path / "run", steps=3, **changes), progress=False)
+    train(tiny_config(tmp_path / "run", steps=3), progress=False)
+    assert metrics(tmp_path / "run")[-1]["step"] == 3
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_at_once(tmp_path) -> None:

@@ -35,6 +35,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "max_steps": ("train.steps", "steps"),
     "max_train_steps": ("train.steps", "steps"),
     "mixed_precision": ("precision", "dtype"),
+    "model": ("model.preset", "preset"),
     "n": ("count", "samples"),
     "num_frames": ("frames",),
     "num_images": ("count", "samples", "images", "n"),
@@ -76,29 +77,42 @@ ADVICE = {
 
 def meant(name: str, allowed: Iterable[str]) -> str | None:
     """The flag, key or field that a name means: written otherwise, known elsewhere, or nearest."""
-    names: dict[str, list[str]] = {}
     plains = {_plain(known): known for known in allowed}
-    for plain, known in plains.items():
-        for ending in {plain, plain.rpartition(".")[2]}:
-            names.setdefault(ending, []).append(known)
-    word = _plain(name).rpartition(".")[2]
-    for one in (_plain(name), *SYNONYMS.get(word, ()), word):
-        if len(found := names.get(one, [])) == 1:
-            return found[0]
+    if found := _known_as(name, plains):
+        return found
     near = nearest(_plain(name), plains)
     return plains[near] if near else None
 
 
+def _known_as(name: str, plains: Mapping[str, str]) -> str | None:
+    """The only one that a name means without a guess."""
+    names: dict[str, list[str]] = {}
+    for plain, known in plains.items():
+        for ending in {plain, _ending(plain)}:
+            names.setdefault(ending, []).append(known)
+    word = _ending(_plain(name))
+    for one in (_plain(name), *SYNONYMS.get(word, ()), word):
+        if len(found := names.get(one, [])) == 1:
+            return found[0]
+    return None
+
+
 def hint_at(name: str, allowed: Iterable[str], otherwise: str) -> str:
     """What to do instead of an unknown flag, key or field."""
-    if advice := ADVICE.get(_plain(name)):
+    plains = {_plain(known): known for known in allowed}
+    advice = ADVICE.get(_ending(_plain(name)))
+    if advice and not _known_as(name, plains):
         return advice
-    near = meant(name, allowed)
+    near = meant(name, plains.values())
     return f"did you mean {near}?" if near else otherwise
 
 
 def _plain(name: str) -> str:
     return name.lower().lstrip("-").replace("-", "_")
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def nearest(value: Any, allowed: Iterable[str]) -> str | None:

@@ -170,8 +170,8 @@ def _meant(key: str, keys: Iterable[str]) -> str:
     section, dot, name = key.rpartition(".")
     if key in everywhere:  # at the top, what belongs into a section
         return f"did you mean {everywhere[key]}?"
-    if name in SYNONYMS or name in ADVICE:
-        return hint_at(name, keys, "")
+    if (name in SYNONYMS or name in ADVICE) and (hint := hint_at(name, keys, "")):
+        return hint
     inside = [known for known in keys if dot and known.startswith(f"{section}.")]
     siblings = inside or [BASE, *(known.partition(".")[0] for known in keys)]
     beside = {known.removeprefix(f"{section}."): known for known in siblings}

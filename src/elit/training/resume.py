@@ -106,10 +106,10 @@ def check_same_run(
             f"{folder} holds a run on other data than {data} (fingerprint {then_data[:12]} there, "
             f"{now_data[:12]} now); put that data back, or choose another output_dir"
         )
+    # What a checkpoint of an older version doesn't name was as by default.
+    there = fixed_settings(TrainConfig()) | there if there else now
     different = [
-        f"{key}: {there[key]} there, {now[key]} now"
-        for key in now
-        if there.get(key, now[key]) != now[key]
+        f"{key}: {there[key]} there, {now[key]} now" for key in now if there[key] != now[key]
     ]
     if different:
         raise ValueError(
