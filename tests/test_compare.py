@@ -248,12 +248,14 @@ def test_times_on_the_command_line(compare, tmp_path) -> None:
     for name, preset, report in zip(("a", "b"), ("elit-dit-tiny/2", "dit-tiny/2"), reports,
                                     strict=True):  # fmt: skip
         report["settings"] |= {"size": [16, 16], "batch_size": 2, "sampler": SAMPLER}
+        cache = {"kind": "FirstBlockCache", "threshold": 0.1}
+        report["rows"].append(report["rows"][0] | {"steps": 3, "cache": cache})
         ElitPipeline(create_model(preset), make_scheduler("euler")).save_pretrained(tmp_path / name)
         swept(tmp_path / name, report)
     code, out, err = compare("a", "b", "--times", "--device", "cpu", "--json")
     assert code == 0, err
     best = [row for line in json.loads(out)["best"] for row in line["best"].values() if row]
-    assert all(row["ms_per_image"] > 0 for row in best)
+    assert all(row["ms_per_image"] > 0 for row in best if "cache" not in row)
     assert "ms per image" in (tmp_path / "compare.html").read_text()
 
 
@@ -264,9 +266,11 @@ def test_points_are_shared_where_everything_is_the_same() -> None:
     two["rows"][2]["guide_budget"] = 0.5
     two["rows"][3]["sampler"] = "another"
     two["rows"][4]["steps"] = 6
+    two["rows"][5]["budgets_of_steps"] = [1.0, 0.5]
+    two["rows"][6]["cache"] = {"kind": "FirstBlockCache", "threshold": 0.1}
     two["rows"].reverse()
     shared = shared_points({"a": one, "b": two})
-    assert len(shared) == len(one["rows"]) - 5
+    assert len(shared) == len(one["rows"]) - 7
     theirs = {json.dumps(row["scores"]): row for row in two["rows"]}
     for point in shared:
         scores = {score: own["b"] for score, own in point["scores"].items()}

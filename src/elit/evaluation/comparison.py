@@ -13,6 +13,7 @@ Report = dict[str, Any]
 # Scores that differ in one of these are not of the same thing.
 _SAME = ("networks", "samples", "seed", "drawn", "size", "eight_bit")
 _POINT = ("budget", "steps", "sampler", "guidance", "scale", "guide_budget", "interval")
+_SEARCHED = ("budgets_of_steps", "guide_budgets_of_steps", "cache")  # of some points alone
 _EQUAL_TRAINING = 0.05  # share by which training FLOPs may differ and still be called equal
 
 
@@ -40,6 +41,8 @@ def time_together(
 ) -> None:
     """Measure what an image of each row takes, the models in turns on one device, as was drawn.
 
+    Of rows with a step cache nothing is measured: theirs are times of whole runs, not of calls.
+
     Args:
         reports: of the sweeps; their rows get `ms_per_image`.
         runs: folders of the pipelines, in the same order.
@@ -65,9 +68,9 @@ def time_together(
         frames = [None] * (3 - len(settings["size"]))
         times = CallTimes(pipeline, min(settings["batch_size"], settings["samples"]),
                           (*frames, *settings["size"]), progress, anew=True)  # fmt: skip
-        points = [OperatingPoint.from_dict(row) for row in report["rows"]]
+        rows.append([row for row in report["rows"] if row.get("cache") is None])
+        points = map(OperatingPoint.from_dict, rows[-1])
         several.append((times, [pipeline.calls(**point.arguments()) for point in points]))
-        rows.append(report["rows"])
     for own, all_ms in zip(rows, ms_together(several), strict=True):
         for row, ms in zip(own, all_ms, strict=True):
             row["ms_per_image"] = ms
@@ -129,14 +132,16 @@ def shared_points(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
 
     def point_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
         values = (row.get(key) for key in _POINT)
-        return tuple(tuple(value) if isinstance(value, list) else value for value in values)
+        plain = (tuple(value) if isinstance(value, list) else value for value in values)
+        return (*plain, *(str(row.get(key)) for key in _SEARCHED))
 
     by_point = [{point_of(row): row for row in report["rows"]} for report in reports.values()]
     points = []
     for point, row in by_point[0].items():
         if all(point in own for own in by_point):
             rows = {name: own[point] for name, own in zip(reports, by_point, strict=True)}
-            points.append({key: row.get(key) for key in _POINT} | {
+            late = {key: row[key] for key in _SEARCHED if row.get(key) is not None}
+            points.append({key: row.get(key) for key in _POINT} | late | {
                 "gflops_per_image": {name: r["gflops_per_image"] for name, r in rows.items()},
                 "ms_per_image": {name: r.get("ms_per_image") for name, r in rows.items()},
                 "scores": {
