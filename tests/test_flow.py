@@ -474,11 +474,14 @@ def test_a_shifted_logit_normal_density_is_one_of_another_mean() -> None:
         for mean, shift in (((), 3.0), ((math.log(3),), 1.0), ((), "dimension"))
     )
     levels = [
-        density.shifted(density.sample(1000, torch.Generator().manual_seed(0)), (4, 96, 96))
+        density.sample(1000, torch.Generator().manual_seed(0), (4, 96, 96))
         for density in (plain, by_mean, by_size)
     ]
     torch.testing.assert_close(levels[0], levels[1])
     assert torch.equal(levels[0], levels[2])  # 9 times 4096
+    assert torch.equal(levels[0], plain.sample(1000, torch.Generator().manual_seed(0)))
+    with pytest.raises(ValueError, match=r"'dimension' needs the numbers of a sample"):
+        by_size.sample(1000, torch.Generator())
     levels = torch.rand(3)
     assert SigmaDensity().shifted(levels, (4, 96, 96)) is levels
 

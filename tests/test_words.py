@@ -90,6 +90,13 @@ def test_a_class_is_given_by_its_name(pipe, tmp_path):
     assert ElitPipeline.from_pretrained(tmp_path / "again").labels == pipe.labels
 
 
+def test_a_name_of_two_classes_is_none(pipe):
+    names = {0: "crane, bird", 1: "crane, machine", 2: "bag, bag"}
+    labels = ElitPipeline(pipe.transformer, pipe.scheduler, id2label=names).labels
+    whole = {"crane, bird": 0, "crane, machine": 1, "bag, bag": 2}
+    assert labels == whole | {"bird": 0, "machine": 1, "bag": 2}
+
+
 def test_names_are_of_the_model_s_classes(pipe):
     with pytest.raises(ValueError, match=r"give a name to numbers from 0 to 3"):
         ElitPipeline(pipe.transformer, pipe.scheduler, id2label={4: "hat"})

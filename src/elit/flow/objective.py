@@ -42,20 +42,28 @@ class SigmaDensity:
                 f"logit of mean {self.mean} and std {self.std} is not allowed; "
                 f"the mean is finite and the std is positive, 0 and 1 are usual"
             )
-
         check_shift(self.shift)
 
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw noise levels (count,) in [0, 1] on the generator's device, to be `shifted`."""
+    def sample(
+        self, count: int, generator: torch.Generator, shape: Sequence[int] | None = None
+    ) -> Tensor:
+        """Draw noise levels (count,) in [0, 1] on the generator's device.
+
+        Args:
+            count: of the levels.
+            generator: to draw with.
+            shape: of one of the samples that they are for; a shift by "dimension" needs it.
+        """
         from diffusers.training_utils import compute_density_for_timestep_sampling
 
-        return compute_density_for_timestep_sampling(
+        drawn = compute_density_for_timestep_sampling(
             self.name, count, self.mean, self.std, device=generator.device, generator=generator
         )
+        return self.shifted(drawn, shape)
 
-    def shifted(self, sigma: Tensor, shape: Sequence[int]) -> Tensor:
-        """Noise levels that were drawn, shifted for samples of a shape."""
-        return shifted(sigma, shift_at(self.shift, math.prod(shape)))
+    def shifted(self, sigma: Tensor, shape: Sequence[int] | None) -> Tensor:
+        """Noise levels that were drawn without a shift, shifted for samples of a shape."""
+        return shifted(sigma, shift_at(self.shift, None if shape is None else math.prod(shape)))
 
 
 def interpolate(data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

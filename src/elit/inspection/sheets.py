@@ -236,9 +236,8 @@ def told_of_worth(mean: Worth) -> str:
         rise = rises[number]
         error = float(rise.std() / len(rise) ** 0.5) if len(rise) > 1 else None
         cost, spread = with_error(float(rise.mean()), error)
-        texts.append(
-            f"leaving one out adds at most {cost.lstrip('+')} ± {spread}, latent {number + 1}"
-        )
+        cost = cost.lstrip("+") + ("" if error is None else f" ± {spread}")
+        texts.append(f"leaving one out adds at most {cost}, latent {number + 1}")
     core = float(mean.without_part[PARTS[0]].mean()) / full - 1
     texts.append(f"leaving out the core adds {core:.0%}")
     return "; ".join(texts) + "."

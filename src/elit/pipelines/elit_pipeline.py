@@ -27,7 +27,7 @@ class ElitPipeline(ElasticPipeline):
             diffusers' DiT has them. Text of digits is a number, never a name.
 
     Attributes:
-        labels: numbers of the classes by their names.
+        labels: numbers of the classes by their names, but for a name of several classes.
     """
 
     draws = "classes"
@@ -43,13 +43,16 @@ class ElitPipeline(ElasticPipeline):
         self.labels: dict[str, int] = {}
         if id2label is None:
             return
+        named: dict[str, list[int]] = {}
         for label, names in id2label.items():
             if not (str(label).isdigit() and int(label) < self.null_label and names):
                 raise ValueError(
                     f"id2label has {label!r:.60}: {names!r:.60}; give a name to numbers from 0 to "
                     f"{self.null_label - 1}, the model's classes"
                 )
-            self.labels |= {name.strip(): int(label) for name in (names, *names.split(","))}
+            for name in {name.strip() for name in (names, *names.split(","))}:
+                named.setdefault(name, []).append(int(label))
+        self.labels = {name: own[0] for name, own in named.items() if len(own) == 1}
         self.register_to_config(id2label={int(label): name for label, name in id2label.items()})
 
     def __call__(

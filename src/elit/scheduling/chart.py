@@ -66,7 +66,7 @@ def _told(schedule: Schedule, plans: dict[str, Plan]) -> str:
         levels = [s for s, n in zip(plan.levels, plan.latents, strict=True) if n == most]
         place = " to ".join(dict.fromkeys(f"{s:.2g}" for s in (max(levels), min(levels))))
         budget = format_budget(most / schedule.max_latents)
-        share = f"with {name} of full budget's FLOPs"
+        share = f"{'with' if texts else 'With'} {name} of full budget's FLOPs"
         texts.append(f"{share} the plan's highest budget, {budget}, is at noise level {place}")
     return "; ".join(texts) + "." * bool(texts)
 

@@ -220,7 +220,7 @@ def draw_rows(
     for block in range(first, last + 1):
         draw = generator(seed, "noise", step, block, device=device)
         noise = torch.randn((ROWS_AT_ONCE, *shape), generator=draw, device=device)
-        sigma = density.shifted(density.sample(ROWS_AT_ONCE, draw), shape)
+        sigma = density.sample(ROWS_AT_ONCE, draw, shape)
         drawn = [noise, sigma, torch.rand(ROWS_AT_ONCE, generator=draw, device=device)]
         if with_posterior:
             drawn.append(torch.randn((ROWS_AT_ONCE, *shape), generator=draw, device=device))

@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -51,7 +52,7 @@ def validation_losses(
     draw = generator(seed, "validation")
     shapes = [bucket.shape for bucket in dataset.buckets or ()] or [dataset.image_shape]
     noise = torch.randn((count, max(map(math.prod, shapes))), generator=draw)
-    sigma = density.sample(count, draw)
+    sigma = replace(density, shift=1.0).sample(count, draw)  # shifted by what each shape asks for
     posterior = noise  # not looked at
     if dataset.has_posterior:
         posterior = torch.randn(noise.shape, generator=generator(seed, "validation", 1))

@@ -92,12 +92,12 @@ class Rows:
         return float(value) if is_number(value) else None
 
     def error(self, number: int, name: str) -> float:
-        """Standard error of a row's score, where it is a mean over parts of the samples; else 0."""
+        """Standard deviation over parts of the samples, where a score is their mean; else 0."""
         value = (self.rows[number].get("deviations") or {}).get(name)
         return float(value) if is_number(value) else 0.0
 
     def told_apart(self, name: str) -> bool:
-        """Whether the best of all is better than the second by more than its error.
+        """Whether the best of all is better than the second by its `error` or more.
 
         A distance that is estimated as 0 or less is not told from 0.
         """
