@@ -13,7 +13,7 @@ from torch import nn
 from elit._plain import from_plain
 from elit.training.checkpoint import checkpoint_steps
 from elit.training.config import RetrofitConfig, TrainConfig
-from elit.training.estimate import estimate
+from elit.training.estimate import estimate, match_flops
 from elit.training.loop import train
 from elit.training.muon import Muon, hidden_matrices, newton_schulz, step_flops
 from elit.training.run import Run
@@ -162,6 +162,9 @@ def test_a_plan_counts_one_moment_and_the_work_of_muon(tmp_path) -> None:
     assert adamw["state_gb"] - muon["state_gb"] == pytest.approx(lighter)
     added = step_flops(run.model) / 1e12
     assert muon["step_tflops"] - adamw["step_tflops"] == pytest.approx(added)
+    other = muon_config(tmp_path, 1000, optimizer_name="adamw")
+    matched = match_flops(muon_config(tmp_path), other).train.steps
+    assert matched == round(1000 * adamw["step_tflops"] / muon["step_tflops"]) < 1000
     square = 5 * (4 + 2) * 32**3  # 5 steps of three products
     assert step_flops(run.model.blocks[0].attention) == 0  # it is in no block
     wide = 2 * 5 * (4 * 32 * 32 * 128 + 2 * 32**3)

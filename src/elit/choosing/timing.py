@@ -5,7 +5,7 @@ import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from time import perf_counter
 from typing import Any
 
@@ -114,8 +114,7 @@ class CallTimes:
         runs = [self.pipeline.calls(**point.arguments()) for point in simple]
         ms = dict(zip(simple, self.ms_of_runs(runs), strict=True))
         with_cache = [point for point in points if point.cache is not None]
-        of = [checksum_of(self.pipeline.transformer), list(map(str, self.what))] * bool(with_cache)
-        cached = {f"run {digest_of([p.to_dict(), *of])}": p for p in with_cache}
+        cached = {f"run {digest_of([p.to_dict(), *self._drawn])}": p for p in with_cache}
         runs_of = {
             name: partial(self._draw, **point.arguments())
             for name, point in cached.items() if name not in self._seconds
@@ -131,6 +130,11 @@ class CallTimes:
         for name, point in cached.items():
             ms[point] = 1000 * self._seconds[name] / len(self.what)
         return [ms[point] for point in points]
+
+    @cached_property
+    def _drawn(self) -> list[Any]:
+        """What a cache's skips depend on beside the point."""
+        return [checksum_of(self.pipeline.transformer), list(map(str, self.what))]
 
     def decode_ms_per_image(self) -> float:
         """Milliseconds in which one image of a batch is decoded: the autoencoder's, if any."""

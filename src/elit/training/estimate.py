@@ -67,10 +67,8 @@ def estimate(
     plan, model, most, step = _planned(config)
     parameters = cost_of(model).parameters
     shared = shard_size(config.train, gpus, min(gpus, _GPUS_OF_A_MACHINE))
-    lighter = 0  # parameters with one moment, not two
-    if config.optimizer.name == "muon":
-        step += step_flops(model)
-        lighter = sum(matrix.numel() for matrix in hidden_matrices(model))
+    matrices = hidden_matrices(model) if config.optimizer.name == "muon" else ()
+    lighter = sum(matrix.numel() for matrix in matrices)  # parameters with one moment, not two
     state, gathered = state_bytes(model, shared, config.retrofit.is_taught, lighter)
     precision = config.train.precision
     half_weights = shared > 1 and precision != "fp32"
@@ -118,6 +116,7 @@ def _planned(config: TrainConfig, dataset: ImageDataset | None = None) -> _Plann
     forward = mean_flops(cost, dropping, config.latents.draws)
     teacher = cost.flops() if config.retrofit.is_taught else 0
     step = config.data.batch_size * (3 * forward + teacher)
+    step += step_flops(model) if config.optimizer.name == "muon" else 0
     return _Planned(plan, model, None if dropping is None else dropping.max_latents, step)
 
 
