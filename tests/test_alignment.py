@@ -394,6 +394,11 @@ def test_latents_of_an_autoencoder_are_no_pictures(tmp_path: Path) -> None:
         check_alignment(model, dataset, AlignmentConfig(weight=0.5, encoder="classifier"))
 
 
+def test_the_classifier_is_not_made_beforehand(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"set alignment.encoder=classifier in training, or name"):
+        prepare(class_folder(tmp_path / "source", 2), tmp_path / "out", features="classifier")
+
+
 def test_clips_have_no_features(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="features are of pictures, not of clips"):
         prepare(tmp_path, tmp_path / "out", features="x", frames=4)

@@ -35,7 +35,11 @@ def load_feature_maps(
 ) -> FeatureMaps:
     """The classifier of a data set, or a vision model of transformers by hub name or folder."""
     if name == CLASSIFIER:
-        assert dataset is not None
+        if dataset is None:
+            raise ValueError(
+                f"the {CLASSIFIER} is fitted on the pictures that are trained on: set "
+                f"alignment.encoder={CLASSIFIER} in training, or name a vision model here"
+            )
         network = fit_network(dataset, keep=True)
         channels, *size = dataset.image_shape
         return _tried(name, "classifier", spatial_part(network), (channels, *size), device)

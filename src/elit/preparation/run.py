@@ -131,9 +131,7 @@ def _open(settings: PrepareSettings, process: Process) -> _Task:
         )  # fmt: skip
     features = None
     if settings.features is not None:
-        features = load_features(
-            settings.features, device, settings.dtype, settings.store_dtype
-        )  # fmt: skip
+        features = load_features(settings.features, device, settings.dtype, settings.store_dtype)
     size = settings.part_size or _part_size(sizes, encoder, texts, features, settings.flips)
     pieces = [
         Piece(name, number, range(len(rows))[start : start + size])
