@@ -89,6 +89,8 @@ def test_captions_and_latents():
             r"from 1 to 255; give uint8, or floats in \[-1, 1\]",
         ),
         (Pairs(lambda x: as_bytes(x).int()), r"image of torch.int32"),
+        (Pairs(lambda x: x.repeat(4, 1, 1).long()), r"image of torch.int64"),
+        (Pairs(lambda x: as_bytes(x).numpy().astype(np.uint16)), r"image of torch.uint16"),
         (Pairs(lambda x: x * torch.nan), "not finite: image"),
         (Pairs(lambda _: "a.png"), "item 1 has an image str"),
         ([IMAGES[0]] * 4, "item 1 is Tensor; give an image with a label or a caption"),
@@ -108,6 +110,8 @@ def test_what_is_no_data_set_is_refused(dataset, message):
 def test_names_of_classes_are_found_below_a_subset():
     train, held_out = split_given(Subset(Pairs(classes=["a", "b", "c"]), range(40)))
     assert train.class_names == held_out.class_names == ("a", "b", "c")
+    counted, _ = split_given(Pairs(classes=3))
+    assert counted.class_names == ("0", "1", "2")
 
 
 def test_what_is_held_out_is_like_the_rest():

@@ -140,7 +140,8 @@ def _classes_of(dataset: Any) -> Sequence[str] | None:
     """Names as torchvision's data sets have them, also below a Subset."""
     while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
-    return getattr(dataset, "classes", None)
+    names = getattr(dataset, "classes", None)
+    return names if isinstance(names, list | tuple) else None  # others may have their number
 
 
 def split_given(
@@ -195,8 +196,10 @@ def _as_image(image: Any, row: int) -> Tensor:
     if image.dtype == torch.uint8:
         return image.float() / 127.5 - 1
     image = _as_tensor(image, "image", row)
-    low, high = image.min().item(), image.max().item()
-    if len(image) in (1, 3) and not (image.is_floating_point() and -1.001 <= low <= high <= 1.001):
+    numbers = image if image.is_floating_point() else image.double()  # torch has no min of uint16
+    low, high = numbers.min().item(), numbers.max().item()
+    is_scaled = len(image) not in (1, 3) or -1.001 <= low <= high <= 1.001  # others are no pixels
+    if not (image.is_floating_point() and is_scaled):
         raise ValueError(
             f"item {row} has an image of {image.dtype} from {low:g} to {high:g}; give uint8, or "
             f"floats in [-1, 1]: x / 127.5 - 1 makes them of 0..255, x * 2 - 1 of 0..1"
