@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from elit._pareto import is_number
+from elit._tables import in_units
 from elit.choosing.sweep_file import SWEEP_FILE, read_sweep
 from elit.viz.sweeps import SCORES, Rows, best_at_costs
 
@@ -32,7 +33,7 @@ def read_sweeps(first: str, second: str) -> dict[str, Report]:
         if unknown:
             raise ValueError(f"{file} has a score {unknown[0]!r} that this version of elit lacks")
         for row in report["rows"]:  # under whatever load there was then
-            row["ms_per_image"] = None
+            row["ms_per_image"] = row["front_ms"] = None
     return reports
 
 
@@ -57,7 +58,7 @@ def time_together(
     for run, report in zip(runs, reports.values(), strict=True):
         settings = report["settings"]
         folder = run if Path(run).is_dir() else report["model"]["path"]
-        dtype = "bf16" if settings["dtype"] == "bfloat16" else "fp32"
+        dtype = "bf16" if settings["dtype"].startswith("bfloat16") else "fp32"  # of a variant
         pipeline = open_pipeline(folder, device, dtype)
         if type(pipeline.scheduler).__name__ != settings["sampler"]:
             raise ValueError(
@@ -105,7 +106,8 @@ def notes_on(reports: Mapping[str, Report]) -> list[str]:
         low, high = sorted(known.values())
         if high - low > _EQUAL_TRAINING * high:
             more = f"{100 * (high / low - 1):.0f} % more" if low > 0 else "against none"
-            each = ", ".join(f"{name} {eflops:.4g} EFLOPs" for name, eflops in known.items())
+            spent = {name: in_units(1e18 * eflops, "FLOPs") for name, eflops in known.items()}
+            each = ", ".join(f"{name} {flops}" for name, flops in spent.items())
             notes.append(f"not at equal training FLOPs: {each} ({more})")
     return notes
 

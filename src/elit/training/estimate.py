@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from elit._tables import in_units
 from elit.cost.devices import known_accelerator
 from elit.cost.flops import cost_of, mean_flops
 from elit.cost.memory import saved_bytes, state_bytes
@@ -142,8 +143,9 @@ def match_flops(
     )
     steps = max(1, round(total / step))
     logger.info(
-        "%d steps of %.4g TFLOPs are %.4g EFLOPs, as the %d steps of %s, %.4g EFLOPs",
-        steps, step / 1e12, steps * step / 1e18, theirs.train.steps, name, total / 1e18,
+        "%d steps of %s are %s, as the %d steps of %s, %s",
+        steps, *(in_units(x, "FLOPs") for x in (step, steps * step)), theirs.train.steps, name,
+        in_units(total, "FLOPs"),
     )  # fmt: skip
     return replace(config, train=replace(config.train, steps=steps))
 
