@@ -293,6 +293,26 @@ def test_another_run_in_the_same_folder_is_refused(saved, steps, changes, messag
         train(tiny_config(saved, steps=steps, **changes), progress=False)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective_prediction_type": "sample"},
+        {"optimizer_name": "muon"},
+        {"alignment_weight": 0.5, "alignment_encoder": "classifier"},
+    ],
+)
+def test_a_run_older_than_a_setting_had_its_default(saved, tmp_path, changes) -> None:
+    """What an early checkpoint doesn't name is no reason to go on with another value."""
+    shutil.copytree(saved, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json"
+    state = json.loads(file.read_text())
+    late = {"alignment", "optimizer.name", "objective.prediction_type"}
+    config = {key: value for key, value in state["config"].items() if key not in late}
+    file.write_text(json.dumps({**state, "config": config}))
+    with pytest.raises(ValueError, match=r"holds another run \((alignment|optimizer|objective)"):
+        train(tiny_config(tmp_path / "run", steps=4, **changes), progress=False)
+
+
 def test_a_folder_that_cannot_be_made_is_an_error_at_once(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
