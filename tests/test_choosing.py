@@ -260,6 +260,12 @@ def test_a_point_reads_budgets_as_they_are_typed() -> None:
     assert len({point, OperatingPoint.from_dict(point.to_dict())}) == 1
 
 
+def test_resolving_a_point_keeps_its_cache() -> None:
+    point = OperatingPoint(0.3, 2, scale=3.0, cache=StepCache("FirstBlockCache", 0.1))
+    resolved = point.resolved(tiny_elastic())
+    assert (resolved.cache, resolved.scale) == (point.cache, None)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -88,7 +88,7 @@ class OperatingPoint:
         """The same at the budgets that really run, and with all that is left to defaults."""
         budget = model.budget_of(model.resolve_budget(self.budget))
         if self.guidance == "none":
-            return OperatingPoint(budget, self.steps)
+            return replace(self, budget=budget, scale=None, guide_budget=None, interval=None)
         guide = None
         if self.guidance in ("ag", "ccfg"):
             if not model.is_elastic:
