@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import random
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from helpers import make_generators, refuses, tiny_dit, tiny_elastic
 from sweeps import sweep_report
 
 from elit import CFG, CheapCFG, ElitPipeline, ElitTextPipeline, choose, create_model, load_pipeline
+from elit.caching.step_cache import StepCache
 from elit.choosing.points import OperatingPoint
 from elit.choosing.sweep_file import read_sweep
 from elit.choosing.timing import CallTimes
@@ -246,6 +248,50 @@ def test_defaults_of_a_point() -> None:
     for name in ("ag", "ccfg"):
         message = f"guidance {name} needs a lower budget; this model has none"
         refuses(message, OperatingPoint(guidance=name).resolved, tiny_dit())
+
+
+def test_a_point_reads_budgets_as_they_are_typed() -> None:
+    point = OperatingPoint("50%", 3, "cfg", budgets_of_steps=["1/4", "75%", 1],
+                           guide_budgets_of_steps=(None, "1/2", 1))  # fmt: skip
+    assert point.budgets_of_steps == (0.25, 0.75, 1.0)
+    assert point.guide_budgets_of_steps == (None, 0.5, 1.0)
+    assert str(point) == "budget 1/2 on average, 3 steps, guidance cfg 2"
+    assert OperatingPoint.from_dict(point.to_dict()) == point
+    assert len({point, OperatingPoint.from_dict(point.to_dict())}) == 1
+
+
+def test_resolving_a_point_keeps_its_cache() -> None:
+    point = OperatingPoint(0.3, 2, scale=3.0, cache=StepCache("FirstBlockCache", 0.1))
+    resolved = point.resolved(tiny_elastic())
+    assert (resolved.cache, resolved.scale) == (point.cache, None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"budget": math.nan}, "budget nan is outside"),
+        ({"guidance": "foo"}, "unknown guidance 'foo'"),
+        ({"budgets_of_steps": [1, None]}, "budget None is not a number"),
+        ({"budgets_of_steps": "1/4"}, "budgets_of_steps '1/4' are none"),
+        ({"guide_budgets_of_steps": [1]}, "go with budgets_of_steps"),
+        ({"cache": "FirstBlockCache"}, "give a StepCache"),
+    ],
+)
+def test_what_is_no_point_is_refused(wrong, message: str) -> None:
+    refuses(message, OperatingPoint, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("Cache", 0.1), "unknown step cache 'Cache'"),
+        (("TeaCache", math.nan), "threshold nan"),
+        (("FirstBlockCache", "0.1"), "threshold '0.1'"),
+        (("FirstBlockCache", -1.0), "threshold -1.0"),
+    ],
+)
+def test_what_is_no_step_cache_is_refused(wrong, message: str) -> None:
+    refuses(message, StepCache, *wrong)
 
 
 # ---- times, behind a clock that is no real one ----

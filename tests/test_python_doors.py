@@ -98,6 +98,9 @@ def test_captions_and_latents():
         ([()] * 4, "item 1 is tuple; give an image"),
         ([{"latents": IMAGES[0], "timestep": 1}] * 4, "item 1 has timestep, which training makes"),
         ([(IMAGES[0], 1.5)] * 4, "label 1.5; give a whole number from 0, or a caption"),
+        ([(IMAGES[0], 10**9)] * 4, "label 1000000000, as if there were as many classes"),
+        ([(IMAGES[0, :, :0], 0)] * 4, r"an image \(1, 0, 16\) of torch.float32; give PIL"),
+        ([(IMAGES[0] * 1j, 0)] * 4, r"an image \(1, 16, 16\) of torch.complex64; give PIL"),
         ([(IMAGES[0], 0)], "1 items is too small"),
         (iter([(IMAGES[0], 0)]), "has no length; give a map-style data set"),
     ],
@@ -112,6 +115,40 @@ def test_names_of_classes_are_found_below_a_subset():
     assert train.class_names == held_out.class_names == ("a", "b", "c")
     counted, _ = split_given(Pairs(classes=3))
     assert counted.class_names == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("names", ["abc", 3, []])
+def test_names_of_classes_are_a_list(names):
+    with pytest.raises(ValueError, match="give a list, a name for each label"):
+        split_given(Pairs(), class_names=names)
+
+
+def test_names_of_classes_without_labels_are_refused():
+    with pytest.raises(ValueError, match="class_names are of items with labels"):
+        split_given([(IMAGES[0], "a text")] * 4, class_names=["a"])
+
+
+def test_classes_are_counted_over_all_items():
+    """The first of twenty items is held out, and here alone of its class."""
+    items = [(IMAGES[0], 5), *[(IMAGES[0], 0)] * 19]
+    assert [one.num_classes for one in split_given(items)] == [6, 6]
+    other = [(IMAGES[0], 3)]
+    assert [one.num_classes for one in split_given(items[1:], other)] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"config": 5}, "config 5 is no config; give a TrainConfig"),
+        ({"config": {"train.steps": 5}}, "is no config"),
+        ({"overrides": ["train.steps"]}, "are no settings; give a dict"),
+        ({"match_flops": 7}, "match_flops 7 is no config"),
+        ({"validation": []}, "validation has no items"),
+    ],
+)
+def test_wrong_types_are_told(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        elit.train(**{"config": "digits", "dataset": Pairs(), **arguments})
 
 
 def test_what_is_held_out_is_like_the_rest():

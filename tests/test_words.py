@@ -90,16 +90,23 @@ def test_a_class_is_given_by_its_name(pipe, tmp_path):
     assert ElitPipeline.from_pretrained(tmp_path / "again").labels == pipe.labels
 
 
-def test_a_name_of_two_classes_is_none(pipe):
-    names = {0: "crane, bird", 1: "crane, machine", 2: "bag, bag"}
-    labels = ElitPipeline(pipe.transformer, pipe.scheduler, id2label=names).labels
-    whole = {"crane, bird": 0, "crane, machine": 1, "bag, bag": 2}
-    assert labels == whole | {"bird": 0, "machine": 1, "bag": 2}
+def test_a_name_of_several_classes_is_none_of_them(pipe):
+    """As crane, the bird and the machine, is in ImageNet."""
+    names = {0: "crane", 1: "crane", 2: "missile", 3: "projectile, missile"}
+    pipe = ElitPipeline(pipe.transformer, pipe.scheduler, id2label=names)
+    assert pipe.get_label_ids(["crane (1)", "missile", "projectile"]) == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"unknown class 'crane': .*'crane \(0\)'"):
+        pipe("crane")
 
 
 def test_names_are_of_the_model_s_classes(pipe):
     with pytest.raises(ValueError, match=r"give a name to numbers from 0 to 3"):
         ElitPipeline(pipe.transformer, pipe.scheduler, id2label={4: "hat"})
+    for names in (7, ["a", "b"], " , ", None):
+        with pytest.raises(ValueError, match="give a name to numbers from 0 to 3"):
+            ElitPipeline(pipe.transformer, pipe.scheduler, id2label={0: names})
+    with pytest.raises(ValueError, match="is no dict; give names by class numbers"):
+        ElitPipeline(pipe.transformer, pipe.scheduler, id2label=["a", "b"])
     with pytest.raises(
         ValueError, match=r"class 'boot' is no number, and this model knows no name"
     ):

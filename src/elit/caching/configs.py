@@ -12,6 +12,7 @@ from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 from elit._files import typed_path, write_json
 from elit._numbers import is_real, is_whole
 from elit._plain import from_plain, read_json
+from elit.caching.step_cache import check_threshold
 
 CALIBRATION_FILE = "teacache.json"  # beside a pipeline
 MAX_DEGREE = 4  # of the polynomial
@@ -48,11 +49,7 @@ class TeaCacheConfig:
     weights: str | None = None
 
     def __post_init__(self) -> None:
-        if not is_real(self.threshold) or self.threshold < 0:
-            raise ValueError(
-                f"threshold {self.threshold!r} is not allowed; give 0 to skip nothing, or a small "
-                f"number, as 0.1"
-            )
+        check_threshold(self.threshold)
         numbers = _numbers(self.coefficients, "coefficients", 1, MAX_DEGREE + 1)
         object.__setattr__(self, "coefficients", numbers)
         if self.fitted_range is not None:
@@ -134,6 +131,7 @@ def check_cache(model: Any, config: Any) -> None:
             f"{type(model).__name__}: {reason}; use FirstBlockCacheConfig, MagCacheConfig or "
             f"TeaCacheConfig"
         )
+    check_threshold(config.threshold)
     if isinstance(config, MagCacheConfig) and config.calibrate:
         raise ValueError(
             "MagCacheConfig(calibrate=True) only prints its ratios; use elit.calibrate_cache, "

@@ -1,10 +1,26 @@
 """A step cache in plain values, as an operating point holds it; nothing heavy is imported."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from elit._choices import check_choice
 
 if TYPE_CHECKING:
     from elit.caching.configs import TeaCacheConfig
+
+
+def check_threshold(threshold: Any) -> None:
+    """Raise a ValueError for what is no threshold of a step cache; infinity skips all it may."""
+    is_one = isinstance(threshold, Real) and not isinstance(threshold, bool)
+    if not (is_one and threshold >= 0):
+        raise ValueError(
+            f"threshold {threshold!r:.60} is not allowed; give 0 to skip nothing, or a small "
+            f"number, as 0.1"
+        )
+
+
+Kind = Literal["FirstBlockCache", "TeaCache"]
 
 
 @dataclass(frozen=True)
@@ -17,11 +33,15 @@ class StepCache:
         coefficients: TeaCache's, as calibrated, with `fitted_range` and `probe`.
     """
 
-    kind: Literal["FirstBlockCache", "TeaCache"]
+    kind: Kind
     threshold: float
     coefficients: tuple[float, ...] | None = None
     fitted_range: tuple[float, ...] | None = None
     probe: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice(self.kind, get_args(Kind), "step cache")
+        check_threshold(self.threshold)
 
     @classmethod
     def of_teacache(cls, config: "TeaCacheConfig", threshold: float) -> "StepCache":

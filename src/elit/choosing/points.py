@@ -3,12 +3,20 @@
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from elit._choices import check_choice
 from elit._plain import from_plain
 from elit.caching.step_cache import StepCache
 from elit.flow.guidance import Guidance, make_guidance
-from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
+from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS, GUIDANCES
 from elit.interface.budget import format_budget, read_budget
 from elit.models.elastic import ElasticMixin
+
+
+def _budgets(given: Any, name: str) -> tuple[float | None, ...]:
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"{name} {given!r:.60} are none; give one for each call of the model")
+    may_lack = name == "guide_budgets_of_steps"
+    return tuple(None if may_lack and one is None else read_budget(one) for one in given)
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,16 @@ class OperatingPoint:
 
     def __post_init__(self) -> None:
         for name in ("budget", "guide_budget"):
-            if isinstance(typed := getattr(self, name), str):
+            if (typed := getattr(self, name)) is not None:
                 object.__setattr__(self, name, read_budget(typed))
+        for name in ("budgets_of_steps", "guide_budgets_of_steps"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _budgets(given, name))
+        if self.budgets_of_steps is None and self.guide_budgets_of_steps is not None:
+            raise ValueError("guide_budgets_of_steps go with budgets_of_steps; give both")
+        check_choice(self.guidance, GUIDANCES, "guidance")
+        if not isinstance(self.cache, StepCache | None):
+            raise ValueError(f"cache {self.cache!r:.60} is none; give a StepCache")
 
     def arguments(self) -> dict[str, Any]:
         """What a pipeline is called with: `pipeline(labels, **point.arguments())`."""
@@ -72,7 +88,7 @@ class OperatingPoint:
         """The same at the budgets that really run, and with all that is left to defaults."""
         budget = model.budget_of(model.resolve_budget(self.budget))
         if self.guidance == "none":
-            return OperatingPoint(budget, self.steps)
+            return replace(self, budget=budget, scale=None, guide_budget=None, interval=None)
         guide = None
         if self.guidance in ("ag", "ccfg"):
             if not model.is_elastic:
@@ -88,7 +104,7 @@ class OperatingPoint:
         """Its guidance in words: 'ccfg 3, guide 1/16'."""
         if self.guidance == "none":
             return "none"
-        words = f"{self.guidance} {self.scale:g}"
+        words = f"{self.guidance} {DEFAULT_SCALE if self.scale is None else self.scale:g}"
         if self.guide_budget is not None:
             words += f", guide {format_budget(self.guide_budget)}"
         if self.interval is not None:

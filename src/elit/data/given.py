@@ -21,6 +21,7 @@ _IMAGES = ("images", "image", "pixel_values")
 _LABELS = ("class_labels", "labels", "label")
 _CAPTIONS = ("captions", "caption", "text")
 LATENTS = "latents"
+MOST_CLASSES = 100_000
 HOLD_OUT = 20  # one item in twenty is held out
 _LOOKED_AT = 16  # images, for a guess at their range
 _ALLOWED = "an image with a label or a caption, or a dict with latents"
@@ -52,9 +53,12 @@ class Given(ImageDataset):
             self._check_null(first)
         elif null is not None:
             raise ValueError(f"null is of items with {LATENTS}; leave it out")
-        elif not self.has_captions:
-            names = class_names or _classes_of(dataset) or self._count_classes()
-            self.class_names = tuple(map(str, names))
+        self.has_labels = not self.for_diffusers and not self.has_captions
+        if self.has_labels:
+            names = _classes_of(dataset) if class_names is None else class_names
+            self.class_names = () if names is None else _checked_names(names)
+        elif class_names is not None:
+            raise ValueError("class_names are of items with labels; leave them out")
         self.shapes = {name: getattr(value, "shape", ()) for name, value in first.items()}
 
     def about(self) -> dict[str, Any]:
@@ -121,10 +125,16 @@ class Given(ImageDataset):
             )
         return {"images": _as_image(image, row), "class_labels": torch.tensor(int(label))}
 
-    def _count_classes(self) -> Sequence[str]:
-        """Numbers up to the largest label, of which every item is asked."""
-        labels = (self._item(position)["class_labels"] for position in range(len(self)))
-        return [str(label) for label in range(1 + int(max(labels)))]
+    def largest_label(self) -> int:
+        """Of all items, every one of which is read."""
+        labels = (int(self._item(position)["class_labels"]) for position in range(len(self)))
+        label, position = max(zip(labels, range(len(self)), strict=True))
+        if label >= MOST_CLASSES:
+            raise ValueError(
+                f"item {self.rows[position]} has label {label}, as if there were as many classes; "
+                f"number them from 0, at most {MOST_CLASSES}"
+            )
+        return label
 
     def _check_null(self, first: Mapping[str, Tensor]) -> None:
         for name, value in self.null.items():
@@ -144,6 +154,14 @@ def _classes_of(dataset: Any) -> Sequence[str] | None:
     return names if isinstance(names, list | tuple) else None  # others may have their number
 
 
+def _checked_names(names: Any) -> tuple[str, ...]:
+    if isinstance(names, str) or not (isinstance(names, Iterable) and (given := list(names))):
+        raise ValueError(
+            f"class names {names!r:.60} are not allowed; give a list, a name for each label from 0"
+        )
+    return tuple(map(str, given))
+
+
 def split_given(
     dataset: Any,
     validation: Any = None,
@@ -155,6 +173,8 @@ def split_given(
     kept, held = rows, list(range(_length(validation))) if validation is not None else []
     if validation is None:
         kept, held = [row for row in rows if row % HOLD_OUT], rows[::HOLD_OUT]
+    elif not held:
+        raise ValueError("validation has no items; give some, or leave it out")
     if not (kept and held):
         raise ValueError(f"a data set of {len(rows)} items is too small; two or more are needed")
     train = Given(dataset, "train", kept, class_names, null)
@@ -165,12 +185,16 @@ def split_given(
             len(some),
         )
     others = dataset if validation is None else validation
-    held_out = Given(others, "validation", held, train.class_names, null)
+    held_out = Given(others, "validation", held, null=null)
     if held_out.shapes != train.shapes:
         raise ValueError(
             f"the held-out items have {_in_words(held_out.shapes)}, those of training "
             f"{_in_words(train.shapes)}; make all alike"
         )
+    if train.has_labels and not train.class_names:
+        most = max(train.largest_label(), held_out.largest_label())
+        train.class_names = tuple(map(str, range(most + 1)))
+    held_out.class_names = train.class_names
     return train, held_out
 
 
@@ -190,8 +214,10 @@ def _as_image(image: Any, row: int) -> Tensor:
         image = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     if isinstance(image, np.ndarray):  # as PIL has them
         image = torch.from_numpy(np.atleast_3d(image).copy()).permute(2, 0, 1)
-    if not isinstance(image, Tensor) or image.ndim not in (3, 4):
-        what = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+    is_one = isinstance(image, Tensor) and image.ndim in (3, 4) and not image.is_complex()
+    if not is_one or not image.numel():
+        is_tensor = isinstance(image, Tensor)
+        what = f"{tuple(image.shape)} of {image.dtype}" if is_tensor else type(image).__name__
         raise ValueError(f"item {row} has an image {what}; give PIL, (H, W, C) or (C, H, W)")
     if image.dtype == torch.uint8:
         return image.float() / 127.5 - 1

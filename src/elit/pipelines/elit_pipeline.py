@@ -43,16 +43,16 @@ class ElitPipeline(ElasticPipeline):
         self.labels: dict[str, int] = {}
         if id2label is None:
             return
-        named: dict[str, list[int]] = {}
+        if not isinstance(id2label, Mapping):
+            raise ValueError(f"id2label {id2label!r:.60} is no dict; give names by class numbers")
         for label, names in id2label.items():
-            if not (str(label).isdigit() and int(label) < self.null_label and names):
+            is_class = str(label).isdecimal() and int(label) < self.null_label
+            if not (is_class and isinstance(names, str) and names.strip(" ,")):
                 raise ValueError(
                     f"id2label has {label!r:.60}: {names!r:.60}; give a name to numbers from 0 to "
                     f"{self.null_label - 1}, the model's classes"
                 )
-            for name in {name.strip() for name in (names, *names.split(","))}:
-                named.setdefault(name, []).append(int(label))
-        self.labels = {name: own[0] for name, own in named.items() if len(own) == 1}
+        self.labels = _numbers_of({int(label): name for label, name in id2label.items()})
         self.register_to_config(id2label={int(label): name for label, name in id2label.items()})
 
     def __call__(
@@ -101,3 +101,21 @@ class ElitPipeline(ElasticPipeline):
                     f"class label {label} is out of range; this model knows the labels {allowed}"
                 )
         return labels.long()
+
+
+def _numbers_of(id2label: Mapping[int, str]) -> dict[str, int]:
+    """Classes by their names; of a name that several have, "crane (134)" and "crane (517)".
+
+    The whole name of a class stands before another's that is one of several.
+    """
+    whole: dict[str, list[int]] = {}
+    parts: dict[str, list[int]] = {}
+    for label, names in id2label.items():
+        whole.setdefault(names.strip(), []).append(label)
+        for name in {name.strip() for name in names.split(",")} - {""}:
+            parts.setdefault(name, []).append(label)
+    return {
+        name if len(labels) == 1 else f"{name} ({label})": label
+        for name, labels in (parts | whole).items()
+        for label in labels
+    }

@@ -132,9 +132,7 @@ def search(
         tried |= descend(kept[i], value, near, task.values, moves)
     best = min(tried, key=tried.__getitem__, default=None)
     if best is None or tried[best] == math.inf:
-        raise ValueError(
-            f"nothing that could be drawn keeps within the cap of {task.cap:.4g}; raise it"
-        )
+        raise ValueError(f"nothing that could be drawn keeps within {task.cap_in_words}; raise it")
     return task.found(kept, best)
 
 
@@ -241,6 +239,13 @@ class _Task:
             yield Candidate(count)
         for count in numbers[len(numbers) // 2 :]:  # between many steps little changes
             yield from (Candidate(count, cache=one) for one in caches)
+
+    @property
+    def cap_in_words(self) -> str:
+        """As it was given: in GFLOPs or milliseconds for an image."""
+        if "max_ms" in self.within:
+            return f"{self.cap:.4g} ms for an image"
+        return f"{self.cap / 1e9:.4g} GFLOPs for an image"
 
     # ---- candidates as points ----
 

@@ -135,7 +135,7 @@ def match_flops(
     theirs = other if isinstance(other, TrainConfig) else config_of_run(other)
     if theirs is None:
         if Path(name).is_dir():
-            raise ValueError(f"{name} has no config.yaml, which would say what its training took")
+            raise ValueError(f"{name!r} has no config.yaml, which would say what its training took")
         theirs = load_config(name, {})
     total, step = (
         _planned(theirs).step_flops * theirs.train.steps,

@@ -102,11 +102,25 @@ def finetune(
 def _config(
     config: Config, overrides: Overrides | None, under: Mapping[str, Any] | None = None
 ) -> TrainConfig:
+    _check_is_config(config, "config")
+    if not isinstance(overrides, Mapping | None):
+        raise ValueError(
+            f"overrides {overrides!r:.60} are no settings; give a dict of them by dotted keys, "
+            f"such as {{'train.steps': 500}}"
+        )
     if isinstance(config, TrainConfig):
         tree = config.to_dict()
         tree["retrofit"] |= (under or {}).get("retrofit", {})
         return load_config(None, overrides or {}, tree)
     return load_config(os.fspath(config), overrides or {}, under)
+
+
+def _check_is_config(given: Any, name: str) -> None:
+    if not isinstance(given, TrainConfig | str | os.PathLike):
+        raise ValueError(
+            f"{name} {given!r:.60} is no config; give a TrainConfig, the path of a YAML file, or "
+            f"the name of a built-in one, such as 'digits'"
+        )
 
 
 def _run(
@@ -128,6 +142,7 @@ def _run(
     elif validation is not None:
         raise ValueError("validation without a dataset; give both, or neither")
     if match_flops is not None:
+        _check_is_config(match_flops, "match_flops")
         if "train.steps" in (overrides or {}):
             raise ValueError("match_flops sets train.steps; give one of them")
         other = match_flops if isinstance(match_flops, TrainConfig) else os.fspath(match_flops)
