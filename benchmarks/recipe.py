@@ -301,10 +301,12 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 def cell(values: list[float], form: str) -> str:
     """Mean and standard error in words."""
-    if not values or any(map(math.isinf, values)):
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
         return "never" if values else ""
-    mean, error = mean_and_error(values)
-    return f"{mean:{form}}" + ("" if math.isnan(error) else f" ± {error:{form}}")
+    mean, error = mean_and_error(finite)
+    words = f"{mean:{form}}" + ("" if math.isnan(error) else f" ± {abs(error):{form.strip('+')}}")
+    return words + (f" ({len(finite)} of {len(values)})" if len(finite) < len(values) else "")
 
 
 def print_table(folder: Path) -> None:
