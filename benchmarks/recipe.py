@@ -54,9 +54,11 @@ from elit.training.muon import step_flops as muon_flops
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
     "muon": {"optimizer.name": "muon"},
+    "muon, equal steps": {"optimizer.name": "muon"},  # as where a batch is large: it adds nothing
     "swiglu": {},
     "shift 2": {"objective.shift": 2.0},
     "shift 0.5": {"objective.shift": 0.5},
+    "base, drawn at shift 2": {},
     "x-prediction": {"objective.prediction_type": "sample"},
     "repa tokens": {"alignment.weight": 0.5, "alignment.encoder": "classifier"},
     "irepa tokens": {
@@ -218,6 +220,8 @@ class Recipe:
 
     def steps(self, case: Case) -> int:
         """Steps that cost what the plain base's cost."""
+        if "equal steps" in case.variant:
+            return self.steps(replace(case, variant="base"))
         base = self.args.steps * self.step_flops(Case("dit", "base", 0))
         return round(base / self.step_flops(case))
 
@@ -232,8 +236,9 @@ class Recipe:
             raise SystemExit("stopped; the same command goes on")
         trained = time.process_time()
         model = case.model_class.from_pretrained(done.folder / "transformer", use_safetensors=True)
+        shift = 2.0 if "drawn at" in case.variant else config.objective.shift
         kept = [model.resolve_budget(budget) for budget in MODELS[case.model]]
-        pipeline = ElitPipeline(model, make_scheduler("euler", config.objective.shift))
+        pipeline = ElitPipeline(model, make_scheduler("euler", shift))
         drawn = {
             format_budget(budget): self.draw(pipeline, budget) for budget in MODELS[case.model]
         }
@@ -301,10 +306,12 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 def cell(values: list[float], form: str) -> str:
     """Mean and standard error in words."""
-    if not values or any(map(math.isinf, values)):
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
         return "never" if values else ""
-    mean, error = mean_and_error(values)
-    return f"{mean:{form}}" + ("" if math.isnan(error) else f" ± {error:{form}}")
+    mean, error = mean_and_error(finite)
+    words = f"{mean:{form}}" + ("" if math.isnan(error) else f" ± {abs(error):{form.strip('+')}}")
+    return words + (f" ({len(finite)} of {len(values)})" if len(finite) < len(values) else "")
 
 
 def print_table(folder: Path) -> None:

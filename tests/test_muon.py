@@ -216,3 +216,19 @@ def test_the_rate_of_a_base_is_its_own_with_muon_too(tmp_path) -> None:
     assert rates["elit.read.mlp.0.weight"] == rates["elit.read.mlp.0.bias"] == 1e-3
     assert rates["blocks.0.mlp.0.weight"] == rates["blocks.0.mlp.0.bias"] == pytest.approx(1e-4)
     assert train(config, progress=False).finished
+
+
+@pytest.mark.slow
+def test_all_of_a_recipe_together_is_the_same_run_on_shards_and_resumes(tmp_path) -> None:
+    recipe = {
+        "objective_shift": 0.5, "objective_prediction_type": "sample", "alignment_weight": 0.5,
+        "alignment_kind": "irepa", "alignment_encoder": "classifier",
+    }  # fmt: skip
+    for name in ("one", "halves"):
+        for steps in (STEPS,) if name == "one" else (4, STEPS):
+            train(muon_config(tmp_path / name, steps, **recipe), progress=False)
+    assert_same_run(tmp_path / "one", tmp_path / "halves", STEPS)
+    run_ranks(muon_config(tmp_path / "shards", train_parallel="fsdp", **recipe), 2)
+    weights, others = exported(tmp_path / "one"), exported(tmp_path / "shards")
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, others[name], rtol=1e-4, atol=1e-5, msg=name)

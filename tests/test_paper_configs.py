@@ -52,6 +52,7 @@ OTHERS = [
     "qwen-image/512",
     "qwen-image/1024",
 ]
+LATER = {"imagenet-256/elit-dit-mb-2026": "imagenet-256/elit-dit-mb"}
 # Read and Write make no dropped latents, and HDiT's outer levels are ours: docs/flops.md.
 TOLERANCE = {"dit": 0.015, "uvit": 0.015, "hdit": 0.026}
 
@@ -66,7 +67,16 @@ def step_tflops(config: TrainConfig) -> float:
 
 def test_these_are_all() -> None:
     known = {name for name in built_in_configs() if "/" in name}
-    assert known == {f"imagenet-{side}/{name}" for side, name in RUNS} | set(OTHERS)
+    assert known == {f"imagenet-{side}/{name}" for side, name in RUNS} | {*OTHERS, *LATER}
+
+
+@pytest.mark.parametrize(("name", "base"), LATER.items())
+def test_a_later_recipe_differs_in_what_it_says(name: str, base: str) -> None:
+    later, before = (load_config(of, {}).to_dict() for of in (name, base))
+    assert later.pop("output_dir") == f"runs/{name}"
+    del before["output_dir"]
+    assert later.pop("optimizer") == before.pop("optimizer") | {"name": "muon"}
+    assert later == before
 
 
 @pytest.mark.parametrize("name", [*(f"imagenet-{s}/{n}" for s, n in RUNS), *OTHERS])
