@@ -99,8 +99,6 @@ def check_same_run(
     if not state:
         return  # loading says what is wrong with it
     there, now = state.get("config", {}), fixed_settings(config, dataset.fingerprint)
-    if there:  # of an early version it lacks what there was no setting for
-        there = {**fixed_settings(TrainConfig()), **there}
     folder, data = config.output_dir, config.data.options.get("path")
     then_data, now_data = (each.get("data", {}).get("fingerprint") for each in (there, now))
     if None not in (then_data, now_data) and then_data != now_data:
