@@ -726,3 +726,9 @@ def test_bad_steps_and_levels(steps: float, sigmas: list | None, message: str) -
 def test_schedulers_that_cannot_do_what_is_asked(scheduler, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         start_sampling(scheduler, 2, "cpu", sigmas=[1.0, 0.5])
+
+
+@pytest.mark.parametrize(("size", "factor"), [((7, 8), 2), ((8, 8), 3), ((8, 8), 0), ((8, 8), 1.5)])
+def test_a_grid_that_has_no_coarser_one_is_refused(size, factor) -> None:
+    with pytest.raises(ValueError, match="whole number that divides both sizes"):
+        coarse_noise(torch.zeros(1, 1, *size), factor)

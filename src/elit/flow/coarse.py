@@ -8,6 +8,8 @@ deviation 1 / f. Divided by (1 - sigma) + sigma / f that is a sample of pooled d
 import torch.nn.functional as F
 from torch import Tensor
 
+from elit._numbers import is_whole
+
 
 def coarse_sigma(sigma: float, factor: int = 2) -> float:
     """Level on a grid that is coarser by a factor along each axis, of a level on the fine one."""
@@ -16,6 +18,11 @@ def coarse_sigma(sigma: float, factor: int = 2) -> float:
 
 def coarse_noise(noise: Tensor, factor: int = 2) -> Tensor:
     """White noise (..., h / factor, w / factor) that fine noise (..., h, w) has in it."""
+    if not is_whole(factor) or any(n % factor for n in noise.shape[-2:]):
+        raise ValueError(
+            f"noise of {tuple(noise.shape[-2:])} has no grid coarser by {factor!r:.20}; give a "
+            f"whole number that divides both sizes"
+        )
     return factor * _pooled(noise, factor)
 
 
