@@ -125,9 +125,7 @@ def run(args: argparse.Namespace) -> int:
     cost = pipeline.forward_cost(args.frames, height, width, text_tokens)
     costs = {n: cost.flops(n) / 1e9 for n in kept}
     if point is not None and planned:
-        calls = pipeline.calls(**replace(point, cache=None).arguments())
-        forwards = [cost.flops(n) for call in calls for n, times in call for _ in range(times)]
-        costs = {n: sum(forwards) / len(forwards) / 1e9 for n in kept}
+        costs = dict.fromkeys(kept, mean_gflops(pipeline, point, cost))
     rows = draw_into(
         folder, pipeline, what, costs, args.seed, args.count, args.batch_size, args.video,
         sys.stderr.isatty(), **(options | planned),
@@ -195,6 +193,13 @@ def choose_point(
     vars(args).update({name: getattr(point, name) for name in names})
     args.budget, args.interval = [budget], interval
     return point
+
+
+def mean_gflops(pipeline: "ElasticPipeline", point: "OperatingPoint", cost: Any) -> float:
+    """Of a forward on average, over a point's budgets of steps."""
+    calls = pipeline.calls(**replace(point, cache=None).arguments())
+    forwards = [cost.flops(n) for call in calls for n, times in call for _ in range(times)]
+    return sum(forwards) / len(forwards) / 1e9
 
 
 def what_to_draw(args: argparse.Namespace, pipeline: Any) -> list[Any]:

@@ -361,10 +361,8 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         with self.transformer.cached(step_cache):
             self.transformer._reset_stateful_cache()  # a run that broke off may have left something
             mixes = self.mixes_budgets(2 * count if guidance else count, size)
-            run = _Run(
-                self, count, len(levels), mixes, callback_on_step_end,
-                callback_on_step_end_tensor_inputs,
-            )  # fmt: skip
+            after_steps = callback_on_step_end, callback_on_step_end_tensor_inputs
+            run = _Run(self, count, len(levels), mixes, *after_steps)
             with run.bar:
                 x = sample(
                     run.predict, x, self.scheduler, guidance, kept, condition, null_condition,
