@@ -104,6 +104,7 @@ def there(place, monkeypatch) -> Path:
 
 def run_script(path: Path, monkeypatch, *arguments: str) -> None:
     monkeypatch.setattr("sys.argv", [str(path), *arguments])
+    monkeypatch.syspath_prepend(str(path.parent))  # as Python does
     try:
         runpy.run_path(str(path), run_name="__main__")
     except SystemExit as done:

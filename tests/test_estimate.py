@@ -197,6 +197,6 @@ def test_plan_prints_what_is_counted(capsys) -> None:
     assert found["memory_gb"] == pytest.approx(found["state_gb"] + found["activations_gb"])
     assert main(line) == 0
     out = capsys.readouterr().out
-    assert f"{found['step_tflops']:.4g} TFLOPs" in out
+    assert f"{found['step_tflops'] * 1e6:.4g} MFLOPs" in out
     assert "2 x l40s, 362 TFLOP/s each at MFU 0.4" in out
     assert "checkpointed" in out

@@ -85,7 +85,7 @@ def test_sweep_leaves_a_table_and_a_page(run, tmp_path, capsys) -> None:
         rows = list(csv.DictReader(file))
     assert [float(r["fd"]) for r in rows] == [r["scores"]["fd"] for r in report["rows"]]
     page = (tmp_path / "sweep.html").read_text()
-    assert page.count("data:image/png;base64,") == 2  # a sheet for each guide
+    assert page.count("data:image/png;base64,") == 3  # the Pareto front, and each guide
     assert report["model"]["weights"] in page
 
 

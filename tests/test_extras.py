@@ -42,7 +42,7 @@ def test_it_is_made_in_one_place_of_extras_that_exist() -> None:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "missing":
                 named.append(node.args[1].value)
-    assert len(named) == 10
+    assert len(named) == 11
     assert set(named) == {
         "export", "lora", "prepare", "serve", "studio", "tensorboard", "text", "video", "wandb"
     }  # fmt: skip

@@ -297,7 +297,7 @@ def test_a_healthy_run_is_silent_and_tells_its_numbers(tmp_path, caplog) -> None
     worth = {f"validation/worth_of_{part}" for part in ("core", "interface")}
     assert set(validation[0]) == {"step", *names, *worth}
     with Image.open(tmp_path / "curves.png") as drawing:
-        assert drawing.size == (800, 1200)
+        assert drawing.size == (800, 1250)
 
 
 def test_the_cost_of_a_step_is_that_of_its_parts() -> None:

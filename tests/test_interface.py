@@ -261,7 +261,7 @@ def test_the_budget_of_n_latents_keeps_n_latents(total: int, data) -> None:
 
 
 OUTSIDE, NO_NUMBER = (
-    r"budget {} is outside \(0, 1\].*16 .*0\.0625",
+    r"budget {!r} is outside \(0, 1\].*16 .*0\.0625",
     "is not a number; give a fraction",
 )
 

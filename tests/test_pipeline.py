@@ -593,7 +593,7 @@ def test_other_variants_and_formats_say_how_they_are_loaded(
         ({"budget": 0}, r"budget 0 is outside \(0, 1\]"),
         ({"budget": float("nan")}, r"budget nan is outside \(0, 1\]"),
         ({"budget": "auto"}, "a pipeline chooses no budget, .* elit.choose and elit.load_schedule"),
-        ({"budget": "0.5"}, r"budget '0\.5' is not a number"),
+        ({"budget": "half"}, r"budget 'half' is outside \(0, 1\]"),
         ({"budget": [0.25, 0.5]}, "2 budgets for 1 images; .* is budgets_of_steps="),
         ({"budgets_of_steps": [0.25, 0.5]}, "are not for the 3 calls of the model in this run"),
         ({"num_latents": 17}, r"num_latents 17 is outside 1\.\.16"),

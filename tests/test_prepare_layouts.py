@@ -150,7 +150,7 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
     "three splits": (
         classes("train", "valid", "test"),
         {"train": rows(None, None), "validation": rows(None, None, start=2)},
-        "2 rows of test are not used",
+        "test, of 2 rows, is not used",
     ),
     "splits and a class": (
         classes("train/cat", "train/dog", "val/cat", "val/dog", count=1) | {"extra/0.png": 9},
@@ -277,7 +277,7 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
         {"data/train-00000-of-00002.parquet": columns(0), "README.md": "x",
          "data/train-00001-of-00002.parquet": columns(1),
          "data/validation-00000-of-00001.parquet": columns(2)},
-        {"train": rows(None, None), "validation": [(2, None, None)]}, "1 rows in validation",
+        {"train": rows(None, None), "validation": [(2, None, None)]}, "1 row in validation",
     ),
     "several sets of the hub": (
         {"README.md": "---\nconfigs:\n- config_name: a\n- config_name: b\n---\n",
@@ -293,7 +293,7 @@ LAYOUTS: dict[str, tuple[Files, dict[str, list[Row]] | str, str]] = {
     ),
     "parquet, one without rows": (
         {"a.parquet": columns(), "b.parquet": columns(0)},
-        {"train": rows(None)}, "1 rows in train",
+        {"train": rows(None)}, "1 row in train",
     ),
     "parquet of several pictures a row": (
         {"a.parquet": table(images=[[{"bytes": png(), "path": None}]])},

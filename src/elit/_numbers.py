@@ -49,3 +49,13 @@ def latent_frames(frames: int, scale: int, name: str = "num_frames") -> int:
             f"one more; use {nearest} or {nearest + scale}"
         )
     return (frames - 1) // scale + 1
+
+
+def check_threshold(threshold: Any) -> None:
+    """Raise a ValueError for what is no threshold of a step cache; infinity skips all it may."""
+    is_one = isinstance(threshold, Real) and not isinstance(threshold, bool)
+    if not (is_one and threshold >= 0):
+        raise ValueError(
+            f"threshold {threshold!r:.60} is not allowed; give 0 to skip nothing, or a small "
+            f"number, as 0.1"
+        )

@@ -10,9 +10,8 @@ from typing import Any
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 
 from elit._files import typed_path, write_json
-from elit._numbers import is_real, is_whole
+from elit._numbers import check_threshold, is_real, is_whole
 from elit._plain import from_plain, read_json
-from elit.caching.step_cache import check_threshold
 
 CALIBRATION_FILE = "teacache.json"  # beside a pipeline
 MAX_DEGREE = 4  # of the polynomial

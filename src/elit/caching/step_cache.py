@@ -1,23 +1,13 @@
 """A step cache in plain values, as an operating point holds it; nothing heavy is imported."""
 
 from dataclasses import dataclass
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from elit._choices import check_choice
+from elit._numbers import check_threshold
 
 if TYPE_CHECKING:
     from elit.caching.configs import TeaCacheConfig
-
-
-def check_threshold(threshold: Any) -> None:
-    """Raise a ValueError for what is no threshold of a step cache; infinity skips all it may."""
-    is_one = isinstance(threshold, Real) and not isinstance(threshold, bool)
-    if not (is_one and threshold >= 0):
-        raise ValueError(
-            f"threshold {threshold!r:.60} is not allowed; give 0 to skip nothing, or a small "
-            f"number, as 0.1"
-        )
 
 
 Kind = Literal["FirstBlockCache", "TeaCache"]

@@ -58,9 +58,10 @@ class Guidance:
         if not isinstance(self.drop_label, bool):
             raise ValueError(f"drop_label={self.drop_label!r} is not allowed; give True or False")
         budget = self.budget
-        if isinstance(budget, str) and budget != "lowest":
+        is_lowest = isinstance(budget, str) and budget == "lowest"
+        if isinstance(budget, str) and not is_lowest:
             object.__setattr__(self, "budget", as_number(budget))
-        if not (budget is None or budget == "lowest" or is_real(self.budget)):
+        if not (budget is None or is_lowest or is_real(self.budget)):
             raise ValueError(
                 f"guide budget {budget!r:.60} is unknown; give a fraction in (0, 1] or 'lowest'"
             )

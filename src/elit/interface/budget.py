@@ -26,7 +26,7 @@ def read_budget(budget: float | str, max_latents: int | None = None) -> float:
         fewest = f"; the cheapest is {1 / max_latents:g}" if max_latents else ""
         shown = repr(budget) if isinstance(budget, str) else str(budget)
         raise ValueError(
-            f"budget {shown:.60} is outside (0, 1]: it is the fraction of the "
+            f"budget {shown:.20} is outside (0, 1]: it is the fraction of the "
             f"{f'{max_latents} ' if max_latents else ''}latents per group to keep; give one such "
             f"as 0.25, 1/4 or 25%, or 1 for all{fewest}"
         )
