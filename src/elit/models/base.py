@@ -18,6 +18,7 @@ from elit.models.checks import check_indices, check_samples, labels_of, noise_le
 from elit.models.geometry import Geometry
 
 PredictionType = Literal["velocity", "sample"]
+FEW_STEPS = "_few_steps"  # in a config: Euler steps that the model was trained to draw in
 LEAST_SIGMA = 0.05  # that a predicted sample's error is divided by
 
 
