@@ -1,4 +1,4 @@
-"""What a run learns that is to draw in few steps: a trained model's velocity, averaged over each."""
+"""What a run learns that is to draw in few steps: a trained model's mean velocity over each."""
 
 import math
 from itertools import pairwise
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elit.flow.guidance import at_least_float32
 from elit.flow.shift import Shift, shift_at, shifted
-from elit.models.base import FEW_STEPS
+from elit.models.base import FEW_STEPS, LEARNED_GUIDANCE
 from elit.pipelines.load import load_pipeline
 from elit.training.config import TrainConfig
 
@@ -58,7 +58,7 @@ class FewSteps:
 
 def start_from_base(model: Any, config: TrainConfig) -> Any:
     """Give a model the weights of `few_steps.base`, and return that one, the teacher."""
-    base, steps = str(config.few_steps.base), config.few_steps.steps
+    options, base = config.few_steps, str(config.few_steps.base)
     if model.takes_text:
         raise ValueError(
             f"few_steps.base={base} asked of a model that draws texts; it is for those that draw "
@@ -81,5 +81,7 @@ def start_from_base(model: Any, config: TrainConfig) -> Any:
             f"{''.join(f', {one}' for one in different[:3])}; train by its own config.yaml"
         )
     model.load_state_dict(teacher.state_dict())
-    model.register_to_config(**{FEW_STEPS: steps})
+    model.register_to_config(**{FEW_STEPS: options.steps})
+    if options.guidance_scale != 1:
+        model.register_to_config(**{LEARNED_GUIDANCE: options.guidance_scale})
     return teacher.eval().requires_grad_(False)

@@ -145,10 +145,10 @@ def sample_sheet(
     pipeline = conditioning.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     model = pipeline.transformer
-    steps = config.steps
-    guidance = CheapCFG(config.guidance_scale) if config.guidance_scale != 1 else None
-    if conditioning.few_steps is not None:
-        steps, guidance = conditioning.few_steps.steps, None  # it has learned to be guided
+    few = conditioning.few_steps
+    is_guided = config.guidance_scale != 1 and (few is None or few.scale == 1)
+    guidance = CheapCFG(config.guidance_scale) if is_guided else None
+    steps = config.steps if few is None else few.steps
     vae = conditioning.vae
     try:
         if vae is not None:  # it is where the model is only while it draws
