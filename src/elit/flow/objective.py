@@ -22,12 +22,14 @@ class SigmaDensity:
         mean: mean of the logit; above 0 leans towards noise.
         std: standard deviation of the logit.
         shift: of the levels drawn, 1 for none.
+        steps: of a sampler whose levels alone are drawn; None draws any.
     """
 
     name: Literal["logit_normal", "uniform"] = "logit_normal"
     mean: float = 0.0
     std: float = 1.0
     shift: Shift = 1.0
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in ("logit_normal", "uniform"):
@@ -59,6 +61,8 @@ class SigmaDensity:
         drawn = compute_density_for_timestep_sampling(
             self.name, count, self.mean, self.std, device=generator.device, generator=generator
         )
+        if self.steps is not None:
+            drawn = ((drawn * self.steps).floor() + 1).clamp(max=self.steps) / self.steps
         return self.shifted(drawn, shape)
 
     def shifted(self, sigma: Tensor, shape: Sequence[int] | None) -> Tensor:
@@ -77,7 +81,11 @@ def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
 
 
 def flow_matching_loss(
-    velocity: Callable[[Tensor, Tensor], Tensor], data: Tensor, noise: Tensor, sigma: Tensor
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    data: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    target: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Squared error of the velocity, per sample.
 
@@ -86,13 +94,15 @@ def flow_matching_loss(
         data: (B, ...)
         noise: (B, ...), standard normal.
         sigma: (B,) in [0, 1].
+        target: maps likewise to what is right; by default that is noise - data.
 
     Returns:
         (B,) float32, means over everything but the batch.
     """
     _check_values(data)
-    predicted = velocity(interpolate(data, noise, sigma), sigma)
-    error = predicted.float() - velocity_target(data, noise).float()
+    x = interpolate(data, noise, sigma)
+    right = velocity_target(data, noise) if target is None else target(x, sigma)
+    error = velocity(x, sigma).float() - right.float()
     return error.square().flatten(1).mean(1)
 
 

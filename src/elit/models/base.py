@@ -18,6 +18,8 @@ from elit.models.checks import check_indices, check_samples, labels_of, noise_le
 from elit.models.geometry import Geometry
 
 PredictionType = Literal["velocity", "sample"]
+FEW_STEPS = "_few_steps"  # in a config: Euler steps that the model was trained to draw in
+LEARNED_GUIDANCE = "_learned_guidance"  # likewise: scale of the guidance that is in its velocity
 LEAST_SIGMA = 0.05  # that a predicted sample's error is divided by
 
 

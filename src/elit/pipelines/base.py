@@ -28,6 +28,7 @@ from elit.flow.schedulers import start_sampling
 from elit.flow.words import DEFAULT_STEPS
 from elit.interface.budget import check_num_latents
 from elit.interface.fit import format_size
+from elit.models.base import FEW_STEPS, LEARNED_GUIDANCE
 from elit.models.elastic import ElasticMixin, by_budget
 from elit.pipelines.arguments import (
     one_at_a_time,
@@ -57,6 +58,7 @@ logger = logging.getLogger(__name__)
 
 MOST_TIMES = 256  # the size that a model was made for: beyond, a run would not end
 MOST_MIXED = 2**16  # numbers of a batch's tokens: more are slower in one batch, on a CPU
+EULER = ("FlowMatchEulerDiscreteScheduler", "FlowMatchUniformEulerScheduler")
 TENSORS = ["samples", "latents"]  # that a step callback is given: two words for one
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[Any, int, Tensor, dict], dict]
@@ -305,7 +307,8 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
             null_condition: the same of nothing in particular, for guidance.
             budget: fraction of the latents to keep, in (0, 1], such as 0.25, "1/4" or "25%", or
                 one for each image.
-            num_inference_steps: steps of the scheduler; None is 40.
+            num_inference_steps: steps of the scheduler; None is 40, or the few that the model was
+                trained for.
             guidance: `CFG(3.0)`, `AutoGuidance(2.0)`, `CheapCFG(3.0)`, or "cfg", "ag", "ccfg" with
                 `guidance_scale`; None is no guidance.
             generator: one for each image: an image then depends on its own generator alone,
@@ -353,6 +356,12 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         size = self.input_size(num_frames, height, width)
         self._check_output(output_type, size)
         levels = self.start(num_inference_steps, self._execution_device, sigmas, size)
+        few = self.transformer.config.get(FEW_STEPS)
+        is_euler = type(self.scheduler).__name__ in EULER
+        if few and not (is_euler and len(levels) == few and sigmas is None):
+            logger.warning("this model was trained to draw in %d steps of the sampler euler", few)
+        if guidance is not None and (learned := self.transformer.config.get(LEARNED_GUIDANCE)):
+            logger.warning("this model has learned guidance of scale %g; draw without", learned)
         x = self._noise(noise, generator, (count, self.transformer.in_channels, *size), dtype)
         kept = self.latents_of_steps(
             budget, len(levels), guidance, num_latents, budgets_of_steps, count,
@@ -413,7 +422,8 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
             sigmas: levels to use instead of the scheduler's own.
             size: of the model's input; by default what it was made for.
         """
-        steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
+        few = self.transformer.config.get(FEW_STEPS)
+        steps = (few or DEFAULT_STEPS) if num_inference_steps is None else num_inference_steps
         size, patch = size or self.transformer.sample_size, self.transformer.patch_size
         tokens = math.prod(n // p for n, p in zip(size, patch, strict=True))
         numbers = self.transformer.in_channels * math.prod(size)

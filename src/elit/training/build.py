@@ -64,6 +64,8 @@ def read_data(config: TrainConfig) -> DataSets:
 def sigma_density(config: TrainConfig) -> SigmaDensity:
     """Density of the noise levels of a config."""
     objective = config.objective
+    if config.few_steps.base is not None:
+        return SigmaDensity("uniform", shift=objective.shift, steps=config.few_steps.steps)
     mean, std = objective.logit_mean, objective.logit_std
     return SigmaDensity(objective.density, mean, std, objective.shift)
 
@@ -79,17 +81,23 @@ def build_parts(
     dataset.left_out = frozenset(told.difference(conditioning.reads))
     if teacher is None:
         return model, conditioning, None
-    from elit.training.finetune import Distillation
-
     if teacher is not model:
         place(teacher, config.train, world)
+    if (options := config.few_steps).base is not None:
+        from elit.training.few_steps import FewSteps
+
+        scale, shift = options.guidance_scale, config.objective.shift
+        conditioning.few_steps = FewSteps(teacher, options.steps, scale, shift)
+        return model, conditioning, None
+    from elit.training.finetune import Distillation
+
     return model, conditioning, Distillation(model, teacher, config.retrofit, conditioning)
 
 
 def build_checked(
     config: TrainConfig, dataset: ImageDataset, make_model: MakeModel | None = None
 ) -> tuple[Any, Any | None]:
-    """The model of a config, which suits the data, and of a retrofit its teacher."""
+    """The model of a config, which suits the data, and its teacher, if it has one."""
     teacher = None
     if config.retrofit.base is not None:
         from elit.training.finetune import build_retrofit
@@ -99,6 +107,10 @@ def build_checked(
     else:
         make_model = make_model or build_model
         model = make_model(config, dataset, text_settings(config.text, dataset))
+    if config.few_steps.base is not None:
+        from elit.training.few_steps import start_from_base
+
+        teacher = start_from_base(model, config)
     check_buckets(model, dataset)
     if config.alignment.weight:
         check_alignment(model, dataset, config.alignment)

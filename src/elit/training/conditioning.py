@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from elit.pipelines.text_encoder import encode
 
 if TYPE_CHECKING:  # they bring all of diffusers' autoencoders
     from elit.pipelines.base import ElasticPipeline
+    from elit.training.few_steps import FewSteps
 
 Arguments = dict[str, Any]  # of a model, or of a pipeline
 Shown = tuple[list[str], Arguments]
@@ -31,11 +33,13 @@ class Conditioning:
         draws: whether a pipeline of ours draws with the model.
         vae: of that pipeline; None for pixels, or where it could not be loaded.
         shift: of its scheduler, as training has it.
+        few_steps: what is learned in place of the data's velocity, or None.
     """
 
     reads: tuple[str, ...]
     draws = True
     shift: Shift = 1.0
+    few_steps: FewSteps | None = None
 
     def __init__(self, model: Any, device: torch.device, vae: Any = None):
         self.model, self.device, self.vae = model, device, vae
@@ -49,6 +53,10 @@ class Conditioning:
     ) -> Tensor:
         """Velocity (B, ...) of noisy samples x (B, ...) at noise levels (B,)."""
         return model(x, sigma, **condition, **latents, return_dict=False)[0]
+
+    def target(self, condition: Arguments) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """What gives the velocity to learn, of noisy samples and levels; None is the data's."""
+        return None if self.few_steps is None else partial(self.few_steps.velocity, **condition)
 
     def pipeline(self) -> ElasticPipeline:
         """A pipeline that draws with the model."""

@@ -158,6 +158,21 @@ class AlignmentConfig:
 
 
 @dataclass
+class FewStepsConfig:
+    """A run that learns to draw in few steps, of one that was trained; without a base, none does.
+
+    Attributes:
+        base: folder of the trained run, of the same model, whose weights this one starts from.
+        steps: Euler steps that the model then draws in.
+        guidance_scale: scale of the classifier-free guidance that is learned with them; 1 is none.
+    """
+
+    base: str | None = None
+    steps: Count = 4
+    guidance_scale: AtLeast0 = 2.0
+
+
+@dataclass
 class RetrofitConfig:
     """What `elit finetune` makes elastic, and how. Without a base, a model is trained from scratch.
 
@@ -312,6 +327,7 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    few_steps: FewStepsConfig = field(default_factory=FewStepsConfig)
     retrofit: RetrofitConfig = field(default_factory=RetrofitConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
@@ -332,7 +348,7 @@ class TrainConfig:
         options = self.data.options = dict(self.data.options)
         places = [
             (vars(self), "output_dir"), (vars(self.text), "encoder"),
-            (vars(self.alignment), "encoder"),
+            (vars(self.alignment), "encoder"), (vars(self.few_steps), "base"),
             *((vars(self.retrofit), key) for key in ("base", "start")),
             *((options, key) for key in ("path", "vae")),
         ]  # fmt: skip
@@ -356,6 +372,7 @@ class TrainConfig:
         """Whether values that are allowed alone are given together, and what to say of them."""
         loop, optimizer, text, latents = self.train, self.optimizer, self.text, self.latents
         retrofit, scale = self.retrofit, self.sample.guidance_scale
+        few, drawn = self.few_steps, self.objective
         kind, is_retrofit = retrofit.train, retrofit.base is not None
         return (
             (not self.output_dir,
@@ -372,6 +389,14 @@ class TrainConfig:
             (is_retrofit and self.alignment.weight > 0,
              "alignment.weight has no effect on a retrofit, which its original teaches; leave it "
              "out"),
+            (few.base is None and few != FewStepsConfig(),
+             "few_steps.* have no effect without few_steps.base; give it, or leave them out"),
+            (few.base is not None and is_retrofit,
+             "few_steps.base and retrofit.base are two runs; elasticize first, without few_steps"),
+            (few.base is not None
+             and (drawn.density, drawn.logit_mean, drawn.logit_std) != ("logit_normal", 0, 1),
+             "objective.density and logit_* have no effect with few_steps.base, which draws the "
+             "levels of its steps; leave them out"),
             (not is_retrofit and retrofit != RetrofitConfig(),
              "retrofit.* have no effect without retrofit.base; give it, or leave them out"),
             (is_retrofit and self.model != ModelConfig(),

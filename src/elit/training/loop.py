@@ -174,7 +174,7 @@ def _part_loss(
         seen.append(run.conditioning.velocity(run.parallel.module, x, s, condition, latents))
         return seen[-1]
 
-    loss = flow_matching_loss(velocity, data, noise, sigma)
+    loss = flow_matching_loss(velocity, data, noise, sigma, run.conditioning.target(condition))
     if run.distillation is None:
         return loss
     return run.distillation.loss(loss, run.model, *seen)

@@ -22,7 +22,7 @@ from elit.training.optimizer import learning_rate
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"  # of a checkpoint
-_FIXED = ("seed", "model", "data", "text", "alignment", "retrofit")
+_FIXED = ("seed", "model", "data", "text", "alignment", "few_steps", "retrofit")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 # Of data sets with a fingerprint: what changes no sample. What it holds, a fingerprint tells.
 _FREE_OPTIONS = ("path", "damaged", "verify", "vae")

@@ -78,12 +78,13 @@ def validation_losses(
             levels = density.shifted(sigma[part], shape[1:])
             moved = images, own_noise, levels.to(world.device)
             condition = conditioning(batch)
+            target = conditioning.target(condition)
             for num_latents, parts in measured.items():
                 latents = {} if num_latents is None else {"num_latents": num_latents}
                 velocity = partial(
                     conditioning.velocity, model, condition=condition, latents=latents
                 )
-                parts.append(flow_matching_loss(velocity, *moved).cpu())
+                parts.append(flow_matching_loss(velocity, *moved, target).cpu())
         for num_latents, parts in measured.items():
             losses[num_latents][members] = world.gather_rows(torch.cat(parts))[: len(members)]
     return losses
@@ -144,7 +145,10 @@ def sample_sheet(
     pipeline = conditioning.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     model = pipeline.transformer
-    guidance = CheapCFG(config.guidance_scale) if config.guidance_scale != 1 else None
+    few = conditioning.few_steps
+    is_guided = config.guidance_scale != 1 and (few is None or few.scale == 1)
+    guidance = CheapCFG(config.guidance_scale) if is_guided else None
+    steps = config.steps if few is None else few.steps
     vae = conditioning.vae
     try:
         if vae is not None:  # it is where the model is only while it draws
@@ -153,7 +157,7 @@ def sample_sheet(
         budgets = [model.budget_of(num_latents) for num_latents in kept]
         seeds = [seed_of(seed, "sheet", i) for i in range(len(names))]
         drawn = draw_budgets(
-            pipeline, what, budgets, seeds, num_inference_steps=config.steps, guidance=guidance
+            pipeline, what, budgets, seeds, num_inference_steps=steps, guidance=guidance
         )
         rows = [images for images, _ in drawn]
     finally:
