@@ -71,6 +71,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "optimizer.name": "muon", "alignment.weight": 0.5, "alignment.encoder": "classifier",
         "alignment.kind": "irepa",
     },
+    "shift 2, irepa tokens": {
+        "objective.shift": 2.0, "alignment.weight": 0.5, "alignment.encoder": "classifier",
+        "alignment.kind": "irepa",
+    },
+    "muon, shift 2, irepa tokens": {
+        "optimizer.name": "muon", "objective.shift": 2.0, "alignment.weight": 0.5,
+        "alignment.encoder": "classifier", "alignment.kind": "irepa",
+    },
 }  # fmt: skip
 MODELS = {"dit": [1.0], "elit-mb": [1.0, 1 / 8]}  # and the budgets that are measured
 POINTS = 6  # of a curve of loss
