@@ -54,7 +54,7 @@ from elit.training.muon import step_flops as muon_flops
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
     "muon": {"optimizer.name": "muon"},
-    "muon, equal steps": {"optimizer.name": "muon"},  # as where a batch is large: it adds nothing
+    "muon, equal steps": {"optimizer.name": "muon"},
     "swiglu": {},
     "shift 2": {"objective.shift": 2.0},
     "shift 0.5": {"objective.shift": 0.5},
@@ -71,9 +71,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "optimizer.name": "muon", "alignment.weight": 0.5, "alignment.encoder": "classifier",
         "alignment.kind": "irepa",
     },
+    "shift 2, irepa tokens": {
+        "objective.shift": 2.0, "alignment.weight": 0.5, "alignment.encoder": "classifier",
+        "alignment.kind": "irepa",
+    },
+    "muon, shift 2, irepa tokens": {
+        "optimizer.name": "muon", "objective.shift": 2.0, "alignment.weight": 0.5,
+        "alignment.encoder": "classifier", "alignment.kind": "irepa",
+    },
 }  # fmt: skip
 MODELS = {"dit": [1.0], "elit-mb": [1.0, 1 / 8]}  # and the budgets that are measured
 POINTS = 6  # of a curve of loss
+TITLES = {"losses": "loss", "frechet": "distance"}  # of what is measured at a budget
 JUDGE = 1  # seed of the classifier that judges
 
 
@@ -315,45 +324,37 @@ def cell(values: list[float], form: str) -> str:
 
 
 def print_table(folder: Path) -> None:
-    """The table of all results, changes paired by seed."""
+    """Tables of all results: means, and changes against the base of the same seeds."""
     results = {}
     for file in sorted(folder.glob("*.json")):
         found = json.loads(file.read_text())
         results[found["model"], found["variant"], found["seed"]] = found
-    head = (
-        "model", "variant", "seeds", "steps", "loss", "change", "1/8: loss", "change",
-        "distance", "change", "1/8: distance", "change", "to the base", "CPU s",
-    )  # fmt: skip
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    measures = [("losses", "1"), ("losses", "1/8"), ("frechet", "1"), ("frechet", "1/8")]
-    for model in MODELS:
-        for variant in dict.fromkeys([*VARIANTS, *(key[1] for key in results)]):
-            seeds = [s for m, v, s in results if (m, v) == (model, variant)]
-            if not seeds:
+    for model, budgets in MODELS.items():
+        measures = [(m, format_budget(b)) for m in ("losses", "frechet") for b in budgets]
+        head = [model, "seeds", "steps", *(f"{TITLES[m]}, {b}" for m, b in measures), "to the base"]
+        print(f"| {' | '.join(head)} |\n|---|{'---:|' * (len(head) - 1)}")
+        for variant in VARIANTS:
+            own = [x for (m, v, _), x in results.items() if (m, v) == (model, variant)]
+            if not own:
                 continue
-            own = [results[model, variant, seed] for seed in seeds]
             pairs = [
-                (results[model, variant, s], results[model, "base", s])
-                for s in seeds
-                if (model, "base", s) in results
+                (x, results[key]) for x in own if (key := (model, "base", x["seed"])) in results
             ]
-            words = [model, variant, str(len(seeds)), str(own[0]["steps"])]
+            words = [variant, str(len(own)), str(own[0]["steps"])]
             for measure, budget in measures:
                 read = partial(_read, measure=measure, budget=budget)
-                form = ".4f" if measure == "losses" else ".1f"
-                values = [read(result) for result in own]
-                is_there = None not in values
-                words.append(cell(values, form) if is_there else "")  # type: ignore[arg-type]
-                changes = [100 * (read(a) / read(b) - 1) for a, b in pairs] if is_there else []
-                words.append(cell(changes, "+.1f") + " %" if changes else "")
-            shares = [share_to(a["curve"], b["curve"][-1][1]) for a, b in pairs]
-            words.append(cell(shares, ".2f"))
-            words.append(f"{sum(result['seconds'] for result in own) / len(own):.0f}")
-            print(f"| {' | '.join(words)} |")
+                word = cell(list(map(read, own)), ".4f" if measure == "losses" else ".2f")
+                if variant != "base" and pairs:
+                    changes = [100 * (read(x) / read(base) - 1) for x, base in pairs]
+                    word += f" ({cell(changes, '+.1f')} %)"
+                words.append(word)
+            shares = [share_to(x["curve"], base["curve"][-1][1]) for x, base in pairs]
+            print(f"| {' | '.join([*words, cell(shares, '.2f')])} |")
+        print()
 
 
-def _read(result: Mapping[str, Any], measure: str, budget: str) -> Any:
-    value = result[measure].get(budget)
+def _read(result: Mapping[str, Any], measure: str, budget: str) -> float:
+    value = result[measure][budget]
     return value["distance"] if isinstance(value, dict) else value
 
 
