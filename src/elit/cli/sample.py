@@ -82,8 +82,7 @@ def run(args: argparse.Namespace) -> int:
     point = choose_point(args, pipeline, guidance, what * args.count)
     planned = {} if point is None else point.of_steps()
     guidance = guidance if point is None else point.make_guidance()
-    few = model.config.get("_few_steps")  # that it was trained to draw in
-    args.steps = args.steps or few or DEFAULT_STEPS
+    args.steps = args.steps or pipeline.few_steps or DEFAULT_STEPS
     # Two budgets may round to one number of latents: it is drawn once.
     kept = list(dict.fromkeys(model.resolve_budget(b) for b in args.budget))
     settings = {
@@ -116,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     extremes = what[: args.batch_size] if model.takes_text else [min(what), max(what)]
     # Its only step is at noise level 1, where an interval may have guidance off.
     everywhere = guidance and replace(guidance, interval=(0.0, 1.0))
-    first = options | {"guidance": everywhere, "num_inference_steps": few or 1}
+    first = options | {"guidance": everywhere, "num_inference_steps": pipeline.few_steps or 1}
     pipeline(extremes, model.budget_of(kept[0]), **first)
     if cache is not None:
         model.enable_cache(cache)

@@ -307,8 +307,7 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
             null_condition: the same of nothing in particular, for guidance.
             budget: fraction of the latents to keep, in (0, 1], such as 0.25, "1/4" or "25%", or
                 one for each image.
-            num_inference_steps: steps of the scheduler; None is 40, or the few that the model was
-                trained for.
+            num_inference_steps: steps of the scheduler; None is 40, or `few_steps`.
             guidance: `CFG(3.0)`, `AutoGuidance(2.0)`, `CheapCFG(3.0)`, or "cfg", "ag", "ccfg" with
                 `guidance_scale`; None is no guidance.
             generator: one for each image: an image then depends on its own generator alone,
@@ -356,12 +355,7 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         size = self.input_size(num_frames, height, width)
         self._check_output(output_type, size)
         levels = self.start(num_inference_steps, self._execution_device, sigmas, size)
-        few = self.transformer.config.get(FEW_STEPS)
-        is_euler = type(self.scheduler).__name__ in EULER
-        if few and not (is_euler and len(levels) == few and sigmas is None):
-            logger.warning("this model was trained to draw in %d steps of the sampler euler", few)
-        if guidance is not None and (learned := self.transformer.config.get(LEARNED_GUIDANCE)):
-            logger.warning("this model has learned guidance of scale %g; draw without", learned)
+        self._tell_few_steps(len(levels), sigmas, guidance)
         x = self._noise(noise, generator, (count, self.transformer.in_channels, *size), dtype)
         kept = self.latents_of_steps(
             budget, len(levels), guidance, num_latents, budgets_of_steps, count,
@@ -422,8 +416,8 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
             sigmas: levels to use instead of the scheduler's own.
             size: of the model's input; by default what it was made for.
         """
-        few = self.transformer.config.get(FEW_STEPS)
-        steps = (few or DEFAULT_STEPS) if num_inference_steps is None else num_inference_steps
+        default = self.few_steps or DEFAULT_STEPS
+        steps = default if num_inference_steps is None else num_inference_steps
         size, patch = size or self.transformer.sample_size, self.transformer.patch_size
         tokens = math.prod(n // p for n, p in zip(size, patch, strict=True))
         numbers = self.transformer.in_channels * math.prod(size)
@@ -545,6 +539,20 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         tokens = math.prod(n // p for n, p in zip(size, model.patch_size, strict=True))
         numbers = rows * tokens * model.config.hidden_size
         return model.device.type != "cpu" or numbers <= MOST_MIXED
+
+    @property
+    def few_steps(self) -> int | None:
+        """Euler steps that the transformer was trained to draw in; None are any."""
+        return self.transformer.config.get(FEW_STEPS)
+
+    def _tell_few_steps(self, calls: int, sigmas: Any, guidance: Guidance | None) -> None:
+        """Warn of what a model of few steps was not trained for."""
+        few, learned = self.few_steps, self.transformer.config.get(LEARNED_GUIDANCE)
+        is_euler = type(self.scheduler).__name__ in EULER and sigmas is None
+        if few and not (is_euler and calls == few):
+            logger.warning("this model was trained to draw in %d steps of the sampler euler", few)
+        if learned and guidance is not None:
+            logger.warning("this model has learned guidance of scale %g; draw without", learned)
 
     @property
     def draws_clips(self) -> bool:
