@@ -120,6 +120,9 @@ class Noted:
     def __call__(self, batch: dict) -> dict:
         return self.conditioning(batch)
 
+    def target(self, condition: dict) -> Any:
+        return self.conditioning.target(condition)
+
     def velocity(self, model: Any, x: Tensor, sigma: Tensor, **told: Any) -> Tensor:
         self.levels.append(sigma)
         return self.conditioning.velocity(model, x, sigma, **told)
