@@ -76,6 +76,8 @@ def test_a_later_recipe_differs_in_what_it_says(name: str, base: str) -> None:
     assert later.pop("output_dir") == f"runs/{name}"
     del before["output_dir"]
     assert later.pop("optimizer") == before.pop("optimizer") | {"name": "muon"}
+    aligned = {"weight": 0.5, "kind": "irepa", "encoder": "prepared"}
+    assert later.pop("alignment") == before.pop("alignment") | aligned
     assert later == before
 
 
