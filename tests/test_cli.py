@@ -789,7 +789,7 @@ def test_each_synonym_means_a_flag_or_a_field() -> None:
     [
         ("train digits --model x", "did you mean --model.preset?"),
         ("train digits --train.resume x", "--train.resume: the same command again goes on"),
-        ("sample run --model x", "--model: the model is named without a flag"),
+        ("sample run --model x", "is named without a flag, behind the command"),
     ],
 )
 def test_advice_is_for_what_no_flag_does(run, line, hint) -> None:

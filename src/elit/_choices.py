@@ -65,13 +65,18 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "weight_dtype": ("dtype", "precision"),
     "width": ("size", "resolution"),
 }
+NAMED_FIRST = "the model (of `elit train` the config) is named without a flag, behind the command"
+IN_STEPS = "training is counted in steps, not in epochs; a step takes one batch"
 # What needs no name here.
 ADVICE = {
+    "epochs": IN_STEPS,
+    "num_epochs": IN_STEPS,
+    "num_train_epochs": IN_STEPS,
     "resume": "the same command again goes on where it was stopped",
     "resume_from_checkpoint": "the same command again goes on where it was stopped",
-    "model": "the model is named without a flag, behind the command",
-    "model_id": "the model is named without a flag, behind the command",
-    "pretrained_model_name_or_path": "the model is named without a flag, behind the command",
+    "model": NAMED_FIRST,
+    "model_id": NAMED_FIRST,
+    "pretrained_model_name_or_path": NAMED_FIRST,
 }
 
 
