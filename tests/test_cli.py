@@ -117,8 +117,8 @@ CONFIG_FLAGS = """
     --objective.logit_std --objective.shift --objective.prediction_type
     --objective.label_dropout --latents.min --latents.max --latents.order
     --latents.draws --alignment.weight --alignment.where --alignment.kind --alignment.encoder
-    --alignment.depth --few_steps.base --few_steps.steps --few_steps.guidance_scale --retrofit.base
-    --retrofit.start --retrofit.head --retrofit.tail --retrofit.group
+    --alignment.depth --few_steps.base --few_steps.steps --few_steps.guidance_scale
+    --retrofit.base --retrofit.start --retrofit.head --retrofit.tail --retrofit.group
     --retrofit.init --retrofit.train --retrofit.rank --retrofit.distill --retrofit.features
     --retrofit.base_lr
     --optimizer.name --optimizer.lr --optimizer.betas --optimizer.weight_decay

@@ -79,6 +79,7 @@ def base(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_a_run_takes_a_models_steps_together(base: str, tmp_path, caplog) -> None:
     few, shown = {"base": base, "steps": 3}, {"train_validate_every": 6, "train_sample_every": 6}
     begun = Run(few_config(tmp_path / "begun", 6, few), CPU)

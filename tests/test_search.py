@@ -152,6 +152,7 @@ def test_nothing_costs_more_than_the_cap(run, real, tmp_path) -> None:
             assert row["gflops_per_image"] * 1e9 < drawing.flops(point)
 
 
+@pytest.mark.slow
 def test_a_cap_on_time_holds_too(run, real, tmp_path) -> None:
     evaluation = make_evaluation(run, real, tmp_path)
     (cap,) = evaluation.times().ms_of_points([OperatingPoint(1.0, 4)])
@@ -161,6 +162,7 @@ def test_a_cap_on_time_holds_too(run, real, tmp_path) -> None:
     assert all(row["search"]["max_ms"] == cap for row in found.rows)
 
 
+@pytest.mark.slow
 def test_a_killed_search_ends_as_one_that_was_not(run, real, tmp_path, monkeypatch) -> None:
     whole, _ = found_in(run, real, tmp_path / "a")
     draw, left = Drawing.draw, [0]

@@ -23,7 +23,7 @@ def check_fit(size: Sequence[int], group: Sequence[int]) -> None:
     for tokens, per_group in pairs:
         if tokens % per_group:
             padded = [math.ceil(n / g) * g for n, g in pairs]
-            fitting = [max(d for d in range(1, g + 1) if n % d == 0) for n, g in pairs]
+            fitting = [max(d for d in range(1, min(g, n) + 1) if n % d == 0) for n, g in pairs]
             raise ValueError(
                 f"{grid}: {tokens} is not a multiple of {per_group}; "
                 f"resize or pad the input to {format_size(padded)} tokens, "
