@@ -75,21 +75,22 @@ def few_config(folder: Path, steps: int, few: dict[str, Any], **changes: Any) ->
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("base")
-    train(tiny_config(folder, steps=30, data_batch_size=16, optimizer_lr=1e-2), progress=False)
+    train(tiny_config(folder, steps=12, data_batch_size=16, optimizer_lr=1e-2), progress=False)
     return str(folder)
 
 
 @pytest.mark.slow
 def test_a_run_takes_a_models_steps_together(base: str, tmp_path, caplog) -> None:
     few, shown = {"base": base, "steps": 3}, {"train_validate_every": 6, "train_sample_every": 6}
-    begun = Run(few_config(tmp_path / "begun", 6, few), CPU)
+    at = {"sample_budgets": [1.0, 0.25]}
+    begun = Run(few_config(tmp_path / "begun", 6, few, **at), CPU)
     trained = ElitPipeline.from_pretrained(base).transformer.state_dict()
     assert all(torch.equal(trained[name], x) for name, x in begun.model.state_dict().items())
     begun.validate()
     begun.close()
-    train(few_config(tmp_path / "a", 6, few, **shown), progress=False)
-    train(few_config(tmp_path / "b", 4, few), progress=False)
-    train(few_config(tmp_path / "b", 6, few), progress=False)
+    train(few_config(tmp_path / "a", 6, few, **shown, **at), progress=False)
+    train(few_config(tmp_path / "b", 4, few, **at), progress=False)
+    train(few_config(tmp_path / "b", 6, few, **at), progress=False)
     assert_same_run(tmp_path / "a", tmp_path / "b", 6)
     (before,), (*_, after) = (
         [line["validation/loss_1"] for line in metrics(folder) if "validation/loss_1" in line]
