@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elit import CFG, ElitPipeline, make_scheduler
 from elit._plain import from_plain
+from elit.cli.train import sample_command
 from elit.flow.objective import SigmaDensity
 from elit.flow.shift import shifted
 from elit.training import few_steps
@@ -98,6 +99,9 @@ def test_a_run_takes_a_models_steps_together(base: str, tmp_path, caplog) -> Non
     )
     assert after < before
 
+    config = few_config(tmp_path / "a", 6, few)
+    assert " --steps 3" in sample_command(config)
+    assert "--guidance" not in sample_command(config)
     pipeline = ElitPipeline.from_pretrained(tmp_path / "a")
     pipeline.set_progress_bar_config(disable=True)
     assert len(pipeline.start(None, "cpu")) == 3

@@ -132,7 +132,7 @@ def sample_command(config: TrainConfig) -> str:
     takes_text = not is_retrofit and preset_model(preset).takes_text
     prompts = ' --prompts "a red disc"' if takes_text else ""
     budgets = " --budget 1 0.25" if elastic else ""
-    drawn = drawing_flags(config.sample.steps, config.sample.guidance_scale, elastic)
+    drawn = drawing_flags(config.pictures.steps, config.pictures.guidance_scale, elastic)
     return f"elit sample {shlex.quote(str(folder))}{prompts}{budgets}{drawn}"
 
 

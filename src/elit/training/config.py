@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from elit._choices import check_choice
@@ -357,6 +357,15 @@ class TrainConfig:
             if isinstance(path, str | os.PathLike) and path not in _NO_PATHS:
                 holder[key] = change(path)
 
+    @property
+    def pictures(self) -> SampleConfig:
+        """How the run's own pictures are drawn: in the few steps that it learns, if it does."""
+        few = self.few_steps
+        if few.base is None:
+            return self.sample
+        scale = self.sample.guidance_scale if few.guidance_scale == 1 else 1.0
+        return replace(self.sample, steps=few.steps, guidance_scale=scale)
+
     def from_anywhere(self) -> "TrainConfig":
         """The same config with what it reads by paths from the root: it means the same anywhere."""
         config = copy.deepcopy(self)
@@ -371,7 +380,7 @@ class TrainConfig:
     def _clashes(self) -> Iterable[tuple[bool, str]]:
         """Whether values that are allowed alone are given together, and what to say of them."""
         loop, optimizer, text, latents = self.train, self.optimizer, self.text, self.latents
-        retrofit, scale = self.retrofit, self.sample.guidance_scale
+        retrofit, scale = self.retrofit, self.pictures.guidance_scale
         few, drawn = self.few_steps, self.objective
         kind, is_retrofit = retrofit.train, retrofit.base is not None
         return (

@@ -237,7 +237,11 @@ class Run:
         if self.world.is_main or self.parallel.is_sharded:
             with self.averaged_weights():
                 sheet = sample_sheet(
-                    self.conditioning, self.held_out, config.sample, self.shown_latents, config.seed
+                    self.conditioning,
+                    self.held_out,
+                    config.pictures,
+                    self.shown_latents,
+                    config.seed,
                 )
             if self.world.is_main:
                 save_image(sheet, self.folder / "samples" / f"{step_name(self.step)}.png")

@@ -145,10 +145,7 @@ def sample_sheet(
     pipeline = conditioning.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     model = pipeline.transformer
-    few = conditioning.few_steps
-    is_guided = config.guidance_scale != 1 and (few is None or few.scale == 1)
-    guidance = CheapCFG(config.guidance_scale) if is_guided else None
-    steps = config.steps if few is None else few.steps
+    guidance = CheapCFG(config.guidance_scale) if config.guidance_scale != 1 else None
     vae = conditioning.vae
     try:
         if vae is not None:  # it is where the model is only while it draws
@@ -157,7 +154,7 @@ def sample_sheet(
         budgets = [model.budget_of(num_latents) for num_latents in kept]
         seeds = [seed_of(seed, "sheet", i) for i in range(len(names))]
         drawn = draw_budgets(
-            pipeline, what, budgets, seeds, num_inference_steps=steps, guidance=guidance
+            pipeline, what, budgets, seeds, num_inference_steps=config.steps, guidance=guidance
         )
         rows = [images for images, _ in drawn]
     finally:
