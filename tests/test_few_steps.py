@@ -1,5 +1,6 @@
 """Runs that learn to draw in few steps."""
 
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,16 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_elastic
+from helpers import randomise, tiny_elastic
 from runs import CPU, assert_same_run, metrics, tiny_config
 from test_flow import MEAN, STD, gaussian_velocity
 from torch import Tensor
 
 from elit import CFG, ElitPipeline, make_scheduler
 from elit._plain import from_plain
+from elit.cli.main import main
 from elit.cli.train import sample_command
+from elit.exporting.export import VelocityOf, _manifest
 from elit.flow.objective import SigmaDensity
 from elit.flow.shift import shifted
+from elit.models.base import FEW_STEPS
+from elit.pipelines.load import load_pipeline
+from elit.scheduling.schedule import load_schedule
+from elit.serving.settings import Settings
+from elit.serving.worker import find_facts
+from elit.studio.drawing import ElitDrawer
+from elit.studio.studio import Studio
 from elit.training import few_steps
 from elit.training.config import TrainConfig
 from elit.training.few_steps import FewSteps
@@ -144,6 +154,34 @@ def test_what_is_refused(changes: dict[str, Any], message: str, base: str, tmp_p
 
     with pytest.raises(ValueError, match=message):
         begin(**changes)
+
+
+def test_all_that_draws_takes_the_models_own_steps(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("ELIT_CACHE", str(tmp_path / "cache"))
+    model = tiny_elastic(in_channels=1, sample_size=16, num_classes=10)
+    run = str(tmp_path / "run")
+    model.register_to_config(**{FEW_STEPS: 3})
+    ElitPipeline(randomise(model), make_scheduler("euler")).save_pretrained(run)
+
+    def told(*words: object) -> dict[str, Any]:
+        assert main([*map(str, words), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert told("calibrate", run, "--labels", 1, 2, "--degree", 1)["steps"] == 3
+    assert {len(plan["budgets"]) for plan in told("schedule", run, "--data", "digits")["plans"]} == {3}
+    scored = "--reference", "digits", "--network", "classifier", "--samples", 4
+    (row,) = told("eval", run, *scored)["rows"]
+    assert (row["steps"], row["calls"]) == (3, 3)
+    flags = "--budgets", 1, "--guidance", "none"
+    (row,) = told("sweep", run, *scored, *flags)["rows"]
+    assert row["steps"] == 3
+    pipeline = load_pipeline(run)
+    plan = load_schedule(run).plan(pipeline, 1e12)
+    assert plan.num_inference_steps == len(plan.levels) == 3
+    assert Studio(ElitDrawer(pipeline, run)).steps == 3
+    assert find_facts(pipeline, Settings(run, "127.0.0.1", 8000)).way.steps == 3
+    manifest = _manifest(pipeline, VelocityOf(pipeline.transformer, (16, 16)), "pt2", None)
+    assert manifest["levels"] == pytest.approx([1, 2 / 3, 1 / 3, 0])
 
 
 def test_without_it_a_config_says_nothing_of_it() -> None:

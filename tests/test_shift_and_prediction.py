@@ -12,12 +12,15 @@ from runs import CPU, assert_same_run, tiny_config
 from test_flow import MEAN, STD, gaussian_velocity
 from torch import Tensor
 
-from elit import DiT, ElitPipeline, create_model, elasticize, make_scheduler
+from elit import CFG, DiT, ElitPipeline, create_model, elasticize, make_scheduler
+from elit.choosing.points import OperatingPoint
 from elit.cli.main import main
 from elit.cost.flops import cost_of
+from elit.evaluation.drawing import Drawing
 from elit.flow.objective import flow_matching_loss
 from elit.flow.schedulers import shift_of
 from elit.flow.shift import shifted
+from elit.scheduling.schedule import Schedule
 from elit.training.build import build_model, read_data
 from elit.training.finetune import load_base
 from elit.training.loop import draw_rows, train
@@ -154,6 +157,23 @@ def test_a_pipeline_shifts_by_the_size_that_it_draws() -> None:
         pipeline([1], num_inference_steps=2, height=side, width=side, seed=0)
         half = shifted(0.5, side / 64)
         assert pipeline.scheduler.levels == pytest.approx([1, half, half, 0])
+
+
+def test_forwards_times_and_plans_are_of_the_size_that_is_drawn() -> None:
+    """In two steps, the second at the level side / (side + 64): guided from 0.3 on, or not."""
+    pipeline = ElitPipeline(tiny_elastic(in_channels=1), make_scheduler("euler", "dimension"))
+    guidance = CFG(2.0, interval=(0.3, 1.0))
+    schedule = Schedule(pipeline.transformer.max_latents, 1, spectrum=[1.0, 0.5])
+    drawing = Drawing(pipeline, [], 2, size=(32, 32))
+    point = OperatingPoint(steps=2, guidance="cfg", interval=(0.3, 1.0))
+    for side, guided in ((8, 1), (32, 2)):
+        size = None, side, side
+        calls = pipeline.calls(1.0, 2, guidance, size=size)
+        assert sum(times == 2 for ((_, times),) in calls) == guided
+        plan = schedule.plan(pipeline, 1e12, None, guidance, 2, size=size)
+        assert plan.levels == pytest.approx([1, side / (side + 64)])
+        assert sum(n > 0 for n in plan.guides) == guided
+    assert drawing.calls(point) == calls
 
 
 def test_a_retrofit_keeps_the_shift_of_its_base(tmp_path) -> None:

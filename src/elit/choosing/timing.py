@@ -111,7 +111,7 @@ class CallTimes:
         Which calls a cache skips depends on what is drawn: then it is this batch.
         """
         simple = [point for point in points if point.cache is None]
-        runs = [self.pipeline.calls(**point.arguments()) for point in simple]
+        runs = [self.pipeline.calls(**p.arguments(), size=self.size) for p in simple]
         ms = dict(zip(simple, self.ms_of_runs(runs), strict=True))
         with_cache = [point for point in points if point.cache is not None]
         cached = {f"run {digest_of([p.to_dict(), *self._drawn])}": p for p in with_cache}

@@ -9,7 +9,6 @@ from elit._tables import format_table
 from elit.cli.common import check_run, make_guidance, open_pipeline, print_report
 from elit.cli.flags import Parser, WholeNumber
 from elit.cli.sample import what_to_draw
-from elit.flow.words import DEFAULT_STEPS
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.8)
 
@@ -23,7 +22,7 @@ def add_arguments(parser: Parser) -> None:
     """Flags of `elit calibrate`."""
     parser.add("RUN variant labels prompts")
     parser.add("budget", "budgets to fit to, all at once", nargs="+", default=[1.0])
-    parser.add("steps", kind=WholeNumber(3), default=DEFAULT_STEPS)
+    parser.add("steps", kind=WholeNumber(3))
     parser.add("guidance scale guide-budget")
     parser.add("degree", "degree of the polynomial, 1 to 4", WholeNumber(1, 4), default=4)
     parser.add("seed device")
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from elit.pipelines.budgets import draw_budgets
     from elit.pipelines.folder import weights_digest
 
-    model = pipeline.transformer
+    model, steps = pipeline.transformer, args.steps or pipeline.default_steps
     what = what_to_draw(args, pipeline)
     file = Path(args.out) if args.out else Path(args.run) / CALIBRATION_FILE
     output_folder(file.parent, "--out")
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     def draw() -> None:
         budgets, seeds = [model.budget_of(n) for n in kept], range(args.seed, args.seed + len(what))
-        options = {"num_inference_steps": args.steps, "guidance": guidance, "output_type": "latent"}
+        options = {"num_inference_steps": steps, "guidance": guidance, "output_type": "latent"}
         for _ in draw_budgets(pipeline, what, budgets, seeds, **options):
             pass
 

@@ -19,7 +19,6 @@ from elit.cli.common import (
 )
 from elit.cli.flags import OneOf, Parser, WholeNumber
 from elit.data import SPLITS
-from elit.flow.words import DEFAULT_STEPS
 from elit.networks import NETWORKS
 from elit.training.config_files import config_of_run
 
@@ -40,7 +39,7 @@ def add_arguments(parser: Parser) -> None:
     """Flags of `elit eval`."""
     add_evaluation_flags(parser, samples=50_000)  # as papers have it
     parser.add("budget")
-    parser.add("steps", kind=STEPS, default=DEFAULT_STEPS)
+    parser.add("steps", kind=STEPS)
     parser.add("guidance scale guide-budget")
     parser.switch("save-npz", "write all samples too, as other evaluation tools read them")
     parser.add("out", "folder of the results (default: RUN/evaluated)")
@@ -55,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
     from elit.choosing.points import OperatingPoint
     from elit.evaluation.evaluation import evaluate, save_npz
 
-    given = args.budget, args.steps, args.guidance, args.scale, args.guide_budget
-    point = OperatingPoint(*given, interval_of(args))
-    point = point.resolved(evaluation.drawing.pipeline.transformer)
+    pipeline = evaluation.drawing.pipeline
+    steps = args.steps or pipeline.default_steps
+    given = args.budget, steps, args.guidance, args.scale, args.guide_budget
+    point = OperatingPoint(*given, interval_of(args)).resolved(pipeline.transformer)
     report = evaluate(evaluation, point)
     if report is None:  # the first process tells
         return 0

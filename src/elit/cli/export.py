@@ -7,7 +7,7 @@ from typing import Any
 from elit._files import output_folder
 from elit._tables import format_table
 from elit.cli.common import check_run, open_pipeline, print_report
-from elit.cli.flags import OneOf, Parser
+from elit.cli.flags import OWN_STEPS, OneOf, Parser
 from elit.exporting.formats import SUFFIXES, check_format
 from elit.flow.words import DEFAULT_STEPS
 from elit.interface.budget import format_budget
@@ -23,7 +23,7 @@ def add_arguments(parser: Parser) -> None:
     """Flags of `elit export`."""
     parser.add("RUN variant")
     parser.add("format", "format: {}", OneOf(SUFFIXES, "format"), "FORMAT", required=True)
-    parser.add("steps", "steps whose noise levels the .json has", default=DEFAULT_STEPS)
+    parser.add("steps", f"steps whose noise levels the .json has {OWN_STEPS.format(DEFAULT_STEPS)}")
     parser.add("size frames device dtype")
     parser.add("out", "folder to write into (default: RUN/export)")
     parser.set_defaults(sampler=None)

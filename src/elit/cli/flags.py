@@ -11,7 +11,7 @@ from elit._choices import check_choice, hint_at
 from elit._files import typed_path
 from elit._numbers import as_number
 from elit.flow.shift import DIMENSION, Shift, check_shift
-from elit.flow.words import DEFAULT_SCALE, GUIDANCES, SAMPLERS
+from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS, GUIDANCES, SAMPLERS
 from elit.interface.budget import read_budget
 
 # As a budget: what `elit sweep` found best within a cap, what `elit schedule` plans within it.
@@ -179,6 +179,7 @@ def _flag(about: str, kind: Kind | None = None, metavar: Any = None, **more: Any
 
 
 _MADE_FOR = "(default: what the model was made for)"
+OWN_STEPS = "(default: {}, or the few that the model was trained for)"
 FLAGS: dict[str, dict[str, Any]] = {
     "RUN": _flag("folder of a pipeline, or its name on the hub", typed_path),
     "NAME_OR_PATH": _flag("preset, or folder of a pipeline or a model", typed_path, word="model"),
@@ -192,7 +193,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         "fractions of the latents to keep, such as 1 3/4 0.5 (default: 1 and halves of it)",
         read_budget, "B", nargs="+",
     ),
-    "steps": _flag("steps of the sampler", WholeNumber()),
+    "steps": _flag(f"steps of the sampler {OWN_STEPS.format(DEFAULT_STEPS)}", WholeNumber()),
     "guidance": _flag("kind of guidance: {}", OneOf(GUIDANCES, "guidance"), default="none"),
     "scale": _flag(f"scale of the guidance (default: {DEFAULT_SCALE:g})", number, "S"),
     "guide-budget": _flag(

@@ -8,7 +8,7 @@ from elit._files import output_folder, typed_path
 from elit._numbers import as_number
 from elit.choosing.sweep_file import default_home
 from elit.cli.common import check_run, open_pipeline, print_report
-from elit.cli.flags import OneOf, Parser, WholeNumber
+from elit.cli.flags import OWN_STEPS, OneOf, Parser, WholeNumber
 from elit.data import SPLITS
 from elit.training.config_files import config_of_run, read_flag
 
@@ -21,6 +21,7 @@ A correlation says little without its control: "shuffled" is that of the attenti
 with the loss on another. Where both are alike, the attention is a pattern of position; "other
 noise" is what is left where the two maps have not seen the same noise."""
 _OPTION = "data.options."
+STEPS = 20
 
 
 def add_arguments(parser: Parser) -> None:
@@ -32,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
     add("sigma", "noise levels, 1 is noise alone", _noise_level, "S", nargs="+",
         default=[0.25, 0.5, 0.75])  # fmt: skip
     add("budget", "fractions of the latents to look at", nargs="+", default=[1.0, 0.25])
-    add("steps", "steps of the samples that are compared", default=20)
+    add("steps", f"steps of the samples that are compared {OWN_STEPS.format(STEPS)}")
     add_data_flags(parser)
     add("batch-size", "samples of a forward")
     add("seed", "seed of the noise and the shuffles")
@@ -76,8 +77,9 @@ def run(args: argparse.Namespace) -> int:
     )
     about = {"run": args.run, "weights": weights_digest(Path(args.run)), "data": name}
     about |= {"options": options, "split": args.split, "indices": indices}
+    steps = args.steps or pipeline.few_steps or STEPS
     report = inspect_pipeline(
-        pipeline, subject, names, folder, args.sigma, args.budget, args.steps, about
+        pipeline, subject, names, folder, args.sigma, args.budget, steps, about
     )
     return print_report(report, args.json, lambda report: print(report_text(report)))
 

@@ -13,7 +13,6 @@ from elit._tables import counted, format_table
 from elit.choosing.sweep_file import default_home
 from elit.cli.common import check_run, flops_column, make_guidance, open_pipeline, print_report
 from elit.cli.flags import AUTO, SCHEDULE, OneOf, Parser, WholeNumber, number
-from elit.flow.words import DEFAULT_STEPS
 from elit.interface.budget import read_budget
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def add_arguments(parser: Parser) -> None:
     add("max-gflops", "cap on an image's GFLOPs, for `--budget auto` and schedule", number, "G")
     add("max-ms", "cap on an image's milliseconds on this device, drawn --batch-size at a time, "
         "for `--budget auto` and schedule", number, "MS")  # fmt: skip
-    add("steps", f"steps of the sampler (default: {DEFAULT_STEPS})")
+    add("steps")
     add("guidance scale guide-budget interval sampler shift")
     add("teacache", "skip steps at which less changes than this, such as 0.1; needs "
         "`elit calibrate RUN`", number, "THRESHOLD")  # fmt: skip
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     point = choose_point(args, pipeline, guidance, what * args.count)
     planned = {} if point is None else point.of_steps()
     guidance = guidance if point is None else point.make_guidance()
-    args.steps = args.steps or pipeline.few_steps or DEFAULT_STEPS
+    args.steps = args.steps or pipeline.default_steps
     # Two budgets may round to one number of latents: it is drawn once.
     kept = list(dict.fromkeys(model.resolve_budget(b) for b in args.budget))
     settings = {
@@ -125,7 +124,8 @@ def run(args: argparse.Namespace) -> int:
     cost = pipeline.forward_cost(args.frames, height, width, text_tokens)
     costs = {n: cost.flops(n) / 1e9 for n in kept}
     if point is not None and planned:
-        costs = dict.fromkeys(kept, mean_gflops(pipeline, point, cost))
+        place = args.frames, height, width
+        costs = dict.fromkeys(kept, mean_gflops(pipeline, point, cost, place))
     rows = draw_into(
         folder, pipeline, what, costs, args.seed, args.count, args.batch_size, args.video,
         sys.stderr.isatty(), **(options | planned),
@@ -195,9 +195,11 @@ def choose_point(
     return point
 
 
-def mean_gflops(pipeline: "ElasticPipeline", point: "OperatingPoint", cost: Any) -> float:
+def mean_gflops(
+    pipeline: "ElasticPipeline", point: "OperatingPoint", cost: Any, size: Sequence[int | None]
+) -> float:
     """Of a forward on average, over a point's budgets of steps."""
-    calls = pipeline.calls(**replace(point, cache=None).arguments())
+    calls = pipeline.calls(**replace(point, cache=None).arguments(), size=size)
     forwards = [cost.flops(n) for call in calls for n, times in call for _ in range(times)]
     return sum(forwards) / len(forwards) / 1e9
 

@@ -8,8 +8,8 @@ from elit._files import output_folder
 from elit._tables import format_table
 from elit.choosing.sweep_file import default_home
 from elit.cli.common import check_run, open_pipeline, print_report
-from elit.cli.flags import OneOf, Parser, WholeNumber, number
-from elit.cli.inspect import add_data_flags, data_of
+from elit.cli.flags import OWN_STEPS, OneOf, Parser, WholeNumber, number
+from elit.cli.inspect import STEPS, add_data_flags, data_of
 from elit.flow.words import DEFAULT_SCALE
 
 SHARES = (0.75, 0.5, 0.3)  # of full budget's FLOPs, that are shown
@@ -27,7 +27,8 @@ def add_arguments(parser: Parser) -> None:
     add("RUN variant")
     add("by", "plan by: {}; the spectrum of the data needs nothing of the model",
         OneOf(("errors", "spectrum"), "way to plan"), default="errors")  # fmt: skip
-    add("steps", "steps of the sampler whose noise levels are measured", default=20)
+    about = "steps of the sampler whose noise levels are measured"
+    add("steps", f"{about} {OWN_STEPS.format(STEPS)}")
     add("scale", "scale of the guidance (CFG) of the plans that are shown, 1 for none", number, "S",
         default=DEFAULT_SCALE)  # fmt: skip
     add("images", "images to measure on, spread over the data", WholeNumber(2), default=32)
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from elit.scheduling.schedule import SCHEDULE_FILE, Schedule, ladder
 
     pipeline = open_pipeline(args)
-    model = pipeline.transformer
+    model, steps = pipeline.transformer, args.steps or pipeline.few_steps or STEPS
     check_elastic(model, args.run)
     folder = output_folder(args.out or default_home(args.run), "--out")
     guidance = None if args.scale == 1 else CFG(args.scale)
@@ -65,25 +66,25 @@ def run(args: argparse.Namespace) -> int:
     about = {
         "run": args.run, "weights": weights_digest(Path(args.run)), "data": name,
         "options": options, "split": args.split, "indices": indices, "draws": args.draws,
-        "seed": args.seed, "steps": args.steps, "sampler": type(pipeline.scheduler).__name__,
+        "seed": args.seed, "steps": steps, "sampler": type(pipeline.scheduler).__name__,
     }  # fmt: skip
     schedule = Schedule(
         model.max_latents, model.min_latents, spectrum=power_spectrum(subject.images),
         space=subject.images.ndim - 2, about=about,
     )  # fmt: skip
     if args.by == "errors":
-        levels = sorted({*pipeline.start(args.steps, "cpu")}, reverse=True)
+        levels = sorted({*pipeline.start(steps, "cpu")}, reverse=True)
         latents = ladder(model.min_latents, model.max_latents)
         errors = measure_pipeline(pipeline, subject, levels, latents, progress=True)
         schedule = schedule.with_errors(levels, latents, errors)
     schedule.save(folder / SCHEDULE_FILE)
-    calls = pipeline.calls(1.0, args.steps, guidance)
+    calls = pipeline.calls(1.0, steps, guidance)
     cost = pipeline.forward_cost()
     full = sum(cost.flops(n) * times for call in calls for n, times in call)
     plans = {}
     for share in SHARES:
         try:
-            plans[share] = schedule.plan(pipeline, share * full, None, guidance, args.steps)
+            plans[share] = schedule.plan(pipeline, share * full, None, guidance, steps)
         except ValueError:  # below what the fewest latents cost
             continue
     sheet = folder / "schedule.png"

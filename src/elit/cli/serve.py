@@ -7,7 +7,7 @@ from elit._extras import missing
 from elit._tables import counted
 from elit.cli.common import check_address, check_run, make_guidance, url_of
 from elit.cli.flags import OneOf, Parser, WholeNumber, number
-from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
+from elit.flow.words import DEFAULT_SCALE
 from elit.interface.budget import read_budget
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def add_arguments(parser: Parser) -> None:
     add("batch-size")
     add("queue", "pictures that may wait; more are refused with 429", WholeNumber(), default=1024)
     best = "where a request doesn't say (default: the sweep's best, or"
-    add("steps", f"steps of the sampler {best} {DEFAULT_STEPS})")
+    add("steps", f"steps of the sampler {best} as `elit sample`)")
     add("guidance", f"kind of guidance {best} none): {{}}", default=None)
     add("scale", f"scale of the guidance {best} {DEFAULT_SCALE:g})")
     add("guide-budget sampler device dtype")

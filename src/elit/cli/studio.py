@@ -5,7 +5,8 @@ import sys
 
 from elit._extras import missing
 from elit.cli.common import check_address, check_run, url_of
-from elit.cli.flags import Parser, WholeNumber
+from elit.cli.flags import OWN_STEPS, Parser, WholeNumber
+from elit.flow.words import DEFAULT_STEPS
 
 REPORTS = False
 USAGE = "elit studio RUN [flags]"
@@ -18,7 +19,7 @@ and saved. Ctrl-C stops it."""
 def add_arguments(parser: Parser) -> None:
     """Flags of `elit studio`."""
     parser.add("RUN")
-    parser.add("steps", "steps that the page begins with (default: 40)")
+    parser.add("steps", f"steps that the page begins with {OWN_STEPS.format(DEFAULT_STEPS)}")
     parser.add("host", "address to listen at; 0.0.0.0 is all", default="127.0.0.1", metavar="HOST")
     parser.add("port", "port to listen at", WholeNumber(1, 65535), default=7860)
     parser.add("device dtype")

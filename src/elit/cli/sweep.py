@@ -32,8 +32,9 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add
     add_evaluation_flags(parser, samples=1000)
     add("budgets")
-    add("steps", "numbers of steps (default: 5 10 20 40; of --search 1.25 to 3 times those that "
-        "full budget has)", STEPS, nargs="+", default=None)  # fmt: skip
+    add("steps", "numbers of steps (default: 5 10 20 40, or the few that the model was trained "
+        "for; of --search 1.25 to 3 times those that full budget has)", STEPS, nargs="+",
+        default=None)  # fmt: skip
     add("guidance", f"kinds of guidance: {', '.join(GUIDANCES)} (default: all that the model can)",
         nargs="+", default=None)  # fmt: skip
     add("scale", f"scales of the guidance (default: {DEFAULT_SCALE:g})", nargs="+")
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     evaluation = open_evaluation(args, home, keep_images=False)
     from elit.evaluation.sweep import sweep, write_table_and_page
 
-    grid = None if args.search else grid_of(args, evaluation.drawing.pipeline.transformer)
+    grid = None if args.search else grid_of(args, evaluation.drawing.pipeline)
     alone: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if evaluation.process.rank == 0:  # which merges the rows of this call with those that are there
         alone = locked(home, f"another process sweeps into {home}; wait for its end, or give --out")
@@ -76,8 +77,9 @@ def run(args: argparse.Namespace) -> int:
     return print_report(report, args.json, lambda report: _show(report, page))
 
 
-def grid_of(args: argparse.Namespace, model: Any) -> "Grid":
+def grid_of(args: argparse.Namespace, pipeline: Any) -> "Grid":
     """All points that the flags name."""
+    model, few = pipeline.transformer, pipeline.few_steps
     from elit.evaluation.sweep import Grid
     from elit.interface.budget import default_budgets
 
@@ -88,9 +90,10 @@ def grid_of(args: argparse.Namespace, model: Any) -> "Grid":
         budgets, guides = args.budgets or [1.0], args.guidance or ["none", "cfg"]
         if {"ag", "ccfg"} & set(guides):
             raise ValueError("--guidance ag and ccfg need a lower budget; this model has none")
+    steps = args.steps or ([few] if few else STEP_COUNTS)
     return Grid(
-        budgets, args.steps or STEP_COUNTS, guides, args.scale or [DEFAULT_SCALE],
-        args.guide_budget or [], interval_of(args),
+        budgets, steps, guides, args.scale or [DEFAULT_SCALE], args.guide_budget or [],
+        interval_of(args),
     )  # fmt: skip
 
 

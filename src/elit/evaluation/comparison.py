@@ -66,12 +66,12 @@ def time_together(
                 f"{type(pipeline.scheduler).__name__}; sweep it with the saved sampler, or compare "
                 f"without times"
             )
-        frames = [None] * (3 - len(settings["size"]))
+        size = (*[None] * (3 - len(settings["size"])), *settings["size"])
         times = CallTimes(pipeline, min(settings["batch_size"], settings["samples"]),
-                          (*frames, *settings["size"]), progress, anew=True)  # fmt: skip
+                          size, progress, anew=True)  # fmt: skip
         rows.append([row for row in report["rows"] if row.get("cache") is None])
         points = map(OperatingPoint.from_dict, rows[-1])
-        several.append((times, [pipeline.calls(**point.arguments()) for point in points]))
+        several.append((times, [pipeline.calls(**p.arguments(), size=size) for p in points]))
     for own, all_ms in zip(rows, ms_together(several), strict=True):
         for row, ms in zip(own, all_ms, strict=True):
             row["ms_per_image"] = ms

@@ -67,6 +67,11 @@ class Drawing:
         height, width = self.size or (height, width)
         return (3, *([self.frames or frames[0]] if frames else []), height, width)
 
+    @property
+    def place(self) -> tuple[int | None, int | None, int | None]:
+        """Frames, height and width, None where the model was made for it."""
+        return self.frames, *(self.size or (None, None))
+
     @cached_property
     def text_tokens(self) -> int | None:
         """Length of the longest text, of a model that draws texts."""
@@ -76,12 +81,11 @@ class Drawing:
     @cached_property
     def cost(self) -> ModelCost:
         """Of a forward at the size and the text length drawn."""
-        height, width = self.size or (None, None)
-        return self.pipeline.forward_cost(self.frames, height, width, self.text_tokens)
+        return self.pipeline.forward_cost(*self.place, self.text_tokens)
 
     def calls(self, point: OperatingPoint) -> list[Forwards]:
         """Forwards of each call of a run, as without a cache."""
-        return self.pipeline.calls(**replace(point, cache=None).arguments())
+        return self.pipeline.calls(**replace(point, cache=None).arguments(), size=self.place)
 
     def flops(self, point: OperatingPoint) -> int:
         """Of one image, guides included, the VAE's apart; a multiply-add counts as 2.
@@ -93,8 +97,7 @@ class Drawing:
     @cached_property
     def skipped_flops(self) -> Callable[[StepCache, int | None], int]:
         """Of a forward that a step cache skips, by the latents per group."""
-        model, (height, width) = self.pipeline.transformer, self.size or (None, None)
-        size = self.pipeline.input_size(self.frames, height, width)
+        model, size = self.pipeline.transformer, self.pipeline.input_size(*self.place)
         return cache(lambda of, n: skipped_flops(model, of, n, size, self.text_tokens))
 
     def draw(self, point: OperatingPoint, samples: Sequence[int]) -> dict[str, Tensor]:
@@ -122,15 +125,16 @@ class Drawing:
         return {name: torch.cat(tensors) for name, tensors in found.items()}
 
     def warm_up(self, point: OperatingPoint) -> None:
-        """Draw a batch in one step, guide and all: the first call of a process is slow."""
+        """Draw a batch in few steps, guide and all: the first call of a process is slow."""
         budget = max(point.budgets_of_steps or (point.budget,))
         alike: dict[str, Any] = {"budgets_of_steps": None, "guide_budgets_of_steps": None}
-        first = replace(point, steps=1, interval=None, budget=budget, **alike)
+        steps = self.pipeline.few_steps or 1
+        first = replace(point, steps=steps, interval=None, budget=budget, **alike)
         self._batch(first, range(min(self.count, self.batch_size)))
 
     def _batch(self, point: OperatingPoint, numbers: Sequence[int]) -> dict[str, Tensor]:
         pipeline = self.pipeline
-        height, width = self.size or (None, None)
+        frames, height, width = self.place
         wanted = [self.wanted(number) for number in numbers]
         seeds = [self.seed + number for number in numbers]
         started = time.perf_counter()
@@ -140,7 +144,7 @@ class Drawing:
                 made = stack.enter_context(forwards_of(pipeline.transformer))
             latents = draw_batch(
                 pipeline, wanted, seeds, **point.arguments(), height=height, width=width,
-                num_frames=self.frames, output_type="latent",
+                num_frames=frames, output_type="latent",
             )  # fmt: skip
         synchronize(latents.device)
         drawn = time.perf_counter()

@@ -169,7 +169,8 @@ class Evaluation:
         scores = vars(Scores()) if failure else self._scores(parts, reference)
         calls = self.drawing.calls(point)
         pipeline = self.drawing.pipeline
-        levels = pipeline.start(point.steps, "cpu")
+        size = pipeline.input_size(*self.drawing.place)
+        levels = pipeline.start(point.steps, "cpu", size=size)
         return {
             **point.to_dict(),
             "num_latents": pipeline.transformer.resolve_budget(point.budget),
@@ -198,9 +199,8 @@ class Evaluation:
     def times(self) -> CallTimes:
         """Of a batch as it is drawn here."""
         drawing = self.drawing
-        size = drawing.frames, *(drawing.size or (None, None))
         batch = [drawing.wanted(i) for i in range(min(drawing.batch_size, drawing.count))]
-        return CallTimes(drawing.pipeline, batch, size, progress=self.progress)
+        return CallTimes(drawing.pipeline, batch, drawing.place, progress=self.progress)
 
     def add_times(self, rows: Sequence[dict[str, Any]]) -> None:
         """Measure what an image of each row takes, now that nothing else runs here."""

@@ -1,7 +1,6 @@
 """A pipeline's transformer as a file, with a manifest that tells all else that drawing needs."""
 
 import logging
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,8 +15,6 @@ from elit import __version__
 from elit._devices import synchronize
 from elit._files import json_text, replace_files, sha256_of
 from elit.exporting.formats import SUFFIXES, open_exported, write_program
-from elit.flow.schedulers import start_sampling
-from elit.flow.words import DEFAULT_STEPS
 from elit.interface.budget import default_budgets
 from elit.pipelines.autoencoder import decoding_in_words, scale_and_shift
 
@@ -101,7 +98,7 @@ class VelocityOf(nn.Module):
 
 def export(
     pipeline: Any, form: str, folder: Path, size: Sequence[int] | None = None,
-    steps: int = DEFAULT_STEPS,
+    steps: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `transformer.*` and its manifest, `transformer.*.json`, and return the manifest.
 
@@ -112,7 +109,7 @@ def export(
         form: one of SUFFIXES, its format.
         folder: to write into, over what is there.
         size: of the transformer's input; by default what the model was made for.
-        steps: of which the manifest has the noise levels.
+        steps: of which the manifest has the noise levels; None is the pipeline's `default_steps`.
 
     Raises:
         ValueError: if the file gives other velocities than the model; then nothing is written.
@@ -186,14 +183,11 @@ def _timed(function: Callable[..., Tensor], given: Sequence[Tensor]) -> tuple[Te
     return result, statistics.median(times)
 
 
-def _manifest(pipeline: Any, velocity: VelocityOf, form: str, steps: int) -> dict[str, Any]:
+def _manifest(pipeline: Any, velocity: VelocityOf, form: str, steps: int | None) -> dict[str, Any]:
     """What a program must know to draw with the file, in plain types."""
     model, vae = pipeline.transformer, pipeline.vae
     config = model.config
-    levels = start_sampling(
-        pipeline.scheduler, steps, "cpu", None, velocity.grid.num_tokens,
-        model.in_channels * math.prod(velocity.size),
-    )  # fmt: skip
+    levels = pipeline.start(steps, "cpu", size=velocity.size)
     example = velocity.example(1, model.max_latents or None)
     inputs = [
         {"name": name, "shape": list(shape), "dtype": str(value.dtype).removeprefix("torch.")}

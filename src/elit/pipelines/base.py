@@ -307,7 +307,7 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
             null_condition: the same of nothing in particular, for guidance.
             budget: fraction of the latents to keep, in (0, 1], such as 0.25, "1/4" or "25%", or
                 one for each image.
-            num_inference_steps: steps of the scheduler; None is 40, or `few_steps`.
+            num_inference_steps: steps of the scheduler; None is `default_steps`.
             guidance: `CFG(3.0)`, `AutoGuidance(2.0)`, `CheapCFG(3.0)`, or "cfg", "ag", "ccfg" with
                 `guidance_scale`; None is no guidance.
             generator: one for each image: an image then depends on its own generator alone,
@@ -390,9 +390,13 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         sigmas: Sequence[float] | None = None,
         budgets_of_steps: Sequence[float] | None = None,
         guide_budgets_of_steps: Sequence[float | None] | None = None,
+        size: Sequence[int | None] = (None, None, None),
     ) -> list[Forwards]:
-        """Forwards of the model in each call of a run: latents per group, and batches in one."""
-        levels = self.start(num_inference_steps, "cpu", sigmas)
+        """Forwards of the model in each call of a run: latents per group, and batches in one.
+
+        The size, frames, height and width in pixels, counts where the scheduler shifts by it.
+        """
+        levels = self.start(num_inference_steps, "cpu", sigmas, self.input_size(*size))
         kept = self.latents_of_steps(
             budget, len(levels), guidance, None, budgets_of_steps,
             guide_budgets_of_steps=guide_budgets_of_steps,
@@ -411,13 +415,12 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         """Begin a run: the noise level of each call of the model.
 
         Args:
-            num_inference_steps: of the scheduler; None is 40.
+            num_inference_steps: of the scheduler; None is `default_steps`.
             device: of the samples.
             sigmas: levels to use instead of the scheduler's own.
             size: of the model's input; by default what it was made for.
         """
-        default = self.few_steps or DEFAULT_STEPS
-        steps = default if num_inference_steps is None else num_inference_steps
+        steps = self.default_steps if num_inference_steps is None else num_inference_steps
         size, patch = size or self.transformer.sample_size, self.transformer.patch_size
         tokens = math.prod(n // p for n, p in zip(size, patch, strict=True))
         numbers = self.transformer.in_channels * math.prod(size)
@@ -544,6 +547,11 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
     def few_steps(self) -> int | None:
         """Euler steps that the transformer was trained to draw in; None are any."""
         return self.transformer.config.get(FEW_STEPS)
+
+    @property
+    def default_steps(self) -> int:
+        """Steps of a run that doesn't say: 40, or those that the transformer was trained for."""
+        return self.few_steps or DEFAULT_STEPS
 
     def _tell_few_steps(self, calls: int, sigmas: Any, guidance: Guidance | None) -> None:
         """Warn of what a model of few steps was not trained for."""

@@ -20,7 +20,6 @@ from elit.choosing.sweep_file import default_home
 from elit.choosing.timing import CallTimes
 from elit.flow.guidance import UNGUIDED, Forwards, Guidance
 from elit.flow.sampling import levels_of, sample
-from elit.flow.words import DEFAULT_STEPS
 from elit.interface.budget import default_budgets
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.folder import weights_digest
@@ -162,7 +161,7 @@ class Schedule:
                 the longest text.
             max_ms: milliseconds for an image on this device, instead; VAE apart.
             guidance: `CFG(2.0)`, of whose guide the budgets are planned too, or None.
-            num_inference_steps: of the scheduler; None is 40.
+            num_inference_steps: of the scheduler; None is the pipeline's `default_steps`.
             by: "errors", what was measured of the model, or "spectrum", of the data alone.
             what: labels or texts of a batch, or their number: the time for each depends on it.
             size: frames, height and width in pixels, None where the model was made for it.
@@ -175,9 +174,9 @@ class Schedule:
                 f"this schedule is of {self.max_latents} latents per group, but the model has "
                 f"{model.max_latents}; run `elit schedule` of its folder"
             )
-        levels = pipeline.start(num_inference_steps, "cpu")
+        levels = pipeline.start(num_inference_steps, "cpu", size=pipeline.input_size(*size))
         weights = call_weights(pipeline.scheduler)
-        steps = num_inference_steps or DEFAULT_STEPS
+        steps = num_inference_steps or pipeline.default_steps
         if max_ms is not None:
             hidden = getattr(pipeline, "_progress_bar_config", {}).get("disable", False)
             times = CallTimes(pipeline, what, size, progress=not hidden)

@@ -14,7 +14,7 @@ from elit.choosing.choose import choose
 from elit.choosing.points import OperatingPoint
 from elit.choosing.sweep_file import SWEEP_FILE, default_home, plain_rows, read_sweep
 from elit.choosing.timing import CallTimes
-from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS
+from elit.flow.words import DEFAULT_SCALE
 from elit.interface.budget import default_budgets
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.budgets import draw_batch
@@ -136,7 +136,7 @@ def _start(
         front = [rows[i] for i in pareto_front(costs, scores, sweep.lower)]
         ladder = sorted({model.resolve_budget(row["budget"]) or 0 for row in front}, reverse=True)
         return OperatingPoint.from_dict(best), ladder, "the best of its sweep"
-    given: dict[str, Any] = {"steps": DEFAULT_STEPS, "guidance": "none"} | asked
+    given: dict[str, Any] = {"steps": pipeline.default_steps, "guidance": "none"} | asked
     reason = sweep.reason or "its sweep has no such point"
     point, why = OperatingPoint(1.0, **given), f"the defaults; {reason}"
     if not model.is_elastic:

@@ -70,6 +70,7 @@ class Drawer:
                 f"there is no budget to choose; give an elastic model (elit-...), or `elasticize` "
                 f"this one"
             )
+        self.few_steps: int | None = getattr(pipeline, "few_steps", None)
         pipeline.set_progress_bar_config(disable=True)
 
     def draw(self, ask: Ask, num_latents: int) -> Drawn:

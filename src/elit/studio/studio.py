@@ -34,7 +34,7 @@ class Studio:
 
     def __init__(self, drawer: Drawer, steps: int | None = None):
         self.drawer, self.model = drawer, drawer.model
-        self.steps = DEFAULT_STEPS if steps is None else steps
+        self.steps = drawer.few_steps or DEFAULT_STEPS if steps is None else steps
         check_whole(self.steps, "steps", 1, MOST_STEPS, f"1 to {MOST_STEPS}")
         self.rows, self.ranked_by = _front(drawer.name)
         self._lock = threading.Lock()
@@ -60,9 +60,9 @@ class Studio:
 
     def warm_up(self) -> None:
         """Draw once: the first call of a process is slow, and is no measure."""
-        what = "" if self.drawer.num_classes is None else 0
+        what, steps = "" if self.drawer.num_classes is None else 0, self.drawer.few_steps or 1
         with self._lock:
-            self.drawer.run(Ask(what, 1, "none", 1.0, None, 0), self.model.max_latents)
+            self.drawer.run(Ask(what, steps, "none", 1.0, None, 0), self.model.max_latents)
 
     def draw(self, request: Any) -> dict[str, Any]:
         """The picture at a budget, beside that of full budget, and what both cost."""
