@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers import randomise, tiny_elastic
 from runs import CPU, assert_same_run, metrics, tiny_config
 from test_flow import MEAN, STD, gaussian_velocity
@@ -156,32 +157,41 @@ def test_what_is_refused(changes: dict[str, Any], message: str, base: str, tmp_p
         begin(**changes)
 
 
-def test_all_that_draws_takes_the_models_own_steps(tmp_path, capsys, monkeypatch) -> None:
+@pytest.fixture
+def few(tmp_path, monkeypatch) -> str:
     monkeypatch.setenv("ELIT_CACHE", str(tmp_path / "cache"))
-    model = tiny_elastic(in_channels=1, sample_size=16, num_classes=10)
-    run = str(tmp_path / "run")
+    run, model = tmp_path / "run", tiny_elastic(in_channels=1, sample_size=16, num_classes=10)
     model.register_to_config(**{FEW_STEPS: 3})
     ElitPipeline(randomise(model), make_scheduler("euler")).save_pretrained(run)
+    (run / "config.yaml").write_text(yaml.safe_dump(tiny_config(run).to_dict()))
+    return str(run)
 
-    def told(*words: object) -> dict[str, Any]:
-        assert main([*map(str, words), "--json"]) == 0
-        return json.loads(capsys.readouterr().out)
 
-    assert told("calibrate", run, "--labels", 1, 2, "--degree", 1)["steps"] == 3
-    assert {len(plan["budgets"]) for plan in told("schedule", run, "--data", "digits")["plans"]} == {3}
-    scored = "--reference", "digits", "--network", "classifier", "--samples", 4
-    (row,) = told("eval", run, *scored)["rows"]
-    assert (row["steps"], row["calls"]) == (3, 3)
-    flags = "--budgets", 1, "--guidance", "none"
-    (row,) = told("sweep", run, *scored, *flags)["rows"]
-    assert row["steps"] == 3
-    pipeline = load_pipeline(run)
-    plan = load_schedule(run).plan(pipeline, 1e12)
+def told(capsys, *words: object) -> dict[str, Any]:
+    assert main([*map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_all_that_draws_takes_the_models_own_steps(few: str, capsys) -> None:
+    assert told(capsys, "calibrate", few, "--labels", 1, 2, "--degree", 1)["steps"] == 3
+    plans = told(capsys, "schedule", few, "--by", "spectrum", "--images", 2)["plans"]
+    assert {len(plan["budgets"]) for plan in plans} == {3}
+    pipeline = load_pipeline(few)
+    plan = load_schedule(few).plan(pipeline, 1e12)
     assert plan.num_inference_steps == len(plan.levels) == 3
-    assert Studio(ElitDrawer(pipeline, run)).steps == 3
-    assert find_facts(pipeline, Settings(run, "127.0.0.1", 8000)).way.steps == 3
+    assert Studio(ElitDrawer(pipeline, few)).steps == 3
+    assert find_facts(pipeline, Settings(few, batch_size=2)).way.steps == 3
     manifest = _manifest(pipeline, VelocityOf(pipeline.transformer, (16, 16)), "pt2", None)
     assert manifest["levels"] == pytest.approx([1, 2 / 3, 1 / 3, 0])
+
+
+@pytest.mark.slow
+def test_scores_are_of_the_models_own_steps(few: str, capsys) -> None:
+    scored = few, "--network", "classifier", "--samples", 4, "--guidance", "none"
+    (row,) = told(capsys, "eval", *scored)["rows"]
+    assert (row["steps"], row["calls"]) == (3, 3)
+    (row,) = told(capsys, "sweep", *scored, "--budgets", 1)["rows"]
+    assert row["steps"] == 3
 
 
 def test_without_it_a_config_says_nothing_of_it() -> None:

@@ -41,6 +41,22 @@ def draw(pipe: ElitPipeline, what, **options) -> torch.Tensor:
     return pipe(what, num_inference_steps=2, seed=0, output_type="pt", **options).images
 
 
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("num_images", r"did you mean num_images_per_prompt\?"),
+        ("nsteps", r"did you mean num_inference_steps\?"),
+        ("scale", r"did you mean guidance_scale\?"),
+        ("labels", r"did you mean class_labels\?"),
+        ("eta", "it takes class_labels, budget, num_inference_steps, "),
+        ("condition_", "it takes class_labels, "),
+    ],
+)
+def test_a_pipelines_unknown_word_is_told_what_it_means(pipe, word, hint):
+    with pytest.raises(TypeError, match=f"unknown argument '{word}' of ElitPipeline: {hint}"):
+        draw(pipe, 1, **{word: 2})
+
+
 @pytest.mark.parametrize("word", ["1/4", "25%", "0.25", ".25", 0.25])
 def test_a_budget_is_read_alike_everywhere(pipe, word):
     assert read_budget(word) == 0.25

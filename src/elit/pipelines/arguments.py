@@ -1,5 +1,6 @@
 """Arguments of a call as plain JSON and as people of diffusers type them, turned into ours."""
 
+import inspect
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elit._choices import hint_at
 from elit._locks import alone_with
 from elit._numbers import is_real, is_whole
 from elit.flow.guidance import Budget, Guidance, make_guidance
@@ -18,6 +20,7 @@ from elit.flow.words import DEFAULT_SCALE
 
 logger = logging.getLogger(__name__)
 
+_NO_WORDS = ("self", "options", "condition", "null_condition")  # of what users call
 _RUNNING: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
@@ -43,6 +46,22 @@ def one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
 
     return waiting
+
+
+def known_words(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell what a keyword that a pipeline doesn't take may mean, of all that its call takes."""
+    taken = inspect.signature(method).parameters
+
+    @wraps(method)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for name in kwargs.keys() - taken:
+            words = dict.fromkeys((*inspect.signature(self.__call__).parameters, *taken))
+            known = [word for word in words if word not in _NO_WORDS]
+            hint = hint_at(name, known, f"it takes {', '.join(known)}")
+            raise TypeError(f"unknown argument {name!r:.60} of {type(self).__name__}: {hint}")
+        return method(self, *args, **kwargs)
+
+    return checked
 
 
 def read_guidance(

@@ -31,6 +31,7 @@ from elit.interface.fit import format_size
 from elit.models.base import FEW_STEPS, LEARNED_GUIDANCE
 from elit.models.elastic import ElasticMixin, by_budget
 from elit.pipelines.arguments import (
+    known_words,
     one_at_a_time,
     read_generators,
     read_guidance,
@@ -270,6 +271,7 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
                 "model.save_lora_adapter wrote goes to model.load_lora_adapter(folder, prefix=None)"
             )
 
+    @known_words
     @one_at_a_time
     @torch.no_grad()
     def draw(
