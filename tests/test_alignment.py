@@ -291,6 +291,33 @@ def test_a_vision_model_of_transformers(dinov2: Path) -> None:
     assert maps(torch.zeros(1, 1, 9, 13)).shape == (1, 24, 4, 4)  # grey, of another size
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"patch_size": [7, 7]}, r"its patch_size is \[7, 7\], but only whole"),
+        ("preprocessor_config.json", {"image_mean": None}, "image_mean is None, not 3 numbers"),
+        ("preprocessor_config.json", {"image_std": [0.5]}, "image_std is .*0.5.*, not 3 numbers"),
+    ],
+)
+def test_a_vision_model_that_is_not_understood(
+    dinov2: Path, tmp_path: Path, file: str, changes: dict, message: str
+) -> None:
+    folder = shutil.copytree(dinov2, tmp_path / "model")
+    settings = json.loads((folder / file).read_text()) | changes
+    (folder / file).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"vision model cannot be loaded from .*{message}"):
+        load_feature_maps(str(folder), torch.device("cpu"))
+
+
+def test_a_processor_that_does_not_normalise(dinov2: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(dinov2, tmp_path / "model")
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_normalize": False}))
+    module: Any = load_feature_maps(str(folder), torch.device("cpu")).module
+    assert (module.mean == 0).all()
+    assert (module.std == 1).all()
+
+
 @pytest.mark.parametrize("store", ["fp16", "bf16"])
 def test_features_in_the_shards(dinov2: Path, tmp_path: Path, store: str) -> None:
     """Of mirrored pictures too; the manifest says whose; training reads those of each sample."""

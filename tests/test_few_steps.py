@@ -18,6 +18,8 @@ from elit import CFG, ElitPipeline, make_scheduler
 from elit._plain import from_plain
 from elit.cli.main import main
 from elit.cli.train import sample_command
+from elit.cost.flops import cost_of
+from elit.data import load_dataset
 from elit.exporting.export import VelocityOf, _manifest
 from elit.flow.objective import SigmaDensity
 from elit.flow.shift import shifted
@@ -29,7 +31,9 @@ from elit.serving.worker import find_facts
 from elit.studio.drawing import ElitDrawer
 from elit.studio.studio import Studio
 from elit.training import few_steps
+from elit.training.build import build_model
 from elit.training.config import TrainConfig
+from elit.training.estimate import estimate
 from elit.training.few_steps import FewSteps
 from elit.training.loop import train
 from elit.training.run import Run
@@ -70,6 +74,29 @@ def test_the_guidance_is_learned_with_the_steps() -> None:
     torch.testing.assert_close(difference, 2 * labels[:, None].expand(2, 3).float())
     null = torch.full((2,), 9)
     torch.testing.assert_close(guided(x, sigma, null), plain(x, sigma, null))
+
+
+def test_a_plan_counts_the_teacher() -> None:
+    """As many forwards of it as there are, beside three of the student."""
+    calls: list[int] = []
+
+    class Counted(Gaussian):
+        def __call__(self, x: Tensor, *given: Any, **more: Any) -> tuple:
+            calls.append(len(x))
+            return super().__call__(x, *given, **more)
+
+    plain = estimate(tiny_config(Path("unused"), latents_min=4, latents_max=4), gpus=1)
+    full = cost_of(build_model(tiny_config(Path("unused")), load_dataset("digits"))).flops()
+    for scale in (1.0, 2.0):
+        calls.clear()
+        x, sigma = torch.randn(5, 3), torch.ones(5)
+        FewSteps(Counted(), 4, scale, 1.0).velocity(x, sigma, torch.zeros(5, dtype=torch.long))
+        few = {"base": "r", "guidance_scale": scale}
+        config = few_config(Path("unused"), 6, few, latents_min=4, latents_max=4)
+        found = estimate(config, gpus=1)
+        more = 1e12 * (found["step_tflops"] - plain["step_tflops"])
+        assert more == pytest.approx(sum(calls) / 5 * config.data.batch_size * full)
+        assert found["state_gb"] == pytest.approx(1.2 * plain["state_gb"])
 
 
 def test_only_the_levels_of_the_steps_are_drawn() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elit._numbers import is_whole
 from elit._transformers import load_frozen, loading
 from elit.data import ImageDataset
 from elit.data.manifest import Features
@@ -58,12 +59,23 @@ def _tried(
 ) -> FeatureMaps:
     """The network on its device, tried on a grey picture of a shape."""
     module = module.eval().requires_grad_(False).to(device)
-    with torch.no_grad():
-        maps = module(torch.zeros(1, *shape, device=device))
+    try:
+        with torch.no_grad():
+            maps = module(torch.zeros(1, *shape, device=device))
+    except (AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"pictures alone give no last_hidden_state of it: {reason}") from error
     if maps.ndim != 4 or not maps.isfinite().all():
         raise ValueError(f"its features of a grey picture are no finite map: {tuple(maps.shape)}")
     about = Features(name, class_name, checksum_of(module), tuple(maps.shape[1:]))
     return FeatureMaps(about, module)
+
+
+def _number(config: Any, name: str) -> int | None:
+    value = getattr(config, name, None)
+    if not (value is None or is_whole(value)):
+        raise ValueError(f"its {name} is {value!r:.60}, but only whole numbers are understood")
+    return value
 
 
 class _VisionModel(nn.Module):
@@ -78,13 +90,19 @@ class _VisionModel(nn.Module):
     def __init__(self, model: Any, processor: Any):
         super().__init__()
         self.model, config = model, model.config
-        size = dict(getattr(processor, "crop_size", None) or processor.size)
-        side = size.get("height") or size.get("shortest_edge") or config.image_size
-        self.patch = getattr(config, "patch_size", None)
+        size = dict(getattr(processor, "crop_size", None) or getattr(processor, "size", None) or {})
+        side = size.get("height") or size.get("shortest_edge")
+        side, self.patch = side or _number(config, "image_size"), _number(config, "patch_size")
+        if side is None:
+            raise ValueError("neither its processor nor its config says the size of its pictures")
         self.side = side - side % (self.patch or 1)
-        for key in ("mean", "std"):
-            numbers = torch.tensor(getattr(processor, f"image_{key}")).view(3, 1, 1)
-            self.register_buffer(key, numbers, persistent=False)
+        for key, neutral in (("mean", 0.0), ("std", 1.0)):
+            numbers = getattr(processor, f"image_{key}", None)
+            if not getattr(processor, "do_normalize", True):
+                numbers = [neutral] * 3
+            if not isinstance(numbers, list | tuple) or len(numbers) != 3:
+                raise ValueError(f"its processor's image_{key} is {numbers!r:.60}, not 3 numbers")
+            self.register_buffer(key, torch.tensor(numbers).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images

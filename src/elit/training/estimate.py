@@ -44,11 +44,11 @@ def estimate(
     Returns:
         "parameters" of "model", the preset, of a retrofit one as large as its base; "batch_size",
         and "samples" of it in one forward of one GPU; "step_tflops", three forwards of each
-        sample, mean over the budgets drawn, and what Muon adds, and "total_eflops" of all steps;
-        "step_seconds", and "hours" of all steps; in 10^9 bytes of each GPU: "state_gb", weights,
-        gradients, the optimiser's moments, averages, of a retrofit the original too; "gathered_gb",
-        of FSDP, the blocks that are whole at a time; "activations_gb", what a forward keeps for its
-        backward at the largest budget; "checkpointed_gb", the same with
+        sample, mean over the budgets drawn, those of a teacher, and what Muon adds, and
+        "total_eflops" of all steps; "step_seconds", and "hours" of all steps; in 10^9 bytes of each
+        GPU: "state_gb", weights, gradients, the optimiser's moments, averages, and a teacher's
+        weights; "gathered_gb", of FSDP, the blocks that are whole at a time; "activations_gb", what
+        a forward keeps for its backward at the largest budget; "checkpointed_gb", the same with
         `train.gradient_checkpointing`; "memory_gb" and "memory_checkpointed_gb", all of it; and
         what was given: "gpus", "gpu", "mfu", "peak_tflops", dense bf16, and "gpu_gb".
 
@@ -70,7 +70,7 @@ def estimate(
     shared = shard_size(config.train, gpus, min(gpus, _GPUS_OF_A_MACHINE))
     matrices = hidden_matrices(model) if config.optimizer.name == "muon" else ()
     lighter = sum(matrix.numel() for matrix in matrices)  # parameters with one moment, not two
-    state, gathered = state_bytes(model, shared, config.retrofit.is_taught, lighter)
+    state, gathered = state_bytes(model, shared, _teacher_forwards(config) > 0, lighter)
     precision = config.train.precision
     half_weights = shared > 1 and precision != "fp32"
     saved = saved_bytes(
@@ -115,10 +115,18 @@ def _planned(config: TrainConfig, dataset: ImageDataset | None = None) -> _Plann
         model = build_model(plan, dataset or _data(plan)).requires_grad_(False)
     dropping, cost = tail_dropping(plan, model), cost_of(model)
     forward = mean_flops(cost, dropping, config.latents.draws)
-    teacher = cost.flops() if config.retrofit.is_taught else 0
-    step = config.data.batch_size * (3 * forward + teacher)
+    step = config.data.batch_size * (3 * forward + _teacher_forwards(config) * cost.flops())
     step += step_flops(model) if config.optimizer.name == "muon" else 0
     return _Planned(plan, model, None if dropping is None else dropping.max_latents, step)
+
+
+def _teacher_forwards(config: TrainConfig) -> int:
+    """Forwards at full budget for each sample of what a run learns from."""
+    if config.few_steps.base is not None:
+        from elit.training.few_steps import forwards
+
+        return forwards(config.few_steps)
+    return int(config.retrofit.is_taught)
 
 
 def match_flops(

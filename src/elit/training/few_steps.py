@@ -11,7 +11,7 @@ from elit.flow.guidance import at_least_float32
 from elit.flow.shift import Shift, shift_at, shifted
 from elit.models.base import FEW_STEPS, LEARNED_GUIDANCE
 from elit.pipelines.load import load_pipeline
-from elit.training.config import TrainConfig
+from elit.training.config import FewStepsConfig, TrainConfig
 
 SUBSTEPS = 2  # of Heun's method, within each of the few
 
@@ -54,6 +54,11 @@ class FewSteps:
         velocities = at_least_float32(self.teacher(*both, return_dict=False)[0])
         predicted, guide = velocities.chunk(2)
         return torch.lerp(guide, predicted, self.scale)
+
+
+def forwards(options: FewStepsConfig) -> int:
+    """Forwards of the teacher for each sample."""
+    return SUBSTEPS * 2 * (1 if options.guidance_scale == 1 else 2)
 
 
 def start_from_base(model: Any, config: TrainConfig) -> Any:
