@@ -136,6 +136,18 @@ def test_classes_are_counted_over_all_items():
     assert [one.num_classes for one in split_given(items[1:], other)] == [4, 4]
 
 
+@pytest.mark.parametrize("row", [0, 30, 39])
+def test_labels_without_a_name_are_told_at_once_where_all_lie_in_memory(row: int):
+    """Held out or not; names may be more than there are labels."""
+    labels = torch.zeros(40, dtype=torch.long)
+    labels[row] = 2
+    images = IMAGES[:1].expand(40, -1, -1, -1)
+    for dataset in (TensorDataset(images, labels), list(zip(images, labels, strict=True))):
+        with pytest.raises(ValueError, match=f"item {row} has label 2, but the classes are 0 to 1"):
+            split_given(dataset, class_names=["a", "b"])
+        assert split_given(dataset, class_names=list("abcd"))[0].num_classes == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

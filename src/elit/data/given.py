@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from elit._numbers import is_whole
 from elit.data import ImageDataset
@@ -78,12 +79,8 @@ class Given(ImageDataset):
                     f"item {self.rows[position]} has {_in_words(shapes)}, but the first has "
                     f"{_in_words(self.shapes)}; make all alike: crop images, pad texts"
                 )
-            label = item.get("class_labels", 0)
-            if self.num_classes and not 0 <= int(label) < self.num_classes:
-                raise ValueError(
-                    f"item {self.rows[position]} has label {int(label)}, but the classes are 0 to "
-                    f"{self.num_classes - 1}"
-                )
+            if self.num_classes:
+                self._check_label(int(item["class_labels"]), self.rows[position])
         return {
             name: [item[name] for item in items]
             if name == "captions"
@@ -95,8 +92,8 @@ class Given(ImageDataset):
         return len(self.rows)
 
     def _item(self, position: int) -> dict[str, Any]:
-        row = self.rows[position]
-        item = self.dataset[row]
+        """What is trained on of an item, as tensors."""
+        row, item = self.rows[position], self.dataset[self.rows[position]]
         if isinstance(item, Mapping) and LATENTS in item:
             self.for_diffusers = True
             check_names(item, f"item {row}")
@@ -104,6 +101,14 @@ class Given(ImageDataset):
                 "images" if name == LATENTS else name: _as_tensor(value, name, row)
                 for name, value in item.items()
             }
+        image, told = self._read(item, row)
+        if isinstance(told, str):
+            return {"images": _as_image(image, row), "captions": told}
+        return {"images": _as_image(image, row), "class_labels": torch.tensor(told)}
+
+    @staticmethod
+    def _read(item: Any, row: int) -> tuple[Any, int | str]:
+        """The image of an item as it is, and its label or caption."""
         if isinstance(item, Mapping):
             image, *told = (
                 next((item[name] for name in names if name in item), None)
@@ -117,13 +122,26 @@ class Given(ImageDataset):
             raise ValueError(f"item {row} is {has!s:.60}; give {_ALLOWED}")
         (of_it,) = told
         if isinstance(of_it, str):
-            return {"images": _as_image(image, row), "captions": of_it}
+            return image, of_it
         label = of_it.item() if isinstance(of_it, Tensor) and of_it.numel() == 1 else of_it
         if not is_whole(label, 0):
             raise ValueError(
                 f"item {row} has label {label!r:.60}; give a whole number from 0, or a caption"
             )
-        return {"images": _as_image(image, row), "class_labels": torch.tensor(int(label))}
+        return image, int(label)
+
+    def check_labels(self) -> None:
+        """Raise a ValueError for an item of no class, where all lie in memory."""
+        if isinstance(self.dataset, list | tuple | TensorDataset):
+            for row in self.rows:
+                self._check_label(self._read(self.dataset[row], row)[1], row)
+
+    def _check_label(self, label: int | str, row: int) -> None:
+        if label not in range(self.num_classes):
+            raise ValueError(
+                f"item {row} has label {label!r:.60}, but the classes are 0 to "
+                f"{self.num_classes - 1}"
+            )
 
     def largest_label(self) -> int:
         """Of all items, every one of which is read."""
@@ -191,10 +209,13 @@ def split_given(
             f"the held-out items have {_in_words(held_out.shapes)}, those of training "
             f"{_in_words(train.shapes)}; make all alike"
         )
-    if train.has_labels and not train.class_names:
+    is_named = bool(train.class_names)
+    if train.has_labels and not is_named:
         most = max(train.largest_label(), held_out.largest_label())
         train.class_names = tuple(map(str, range(most + 1)))
     held_out.class_names = train.class_names
+    for one in (train, held_out) if is_named else ():
+        one.check_labels()
     return train, held_out
 
 
