@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import randomise, tiny_elastic
+from helpers import randomise, tiny_dit, tiny_elastic
 from runs import CPU, assert_same_run, metrics, tiny_config
 from test_flow import MEAN, STD, gaussian_velocity
 from torch import Tensor
@@ -36,6 +36,7 @@ from elit.training.config import TrainConfig
 from elit.training.estimate import estimate
 from elit.training.few_steps import FewSteps
 from elit.training.loop import train
+from elit.training.preflight import check_config
 from elit.training.run import Run
 
 
@@ -210,6 +211,25 @@ def test_all_that_draws_takes_the_models_own_steps(few: str, capsys) -> None:
     assert find_facts(pipeline, Settings(few, batch_size=2)).way.steps == 3
     manifest = _manifest(pipeline, VelocityOf(pipeline.transformer, (16, 16)), "pt2", None)
     assert manifest["levels"] == pytest.approx([1, 2 / 3, 1 / 3, 0])
+
+
+def test_a_check_reads_the_base_without_its_numbers(tmp_path, recwarn) -> None:
+    config = tiny_config(tmp_path / "base")
+    model = build_model(config, load_dataset("digits"))
+    ElitPipeline(model, make_scheduler("euler")).save_pretrained(tmp_path / "base")
+    recwarn.clear()
+    check_config(few_config(tmp_path / "run", 6, {"base": str(tmp_path / "base")}))
+    assert not [one for one in recwarn if "meta" in str(one.message)]
+
+
+def test_a_model_of_few_steps_is_not_elasticized(tmp_path) -> None:
+    model = tiny_dit(in_channels=1, sample_size=16, num_classes=10)
+    model.register_to_config(**{FEW_STEPS: 3})
+    ElitPipeline(model, make_scheduler("euler")).save_pretrained(tmp_path / "run")
+    changes: dict[str, Any] = {"model_preset": "elit-dit-tiny/2", "model_overrides": {}}
+    config = tiny_config(tmp_path / "out", retrofit_base=str(tmp_path / "run"), **changes)
+    with pytest.raises(ValueError, match="draws in 3 steps, which a retrofit would unlearn"):
+        Run(config, CPU)
 
 
 @pytest.mark.slow

@@ -156,6 +156,8 @@ def test_labels_without_a_name_are_told_at_once_where_all_lie_in_memory(row: int
         ({"overrides": ["train.steps"]}, "are no settings; give a dict"),
         ({"match_flops": 7}, "match_flops 7 is no config"),
         ({"validation": []}, "validation has no items"),
+        ({"dataset": None, "class_names": ["a"]}, "class_names without a dataset; give both"),
+        ({"dataset": None, "validation": Pairs()}, "validation without a dataset; give both"),
     ],
 )
 def test_wrong_types_are_told(arguments, message):

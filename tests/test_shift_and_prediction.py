@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers import TINY as TINY_DIT
 from helpers import randomise, tiny_dit, tiny_elastic
 from runs import CPU, assert_same_run, tiny_config
@@ -20,6 +21,7 @@ from elit.evaluation.drawing import Drawing
 from elit.flow.objective import flow_matching_loss
 from elit.flow.schedulers import shift_of
 from elit.flow.shift import shifted
+from elit.pipelines.load import open_pipeline
 from elit.scheduling.schedule import Schedule
 from elit.training.build import build_model, read_data
 from elit.training.finetune import load_base
@@ -181,6 +183,18 @@ def test_a_retrofit_keeps_the_shift_of_its_base(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"shift=1.0, but .* draws with shift 3.0; set objective"):
         load_base(str(tmp_path))
     assert isinstance(load_base(str(tmp_path), 3.0), DiT)
+
+
+def test_a_shift_by_tokens_is_not_dropped_with_its_sampler(tmp_path) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    ElitPipeline(tiny_dit(in_channels=1), scheduler).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"which no other sampler can; give a shift beside"):
+        open_pipeline(str(tmp_path), "cpu", "fp32", sampler="heun")
+    with pytest.raises(ValueError, match=r"or save the pipeline with a scheduler of make_"):
+        load_base(str(tmp_path), 3.0)
+    opened = open_pipeline(str(tmp_path), "cpu", "fp32", sampler="heun", shift=2.0)
+    assert shift_of(opened.scheduler) == 2.0
+    assert opened.start(2, "cpu")[1] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(

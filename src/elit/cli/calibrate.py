@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
 
     def draw() -> None:
         budgets, seeds = [model.budget_of(n) for n in kept], range(args.seed, args.seed + len(what))
-        options = {"num_inference_steps": steps, "guidance": guidance, "output_type": "latent"}
-        for _ in draw_budgets(pipeline, what, budgets, seeds, **options):
+        options: dict[str, Any] = {"num_inference_steps": steps, "guidance": guidance}
+        for _ in draw_budgets(pipeline, what, budgets, seeds, output_type="latent", **options):
             pass
 
     calibration = calibrate_cache(model, draw, args.degree)

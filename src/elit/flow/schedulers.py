@@ -237,8 +237,14 @@ def with_shift(scheduler: SchedulerMixin, shift: Shift) -> SchedulerMixin:
 
 
 def shift_of(scheduler: SchedulerMixin) -> Shift:
-    """The shift that a scheduler was made with; of a line through two points it is 1."""
+    """The shift that a scheduler was made with, or a ValueError if that is a line of tokens."""
     config = scheduler.config
+    if config.get("use_dynamic_shifting") and not config.get(SHIFTED_BY):
+        raise ValueError(
+            f"this {type(scheduler).__name__} shifts its levels on a line through two numbers of "
+            f"tokens, which no other sampler can; give a shift beside the sampler, or save the "
+            f"pipeline with a scheduler of make_scheduler"
+        )
     return config.get(SHIFTED_BY) or config.get("shift", config.get("flow_shift", 1.0))
 
 

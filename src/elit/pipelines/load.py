@@ -70,8 +70,9 @@ def open_pipeline(
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     pipeline = load_pipeline(name, dtype=dtypes[dtype], variant=variant).to(place)
     if sampler is not None:
-        pipeline.scheduler = make_scheduler(sampler, shift_of(pipeline.scheduler))
-    if shift is not None:
+        own = shift_of(pipeline.scheduler) if shift is None else shift
+        pipeline.scheduler = make_scheduler(sampler, own)
+    elif shift is not None:
         pipeline.scheduler = with_shift(pipeline.scheduler, shift)
     return pipeline
 

@@ -21,6 +21,7 @@ from elit._random import generator
 from elit.data import ImageDataset
 from elit.flow.schedulers import shift_of
 from elit.flow.shift import Shift
+from elit.models.base import FEW_STEPS
 from elit.pipelines.folder import INDEX, OURS, may_be_on_hub, read_config, read_index
 from elit.pipelines.load import load_pipeline
 from elit.retrofit.elastic import PREFIX, elasticize
@@ -47,6 +48,11 @@ def build_retrofit(
         model = load_base(str(options.base), config.objective.shift)
     else:
         model = make_base(config, dataset, {})
+    if few := model.config.get(FEW_STEPS):
+        raise ValueError(
+            f"retrofit.base={options.base} draws in {few} steps, which a retrofit would unlearn; "
+            f"elasticize the model that it is of, then learn the few steps by few_steps.base"
+        )
     check_data(model, dataset, config)
     split = {name: getattr(options, name) for name in _SPLIT}
     lossless = options.init == "identity"

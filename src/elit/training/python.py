@@ -51,8 +51,8 @@ def train(
         progress: whether to show a progress bar.
     """
     config = _config(config, overrides)
-    data = None if dataset is None else split_given(dataset, validation, class_names)
-    return _run(config, data, validation, overrides, match_flops, progress)
+    data = _data(dataset, {"validation": validation, "class_names": class_names})
+    return _run(config, data, overrides, match_flops, progress)
 
 
 def finetune(
@@ -95,8 +95,18 @@ def finetune(
     config = _config(config, overrides, under)
     if make_base is not None and isinstance(model, ElasticPipeline):
         check_same_shift(model.scheduler, config.objective.shift, "the pipeline")
-    data = None if dataset is None else split_given(dataset, validation, null=null)
-    return _run(config, data, validation, overrides, match_flops, progress, make_base)
+    data = _data(dataset, {"validation": validation, "null": null})
+    return _run(config, data, overrides, match_flops, progress, make_base)
+
+
+def _data(dataset: Any, beside: dict[str, Any]) -> tuple[Given, Given] | None:
+    """What was given, or None where the config names the data."""
+    if dataset is not None:
+        return split_given(dataset, **beside)
+    for name, value in beside.items():
+        if value is not None:
+            raise ValueError(f"{name} without a dataset; give both, or neither")
+    return None
 
 
 def _config(
@@ -124,7 +134,7 @@ def _check_is_config(given: Any, name: str) -> None:
 
 
 def _run(
-    config: TrainConfig, given: tuple[Given, Given] | None, validation: Any,
+    config: TrainConfig, given: tuple[Given, Given] | None,
     overrides: Overrides | None, match_flops: Config | None, progress: bool,
     make_model: MakeModel | None = None,
 ) -> TrainResult:  # fmt: skip
@@ -139,8 +149,6 @@ def _run(
                 f"{channels} channels are no image, and there is no autoencoder to draw with; set "
                 f"train.sample_every=0, or prepare the data by `elit prepare --vae`"
             )
-    elif validation is not None:
-        raise ValueError("validation without a dataset; give both, or neither")
     if match_flops is not None:
         _check_is_config(match_flops, "match_flops")
         if "train.steps" in (overrides or {}):
