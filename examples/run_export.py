@@ -31,7 +31,10 @@ def load(file, about):
 
 def sample(velocity, about, x, what, null, budget=1, steps=None, scale=1, guide_budget=None):
     """Euler from noise x (B, ...); `what` and `null` are the inputs that say what to draw."""
-    levels = np.linspace(1, 0, steps + 1).tolist() if steps else about["levels"]
+    levels = about["levels"]
+    if steps and not np.allclose(levels, np.linspace(1, 0, len(levels))):
+        raise ValueError(f"its levels are shifted; run `elit export` with --steps {steps}")
+    levels = np.linspace(1, 0, steps + 1).tolist() if steps else levels
     most, budgets = about["max_latents"], (budget, guide_budget or budget)
     kept, of_guide = ([np.arange(max(1, round(b * most)))] if most else [] for b in budgets)
     for sigma, to in pairwise(levels):

@@ -105,6 +105,12 @@ def test_a_text_of_any_length_and_its_padding(tmp_path) -> None:
     np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
+def test_the_runner_makes_no_levels_of_its_own_where_they_are_shifted() -> None:
+    about = {"levels": [1.0, 0.75, 0.0], "max_latents": 4}
+    with pytest.raises(ValueError, match="levels are shifted; run `elit export` with --steps 3"):
+        runpy.run_path(str(RUNNER))["sample"](None, about, np.zeros(1), [], [], steps=3)
+
+
 @pytest.mark.slow
 def test_a_plain_model_and_one_of_a_single_latent(tmp_path) -> None:
     """There the number of latents is no input, or a constant."""

@@ -209,7 +209,7 @@ def test_all_that_draws_takes_the_models_own_steps(few: str, capsys) -> None:
     assert plan.num_inference_steps == len(plan.levels) == 3
     assert Studio(ElitDrawer(pipeline, few)).steps == 3
     assert find_facts(pipeline, Settings(few, batch_size=2)).way.steps == 3
-    manifest = _manifest(pipeline, VelocityOf(pipeline.transformer, (16, 16)), "pt2", None)
+    manifest = _manifest(pipeline, VelocityOf(pipeline.transformer, (16, 16)), "torch-export", None)
     assert manifest["levels"] == pytest.approx([1, 2 / 3, 1 / 3, 0])
 
 
@@ -220,6 +220,17 @@ def test_a_check_reads_the_base_without_its_numbers(tmp_path, recwarn) -> None:
     recwarn.clear()
     check_config(few_config(tmp_path / "run", 6, {"base": str(tmp_path / "base")}))
     assert not [one for one in recwarn if "meta" in str(one.message)]
+
+
+def test_guidance_needs_the_label_for_none(tmp_path) -> None:
+    config = tiny_config(tmp_path / "base", objective_label_dropout=0.0, sample_guidance_scale=1.0)
+    model = build_model(config, load_dataset("digits"))
+    ElitPipeline(model, make_scheduler("euler")).save_pretrained(tmp_path / "base")
+    (tmp_path / "base/config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    few = {"base": str(tmp_path / "base")}
+    with pytest.raises(ValueError, match=r"has not learned, of objective.label_dropout=0; give 1"):
+        check_config(few_config(tmp_path / "run", 6, few))
+    check_config(few_config(tmp_path / "run", 6, few | {"guidance_scale": 1.0}))
 
 
 def test_a_model_of_few_steps_is_not_elasticized(tmp_path) -> None:

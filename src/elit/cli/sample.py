@@ -100,10 +100,10 @@ def run(args: argparse.Namespace) -> int:
     elif point is not None and point.cache is not None:
         settings["step_cache"], cache = asdict(point.cache), point.cache.config()
     folder = choose_folder(args.out, default_home(args.run) / "sampled", settings)
-    height, width = args.size or (None, None)
+    size = args.size or (None, None)
     options: dict[str, Any] = {
-        "num_inference_steps": args.steps, "guidance": guidance, "height": height, "width": width,
-        "num_frames": args.frames,
+        "num_inference_steps": args.steps, "guidance": guidance, "height": size[0],
+        "width": size[1], "num_frames": args.frames,
     }  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     text_tokens = None
@@ -121,11 +121,10 @@ def run(args: argparse.Namespace) -> int:
     # The settings come first: what a killed call leaves is known to be theirs.
     report: dict[str, Any] = {"out": str(folder), "settings": settings}
     write_json(folder / FILE, report)
-    cost = pipeline.forward_cost(args.frames, height, width, text_tokens)
+    cost = pipeline.forward_cost(args.frames, *size, text_tokens)
     costs = {n: cost.flops(n) / 1e9 for n in kept}
     if point is not None and planned:
-        place = args.frames, height, width
-        costs = dict.fromkeys(kept, mean_gflops(pipeline, point, cost, place))
+        costs = dict.fromkeys(kept, mean_gflops(pipeline, point, cost, (args.frames, *size)))
     rows = draw_into(
         folder, pipeline, what, costs, args.seed, args.count, args.batch_size, args.video,
         sys.stderr.isatty(), **(options | planned),

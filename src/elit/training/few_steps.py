@@ -12,6 +12,7 @@ from elit.flow.shift import Shift, shift_at, shifted
 from elit.models.base import FEW_STEPS, LEARNED_GUIDANCE
 from elit.pipelines.load import load_pipeline
 from elit.training.config import FewStepsConfig, TrainConfig
+from elit.training.config_files import config_of_run
 
 SUBSTEPS = 2  # of Heun's method, within each of the few
 
@@ -72,6 +73,12 @@ def start_from_base(model: Any, config: TrainConfig) -> Any:
     teacher = load_pipeline(base).transformer
     if teacher.config.get(FEW_STEPS):
         raise ValueError(f"few_steps.base={base} draws in few steps already; give what it is of")
+    trained = config_of_run(base)
+    if options.guidance_scale != 1 and trained and not trained.objective.label_dropout:
+        raise ValueError(
+            f"few_steps.guidance_scale={options.guidance_scale} is against a label for none, which "
+            f"{base} has not learned, of objective.label_dropout=0; give 1"
+        )
     there, here = (
         {key: x for key, x in one.config.items() if key[0] != "_"} for one in (teacher, model)
     )
