@@ -313,9 +313,10 @@ def searched(bench: Bench, share: float) -> Way | None:
     file = default_home(bench.run) / SWEEP_FILE
     model, scale = bench.pipe.transformer, bench.guidance and bench.guidance.scale
     for row in read_sweep(file)["rows"] if file.exists() else []:
-        search, point = row.get("search") or {}, OperatingPoint.from_dict(row)
-        is_near = abs(search.get("max_flops", 0) / (share * bench.whole) - 1) < 0.01
-        if search.get("best") and is_near and point.scale == scale:
+        point = OperatingPoint.from_dict(row)
+        caps = [one.get("max_flops", 0) for one in row.get("searches") or () if one.get("best")]
+        is_near = any(abs(cap / (share * bench.whole) - 1) < 0.01 for cap in caps)
+        if is_near and point.scale == scale:
             own = point.budgets_of_steps or (point.budget,) * point.steps
             guides = point.guide_budgets_of_steps or own
             numbers = [[(b and model.resolve_budget(b)) or 0 for b in one] for one in (own, guides)]

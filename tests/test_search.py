@@ -30,7 +30,7 @@ from elit.cost.flops import forward_flops, skipped_flops
 from elit.evaluation.drawing import Drawing
 from elit.evaluation.evaluation import Evaluation, score_points
 from elit.evaluation.images import open_images
-from elit.evaluation.sweep import Grid, join_sweep, sheets, sweep
+from elit.evaluation.sweep import Grid, join_sweep, merged, sheets, sweep
 from elit.flow.schedulers import make_scheduler
 from elit.scheduling.scheduled import scheduled_point
 from elit.scheduling.search import Candidate, Found, descend, neighbours, search, the_best
@@ -134,15 +134,16 @@ def test_a_round_keeps_a_third_and_the_best_of_each_kind() -> None:
 def test_nothing_costs_more_than_the_cap(run, real, tmp_path) -> None:
     found, evaluation = found_in(run, real, tmp_path, caches=[FIRST, TEACACHE])
     cap, drawing = cap_of(run, 3), evaluation.drawing
-    ways = {row["search"]["way"] for row in found.rows}
+    searches = [row["searches"] for row in found.rows]
+    ways = {one["way"] for (one,) in searches}
     assert {"steps alone", "constant budget", "budgets alone"} <= ways
     assert ways & {"cache alone", "budgets and cache"}
-    (best,) = [row for row in found.rows if row["search"].get("best")]
+    (best,) = [row for row in found.rows if row["searches"][0].get("best")]
     assert OperatingPoint.from_dict(best) == found.point
     assert found.score == best["scores"]["fd"] == min(r["scores"]["fd"] for r in found.rows)
     for row in found.rows:
         point = OperatingPoint.from_dict(row)
-        assert row["search"]["max_flops"] == cap
+        assert row["searches"][0]["max_flops"] == cap
         assert row["gflops_per_image"] * 1e9 <= cap * (1 + 1e-9)
         if point.cache is None:
             assert row["gflops_per_image"] * 1e9 > 0.5 * cap, point
@@ -159,7 +160,7 @@ def test_a_cap_on_time_holds_too(run, real, tmp_path) -> None:
     found = search(evaluation, load_schedule(run), None, cap, None, [6], [FIRST], moves=1)
     ms = evaluation.times().ms_of_points([OperatingPoint.from_dict(row) for row in found.rows])
     assert max(ms) <= cap * (1 + 1e-9)
-    assert all(row["search"]["max_ms"] == cap for row in found.rows)
+    assert all(row["searches"][0]["max_ms"] == cap for row in found.rows)
 
 
 @pytest.mark.slow
@@ -263,7 +264,7 @@ def test_points_of_all_kinds_go_through_files(tmp_path) -> None:
         ({"budgets_of_steps": [2.0]}, r"row 0: budgets_of_steps \[2.0\]"),
         ({"guide_budgets_of_steps": [None, "x"]}, "row 0: guide_budgets_of_steps"),
         ({"cache": {"kind": "MagCache", "threshold": 0.1}}, "row 0: cache"),
-        ({"search": {"max_flops": 1.0}}, "row 0: search"),
+        ({"searches": [{"max_flops": 1.0}]}, "row 0: searches"),
     ):
         rows = [report["rows"][0] | changes]
         file.write_text(json.dumps(report | {"rows": rows}))
@@ -296,10 +297,11 @@ def test_searched_points_join_the_sweep_and_are_chosen(
     report = json.loads((home / "sweep.json").read_text())
     wanted = next(row for row in report["rows"] if row.get("budgets_of_steps"))
     for row in report["rows"]:
-        row.get("search", {}).pop("best", None)
+        for one in row.get("searches", ()):
+            one.pop("best", None)
         row["scores"]["fd"] = 5.0
     wanted |= {"cache": {"kind": "FirstBlockCache", "threshold": 0.4}}
-    wanted["scores"]["fd"], wanted["search"]["best"] = 1.0, True
+    wanted["scores"]["fd"], wanted["searches"][0]["best"] = 1.0, True
     (home / "sweep.json").write_text(json.dumps(report))
     pipe = load_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -342,6 +344,24 @@ def test_searched_points_join_the_sweep_and_are_chosen(
     assert "derived: no search of this cap" in caplog.text
 
 
+def test_a_point_that_two_searches_found_is_of_both_caps(tmp_path) -> None:
+    row = sweep_report()["rows"][0]
+
+    def within(**search) -> dict:
+        return row | {"searches": [search]}
+
+    first, second = ({"way": "budgets alone", "max_flops": cap} for cap in (1e9, 2e9))
+    timed = {"way": "searched", "max_ms": 3.0, "best": True}
+    one = merged([within(**first), within(**second)], [within(**timed), row])
+    assert one == [row | {"searches": [first, second, timed]}]
+    (again,) = merged(one, [within(**second, best=True)])  # searched once more
+    assert again["searches"] == [first, second | {"best": True}, timed]
+    page = sweep_page(sweep_report() | {"rows": [again]})
+    for cap in ("1 GFLOPs", "2 GFLOPs", "3 ms"):
+        assert f"<td>{cap}</td>" in page
+    assert "budgets alone, searched" in page
+
+
 def test_a_search_is_refused_with_reasons(run, real, tmp_path) -> None:
     evaluation, schedule = make_evaluation(run, real, tmp_path), load_schedule(run)
     refuses("needs one cap", search, evaluation, schedule)
@@ -381,6 +401,7 @@ def test_the_command_searches_and_writes_a_page(run, tmp_path, capsys) -> None:
     words += f"--network {network} --reference digits --max-gflops {cap_of(run, 2) / 1e9} --json"
     assert main(words.split()) == 0
     report = json.loads(capsys.readouterr().out)
-    assert sum(row.get("search", {}).get("best", False) for row in report["rows"]) == 1
+    searches = [one for row in report["rows"] for one in row.get("searches", ())]
+    assert sum(one.get("best", False) for one in searches) == 1
     assert "Within a cap" in (folder / "swept" / "sweep.html").read_text()
-    assert "search" in (folder / "swept" / "sweep.csv").read_text().splitlines()[0]
+    assert "searches" in (folder / "swept" / "sweep.csv").read_text().splitlines()[0]

@@ -66,10 +66,9 @@ def scheduled_point(
 
 
 def _is_for(row: Mapping[str, Any], within: Mapping[str, float]) -> bool:
-    searched = row.get("search") or {}
     ((name, cap),) = within.items()
-    own = searched.get(name, math.inf)
-    return bool(searched.get("best")) and _NEAR * cap <= own <= cap * (1 + 1e-9)
+    caps = (one.get(name, math.inf) for one in row.get("searches") or () if one.get("best"))
+    return any(_NEAR * cap <= own <= cap * (1 + 1e-9) for own in caps)
 
 
 def _guides_alike(point: OperatingPoint, guidance: Guidance | None) -> bool:

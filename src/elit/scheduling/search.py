@@ -74,7 +74,7 @@ class Found:
         point: the best within the cap; `pipeline(labels, **point.arguments())` draws by it.
         score: its.
         rows: as a sweep has them, of all samples: the best of each way, and what was searched.
-            `search` says which, within which cap, and whether it is the best of all.
+            `searches` says which, within which cap, and whether it is the best of all.
     """
 
     point: OperatingPoint
@@ -361,12 +361,12 @@ class _Task:
         for one, row in zip(kept, self.scored(kept, self.drawing.count), strict=True):
             value = math.inf if row is None else self.value(row)
             if row is not None and value < ways.get(one.way, (math.inf, row))[0]:
-                ways[one.way] = value, row | {"search": {"way": one.way, **self.within}}
+                ways[one.way] = value, row | {"searches": [{"way": one.way, **self.within}]}
         (winner,) = self.scored([best], self.drawing.count)
         assert winner is not None
         assert self.ranked_by is not None
         rows = {OperatingPoint.from_dict(row): row for _, row in ways.values()}
         point = OperatingPoint.from_dict(winner)
-        told = rows.get(point, {}).get("search", {"way": "searched", **self.within})
-        rows[point] = winner | {"search": told | {"best": True}}
+        (told,) = rows.get(point, {}).get("searches", [{"way": "searched", **self.within}])
+        rows[point] = winner | {"searches": [told | {"best": True}]}
         return Found(point, winner["scores"][self.ranked_by], list(rows.values()))
