@@ -302,6 +302,8 @@ def test_searched_points_join_the_sweep_and_are_chosen(
         row["scores"]["fd"] = 5.0
     wanted |= {"cache": {"kind": "FirstBlockCache", "threshold": 0.4}}
     wanted["scores"]["fd"], wanted["searches"][0]["best"] = 1.0, True
+    for other in ({"max_flops": 5 * cap}, {"max_ms": 1e6}, {"max_ms": 1e-6}):
+        wanted["searches"].append({"way": "searched", "best": True} | other)
     (home / "sweep.json").write_text(json.dumps(report))
     pipe = load_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -332,6 +334,7 @@ def test_searched_points_join_the_sweep_and_are_chosen(
     caplog.set_level("INFO", "elit")
     assert taken(cap) == taken(1.09 * cap) == point
     assert "searched: budget" in caplog.text
+    assert taken(5 * cap) == taken(max_ms=1e6) == point
     steps = {"num_inference_steps": point.steps}
     assert taken(cap, **steps) == point
     for other in (
@@ -342,6 +345,8 @@ def test_searched_points_join_the_sweep_and_are_chosen(
         assert other.cache is None
         assert other != point
     assert "derived: no search of this cap" in caplog.text
+    (folder / "schedule.json").unlink()
+    refuses("`elit schedule RUN` measures", taken, max_ms=1e-6)  # it takes more than that here
 
 
 def test_a_point_that_two_searches_found_is_of_both_caps(tmp_path) -> None:
@@ -360,6 +365,23 @@ def test_a_point_that_two_searches_found_is_of_both_caps(tmp_path) -> None:
     for cap in ("1 GFLOPs", "2 GFLOPs", "3 ms"):
         assert f"<td>{cap}</td>" in page
     assert "budgets alone, searched" in page
+
+
+def test_a_large_cap_is_no_reason_for_many_steps(run, real, tmp_path, monkeypatch, caplog) -> None:
+    drawn: list[OperatingPoint] = []
+
+    def scores(_evaluation, points, _title) -> list[dict]:
+        drawn.extend(points)
+        return [point.to_dict() | {"scores": {"fd": 1 / point.steps}, "gflops_per_image": 1e-3}
+                for point in points]  # fmt: skip
+
+    monkeypatch.setattr("elit.scheduling.search.score_points", scores)
+    evaluation, schedule = make_evaluation(run, real, tmp_path), load_schedule(run)
+    for steps, most in (((), 100), ((150,), 150)):
+        drawn.clear()
+        found = search(evaluation, schedule, cap_of(run, 400), None, None, steps, [], moves=4)
+        assert max(point.steps for point in drawn) == found.point.steps == most
+        assert f"GFLOPs for an image pay for {most} steps of full budget and more" in caplog.text
 
 
 def test_a_search_is_refused_with_reasons(run, real, tmp_path) -> None:

@@ -17,7 +17,7 @@ from elit._files import typed_path, write_text
 from elit._numbers import is_real
 from elit._plain import from_plain, read_json
 from elit.choosing.sweep_file import default_home
-from elit.choosing.timing import CallTimes
+from elit.choosing.timing import times_of
 from elit.flow.guidance import UNGUIDED, Forwards, Guidance
 from elit.flow.sampling import levels_of, sample
 from elit.flow.words import DEFAULT_STEPS
@@ -179,8 +179,7 @@ class Schedule:
         weights = call_weights(pipeline.scheduler)
         steps = num_inference_steps or DEFAULT_STEPS
         if max_ms is not None:
-            hidden = getattr(pipeline, "_progress_bar_config", {}).get("disable", False)
-            times = CallTimes(pipeline, what, size, progress=not hidden)
+            times = times_of(pipeline, what, size)
             numbers = [*self.latents, self.max_latents]
             guides = [0] if guidance is None else [0, *numbers]
             # All kinds of calls in one go, so that a disturbance hits them alike.
