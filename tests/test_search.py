@@ -401,7 +401,8 @@ def test_a_search_is_refused_with_reasons(run, real, tmp_path) -> None:
     ("words", "message"),
     [
         ("--search", "--search needs a cap"),
-        ("--max-ms 3", "are caps of --search"),
+        ("--max-ms 3", "are of --search; add it"),
+        ("--moves 3", "are of --search; add it"),
         ("--search --max-gflops 0", "a cap of 0 is not allowed"),
         ("--search --max-gflops 1 --budgets 0.5", "leave --budgets out"),
         ("--search --max-gflops 1 --guidance ccfg", "give --guidance none, or cfg"),

@@ -11,7 +11,7 @@ from elit.choosing.sweep_file import SWEEP_FILE, default_home, read_sweep
 from elit.choosing.timing import times_of
 from elit.flow.guidance import Guidance
 from elit.pipelines.base import ElasticPipeline
-from elit.scheduling.schedule import load_schedule
+from elit.scheduling.schedule import load_schedule, one_cap
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +45,8 @@ def scheduled_point(
         what: likewise.
         size: likewise.
     """
-    within = {k: x for k, x in (("max_flops", max_flops), ("max_ms", max_ms)) if x is not None}
-    file = default_home(run) / SWEEP_FILE
-    if len(within) == 1 and file.exists():
+    within, file = one_cap(max_flops, max_ms), default_home(run) / SWEEP_FILE
+    if file.exists():
         report = read_sweep(file)
         found = _searched(report, within, guidance, num_inference_steps)
         try:

@@ -15,20 +15,20 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from elit._numbers import is_real
 from elit.caching.step_cache import StepCache
 from elit.choosing.points import OperatingPoint, guided_by
 from elit.evaluation.evaluation import Evaluation, ranking_score, score_points
 from elit.evaluation.sweep import check_score
 from elit.flow.guidance import Guidance
 from elit.pipelines.load import CALIBRATION_FILE, load_teacache
-from elit.scheduling.schedule import Schedule
+from elit.scheduling.schedule import Schedule, one_cap
 from elit.viz.sweeps import SCORES
 
 logger = logging.getLogger(__name__)
 
 FIRST_BLOCK, TEACACHE = (0.1, 0.2, 0.4), (0.2, 0.4)  # thresholds to begin with
 _MORE_STEPS = (1.25, 1.5, 2.0, 3.0)  # than full budget has within the cap
+MOVES = 16
 MOST_STEPS = 100  # of a candidate, unless more are asked for
 _TRIES, _AIM = 4, 0.985  # to spend a cap with a cache, whose skips are known when it has drawn
 _FEWER = 4  # of the first round's samples
@@ -90,7 +90,7 @@ def search(
     guidance: Guidance | None = None,
     steps: Sequence[int] = (),
     caches: Sequence[StepCache] | None = None,
-    moves: int = 16,
+    moves: int = MOVES,
     ranked_by: str | None = None,
 ) -> Found:
     """The best way to draw within a cap, by a score of the evaluation's samples.
@@ -112,12 +112,11 @@ def search(
         moves: candidates of all samples after those that it starts from, at most.
         ranked_by: score to go by; by default the first network's Frechet distance.
     """
-    if (max_flops is None) == (max_ms is None):
-        raise ValueError("a search needs one cap; give max_flops= or max_ms=")
+    within = one_cap(max_flops, max_ms)
     if evaluation.process.world > 1:
         raise ValueError("each step of a search needs the scores before it; run it in one process")
     check_score(evaluation, ranked_by)
-    task = _Task(evaluation, schedule, max_flops, max_ms, guidance, ranked_by, steps)
+    task = _Task(evaluation, schedule, within, guidance, ranked_by, steps)
     caches = task.default_caches() if caches is None else caches
     candidates = list(task.start(caches))
     kept = candidates
@@ -195,17 +194,13 @@ class _Task:
     """Candidates as operating points within the cap, and their scores."""
 
     def __init__(
-        self, evaluation: Evaluation, schedule: Schedule, max_flops: float | None,
-        max_ms: float | None, guidance: Guidance | None, ranked_by: str | None,
-        steps: Sequence[int],
+        self, evaluation: Evaluation, schedule: Schedule, within: dict[str, float],
+        guidance: Guidance | None, ranked_by: str | None, steps: Sequence[int],
     ):  # fmt: skip
-        cap = max_flops if max_ms is None else max_ms
-        if not (is_real(cap) and cap > 0):
-            raise ValueError(f"cap {cap!r:.40} is not allowed; give a positive number")
         if not schedule.gram:
             raise ValueError("a search starts from measured errors; run `elit schedule RUN`")
         self.evaluation, self.schedule, self.guidance = evaluation, schedule, guidance
-        self.cap, self.within = cap, {"max_flops" if max_ms is None else "max_ms": float(cap)}
+        self.within, ((_, self.cap),) = within, within.items()
         self.drawing, self.pipeline = evaluation.drawing, evaluation.drawing.pipeline
         self.ranked_by, self.times = ranked_by, evaluation.times()
         self.steps, self.most = steps, max((MOST_STEPS, *steps))
@@ -236,7 +231,7 @@ class _Task:
         if own == most:
             logger.warning(
                 "%s pay for %d steps of full budget and more: nothing of more steps is tried; "
-                "lower the cap, or give more steps", self.cap_in_words, most
+                "lower the cap, or give steps (--steps)", self.cap_in_words, most
             )  # fmt: skip
         more = {min(most, max(1, round((own or 1) * factor))) for factor in _MORE_STEPS}
         numbers = sorted({*self.steps} or more)
