@@ -18,6 +18,7 @@ Every result is kept in the folder `--out` and not drawn again, beside `table.md
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -154,12 +155,12 @@ class Bench:
             drawn = [self.draw(way, *batch) for batch in self.batches(count)]
             return torch.cat(drawn), self.flops(way)
         model = self.pipe.transformer
-        model.enable_cache(way.cache)
-        try:  # as products: the counter misses what attention has of its own on a CPU
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-                drawn = [self.draw(way, *batch) for batch in self.batches(count)]
-        finally:
-            model.disable_cache()
+        # As products: the counter misses what attention has of its own on a CPU.
+        with (
+            model.cached(way.cache), FlopCounterMode(display=False) as counter,
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # fmt: skip
+            drawn = [self.draw(way, *batch) for batch in self.batches(count)]
         return torch.cat(drawn), counter.get_total_flops() / count
 
     @cached_property
@@ -299,7 +300,7 @@ def fitted(bench: Bench, way: Way, make: Callable[[float], Any], share: float) -
     low, high, best = -7.0, 3.0, None  # powers of e
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        tried = replace(way, cache=make(2.718281828**middle))
+        tried = replace(way, cache=make(math.exp(middle)))
         _, flops = bench.samples(tried, FITTED)
         if flops <= share * bench.whole:
             high, best = middle, tried

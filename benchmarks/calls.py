@@ -20,8 +20,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -32,6 +33,7 @@ from elit.models.presets import preset_inputs
 
 GUIDANCES = {"CFG": CFG(3.0), "CheapCFG": CheapCFG(3.0)}
 Way = Callable[[], object]
+Key = TypeVar("Key")
 
 
 def make(name: str, device: str) -> ElitPipeline:
@@ -97,6 +99,15 @@ def timed(way: Way, args: argparse.Namespace) -> float:
     return took / calls
 
 
+def medians(keys: Collection[Key], time: Callable[[Key], float], rounds: int) -> dict[Key, float]:
+    """Median time of each over rounds, every one of which times all in an order drawn anew."""
+    times: dict[Key, list[float]] = {key: [] for key in keys}
+    for _ in range(rounds):
+        for key in random.sample(list(keys), len(keys)):
+            times[key].append(time(key))
+    return {key: statistics.median(ms) for key, ms in times.items()}
+
+
 def answer(args: argparse.Namespace) -> None:
     """Time what each line of the standard input names, for a `Side`."""
     ways = ways_of(args, args.model[0], args.batch_size[0])
@@ -136,16 +147,14 @@ def measure(args: argparse.Namespace, name: str, count: int) -> None:
     sources = {"there": args.against, "here": here} if args.against else {"here": here}
     sides = {side: Side(args, source, name, count) for side, source in sources.items()}
     ways = [f"{words}, a {what}" for words in GUIDANCES for what in ("step", "call")]
-    times: dict[tuple[str, str], list[float]] = {(way, side): [] for way in ways for side in sides}
-    for way, side in times:
+    pairs = [(way, side) for way in ways for side in sides]
+    for way, side in pairs:
         sides[side].time(way)
-    for _ in range(args.rounds):
-        for way, side in random.sample(list(times), len(times)):
-            times[way, side].append(sides[side].time(way))
+    times = medians(pairs, lambda pair: sides[pair[1]].time(pair[0]), args.rounds)
     for way in ways:
-        medians = [statistics.median(times[way, side]) for side in sides]
-        cells = "".join(f"{ms:10.2f}" for ms in medians)
-        ratio = f"{medians[-1] / medians[0]:8.3f}" if args.against else ""
+        own = [times[way, side] for side in sides]
+        cells = "".join(f"{ms:10.2f}" for ms in own)
+        ratio = f"{own[-1] / own[0]:8.3f}" if args.against else ""
         print(f"{name:18}{count:6}  {way:18}{cells}{ratio}", flush=True)
     for side in sides.values():
         side.close()

@@ -13,13 +13,13 @@ import pytest
 import torch
 from helpers import ELASTIC, refuses
 from PIL import Image
+from runs import scheduled_run
 from sweeps import sweep_report
 from test_evaluation import CORNERS, ONE, without_times
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import elit
-from elit import CFG, CheapCFG, ElitPipeline, choose, load_pipeline, load_schedule
+from elit import CFG, CheapCFG, choose, load_pipeline, load_schedule
 from elit._process import Process
 from elit.caching.configs import TeaCacheConfig
 from elit.caching.step_cache import StepCache
@@ -31,7 +31,6 @@ from elit.evaluation.drawing import Drawing
 from elit.evaluation.evaluation import Evaluation, score_points
 from elit.evaluation.images import open_images
 from elit.evaluation.sweep import Grid, join_sweep, merged, sheets, sweep
-from elit.flow.schedulers import make_scheduler
 from elit.scheduling.scheduled import scheduled_point
 from elit.scheduling.search import Candidate, Found, descend, neighbours, search, the_best
 from elit.viz.page import sweep_page
@@ -51,15 +50,7 @@ def _own_cache(tmp_path, monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A tiny pipeline of random weights, with its schedule."""
-    torch.manual_seed(0)
-    model = elit.create_model("elit-dit-tiny/4", hidden_size=16, num_heads=2, num_classes=10)
-    for parameter in model.parameters():  # what starts at 0 would make all velocities alike
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    folder = tmp_path_factory.mktemp("search") / "run"
-    ElitPipeline(model, make_scheduler("euler")).save_pretrained(folder)
-    words = "--data digits --images 4 --steps 4 --draws 2 --device cpu --json"
-    assert main(["schedule", str(folder), *words.split()]) == 0
-    return folder
+    return scheduled_run(tmp_path_factory.mktemp("search") / "run", steps=4, std=0.05)
 
 
 @pytest.fixture(scope="module")
