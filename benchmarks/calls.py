@@ -54,14 +54,13 @@ def step(pipeline: ElitPipeline, guidance: Guidance, count: int) -> Way:
     labels = torch.zeros(count, dtype=torch.long, device=device)
     condition, null = ({"class_labels": labels + n} for n in (0, pipeline.null_label))
     ((kept, guide),) = pipeline.latents_of_steps(1.0, 1, guidance)
+    mixes = pipeline.mixes_budgets(2 * count, model.sample_size)
 
     def predict(x: torch.Tensor, sigma: float, given: dict, num_latents: object) -> torch.Tensor:
         level = torch.full((len(x),), sigma, device=device)
         return model(x, level, **given, num_latents=num_latents, return_dict=False)[0]
 
-    return lambda: guidance.velocity(
-        predict, x, 0.5, condition, null, kept, guide, pipeline.mixes_budgets
-    )
+    return lambda: guidance.velocity(predict, x, 0.5, condition, null, kept, guide, mixes)
 
 
 def call(

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_elastic
 from runs import CPU, assert_same_run, metrics, tiny_config
 from test_flow import MEAN, STD, gaussian_velocity
 from torch import Tensor
@@ -17,6 +16,7 @@ from elit._plain import from_plain
 from elit.cli.train import sample_command
 from elit.flow.objective import SigmaDensity
 from elit.flow.shift import shifted
+from elit.models.base import FEW_STEPS, LEARNED_GUIDANCE
 from elit.training import few_steps
 from elit.training.config import TrainConfig
 from elit.training.few_steps import FewSteps
@@ -146,5 +146,7 @@ def test_what_is_refused(changes: dict[str, Any], message: str, base: str, tmp_p
         begin(**changes)
 
 
-def test_without_it_a_config_says_nothing_of_it() -> None:
-    assert not [key for key in tiny_elastic().config if "few" in key or "guidance" in key]
+def test_a_run_without_it_says_nothing_of_it(base: str) -> None:
+    pipeline = ElitPipeline.from_pretrained(base)
+    assert not {FEW_STEPS, LEARNED_GUIDANCE} & pipeline.transformer.config.keys()
+    assert pipeline.few_steps is None
