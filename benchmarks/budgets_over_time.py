@@ -18,6 +18,7 @@ Every result is kept in the folder `--out` and not drawn again, beside `table.md
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -154,12 +155,12 @@ class Bench:
             drawn = [self.draw(way, *batch) for batch in self.batches(count)]
             return torch.cat(drawn), self.flops(way)
         model = self.pipe.transformer
-        model.enable_cache(way.cache)
-        try:  # as products: the counter misses what attention has of its own on a CPU
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-                drawn = [self.draw(way, *batch) for batch in self.batches(count)]
-        finally:
-            model.disable_cache()
+        # As products: the counter misses what attention has of its own on a CPU.
+        with (
+            model.cached(way.cache), FlopCounterMode(display=False) as counter,
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # fmt: skip
+            drawn = [self.draw(way, *batch) for batch in self.batches(count)]
         return torch.cat(drawn), counter.get_total_flops() / count
 
     @cached_property
@@ -299,7 +300,7 @@ def fitted(bench: Bench, way: Way, make: Callable[[float], Any], share: float) -
     low, high, best = -7.0, 3.0, None  # powers of e
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        tried = replace(way, cache=make(2.718281828**middle))
+        tried = replace(way, cache=make(math.exp(middle)))
         _, flops = bench.samples(tried, FITTED)
         if flops <= share * bench.whole:
             high, best = middle, tried
@@ -313,9 +314,10 @@ def searched(bench: Bench, share: float) -> Way | None:
     file = default_home(bench.run) / SWEEP_FILE
     model, scale = bench.pipe.transformer, bench.guidance and bench.guidance.scale
     for row in read_sweep(file)["rows"] if file.exists() else []:
-        search, point = row.get("search") or {}, OperatingPoint.from_dict(row)
-        is_near = abs(search.get("max_flops", 0) / (share * bench.whole) - 1) < 0.01
-        if search.get("best") and is_near and point.scale == scale:
+        point = OperatingPoint.from_dict(row)
+        caps = [one.get("max_flops", 0) for one in row.get("searches") or () if one.get("best")]
+        is_near = any(abs(cap / (share * bench.whole) - 1) < 0.01 for cap in caps)
+        if is_near and point.scale == scale:
             own = point.budgets_of_steps or (point.budget,) * point.steps
             guides = point.guide_budgets_of_steps or own
             numbers = [[(b and model.resolve_budget(b)) or 0 for b in one] for one in (own, guides)]

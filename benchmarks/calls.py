@@ -20,8 +20,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -32,6 +33,7 @@ from elit.models.presets import preset_inputs
 
 GUIDANCES = {"CFG": CFG(3.0), "CheapCFG": CheapCFG(3.0)}
 Way = Callable[[], object]
+Key = TypeVar("Key")
 
 
 def make(name: str, device: str) -> ElitPipeline:
@@ -52,14 +54,13 @@ def step(pipeline: ElitPipeline, guidance: Guidance, count: int) -> Way:
     labels = torch.zeros(count, dtype=torch.long, device=device)
     condition, null = ({"class_labels": labels + n} for n in (0, pipeline.null_label))
     ((kept, guide),) = pipeline.latents_of_steps(1.0, 1, guidance)
+    mixes = pipeline.mixes_budgets(2 * count, model.sample_size)
 
     def predict(x: torch.Tensor, sigma: float, given: dict, num_latents: object) -> torch.Tensor:
         level = torch.full((len(x),), sigma, device=device)
         return model(x, level, **given, num_latents=num_latents, return_dict=False)[0]
 
-    return lambda: guidance.velocity(
-        predict, x, 0.5, condition, null, kept, guide, pipeline.mixes_budgets
-    )
+    return lambda: guidance.velocity(predict, x, 0.5, condition, null, kept, guide, mixes)
 
 
 def call(
@@ -95,6 +96,15 @@ def timed(way: Way, args: argparse.Namespace) -> float:
         wait()
         calls, took = calls + 1, 1000 * (clock() - started)
     return took / calls
+
+
+def medians(keys: Collection[Key], time: Callable[[Key], float], rounds: int) -> dict[Key, float]:
+    """Median time of each over rounds, every one of which times all in an order drawn anew."""
+    times: dict[Key, list[float]] = {key: [] for key in keys}
+    for _ in range(rounds):
+        for key in random.sample(list(keys), len(keys)):
+            times[key].append(time(key))
+    return {key: statistics.median(ms) for key, ms in times.items()}
 
 
 def answer(args: argparse.Namespace) -> None:
@@ -136,16 +146,14 @@ def measure(args: argparse.Namespace, name: str, count: int) -> None:
     sources = {"there": args.against, "here": here} if args.against else {"here": here}
     sides = {side: Side(args, source, name, count) for side, source in sources.items()}
     ways = [f"{words}, a {what}" for words in GUIDANCES for what in ("step", "call")]
-    times: dict[tuple[str, str], list[float]] = {(way, side): [] for way in ways for side in sides}
-    for way, side in times:
+    pairs = [(way, side) for way in ways for side in sides]
+    for way, side in pairs:
         sides[side].time(way)
-    for _ in range(args.rounds):
-        for way, side in random.sample(list(times), len(times)):
-            times[way, side].append(sides[side].time(way))
+    times = medians(pairs, lambda pair: sides[pair[1]].time(pair[0]), args.rounds)
     for way in ways:
-        medians = [statistics.median(times[way, side]) for side in sides]
-        cells = "".join(f"{ms:10.2f}" for ms in medians)
-        ratio = f"{medians[-1] / medians[0]:8.3f}" if args.against else ""
+        own = [times[way, side] for side in sides]
+        cells = "".join(f"{ms:10.2f}" for ms in own)
+        ratio = f"{own[-1] / own[0]:8.3f}" if args.against else ""
         print(f"{name:18}{count:6}  {way:18}{cells}{ratio}", flush=True)
     for side in sides.values():
         side.close()

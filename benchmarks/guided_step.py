@@ -11,12 +11,10 @@ to no guidance. Weights are random.
 
 import argparse
 import os
-import random
-import statistics
 from functools import partial
 
 import torch
-from calls import Way, make, timed
+from calls import Way, make, medians, timed
 from torch import Tensor
 
 from elit import CFG, CheapCFG, ElitPipeline
@@ -92,13 +90,9 @@ def measure(args: argparse.Namespace, name: str, count: int) -> None:
             torch.testing.assert_close(
                 velocity, found[guidance, "one forward"], rtol=1e-3, atol=1e-3
             )
-    times: dict[Row, list[float]] = {row: [] for row in ways}
-    for _ in range(args.rounds):
-        for row in random.sample(list(ways), len(ways)):
-            times[row].append(timed(ways[row], args))
-    medians = {row: statistics.median(ms) for row, ms in times.items()}
-    alone, flops = medians["none", "one forward"], step.flops("none")
-    for row, ms in medians.items():
+    times = medians(ways, lambda row: timed(ways[row], args), args.rounds)
+    alone, flops = times["none", "one forward"], step.flops("none")
+    for row, ms in times.items():
         numbers = f"{ms:.2f}", f"{ms / alone:.2f}", f"{step.flops(row[0]) / flops:.2f}"
         cells = name, str(count), *row, *numbers, "yes" if step.chosen(row) else ""
         print(f"| {' | '.join(cells)} |", flush=True)

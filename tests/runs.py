@@ -20,6 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from elit import ElitPipeline, create_model, make_scheduler
 from elit._files import locked
 from elit._plain import from_plain
 from elit.cli.main import main
@@ -47,6 +48,18 @@ def tiny_config(folder: Path, steps: int = 6, **changes) -> TrainConfig:
         section, _, name = key.partition("_")
         values.setdefault(section, {})[name] = value
     return from_plain(TrainConfig, values)
+
+
+def scheduled_run(folder: Path, steps: int, std: float, **sizes: int) -> Path:
+    """A pipeline of random weights that could draw digits, and what `elit schedule` measures."""
+    torch.manual_seed(0)
+    model = create_model("elit-dit-tiny/4", hidden_size=16, num_heads=2, num_classes=10, **sizes)
+    for parameter in model.parameters():  # what starts at 0 would make all velocities alike
+        parameter.data += std * torch.randn_like(parameter)
+    ElitPipeline(model, make_scheduler("euler")).save_pretrained(folder)
+    words = f"--data digits --images 4 --steps {steps} --draws 2 --device cpu --json"
+    assert main(["schedule", str(folder), *words.split()]) == 0
+    return folder
 
 
 def metrics(folder: Path) -> list[dict]:

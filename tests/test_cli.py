@@ -288,7 +288,7 @@ def test_python_m_elit_is_the_same() -> None:
         ("sample @tiny --budget", r"--budget: expected at least one argument"),
         (
             "sample @tiny --labels three",
-            r"class 'three' is no number, and this model knows no names",
+            r"class 'three' is no number, and this model knows no names; give 0 to \d",
         ),
         ("sample @tiny --labels -1", r"--labels: '-1' is not allowed; .*at least 0"),
         (f"train moving-shapes --data.options.count {10**19}", r"count=1000.*at most 922337"),

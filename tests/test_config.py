@@ -239,7 +239,7 @@ def test_fits_type(value, hint, fits) -> None:
         ("base: x.yaml", r"can't be its own base: .*x.yaml -> .*x.yaml; remove one `base`"),
         ("base: y.yaml", r"can't be its own base: .*x.yaml -> .*y.yaml -> .*x.yaml"),
         ("base: none.yaml", r"x.yaml: base none.yaml is neither a file nor one of the built-in"),
-        ("base: digist", r"neither a file .*; did you mean digits\?"),
+        ("base: digist", r"neither a file .*: did you mean digits\?"),
         ("base:", r"x.yaml: base is None; give one file, relative to this one"),
         ("base: [a, b]", r"base is \['a', 'b'\]; give one file"),
         ("bsae: y.yaml", r"x.yaml: unknown key bsae: did you mean base\?"),
@@ -258,9 +258,9 @@ def test_a_mistake_in_a_file_is_named_with_its_key(yaml_file, tmp_path, text, me
     [
         (
             "digist",
-            r"one of the built-in captioned-shapes, digits, fashion-mnist, finetune, "
-            r"moving-shapes, own-images, shapes, "
-            r".*imagenet-256/{dit,elit-dit,.*; did you mean digits\?",
+            r"one of the built-in ones: did you mean digits\? They are captioned-shapes, digits, "
+            r"fashion-mnist, finetune, moving-shapes, own-images, shapes, "
+            r".*imagenet-256/{dit,elit-dit,.*",
         ),
         ("configs/shape.yaml", r"configs/shape.yaml is neither .* did you mean shapes\?"),
         (

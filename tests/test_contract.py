@@ -232,8 +232,10 @@ def test_samples_of_a_batch_do_not_see_each_other(case: Case) -> None:
     alone = [
         run(model, tuple(None if x is None else x[i : i + 1] for x in inputs)) for i in range(3)
     ]
-    atol = 1e-5 / inputs[1].min().item() ** 2 if "prediction_type" in model.config else 1e-5
-    torch.testing.assert_close(torch.cat(alone), run(model, inputs), atol=atol, rtol=1e-5)
+    close: dict[str, float] = {}
+    if "prediction_type" in model.config:  # velocities are differences over the noise level
+        close = {"atol": 1e-5 / inputs[1].min().item(), "rtol": 1.3e-6}
+    torch.testing.assert_close(torch.cat(alone), run(model, inputs), **close)
 
 
 @ALL

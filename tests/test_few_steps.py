@@ -23,7 +23,7 @@ from elit.data import load_dataset
 from elit.exporting.export import VelocityOf, _manifest
 from elit.flow.objective import SigmaDensity
 from elit.flow.shift import shifted
-from elit.models.base import FEW_STEPS
+from elit.models.base import FEW_STEPS, LEARNED_GUIDANCE
 from elit.pipelines.load import load_pipeline
 from elit.scheduling.schedule import load_schedule
 from elit.serving.settings import Settings
@@ -252,5 +252,7 @@ def test_scores_are_of_the_models_own_steps(few: str, capsys) -> None:
     assert row["steps"] == 3
 
 
-def test_without_it_a_config_says_nothing_of_it() -> None:
-    assert not [key for key in tiny_elastic().config if "few" in key or "guidance" in key]
+def test_a_run_without_it_says_nothing_of_it(base: str) -> None:
+    pipeline = ElitPipeline.from_pretrained(base)
+    assert not {FEW_STEPS, LEARNED_GUIDANCE} & pipeline.transformer.config.keys()
+    assert pipeline.few_steps is None

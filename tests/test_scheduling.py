@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import randomise
 from retrofit_models import FOREIGN
+from runs import scheduled_run
 from stock_pipelines import ALL
 from stock_pipelines import run as run_stock
 from test_retrofit_pipelines import elastic_pipeline, watch_core
@@ -19,7 +20,6 @@ from elit import (
     CFG,
     AutoGuidance,
     CheapCFG,
-    ElitPipeline,
     ElitTextPipeline,
     MMDiT,
     elasticize,
@@ -238,17 +238,7 @@ def test_the_spectrum_keeps_what_stands_above_the_noise() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A tiny pipeline that could draw digits, with its schedule."""
-    torch.manual_seed(0)
-    model = elit.create_model(
-        "elit-dit-tiny/4", hidden_size=16, num_heads=2, depth=3, num_classes=10
-    )
-    for parameter in model.parameters():  # what starts at 0 would make all velocities alike
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    folder = tmp_path_factory.mktemp("scheduling") / "run"
-    ElitPipeline(model, make_scheduler("euler")).save_pretrained(folder)
-    words = "--data digits --images 4 --steps 3 --draws 2 --device cpu --json"
-    assert main(["schedule", str(folder), *words.split()]) == 0
-    return folder
+    return scheduled_run(tmp_path_factory.mktemp("scheduling") / "run", steps=3, std=0.1, depth=3)
 
 
 def test_a_plan_of_a_pipeline_is_what_it_runs(run, tmp_path, monkeypatch) -> None:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from helpers import ELASTIC, refuses
 from PIL import Image
+from runs import scheduled_run
 from sweeps import sweep_report
 from test_evaluation import CORNERS, ONE, without_times
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import elit
-from elit import CFG, CheapCFG, ElitPipeline, choose, load_pipeline, load_schedule
+from elit import CFG, CheapCFG, choose, load_pipeline, load_schedule
 from elit._process import Process
 from elit.caching.configs import TeaCacheConfig
 from elit.caching.step_cache import StepCache
@@ -30,8 +30,7 @@ from elit.cost.flops import forward_flops, skipped_flops
 from elit.evaluation.drawing import Drawing
 from elit.evaluation.evaluation import Evaluation, score_points
 from elit.evaluation.images import open_images
-from elit.evaluation.sweep import Grid, join_sweep, sheets, sweep
-from elit.flow.schedulers import make_scheduler
+from elit.evaluation.sweep import Grid, join_sweep, merged, sheets, sweep
 from elit.scheduling.scheduled import scheduled_point
 from elit.scheduling.search import Candidate, Found, descend, neighbours, search, the_best
 from elit.viz.page import sweep_page
@@ -51,15 +50,7 @@ def _own_cache(tmp_path, monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A tiny pipeline of random weights, with its schedule."""
-    torch.manual_seed(0)
-    model = elit.create_model("elit-dit-tiny/4", hidden_size=16, num_heads=2, num_classes=10)
-    for parameter in model.parameters():  # what starts at 0 would make all velocities alike
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    folder = tmp_path_factory.mktemp("search") / "run"
-    ElitPipeline(model, make_scheduler("euler")).save_pretrained(folder)
-    words = "--data digits --images 4 --steps 4 --draws 2 --device cpu --json"
-    assert main(["schedule", str(folder), *words.split()]) == 0
-    return folder
+    return scheduled_run(tmp_path_factory.mktemp("search") / "run", steps=4, std=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -134,15 +125,16 @@ def test_a_round_keeps_a_third_and_the_best_of_each_kind() -> None:
 def test_nothing_costs_more_than_the_cap(run, real, tmp_path) -> None:
     found, evaluation = found_in(run, real, tmp_path, caches=[FIRST, TEACACHE])
     cap, drawing = cap_of(run, 3), evaluation.drawing
-    ways = {row["search"]["way"] for row in found.rows}
+    searches = [row["searches"] for row in found.rows]
+    ways = {one["way"] for (one,) in searches}
     assert {"steps alone", "constant budget", "budgets alone"} <= ways
     assert ways & {"cache alone", "budgets and cache"}
-    (best,) = [row for row in found.rows if row["search"].get("best")]
+    (best,) = [row for row in found.rows if row["searches"][0].get("best")]
     assert OperatingPoint.from_dict(best) == found.point
     assert found.score == best["scores"]["fd"] == min(r["scores"]["fd"] for r in found.rows)
     for row in found.rows:
         point = OperatingPoint.from_dict(row)
-        assert row["search"]["max_flops"] == cap
+        assert row["searches"][0]["max_flops"] == cap
         assert row["gflops_per_image"] * 1e9 <= cap * (1 + 1e-9)
         if point.cache is None:
             assert row["gflops_per_image"] * 1e9 > 0.5 * cap, point
@@ -159,7 +151,7 @@ def test_a_cap_on_time_holds_too(run, real, tmp_path) -> None:
     found = search(evaluation, load_schedule(run), None, cap, None, [6], [FIRST], moves=1)
     ms = evaluation.times().ms_of_points([OperatingPoint.from_dict(row) for row in found.rows])
     assert max(ms) <= cap * (1 + 1e-9)
-    assert all(row["search"]["max_ms"] == cap for row in found.rows)
+    assert all(row["searches"][0]["max_ms"] == cap for row in found.rows)
 
 
 @pytest.mark.slow
@@ -263,7 +255,7 @@ def test_points_of_all_kinds_go_through_files(tmp_path) -> None:
         ({"budgets_of_steps": [2.0]}, r"row 0: budgets_of_steps \[2.0\]"),
         ({"guide_budgets_of_steps": [None, "x"]}, "row 0: guide_budgets_of_steps"),
         ({"cache": {"kind": "MagCache", "threshold": 0.1}}, "row 0: cache"),
-        ({"search": {"max_flops": 1.0}}, "row 0: search"),
+        ({"searches": [{"max_flops": 1.0}]}, "row 0: searches"),
     ):
         rows = [report["rows"][0] | changes]
         file.write_text(json.dumps(report | {"rows": rows}))
@@ -296,10 +288,13 @@ def test_searched_points_join_the_sweep_and_are_chosen(
     report = json.loads((home / "sweep.json").read_text())
     wanted = next(row for row in report["rows"] if row.get("budgets_of_steps"))
     for row in report["rows"]:
-        row.get("search", {}).pop("best", None)
+        for one in row.get("searches", ()):
+            one.pop("best", None)
         row["scores"]["fd"] = 5.0
     wanted |= {"cache": {"kind": "FirstBlockCache", "threshold": 0.4}}
-    wanted["scores"]["fd"], wanted["search"]["best"] = 1.0, True
+    wanted["scores"]["fd"], wanted["searches"][0]["best"] = 1.0, True
+    for other in ({"max_flops": 5 * cap}, {"max_ms": 1e6}, {"max_ms": 1e-6}):
+        wanted["searches"].append({"way": "searched", "best": True} | other)
     (home / "sweep.json").write_text(json.dumps(report))
     pipe = load_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -330,6 +325,7 @@ def test_searched_points_join_the_sweep_and_are_chosen(
     caplog.set_level("INFO", "elit")
     assert taken(cap) == taken(1.09 * cap) == point
     assert "searched: budget" in caplog.text
+    assert taken(5 * cap) == taken(max_ms=1e6) == point
     steps = {"num_inference_steps": point.steps}
     assert taken(cap, **steps) == point
     for other in (
@@ -340,6 +336,43 @@ def test_searched_points_join_the_sweep_and_are_chosen(
         assert other.cache is None
         assert other != point
     assert "derived: no search of this cap" in caplog.text
+    (folder / "schedule.json").unlink()
+    refuses("`elit schedule RUN` measures", taken, max_ms=1e-6)  # it takes more than that here
+
+
+def test_a_point_that_two_searches_found_is_of_both_caps(tmp_path) -> None:
+    row = sweep_report()["rows"][0]
+
+    def within(**search) -> dict:
+        return row | {"searches": [search]}
+
+    first, second = ({"way": "budgets alone", "max_flops": cap} for cap in (1e9, 2e9))
+    timed = {"way": "searched", "max_ms": 3.0, "best": True}
+    one = merged([within(**first), within(**second)], [within(**timed), row])
+    assert one == [row | {"searches": [first, second, timed]}]
+    (again,) = merged(one, [within(**second, best=True)])  # searched once more
+    assert again["searches"] == [first, second | {"best": True}, timed]
+    page = sweep_page(sweep_report() | {"rows": [again]})
+    for cap in ("1 GFLOPs", "2 GFLOPs", "3 ms"):
+        assert f"<td>{cap}</td>" in page
+    assert "budgets alone, searched" in page
+
+
+def test_a_large_cap_is_no_reason_for_many_steps(run, real, tmp_path, monkeypatch, caplog) -> None:
+    drawn: list[OperatingPoint] = []
+
+    def scores(_evaluation, points, _title) -> list[dict]:
+        drawn.extend(points)
+        return [point.to_dict() | {"scores": {"fd": 1 / point.steps}, "gflops_per_image": 1e-3}
+                for point in points]  # fmt: skip
+
+    monkeypatch.setattr("elit.scheduling.search.score_points", scores)
+    evaluation, schedule = make_evaluation(run, real, tmp_path), load_schedule(run)
+    for steps, most in (((), 100), ((150,), 150)):
+        drawn.clear()
+        found = search(evaluation, schedule, cap_of(run, 400), None, None, steps, [], moves=4)
+        assert max(point.steps for point in drawn) == found.point.steps == most
+        assert f"GFLOPs for an image pay for {most} steps of full budget and more" in caplog.text
 
 
 def test_a_search_is_refused_with_reasons(run, real, tmp_path) -> None:
@@ -359,7 +392,8 @@ def test_a_search_is_refused_with_reasons(run, real, tmp_path) -> None:
     ("words", "message"),
     [
         ("--search", "--search needs a cap"),
-        ("--max-ms 3", "are caps of --search"),
+        ("--max-ms 3", "are of --search; add it"),
+        ("--moves 3", "are of --search; add it"),
         ("--search --max-gflops 0", "a cap of 0 is not allowed"),
         ("--search --max-gflops 1 --budgets 0.5", "leave --budgets out"),
         ("--search --max-gflops 1 --guidance ccfg", "give --guidance none, or cfg"),
@@ -381,6 +415,7 @@ def test_the_command_searches_and_writes_a_page(run, tmp_path, capsys) -> None:
     words += f"--network {network} --reference digits --max-gflops {cap_of(run, 2) / 1e9} --json"
     assert main(words.split()) == 0
     report = json.loads(capsys.readouterr().out)
-    assert sum(row.get("search", {}).get("best", False) for row in report["rows"]) == 1
+    searches = [one for row in report["rows"] for one in row.get("searches", ())]
+    assert sum(one.get("best", False) for one in searches) == 1
     assert "Within a cap" in (folder / "swept" / "sweep.html").read_text()
-    assert "search" in (folder / "swept" / "sweep.csv").read_text().splitlines()[0]
+    assert "searches" in (folder / "swept" / "sweep.csv").read_text().splitlines()[0]

@@ -105,7 +105,10 @@ def test_where_read_looks() -> None:
         ({}, "what=None is no class; give one of 0..4"),
         ({"what": 5}, "what=5 is no class"),
         ({"what": True}, "what=True is no class"),
-        ({"what": "a cat"}, "class 'a cat' is no number"),
+        (
+            {"what": "a cat"},
+            "class 'a cat' is no number, and this model knows no names; give 0",
+        ),
         ({"what": 1, "budgt": 1}, "did you mean 'budget'?"),
         ({"what": 1, "budget": 0}, "budget 0 is outside"),
         ({"what": 1, "budget": "a quarter"}, "budget 'a quarter' is outside"),

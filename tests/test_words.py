@@ -124,7 +124,7 @@ def test_names_are_of_the_model_s_classes(pipe):
     with pytest.raises(ValueError, match="is no dict; give names by class numbers"):
         ElitPipeline(pipe.transformer, pipe.scheduler, id2label=["a", "b"])
     with pytest.raises(
-        ValueError, match=r"class 'boot' is no number, and this model knows no name"
+        ValueError, match=r"class 'boot' is no number, .* knows no names; give 0 to 3"
     ):
         ElitPipeline(pipe.transformer, pipe.scheduler)("boot")
 

@@ -159,16 +159,19 @@ def check_choice(value: Any, allowed: Iterable[str], what: str, where: str = "")
     raise ValueError(f"unknown {what} {value!r:.60}{where}: {advice}")
 
 
-def label_of(label: Any, names: Mapping[str, int]) -> Any:
+def label_of(label: Any, names: Mapping[str, int], count: int) -> Any:
     """The number of a class that is given by its name, or by its number as text.
 
-    What is no text stands for itself; text of digits is always a number.
+    What is no text stands for itself; text of digits is always a number, of a class or not.
     """
     if not isinstance(label, str):
         return label
     if label.isascii() and label.isdigit() and len(label) < 10:
         return int(label)
     if not names:
-        raise ValueError(f"class {label!r:.60} is no number, and this model knows no names")
+        raise ValueError(
+            f"class {label!r:.60} is no number, and this model knows no names; give 0 to "
+            f"{count - 1}"
+        )
     check_choice(label, names, "class")
     return names[label]

@@ -10,7 +10,7 @@ from elit._files import digest_of
 from elit._numbers import is_real
 from elit.choosing.points import OperatingPoint
 from elit.choosing.sweep_file import SWEEP_FILE, default_home, read_sweep
-from elit.choosing.timing import CallTimes, describe
+from elit.choosing.timing import describe, times_of
 from elit.interface.fit import format_size
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.folder import weights_digest
@@ -62,22 +62,15 @@ def choose(
         )
     report, size = read_sweep(file), (num_frames, height, width)
     check_is_of(report, file, pipeline, name, size)
-    tokens = report["settings"].get("text_tokens")
-    if max_flops is not None and tokens is not None and not isinstance(what, int):
-        longest = pipeline.check_prompt(what)
-        if longest > tokens:
-            raise ValueError(
-                f"the FLOPs of {file} are of texts of up to {tokens} tokens, but these have "
-                f"{longest}; sweep with such texts, or cap by max_ms"
-            )
+    if max_flops is not None:
+        check_texts(report, file, pipeline, what)
     ranked_by, rows = report["ranked_by"], _rows(report, file, num_inference_steps)
     points = [OperatingPoint.from_dict(row) for row in rows]
     costs: dict[str, list[float]] = {}  # of each cap, by row
     if max_flops is not None:
         costs["max_flops"] = [row["gflops_per_image"] * 1e9 for row in rows]
     if max_ms is not None:
-        hidden = getattr(pipeline, "_progress_bar_config", {}).get("disable", False)
-        times = CallTimes(pipeline, what, size, progress=not hidden)
+        times = times_of(pipeline, what, size)
         costs["max_ms"] = times.ms_of_points(points)
     each = list(zip(*costs.values(), strict=True))
     sign = 1 if report["lower_is_better"] else -1
@@ -144,6 +137,19 @@ def check_is_of(
         raise ValueError(
             f"{file} was measured at {format_size(settings['size'])}, not at "
             f"{format_size(asked)}; sweep at that size, or give a budget"
+        )
+
+
+def check_texts(report: dict[str, Any], file: Any, pipeline: ElasticPipeline, what: Any) -> None:
+    """Raise a ValueError for texts that are longer than those whose FLOPs a sweep has."""
+    tokens = report["settings"].get("text_tokens")
+    if tokens is None or isinstance(what, int):
+        return
+    longest = pipeline.check_prompt(what)
+    if longest > tokens:
+        raise ValueError(
+            f"the FLOPs of {file} are of texts of up to {tokens} tokens, but these have "
+            f"{longest}; sweep with such texts, or cap by max_ms"
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from elit._choices import check_choice
 from elit._plain import from_plain
 from elit.caching.step_cache import StepCache
-from elit.flow.guidance import Guidance, make_guidance
+from elit.flow.guidance import WHOLE, Guidance, make_guidance
 from elit.flow.words import DEFAULT_SCALE, DEFAULT_STEPS, GUIDANCES
 from elit.interface.budget import format_budget, read_budget
 from elit.models.elastic import ElasticMixin
@@ -17,6 +17,14 @@ def _budgets(given: Any, name: str) -> tuple[float | None, ...]:
         raise ValueError(f"{name} {given!r:.60} are none; give one for each call of the model")
     may_lack = name == "guide_budgets_of_steps"
     return tuple(None if may_lack and one is None else read_budget(one) for one in given)
+
+
+def guided_by(guidance: Guidance | None) -> dict[str, Any]:
+    """Fields of a point that is guided by CFG, or by nothing."""
+    if guidance is None:
+        return {"guidance": "none", "scale": None, "interval": None}
+    interval = None if guidance.interval == WHOLE else guidance.interval
+    return {"guidance": "cfg", "scale": guidance.scale, "interval": interval}
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,6 @@ class OperatingPoint:
         """Its budgets over the steps, as arguments of a pipeline."""
         names = "budgets_of_steps", "guide_budgets_of_steps"
         return {name: list(x) for name in names if (x := getattr(self, name)) is not None}
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it has one budget for all steps, and no cache."""
-        return self.budgets_of_steps is None and self.cache is None
 
     def make_guidance(self) -> Guidance | None:
         """Its guidance."""

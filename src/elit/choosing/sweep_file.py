@@ -47,7 +47,9 @@ _ROW: dict[str, Any] = {
         list[float | None] | None, lambda x: x and all(b is None or 0 < b <= 1 for b in x)
     ),
     "cache": StepCache | None,
-    "search": (dict[str, Any] | None, lambda x: fits_type(x.get("way"), str)),
+    "searches": (
+        list[dict[str, Any]] | None, lambda x: all(fits_type(one.get("way"), str) for one in x)
+    ),
     "gflops_per_image": (float, lambda x: x > 0),
     "ms_per_image": (float | None, lambda x: x >= 0),
     "scores": dict[str, float | None],

@@ -227,6 +227,14 @@ class CallTimes:
         return perf_counter() - started
 
 
+def times_of(
+    pipeline: ElasticPipeline, what: int | str | Sequence[Any], size: Sequence[int | None]
+) -> CallTimes:
+    """Times of calls, measured behind a bar where the pipeline shows one."""
+    hidden = getattr(pipeline, "_progress_bar_config", {}).get("disable", False)
+    return CallTimes(pipeline, what, size, progress=not hidden)
+
+
 def ms_together(
     several: Sequence[tuple[CallTimes, Sequence[Sequence[Forwards]]]],
 ) -> list[list[float]]:

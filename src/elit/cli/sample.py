@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elit._choices import label_of
 from elit._files import typed_path, write_json
 from elit._tables import counted, format_table
 from elit.choosing.sweep_file import default_home
@@ -224,7 +223,7 @@ def what_to_draw(args: argparse.Namespace, pipeline: Any) -> list[Any]:
         if given is not None:
             raise ValueError(f"--{name} is for models that draw texts; this one draws --labels")
     if args.labels is not None:
-        return [label_of(label, pipeline.labels) for label in args.labels]
+        return pipeline.get_label_ids(args.labels)
     return list(range(min(MAX_DEFAULT_LABELS, model.config.num_classes)))
 
 

@@ -1,11 +1,11 @@
 """`elit studio`: a page with a slider for the budget."""
 
 import argparse
-import sys
 
 from elit._extras import missing
 from elit.cli.common import check_address, check_run, url_of
 from elit.cli.flags import OWN_STEPS, Parser, WholeNumber
+from elit.cli.waiting import stage
 from elit.flow.words import DEFAULT_STEPS
 
 REPORTS = False
@@ -37,8 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from elit.studio.drawing import open_drawer
     from elit.studio.studio import Studio
 
-    print(f"elit: loading {args.run}", file=sys.stderr, flush=True)
-    with quiet_diffusers():
+    with quiet_diffusers(), stage(f"loading {args.run}"):
         drawer = open_drawer(args.run, args.device, args.dtype)
     studio = Studio(drawer, args.steps)
     studio.warm_up()

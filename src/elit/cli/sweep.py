@@ -33,8 +33,8 @@ def add_arguments(parser: Parser) -> None:
     add_evaluation_flags(parser, samples=1000)
     add("budgets")
     add("steps", "numbers of steps (default: 5 10 20 40, or the few that the model was trained "
-        "for; of --search 1.25 to 3 times those that full budget has)", STEPS, nargs="+",
-        default=None)  # fmt: skip
+        "for; of --search 1.25 to 3 times those that full budget has, up to 100)", STEPS,
+        nargs="+", default=None)  # fmt: skip
     add("guidance", f"kinds of guidance: {', '.join(GUIDANCES)} (default: all that the model can)",
         nargs="+", default=None)  # fmt: skip
     add("scale", f"scales of the guidance (default: {DEFAULT_SCALE:g})", nargs="+")
@@ -48,7 +48,7 @@ def add_arguments(parser: Parser) -> None:
     add("max-ms", "caps of --search on an image's milliseconds on this device, drawn --batch-size "
         "at a time", number, "MS", nargs="+", default=[])  # fmt: skip
     add("moves", "candidates of all samples that --search tries after those it starts from, for "
-        "each cap", WholeNumber(0), default=16)  # fmt: skip
+        "each cap (default: 16)", WholeNumber(0), default=None)  # fmt: skip
     add("out", "folder of the results (default: RUN/swept)")
 
 
@@ -102,7 +102,7 @@ def search_caps(args: argparse.Namespace, evaluation: "Evaluation", home: Path) 
     from elit.evaluation.sweep import earlier_rows, join_sweep
     from elit.flow.guidance import CFG
     from elit.scheduling.schedule import load_schedule
-    from elit.scheduling.search import search
+    from elit.scheduling.search import MOVES, search
 
     schedule = load_schedule(args.run)
     earlier_rows(home, evaluation)  # other settings are told before anything is drawn
@@ -114,7 +114,7 @@ def search_caps(args: argparse.Namespace, evaluation: "Evaluation", home: Path) 
     for cap in caps:
         rows += search(
             evaluation, schedule, **cap, guidance=guidance, steps=args.steps or (),
-            moves=args.moves, ranked_by=args.rank_by,
+            moves=MOVES if args.moves is None else args.moves, ranked_by=args.rank_by,
         ).rows  # fmt: skip
     return join_sweep(evaluation, rows, home, args.rank_by)
 
@@ -123,8 +123,8 @@ def check_search(args: argparse.Namespace) -> None:
     """Raise a ValueError for flags that --search, or a grid, has no use for."""
     caps = [*args.max_gflops, *args.max_ms]
     if not args.search:
-        if caps:
-            raise ValueError("--max-gflops and --max-ms are caps of --search; add it")
+        if caps or args.moves is not None:
+            raise ValueError("--max-gflops, --max-ms and --moves are of --search; add it")
         return
     if not caps:
         raise ValueError("--search needs a cap; add --max-gflops or --max-ms")

@@ -149,12 +149,17 @@ def earlier_rows(out: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
 def merged(
     earlier: Iterable[dict[str, Any]], rows: Iterable[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Rows of both, the later ones instead of earlier ones of the same point, in one order."""
+    """Rows of both, the later ones instead of earlier ones of the same point, in one order.
+
+    A point stays what searches within other caps found too.
+    """
     by_point: dict[OperatingPoint, dict[str, Any]] = {}
     for row in (*earlier, *rows):
         point = OperatingPoint.from_dict(row)
-        searched = by_point.get(point, {}).get("search")  # stays if a grid has the point too
-        by_point[point] = ({"search": searched} if searched else {}) | row
+        both = by_point.get(point, {}), row
+        known = [one for each in both for one in each.get("searches") or ()]
+        searches = {(one.get("max_flops"), one.get("max_ms")): one for one in known}  # by their cap
+        by_point[point] = row | ({"searches": [*searches.values()]} if searches else {})
 
     def order(point: OperatingPoint) -> tuple[Any, ...]:
         guide = ("none", "cfg", "ag", "ccfg").index(point.guidance)
@@ -177,7 +182,7 @@ def csv_of(report: dict[str, Any]) -> str:
     """A line for each row; scores as columns."""
     rows = report["rows"]
     scores = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-    listed = ("interval", "budgets_of_steps", "guide_budgets_of_steps", "cache", "search")
+    listed = ("interval", "budgets_of_steps", "guide_budgets_of_steps", "cache", "searches")
     kept = list(dict.fromkeys(
         k for row in rows for k, v in row.items() if k in listed or not isinstance(v, dict | list)
     ))  # fmt: skip

@@ -61,7 +61,7 @@ class Guidance:
         is_lowest = isinstance(budget, str) and budget == "lowest"
         if isinstance(budget, str) and not is_lowest:
             object.__setattr__(self, "budget", as_number(budget))
-        if not (budget is None or is_lowest or is_real(self.budget)):
+        if not (budget is None or is_lowest or (is_real(self.budget) and 0 < self.budget <= 1)):
             raise ValueError(
                 f"guide budget {budget!r:.60} is unknown; give a fraction in (0, 1] or 'lowest'"
             )

@@ -78,7 +78,7 @@ class ElitPipeline(ElasticPipeline):
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """Numbers of classes by their names."""
         names = [label] if isinstance(label, str) else label
-        return [label_of(name, self.labels) for name in names]
+        return [label_of(name, self.labels, self.null_label) for name in names]
 
     def _check_labels(self, class_labels: int | str | Sequence[int | str] | Tensor) -> Tensor:
         """Labels (B,) int64 on the CPU."""

@@ -58,9 +58,8 @@ class ElasticGuidance(BaseGuidance):
     ):
         if len(interval) != 2:
             raise ValueError(f"interval {interval!r} is not allowed; give two noise levels")
-        for name, value in (("budget", budget), ("guide_budget", guide_budget)):
-            if value is not None and (name, value) != ("guide_budget", "lowest"):
-                read_budget(value)
+        if budget is not None:
+            read_budget(budget)
         if not drop_condition and guide_budget == budget and budget is not None:
             raise ValueError(
                 f"a guide with the same condition and the same budget {budget} guides nothing; "

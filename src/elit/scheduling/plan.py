@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from elit.caching.step_cache import StepCache
-from elit.choosing.points import OperatingPoint
-from elit.flow.guidance import WHOLE, Forwards, Guidance
+from elit.choosing.points import OperatingPoint, guided_by
+from elit.flow.guidance import Forwards, Guidance
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class Plan:
 
     def point(self, cache: StepCache | None = None) -> OperatingPoint:
         """The same as an operating point, of one budget where that is all there is to it."""
-        scale, interval, guides = None, None, None
-        if self.guidance is not None:
-            scale, guides = self.guidance.scale, tuple(self.guide_budgets())
-            interval = None if self.guidance.interval == WHOLE else self.guidance.interval
         budgets = tuple(self.budgets())
+        guides = None if self.guidance is None else tuple(self.guide_budgets())
         plain = len({*budgets, *(guides or ())}) == 1
         return OperatingPoint(
-            budgets[0] if plain else sum(budgets) / len(budgets), self.num_inference_steps,
-            "none" if scale is None else "cfg", scale, None, interval,
-            None if plain else budgets, None if plain else guides, cache,
-        )  # fmt: skip
+            budgets[0] if plain else sum(budgets) / len(budgets),
+            self.num_inference_steps,
+            budgets_of_steps=None if plain else budgets,
+            guide_budgets_of_steps=None if plain else guides,
+            cache=cache,
+            **guided_by(self.guidance),
+        )
 
     def callback(self, transformer: Any) -> Callable[..., dict[str, Any]]:
         """A `callback_on_step_end` for a stock pipeline whose transformer was elasticized.

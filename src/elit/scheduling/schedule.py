@@ -17,7 +17,7 @@ from elit._files import typed_path, write_text
 from elit._numbers import is_real
 from elit._plain import from_plain, read_json
 from elit.choosing.sweep_file import default_home
-from elit.choosing.timing import CallTimes
+from elit.choosing.timing import times_of
 from elit.flow.guidance import UNGUIDED, Forwards, Guidance
 from elit.flow.sampling import levels_of, sample
 from elit.interface.budget import default_budgets
@@ -166,8 +166,7 @@ class Schedule:
             what: labels or texts of a batch, or their number: the time for each depends on it.
             size: frames, height and width in pixels, None where the model was made for it.
         """
-        if (max_flops is None) == (max_ms is None):
-            raise ValueError("a plan needs one cap; give max_flops= or max_ms=")
+        ((_, cap),) = one_cap(max_flops, max_ms).items()
         model = pipeline.transformer
         if model.max_latents != self.max_latents:
             raise ValueError(
@@ -178,8 +177,7 @@ class Schedule:
         weights = call_weights(pipeline.scheduler)
         steps = num_inference_steps or pipeline.default_steps
         if max_ms is not None:
-            hidden = getattr(pipeline, "_progress_bar_config", {}).get("disable", False)
-            times = CallTimes(pipeline, what, size, progress=not hidden)
+            times = times_of(pipeline, what, size)
             numbers = [*self.latents, self.max_latents]
             guides = [0] if guidance is None else [0, *numbers]
             # All kinds of calls in one go, so that a disturbance hits them alike.
@@ -189,9 +187,8 @@ class Schedule:
             def cost_of(call: Forwards) -> float:
                 return times.ms_of_runs([[call]])[0] - start
 
-            cap = max_ms
         else:
-            cost, start, cap = pipeline.forward_cost(*size), 0.0, max_flops or 0.0
+            cost, start = pipeline.forward_cost(*size), 0.0
 
             def cost_of(call: Forwards) -> float:
                 return float(sum(cost.flops(n) * times for n, times in call))
@@ -225,8 +222,7 @@ class Schedule:
         """
         by = self.by if by is None else by
         check_choice(by, ("errors", "spectrum"), "by")
-        if not (is_real(cap) and cap > 0):
-            raise ValueError(f"cap {cap!r:.40} is not allowed; give a positive number")
+        _check_positive(cap)
         if guidance is not None and (guidance.budget is not None or not guidance.drop_label):
             raise ValueError(
                 f"guidance {guidance} has its own guide; a plan chooses the guide's budgets: give "
@@ -323,6 +319,21 @@ def _once(cost_of: Callable[[Forwards], float]) -> Callable[[Forwards], float]:
         return known[call]
 
     return cost
+
+
+def one_cap(max_flops: float | None, max_ms: float | None) -> dict[str, float]:
+    """The cap that is given, by its name."""
+    given = {k: x for k, x in (("max_flops", max_flops), ("max_ms", max_ms)) if x is not None}
+    if len(given) != 1:
+        raise ValueError("a plan needs one cap; give max_flops= or max_ms=")
+    for cap in given.values():
+        _check_positive(cap)
+    return {name: float(cap) for name, cap in given.items()}
+
+
+def _check_positive(cap: float) -> None:
+    if not (is_real(cap) and cap > 0):
+        raise ValueError(f"cap {cap!r:.40} is not allowed; give a positive number")
 
 
 def _scale(guidance: Guidance | None, sigma: float) -> float:

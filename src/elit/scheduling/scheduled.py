@@ -5,17 +5,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from elit.choosing.choose import check_is_of
-from elit.choosing.points import OperatingPoint
+from elit.choosing.choose import check_is_of, check_texts
+from elit.choosing.points import OperatingPoint, guided_by
 from elit.choosing.sweep_file import SWEEP_FILE, default_home, read_sweep
-from elit.choosing.timing import device_name
-from elit.flow.guidance import WHOLE, Guidance
+from elit.choosing.timing import times_of
+from elit.flow.guidance import Guidance
 from elit.pipelines.base import ElasticPipeline
-from elit.scheduling.schedule import load_schedule
+from elit.scheduling.schedule import load_schedule, one_cap
 
 logger = logging.getLogger(__name__)
 
 _NEAR = 0.9  # of a cap, that a search may have had instead
+_ROUNDING = 1 + 1e-9  # costs are sums
 
 
 def scheduled_point(
@@ -30,8 +31,9 @@ def scheduled_point(
 ) -> OperatingPoint:
     """The best that `elit sweep --search` found for a cap, else the plan of `elit schedule`.
 
-    A search has one for caps from its own on, up to a ninth above it. It chose the number of steps
-    too: where another one is asked for, budgets are derived.
+    A search has one for caps from its own on, up to a ninth above it, and of a cap on time if it
+    keeps within that here too. It chose the number of steps as well: where another one is asked
+    for, budgets are derived.
 
     Args:
         run: folder of the pipeline.
@@ -43,20 +45,24 @@ def scheduled_point(
         what: likewise.
         size: likewise.
     """
-    within = {k: x for k, x in (("max_flops", max_flops), ("max_ms", max_ms)) if x is not None}
-    file = default_home(run) / SWEEP_FILE
-    if len(within) == 1 and file.exists():
+    within, file = one_cap(max_flops, max_ms), default_home(run) / SWEEP_FILE
+    if file.exists():
         report = read_sweep(file)
-        sign = 1 if report["lower_is_better"] else -1
-        found = []
-        for i, row in enumerate(report["rows"]):
-            point, score = OperatingPoint.from_dict(row), row["scores"].get(report["ranked_by"])
-            fits = _is_for(row, within) and _guides_alike(point, guidance)
-            if fits and score is not None and num_inference_steps in (None, point.steps):
-                found.append((sign * score, i, point))
-        if found and _is_of(report, pipeline, run, size, within):
-            score, _, point = min(found)
-            logger.info("searched: %s, %s %.4g", point, report["ranked_by"], sign * score)
+        found = _searched(report, within, guidance, num_inference_steps)
+        try:
+            if found:
+                check_is_of(report, file, pipeline, run, size)
+            if found and max_flops is not None:
+                check_texts(report, file, pipeline, what)
+        except ValueError as error:
+            logger.warning("no searched plan is taken: %s", error)
+            found = []
+        if found and max_ms is not None:  # of this batch, on this device
+            ms = times_of(pipeline, what, size).ms_of_points([point for *_, point in found])
+            found = [one for one, its in zip(found, ms, strict=True) if its <= max_ms * _ROUNDING]
+        if found:
+            score, _, point = found[0]
+            logger.info("searched: %s, %s %.4g", point, report["ranked_by"], score)
             return point
     plan = load_schedule(run).plan(
         pipeline, max_flops, max_ms, guidance, num_inference_steps, what=what, size=size
@@ -65,29 +71,19 @@ def scheduled_point(
     return plan.point()
 
 
-def _is_for(row: Mapping[str, Any], within: Mapping[str, float]) -> bool:
-    searched = row.get("search") or {}
-    ((name, cap),) = within.items()
-    own = searched.get(name, math.inf)
-    return bool(searched.get("best")) and _NEAR * cap <= own <= cap * (1 + 1e-9)
-
-
-def _guides_alike(point: OperatingPoint, guidance: Guidance | None) -> bool:
-    if guidance is None or point.guidance == "none":
-        return guidance is None and point.guidance == "none"
-    interval = None if guidance.interval == WHOLE else guidance.interval
-    return (point.scale, point.interval) == (guidance.scale, interval)
-
-
-def _is_of(
-    report: dict[str, Any], pipeline: ElasticPipeline, run: str,
-    size: Sequence[int | None], within: Mapping[str, float],
-) -> bool:  # fmt: skip
-    """Whether a sweep is of these weights, sampler and size, and times of this device."""
-    try:
-        check_is_of(report, SWEEP_FILE, pipeline, run, size)
-    except ValueError as error:
-        logger.warning("no searched plan is taken: %s", error)
-        return False
-    device = report["settings"].get("device_name")
-    return "max_ms" not in within or device == device_name(pipeline.transformer.device)
+def _searched(
+    report: Mapping[str, Any], within: Mapping[str, float], guidance: Guidance | None,
+    steps: int | None,
+) -> list[tuple[float, int, OperatingPoint]]:  # fmt: skip
+    """Score, row and point of what searches of this cap found, the best first."""
+    ((name, cap),), guided = within.items(), guided_by(guidance)
+    found = []
+    for i, row in enumerate(report["rows"]):
+        caps = [one.get(name, math.inf) for one in row.get("searches") or () if one.get("best")]
+        point, score = OperatingPoint.from_dict(row), row["scores"].get(report["ranked_by"])
+        is_for = any(_NEAR * cap <= own <= cap * _ROUNDING for own in caps)
+        is_asked = steps in (None, point.steps) and guided.items() <= vars(point).items()
+        if is_for and is_asked and score is not None:
+            found.append((score, i, point))
+    sign = 1 if report["lower_is_better"] else -1
+    return sorted(found, key=lambda one: (sign * one[0], one[1]))

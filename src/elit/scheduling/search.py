@@ -15,21 +15,21 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from elit._numbers import is_real
 from elit.caching.step_cache import StepCache
-from elit.choosing.points import OperatingPoint
+from elit.choosing.points import OperatingPoint, guided_by
 from elit.evaluation.evaluation import Evaluation, ranking_score, score_points
 from elit.evaluation.sweep import check_score
-from elit.flow.guidance import WHOLE, Guidance
+from elit.flow.guidance import Guidance
 from elit.pipelines.load import CALIBRATION_FILE, load_teacache
-from elit.scheduling.schedule import Schedule
+from elit.scheduling.schedule import Schedule, one_cap
 from elit.viz.sweeps import SCORES
 
 logger = logging.getLogger(__name__)
 
 FIRST_BLOCK, TEACACHE = (0.1, 0.2, 0.4), (0.2, 0.4)  # thresholds to begin with
 _MORE_STEPS = (1.25, 1.5, 2.0, 3.0)  # than full budget has within the cap
-_MOST_STEPS = 1000
+MOVES = 16
+MOST_STEPS = 100  # of a candidate, unless more are asked for
 _TRIES, _AIM = 4, 0.985  # to spend a cap with a cache, whose skips are known when it has drawn
 _FEWER = 4  # of the first round's samples
 _ROUNDING = 1 + 1e-9  # costs are sums
@@ -74,7 +74,7 @@ class Found:
         point: the best within the cap; `pipeline(labels, **point.arguments())` draws by it.
         score: its.
         rows: as a sweep has them, of all samples: the best of each way, and what was searched.
-            `search` says which, within which cap, and whether it is the best of all.
+            `searches` says which, within which cap, and whether it is the best of all.
     """
 
     point: OperatingPoint
@@ -90,7 +90,7 @@ def search(
     guidance: Guidance | None = None,
     steps: Sequence[int] = (),
     caches: Sequence[StepCache] | None = None,
-    moves: int = 16,
+    moves: int = MOVES,
     ranked_by: str | None = None,
 ) -> Found:
     """The best way to draw within a cap, by a score of the evaluation's samples.
@@ -105,20 +105,20 @@ def search(
             that were done, on average over the samples.
         max_ms: milliseconds for an image on this device, instead.
         guidance: `CFG(2.0)`, or None.
-        steps: numbers of steps to start from; by default 1.25 to 3 times what full budget has.
+        steps: numbers of steps to start from; by default 1.25 to 3 times what full budget has,
+            up to 100. No candidate has more than 100, or than the largest of these.
         caches: to start from, empty for none; by default a FirstBlockCache at some thresholds,
             and TeaCache where `elit calibrate` was run.
         moves: candidates of all samples after those that it starts from, at most.
         ranked_by: score to go by; by default the first network's Frechet distance.
     """
-    if (max_flops is None) == (max_ms is None):
-        raise ValueError("a search needs one cap; give max_flops= or max_ms=")
+    within = one_cap(max_flops, max_ms)
     if evaluation.process.world > 1:
         raise ValueError("each step of a search needs the scores before it; run it in one process")
     check_score(evaluation, ranked_by)
-    task = _Task(evaluation, schedule, max_flops, max_ms, guidance, ranked_by)
+    task = _Task(evaluation, schedule, within, guidance, ranked_by, steps)
     caches = task.default_caches() if caches is None else caches
-    candidates = list(task.start(steps, caches))
+    candidates = list(task.start(caches))
     kept = candidates
     if task.few < evaluation.drawing.count:
         values = task.values(candidates, task.few)
@@ -194,18 +194,16 @@ class _Task:
     """Candidates as operating points within the cap, and their scores."""
 
     def __init__(
-        self, evaluation: Evaluation, schedule: Schedule, max_flops: float | None,
-        max_ms: float | None, guidance: Guidance | None, ranked_by: str | None,
+        self, evaluation: Evaluation, schedule: Schedule, within: dict[str, float],
+        guidance: Guidance | None, ranked_by: str | None, steps: Sequence[int],
     ):  # fmt: skip
-        cap = max_flops if max_ms is None else max_ms
-        if not (is_real(cap) and cap > 0):
-            raise ValueError(f"cap {cap!r:.40} is not allowed; give a positive number")
         if not schedule.gram:
             raise ValueError("a search starts from measured errors; run `elit schedule RUN`")
         self.evaluation, self.schedule, self.guidance = evaluation, schedule, guidance
-        self.cap, self.within = cap, {"max_flops" if max_ms is None else "max_ms": float(cap)}
+        self.within, ((_, self.cap),) = within, within.items()
         self.drawing, self.pipeline = evaluation.drawing, evaluation.drawing.pipeline
         self.ranked_by, self.times = ranked_by, evaluation.times()
+        self.steps, self.most = steps, max((MOST_STEPS, *steps))
         at_once, count = self.drawing.batch_size, self.drawing.count
         self.few = min(count, at_once * max(1, count // (_FEWER * at_once)))
         self.at = cache(lambda n: replace(evaluation, drawing=replace(self.drawing, count=n)))
@@ -227,13 +225,19 @@ class _Task:
             caches += [StepCache.of_teacache(fitted, threshold) for threshold in TEACACHE]
         return caches
 
-    def start(self, steps: Sequence[int], caches: Sequence[StepCache]) -> Iterator[Candidate]:
+    def start(self, caches: Sequence[StepCache]) -> Iterator[Candidate]:
         """Where the search starts: each way at some numbers of steps."""
-        own = self.most_steps()
-        numbers = sorted({*steps} or {max(1, round((own or 1) * more)) for more in _MORE_STEPS})
+        own, most = self.most_steps(), self.most
+        if own == most:
+            logger.warning(
+                "%s pay for %d steps of full budget and more: nothing of more steps is tried; "
+                "lower the cap, or give steps (--steps)", self.cap_in_words, most
+            )  # fmt: skip
+        more = {min(most, max(1, round((own or 1) * factor))) for factor in _MORE_STEPS}
+        numbers = sorted({*self.steps} or more)
         if own:
             yield Candidate(own, "full")
-            yield from (Candidate(2 * own, "full", cache=one) for one in caches)
+            yield from (Candidate(min(most, 2 * own), "full", cache=one) for one in caches)
         for count in numbers:
             yield Candidate(count, "constant")
             yield Candidate(count)
@@ -251,15 +255,11 @@ class _Task:
 
     def plain(self, budget: float, steps: int, of: StepCache | None = None) -> OperatingPoint:
         """A point of one budget."""
-        if self.guidance is None:
-            return OperatingPoint(budget, steps, cache=of)
-        interval = None if self.guidance.interval == WHOLE else self.guidance.interval
-        scale = self.guidance.scale
-        return OperatingPoint(budget, steps, "cfg", scale, None, interval, cache=of)
+        return OperatingPoint(budget, steps, cache=of, **guided_by(self.guidance))
 
     def most_steps(self) -> int:
-        """Steps of full budget within the cap, 0 if it has none."""
-        low, high = 0, _MOST_STEPS
+        """Steps of full budget within the cap, at most those of a candidate; 0 if it has none."""
+        low, high = 0, self.most
         while low < high:
             middle = (low + high + 1) // 2
             within = self.cost(self.plain(1.0, middle)) <= self.cap * _ROUNDING
@@ -306,6 +306,8 @@ class _Task:
     def _fit(self, one: Candidate) -> OperatingPoint | None:
         """The costliest within the cap of a few tries, None if there is none."""
         best, spent, share, seen = None, 0.0, 1.0, set()
+        if one.steps > self.most:
+            return None
         for _ in range(_TRIES):
             point = self._point(share, one)
             if point is None or point in seen:
@@ -323,7 +325,7 @@ class _Task:
         if one.budgets == "planned":
             return self.plan(share, one)
         if one.budgets == "full":
-            return self.plain(1.0, max(1, min(_MOST_STEPS, int(one.steps * share))), one.cache)
+            return self.plain(1.0, max(1, min(self.most, int(one.steps * share))), one.cache)
         model = self.pipeline.transformer
         numbers = range(model.max_latents, model.min_latents - 1, -1)
         points = (self.plain(model.budget_of(n), one.steps) for n in numbers)
@@ -361,12 +363,12 @@ class _Task:
         for one, row in zip(kept, self.scored(kept, self.drawing.count), strict=True):
             value = math.inf if row is None else self.value(row)
             if row is not None and value < ways.get(one.way, (math.inf, row))[0]:
-                ways[one.way] = value, row | {"search": {"way": one.way, **self.within}}
+                ways[one.way] = value, row | {"searches": [{"way": one.way, **self.within}]}
         (winner,) = self.scored([best], self.drawing.count)
         assert winner is not None
         assert self.ranked_by is not None
         rows = {OperatingPoint.from_dict(row): row for _, row in ways.values()}
         point = OperatingPoint.from_dict(winner)
-        told = rows.get(point, {}).get("search", {"way": "searched", **self.within})
-        rows[point] = winner | {"search": told | {"best": True}}
+        (told,) = rows.get(point, {}).get("searches", [{"way": "searched", **self.within}])
+        rows[point] = winner | {"searches": [told | {"best": True}]}
         return Found(point, winner["scores"][self.ranked_by], list(rows.values()))

@@ -96,7 +96,7 @@ def _what(given: Mapping[str, Any], facts: Facts) -> tuple[int | str, str | None
         _refuse("prompt", prompt, "give either prompt or class_label")
     field = "class_label" if prompt is None else "prompt"  # OpenAI's clients always send one
     try:
-        label = label_of(label if prompt is None else prompt, facts.labels)
+        label = label_of(label if prompt is None else prompt, facts.labels, facts.num_classes)
     except ValueError as error:
         advice = f"this model draws no texts; give {classes}, such as '1'"
         _refuse(field, given[field], str(error) if facts.labels else advice)

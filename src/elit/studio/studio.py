@@ -116,7 +116,8 @@ class Studio:
         }  # fmt: skip
         classes = self.drawer.num_classes
         if classes is not None:
-            given["what"] = label_of(given["what"], getattr(self.drawer.pipeline, "labels", {}))
+            labels = getattr(self.drawer.pipeline, "labels", {})
+            given["what"] = label_of(given["what"], labels, classes)
         what = given["what"]
         if classes is not None and not (is_whole(what, 0) and what < classes):
             raise ValueError(f"what={what!r:.60} is no class; give one of 0..{classes - 1}")

@@ -58,9 +58,9 @@ def find_config(name: str, of: Path | None = None) -> Path:
     what = f"config {name}" if of is None else f"{of}: {BASE} {name}"
     if path.is_dir():
         raise ValueError(f"{what} is a folder; give the YAML file in it")
-    raise ValueError(
-        f"{what} is neither a file nor one of the built-in {built_in_names()}{_near_built_in(name)}"
-    )
+    near = _near_built_in(name)
+    names = f"ones: did you mean {near}? They are {built_in_names()}" if near else built_in_names()
+    raise ValueError(f"{what} is neither a file nor one of the built-in {names}")
 
 
 def built_in_configs() -> dict[str, Path]:
@@ -90,14 +90,13 @@ def built_in_names() -> str:
     return ", ".join(parts)
 
 
-def _near_built_in(name: str) -> str:
-    """A hint at the built-in config that is meant by a name or a path, or nothing."""
+def _near_built_in(name: str) -> str | None:
+    """The built-in config that is meant by a name or a path, if any is."""
     named: dict[str, list[str]] = {}
     for known in built_in_configs():
         named.setdefault(known.rpartition("/")[2], []).append(known)
     meant = named.get(nearest(Path(name).stem, named) or "", [])
-    near = (nearest(name, meant) if "/" in name else None) or next(iter(meant), None)
-    return f"; did you mean {near}?" if near else ""
+    return (nearest(name, meant) if "/" in name else None) or next(iter(meant), None)
 
 
 def load_config(

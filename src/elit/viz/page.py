@@ -271,7 +271,7 @@ def _columns(rows: Rows, scores: Sequence[str]) -> dict[str, list[str]]:
     }
     for name in scores:
         columns[SCORES[name].column()] = [rows.score(i, name) for i in range(len(rows.rows))]
-    columns["way"] = of("search", lambda search: search["way"])
+    columns["way"] = of("searches", lambda of: ", ".join(dict.fromkeys(one["way"] for one in of)))
     fronts = ({"FLOPs": row.get("front_flops"), "ms": row.get("front_ms")} for row in rows.rows)
     columns["front"] = [", ".join(n for n, on in front.items() if on) for front in fronts]
     written = {title: list(map(_cell, cells)) for title, cells in columns.items()}
@@ -292,16 +292,18 @@ def _best_table(rows: Rows, score: str) -> list[tuple[str, list[tuple]]]:
     return lines
 
 
-def _cap_table(rows: Rows, own: Sequence[int], scores: Sequence[str]) -> list[tuple[str, ...]]:
+def _cap_table(
+    rows: Rows, found: Sequence[tuple[int, str]], scores: Sequence[str]
+) -> list[tuple[str, ...]]:
     """What a search found within a cap: way, costs, score, and how; the best first."""
     name = scores[0]
     sign = 1 if SCORES[name].lower_is_better else -1
-    own = [i for i in own if rows.score(i, name) is not None]
-    own.sort(key=lambda i: sign * (rows.score(i, name) or 0.0))
+    own = [(i, way) for i, way in found if rows.score(i, name) is not None]
+    own.sort(key=lambda pair: sign * (rows.score(pair[0], name) or 0.0))
     return [
-        (rows.rows[i]["search"]["way"], *(_cell(rows.rows[i].get(cost)) for cost in COSTS),
+        (way, *(_cell(rows.rows[i].get(cost)) for cost in COSTS),
          _cell(rows.score(i, name)), sweeps.in_words(rows.rows[i]))
-        for i in own
+        for i, way in own
     ]  # fmt: skip
 
 

@@ -201,13 +201,14 @@ def in_words(row: Row) -> str:
     return f"budget {format_budget(row['budget'])}{mean}, {steps}, {guide}{cache}"
 
 
-def within_caps(rows: Rows) -> dict[str, list[int]]:
-    """Rows that searches found within each cap, a row for each way, by the caps in words."""
-    found: dict[str, list[int]] = {}
+def within_caps(rows: Rows) -> dict[str, list[tuple[int, str]]]:
+    """Rows that searches found within each cap, and their ways, by the caps in words."""
+    found: dict[str, list[tuple[int, str]]] = {}
     for i, row in enumerate(rows.rows):
-        for name, (size, unit) in {"max_flops": (1e9, "GFLOPs"), "max_ms": (1, "ms")}.items():
-            if is_number(cap := (row.get("search") or {}).get(name)):
-                found.setdefault(f"{cap / size:.4g} {unit}", []).append(i)
+        for one in row.get("searches") or ():
+            for name, (size, unit) in {"max_flops": (1e9, "GFLOPs"), "max_ms": (1, "ms")}.items():
+                if is_number(cap := one.get(name)):
+                    found.setdefault(f"{cap / size:.4g} {unit}", []).append((i, one["way"]))
     return found
 
 
