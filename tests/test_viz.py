@@ -35,6 +35,16 @@ def test_rows_may_differ_in_length_and_images_be_large() -> None:
     assert sheet.height >= 160
 
 
+def test_what_the_rows_are_stands_above_their_captions() -> None:
+    rows = [[solid("red")], [solid("blue")]]
+    plain = contact_sheet(rows, ["1", "1/2"])
+    sheet = contact_sheet(rows, ["1", "1/2"], corner="budget")
+    assert sheet.height > plain.height
+    above = sheet.crop((0, 0, sheet.width, sheet.height - plain.height))
+    assert min(value for _, value in above.convert("L").getcolors()) < 128  # written there
+    assert sheet.width > plain.width  # it covers no picture
+
+
 def test_captions_must_match() -> None:
     refuses("1 captions for 2 rows", contact_sheet, [[solid("red")], [solid("red")]], ["one"])
     refuses("at least one image", contact_sheet, [])

@@ -122,7 +122,8 @@ def save_sheet(
         for budget, drawn in zip(budgets, pictures, strict=True):
             captions.append(format_budget(budget))
             lines.append(drawn[first : first + width])
-    save_image(contact_sheet(lines, captions, list(map(str, what)), cell), path)
+    sheet = contact_sheet(lines, captions, list(map(str, what)), cell, "budget")
+    save_image(sheet, path)
 
 
 def cell_size(pipeline: ElasticPipeline) -> int:

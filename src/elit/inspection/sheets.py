@@ -114,12 +114,13 @@ class Sheets:
             assert loss is not None
             columns = [
                 Column("image", self.images),
-                Column(f"loss at {self.budget(here[0])}", maps=self.with_mean(loss)),
+                Column(f"loss at budget {self.budget(here[0])}", maps=self.with_mean(loss)),
             ]
             for one in here:
                 if (attention := one.mean("attention")) is None:
                     continue
-                column = Column(f"attention at {self.budget(one)}", maps=self.with_mean(attention))
+                title = f"attention at budget {self.budget(one)}"
+                column = Column(title, maps=self.with_mean(attention))
                 columns.append(column)
                 if one is here[0] and column.maps is not None and column.scale:
                     factor = enlargement(self.images[0].size, self.cell)
@@ -130,7 +131,7 @@ class Sheets:
                     columns.append(Column("the same over the image", over))
             for one in here:
                 if (difference := one.mean("difference")) is not None:
-                    title = f"velocity at {self.budget(one)} less that at 1, squared"
+                    title = f"velocity at budget {self.budget(one)} less that at 1, squared"
                     columns.append(Column(title, maps=self.with_mean(difference)))
             rows = self.rows
             if sigma != levels[len(levels) // 2]:
@@ -166,7 +167,7 @@ class Sheets:
             Column(f"latent {i + 1}", maps=v, scale=(0.0, high))
             for i, v in zip(chosen, values, strict=True)
         ]
-        title = f"What each latent reads at {self.budget(one)}, noise level {one.sigma:g}."
+        title = f"What each latent reads at budget {self.budget(one)}, noise level {one.sigma:g}."
         return map_sheet(columns, self.rows, self.cell, title)
 
     def of_samples(self, samples: dict[int, Tensor]) -> Image.Image:
@@ -174,15 +175,16 @@ class Sheets:
         full = samples[self.model.max_latents]
         columns = [Column("data", self.images[:-1])]
         for n, drawn in samples.items():
-            title = f"sample at {format_budget(self.model.budget_of(n))}"
+            title = f"sample at budget {format_budget(self.model.budget_of(n))}"
             columns.append(Column(title, self.pictures(drawn)))
         for n, drawn in samples.items():
             if n < self.model.max_latents:
                 grid = token_grid(self.model, drawn)
                 values = self.flat(squares_of_tokens(drawn - full, grid, self.model), grid)
                 budget = format_budget(self.model.budget_of(n))
-                columns.append(Column(f"sample at {budget} less that at 1, squared", maps=values))
-        title = "Samples of the same noise at each budget, and where they differ from those at 1."
+                title = f"sample at budget {budget} less that at 1, squared"
+                columns.append(Column(title, maps=values))
+        title = "Samples of the same noise at each budget, and where they differ from full budget."
         return map_sheet(columns, self.captions, self.cell, title)
 
     def of_worths(self, worths: Sequence[Worth]) -> Image.Image:

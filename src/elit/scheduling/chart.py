@@ -37,7 +37,7 @@ def schedule_picture(schedule: Schedule, plans: dict[str, Plan]) -> Image.Image:
             Chart("Data", "frequency, of the highest", "power (white noise has 1)", [line],
                   log_y=True)
         )  # fmt: skip
-    colours = ramp(len(plans))
+    colours = ramp(len(plans))[::-1]  # the most FLOPs stand out most
     lines = [
         Line(plan.levels, [n / schedule.max_latents for n in numbers], label, colour=colour,
              style=style, marker="")

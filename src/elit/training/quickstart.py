@@ -144,7 +144,7 @@ def draw_and_judge(
         first = images[: model.config.num_classes]
         pictures.append(processor.numpy_to_pil(processor.pt_to_numpy(first)))
     captions = [format_budget(budget) for budget in budgets]
-    sheet = contact_sheet(pictures, captions, data.train.class_names)
+    sheet = contact_sheet(pictures, captions, data.train.class_names, corner="budget")
     save_image(sheet, Path(config.output_dir) / "samples.png")
     cost = cost_of(plain.transformer).flops()
     x = torch.empty(1, model.in_channels, *model.sample_size, device="meta")

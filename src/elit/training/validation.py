@@ -162,4 +162,5 @@ def sample_sheet(
             vae.to("cpu")
     if pipeline.draws_clips:
         rows = [[film_strip(clip) for clip in row] for row in rows]
-    return contact_sheet(rows, [*map(format_budget, budgets)], names, cell_size(pipeline))
+    captions = [format_budget(budget) for budget in budgets]
+    return contact_sheet(rows, captions, names, cell_size(pipeline), "budget")

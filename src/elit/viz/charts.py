@@ -41,6 +41,8 @@ _STYLE = {
     "grid.color": GRID, "grid.linewidth": 0.8, "xtick.color": FAINT, "ytick.color": FAINT,
     "legend.frameon": False, "legend.fontsize": 8, "svg.fonttype": "none",
 }  # fmt: skip
+# Behind a text, that no line strikes it through.
+_PLATE = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
 _LOCK = threading.Lock()
 
 
@@ -147,7 +149,8 @@ def run_chart(
             counts = np.convolve(np.ones(len(steps)), window, "same")
             heights = np.exp(np.convolve(logs[-1], window, "same") / counts)
         marker = "o" if len(steps) < 30 else ""
-        lines.append(Line(steps, heights, name, colour=colour, marker=marker))
+        width = 3 if len(curves) > 1 and not lines else 1.5  # seen below one that covers it
+        lines.append(Line(steps, heights, name, colour=colour, marker=marker, width=width))
     low, high = np.quantile(np.concatenate(logs), (0.002, 0.998)) if any(map(len, logs)) else (0, 0)
     margin = max(0.06 * (high - low), 0.02)
     return Chart(
@@ -224,7 +227,8 @@ def _draw(axis: Any, chart: Chart, colours: Sequence[str]) -> None:
             label=line.label, gid="rows-" + "-".join(map(str, line.rows)),
         )  # fmt: skip
         for *at, text in zip(line.x, line.y, line.texts, strict=False):
-            axis.annotate(text, at, (4, 4), textcoords="offset points", fontsize=7, color=colour)
+            axis.annotate(text, at, (4, 4), textcoords="offset points", fontsize=7, color=colour,
+                          bbox=_PLATE)  # fmt: skip
     _scale(axis, chart)
     axis.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
     if not any(len(line.x) for line in chart.series):
@@ -298,26 +302,33 @@ def _mark_log(scale: Any) -> None:
 
 
 def _name_starts(axis: Any, lines: Sequence[Line]) -> None:
-    """Labels before the first points, each once, moved apart and kept within the axis."""
+    """Labels at the first points, each once, moved apart and kept within the axis."""
     axis.margins(y=0.12)  # a label above the highest point needs room too
-    room = axis.transAxes.transform((-0.17, 0))
+    room = axis.transAxes.transform((-0.2, 0))
     axis.set_ylim(axis.get_ylim())  # else they are set when it is drawn
     axis.set_xlim(left=axis.transData.inverted().transform(room)[0])
     starts = {(line.label, line.x[0], line.y[0]) for line in lines if line.label and len(line.x)}
     ordered = sorted(starts, key=lambda start: (start[2], start[0]))
     points = [axis.transData.transform(start[1:]) * 72 / axis.figure.dpi for start in ordered]
     highest = axis.transAxes.transform((0, 1))[1] * 72 / axis.figure.dpi
+    width = 4.4 * max((len(label) for label, *_ in ordered), default=0)  # of 7.5 points, about
     places: list[float] = []
     for i, (px, py) in enumerate(points):
-        beside = [k for k in range(i) if abs(points[k][0] - px) < 50]
+        beside = [k for k in range(i) if abs(points[k][0] - px) < width]
         places.append(max([py, *(places[k] + 9 for k in beside)]))
     for i in reversed(range(len(places))):  # what rose above the axis goes down again
-        beside = [k for k in range(i + 1, len(places)) if abs(points[k][0] - points[i][0]) < 50]
+        beside = [k for k in range(i + 1, len(places)) if abs(points[k][0] - points[i][0]) < width]
         places[i] = min([places[i], highest, *(places[k] - 9 for k in beside)])
+    # Left of the lines; of lines that start one after the other, where each doesn't go.
+    side, ha, va = (-6.0, 0.0), "right", "center"
+    if len({round(px) for px, _ in points}) == len(points) > 1:
+        rising = [line.y[1] > line.y[0] for line in lines if line.label and len(line.y) > 1]
+        below = sum(rising) > len(rising) / 2
+        side, ha, va = (0.0, -5.0 if below else 5.0), "center", "top" if below else "bottom"
     for (label, x, y), (_, py), place in zip(ordered, points, places, strict=True):
         axis.annotate(
-            label, (x, y), (-6, place - py), textcoords="offset points", fontsize=7.5,
-            ha="right", va="center",
+            label, (x, y), (side[0], side[1] + place - py), textcoords="offset points",
+            fontsize=7.5, ha=ha, va=va, bbox=_PLATE,
         )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ def contact_sheet(
     row_captions: Sequence[str] = (),
     column_captions: Sequence[str] = (),
     cell: int = 64,
+    corner: str = "",
 ) -> Image.Image:
     """Lay out images of one size in a grid.
 
@@ -28,6 +29,7 @@ def contact_sheet(
         column_captions: likewise.
         cell: least side of an image on the sheet, in pixels; smaller images are enlarged by a
             whole number, without smoothing.
+        corner: what the row captions are, above them.
     """
     if not rows or not rows[0]:
         raise ValueError("a contact sheet needs at least one image")
@@ -40,11 +42,13 @@ def contact_sheet(
     factor = enlargement(rows[0][0].size, cell)
     width, height = (side * factor for side in rows[0][0].size)
     font = ImageFont.load_default(size=15)
-    left = max((int(font.getlength(text)) for text in row_captions), default=-MARGIN)
+    beside = filter(None, [*row_captions, corner])
+    left = max((int(font.getlength(text)) for text in beside), default=-MARGIN)
     left += 2 * MARGIN
     letters = max(1, width // 7)  # of a line, about
     column_captions = [fill(text, letters, break_long_words=False) for text in column_captions]
-    most_lines = max((text.count("\n") + 1 for text in column_captions), default=0)
+    above = filter(None, [*column_captions, corner])
+    most_lines = max((text.count("\n") + 1 for text in above), default=0)
     top = MARGIN + 18 * most_lines
     columns = max(map(len, rows))
     size = (left + columns * (width + MARGIN), top + len(rows) * (height + MARGIN))
@@ -54,6 +58,7 @@ def contact_sheet(
         x = left + i * (width + MARGIN) + width // 2
         first_line = (x, top - 8 - 18 * text.count("\n"))
         draw.text(first_line, text, fill="black", font=font, anchor="ms", align="center", spacing=3)
+    draw.text((MARGIN, top - 8), corner, fill="black", font=font, anchor="ls")
     for j, row in enumerate(rows):
         y = top + j * (height + MARGIN)
         if row_captions:
