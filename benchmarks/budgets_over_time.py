@@ -29,6 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FirstBlockCacheConfig
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,7 +48,7 @@ from elit.flow.coarse import coarse_noise, coarse_sigma, refine
 from elit.networks.feature_network import load_network
 from elit.pipelines.folder import weights_digest
 from elit.training.config_files import config_of_run
-from elit.viz.charts import Chart, Line, picture
+from elit.viz.charts import GRID, INK
 
 FULL = "full budget"
 POOL = "classifier.pool"
@@ -390,34 +392,31 @@ def table(rows: Sequence[dict], runs: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def charts(rows: Sequence[dict]) -> list[Chart]:
-    """Both scores against the share of the FLOPs."""
-    full = [row for row in rows if row["name"] == FULL]
-    names = [name for name in dict.fromkeys(row["name"] for row in rows) if name != FULL]
-    found = []
-    for key, title in (("frechet", "Frechet distance"), ("error", "trajectory error")):
-        lines = []
-        for i, name in enumerate(names):
-            mine = [row for row in rows if row["name"] == name]
-            if all(row["at"] < 1 for row in mine):
-                mine = full + mine
-            mine.sort(key=lambda row: row["share"])
-            lines.append(
-                Line(
-                    [row["share"] for row in mine],
-                    [row[key][0] for row in mine],
-                    name,
-                    error=[row[key][1] for row in mine],
-                    colour=i % 8,
-                    style="-:"[i // 8 % 2],
-                    marker="os"[i // 8 % 2],
-                )
-            )
-        found.append(
-            Chart(f"{title.capitalize()} by FLOPs", "FLOPs of a picture, of full budget's",
-                  f"{title} (lower is better)", lines, log_y=True, labels="right")
-        )  # fmt: skip
-    return found
+def chart(rows: Sequence[dict]) -> Figure:
+    """Both scores of each way, a column for each, the best ways of each share on top."""
+    (full,) = [row for row in rows if row["name"] == FULL]
+    shares = [at for at in dict.fromkeys(row["at"] for row in rows) if at < 1]
+    each = [sorted((r for r in rows if r["at"] == at), key=lambda r: r["frechet"]) for at in shares]
+    heights = [len(mine) for mine in each]
+    figure = Figure((9.0, 0.24 * sum(heights) + 0.75 * len(shares) + 0.4), layout="constrained")
+    axes = figure.subplots(len(shares), 2, sharex="col", sharey="row", squeeze=False,
+                           height_ratios=heights)  # fmt: skip
+    scores = {"frechet": "Frechet distance", "error": "trajectory error"}
+    for row, mine, at in zip(axes, each, shares, strict=True):
+        row[0].set_yticks(range(len(mine)), [one["name"] for one in mine])
+        row[0].set_ylim(len(mine) - 0.5, -0.5)
+        for axis, (key, title) in zip(row, scores.items(), strict=True):
+            values, errors = zip(*(one[key] for one in mine), strict=True)
+            axis.errorbar(values, range(len(mine)), xerr=errors, fmt="o", markersize=4, capsize=2)
+            axis.axvline(full[key][0], linestyle="--", linewidth=1, color=INK)
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.grid(axis="both", color=GRID)
+            axis.set_title(f"{title}, within {at:.0%} of the FLOPs", loc="left", fontsize=9)
+            if at == shares[-1]:
+                axis.set_xlabel(f"{title} (log scale, lower is better); dashed: full budget")
+    return figure
 
 
 def main() -> None:
@@ -456,7 +455,7 @@ def main() -> None:
                     )  # fmt: skip
     found = summary(rows, args.runs)
     (Path(args.out) / "table.md").write_text(table(found, args.runs))
-    picture(charts(found)).save(Path(args.out) / "chart.png")
+    chart(found).savefig(Path(args.out) / "chart.png", dpi=110)
     print(table(found, args.runs))
 
 

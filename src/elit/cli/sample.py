@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     # The settings come first: what a killed call leaves is known to be theirs.
     report: dict[str, Any] = {"out": str(folder), "settings": settings}
     write_json(folder / FILE, report)
-    cost = pipeline.forward_cost(args.frames, *size, text_tokens)
+    cost = pipeline.forward_cost(args.frames, size[0], size[1], text_tokens)
     costs = {n: cost.flops(n) / 1e9 for n in kept}
     if point is not None and planned:
         costs = dict.fromkeys(kept, mean_gflops(pipeline, point, cost, (args.frames, *size)))
