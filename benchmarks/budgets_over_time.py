@@ -415,7 +415,7 @@ def chart(rows: Sequence[dict]) -> Figure:
             axis.grid(axis="both", color=GRID)
             axis.set_title(f"{title}, within {at:.0%} of the FLOPs", loc="left", fontsize=9)
             if at == shares[-1]:
-                axis.set_xlabel(f"{title} (log scale, lower is better); dashed: full budget")
+                axis.set_xlabel("log scale, lower is better; dashed: full budget")
     return figure
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,9 @@ from elit.cli import common
 from elit.cli.common import url_of
 from elit.cli.main import COMMANDS, command_parser, main
 from elit.cost.flops import forward_flops
+from elit.pipelines.base import ElasticPipeline
+from elit.pipelines.elit_pipeline import ElitPipeline
+from elit.pipelines.text_pipeline import ElitTextPipeline
 from elit.serving.requests import FIELDS
 
 # A run of moments: 16x16 images and a model of few parameters.
@@ -777,9 +781,12 @@ def test_addresses_are_told_as_this_machine_reaches_them() -> None:
 def test_each_synonym_means_a_flag_or_a_field() -> None:
     """A flag that is renamed leaves no hint at its old name behind."""
     known = {flag for name in COMMANDS for flag in command_parser(name).flags}
+    calls = ElitPipeline.__call__, ElitTextPipeline.__call__, ElasticPipeline.draw
+    keywords = {one for call in calls for one in signature(call).parameters}
     for word in SYNONYMS:
-        assert any(meant(word, command_parser(name).flags) in known for name in COMMANDS), word
-    names = {flag.lstrip("-").replace("-", "_") for flag in known} | set(FIELDS)
+        kinds = [keywords, *(command_parser(name).flags for name in COMMANDS)]
+        assert any(meant(word, kind) in kind for kind in kinds), word
+    names = {flag.lstrip("-").replace("-", "_") for flag in known} | set(FIELDS) | keywords
     names |= {"data.options.path"} | {name.rpartition(".")[2] for name in names}
     assert {one for several in SYNONYMS.values() for one in several} <= names
 
