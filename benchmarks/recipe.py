@@ -7,8 +7,9 @@ trainings of a seed take the FLOPs of the plain base's, what Muon and projectors
 
 The loss is that of the velocity at the base's noise levels, of the same pictures and noise for all.
 The distance is Frechet's, by a classifier of another seed than the one that REPA aligns with. "To
-the base" is the share of a training after which its loss is the base's last one. Each training is a
-JSON file in --out: the same command goes on where it was stopped, another beside it takes others.
+its loss" and, with --curves, "to its distance" are the shares of a training after which it is where
+the base ends. Each training is a JSON file in --out: the same command goes on where it was stopped,
+another beside it takes others.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -257,7 +258,7 @@ class Recipe:
             "model": case.model, "variant": case.variant, "seed": case.seed, "steps": steps,
             "step_flops": self.step_flops(case), "lr": config.optimizer.lr,
             "losses": {n: float(x.double().mean()) for n, x in zip(names, losses, strict=True)},
-            "frechet": drawn, "curve": self.curve(model, done.folder, kept[0]),
+            "frechet": drawn, "curve": self.curve(pipeline, done.folder, kept[0]),
             "seconds": trained - started, "measuring": time.process_time() - trained,
         }  # fmt: skip
         write_json(self.folder / f"{case.name}.json", result)
@@ -277,9 +278,11 @@ class Recipe:
         right = (seen["classifier.logits"].argmax(1) == seen["labels"]).double().mean()
         return {"distance": distance, "accuracy": float(right)}
 
-    def curve(self, model: Any, folder: Path, kept: int | None) -> list[tuple[int, float]]:
-        """Loss of the averaged weights after some steps."""
-        points = []
+    def curve(
+        self, pipeline: ElitPipeline, folder: Path, kept: int | None
+    ) -> list[tuple[float, ...]]:
+        """Loss, and distance if asked for, of the averaged weights after some steps."""
+        model, points = pipeline.transformer, []
         for checkpoint in sorted((folder / "checkpoints").glob("step-*")):
             tensors: dict[str, Tensor] = {}
             for file in checkpoint.glob("*.safetensors"):
@@ -287,23 +290,26 @@ class Recipe:
             own = {name: tensors[f"ema.{name}"] for name, _ in model.named_parameters()}
             model.load_state_dict(own)
             (loss,) = self.judge.losses(model, [{"num_latents": kept}])
-            points.append((int(checkpoint.name.removeprefix("step-")), float(loss.mean())))
+            drawn = [self.draw(pipeline, 1.0)["distance"]] if self.args.curves else []
+            step = int(checkpoint.name.removeprefix("step-"))
+            points.append((step, float(loss.mean()), *drawn))
         return points
 
 
 # ---- the table ----
 
 
-def share_to(curve: list[tuple[int, float]], goal: float) -> float:
-    """Share of a training after which its loss is `goal`, by lines between points; or inf."""
+def share_to(curve: Iterable[tuple[float, float]], goal: float) -> float:
+    """Share of a training after which a value is `goal`, by lines between points; or inf."""
+    points = list(curve)
     before = None
-    for step, loss in curve:
-        if loss <= goal:
+    for step, value in points:
+        if value <= goal:
             if before is None:
-                return step / curve[-1][0]
-            part = (before[1] - goal) / (before[1] - loss)
-            return (before[0] + part * (step - before[0])) / curve[-1][0]
-        before = step, loss
+                return step / points[-1][0]
+            part = (before[1] - goal) / (before[1] - value)
+            return (before[0] + part * (step - before[0])) / points[-1][0]
+        before = step, value
     return math.inf
 
 
@@ -331,7 +337,8 @@ def print_table(folder: Path) -> None:
         results[found["model"], found["variant"], found["seed"]] = found
     for model, budgets in MODELS.items():
         measures = [(m, format_budget(b)) for m in ("losses", "frechet") for b in budgets]
-        head = [model, "seeds", "steps", *(f"{TITLES[m]}, {b}" for m, b in measures), "to the base"]
+        head = [model, "seeds", "steps", *(f"{TITLES[m]}, {b}" for m, b in measures)]
+        head += ["to its loss", "to its distance"]
         print(f"| {' | '.join(head)} |\n|---|{'---:|' * (len(head) - 1)}")
         for variant in VARIANTS:
             own = [x for (m, v, _), x in results.items() if (m, v) == (model, variant)]
@@ -348,8 +355,15 @@ def print_table(folder: Path) -> None:
                     changes = [100 * (read(x) / read(base) - 1) for x, base in pairs]
                     word += f" ({cell(changes, '+.1f')} %)"
                 words.append(word)
-            shares = [share_to(x["curve"], base["curve"][-1][1]) for x, base in pairs]
-            print(f"| {' | '.join([*words, cell(shares, '.2f')])} |")
+            losses = [
+                share_to(((s, loss) for s, loss, *_ in x["curve"]), base["curve"][-1][1])
+                for x, base in pairs
+            ]
+            distances = [
+                share_to(((s, far) for s, _, far in x["curve"]), base["frechet"]["1"]["distance"])
+                for x, base in pairs if len(x["curve"][0]) == 3
+            ]  # fmt: skip
+            print(f"| {' | '.join([*words, cell(losses, '.2f'), cell(distances, '.2f')])} |")
         print()
 
 
@@ -372,6 +386,7 @@ def main() -> None:
     add("--samples", type=int, default=500, help="drawn at each budget")
     add("--sampling-steps", type=int, default=12)
     add("--images", type=int, default=512, help="held-out ones whose loss is measured")
+    add("--curves", action="store_true", help="distances along each training too")
     add("--table", action="store_true", help="only print the table of what is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
