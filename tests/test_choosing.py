@@ -313,6 +313,20 @@ def test_times_of_runs(set_clock, capsys, guidance, latents: int) -> None:
     assert pipeline._progress_bar_config == {"desc": "own"}
 
 
+def test_a_busy_device_slows_all_times_alike(set_clock, caplog) -> None:
+    """What is measured later is as it would have been with what is known."""
+    pipeline = tiny_pipeline()
+    clock = set_clock(pipeline)
+    times = CallTimes(pipeline, [0, 1])
+    runs = [pipeline.calls(0.5, 4), pipeline.calls(0.25, 4, CFG(2.0))]
+    assert times.ms_of_runs(runs[:1]) == pytest.approx([250 + 4 * 8])
+    clock.latent = 0.003
+    assert times.ms_of_runs(runs) == pytest.approx([250 + 4 * 8, 250 + 4 * 8])
+    assert "a call takes 3 times as long as when" in caplog.text
+    again = CallTimes(pipeline, [0, 1], anew=True)
+    assert again.ms_of_runs(runs) == pytest.approx([250 + 4 * 24, 250 + 4 * 24])
+
+
 @pytest.mark.parametrize(
     ("clock", "expected"), [({"latent": -0.001}, [500, 500]), ({"read": -0.5}, [16, 640])]
 )

@@ -2,9 +2,11 @@
 
 import logging
 import platform
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from time import perf_counter
 from typing import Any
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _SHORT, _LONG = 1, 4  # steps of the two runs whose difference is timed
 _ROUNDS = 3  # their median counts: other programs disturb single ones
+_BUSY = 1.5  # factor on times from which on a user is told
 
 
 def device_name(device: torch.device) -> str:
@@ -106,28 +109,33 @@ class CallTimes:
         return [1000 * sum(map(self._seconds.__getitem__, n)) / len(self.what) for n in names]
 
     def ms_of_points(self, points: Sequence[OperatingPoint]) -> list[float]:
-        """Milliseconds for one image of a batch by each point; with a step cache, of whole runs.
+        """Milliseconds for one image of a batch by each point.
 
-        Which calls a cache skips depends on what is drawn: then it is this batch.
+        With a step cache they are the share that it leaves of a whole run. Which calls it skips
+        depends on what is drawn: then it is this batch.
         """
-        simple = [point for point in points if point.cache is None]
-        runs = [self.pipeline.calls(**p.arguments(), size=self.size) for p in simple]
-        ms = dict(zip(simple, self.ms_of_runs(runs), strict=True))
-        with_cache = [point for point in points if point.cache is not None]
-        cached = {f"run {digest_of([p.to_dict(), *self._drawn])}": p for p in with_cache}
-        runs_of = {
-            name: partial(self._draw, **point.arguments())
-            for name, point in cached.items() if name not in self._seconds
+        plain = [replace(point, cache=None) for point in points]
+        runs = [self.pipeline.calls(**point.arguments(), size=self.size) for point in plain]
+        ms = dict(zip(plain, self.ms_of_runs(runs), strict=True))
+        names = {
+            point: f"run {digest_of([point.to_dict(), *self._drawn])}"
+            for point in points if point.cache is not None
         }  # fmt: skip
-        seconds: dict[str, list[float]] = {name: [] for name in runs_of}
+        shares: dict[OperatingPoint, list[float]] = {
+            point: [] for point, name in names.items() if name not in self._seconds
+        }
         with self._without_bar():
-            for run in runs_of.values():
-                run()  # the first of a kind is slow
-            rounds = [*runs_of.items()] * _ROUNDS
-            for name, run in tqdm(rounds, desc="timing", disable=not (self.progress and rounds)):
-                seconds[name].append(self._timed(run))
-        self._keep({name: statistics.median(times) for name, times in seconds.items()})
-        for name, point in cached.items():
+            for point in shares:
+                self._draw(**point.arguments())  # the first of a kind is slow
+            rounds = [*shares] * _ROUNDS
+            for point in tqdm(rounds, desc="timing", disable=not (self.progress and rounds)):
+                both = (p.arguments() for p in (point, replace(point, cache=None)))
+                cached, whole = (self._timed(partial(self._draw, **given)) for given in both)
+                shares[point].append(cached / whole)
+        for point, found in shares.items():
+            seconds = ms[replace(point, cache=None)] / 1000 * len(self.what)
+            self._keep({names[point]: statistics.median(found) * seconds})
+        for point, name in names.items():
             ms[point] = 1000 * self._seconds[name] / len(self.what)
         return [ms[point] for point in points]
 
@@ -148,7 +156,11 @@ class CallTimes:
 
     @staticmethod
     def measure(several: Sequence[tuple["CallTimes", Sequence[Sequence[Forwards]]]]) -> None:
-        """Measure those calls of the runs that are not known yet, of all models in turns."""
+        """Measure those calls of the runs that are not known yet, of all models in turns.
+
+        Beside them a call that is known: a busy device slows both alike, and what is new is kept
+        as it would have been measured then.
+        """
         missing = [
             (times, name, call)
             for times, runs in several
@@ -158,6 +170,8 @@ class CallTimes:
         if not missing:
             return
         first = several[0][0]
+        anchors = {times: times._costliest() for times in dict.fromkeys(t for t, *_ in missing)}
+        missing += [(times, name, _call(name)) for times, name in anchors.items() if name]
         logger.info(
             "timing %d kinds of calls, %d images at a time, on %s",
             len(missing), len(first.what), first.key["device"],
@@ -181,7 +195,19 @@ class CallTimes:
             }  # fmt: skip
             if "start" not in times._seconds:
                 seconds["start"] = max(0.0, statistics.median(start))
-            times._keep(seconds)
+            now, before = (of.get(anchors[times] or "", 0.0) for of in (seconds, times._seconds))
+            faster = before / now if before and now else 1.0
+            if not 1 / _BUSY < faster < _BUSY:
+                logger.warning(
+                    "a call takes %.2g times as long as when %s was written, as whose times new "
+                    "ones are kept; remove it to measure all anew", 1 / faster, times.file,
+                )  # fmt: skip
+            times._keep({name: faster * took for name, took in seconds.items()})
+
+    def _costliest(self) -> str | None:
+        """The call that takes most of those that are known."""
+        calls = [name for name in self._seconds if re.fullmatch(r"((\d+|None)x\d+\+?)+", name)]
+        return max(calls, key=self._seconds.__getitem__, default=None)
 
     @contextmanager
     def _without_bar(self) -> Iterator[None]:
@@ -246,3 +272,9 @@ def ms_together(
 def _name(call: Forwards) -> str:
     """((16, 1), (4, 1)) -> '16x1+4x1'."""
     return "+".join(f"{latents}x{doubled}" for latents, doubled in call)
+
+
+def _call(name: str) -> Forwards:
+    """'16x1+4x1' -> ((16, 1), (4, 1))."""
+    pairs = (one.split("x") for one in name.split("+"))
+    return tuple((None if n == "None" else int(n), int(doubled)) for n, doubled in pairs)
