@@ -33,6 +33,7 @@ from elit.evaluation.images import Images, open_images
 from elit.evaluation.parts import Parts, part_size
 from elit.evaluation.reference import make_reference
 from elit.evaluation.scores import clip_score, precision_recall
+from elit.evaluation.subjects import open_reference
 from elit.evaluation.sweep import Grid, sweep
 from elit.networks.feature_network import load_network
 
@@ -481,6 +482,20 @@ def test_parts_that_another_job_removes_are_told(tmp_path) -> None:
     parts = Parts(tmp_path, 4, 2)
     for look in (parts.origins, lambda: parts.whole("x")):
         refuses(r"part-00000\.safetensors is damaged", look)
+
+
+def test_what_a_run_was_trained_on_is_no_folder_of_its_name(
+    run, real, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(real, "digits")
+    pipeline = load_pipeline(run)
+    assert open_reference(pipeline, "digits").name == "digits"
+    images = open_reference(pipeline, trained_on=("digits", {}))
+    assert (images.name, images.shape) == ("digits, train", (1, 16, 16))
+    refuses(
+        "--fit is of a folder", open_reference, pipeline, fit_to=(8, 8), trained_on=("digits", {})
+    )
 
 
 def test_one_image_is_no_reference(tmp_path) -> None:

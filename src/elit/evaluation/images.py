@@ -56,7 +56,7 @@ def to_bytes(pictures: Tensor) -> Tensor:
 
 
 def has_splits(name: str) -> bool:
-    """Tell whether a name is of a data set with several splits."""
+    """Tell whether a name is of a data set with several splits; a folder goes before a name."""
     return (Path(name) / MANIFEST).exists() or (name in DATASETS and not Path(name).exists())
 
 
@@ -65,23 +65,23 @@ def open_images(
     split: str = "train",
     fit_to: tuple[int, int] | None = None,
     vae: Any = None,
-    options: Mapping[str, Any] | None = None,
+    trained_on: Mapping[str, Any] | None = None,
 ) -> Images:
     """Images by the name of a data set, or the path of a folder or an .npz file.
+
+    A folder goes before a data set of its name, but not for what a run was trained on.
 
     Args:
         name: of a built-in data set, or a path.
         split: "train" or "validation", of a data set.
         fit_to: (H, W) that pictures of a folder are scaled and cut to; None takes them as they are.
         vae: autoencoder that decodes what is stored as latents.
-        options: of a built-in data set.
+        trained_on: options of the built-in data set that a run was trained on.
     """
     name = typed_path(name)
     path = Path(name)
-    if has_splits(name) and not path.exists():
-        return of_dataset(load_dataset(name, split, **options or {}), f"{name}, {split}", vae)
-    if options:
-        raise ValueError(f"{', '.join(options)} have no effect on {name}; leave them out")
+    if trained_on is not None or (name in DATASETS and not path.exists()):
+        return of_dataset(load_dataset(name, split, **trained_on or {}), f"{name}, {split}", vae)
     if path.suffix == ".npz":
         return _of_npz(path)
     if (path / MANIFEST).exists():

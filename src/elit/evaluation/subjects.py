@@ -34,7 +34,7 @@ def open_reference(
         fit_to: (H, W) that the pictures of a folder are scaled and cut to.
         trained_on: the data of the model's training.
     """
-    options: Mapping[str, Any] = {}
+    options: Mapping[str, Any] | None = None
     if name is None:
         if trained_on is None:
             raise ValueError(
@@ -43,12 +43,13 @@ def open_reference(
             )
         name, options = trained_on
         if name == "prepared":
-            name, options = str(options["path"]), {}
+            name, options = str(options["path"]), None
         elif name == "tensors":
             raise ValueError("--reference: a run on tensors has no images; give some")
-    if fit_to is not None and (not Path(name).is_dir() or (Path(name) / "manifest.json").exists()):
+    is_folder = options is None and Path(name).is_dir()
+    if fit_to is not None and (not is_folder or (Path(name) / "manifest.json").exists()):
         raise ValueError(f"--fit is of a folder of pictures; {name} is none")
-    if split is not None and not has_splits(name):
+    if split is not None and options is None and not has_splits(name):
         raise ValueError(f"--split is of a data set; {name} has none, leave it out")
     size = None if fit_to is None else (fit_to[0], fit_to[1])
     return open_images(name, split or "train", size, pipeline.vae, options)
