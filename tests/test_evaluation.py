@@ -484,18 +484,15 @@ def test_parts_that_another_job_removes_are_told(tmp_path) -> None:
         refuses(r"part-00000\.safetensors is damaged", look)
 
 
-def test_what_a_run_was_trained_on_is_no_folder_of_its_name(
-    run, real, tmp_path, monkeypatch
-) -> None:
+def test_a_folder_is_not_the_data_of_its_name(run, real, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(real, "digits")
     pipeline = load_pipeline(run)
     assert open_reference(pipeline, "digits").name == "digits"
     images = open_reference(pipeline, trained_on=("digits", {}))
     assert (images.name, images.shape) == ("digits, train", (1, 16, 16))
-    refuses(
-        "--fit is of a folder", open_reference, pipeline, fit_to=(8, 8), trained_on=("digits", {})
-    )
+    options = {"fit_to": (8, 8), "trained_on": ("digits", {})}
+    refuses("--fit is of a folder", open_reference, pipeline, **options)
 
 
 def test_one_image_is_no_reference(tmp_path) -> None:
