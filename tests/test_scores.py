@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from elit.evaluation import frechet, scores
-from elit.evaluation.frechet import Moments, bias_warning, frechet_distance
+from elit.evaluation.frechet import Moments, bias_warning, frechet_distance, frechet_error
 from elit.evaluation.scores import clip_score, inception_score, kernel_distance, precision_recall
 
 F64 = torch.float64
@@ -217,6 +217,41 @@ class TestFrechetDistance:
         exact = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
         rounded = [x.float() for x in (a.mean, a.covariance, b.mean, b.covariance)]
         assert frechet_distance(*rounded) == pytest.approx(exact, rel=1e-2)
+
+
+# ---- its standard error ----
+
+
+def test_the_error_of_one_number_is_its_closed_form() -> None:
+    """(m - n)^2 + (s - t)^2 of deviations s and t changes by 2 (m - n) d + d^2 (1 - t / s)."""
+    x = torch.randn(50, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    a, n, t = moments_of(x), torch.tensor([0.5]).double(), 2.0
+    d, s = x[:, 0] - x.mean(), x.std()
+    change = 2 * (x.mean() - n) * d + d**2 * (1 - t / s)
+    found = frechet_error(x.split(20), a.mean, a.covariance, n, torch.tensor([[t**2]]).double())
+    assert found == pytest.approx(float(change.std() / 50**0.5), rel=1e-9)
+
+
+def test_the_error_is_what_other_samples_change() -> None:
+    draw = torch.Generator().manual_seed(0)
+    mixing = torch.randn(4, 4, dtype=torch.float64, generator=draw)
+    mean, cov = torch.full((4,), 0.3).double(), torch.eye(4).double() + mixing @ mixing.T / 9
+    found = []
+    for _ in range(200):
+        x = torch.randn(300, 4, dtype=torch.float64, generator=draw) @ mixing
+        a = moments_of(x)
+        both = a.mean, a.covariance, mean, cov
+        found.append((frechet_distance(*both), frechet_error([x], *both)))
+    distances, errors = torch.tensor(found).T
+    assert errors.mean() == pytest.approx(float(distances.std()), rel=0.15)
+
+
+def test_the_error_of_few_samples_is_a_number() -> None:
+    few = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    for x in (few, few[:1].repeat(3, 1)):  # of a rank of 2, and of 0
+        a = moments_of(x)
+        error = frechet_error([x], a.mean, a.covariance, torch.zeros(8), torch.eye(8))
+        assert 0 <= error < 10
 
 
 def test_too_few_samples_are_told_with_the_number_needed():

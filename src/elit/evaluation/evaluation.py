@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 FAILED = "failed.json"  # in a point's folder, instead of parts that can't be drawn
 _LIBRARIES = ("elit-diffusion", "torch", "diffusers", "transformers", "numpy", "pillow")
+_SCORED = 2  # counts what `measure` gives: Frechet distances have errors
 _NOT_OF_THE_SAMPLES = ("device", "device_name", "versions", "reference")  # may change on the way
 
 
@@ -214,7 +215,8 @@ class Evaluation:
         """Scores of the parts, kept beside them for this reference."""
         file = parts.folder / "scores.json"
         settings = self.settings
-        key = digest_of([settings["reference"], settings["networks"], settings["versions"]])
+        of = settings["reference"], settings["networks"], settings["versions"]
+        key = digest_of([_SCORED, *of])
         try:
             earlier = json.loads(file.read_text())
             if earlier["key"] == key:

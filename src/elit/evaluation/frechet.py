@@ -5,6 +5,8 @@ Everything is counted in float64, on the CPU where a device has none (Apple's MP
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -86,6 +88,40 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
     last trace is the sum of the singular values of K^T L: the error stays near 1e-15 (tr A + tr B),
     where scipy.linalg.sqrtm loses half of the digits. It takes seconds at 2048.
     """
+    shift, traces, left, right = _compared(mean_a, cov_a, mean_b, cov_b)
+    overlap = torch.linalg.svdvals(left.T @ right).sum()
+    return max(0.0, (shift.square().sum() - 2 * overlap + traces).item())
+
+
+@torch.no_grad()
+def frechet_error(
+    features: Iterable[Tensor], mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor
+) -> float:
+    """Standard error of the distance by the choice of a's samples, whose features (n, d) these are.
+
+    The deviation over samples of what more weight of one, d beside the mean, would change:
+    2 (mean_a - mean_b)^T d + d^T (1 - T) d (the infinitesimal jackknife). T = L V U^T K^-1 is the
+    optimal transport from a to b, where K^T L = U S V^T. The bias of few samples is not in it. Of
+    fewer samples than features it comes out up to 1.6 times too large.
+    """
+    shift, _, left, right = _compared(mean_a, cov_a, mean_b, cov_b)
+    u, _, vh = torch.linalg.svd(left.T @ right, full_matrices=False)
+    inverse = torch.linalg.solve(left.T @ left, left.T)
+    slope = torch.eye(len(shift), dtype=shift.dtype, device=shift.device)
+    slope -= right @ vh.T @ u.T @ inverse
+    changes = []
+    for part in features:
+        for rows in part.split(_ROWS):
+            beside = rows.to(shift.device).double() - mean_a.to(shift)
+            changes.append(2 * beside @ shift + (beside @ slope * beside).sum(1))
+    change = torch.cat(changes)
+    return (change.std() / len(change) ** 0.5).item()
+
+
+def _compared(
+    mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mean_a - mean_b, tr A + tr B, and K, L with A = K K^T, B = L L^T."""
     device = wide_device(mean_a)
     means, covs = zip(
         _checked(mean_a, cov_a, "a", device), _checked(mean_b, cov_b, "b", device), strict=True
@@ -96,10 +132,7 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
             "network and one of its outputs"
         )
     left, right = (_factor(cov, of) for cov, of in zip(covs, "ab", strict=True))
-    overlap = torch.linalg.svdvals(left.T @ right).sum()
-    distance = (means[0] - means[1]).square().sum() - 2 * overlap
-    distance += covs[0].trace() + covs[1].trace()
-    return max(0.0, distance.item())
+    return means[0] - means[1], covs[0].trace() + covs[1].trace(), left, right
 
 
 def _checked(mean: Tensor, cov: Tensor, of: str, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from tqdm import tqdm
 
-from elit.evaluation.frechet import Moments, bias_warning, frechet_distance
+from elit.evaluation.frechet import Moments, bias_warning, frechet_distance, frechet_error
 from elit.evaluation.parts import Parts
 from elit.evaluation.reference import Reference, Statistics, evenly
 from elit.evaluation.scores import clip_score, inception_score, kernel_distance, precision_recall
@@ -36,7 +36,8 @@ class Scores:
 
     values: dict[str, float] = field(default_factory=dict)  # by name
     of: dict[str, str] = field(default_factory=dict)  # the network behind each
-    # standard deviations, where a score is a mean over parts of the samples
+    # standard deviations, where a score is a mean over parts of the samples; standard errors of
+    # Frechet distances
     deviations: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # what makes them less than they seem
 
@@ -101,7 +102,8 @@ def measure(
         elif key in reference:
             real = reference[key]
             name = FRECHET.get(key, "fd")
-            scores.add(name, _frechet(parts, key, real, scores), network)
+            value, error = _frechet(parts, key, real, scores)
+            scores.add(name, value, network, error)
             if set(COMPARED) & set(scores_of(network, output)) and real.features is not None:
                 _compare(parts.whole(key), real.features, network, scores)
         else:
@@ -122,7 +124,8 @@ def _classes(
         scores.add("accuracy", right.float().mean().item(), network)
 
 
-def _frechet(parts: Parts, key: str, real: Statistics, scores: Scores) -> float:
+def _frechet(parts: Parts, key: str, real: Statistics, scores: Scores) -> tuple[float, float]:
+    """Distance and standard error."""
     moments = Moments()
     for features in parts.read(key):
         moments.update(features)
@@ -130,7 +133,8 @@ def _frechet(parts: Parts, key: str, real: Statistics, scores: Scores) -> float:
     scores.warn(bias_warning(moments.count, width, f"generated samples ({key})"))
     if real.count is not None:
         scores.warn(bias_warning(real.count, width, f"real samples ({key})"))
-    return frechet_distance(moments.mean, moments.covariance, real.mean, real.covariance)
+    both = moments.mean, moments.covariance, real.mean, real.covariance
+    return frechet_distance(*both), frechet_error(parts.read(key), *both)
 
 
 def _compare(features: Tensor, real: Tensor, network: FeatureNetwork, scores: Scores) -> None:

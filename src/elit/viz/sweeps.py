@@ -92,7 +92,9 @@ class Rows:
         return float(value) if is_number(value) else None
 
     def error(self, number: int, name: str) -> float:
-        """Standard deviation over parts of the samples, where a score is their mean; else 0."""
+        """Of a Frechet distance the standard error; the standard deviation over parts of the
+        samples, where a score is their mean; else 0.
+        """
         value = (self.rows[number].get("deviations") or {}).get(name)
         return float(value) if is_number(value) else 0.0
 
