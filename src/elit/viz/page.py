@@ -165,7 +165,8 @@ def cost_chart(rows: Rows, score: str, cost: str) -> Chart | None:
     title = "Each point is a row of the table; the dashed line joins the Pareto front: what "
     title += "nothing cheaper matches."
     if any(errors.values()):
-        title += " Bars are one standard deviation over parts of the samples."
+        of = "deviation over parts" if score in ("kid", "is") else "error by the choice"
+        title += f" Bars are one standard {of} of the samples."
     return _chart(title, COSTS[cost], score, series)
 
 
