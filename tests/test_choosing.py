@@ -313,6 +313,15 @@ def test_times_of_runs(set_clock, capsys, guidance, latents: int) -> None:
     assert pipeline._progress_bar_config == {"desc": "own"}
 
 
+def test_a_guide_of_more_latents_is_timed_in_silence(set_clock, caplog) -> None:
+    pipeline = tiny_pipeline()
+    set_clock(pipeline)
+    budgets = {"budgets_of_steps": [0.25] * 4, "guide_budgets_of_steps": [0.5] * 4}
+    run = pipeline.calls(num_inference_steps=4, guidance=CFG(2.0), **budgets)
+    assert CallTimes(pipeline, [0, 1]).ms_of_runs([run]) == pytest.approx([250 + 4 * 12])
+    assert "the guide keeps" not in caplog.text
+
+
 def test_a_busy_device_slows_all_times_alike(set_clock, caplog) -> None:
     """What is measured later is as it would have been with what is known."""
     pipeline = tiny_pipeline()

@@ -20,7 +20,7 @@ from elit._numbers import check_whole
 from elit._plain import from_plain, read_json
 from elit._tables import counted
 from elit.choosing.points import OperatingPoint
-from elit.flow.guidance import CFG, CheapCFG, Forwards, Guidance
+from elit.flow.guidance import CFG, Forwards
 from elit.networks.weights import checksum_of
 from elit.pipelines.base import ElasticPipeline
 from elit.pipelines.budgets import draw_batch
@@ -230,10 +230,14 @@ class CallTimes:
         """Seconds and calls of a run whose calls are all of one kind."""
         pipeline = self.pipeline
         (latents, doubled), *guide = call
-        guidance: Guidance | None = CFG(2.0) if doubled == 2 else None
-        if guide:
-            guidance = CheapCFG(2.0, pipeline.transformer.budget_of(guide[0][0]))
-        run = partial(self._draw, num_latents=latents, num_inference_steps=steps, guidance=guidance)
+        options: dict[str, Any] = {"num_latents": latents}
+        if guide:  # of more latents too, as a plan may have it
+            several = len(pipeline.calls(num_inference_steps=steps, size=self.size))
+            both = (pipeline.transformer.budget_of(n) for n in (latents, guide[0][0]))
+            names = "budgets_of_steps", "guide_budgets_of_steps"
+            options = {name: [b] * several for name, b in zip(names, both, strict=True)}
+        guidance = CFG(2.0) if guide or doubled == 2 else None
+        run = partial(self._draw, num_inference_steps=steps, guidance=guidance, **options)
         return self._timed(run), len(pipeline.scheduler.timesteps)
 
     def _draw(self, **options: Any) -> Any:
