@@ -295,7 +295,8 @@ def test_commands_measure_and_draw(run, tmp_path, capsys) -> None:
         ("--budget schedule --max-ms 1 --guidance ccfg", "use --guidance cfg instead of ccfg"),
         ("--budget schedule --max-ms 1 --sweep x", "--sweep has no effect without --budget auto"),
         ("--max-ms 1", "no effect without --budget auto or schedule"),
-        ("--budget schedule --max-gflops 1e-9", "the cheapest plan costs"),
+        ("--budget schedule --max-gflops 1e-9", "cap of 1e-09 GFLOPs an image; raise"),
+        ("--budget schedule --max-ms 1e-3", "cap of 0.001 ms an image; raise"),
     ],
 )
 def test_mistakes_in_commands(run, words: str, message: str, capsys) -> None:

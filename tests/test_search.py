@@ -372,7 +372,7 @@ def test_a_large_cap_is_no_reason_for_many_steps(run, real, tmp_path, monkeypatc
         drawn.clear()
         found = search(evaluation, schedule, cap_of(run, 400), None, None, steps, [], moves=4)
         assert max(point.steps for point in drawn) == found.point.steps == most
-        assert f"GFLOPs for an image pay for {most} steps of full budget and more" in caplog.text
+        assert f"GFLOPs an image pay for {most} steps of full budget and more" in caplog.text
 
 
 def test_a_search_is_refused_with_reasons(run, real, tmp_path) -> None:

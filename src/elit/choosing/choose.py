@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,26 +72,26 @@ def choose(
     if max_ms is not None:
         times = times_of(pipeline, what, size)
         costs["max_ms"] = times.ms_of_points(points)
-    each = list(zip(*costs.values(), strict=True))
+    each = [dict(zip(caps, row, strict=True)) for row in zip(*costs.values(), strict=True)]
     sign = 1 if report["lower_is_better"] else -1
     within = [
-        (sign * row["scores"][ranked_by], cost, i)
+        (sign * row["scores"][ranked_by], tuple(cost.values()), i)
         for i, (row, cost) in enumerate(zip(rows, each, strict=True))
-        if all(c <= cap for c, cap in zip(cost, caps.values(), strict=True))
+        if all(cost[name] <= cap for name, cap in caps.items())
     ]
-    limits = _words(caps, caps.values())
+    limits = in_words(caps)
     if not within:
-        i = each.index(min(each))
+        i = min(range(len(each)), key=lambda i: tuple(each[i].values()))
         raise ValueError(
             f"no point of {file} keeps within {limits}; the cheapest is {points[i]}, at "
-            f"{_words(caps, each[i])}"
+            f"{in_words(each[i])}"
         )
-    score, cost, i = min(within)
+    score, _, i = min(within)
     for warning in rows[i].get("warnings") or ():
         logger.warning("%s, which that choice is by: %s", ranked_by, warning)
     logger.info(
         "chose %s: %s %.4g, the best of %d points within %s; it costs %s",
-        points[i], ranked_by, sign * score, len(points), limits, _words(caps, cost),
+        points[i], ranked_by, sign * score, len(points), limits, in_words(each[i]),
     )  # fmt: skip
     return points[i]
 
@@ -153,7 +153,7 @@ def check_texts(report: dict[str, Any], file: Any, pipeline: ElasticPipeline, wh
         )
 
 
-def _words(caps: dict[str, float], costs: Iterable[float]) -> str:
-    """'1.2 GFLOPs and 31 ms an image'."""
-    pairs = ((cost, *_UNITS[name]) for name, cost in zip(caps, costs, strict=True))
+def in_words(costs: dict[str, float]) -> str:
+    """'1.2 GFLOPs and 31 ms an image', of costs by the names of their caps."""
+    pairs = ((cost, *_UNITS[name]) for name, cost in costs.items())
     return " and ".join(f"{cost / size:.4g} {unit}" for cost, size, unit in pairs) + " an image"

@@ -16,6 +16,7 @@ from elit._choices import check_choice
 from elit._files import typed_path, write_text
 from elit._numbers import is_real
 from elit._plain import from_plain, read_json
+from elit.choosing.choose import in_words
 from elit.choosing.sweep_file import default_home
 from elit.choosing.timing import times_of
 from elit.flow.guidance import UNGUIDED, Forwards, Guidance
@@ -166,7 +167,7 @@ class Schedule:
             what: labels or texts of a batch, or their number: the time for each depends on it.
             size: frames, height and width in pixels, None where the model was made for it.
         """
-        ((_, cap),) = one_cap(max_flops, max_ms).items()
+        ((name, cap),) = one_cap(max_flops, max_ms).items()
         model = pipeline.transformer
         if model.max_latents != self.max_latents:
             raise ValueError(
@@ -193,7 +194,10 @@ class Schedule:
             def cost_of(call: Forwards) -> float:
                 return float(sum(cost.flops(n) * times for n, times in call))
 
-        return self.plan_calls(levels, weights, cost_of, cap, guidance, steps, by, fixed=start)
+        return self.plan_calls(
+            levels, weights, cost_of, cap, guidance, steps, by, fixed=start,
+            told=lambda cost: in_words({name: cost}),
+        )  # fmt: skip
 
     def plan_calls(
         self,
@@ -206,6 +210,7 @@ class Schedule:
         by: By | None = None,
         drops_guide: bool = True,
         fixed: float = 0.0,
+        told: Callable[[float], str] = "{:.4g}".format,
     ) -> Plan:
         """The same for any sampler and cost, such as of a stock pipeline.
 
@@ -219,6 +224,7 @@ class Schedule:
             by: as above.
             drops_guide: whether there may be calls without a guide.
             fixed: cost of a run beside its calls.
+            told: says a cost in words.
         """
         by = self.by if by is None else by
         check_choice(by, ("errors", "spectrum"), "by")
@@ -230,11 +236,11 @@ class Schedule:
             )
         if not (self.gram if by == "errors" else self.spectrum):
             raise ValueError(f"this schedule has no {by}; run `elit schedule` again")
-        costs, cap = _once(cost_of), cap - fixed
+        costs, within = _once(cost_of), _Cap(cap, fixed, told)
         if by == "errors":
-            kept = self._by_errors(levels, weights, costs, cap, guidance, drops_guide)
+            kept = self._by_errors(levels, weights, costs, within, guidance, drops_guide)
         else:
-            kept = self._by_spectrum(levels, costs, cap, guidance)
+            kept = self._by_spectrum(levels, costs, within, guidance)
         spent = fixed + sum(costs(call_of(n, m)) for n, m in kept)
         latents, guides = zip(*kept, strict=True)
         error = self.error(levels, weights, kept, guidance) if by == "errors" else None
@@ -243,7 +249,7 @@ class Schedule:
 
     def _by_errors(
         self, levels: Sequence[float], weights: Sequence[float],
-        cost_of: Callable[[Forwards], float], cap: float, guidance: Guidance | None,
+        cost_of: Callable[[Forwards], float], cap: "_Cap", guidance: Guidance | None,
         drops_guide: bool,
     ) -> list[tuple[int, int]]:  # fmt: skip
         """Exact for the sum of the calls' errors, which bounds the error of their sum; from there
@@ -266,12 +272,12 @@ class Schedule:
             costs.append(cost[front])
             effects.append(effect[front])
             errors.append(error[front])
-        _check_cap(sum(float(c.min()) for c in costs), cap)
-        chosen = exchange(allot(costs, errors, cap), costs, effects, gram, cap)
+        cap.check(sum(float(c.min()) for c in costs))
+        chosen = exchange(allot(costs, errors, cap.left), costs, effects, gram, cap.left)
         return [pairs[o] for pairs, o in zip(steps, chosen, strict=True)]
 
     def _by_spectrum(
-        self, levels: Sequence[float], cost_of: Callable[[Forwards], float], cap: float,
+        self, levels: Sequence[float], cost_of: Callable[[Forwards], float], cap: "_Cap",
         guidance: Guidance | None,
     ) -> list[tuple[int, int]]:  # fmt: skip
         """Latents in proportion to the tokens that frequencies above the noise need.
@@ -295,11 +301,32 @@ class Schedule:
             return sum(cost_of(call_of(n, m)) for n, m in pairs)
 
         low, high = -30.0, 60.0  # powers of e
-        _check_cap(cost(kept(np.exp(high))), cap)
+        cap.check(cost(kept(np.exp(high))))
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (low, middle) if cost(kept(np.exp(middle))) <= cap else (middle, high)
+            low, high = (low, middle) if cost(kept(np.exp(middle))) <= cap.left else (middle, high)
         return kept(np.exp(high))
+
+
+@dataclass(frozen=True)
+class _Cap:
+    """On a run's cost, of which a part is fixed."""
+
+    whole: float
+    fixed: float
+    told: Callable[[float], str]
+
+    @property
+    def left(self) -> float:
+        return self.whole - self.fixed
+
+    def check(self, least: float) -> None:
+        """Raise a ValueError if the calls cost more at least."""
+        if least > self.left * (1 + 1e-12):
+            raise ValueError(
+                f"the cheapest plan costs {self.told(least + self.fixed)}, more than the cap of "
+                f"{self.told(self.whole)}; raise the cap or take fewer steps"
+            )
 
 
 def ladder(min_latents: int, max_latents: int) -> list[int]:
@@ -339,14 +366,6 @@ def _check_positive(cap: float) -> None:
 def _scale(guidance: Guidance | None, sigma: float) -> float:
     guidance = guidance or UNGUIDED
     return guidance.scale if guidance.is_active(sigma) else 1.0
-
-
-def _check_cap(least: float, cap: float) -> None:
-    if least > cap * (1 + 1e-12):
-        raise ValueError(
-            f"the cheapest plan costs {least:.4g}, more than the cap of {cap:.4g}; raise the cap "
-            f"or take fewer steps"
-        )
 
 
 def call_weights(scheduler: Any) -> list[float]:

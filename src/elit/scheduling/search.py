@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elit.caching.step_cache import StepCache
+from elit.choosing.choose import in_words
 from elit.choosing.points import OperatingPoint, guided_by
 from elit.evaluation.evaluation import Evaluation, ranking_score, score_points
 from elit.evaluation.sweep import check_score
@@ -132,7 +133,7 @@ def search(
         tried |= descend(kept[i], value, near, task.values, moves)
     best = min(tried, key=tried.__getitem__, default=None)
     if best is None or tried[best] == math.inf:
-        raise ValueError(f"nothing that could be drawn keeps within {task.cap_in_words}; raise it")
+        raise ValueError(f"nothing that could be drawn keeps within {in_words(within)}; raise it")
     return task.found(kept, best)
 
 
@@ -231,7 +232,7 @@ class _Task:
         if own == most:
             logger.warning(
                 "%s pay for %d steps of full budget and more: nothing of more steps is tried; "
-                "lower the cap, or give steps (--steps)", self.cap_in_words, most
+                "lower the cap, or give steps (--steps)", in_words(self.within), most
             )  # fmt: skip
         more = {min(most, max(1, round((own or 1) * factor))) for factor in _MORE_STEPS}
         numbers = sorted({*self.steps} or more)
@@ -243,13 +244,6 @@ class _Task:
             yield Candidate(count)
         for count in numbers[len(numbers) // 2 :]:  # between many steps little changes
             yield from (Candidate(count, cache=one) for one in caches)
-
-    @property
-    def cap_in_words(self) -> str:
-        """As it was given: in GFLOPs or milliseconds for an image."""
-        if "max_ms" in self.within:
-            return f"{self.cap:.4g} ms for an image"
-        return f"{self.cap / 1e9:.4g} GFLOPs for an image"
 
     # ---- candidates as points ----
 
