@@ -73,7 +73,7 @@ def losses_after(config: TrainConfig) -> list[float]:
         return [last[f"validation/loss_{format_budget(n / KEPT[0])}"] for n in KEPT]
     dataset = load_dataset(config.data.name, "validation", **config.data.options)
     world = World(0, 1, torch.device("cpu"))
-    model, conditioning, _ = build_parts(config, dataset, world)
+    model, conditioning, *_ = build_parts(config, dataset, world)
     density = sigma_density(config)
     losses = validation_losses(
         model.eval(), dataset, conditioning, density, KEPT, config.seed, world

@@ -16,15 +16,17 @@ from torch import Tensor
 
 from elit import CFG, ElitPipeline, make_scheduler
 from elit._plain import from_plain
-from elit.cli.main import main
+from elit.cli.main import command_parser, main
+from elit.cli.sweep import grid_of
 from elit.cli.train import sample_command
 from elit.cost.flops import cost_of
 from elit.data import load_dataset
 from elit.exporting.export import VelocityOf, _manifest
 from elit.flow.objective import SigmaDensity
 from elit.flow.shift import shifted
+from elit.flow.words import GUIDANCES
 from elit.models.base import FEW_STEPS, LEARNED_GUIDANCE
-from elit.pipelines.load import load_pipeline
+from elit.pipelines.load import load_pipeline, open_pipeline
 from elit.scheduling.schedule import load_schedule
 from elit.serving.settings import Settings
 from elit.serving.worker import find_facts
@@ -241,6 +243,43 @@ def test_a_model_of_few_steps_is_not_elasticized(tmp_path) -> None:
     config = tiny_config(tmp_path / "out", retrofit_base=str(tmp_path / "run"), **changes)
     with pytest.raises(ValueError, match="draws in 3 steps, which a retrofit would unlearn"):
         Run(config, CPU)
+
+
+def test_a_learned_guidance_is_not_guided_again_unless_asked(few: str, capsys, caplog) -> None:
+    def schedule(*words: object) -> float:
+        measured = "schedule", few, "--by", "spectrum", "--images", 2
+        return told(capsys, *measured, *words)["full_gflops"]
+
+    def guides(*words: str) -> list[str]:
+        parser = command_parser("sweep")
+        return list(grid_of(parser.parse_args([few, *words]), load_pipeline(few)).guides)
+
+    guided = schedule()
+    assert guides() == [*GUIDANCES]
+    pipeline = load_pipeline(few)
+    pipeline.transformer.register_to_config(**{LEARNED_GUIDANCE: 2.0})
+    pipeline.save_pretrained(few)
+    assert schedule() == guided / 2
+    assert schedule("--scale", 2) == guided
+    assert guides() == ["none"]
+    assert guides("--scale", "3") == [*GUIDANCES]
+    caplog.set_level(logging.WARNING, "elit")
+    open_pipeline(few, "cpu", shift=1.0)
+    assert not caplog.messages
+    open_pipeline(few, "cpu", shift=3.0)
+    assert caplog.messages == ["this model was trained to draw at shift 1.0 alone"]
+
+
+def test_a_run_goes_on_with_its_own_base_alone(tmp_path) -> None:
+    model = build_model(tiny_config(tmp_path), load_dataset("digits"))
+    base = ElitPipeline(model, make_scheduler("euler"))
+    base.save_pretrained(tmp_path / "base")
+    few = {"base": str(tmp_path / "base")}
+    train(few_config(tmp_path / "run", 2, few), progress=False)
+    next(model.parameters()).data += 1
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"another base: few_steps.base has changed since"):
+        Run(few_config(tmp_path / "run", 4, few), CPU)
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ def test_the_teacher_is_the_original(base: Path, tmp_path: Path) -> None:
     shared = {}
     for init, kind in (("identity", "adapters"), ("identity", "all"), ("learned", "all")):
         config = finetune_config(base, tmp_path, init=init, train=kind)
-        model, _, distillation = build_parts(config, load_dataset("digits"), CPU)
+        model, _, distillation, _ = build_parts(config, load_dataset("digits"), CPU)
         velocity, tokens = distillation.targets(x, sigma, labels)
         torch.testing.assert_close(velocity, wanted, rtol=1e-4, atol=1e-5)
         assert tokens.shape == (2, 64, 32)
@@ -134,7 +134,7 @@ def test_the_teacher_is_the_original(base: Path, tmp_path: Path) -> None:
 def test_loss_is_what_it_says(base: Path, tmp_path: Path) -> None:
     """At full budget the student is its teacher: only the data's share of the loss is left."""
     config = finetune_config(base, tmp_path, distill=0.25, features=2.0)
-    model, _, distillation = build_parts(config, load_dataset("digits"), CPU)
+    model, _, distillation, _ = build_parts(config, load_dataset("digits"), CPU)
     x, sigma = torch.randn(3, 1, 16, 16), torch.rand(3)
     labels = {"class_labels": torch.tensor([1, 2, 3])}
     error = torch.tensor([1.0, 2.0, 3.0])

@@ -29,8 +29,8 @@ def add_arguments(parser: Parser) -> None:
         OneOf(("errors", "spectrum"), "way to plan"), default="errors")  # fmt: skip
     about = "steps of the sampler whose noise levels are measured"
     add("steps", f"{about} {OWN_STEPS.format(STEPS)}")
-    add("scale", "scale of the guidance (CFG) of the plans that are shown, 1 for none", number, "S",
-        default=DEFAULT_SCALE)  # fmt: skip
+    add("scale", "scale of the guidance (CFG) of the plans that are shown, 1 for none (default: "
+        f"{DEFAULT_SCALE:g}, 1 if the model has learned one)", number, "S")  # fmt: skip
     add("images", "images to measure on, spread over the data", WholeNumber(2), default=32)
     add("draws", "draws of noise for each image, an even number", WholeNumber(2), default=2)
     add_data_flags(parser)
@@ -57,7 +57,10 @@ def run(args: argparse.Namespace) -> int:
     model, steps = pipeline.transformer, args.steps or pipeline.few_steps or STEPS
     check_elastic(model, args.run)
     folder = output_folder(args.out or default_home(args.run), "--out")
-    guidance = None if args.scale == 1 else CFG(args.scale)
+    scale = args.scale
+    if scale is None:
+        scale = 1 if pipeline.learned_guidance else DEFAULT_SCALE
+    guidance = None if scale == 1 else CFG(scale)
     name, options = data_of(args)
     dataset = load_dataset(name, args.split, **options)
     subject, indices, _ = choose_subject(

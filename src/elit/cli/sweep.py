@@ -35,7 +35,8 @@ def add_arguments(parser: Parser) -> None:
     add("steps", "numbers of steps (default: 5 10 20 40, or the few that the model was trained "
         "for; of --search 1.25 to 3 times those that full budget has, up to 100)", STEPS,
         nargs="+", default=None)  # fmt: skip
-    add("guidance", f"kinds of guidance: {', '.join(GUIDANCES)} (default: all that the model can)",
+    add("guidance", f"kinds of guidance: {', '.join(GUIDANCES)} (default: all that the model "
+        "can, none if it has learned one)",
         nargs="+", default=None)  # fmt: skip
     add("scale", f"scales of the guidance (default: {DEFAULT_SCALE:g})", nargs="+")
     add("guide-budget", "budgets of the guide, for ag and ccfg (default: the lowest trained)",
@@ -80,14 +81,14 @@ def run(args: argparse.Namespace) -> int:
 def grid_of(args: argparse.Namespace, pipeline: Any) -> "Grid":
     """All points that the flags name."""
     model, few = pipeline.transformer, pipeline.few_steps
+    guides = guides_of(args, pipeline)
     from elit.evaluation.sweep import Grid
     from elit.interface.budget import default_budgets
 
     if model.is_elastic:
         budgets = args.budgets or default_budgets(model.min_latents, model.max_latents)
-        guides = args.guidance or list(GUIDANCES)
     else:
-        budgets, guides = args.budgets or [1.0], args.guidance or ["none", "cfg"]
+        budgets, guides = args.budgets or [1.0], args.guidance or guides[:2]
         if {"ag", "ccfg"} & set(guides):
             raise ValueError("--guidance ag and ccfg need a lower budget; this model has none")
     steps = args.steps or ([few] if few else STEP_COUNTS)
@@ -95,6 +96,13 @@ def grid_of(args: argparse.Namespace, pipeline: Any) -> "Grid":
         budgets, steps, guides, args.scale or [DEFAULT_SCALE], args.guide_budget or [],
         interval_of(args),
     )  # fmt: skip
+
+
+def guides_of(args: argparse.Namespace, pipeline: Any) -> list[str]:
+    """Those that are given, else all; none for a model that has learned a guidance of its own."""
+    asks = any(x is not None for x in (args.scale, args.guide_budget, args.interval))
+    own = ["none"] if pipeline.learned_guidance and not asks else list(GUIDANCES)
+    return args.guidance or own
 
 
 def search_caps(args: argparse.Namespace, evaluation: "Evaluation", home: Path) -> dict[str, Any]:
@@ -107,7 +115,7 @@ def search_caps(args: argparse.Namespace, evaluation: "Evaluation", home: Path) 
     schedule = load_schedule(args.run)
     earlier_rows(home, evaluation)  # other settings are told before anything is drawn
     guidance = None
-    if args.guidance != ["none"]:
+    if guides_of(args, evaluation.drawing.pipeline) != ["none"]:
         guidance = CFG((args.scale or [DEFAULT_SCALE])[0], interval_of(args) or (0.0, 1.0))
     caps = [{"max_flops": g * 1e9} for g in args.max_gflops] + [{"max_ms": m} for m in args.max_ms]
     rows: list[dict[str, Any]] = []

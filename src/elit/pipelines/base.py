@@ -555,9 +555,14 @@ class ElasticPipeline(PortablePipeline, DiffusionPipeline, SanaLoraLoaderMixin):
         """Steps of a run that doesn't say: 40, or those that the transformer was trained for."""
         return self.few_steps or DEFAULT_STEPS
 
+    @property
+    def learned_guidance(self) -> float | None:
+        """Scale of the guidance that is in the transformer's velocity, if any."""
+        return self.transformer.config.get(LEARNED_GUIDANCE)
+
     def _tell_few_steps(self, calls: int, sigmas: Any, guidance: Guidance | None) -> None:
         """Warn of what a model of few steps was not trained for."""
-        few, learned = self.few_steps, self.transformer.config.get(LEARNED_GUIDANCE)
+        few, learned = self.few_steps, self.learned_guidance
         is_euler = type(self.scheduler).__name__ in EULER and sigmas is None
         if few and not (is_euler and calls == few):
             logger.warning("this model was trained to draw in %d steps of the sampler euler", few)

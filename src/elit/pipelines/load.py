@@ -1,5 +1,6 @@
 """Load a pipeline whose kind is not known beforehand, and the step cache that was fitted to it."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from elit.pipelines.folder import (
     weights_digest,
 )
 from elit.pipelines.text_pipeline import ElitTextPipeline
+
+logger = logging.getLogger(__name__)
 
 
 def load_pipeline(name: str | os.PathLike, **kwargs: Any) -> ElasticPipeline:
@@ -69,11 +72,14 @@ def open_pipeline(
     place = pick_device(device, local_rank, share=True)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     pipeline = load_pipeline(name, dtype=dtypes[dtype], variant=variant).to(place)
+    saved = pipeline.scheduler
     if sampler is not None:
         own = shift_of(pipeline.scheduler) if shift is None else shift
         pipeline.scheduler = make_scheduler(sampler, own)
     elif shift is not None:
         pipeline.scheduler = with_shift(pipeline.scheduler, shift)
+    if pipeline.few_steps and shift not in (None, shift_of(saved)):
+        logger.warning("this model was trained to draw at shift %s alone", shift_of(saved))
     return pipeline
 
 

@@ -36,6 +36,7 @@ from elit.training.conditioning import (
 )
 from elit.training.config import PREPARED, WORDS, LatentsConfig, TextConfig, TrainConfig
 from elit.training.distributed import World, place
+from elit.training.resume import frozen_digest
 
 if TYPE_CHECKING:
     from elit.training.finetune import Distillation
@@ -72,15 +73,18 @@ def sigma_density(config: TrainConfig) -> SigmaDensity:
 
 def build_parts(
     config: TrainConfig, dataset: ImageDataset, world: World, make_model: MakeModel | None = None
-) -> tuple[Any, Conditioning, Distillation | None]:
-    """A run's model on the CPU, what turns batches into conditions, what it is compared with."""
+) -> tuple[Any, Conditioning, Distillation | None, str | None]:
+    """A run's model on the CPU, what turns batches into conditions, what it is compared with, and
+    a fingerprint of the weights that a checkpoint leaves out.
+    """
     model, teacher = build_checked(config, dataset, make_model)
+    frozen = frozen_digest(model) or (teacher and frozen_digest(teacher))
     conditioning = make_conditioning(config, dataset, model, world.device)
     conditioning.shift = config.objective.shift
     told = {"class_labels", "captions", *dataset.encodings}
     dataset.left_out = frozenset(told.difference(conditioning.reads))
     if teacher is None:
-        return model, conditioning, None
+        return model, conditioning, None, frozen
     if teacher is not model:
         place(teacher, config.train, world)
     if (options := config.few_steps).base is not None:
@@ -88,10 +92,10 @@ def build_parts(
 
         scale, shift = options.guidance_scale, config.objective.shift
         conditioning.few_steps = FewSteps(teacher, options.steps, scale, shift)
-        return model, conditioning, None
+        return model, conditioning, None, frozen
     from elit.training.finetune import Distillation
 
-    return model, conditioning, Distillation(model, teacher, config.retrofit, conditioning)
+    return model, conditioning, Distillation(model, teacher, config.retrofit, conditioning), frozen
 
 
 def build_checked(

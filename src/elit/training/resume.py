@@ -116,10 +116,11 @@ def check_same_run(
             f"{folder} holds another run ({'; '.join(different)}); "
             f"choose another output_dir, or give the settings of that run"
         )
-    if state.get("base", frozen) != frozen:
+    if state.get("base") not in (None, frozen):
+        key = "retrofit.base" if config.few_steps.base is None else "few_steps.base"
         raise ValueError(
-            f"checkpoint {path} was trained on another base: retrofit.base has changed since; "
-            f"put that one back, or choose another output_dir"
+            f"checkpoint {path} was trained on another base: {key} has changed since; put that one "
+            f"back, or choose another output_dir"
         )
     _tell_of_rate(path, state, config)
     if state.get("in_use", dataset.in_use) != dataset.in_use:

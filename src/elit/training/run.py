@@ -44,7 +44,6 @@ from elit.training.resume import (
     check_same_data,
     check_same_run,
     fixed_settings,
-    frozen_digest,
     last_step,
     read_state,
 )
@@ -76,10 +75,9 @@ class Run:
         check_same_data(data, world)
         self.density = sigma_density(config)
         parts = build_parts(config, self.dataset, world, make_model)
-        self.model, self.conditioning, self.distillation = parts
+        self.model, self.conditioning, self.distillation, self.frozen = parts
         if world.is_main:
             warn_of_width(self.model)
-        self.frozen = frozen_digest(self.model)
         self.dropping = tail_dropping(config, self.model)
         # A retrofit is shown at full budget too, where it may be the untrained original.
         is_retrofit = config.retrofit.base is not None
