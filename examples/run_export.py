@@ -4,6 +4,7 @@ python examples/run_export.py runs/quickstart/export/transformer.onnx --labels 3
 """
 
 import argparse
+import hashlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -51,12 +52,18 @@ if __name__ == "__main__":
     parser.add_argument("file")
     parser.add_argument("--labels", type=int, nargs="+", default=[0], help="classes to draw")
     parser.add_argument("--out", default="samples.npy", help="(B, C, h, w), not yet decoded")
-    for name in ("budget", "steps", "scale", "guide-budget", "seed"):
-        parser.add_argument(f"--{name}", type=int if name in ("steps", "seed") else float)
+    for name, default in {"budget": 1.0, "scale": 1.0, "guide-budget": None}.items():
+        parser.add_argument(f"--{name}", type=float, default=default)
+    for name, default in {"steps": None, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     a = parser.parse_args()
     about = json.loads(Path(f"{a.file}.json").read_text())
+    if hashlib.sha256(Path(a.file).read_bytes()).hexdigest() != about["sha256"]:
+        raise SystemExit(f"{a.file} is not the file that {a.file}.json is of; export again")
+    if not (0 < a.budget <= 1 and {*a.labels} <= {*range(about["null_label"])}):
+        raise SystemExit(f"give a budget in (0, 1], and labels below {about['null_label']}")
     x = (len(a.labels), *about["inputs"][0]["shape"][1:])
-    x = np.random.default_rng(a.seed or 0).standard_normal(x, np.float32)
+    x = np.random.default_rng(a.seed).standard_normal(x, np.float32)
     what, null = ([np.resize(n, len(x))] for n in (a.labels, about["null_label"]))
-    settings = a.budget or 1, a.steps, a.scale or 1, a.guide_budget
+    settings = a.budget, a.steps, a.scale, a.guide_budget
     np.save(a.out, sample(load(a.file, about), about, x, what, null, *settings))

@@ -42,7 +42,7 @@ def pipeline_of(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_file_draws_what_the_pipeline_draws(form, tmp_path, capsys) -> None:
+def test_a_file_draws_what_the_pipeline_draws(form, tmp_path, capsys, monkeypatch) -> None:
     """At any budget and batch, guided by a lower budget, in a process that knows no elit."""
     pipe = pipeline_of(tiny_elastic(in_channels=1))
     pipe.save_pretrained(tmp_path / "run")
@@ -75,6 +75,16 @@ runpy.run_path({str(RUNNER)!r}, run_name="__main__")
         output_type="latent", return_dict=False,
     )  # fmt: skip
     np.testing.assert_allclose(np.load(tmp_path / "samples.npy"), wanted, atol=1e-4)
+
+    def refused(words: str, message: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["run_export.py", str(file), *words.split()])
+        with pytest.raises(SystemExit, match=message):
+            runpy.run_path(str(RUNNER), run_name="__main__")
+
+    refused("--budget 0", r"give a budget in \(0, 1\]")
+    refused("--labels 99", "labels below")
+    file.write_bytes(file.read_bytes() + b"0")
+    refused("--budget 1", "is not the file that")
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)

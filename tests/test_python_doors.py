@@ -11,11 +11,14 @@ from PIL import Image
 from retrofit_models import inputs, make
 from runs import TINY, metrics, tiny_config
 from test_finetune_foreign import SIZES
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 import elit
 from elit.cli.main import main
+from elit.data import load_dataset
 from elit.data.given import Given, split_given
+from elit.evaluation.images import open_images
+from elit.training.config_files import load_config
 from elit.training.estimate import estimate, match_flops
 
 LABELS = torch.arange(40) % 3
@@ -35,6 +38,14 @@ class Pairs:
 
     def __getitem__(self, row: int) -> Any:
         return self.make(IMAGES[row]), int(LABELS[row])
+
+
+class Streamed(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(Pairs())
+
+    def __len__(self) -> int:
+        return 40
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
@@ -90,7 +101,7 @@ def test_captions_and_latents():
         ),
         (Pairs(lambda x: as_bytes(x).int()), r"image of torch.int32"),
         (Pairs(lambda x: x.repeat(4, 1, 1).long()), r"image of torch.int64"),
-        (Pairs(lambda x: as_bytes(x).numpy().astype(np.uint16)), r"image of torch.uint16"),
+        (Pairs(lambda x: as_bytes(x)[0].numpy().astype(np.uint16)), r"image of torch.uint16"),
         (Pairs(lambda x: x * torch.nan), "not finite: image"),
         (Pairs(lambda _: "a.png"), "item 1 has an image str"),
         ([IMAGES[0]] * 4, "item 1 is Tensor; give an image with a label or a caption"),
@@ -103,11 +114,44 @@ def test_captions_and_latents():
         ([(IMAGES[0] * 1j, 0)] * 4, r"an image \(1, 16, 16\) of torch.complex64; give PIL"),
         ([(IMAGES[0], 0)], "1 items is too small"),
         (iter([(IMAGES[0], 0)]), "has no length; give a map-style data set"),
+        (Streamed(), "a Streamed has no items by number; give a map-style data set"),
+        (DataLoader(Pairs()), "a DataLoader has no items by number"),
+        ({"train": Pairs(), "test": Pairs()}, "a dict of train, test is no data set; give one of"),
+        (Pairs(lambda x: x.expand(4, -1, -1).numpy()), r"\(4, 16, 16\), \(C, H, W\) as it seems"),
+        (Pairs(lambda _: Image.new("I;16", (16, 16))), "PIL image of mode I;16, whose range is"),
+        (Pairs(lambda _: Image.new("F", (16, 16))), "PIL image of mode F, whose range is unknown"),
     ],
 )
 def test_what_is_no_data_set_is_refused(dataset, message):
     with pytest.raises(ValueError, match=message):
         split_given(dataset)
+
+
+def test_what_is_transparent_is_white_and_grey_stays_grey():
+    def values(image: Image.Image) -> tuple[int, set[float]]:
+        train, _ = split_given([(image, np.asarray(0))] * 2)  # a label of no axis
+        images = train.batch([0])["images"]
+        return images.shape[1], set(images.unique().tolist())
+
+    assert values(Image.new("RGBA", (4, 4), (0, 0, 0, 0))) == (3, {1.0})
+    assert values(Image.new("LA", (4, 4), (0, 0))) == (1, {1.0})
+    assert values(Image.new("RGBA", (4, 4), "black")) == (3, {-1.0})
+    assert values(Image.new("1", (4, 4))) == (1, {-1.0})
+
+
+def test_whole_numbers_of_numpy_are_settings():
+    config = load_config("digits", {"train.steps": np.int64(7), "optimizer.lr": np.float32(0.5)})
+    assert (config.train.steps, config.optimizer.lr) == (7, 0.5)
+    assert type(config.train.steps) is int
+    with pytest.raises(ValueError, match="give a whole number"):
+        load_config("digits", {"train.steps": np.bool_(True)})
+
+
+def test_a_run_on_what_was_given_has_no_reference_elsewhere():
+    for read in (lambda: load_dataset("memory", count=3),
+                 lambda: open_images("memory", trained_on={"count": 3})):  # fmt: skip
+        with pytest.raises(ValueError, match="given from Python, which nothing else knows"):
+            read()
 
 
 def test_names_of_classes_are_found_below_a_subset():
@@ -117,7 +161,7 @@ def test_names_of_classes_are_found_below_a_subset():
     assert counted.class_names == ("0", "1", "2")
 
 
-@pytest.mark.parametrize("names", ["abc", 3, []])
+@pytest.mark.parametrize("names", ["abc", 3, [], {"a", "b"}, {0: "a"}])
 def test_names_of_classes_are_a_list(names):
     with pytest.raises(ValueError, match="give a list, a name for each label"):
         split_given(Pairs(), class_names=names)

@@ -57,7 +57,7 @@ def test_a_pipelines_unknown_word_is_told_what_it_means(pipe, word, hint):
         draw(pipe, 1, **{word: 2})
 
 
-@pytest.mark.parametrize("word", ["1/4", "25%", "0.25", ".25", 0.25])
+@pytest.mark.parametrize("word", ["1/4", "25%", " 25 % ", "0.25", ".25", 0.25])
 def test_a_budget_is_read_alike_everywhere(pipe, word):
     assert read_budget(word) == 0.25
     assert FLAGS["budget"]["type"](str(word)) == 0.25

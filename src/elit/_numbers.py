@@ -32,6 +32,7 @@ def is_real(value: Any) -> TypeGuard[float]:
 
 def as_number(text: str) -> float:
     """A number as it is typed, a fraction or a percentage: 0.25, 1/4, 25%; nan where it is none."""
+    text = text.strip()
     try:
         if text.endswith("%"):
             return float(text[:-1]) / 100

@@ -5,6 +5,7 @@ import json
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,6 +71,9 @@ def from_plain(hint: Any, value: Any, where: str = "", wrong: ValueError | None 
     elif hint is float:
         if is_real(value):
             return float(value)
+    elif hint is int:
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            return int(value)
     elif type(value) is hint:
         return value
     raise wrong

@@ -1,11 +1,11 @@
 """`elit export`: a pipeline's model as one file that runs without elit, at any budget."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from elit._files import output_folder
 from elit._tables import format_table
+from elit.choosing.sweep_file import default_home
 from elit.cli.common import check_run, open_pipeline, print_report
 from elit.cli.flags import OWN_STEPS, OneOf, Parser
 from elit.exporting.formats import SUFFIXES, check_format
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Export, compare and tell."""
     check_run(args.run)
     check_format(args.format, args.device, args.dtype)
-    folder = output_folder(args.out or Path(args.run) / "export", "--out")
+    folder = output_folder(args.out or default_home(args.run) / "export", "--out")
     if args.format == "onnx":
         args.device = "cpu"
     pipeline = open_pipeline(args)

@@ -158,8 +158,9 @@ class WholeBatches(_TorchDataset):
 
 def load_dataset(name: str, split: str = "train", **options: Any) -> ImageDataset:
     """Build a data set of the table by name; `options` go to its class (see `dataset_options`)."""
+    known = dataset_options(name)
     for option in options:
-        check_choice(option, dataset_options(name), "option", f" of data set {name!r}")
+        check_choice(option, known, "option", f" of data set {name!r}")
     return _dataset_class(name)(split, **options)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from elit._numbers import is_whole
 from elit.data import ImageDataset
@@ -26,6 +27,10 @@ MOST_CLASSES = 100_000
 HOLD_OUT = 20  # one item in twenty is held out
 _LOOKED_AT = 16  # images, for a guess at their range
 _ALLOWED = "an image with a label or a caption, or a dict with latents"
+_BY_NUMBER = (
+    "give a map-style data set, with __len__ and __getitem__: training draws its items in an order "
+    "of its own"
+)
 
 
 class Given(ImageDataset):
@@ -123,7 +128,8 @@ class Given(ImageDataset):
         (of_it,) = told
         if isinstance(of_it, str):
             return image, of_it
-        label = of_it.item() if isinstance(of_it, Tensor) and of_it.numel() == 1 else of_it
+        is_one = isinstance(of_it, Tensor | np.ndarray) and math.prod(of_it.shape) == 1
+        label = of_it.item() if is_one else of_it
         if not is_whole(label, 0):
             raise ValueError(
                 f"item {row} has label {label!r:.60}; give a whole number from 0, or a caption"
@@ -173,7 +179,8 @@ def _classes_of(dataset: Any) -> Sequence[str] | None:
 
 
 def _checked_names(names: Any) -> tuple[str, ...]:
-    if isinstance(names, str) or not (isinstance(names, Iterable) and (given := list(names))):
+    without_order = isinstance(names, str | Set | Mapping) or not isinstance(names, Iterable)
+    if without_order or not (given := list(names)):
         raise ValueError(
             f"class names {names!r:.60} are not allowed; give a list, a name for each label from 0"
         )
@@ -220,20 +227,30 @@ def split_given(
 
 
 def _length(dataset: Any) -> int:
+    kind = type(dataset).__name__
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"a {kind} of {', '.join(map(str, dataset)):.60} is no data set; give one of "
+            f"these, and another one as validation"
+        )
+    if isinstance(dataset, IterableDataset | DataLoader):
+        raise ValueError(f"a {kind} has no items by number; {_BY_NUMBER}")
     try:
         return len(dataset)
     except TypeError:
-        raise ValueError(
-            f"a {type(dataset).__name__} has no length; give a map-style data set, with __len__ "
-            f"and __getitem__: training draws its items in an order of its own"
-        ) from None
+        raise ValueError(f"a {kind} has no length; {_BY_NUMBER}") from None
 
 
 def _as_image(image: Any, row: int) -> Tensor:
     """A picture (C, H, W) or a clip (C, T, H, W) in [-1, 1]."""
     if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+        image = np.asarray(_eight_bit(image, row))
     if isinstance(image, np.ndarray):  # as PIL has them
+        if image.ndim == 3 and image.shape[0] != image.shape[1] == image.shape[2]:
+            raise ValueError(
+                f"item {row} has an array {image.shape}, (C, H, W) as it seems; arrays of NumPy "
+                f"are read as (H, W, C): give torch.from_numpy of it"
+            )
         image = torch.from_numpy(np.atleast_3d(image).copy()).permute(2, 0, 1)
     is_one = isinstance(image, Tensor) and image.ndim in (3, 4) and not image.is_complex()
     if not is_one or not image.numel():
@@ -252,6 +269,20 @@ def _as_image(image: Any, row: int) -> Tensor:
             f"floats in [-1, 1]: x / 127.5 - 1 makes them of 0..255, x * 2 - 1 of 0..1"
         )
     return image
+
+
+def _eight_bit(image: Image.Image, row: int) -> Image.Image:
+    """Grey or RGB; what is transparent is laid on white, as `elit prepare` does."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"item {row} has a PIL image of mode {image.mode}, whose range is unknown; scale it to "
+            f"0..255 and convert it to L or RGB"
+        )
+    is_grey = image.mode in ("1", "L", "LA", "La")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("L" if is_grey else "RGB")
 
 
 def _as_tensor(value: Any, name: str, row: int) -> Tensor:

@@ -36,7 +36,6 @@ from elit.training.conditioning import (
 )
 from elit.training.config import PREPARED, WORDS, LatentsConfig, TextConfig, TrainConfig
 from elit.training.distributed import World, place
-from elit.training.resume import frozen_digest
 
 if TYPE_CHECKING:
     from elit.training.finetune import Distillation
@@ -77,6 +76,8 @@ def build_parts(
     """A run's model on the CPU, what turns batches into conditions, what it is compared with, and
     a fingerprint of the weights that a checkpoint leaves out.
     """
+    from elit.training.resume import frozen_digest
+
     model, teacher = build_checked(config, dataset, make_model)
     frozen = frozen_digest(model) or (teacher and frozen_digest(teacher))
     conditioning = make_conditioning(config, dataset, model, world.device)
@@ -254,8 +255,9 @@ def _condition_arguments(
     if not takes_text:
         if not dataset.num_classes:
             raise ValueError(
-                f"{name!r} draws classes, but the data set {config.data.name!r} has none; use an "
-                f"mmdit preset for captions, or prepare the data with labels"
+                f"{name!r} draws classes, but the data set {config.data.name!r} has "
+                f"{'texts' if dataset.has_captions else 'none'}; use an mmdit preset for captions, "
+                f"or prepare the data with labels, which are whole numbers from 0"
             )
         return {"num_classes": dataset.num_classes}
     arguments = dict(of_texts)

@@ -171,7 +171,8 @@ def check_data(model: Any, dataset: ImageDataset, config: TrainConfig) -> None:
     if not model.takes_text and model.config.num_classes != dataset.num_classes:
         raise ValueError(
             f"{base} knows {model.config.num_classes} classes, but the data set {name!r} has "
-            f"{dataset.num_classes}"
+            f"{dataset.num_classes}; use the data that it was trained on, or labels of its classes "
+            f"in a data set with as many names as `classes`"
         )
 
 
