@@ -14,7 +14,14 @@ import torch
 from helpers import randomise, tiny_dit, tiny_elastic
 from prepare_sources import tiny_vae
 
-from elit import CheapCFG, ElitPipeline, ElitTextPipeline, create_model, make_scheduler
+from elit import (
+    CheapCFG,
+    ElitPipeline,
+    ElitTextPipeline,
+    create_model,
+    elasticize,
+    make_scheduler,
+)
 from elit.cli.main import main
 from elit.exporting.export import VelocityOf, compare, export
 from elit.exporting.formats import check_format, open_exported
@@ -92,6 +99,12 @@ def test_every_model_in_every_format(name, form, tmp_path) -> None:
     pipe = pipeline_of(randomise(create_model(name), std=0.05))
     rows = export(pipe, form, tmp_path)["checks"]
     assert max(row["difference"] for row in rows) < 1e-5
+
+
+def test_a_model_that_was_made_elastic_is_refused(tmp_path) -> None:
+    pipe = pipeline_of(elasticize(tiny_dit(in_channels=1), head=1, tail=1, group=(2, 2)))
+    with pytest.raises(ValueError, match="was made elastic places its latents by their number"):
+        export(pipe, "torch-export", tmp_path)
 
 
 @pytest.mark.slow

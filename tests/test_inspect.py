@@ -625,7 +625,7 @@ def test_inspect_looks_at_prepared_vae_latents_and_other_data(inspect, runs, tmp
 @pytest.mark.parametrize(
     ("name", "words", "message"),
     [
-        ("plain", (), "is a plain DiT without a latent interface: there is nothing to look into"),
+        ("plain", (), "is a plain DiT without a latent interface: there are no latents"),
         ("bare", (), "bare has no config.yaml, which would say what it was trained on"),
         ("digits", ("--data", "shapes"), "shapes doesn't fit .*input of shape"),
         ("digits", ("--data", "digitz"), "unknown data set 'digitz'"),

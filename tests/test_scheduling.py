@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import randomise
+from helpers import randomise, tiny_dit
 from retrofit_models import FOREIGN
 from runs import scheduled_run
 from stock_pipelines import ALL
@@ -20,6 +20,7 @@ from elit import (
     CFG,
     AutoGuidance,
     CheapCFG,
+    ElitPipeline,
     ElitTextPipeline,
     MMDiT,
     elasticize,
@@ -302,6 +303,13 @@ def test_commands_measure_and_draw(run, tmp_path, capsys) -> None:
 def test_mistakes_in_commands(run, words: str, message: str, capsys) -> None:
     assert main(["sample", str(run), "--labels", "1", *words.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_plain_model_has_no_schedule_to_make(tmp_path, capsys) -> None:
+    ElitPipeline(tiny_dit(in_channels=1), make_scheduler("euler")).save_pretrained(tmp_path)
+    words = f"sample {tmp_path} --labels 1 --budget schedule --max-gflops 1"
+    assert main(words.split()) == 2
+    assert "is a plain DiT without a latent interface" in capsys.readouterr().err
 
 
 def test_a_schedule_of_other_weights_or_a_damaged_one_is_refused(run, tmp_path) -> None:

@@ -185,6 +185,18 @@ def test_a_retrofit_keeps_the_shift_of_its_base(tmp_path) -> None:
     assert isinstance(load_base(str(tmp_path), 3.0), DiT)
 
 
+def test_a_run_that_predicts_samples_is_made_elastic(tmp_path) -> None:
+    of_plain = {"model_preset": "dit-tiny/4", "sample_guidance_scale": 1.0, **BOTH}
+    train(tiny_config(tmp_path / "base", 2, **of_plain), progress=False)
+    sizes = "--retrofit.head 1 --retrofit.tail 1 --train.steps 2 --train.device cpu"
+    quiet = "--data.batch_size 4 --train.validate_every 0 --train.sample_every 0"
+    flags = f"--output_dir {tmp_path / 'out'} {sizes} {quiet}"
+    assert main(["finetune", str(tmp_path / "base"), *flags.split()]) == 0
+    drawn = ElitPipeline.from_pretrained(tmp_path / "out")
+    assert drawn.transformer.prediction_type == "sample"
+    assert shift_of(drawn.scheduler) == 3.0
+
+
 def test_a_shift_by_tokens_is_not_dropped_with_its_sampler(tmp_path) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     ElitPipeline(tiny_dit(in_channels=1), scheduler).save_pretrained(tmp_path)

@@ -109,9 +109,11 @@ def search_caps(args: argparse.Namespace, evaluation: "Evaluation", home: Path) 
     """Search within each cap; what was found joins the sweep."""
     from elit.evaluation.sweep import earlier_rows, join_sweep
     from elit.flow.guidance import CFG
+    from elit.inspection.inspector import check_elastic
     from elit.scheduling.schedule import load_schedule
     from elit.scheduling.search import MOVES, search
 
+    check_elastic(evaluation.drawing.pipeline.transformer, args.run)
     schedule = load_schedule(args.run)
     earlier_rows(home, evaluation)  # other settings are told before anything is drawn
     guidance = None

@@ -17,6 +17,7 @@ from elit._files import json_text, replace_files, sha256_of
 from elit.exporting.formats import SUFFIXES, open_exported, write_program
 from elit.interface.budget import default_budgets
 from elit.pipelines.autoencoder import decoding_in_words, scale_and_shift
+from elit.retrofit.elastic import ElasticTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +113,15 @@ def export(
         steps: of which the manifest has the noise levels; None is the pipeline's `default_steps`.
 
     Raises:
-        ValueError: if the file gives other velocities than the model; then nothing is written.
+        ValueError: for a model that was made elastic, and if the file gives other velocities than
+            the model; then nothing is written.
     """
     model, file = pipeline.transformer.eval(), f"transformer{SUFFIXES[form]}"
+    if isinstance(model, ElasticTransformer):
+        raise ValueError(
+            "a model that was made elastic places its latents by their number, which is free in a "
+            "file; export a model that was trained with a latent interface, or the base"
+        )
     velocity = VelocityOf(model, size or model.sample_size)
     logger.info("tracing the model")
     program = velocity.program()

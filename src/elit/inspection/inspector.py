@@ -112,8 +112,8 @@ def check_elastic(model: Any, name: str = "this") -> None:
     """Raise a ValueError for a model without a latent interface."""
     if not model.is_elastic:
         raise ValueError(
-            f"{name} is a plain {type(model).__name__} without a latent interface: there is "
-            f"nothing to look into; give an elastic model (elit-...)"
+            f"{name} is a plain {type(model).__name__} without a latent interface: there "
+            f"are no latents to look into; give an elastic model (elit-...)"
         )
 
 

@@ -10,6 +10,7 @@ from elit.choosing.points import OperatingPoint, guided_by
 from elit.choosing.sweep_file import SWEEP_FILE, default_home, read_sweep
 from elit.choosing.timing import times_of
 from elit.flow.guidance import Guidance
+from elit.inspection.inspector import check_elastic
 from elit.pipelines.base import ElasticPipeline
 from elit.scheduling.schedule import load_schedule, one_cap
 
@@ -46,6 +47,7 @@ def scheduled_point(
         size: likewise.
     """
     within, file = one_cap(max_flops, max_ms), default_home(run) / SWEEP_FILE
+    check_elastic(pipeline.transformer, run)
     if file.exists():
         report = read_sweep(file)
         found = _searched(report, within, guidance, num_inference_steps)

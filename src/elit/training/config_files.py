@@ -196,6 +196,8 @@ def settings_of_base(base: str) -> dict[str, Any]:
     file = Path(base) / "config.yaml"
     trained = read_yaml(file) if file.exists() else {}
     taken = {key: trained[key] for key in FROM_BASE if key in trained}
+    if isinstance(taken.get("objective"), Mapping):  # the base itself says what it predicts
+        taken["objective"] = {k: x for k, x in taken["objective"].items() if k != "prediction_type"}
     return {**taken, "retrofit": {"base": base}}
 
 
