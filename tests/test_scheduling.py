@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -383,10 +384,13 @@ def test_a_callback_sets_budgets_of_a_stock_pipeline() -> None:
     seen = [(branches.num_latents(False), branches.num_latents(True))]
     assert after_step(None, 0, None, {}) == {}
     seen.append((branches.num_latents(False), branches.num_latents(True)))
-    after_step(None, 1, None, {})  # the last step sets nothing new
+    after_step(None, 1, None, {})  # the last step sets the first one's again
+    assert (branches.num_latents(False), branches.num_latents(True)) == seen[0]
     assert seen == list(zip(plan.latents, plan.guides, strict=True))
     dropping = schedule.plan_calls([1.0, 0.5], [-0.5] * 2, cost_of, 4, CFG(2.0))
     assert 0 in dropping.guides
+    with pytest.raises(ValueError, match="is of 16 latents per group, but the transformer has 4"):
+        replace(plan, max_latents=16).callback(model)
     with pytest.raises(ValueError, match="plan with drops_guide=False"):
         dropping.callback(model)
 
@@ -398,10 +402,13 @@ def test_a_stock_pipeline_runs_a_plan(name: str) -> None:
     plan = Plan((1.0, 0.5), (16, 8), (4, 2), 16, guidance, 2, cost=0.0, error=None)
     seen = watch_core(pipe.transformer)
     run_stock(pipe, name, callback_on_step_end=plan.callback(pipe.transformer))
+    ran, longer = list(seen), replace(plan, latents=(16, 8, 8), guides=(4, 2, 2))
+    with pytest.raises(ValueError, match="is of 3 calls of the transformer, but the run has 2"):
+        run_stock(pipe, name, callback_on_step_end=longer.callback(pipe.transformer))
     groups = torch.Size(FOREIGN[ALL[name].transformer].grid).numel() // 16
     tokens = [ALL[name].text_in_core + groups * n for n in (4, 16, 2, 8)]
     order = tokens if ALL[name].calls != ("cond", "uncond") else [tokens[i] for i in (1, 0, 3, 2)]
-    assert seen == [(1, n) for n in order]
+    assert ran == [(1, n) for n in order]
 
 
 def test_ladder_and_calls() -> None:

@@ -62,19 +62,33 @@ class Plan:
     def callback(self, transformer: Any) -> Callable[..., dict[str, Any]]:
         """A `callback_on_step_end` for a stock pipeline whose transformer was elasticized.
 
-        It sets the budgets of the first step now and those of the next after each, so ask for one
-        before each run. Such a pipeline guides at all steps or none: plan with `drops_guide=False`.
+        It sets the budgets of the first step now, those of the next after each, and those of the
+        first after the last. Such a pipeline guides at all steps or none: plan with
+        `drops_guide=False`, and without an interval.
         """
         if self.guidance is not None and not all(self.guides):
             raise ValueError(
-                "a stock pipeline leaves its guide out at no step; plan with drops_guide=False"
+                "a stock pipeline leaves its guide out at no step; plan with drops_guide=False, "
+                "and without an interval of guidance"
             )
+        if transformer.max_latents != self.max_latents:
+            raise ValueError(
+                f"this plan is of {self.max_latents} latents per group, but the transformer has "
+                f"{transformer.max_latents}; plan for it"
+            )
+        planned = len(self.latents)
 
         def set_step(step: int) -> None:
-            place = min(step, len(self.latents) - 1)
+            place = step % planned
             transformer.set_budget(self.budgets()[place], guide=self.guide_budgets()[place])
 
-        def after_step(_pipeline: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
+        def after_step(pipeline: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
+            calls = getattr(pipeline, "num_timesteps", planned)
+            if calls != planned:
+                raise ValueError(
+                    f"this plan is of {planned} calls of the transformer, but the run has {calls}; "
+                    f"plan for as many steps"
+                )
             set_step(step + 1)
             return {}
 
