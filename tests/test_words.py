@@ -1,6 +1,7 @@
 """Budgets and classes as a person types them: "1/4", "25%", "boot"; on the command line too."""
 
 import json
+import logging
 from dataclasses import replace
 
 import pytest
@@ -127,6 +128,18 @@ def test_names_are_of_the_model_s_classes(pipe):
         ValueError, match=r"class 'boot' is no number, .* knows no names; give 0 to 3"
     ):
         ElitPipeline(pipe.transformer, pipe.scheduler)("boot")
+
+
+def test_saved_names_are_loaded_without_a_warning(pipe, tmp_path, caplog):
+    """JSON has text for the numbers, which diffusers compares with the signature."""
+    pipe.save_pretrained(tmp_path)
+    caplog.set_level(logging.WARNING)
+    logging.getLogger("diffusers").addHandler(caplog.handler)
+    try:
+        assert ElitPipeline.from_pretrained(tmp_path).labels == pipe.labels
+    finally:
+        logging.getLogger("diffusers").removeHandler(caplog.handler)
+    assert not [text for text in caplog.messages if "id2label" in text]
 
 
 def test_names_and_percentages_on_the_command_line(pipe, tmp_path, capsys):

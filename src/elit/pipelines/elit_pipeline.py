@@ -37,7 +37,7 @@ class ElitPipeline(ElasticPipeline):
         transformer: ModelMixin,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
-        id2label: Mapping[int, str] | None = None,
+        id2label: Mapping[int, str] | Mapping[str, str] | None = None,
     ):
         super().__init__(transformer, scheduler, vae)
         self.labels: dict[str, int] = {}
