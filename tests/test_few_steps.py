@@ -235,6 +235,18 @@ def test_guidance_needs_the_label_for_none(tmp_path) -> None:
     check_config(few_config(tmp_path / "run", 6, few | {"guidance_scale": 1.0}))
 
 
+def test_a_guide_that_was_not_learned_is_told(tmp_path, capsys) -> None:
+    run = tmp_path / "run"
+    config = tiny_config(run, objective_label_dropout=0.0, sample_guidance_scale=1.0)
+    model = build_model(config, load_dataset("digits"))
+    ElitPipeline(model, make_scheduler("euler")).save_pretrained(run)
+    (run / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    for kind, is_told in (("none", False), ("ag", False), ("ccfg", True)):
+        words = "sample", str(run), "--labels", "1", "--steps", "1", "--budget", "1"
+        assert main([*words, "--guidance", kind, "--out", str(tmp_path / kind)]) == 0
+        assert ("guides by chance" in capsys.readouterr().err) == is_told
+
+
 def test_a_model_of_few_steps_is_not_elasticized(tmp_path) -> None:
     model = tiny_dit(in_channels=1, sample_size=16, num_classes=10)
     model.register_to_config(**{FEW_STEPS: 3})

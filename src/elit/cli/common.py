@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 from elit._files import cache_advice
 from elit.cli.waiting import stage
 from elit.flow.words import DEFAULT_SCALE
+from elit.training.config_files import config_of_run
 
 if TYPE_CHECKING:
     from elit.flow.guidance import Guidance
     from elit.pipelines.base import ElasticPipeline
+
+logger = logging.getLogger(__name__)
 
 
 def print_report(report: Any, as_json: bool, show: Callable[[Any], None]) -> int:
@@ -178,10 +181,27 @@ def make_guidance(args: argparse.Namespace) -> "Guidance | None":
     return guidance_of(args.guidance, scale, args.guide_budget or "lowest", interval)
 
 
+def _tell_untrained_null(args: argparse.Namespace) -> None:
+    """Warn of guides by the label for none, of a run that has not learned it."""
+    if not hasattr(args, "scale"):  # of commands that don't guide
+        return
+    given = getattr(args, "guidance", None)  # where none is given: all kinds, or CFG
+    kinds = {given} if isinstance(given, str) else set(given or ("cfg",))
+    config = config_of_run(args.run) if {"cfg", "ccfg"} & kinds and args.scale != 1 else None
+    if config is None or config.retrofit.base or config.few_steps.base:
+        return
+    if not config.objective.label_dropout:
+        logger.warning(
+            "%s was trained with objective.label_dropout=0: what guides by no label, cfg and ccfg, "
+            "guides by chance; use ag, or no guidance", args.run,
+        )  # fmt: skip
+
+
 def open_pipeline(args: argparse.Namespace, local_rank: int = 0) -> "ElasticPipeline":
     """The pipeline of the flags on its device, of several processes each on its own."""
     from elit.pipelines import load
 
+    _tell_untrained_null(args)
     with quiet_diffusers(), stage(f"loading {args.run}"):
         return load.open_pipeline(
             args.run, args.device, args.dtype, args.variant, args.sampler, local_rank,
