@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 _SHORT, _LONG = 1, 4  # steps of the two runs whose difference is timed
 _ROUNDS = 3  # their median counts: other programs disturb single ones
 _BUSY = 1.5  # factor on times from which on a user is told
+_told: set[Path] = set()  # files whose times are of another load, as was said
 
 
 def device_name(device: torch.device) -> str:
@@ -197,7 +199,8 @@ class CallTimes:
                 seconds["start"] = max(0.0, statistics.median(start))
             now, before = (of.get(anchors[times] or "", 0.0) for of in (seconds, times._seconds))
             faster = before / now if before and now else 1.0
-            if not 1 / _BUSY < faster < _BUSY:
+            if not 1 / _BUSY < faster < _BUSY and times.file not in _told:
+                _told.add(times.file)
                 logger.warning(
                     "a call takes %.2g times as long as when %s was written, as whose times new "
                     "ones are kept; remove it to measure all anew", 1 / faster, times.file,
