@@ -121,7 +121,7 @@ def picture(base: Path, tuned: dict[str, Path]) -> Image.Image:
         )  # fmt: skip
         rows += [images for images, _ in drawn]
         names += [f"{name}, {format_budget(budget)}" for budget in BUDGETS_SHOWN]
-    return contact_sheet(rows, names, [*map(str, range(10))])
+    return contact_sheet(rows, names, [*map(str, range(10))], corner="start, budget")
 
 
 def main() -> None:

@@ -67,3 +67,4 @@ if __name__ == "__main__":
     what, null = ([np.resize(n, len(x))] for n in (a.labels, about["null_label"]))
     settings = a.budget, a.steps, a.scale, a.guide_budget
     np.save(a.out, sample(load(a.file, about), about, x, what, null, *settings))
+    print(a.out)

@@ -49,7 +49,8 @@ def main() -> None:
             f"{format_budget(budget):>6}  {num_latents:>3} latents per group  {mflops:.1f} MFLOPs"
         )
     captions = [format_budget(budget) for budget in ran]
-    save_image(contact_sheet(rows, captions, list(map(str, args.labels))), args.out)
+    sheet = contact_sheet(rows, captions, list(map(str, args.labels)), corner="budget")
+    save_image(sheet, args.out)
     print(args.out)
 
 

@@ -76,6 +76,7 @@ runpy.run_path({str(RUNNER)!r}, run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'samples.npy'}\n"
     noise = np.random.default_rng(7).standard_normal((3, 1, 8, 8), np.float32)
     (wanted,) = pipe(
         [2, 0, 1], 0.3, 4, CheapCFG(3.0, 0.1), noise=torch.from_numpy(noise),

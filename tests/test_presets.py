@@ -292,5 +292,5 @@ def test_unknown_resolution_and_argument() -> None:
         create_model("dit-xl/2", 128)
     with pytest.raises(ValueError, match=re.escape("'dit-tiny/2' is not made for 256 px")):
         create_model("dit-tiny/2", 256)
-    with pytest.raises(TypeError, match="depht"):
+    with pytest.raises(TypeError, match=r"'depht' of DiT: did you mean depth\?"):
         create_model("dit-tiny/2", depht=3)

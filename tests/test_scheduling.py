@@ -284,7 +284,9 @@ def test_commands_measure_and_draw(run, tmp_path, capsys) -> None:
     assert (run / "schedule.png").is_file()
     words = f"schedule {run} --by spectrum --data digits --images 4 --steps 3 --out {tmp_path}"
     assert main(words.split()) == 0
-    assert "schedule.png" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "schedule.png" in printed
+    assert "%, 3 steps, guidance cfg 2\n  budgets" in printed
     assert load_schedule(tmp_path / "schedule.json").by == "spectrum"
 
 

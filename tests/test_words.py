@@ -93,7 +93,13 @@ def test_tail_dropping_takes_numbers_of_latents_alone():
         TailDropping("1/4", 16, 16)
 
 
-def test_a_class_is_given_by_its_name(pipe, tmp_path):
+@pytest.mark.parametrize("words", [{}, {"prompt": "a boot"}])
+def test_a_pipeline_of_classes_says_that_it_wants_them(pipe, words):
+    with pytest.raises(ValueError, match=r"draws classes, not prompts; .* 0\.\.3"):
+        pipe(**words)
+
+
+def test_a_class_is_given_by_its_name(pipe, tmp_path, caplog):
     expected = draw(pipe, [3, 1, 1, 2])
     assert torch.equal(draw(pipe, ["boot", "jeans", "trouser", "2"]), expected)
     assert torch.equal(draw(pipe, "boot"), draw(pipe, 3))
@@ -101,7 +107,9 @@ def test_a_class_is_given_by_its_name(pipe, tmp_path):
     with pytest.raises(ValueError, match=r"unknown class 'boots'.*did you mean 'boot'"):
         pipe("boots")
     pipe.save_pretrained(tmp_path)
-    assert ElitPipeline.from_pretrained(tmp_path).labels == pipe.labels
+    with caplog.at_level("WARNING", "diffusers"):
+        assert ElitPipeline.from_pretrained(tmp_path).labels == pipe.labels
+    assert "id2label" not in caplog.text
     again = ElitPipeline.from_pretrained(tmp_path)
     again.save_pretrained(tmp_path / "again")
     assert ElitPipeline.from_pretrained(tmp_path / "again").labels == pipe.labels

@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     schedule_picture(schedule, {f"{share:.0%}": plan for share, plan in plans.items()}).save(sheet)
     rows = [
         {"share": share, "gflops": plan.cost / 1e9, "error": plan.error,
-         "budgets": plan.budgets(), "guide_budgets": plan.guide_budgets()}
+         "settings": plan.settings(), "budgets": plan.budgets(),
+         "guide_budgets": plan.guide_budgets()}
         for share, plan in plans.items()
     ]  # fmt: skip
     report = {"out": str(folder / SCHEDULE_FILE), "sheet": str(sheet), "by": schedule.by,
@@ -116,6 +117,6 @@ def _show(report: dict[str, Any]) -> None:
     ]  # fmt: skip
     print(format_table(header, cells))
     for row in report["plans"]:
-        print(f"\n{row['share']:.0%}\n  budgets  {words(row['budgets'])}")
+        print(f"\n{row['share']:.0%}, {row['settings']}\n  budgets  {words(row['budgets'])}")
         print(f"  guide    {words(row['guide_budgets'])}")
     print(f"\n{report['out']}\n{report['sheet']}")

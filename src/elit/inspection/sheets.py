@@ -192,7 +192,7 @@ class Sheets:
         without the core.
         """
         loss = "squared error of the velocity"
-        error = "; lines: one standard error over images"
+        error = "; error bars: one standard error over images"
 
         def line(x: Iterable[float], losses: Iterable[Tensor], label: str = "") -> Line:
             own = list(losses)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from elit._choices import check_choice
+from elit._choices import check_choice, hint_at
 
 if TYPE_CHECKING:
     from elit.models.elastic import ElasticMixin
@@ -264,4 +265,9 @@ def create_model(name: str, resolution: int | None = None, **overrides: Any) -> 
         resolution: pixels of an image's side; by default the smallest that the preset knows.
         **overrides: arguments of the model to change.
     """
-    return preset_model(name)(**preset_config(name, resolution, overrides))
+    model = preset_model(name)
+    taken = list(signature(model).parameters)
+    for key in overrides.keys() - set(taken):
+        hint = hint_at(key, taken, f"it takes {', '.join(taken)}")
+        raise TypeError(f"unknown argument {key!r:.60} of {model.__name__}: {hint}")
+    return model(**preset_config(name, resolution, overrides))

@@ -57,7 +57,7 @@ class ElitPipeline(ElasticPipeline):
 
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | Tensor,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         budget: float | str | Sequence[float | str] = 1.0,
         num_inference_steps: int | None = None,
         guidance: Guidance | str | None = None,
@@ -65,6 +65,12 @@ class ElitPipeline(ElasticPipeline):
         **options: Any,
     ) -> ImagePipelineOutput | tuple:
         """Draw one image for each label, a number or a name; all other arguments are `draw`'s."""
+        if class_labels is None:
+            names = " or names" if self.labels else ""
+            raise ValueError(
+                f"this {type(self).__name__} draws classes, not prompts; give class_labels, "
+                f"one or more integers in 0..{self.null_label - 1}{names}"
+            )
         labels = self._check_labels(class_labels).to(self._execution_device)
         null = {"class_labels": torch.full_like(labels, self.null_label)}
         run = budget, num_inference_steps, guidance, generator

@@ -7,7 +7,16 @@ from typing import Any
 
 from elit._files import write_json, write_text
 from elit.reproduce.claims import CLAIMS
-from elit.reproduce.evidence import NOT_DEFINED, RULE, Finding, Row, Study
+from elit.reproduce.evidence import (
+    FAILS,
+    HOLDS,
+    NOT_DEFINED,
+    RULE,
+    UNDECIDED,
+    Finding,
+    Row,
+    Study,
+)
 from elit.viz.charts import THEMES, Chart, Line, picture, svg
 from elit.viz.page import templates
 from elit.viz.sheet import save_image
@@ -53,8 +62,8 @@ def write_report(
         "run": dict(about),
     }  # fmt: skip
     panels = []
-    for finding in findings.values():
-        verdict = textwrap.fill(f"verdict: {summary(finding)}", 62)
+    for letter, finding in findings.items():
+        verdict = textwrap.fill(f"all of ({letter}): {summary(finding)}", 62)
         for shown in finding.figures:
             panels.append(chart_of({**shown, "x": f"{shown['x']}\n\n{verdict}\n"}))
     if panels:
@@ -82,7 +91,9 @@ def summary(finding: Finding) -> str:
     words = [row.word for row in finding.rows if row.verdict is not None or row.word == NOT_DEFINED]
     if not words:
         return finding.rows[0].word if finding.rows else ""
-    counts = {word: words.count(word) for word in dict.fromkeys(words)}
+    counts = {
+        word: words.count(word) for word in (HOLDS, UNDECIDED, FAILS, NOT_DEFINED) if word in words
+    }
     if len(counts) == 1:
         return words[0] if len(words) == 1 else f"{words[0]} (all {len(words)} rows)"
     return ", ".join(f"{word} ({count} of {len(words)})" for word, count in counts.items())

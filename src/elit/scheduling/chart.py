@@ -14,7 +14,7 @@ FEW = 1e-12  # below it there is nothing to show on a logarithmic axis
 
 def schedule_picture(schedule: Schedule, plans: dict[str, Plan]) -> Image.Image:
     """Charts of the measured errors, or of the spectrum, and of plans by their names."""
-    charts, level = [], "noise level sigma"
+    charts, level = [], "noise level sigma (sampling goes from 1 to 0)"
     if schedule.gram:
         squares, count = schedule.squares(), len(schedule.latents)
         colours = ramp(count + 1)
@@ -46,9 +46,10 @@ def schedule_picture(schedule: Schedule, plans: dict[str, Plan]) -> Image.Image:
             (plan.latents, "-", f"{name} of the FLOPs"), (plan.guides, ":", ""),
         )
     ]  # fmt: skip
+    what = next((f" for {plan.settings()}" for plan in plans.values()), "")
     charts.append(
-        Chart("Plans (dotted: the guide)", level, "budget (0: no guide)", lines, bottom=-0.02,
-              labels="right")
+        Chart(f"Plans{what} (dotted: the guide)", level, "budget (0: no guide)", lines,
+              bottom=-0.02, labels="right")
     )  # fmt: skip
     return picture(charts, sentence=_told(schedule, plans))
 

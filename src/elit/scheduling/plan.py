@@ -59,6 +59,10 @@ class Plan:
             **guided_by(self.guidance),
         )
 
+    def settings(self) -> str:
+        """What it is a plan for, in words: '20 steps, guidance cfg 1.5'."""
+        return f"{self.num_inference_steps} steps, guidance {self.point().guide()}"
+
     def callback(self, transformer: Any) -> Callable[..., dict[str, Any]]:
         """A `callback_on_step_end` for a stock pipeline whose transformer was elasticized.
 
