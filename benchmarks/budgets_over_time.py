@@ -415,7 +415,11 @@ def chart(rows: Sequence[dict]) -> Figure:
             axis.grid(axis="both", color=GRID)
             axis.set_title(f"{title}, within {at:.0%} of the FLOPs", loc="left", fontsize=9)
             if at == shares[-1]:
-                axis.set_xlabel("log scale, lower is better; dashed: full budget")
+                axis.set_xlabel("log scale; bars: standard errors")
+    figure.suptitle(
+        "Ways to spend a share of full budget's FLOPs, the best on top; left of the dashed line "
+        "is better than full budget", fontsize=9, ha="left", x=0.01,
+    )  # fmt: skip
     return figure
 
 

@@ -1,6 +1,6 @@
 """The chart of README's first screen: one elastic model against separate plain DiTs.
 
-python benchmarks/first_chart.py --out runs/first-chart --picture docs/images/first.png
+python benchmarks/first_chart.py --out runs/first-chart --seeds 3 --whole --picture first.png
 
 All are trained on the quickstart's digits as the quickstart trains. The plain DiTs, of several
 depths, share the FLOPs that the elastic model takes; with --whole there are others too, each of
@@ -100,7 +100,7 @@ def main() -> None:
     named = {
         "one elastic model, by budget": elastic,
         f"{len(blocks)} plain DiTs, as many FLOPs in all": split,
-        "plain DiTs, as many FLOPs each": whole,
+        f"plain DiTs, as many FLOPs each, {len(blocks)} times in all": whole,
     }
     rows = [
         (kind, name, f"{mflops:.1f}", f"{mean(losses):.4f}", " ".join(f"{x:.4f}" for x in losses))
