@@ -29,6 +29,7 @@ gc.disable()  # what is imported and collected stays: looking through it takes a
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+    gc.set_threshold(50_000, 20, 20)  # what tests make is small, and looking for garbage is not
 
 
 @pytest.fixture(autouse=True)

@@ -232,7 +232,7 @@ def assert_close_runs(one: Path, other: Path) -> None:
         torch.testing.assert_close(exported(other)[name], tensor, rtol=1e-4, atol=2e-6, msg=name)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_processes_and_micro_batches_are_the_same_run(
     whole: Path, tmp_path: Path, parallel: str
 ) -> None:

@@ -38,8 +38,7 @@ CASES = [
     for form in ("elit-", "")
     for name in ("dit", "uvit", "hdit", "mmdit", "sit", "video-dit")
     for to in ("torch-export", "onnx", "aoti")
-    for is_fast in [(form, name, to) == ("elit-", "hdit", "torch-export")]
-    for marks in [[] if is_fast else [pytest.mark.slow, *[NEEDS_ONNX] * (to == "onnx")]]
+    for marks in [[pytest.mark.slow, *[NEEDS_ONNX] * (to == "onnx")]]
 ]
 
 

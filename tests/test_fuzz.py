@@ -338,7 +338,7 @@ def calibration_case(draw: random.Random, folder: Path) -> str | None:
 
 
 AREAS = {
-    "configs": 80, "manifests": 70, "pipelines": 40, "checkpoints": 15, "sweeps": 40,
+    "configs": 80, "manifests": 70, "pipelines": 40, "checkpoints": 15, "sweeps": 20,
     "calibrations": 20,
 }  # fmt: skip
 
