@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_generators, refuses, tiny_dit, tiny_elastic
+from runs import scheduled_run
 from sweeps import sweep_report
 
 from elit import CFG, CheapCFG, ElitPipeline, ElitTextPipeline, choose, create_model, load_pipeline
@@ -21,6 +22,7 @@ from elit.choosing.timing import CallTimes
 from elit.cli.main import main
 from elit.flow.schedulers import FlowMatchUniformEulerScheduler, make_scheduler
 from elit.pipelines.folder import weights_digest
+from elit.scheduling.schedule import load_schedule
 
 GFLOPS = {1.0: 4.0, 0.5: 2.5, 0.25: 1.5}
 POINTS = [
@@ -311,6 +313,22 @@ def test_times_of_runs(set_clock, capsys, guidance, latents: int) -> None:
     assert times.decode_ms_per_image() == pytest.approx(250)
     assert capsys.readouterr().err == ""
     assert pipeline._progress_bar_config == {"desc": "own"}
+
+
+@pytest.mark.parametrize("guidance", [None, CFG(2.0)])
+def test_a_plan_within_a_time_takes_what_it_says(set_clock, tmp_path, capsys, guidance) -> None:
+    """Of two forwards one pair alone is timed; the others are sums."""
+    folder = scheduled_run(tmp_path / "run", steps=4, std=0.05)
+    pipeline, schedule = open_quietly(folder), load_schedule(folder)
+    clock = set_clock(pipeline)
+    forwards = 1 if guidance is None else 2
+    cap = 250 + 0.5 * 4 * 16 * forwards
+    plan = schedule.plan(pipeline, max_ms=cap, guidance=guidance, num_inference_steps=4, what=2)
+    kinds = len(schedule.latents) + 1 if guidance is None else 2 * len(schedule.latents) + 3
+    assert clock.forwards <= kinds * (1 + 3 * 5) * forwards
+    assert 0.8 * cap < plan.cost <= cap
+    (ms,) = CallTimes(pipeline, 2).ms_of_points([plan.point()])
+    assert ms == pytest.approx(plan.cost)
 
 
 def test_a_guide_of_more_latents_is_timed_in_silence(set_clock, caplog) -> None:

@@ -180,13 +180,24 @@ class Schedule:
         if max_ms is not None:
             times = times_of(pipeline, what, size)
             numbers = [*self.latents, self.max_latents]
-            guides = [0] if guidance is None else [0, *numbers]
-            # All kinds of calls in one go, so that a disturbance hits them alike.
-            times.ms_of_runs([[call_of(n, m)] for n in numbers for m in guides])
+            # All kinds of calls in one go, so that a disturbance hits them alike. Of two forwards
+            # one kind tells what they share, and no other pair has to be measured.
+            pair = call_of(numbers[0], numbers[-1])
+            kinds = [call_of(n, 0) for n in numbers]
+            if guidance is not None:
+                kinds += [*(call_of(n, n) for n in numbers), pair]
+            times.ms_of_runs([[kind] for kind in kinds])
             (start,) = times.ms_of_runs([[]])
 
+            def of(*forwards: Forwards) -> float:
+                return sum(times.ms_of_runs([[one]])[0] - start for one in forwards)
+
             def cost_of(call: Forwards) -> float:
-                return times.ms_of_runs([[call]])[0] - start
+                first, *second = call
+                if not second:
+                    return of(call)
+                shared = of((pair[0],), (pair[1],)) - of(pair)
+                return of((first,), *((one,) for one in second)) - shared
 
         else:
             cost, start = pipeline.forward_cost(*size), 0.0
