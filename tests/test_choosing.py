@@ -22,7 +22,7 @@ from elit.choosing.timing import CallTimes
 from elit.cli.main import main
 from elit.flow.schedulers import FlowMatchUniformEulerScheduler, make_scheduler
 from elit.pipelines.folder import weights_digest
-from elit.scheduling.schedule import load_schedule
+from elit.scheduling.schedule import Schedule, load_schedule
 
 GFLOPS = {1.0: 4.0, 0.5: 2.5, 0.25: 1.5}
 POINTS = [
@@ -316,19 +316,38 @@ def test_times_of_runs(set_clock, capsys, guidance, latents: int) -> None:
 
 
 @pytest.mark.parametrize("guidance", [None, CFG(2.0)])
-def test_a_plan_within_a_time_takes_what_it_says(set_clock, tmp_path, capsys, guidance) -> None:
+def test_a_plan_within_a_time_takes_what_it_says(
+    set_clock, tmp_path, capsys, monkeypatch, guidance
+) -> None:
     """Of two forwards one pair alone is timed; the others are sums."""
     folder = scheduled_run(tmp_path / "run", steps=4, std=0.05)
     pipeline, schedule = open_quietly(folder), load_schedule(folder)
-    clock = set_clock(pipeline)
+    clock, step = set_clock(pipeline), pipeline.scheduler.step
+
+    def slow_step(*args, **kwargs):  # once a call, whatever its forwards
+        clock.now += 0.008
+        return step(*args, **kwargs)
+
+    pipeline.scheduler.step = slow_step
+    plan_calls, costs = Schedule.plan_calls, []
+
+    def seen(self, levels, weights, cost_of, *args, **options):
+        costs.append(cost_of)
+        return plan_calls(self, levels, weights, cost_of, *args, **options)
+
+    monkeypatch.setattr(Schedule, "plan_calls", seen)
     forwards = 1 if guidance is None else 2
-    cap = 250 + 0.5 * 4 * 16 * forwards
+    cap = 250 + 4 * 4 + 0.4 * 4 * 16 * forwards
     plan = schedule.plan(pipeline, max_ms=cap, guidance=guidance, num_inference_steps=4, what=2)
     kinds = len(schedule.latents) + 1 if guidance is None else 2 * len(schedule.latents) + 3
     assert clock.forwards <= kinds * (1 + 3 * 5) * forwards
-    assert 0.8 * cap < plan.cost <= cap
-    (ms,) = CallTimes(pipeline, 2).ms_of_points([plan.point()])
+    assert 0.9 * cap < plan.cost <= cap
+    times = CallTimes(pipeline, 2)
+    (ms,) = times.ms_of_points([plan.point()])
     assert ms == pytest.approx(plan.cost)
+    for call in ((3, 1), (8, 1)), ((16, 1), (2, 1)):
+        without, whole = times.ms_of_runs([[], [call]])
+        assert guidance is None or costs[0](call) == pytest.approx(whole - without)
 
 
 def test_a_guide_of_more_latents_is_timed_in_silence(set_clock, caplog) -> None:

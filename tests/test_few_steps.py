@@ -245,6 +245,8 @@ def test_a_guide_that_was_not_learned_is_told(tmp_path, capsys) -> None:
         words = "sample", str(run), "--labels", "1", "--steps", "1", "--budget", "1"
         assert main([*words, "--guidance", kind, "--out", str(tmp_path / kind)]) == 0
         assert ("guides by chance" in capsys.readouterr().err) == is_told
+    (run / "config.yaml").write_text("of: another program")
+    assert main([*words, "--guidance", "cfg", "--out", str(tmp_path / "other")]) == 0
 
 
 def test_a_model_of_few_steps_is_not_elasticized(tmp_path) -> None:

@@ -187,7 +187,10 @@ def _tell_untrained_null(args: argparse.Namespace) -> None:
         return
     given = getattr(args, "guidance", None)  # where none is given: all kinds, or CFG
     kinds = {given} if isinstance(given, str) else set(given or ("cfg",))
-    config = config_of_run(args.run) if {"cfg", "ccfg"} & kinds and args.scale != 1 else None
+    config = None
+    if {"cfg", "ccfg"} & kinds and args.scale != 1:
+        with contextlib.suppress(ValueError):  # of another program's config.yaml nothing is known
+            config = config_of_run(args.run)
     if config is None or config.retrofit.base or config.few_steps.base:
         return
     if not config.objective.label_dropout:

@@ -189,15 +189,14 @@ class Schedule:
             times.ms_of_runs([[kind] for kind in kinds])
             (start,) = times.ms_of_runs([[]])
 
-            def of(*forwards: Forwards) -> float:
-                return sum(times.ms_of_runs([[one]])[0] - start for one in forwards)
+            def took(*forwards: tuple[int | None, int]) -> float:
+                return times.ms_of_runs([[forwards]])[0] - start
 
             def cost_of(call: Forwards) -> float:
-                first, *second = call
-                if not second:
-                    return of(call)
-                shared = of((pair[0],), (pair[1],)) - of(pair)
-                return of((first,), *((one,) for one in second)) - shared
+                if len(call) == 1:
+                    return took(*call)
+                alone, shared = [took(one) for one in call], sum(map(took, pair)) - took(*pair)
+                return max(*alone, sum(alone) - shared)
 
         else:
             cost, start = pipeline.forward_cost(*size), 0.0
