@@ -459,7 +459,8 @@ def main() -> None:
                     )  # fmt: skip
     found = summary(rows, args.runs)
     (Path(args.out) / "table.md").write_text(table(found, args.runs))
-    chart(found).savefig(Path(args.out) / "chart.png", dpi=110)
+    if any(row["at"] < 1 for row in found):
+        chart(found).savefig(Path(args.out) / "chart.png", dpi=110)
     print(table(found, args.runs))
 
 
